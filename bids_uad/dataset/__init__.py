@@ -1,0 +1,1 @@
+"""What is read and how outputs are named: the only rooms that know BIDS."""

@@ -1,0 +1,92 @@
+"""The one space every map lives in: the SRI24 grid.
+
+240 x 240 x 155 voxels of 1 mm, stored left-posterior-superior as the BraTS data are. The detectors see
+axial slices, centre-cropped to 224 x 224.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+NAME = "SRI24"
+SHAPE = (240, 240, 155)
+AFFINE = np.array(
+    [[-1.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, 239.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+)
+VOXEL_MM3 = 1.0
+CROP = 224
+MARGIN = (SHAPE[0] - CROP) // 2
+
+
+def to_slices(volume: np.ndarray) -> np.ndarray:
+    """Cut a volume on the SRI24 grid into cropped axial slices.
+
+    Parameters
+    ----------
+    volume : numpy.ndarray, shape (240, 240, 155)
+
+    Returns
+    -------
+    numpy.ndarray, shape (155, 224, 224)
+        A view, slice axis first.
+
+    Raises
+    ------
+    ValueError
+        If the volume is not on the SRI24 grid.
+    """
+    if volume.shape != SHAPE:
+        raise ValueError(f"expected a volume of shape {SHAPE}, got {volume.shape}")
+    inner = slice(MARGIN, MARGIN + CROP)
+    return np.moveaxis(volume[inner, inner, :], -1, 0)
+
+
+def from_slices(slices: np.ndarray) -> np.ndarray:
+    """Put cropped axial slices back on the SRI24 grid; the margin becomes 0.
+
+    Parameters
+    ----------
+    slices : numpy.ndarray, shape (155, 224, 224)
+
+    Returns
+    -------
+    numpy.ndarray, shape (240, 240, 155)
+        Same dtype as the input.
+    """
+    expected = (SHAPE[2], CROP, CROP)
+    if slices.shape != expected:
+        raise ValueError(f"expected slices of shape {expected}, got {slices.shape}")
+    inner = slice(MARGIN, MARGIN + CROP)
+    volume = np.zeros(SHAPE, dtype=slices.dtype)
+    volume[inner, inner, :] = np.moveaxis(slices, 0, -1)
+    return volume
+
+
+def to_image(volume: np.ndarray, dtype: np.dtype | type = np.float32) -> nib.Nifti1Image:
+    """Wrap an array on the SRI24 grid as a NIfTI image (sform and qform code 2: aligned).
+
+    Parameters
+    ----------
+    volume : numpy.ndarray, shape (240, 240, 155)
+    dtype : numpy dtype
+        Type on disk; no scaling is applied.
+
+    Returns
+    -------
+    nibabel.Nifti1Image
+    """
+    import nibabel as nib
+
+    if volume.shape != SHAPE:
+        raise ValueError(f"expected a volume of shape {SHAPE}, got {volume.shape}")
+    image = nib.Nifti1Image(np.asarray(volume, dtype=dtype), AFFINE)
+    image.header.set_data_dtype(dtype)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_sform(AFFINE, code=2)
+    image.set_qform(AFFINE, code=2)
+    return image
