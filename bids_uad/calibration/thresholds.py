@@ -1,0 +1,110 @@
+"""Fixed thresholds from validation scans, streamed over volumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bids_uad.calibration.histogram import above, score_counts
+
+FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
+# Relative resolution 0.1 %, fine enough that no threshold is moved by binning.
+FINE_EDGES = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 27_632), [np.inf]])
+FINAL_BINS = 1_000
+
+
+class ThresholdEstimator:
+    """Collects score histograms of validation volumes and derives thresholds from them.
+
+    Memory does not grow with the number of volumes.
+    """
+
+    def __init__(self) -> None:
+        bins = len(FINE_EDGES) - 1
+        self.healthy = np.zeros(bins, dtype=np.int64)
+        self.everything = np.zeros(bins, dtype=np.int64)
+        self.dice_sum = np.zeros(bins)
+        self.n_healthy = 0
+        self.n_lesion = 0
+
+    def add(self, scores: np.ndarray, brain: np.ndarray, lesion: np.ndarray | None) -> None:
+        """Take in one map.
+
+        Parameters
+        ----------
+        scores : numpy.ndarray of float
+        brain : numpy.ndarray of bool
+        lesion : numpy.ndarray of bool or None
+            None for a healthy scan.
+        """
+        rest, inside = score_counts(scores, brain, lesion, FINE_EDGES)
+        self.everything += rest
+        if inside is None:
+            self.healthy += rest
+            self.n_healthy += 1
+            return
+        self.everything += inside
+        if inside.sum() == 0:
+            raise ValueError("the lesion mask holds no brain voxel")
+        positive = above(inside)
+        self.dice_sum += 2 * positive / (positive + above(rest) + inside.sum())
+        self.n_lesion += 1
+
+    def thresholds(self) -> dict[str, float]:
+        """Fixed thresholds.
+
+        Returns
+        -------
+        dict
+            ``max_dice``, the edge with the highest mean Dice over lesion volumes (if there are any);
+            ``fpr_1pct`` and ``fpr_5pct``, the lowest edges whose pooled false-positive rate in healthy brains is
+            at most that (if there are healthy volumes).
+        """
+        found = {}
+        if self.n_lesion:
+            found["max_dice"] = float(FINE_EDGES[self.dice_sum.argmax()])
+        if self.n_healthy:
+            rate = above(self.healthy) / self.healthy.sum()
+            for name, level in FPR_LEVELS.items():
+                found[name] = float(FINE_EDGES[np.argmax(rate <= level)])
+        return found
+
+    def bin_edges(self) -> np.ndarray:
+        """About a thousand edges for score tables, every threshold among them.
+
+        Half follow the quantiles of all validation voxels, crowding towards the top, where thresholds
+        live; half are evenly spaced up to twice the highest score, for lesions brighter than any seen.
+
+        Returns
+        -------
+        numpy.ndarray of float64
+            From 0 to infinity.
+        """
+        share = 1 - above(self.everything) / self.everything.sum()
+        tail = 1 - np.geomspace(1, 1e-6, FINAL_BINS // 2)
+        quantiles = FINE_EDGES[np.searchsorted(share, tail, side="left").clip(1, len(share) - 1)]
+        top = FINE_EDGES[np.flatnonzero(self.everything)[-1]]
+        even = np.linspace(0, 2 * top, FINAL_BINS // 2, endpoint=False)
+        fixed = np.array(list(self.thresholds().values()))
+        return np.unique(np.concatenate([[0.0], quantiles, even, fixed, [np.inf]]))
+
+    def summary(self) -> dict[str, Any]:
+        """Thresholds with the evidence they rest on, for ``calibration.json``."""
+        found = self.thresholds()
+        rate = above(self.healthy) / max(1, int(self.healthy.sum()))
+        at = {name: int(np.searchsorted(FINE_EDGES, value)) for name, value in found.items()}
+        return {
+            "thresholds": found,
+            "default_threshold": "max_dice" if self.n_lesion else "fpr_1pct",
+            "validation": {
+                "n_healthy": self.n_healthy,
+                "n_lesion": self.n_lesion,
+                "healthy_fpr": {name: float(rate[k]) for name, k in at.items()} if self.n_healthy else {},
+                "mean_dice": {name: float(self.dice_sum[k] / self.n_lesion) for name, k in at.items()}
+                if self.n_lesion
+                else {},
+            },
+            # JSON has no infinity: the last bin's upper edge is understood.
+            "bin_edges": self.bin_edges()[:-1].tolist(),
+        }

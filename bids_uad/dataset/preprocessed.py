@@ -1,0 +1,87 @@
+"""Scans that are already on the SRI24 grid: what `train` and `calibrate` read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bids_uad.errors import InputError
+
+
+@dataclass(frozen=True)
+class PreprocessedScan:
+    """One preprocessed scan of a derivative dataset.
+
+    Parameters
+    ----------
+    subject : str
+        `sub-<label>`.
+    image : pathlib.Path
+        Intensities in [0, 1] on the SRI24 grid.
+    brain : pathlib.Path
+        Brain mask on the same grid.
+    lesion : pathlib.Path, optional
+        Lesion mask on the same grid.
+    tissue : pathlib.Path, optional
+        Tissue classes on the same grid.
+    """
+
+    subject: str
+    image: Path
+    brain: Path
+    lesion: Path | None
+    tissue: Path | None
+
+    @property
+    def key(self) -> str:
+        """The image's file name up to its space, and its modality."""
+        return self.image.name.split("_space-")[0] + "_" + self.image.name.split("_")[-1].split(".")[0]
+
+
+def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
+    """Find the preprocessed scans of one modality.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        A derivative dataset, as the participant level or the simulator writes it.
+    modality : str
+        `T1w` or `T2w`.
+
+    Returns
+    -------
+    list of PreprocessedScan
+        Sorted by file name. A T2w uses its own brain mask, or else its T1w's.
+
+    Raises
+    ------
+    InputError
+        If there is no such scan, or one has no brain mask.
+    """
+    scans = []
+    for image in sorted(folder.glob(f"sub-*/**/anat/*_space-SRI24_desc-preproc_{modality}.nii.gz")):
+        prefix = image.name.removesuffix(f"desc-preproc_{modality}.nii.gz")
+
+        def beside(name: str, image: Path = image, prefix: str = prefix) -> Path | None:
+            path = image.with_name(prefix + name)
+            return path if path.is_file() else None
+
+        brain = beside(f"desc-{modality}Brain_mask.nii.gz") or beside("desc-brain_mask.nii.gz")
+        if brain is None:
+            raise InputError(image, "no brain mask beside it", "run the participant level again")
+        scans.append(
+            PreprocessedScan(
+                subject=image.name.split("_")[0],
+                image=image,
+                brain=brain,
+                lesion=beside("label-lesion_desc-manual_mask.nii.gz"),
+                tissue=beside("desc-tissue_dseg.nii.gz"),
+            )
+        )
+    if not scans:
+        raise InputError(
+            folder,
+            f"no *_space-SRI24_desc-preproc_{modality}.nii.gz below it",
+            "give the output folder of the participant level, or of the simulator with --derivatives",
+        )
+    return scans

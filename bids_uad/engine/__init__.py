@@ -1,0 +1,1 @@
+"""From volumes to maps, and from slices to trained detectors, in plain PyTorch."""

@@ -1,0 +1,278 @@
+"""Model bundles: directories that hold everything a trained detector needs, nothing pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bids_uad import __version__, space
+from bids_uad.dataset.atomic import atomic_path, write_json, write_text
+from bids_uad.errors import ModelError
+from bids_uad.preprocessing.intensity import SCALING
+
+if TYPE_CHECKING:
+    from bids_uad.methods.base import Detector
+
+PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
+INPUT_CONTRACT = {
+    "space": space.NAME,
+    "shape": list(space.SHAPE),
+    "affine": space.AFFINE.tolist(),
+    "scaling": SCALING,
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, checked.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    info : dict
+        ``bundle.json``.
+    calibration : dict or None
+        ``calibration.json``; None before ``calibrate``.
+    """
+
+    folder: Path
+    info: dict[str, Any] = field(repr=False)
+    calibration: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def detector(self) -> str:
+        """Registry name."""
+        return self.info["detector"]
+
+    @property
+    def preset(self) -> str:
+        """Preset the hyper-parameters started from."""
+        return self.info["preset"]
+
+    @property
+    def modality(self) -> str:
+        """``T1w`` or ``T2w``."""
+        return self.info["modality"]
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return self.folder.name
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of the weights, the identity of a trained detector."""
+        return self.info["sha256"]["weights.safetensors"]
+
+    @cached_property
+    def calibration_sha256(self) -> str:
+        """Checksum of ``calibration.json``, the identity of its thresholds."""
+        return _sha256(self.folder / "calibration.json")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Fixed thresholds by name."""
+        return self._calibrated()["thresholds"]
+
+    @property
+    def default_threshold(self) -> tuple[str, float]:
+        """Name and value of the threshold that makes masks."""
+        name = self._calibrated()["default_threshold"]
+        return name, self.thresholds[name]
+
+    @property
+    def bin_edges(self) -> np.ndarray:
+        """Edges of the score histogram, float64, from 0 to infinity."""
+        return np.array([*self._calibrated()["bin_edges"], np.inf])
+
+    def _calibrated(self) -> dict[str, Any]:
+        if self.calibration is None:
+            raise ModelError(f"model bundle {self.folder} has no thresholds yet; run `calibrate` on it")
+        return self.calibration
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model bundle {folder}: {path.name} is missing; is this a bundle?") from None
+    except ValueError as error:
+        raise ModelError(f"model bundle {folder}: {path.name} is not valid JSON ({error})") from None
+
+
+def load_bundle(folder: str | Path) -> Bundle:
+    """Read and check a bundle without loading its weights.
+
+    Parameters
+    ----------
+    folder : path-like
+
+    Returns
+    -------
+    Bundle
+
+    Raises
+    ------
+    ModelError
+        If a file is missing, altered since training, or made for other inputs than ours.
+    """
+    folder = Path(folder)
+    info = _read_json(folder / "bundle.json", folder)
+    lacking = {"detector", "preset", "modality", "hyper", "input", "sha256"} - set(info)
+    if lacking:
+        raise ModelError(f"model bundle {folder}: bundle.json lacks {', '.join(sorted(lacking))}")
+    for name, expected in info["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"model bundle {folder}: {name} is missing; copy the bundle again")
+        if _sha256(path) != expected:
+            raise ModelError(f"model bundle {folder}: {name} differs from its sha256; copy the bundle again")
+    if info["input"] != INPUT_CONTRACT:
+        raise ModelError(f"model bundle {folder} was made for other inputs than SRI24 scans of this version")
+    calibration = folder / "calibration.json"
+    return Bundle(folder, info, _read_json(calibration, folder) if calibration.exists() else None)
+
+
+def packaged_bundles() -> list[str]:
+    """Names of the bundles that come with the package."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/bundle.json"))
+
+
+def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bundle]:
+    """Find, check and choose bundles.
+
+    Parameters
+    ----------
+    models : list of str, optional
+        Names of packaged bundles, detector names (all packaged bundles of that detector), or paths.
+        None takes every packaged bundle.
+    modalities : list of str
+        Modalities to be scored; packaged bundles of others are left out.
+
+    Returns
+    -------
+    list of Bundle
+        Calibrated, ordered by detector and modality.
+
+    Raises
+    ------
+    ModelError
+        If a name is unknown, a bundle is refused, two bundles would write the same files, or a
+        modality has no bundle.
+    """
+    known = packaged_bundles()
+    chosen: list[Bundle] = []
+    for model in known if models is None else models:
+        if model in known:
+            folders = [PACKAGED / model]
+        elif Path(model).is_dir():
+            folders = [Path(model)]
+        else:
+            folders = [PACKAGED / name for name in known if name.split("-")[0] == model]
+            if not folders:
+                raise ModelError(
+                    f"no model bundle {model!r}: neither a folder nor one of {', '.join(known) or '(none packaged)'}"
+                )
+        chosen += [load_bundle(folder) for folder in folders]
+    chosen = [bundle for bundle in chosen if bundle.modality in modalities]
+    seen: dict[tuple[str, str], Bundle] = {}
+    for bundle in chosen:
+        bundle.default_threshold  # noqa: B018 - an uncalibrated bundle is refused here
+        key = (bundle.detector, bundle.modality)
+        if key in seen:
+            raise ModelError(
+                f"{seen[key].folder} and {bundle.folder} are both {bundle.detector} for {bundle.modality}; choose one"
+            )
+        seen[key] = bundle
+    for modality in modalities:
+        if not any(bundle.modality == modality for bundle in chosen):
+            raise ModelError(f"no model bundle for {modality}; name one with --models or leave the modality out")
+    return [seen[key] for key in sorted(seen)]
+
+
+def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
+    """Build a bundle's detector with its weights, ready to score.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    device : str
+
+    Returns
+    -------
+    Detector
+        In evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If detector, hyper-parameters and weights do not fit together.
+    """
+    from safetensors.torch import load_file
+
+    from bids_uad.methods.hyper import hyper_from_values
+    from bids_uad.methods.registry import DETECTORS, build_detector
+
+    if bundle.detector not in DETECTORS:
+        raise ModelError(f"model bundle {bundle.folder}: this version has no detector {bundle.detector!r}")
+    kind = type(next(iter(DETECTORS[bundle.detector].presets.values())))
+    try:
+        detector = build_detector(bundle.detector, hyper_from_values(kind, bundle.info["hyper"]))
+        detector.load_state_dict(load_file(bundle.folder / "weights.safetensors"))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"model bundle {bundle.folder}: {error}") from error
+    return detector.eval().to(device)
+
+
+def save_bundle(
+    folder: Path, detector: Detector, *, preset: str, modality: str, training: dict[str, Any], card: str
+) -> Bundle:
+    """Write a trained detector as a bundle.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Made if missing. Thresholds of an earlier training are removed: they belong to other weights.
+    detector : Detector
+    preset, modality : str
+    training : dict
+        The training cohort and schedule, kept in ``bundle.json``.
+    card : str
+        Text of ``MODEL_CARD.md``.
+
+    Returns
+    -------
+    Bundle
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calibration.json").unlink(missing_ok=True)
+    weights = folder / "weights.safetensors"
+    with atomic_path(weights) as temporary:
+        save_file({key: value.contiguous().cpu() for key, value in detector.state_dict().items()}, temporary)
+    write_text(folder / "MODEL_CARD.md", card)
+    write_json(
+        folder / "bundle.json",
+        {
+            "detector": detector.name,
+            "preset": preset,
+            "modality": modality,
+            "hyper": detector.describe(),
+            "input": INPUT_CONTRACT,
+            "training": training,
+            "code_version": __version__,
+            "sha256": {weights.name: _sha256(weights)},
+        },
+    )
+    return load_bundle(folder)

@@ -1,0 +1,1 @@
+"""The four analysis levels: participant, group, train, calibrate."""

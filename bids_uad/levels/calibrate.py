@@ -1,0 +1,81 @@
+"""The `calibrate` level: fix a bundle's thresholds on validation scans.
+
+``bids_uad VALIDATION MODELS calibrate --detector disyre --modality T2w --preset lite`` writes
+``MODELS/disyre-T2w-lite/calibration.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import nibabel as nib
+import numpy as np
+
+from bids_uad.config import RunConfig
+from bids_uad.dataset.atomic import write_json
+from bids_uad.evaluation.participants import healthy_flag, read_participants
+from bids_uad.dataset.preprocessed import find_preprocessed
+from bids_uad.errors import InputError
+from bids_uad.levels.train import bundle_folder, describe_cohort
+
+logger = logging.getLogger(__name__)
+
+
+def run_calibrate(config: RunConfig) -> int:
+    """Score validation scans and keep the thresholds they imply in the bundle.
+
+    Healthy scans (by participants.tsv) give the false-positive thresholds, scans with a lesion mask the
+    Dice threshold. A scan that is neither is left out: a missing mask does not mean healthy.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir` holds preprocessed validation scans, `output_dir` the bundle.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    InputError
+        If no scan can be used.
+    ModelError
+        If the bundle is missing or damaged.
+    """
+    import torch
+    from rich.progress import track
+
+    from bids_uad.calibration.thresholds import ThresholdEstimator
+    from bids_uad.engine.bundle import load_bundle, load_detector
+    from bids_uad.engine.device import resolve_device
+    from bids_uad.engine.inference import anomaly_map
+
+    bundle = load_bundle(bundle_folder(config))
+    people = read_participants(config.bids_dir)
+    scans = [
+        scan
+        for scan in find_preprocessed(config.bids_dir, bundle.modality)
+        if scan.lesion or healthy_flag(people.row(scan.subject))
+    ]
+    if not scans:
+        raise InputError(
+            config.bids_dir, "no healthy scan and no lesion mask", "add `group` to participants.tsv or lesion masks"
+        )
+    torch.set_num_threads(config.nprocs)
+    detector = load_detector(bundle, str(resolve_device(config.device)))
+    estimator = ThresholdEstimator()
+    for scan in track(scans, description=f"Scoring with {bundle.name}"):
+        volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
+        brain = np.asarray(nib.load(scan.brain).dataobj) > 0
+        lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
+        scores = anomaly_map(detector, volume, brain, key=scan.key, seed=config.random_seed)
+        estimator.add(scores, brain, lesion)
+    calibration = estimator.summary()
+    calibration["cohort"] = describe_cohort(config, scans)
+    calibration["weights_sha256"] = bundle.sha256
+    write_json(bundle.folder / "calibration.json", calibration)
+    for name, value in calibration["thresholds"].items():
+        logger.info("%s: %s = %.5g", bundle.name, name, value)
+    return 0

@@ -1,0 +1,219 @@
+"""The `train` level: healthy preprocessed scans in, a model bundle out.
+
+``bids_uad DERIVATIVES MODELS train --detector disyre --modality T2w --preset lite`` writes
+``MODELS/disyre-T2w-lite``.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.config import RunConfig
+from bids_uad.evaluation.participants import healthy_flag, read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.errors import ConfigError, InputError
+
+logger = logging.getLogger(__name__)
+
+
+def bundle_folder(config: RunConfig) -> Path:
+    """Where the bundle of this detector, modality and preset lies in OUTPUT_DIR."""
+    if config.detector is None or config.modality is None:
+        raise ConfigError("train and calibrate need --detector and --modality")
+    return config.output_dir / f"{config.detector}-{config.modality}-{config.preset}"
+
+
+def run_train(config: RunConfig) -> int:
+    """Train one detector on the healthy scans of a derivative dataset.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir` holds the preprocessed scans and `participants.tsv`; the bundle goes to `output_dir`.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    ConfigError
+        If no detector, modality or known preset is given.
+    InputError
+        If there are no healthy preprocessed scans, or a stage lacks what it needs.
+    """
+    import torch
+
+    from bids_uad.engine.bundle import save_bundle
+    from bids_uad.engine.device import resolve_device
+    from bids_uad.engine.store import SliceStore, Subject
+    from bids_uad.engine.training import train_detector
+    from bids_uad.methods.registry import build_detector
+
+    folder = bundle_folder(config)
+    scans = healthy_scans(config)
+    torch.set_num_threads(config.nprocs)
+    torch.manual_seed(config.random_seed)
+    device = resolve_device(config.device)
+    try:
+        detector = build_detector(config.detector, config.preset)
+    except KeyError as error:
+        raise ConfigError(error.args[0]) from None
+    store_folder = config.work_dir / f"slices-{folder.name}"
+    logger.info("Storing the slices of %d scans in %s", len(scans), store_folder)
+    store = SliceStore.build([Subject(scan.image, scan.brain, scan.tissue) for scan in scans], store_folder)
+    start = time.monotonic()
+    with _progress() as report:
+        try:
+            losses = train_detector(
+                detector,
+                store,
+                seed=config.random_seed,
+                device=device,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                report=report,
+            )
+        except ValueError as error:
+            raise InputError(config.bids_dir, str(error), "use scans that have them") from error
+    training = {
+        **describe_cohort(config, scans),
+        "n_slices": len(store),
+        "stages": _schedule(detector, config),
+        "final_loss": losses,
+        "seed": config.random_seed,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "device": str(device),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    card = model_card(config, training, parameters)
+    bundle = save_bundle(
+        folder, detector, preset=config.preset, modality=config.modality, training=training, card=card
+    )
+    logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
+    return 0
+
+
+def healthy_scans(config: RunConfig) -> list[PreprocessedScan]:
+    """Preprocessed scans of the participants who are healthy by participants.tsv.
+
+    Raises
+    ------
+    InputError
+        If nobody is.
+    """
+    people = read_participants(config.bids_dir)
+    found = find_preprocessed(config.bids_dir, config.modality)
+    healthy = [scan for scan in found if healthy_flag(people.row(scan.subject))]
+    if not healthy:
+        raise InputError(
+            config.bids_dir / "participants.tsv",
+            f"none of the {len(found)} {config.modality} scans belongs to a healthy participant",
+            "name them `control` in a column `group`",
+        )
+    return healthy
+
+
+def describe_cohort(config: RunConfig, scans: list[PreprocessedScan]) -> dict[str, Any]:
+    """Say who a bundle learnt from: number, age range, sexes, scanners, source."""
+    people = read_participants(config.bids_dir)
+    rows = pd.DataFrame([people.row(scan.subject) for scan in scans])
+    ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
+    return {
+        "source": _dataset_name(config.bids_dir),
+        "n_scans": len(scans),
+        "n_subjects": len({scan.subject for scan in scans}),
+        "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
+        "sex": rows["sex"].value_counts().to_dict() if "sex" in rows else None,
+        "scanners": sorted(rows["scanner"].dropna().unique()) if "scanner" in rows else None,
+    }
+
+
+def _dataset_name(folder: Path) -> str:
+    import json
+
+    path = folder / "dataset_description.json"
+    if not path.is_file():
+        return folder.name
+    return json.loads(path.read_text(encoding="utf-8")).get("Name", folder.name)
+
+
+def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
+    from bids_uad.methods.base import GradientStage
+
+    return [
+        {
+            "name": stage.name,
+            "steps": config.steps or stage.steps,
+            "batch_size": config.batch_size or stage.batch_size,
+            "learning_rate": stage.learning_rate,
+        }
+        if isinstance(stage, GradientStage)
+        else {"name": stage.name, "slices": stage.slices}
+        for stage in detector.stages()
+    ]
+
+
+def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
+    """Text of a bundle's MODEL_CARD.md."""
+    ages = training["age_range"]
+    stages = "\n".join(
+        "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
+    )
+    return f"""# {config.detector} for {config.modality}, preset {config.preset}
+
+Research software, not for clinical use.
+
+A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,} trained
+numbers. It has only seen healthy brains.
+
+## Training
+
+- Source: {training["source"]}
+- {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
+- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}; sex: {training["sex"] or "not given"}
+- Scanners: {", ".join(training["scanners"] or ["not given"])}
+- Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]}, torch {training["torch"]}
+
+{stages}
+
+## Make it again
+
+    bids_uad DERIVATIVES MODELS train --detector {config.detector} --modality {config.modality} \\
+        --preset {config.preset} --random-seed {config.random_seed}
+    bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
+        --preset {config.preset}
+
+Thresholds and the scans they come from are in `calibration.json`.
+"""
+
+
+def _progress() -> Any:
+    """Progress bar as a context manager that yields the engine's report function."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
+            tasks: dict[str, Any] = {}
+
+            def report(stage: str, step: int, steps: int, loss: float) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=steps, loss=loss)
+                progress.update(tasks[stage], completed=step, loss=loss)
+
+            yield report
+
+    return bar()

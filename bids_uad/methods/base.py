@@ -1,0 +1,131 @@
+"""What every detector offers: training stages and a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Healthy slices to learn from.
+
+    Parameters
+    ----------
+    slices : Tensor, shape (B, 1, 224, 224)
+        Intensities in [0, 1].
+    brain : Tensor of bool, shape (B, 1, 224, 224)
+    tissue : Tensor of int64, shape (B, 224, 224), optional
+        Tissue classes, 0 outside the brain; only where the training data have them.
+    """
+
+    slices: Tensor
+    brain: Tensor
+    tissue: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GradientStage:
+    """A training stage that descends a loss.
+
+    Parameters
+    ----------
+    name : str
+    module : nn.Module
+        What is trained; everything else stays as it is.
+    loss : callable
+        ``loss(batch, generator)``, a scalar Tensor.
+    steps, batch_size, learning_rate
+        The preset's schedule: AdamW, the learning rate falling to zero by a half cosine.
+    needs_tissue : bool
+        Whether the batches must have tissue classes.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Batch, Generator], Tensor]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    needs_tissue: bool = False
+
+
+@dataclass(frozen=True)
+class FitStage:
+    """A training stage without gradients: it sees batches once and keeps what it needs.
+
+    Parameters
+    ----------
+    name : str
+    fit : callable
+        ``fit(batches, generator)``.
+    slices : int
+        How many randomly chosen slices it is shown.
+    batch_size : int
+    """
+
+    name: str
+    fit: Callable[[Iterator[Batch], Generator], None]
+    slices: int
+    batch_size: int
+
+
+Stage = GradientStage | FitStage
+
+
+class Detector(nn.Module, ABC):
+    """An unsupervised anomaly detector for axial brain slices.
+
+    Attributes
+    ----------
+    name : str
+        Registry name.
+    title : str
+        Name in reports.
+    citation : str
+        Key in ``boilerplate/bids_uad.bib``.
+    presets : dict
+        Hyper-parameters by preset name: ``paper``, ``default`` or ``lite``.
+    hyper : dataclass
+        The hyper-parameters of this instance.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    citation: ClassVar[str]
+    presets: ClassVar[dict[str, Any]]
+
+    def __init__(self, hyper: Any) -> None:
+        super().__init__()
+        self.hyper = hyper
+
+    def describe(self) -> dict[str, Any]:
+        """Hyper-parameters as plain values, for a bundle's JSON."""
+        return asdict(self.hyper)
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """Training stages, in the order they are run."""
+
+    @abstractmethod
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Score every pixel of a batch of slices.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, 224, 224)
+            Intensities in [0, 1], 0 outside the brain.
+        brain : Tensor of bool, shape (B, 1, 224, 224)
+        generators : sequence of torch.Generator, length B
+            One per slice, seeded by subject and slice, so that a stochastic map does not depend on
+            which slices share a batch. Deterministic detectors leave them alone.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, 224, 224)
+            Higher is more anomalous; 0 outside the brain.
+        """

@@ -1,0 +1,40 @@
+"""The detectors by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bids_uad.methods.base import Detector
+from bids_uad.methods.disyre import Disyre
+from bids_uad.methods.patchcore import PatchCore
+
+DETECTORS: dict[str, type[Detector]] = {detector.name: detector for detector in (Disyre, PatchCore)}
+
+
+def build_detector(name: str, hyper: Any) -> Detector:
+    """Make an untrained detector.
+
+    Parameters
+    ----------
+    name : str
+        Registry name.
+    hyper : str or dataclass
+        A preset's name, or hyper-parameters.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    KeyError
+        If the detector or its preset is unknown; the message lists those there are.
+    """
+    if name not in DETECTORS:
+        raise KeyError(f"no detector named {name!r}; there are {', '.join(DETECTORS)}")
+    kind = DETECTORS[name]
+    if isinstance(hyper, str):
+        if hyper not in kind.presets:
+            raise KeyError(f"{name} has no preset {hyper!r}; it has {', '.join(kind.presets)}")
+        hyper = kind.presets[hyper]
+    return kind(hyper)

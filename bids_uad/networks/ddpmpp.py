@@ -1,0 +1,263 @@
+"""The DDPM++ U-Net, backbone of the reconstruction detectors.
+
+Ho et al. 2020 (arXiv 2006.11239) with the improvements of Song et al. 2021 (arXiv 2011.13456): residual
+blocks that resample, FiLM-conditioned group normalisation, attention at coarse resolutions. The switches
+of :class:`DDPMppConfig` reach both the published variant of arXiv 2512.01534 and the corrected one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DDPMppConfig:
+    """Shape of a DDPM++ U-Net.
+
+    Parameters
+    ----------
+    size : int
+        Side of the square input in pixels; it fixes at which levels attention sits.
+    width : int
+        Channels of the first level.
+    multipliers : tuple of int
+        Channels of each level, in units of `width`.
+    blocks : tuple of int
+        Residual blocks of each encoder level; the decoder has one more.
+    attention : tuple of int
+        Feature widths in pixels that get attention.
+    middle_attention : bool
+        Attention between the two bottleneck blocks.
+    head_width : int
+        Channels of one attention head.
+    dropout : float
+        Dropout probability in the levels of at most `dropout_at` pixels and in the bottleneck.
+    dropout_at : int
+        Feature width in pixels from which on dropout acts.
+    rescale : bool
+        Divide each residual sum by the square root of 2.
+    time_embedding : bool
+        Condition on a time label.
+    causal : bool
+        Let each pixel attend only to the pixels before it in raster order (the published behaviour).
+    activate_second : bool
+        SiLU before the second convolution of a block; the published network lacks it.
+    fold : int
+        Fold squares of `fold` x `fold` pixels into channels at the input, and unfold at the output.
+        1 is the published network; 2 makes the full resolution four times cheaper.
+    """
+
+    size: int = 128
+    width: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
+    blocks: tuple[int, ...] = (1, 1, 2, 4, 2)
+    attention: tuple[int, ...] = (16, 8)
+    middle_attention: bool = True
+    head_width: int = 64
+    dropout: float = 0.1
+    dropout_at: int = 8
+    rescale: bool = True
+    time_embedding: bool = True
+    causal: bool = False
+    activate_second: bool = True
+    fold: int = 1
+
+
+def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
+    """Embed times as sines then cosines of geometrically spaced frequencies 1 ... 1e-4.
+
+    Parameters
+    ----------
+    time : Tensor, shape (B,)
+    width : int
+        Even number of features.
+
+    Returns
+    -------
+    Tensor, shape (B, width)
+    """
+    half = width // 2
+    exponent = torch.arange(half, device=time.device, dtype=torch.float32) / (half - 1)
+    phase = time.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)[None]
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def _glorot(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.Linear:
+    """Glorot-uniform weights (variance scaling, mean of fans) and zero bias; scale 0 gives zeros."""
+    if scale == 0.0:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _conv3(inputs: int, outputs: int, scale: float = 1.0) -> nn.Conv2d:
+    return _glorot(nn.Conv2d(inputs, outputs, 3, padding=1), scale)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with FiLM conditioning, optionally resampling by 2."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: DDPMppConfig, *, dropout: float, resample: str | None = None
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.activate_second = config.activate_second
+        self.gain = 1 / math.sqrt(2) if config.rescale else 1.0
+        self.norm1 = _group_norm(inputs)
+        self.conv1 = _conv3(inputs, outputs)
+        self.norm2 = _group_norm(outputs)
+        self.film = _glorot(nn.Linear(4 * config.width, 2 * outputs)) if config.time_embedding else None
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _conv3(outputs, outputs, scale=0.0)
+        project = inputs != outputs or resample is not None
+        self.shortcut = _glorot(nn.Conv2d(inputs, outputs, 1)) if project else nn.Identity()
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        h = F.silu(self.norm1(x))
+        h = self._resized(self.conv1(h)) if self.resample == "up" else self.conv1(self._resized(h))
+        h = self.norm2(h)
+        if self.film is not None:
+            scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        if self.activate_second:
+            h = F.silu(h)
+        h = self.conv2(self.dropout(h))
+        return (self.shortcut(self._resized(x)) + h) * self.gain
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels of a feature map, in raster order."""
+
+    def __init__(self, channels: int, config: DDPMppConfig) -> None:
+        super().__init__()
+        self.heads = channels // config.head_width
+        self.causal = config.causal
+        self.gain = 1 / math.sqrt(2) if config.rescale else 1.0
+        self.norm = _group_norm(channels)
+        self.inner = nn.Linear(channels, channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = _glorot(nn.Linear(channels, channels), scale=0.0)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.inner(self.norm(x).flatten(2).transpose(1, 2))
+        qkv = self.qkv(tokens).view(batch, height * width, 3, self.heads, channels // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, height * width, channels))
+        mixed = self.dropout(mixed).transpose(1, 2).reshape(batch, channels, height, width)
+        return (x + mixed) * self.gain
+
+
+class DDPMpp(nn.Module):
+    """The U-Net.
+
+    Parameters
+    ----------
+    config : DDPMppConfig
+    inputs : int
+        Input channels.
+
+    Notes
+    -----
+    Encoder outputs (the input convolution, each block with its attention, each down-sampling block) are
+    the skip connections, taken by the decoder in reverse.
+    """
+
+    def __init__(self, config: DDPMppConfig, inputs: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        channels = [config.width * multiplier for multiplier in config.multipliers]
+        sizes = [config.size // config.fold // 2**level for level in range(len(channels))]
+        dropout = [config.dropout if size <= config.dropout_at else 0.0 for size in sizes]
+        last = len(channels) - 1
+
+        def attention(level: int) -> nn.Module:
+            return Attention(channels[level], config) if sizes[level] in config.attention else nn.Identity()
+
+        if config.time_embedding:
+            embedded = 4 * config.width
+            self.time = nn.Sequential(
+                _glorot(nn.Linear(config.width, embedded)), nn.SiLU(), _glorot(nn.Linear(embedded, embedded))
+            )
+        self.enter = _conv3(inputs * config.fold**2, config.width)
+        self.encoder, self.encoder_attention = nn.ModuleList(), nn.ModuleList()
+        skips, now = [config.width], config.width
+        for level, count in enumerate(config.blocks):
+            for _ in range(count):
+                block = ResidualBlock(now, channels[level], config, dropout=dropout[level])
+                self.encoder.append(block)
+                self.encoder_attention.append(attention(level))
+                now = channels[level]
+                skips.append(now)
+            if level < last:
+                block = ResidualBlock(now, now, config, dropout=dropout[level], resample="down")
+                self.encoder.append(block)
+                self.encoder_attention.append(nn.Identity())
+                skips.append(now)
+        self.middle_in = ResidualBlock(now, now, config, dropout=config.dropout)
+        self.middle_attention = Attention(now, config) if config.middle_attention else nn.Identity()
+        self.middle_out = ResidualBlock(now, now, config, dropout=config.dropout)
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attention": attention(level)})
+            for _ in range(config.blocks[level] + 1):
+                block = ResidualBlock(now + skips.pop(), channels[level], config, dropout=dropout[level])
+                stage["blocks"].append(block)
+                now = channels[level]
+            if level > 0:
+                stage["up"] = ResidualBlock(now, now, config, dropout=dropout[level], resample="up")
+            self.decoder.append(stage)
+        self.leave_norm = _group_norm(now)
+        self.leave = _conv3(now, config.fold**2, scale=0.0)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """Map images to images.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, inputs, H, W)
+            H and W divisible by ``fold * 2 ** (levels - 1)``.
+        time : Tensor, shape (B,), optional
+            Time labels; needed exactly when the network has a time embedding.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, H, W)
+        """
+        embedding = None
+        if self.config.time_embedding:
+            embedding = F.silu(self.time(sinusoidal_embedding(time, self.config.width).to(x.dtype)))
+        h = self.enter(F.pixel_unshuffle(x, self.config.fold))
+        skips = [h]
+        for block, attend in zip(self.encoder, self.encoder_attention, strict=True):
+            h = attend(block(h, embedding))
+            skips.append(h)
+        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
+        for stage in self.decoder:
+            for block in stage["blocks"]:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = stage["attention"](h)
+            if "up" in stage:
+                h = stage["up"](h, embedding)
+        return F.pixel_shuffle(self.leave(F.silu(self.leave_norm(h))), self.config.fold)

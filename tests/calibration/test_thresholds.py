@@ -1,0 +1,114 @@
+"""Histograms and thresholds against literal voxel counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bids_uad.calibration.histogram import above, count_scores, score_counts
+from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator
+
+
+def test_bins_hold_their_upper_edge():
+    edges = np.array([0.0, 1.0, 2.0, np.inf])
+    assert count_scores(np.array([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 9.0]), edges).tolist() == [3, 2, 2]
+
+
+def test_sums_of_bins_are_voxels_above_each_edge():
+    rng = np.random.default_rng(0)
+    scores = rng.gamma(2, 0.1, 5_000).astype(np.float32)
+    edges = np.concatenate([[0.0], np.sort(rng.random(50)), [np.inf]])
+    literal = [np.count_nonzero(scores.astype(np.float64) > edge) for edge in edges[:-1]]
+    assert above(count_scores(scores, edges))[1:].tolist() == literal[1:]
+
+
+def test_lesion_and_rest_are_apart_and_inside_the_brain():
+    scores = np.array([[0.2, 0.8], [0.9, 0.1]])
+    brain = np.array([[True, True], [True, False]])
+    lesion = np.array([[False, False], [True, True]])
+    edges = np.array([0.0, 0.5, np.inf])
+    rest, inside = score_counts(scores, brain, lesion, edges)
+    assert rest.tolist() == [1, 1]
+    assert inside.tolist() == [0, 1]
+    assert score_counts(scores, brain, None, edges)[1] is None
+
+
+@pytest.fixture
+def volumes():
+    rng = np.random.default_rng(0)
+    healthy = [rng.gamma(2, 0.1, (20, 20, 20)) for _ in range(5)]
+    sick = []
+    for size in (3, 6, 9):
+        scores = rng.gamma(2, 0.1, (20, 20, 20))
+        lesion = np.zeros(scores.shape, dtype=bool)
+        lesion[:size, :size, :size] = True
+        scores[lesion] += rng.normal(0.6, 0.2, lesion.sum()).clip(0)
+        sick.append((scores, lesion))
+    return healthy, sick
+
+
+def estimate(volumes):
+    healthy, sick = volumes
+    estimator = ThresholdEstimator()
+    brain = np.ones((20, 20, 20), dtype=bool)
+    for scores in healthy:
+        estimator.add(scores, brain, None)
+    for scores, lesion in sick:
+        estimator.add(scores, brain, lesion)
+    return estimator
+
+
+def test_fpr_thresholds_are_quantiles(volumes):
+    found = estimate(volumes).thresholds()
+    pooled = np.concatenate([scores.ravel() for scores in volumes[0]])
+    for name, level in (("fpr_1pct", 0.01), ("fpr_5pct", 0.05)):
+        assert found[name] == pytest.approx(np.quantile(pooled, 1 - level), rel=2e-3)
+        assert (pooled > found[name]).mean() <= level
+
+
+def test_dice_threshold_beats_a_literal_search(volumes):
+    _, sick = volumes
+
+    def mean_dice(threshold):
+        return np.mean(
+            [2 * ((s > threshold) & m).sum() / ((s > threshold).sum() + m.sum()) for s, m in sick]
+        )
+
+    found = estimate(volumes).thresholds()["max_dice"]
+    best = max(mean_dice(threshold) for threshold in np.linspace(0, 1.5, 1501))
+    assert mean_dice(found) >= best - 1e-3
+
+
+def test_every_threshold_is_a_bin_edge(volumes):
+    estimator = estimate(volumes)
+    edges = estimator.bin_edges()
+    assert edges[0] == 0
+    assert np.isinf(edges[-1])
+    assert (np.diff(edges) > 0).all()
+    assert set(estimator.thresholds().values()) <= set(edges.tolist())
+    assert 500 < len(edges) < 1_100
+
+
+def test_summary_says_what_the_thresholds_do(volumes):
+    summary = estimate(volumes).summary()
+    assert summary["default_threshold"] == "max_dice"
+    assert summary["validation"]["healthy_fpr"]["fpr_1pct"] <= 0.01
+    assert summary["validation"]["mean_dice"]["max_dice"] == max(summary["validation"]["mean_dice"].values())
+    assert np.isfinite(summary["bin_edges"]).all()
+
+
+def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):
+    estimator = ThresholdEstimator()
+    estimator.add(volumes[0][0], np.ones((20, 20, 20), dtype=bool), None)
+    assert estimator.summary()["default_threshold"] == "fpr_1pct"
+
+
+def test_a_lesion_outside_the_brain_is_refused():
+    brain = np.zeros((4, 4, 4), dtype=bool)
+    with pytest.raises(ValueError, match="no brain voxel"):
+        ThresholdEstimator().add(np.zeros((4, 4, 4)), brain, ~brain)
+
+
+def test_resolution():
+    steps = FINE_EDGES[2:-1] / FINE_EDGES[1:-2]
+    assert steps.max() < 1.0011

@@ -1,0 +1,107 @@
+"""Disyre against its closed forms and a literal sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bids_uad.methods.base import Batch
+from bids_uad.methods.disyre import Disyre, DisyreHyper, severity_table
+from bids_uad.networks.ddpmpp import DDPMppConfig
+
+TINY = DisyreHyper(
+    network=DDPMppConfig(
+        size=64, width=16, multipliers=(1, 2), blocks=(1, 1), attention=(), middle_attention=False, dropout=0.0
+    ),
+    window=(64, 64),
+    stride=32,
+)
+
+
+def trained_looking(hyper=TINY):
+    torch.manual_seed(0)
+    detector = Disyre(hyper).eval()
+    torch.nn.init.normal_(detector.network.leave.weight, std=0.1)
+    return detector
+
+
+@pytest.fixture
+def slices():
+    generator = torch.Generator().manual_seed(0)
+    brain = torch.zeros(3, 1, 224, 224, dtype=torch.bool)
+    brain[:, :, 50:150, 60:190] = True
+    return torch.rand(3, 1, 224, 224, generator=generator) * brain, brain
+
+
+def test_severity_table_is_the_published_one():
+    table = severity_table()
+    expected = {0: 0.9995, 24: 0.7266, 49: 0.2724, 74: 0.0508, 99: 0.0045}
+    for label, severity in expected.items():
+        assert float(table[label]) == pytest.approx(severity, abs=5e-5)
+
+
+def test_label_falls_as_severity_grows():
+    labels = trained_looking().severity_label(torch.tensor([1.0, 0.7266, 0.2724, 0.0]))
+    assert labels.tolist() == [0, 24, 49, 99]
+
+
+def test_score_is_the_mean_change_over_windows_and_labels(slices):
+    detector = trained_looking()
+    x, brain = slices
+    with torch.no_grad():
+        ours = detector.score(x, brain, [])
+        # One window position and label at a time, one slice at a time.
+        rows, columns = [50, 82, 86], [60, 92, 124, 126]
+        offset = torch.arange(64) - 31.5
+        profile = torch.exp(-0.5 * (offset / 8) ** 2)
+        weight = (profile[:, None] * profile[None]).clamp_min(1e-3)
+        for index in range(3):
+            top, bottom = torch.zeros(224, 224), torch.zeros(224, 224)
+            for row in rows:
+                for column in columns:
+                    patch = 2 * x[index : index + 1, :, row : row + 64, column : column + 64] - 1
+                    change = sum(
+                        (patch - detector.network(patch, torch.tensor([label]))).abs()[0, 0] for label in (99, 74, 49, 24)
+                    )
+                    top[row : row + 64, column : column + 64] += weight * change / 4
+                    bottom[row : row + 64, column : column + 64] += weight
+            expected = torch.where(brain[index, 0], top / bottom.clamp_min(1e-12), 0)
+            torch.testing.assert_close(ours[index, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_published_weighting_scales_by_the_brains_share(slices):
+    x, brain = slices
+    plain, weighted = trained_looking(), trained_looking(replace(TINY, foreground_weighting=True))
+    with torch.no_grad():
+        ratio = weighted.score(x, brain, [])[brain] / plain.score(x, brain, [])[brain]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 100 * 130 / 224**2))
+
+
+def test_map_does_not_depend_on_a_batch_of_the_same_extent(slices):
+    detector = trained_looking()
+    x, brain = slices
+    with torch.no_grad():
+        together = detector.score(x, brain, [])
+        alone = torch.cat([detector.score(x[i : i + 1], brain[i : i + 1], []) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_codebook_holds_the_tissue_intensities():
+    detector = Disyre(replace(TINY, codebook_size=2))
+    x = torch.zeros(2, 1, 224, 224)
+    x[:, :, 40:80, 40:80], x[:, :, 80:120, 40:80] = 0.3, 0.8
+    detector.fit_codebook(iter([Batch(x, x > 0)]), torch.Generator())
+    torch.testing.assert_close(detector.codebook, torch.tensor([0.3, 0.8]))
+
+
+def test_presets_that_ship():
+    assert set(Disyre.presets) == {"paper", "default", "lite"}
+    paper = Disyre.presets["paper"]
+    assert paper.network.causal
+    assert not paper.network.activate_second
+    assert paper.stride == 32
+    with torch.device("meta"):
+        lite = sum(p.numel() for p in Disyre(Disyre.presets["lite"]).parameters())
+    assert lite * 4 < 5e6  # bytes: a bundle stays below 5 MB

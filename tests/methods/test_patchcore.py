@@ -1,0 +1,76 @@
+"""PatchCore against scikit-learn's nearest neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import NearestNeighbors
+
+from bids_uad.methods.base import Batch
+from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+
+TINY = PatchCoreHyper(widths=(4, 8, 8, 16), candidates=2_000, bank=64, bank_slices=4)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    brain = torch.zeros(4, 1, 224, 224, dtype=torch.bool)
+    brain[:, :, 50:150, 60:180] = True
+    return Batch(torch.rand(4, 1, 224, 224, generator=generator) * brain, brain, brain[:, 0].long())
+
+
+@pytest.fixture
+def detector(batch):
+    torch.manual_seed(0)
+    detector = PatchCore(TINY).eval()
+    with torch.no_grad():
+        detector.fit_bank(iter([batch]), torch.Generator().manual_seed(1))
+    return detector
+
+
+def test_score_is_the_distance_to_the_nearest_descriptor(detector, batch):
+    with torch.no_grad():
+        ours = detector.score(batch.slices[:1], batch.brain[:1], [])[0, 0]
+        described = detector.descriptors(batch.slices[:1])[0]
+    bank = detector.bank.float().numpy()
+    distance, _ = NearestNeighbors(n_neighbors=1).fit(bank).kneighbors(described.reshape(-1, 24).numpy())
+    covered = F.max_pool2d(batch.brain[:1].float(), 4)[0, 0] > 0
+    coarse = np.where(covered, distance.reshape(56, 56), 0).astype(np.float32)
+    fine = F.interpolate(torch.from_numpy(coarse)[None, None], size=(224, 224), mode="bilinear")[0, 0]
+    expected = torch.where(batch.brain[0, 0], fine, 0)
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_bank_members_score_zero(detector, batch):
+    with torch.no_grad():
+        described = detector.descriptors(batch.slices).reshape(-1, 24)
+    distance = torch.cdist(detector.bank.float(), described).amin(1)
+    assert distance.max() < 0.02  # half precision
+
+
+def test_descriptors_are_standardised(detector, batch):
+    covered = F.max_pool2d(batch.brain.float(), 4)[:, 0] > 0
+    with torch.no_grad():
+        values = detector.descriptors(batch.slices)[covered]
+    assert values.mean(0).abs().max() < 0.2
+    assert (values.std(0) - 1).abs().median() < 0.05
+
+
+def test_tissue_loss_descends(batch):
+    torch.manual_seed(0)
+    detector = PatchCore(replace(TINY, classes=2))
+    optimiser = torch.optim.Adam(detector.backbone.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(12):
+        loss = detector.tissue_loss(batch, generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]

@@ -1,0 +1,168 @@
+"""Windows, clustering, coreset and corruptions against independent references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from sklearn.cluster import KMeans
+
+from bids_uad.networks.coreset import farthest_points
+from bids_uad.networks.corruptions import (
+    AnomalyConfig,
+    AugmentationConfig,
+    cut_windows,
+    gaussian_blur,
+    paint_anomalies,
+    random_shapes,
+    vary_intensity,
+)
+from bids_uad.networks.kmeans import kmeans_1d
+from bids_uad.networks.windows import importance, window_starts
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0, 223, [0, 32, 64, 96]), (60, 100, [16]), (0, 20, [0]), (200, 223, [96]), (10, 150, [10, 23])],
+)
+def test_window_starts(first, last, expected):
+    occupied = torch.zeros(224, dtype=torch.bool)
+    occupied[first : last + 1] = True
+    assert window_starts(occupied, 128, 32) == expected
+
+
+def test_no_window_where_nothing_is():
+    assert window_starts(torch.zeros(224, dtype=torch.bool), 128, 32) == []
+
+
+def test_windows_cover_what_is_occupied():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        first, last = np.sort(rng.integers(0, 224, 2))
+        occupied = torch.zeros(224, dtype=torch.bool)
+        occupied[first : last + 1] = True
+        covered = torch.zeros(224, dtype=torch.bool)
+        for start in window_starts(occupied, 96, 48):
+            assert 0 <= start <= 224 - 96
+            covered[start : start + 96] = True
+        assert covered[first : last + 1].all()
+
+
+def test_importance_is_gaussian_with_a_floor():
+    weight = importance(128, 128, torch.device("cpu"))
+    assert weight[64, 64] == pytest.approx(np.exp(-0.5 * 2 * (0.5 / 16) ** 2), rel=1e-5)
+    assert weight.min() == pytest.approx(1e-3)
+
+
+def test_kmeans_finds_the_centres_scikit_learn_finds():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))])
+    ours = kmeans_1d(torch.from_numpy(values), 4)
+    theirs = np.sort(KMeans(4, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_farthest_points_are_the_greedy_choice():
+    points = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
+    chosen = farthest_points(points, 12, torch.Generator().manual_seed(2)).tolist()
+    cloud = points.numpy()
+    expected = [chosen[0]]
+    for _ in range(11):
+        distance = np.linalg.norm(cloud[:, None] - cloud[expected][None], axis=2).min(1)
+        expected.append(int(distance.argmax()))
+    assert chosen == expected
+
+
+def test_coreset_needs_enough_points():
+    with pytest.raises(ValueError, match="cannot choose 5 of 4"):
+        farthest_points(torch.zeros(4, 2), 5, torch.Generator())
+
+
+def test_gaussian_blur_is_scipys():
+    images = torch.rand(3, 1, 40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.7, 2.0, 3.0])
+    ours = gaussian_blur(images, sigma)
+    for image, blurred, width in zip(images, ours, sigma, strict=True):
+        expected = gaussian_filter(image[0].numpy(), float(width), mode="nearest", radius=9)
+        np.testing.assert_allclose(blurred[0], expected, atol=1e-6)
+
+
+def test_no_blur_leaves_the_image():
+    image = torch.rand(1, 1, 9, 9)
+    torch.testing.assert_close(gaussian_blur(image, torch.zeros(1)), image)
+
+
+@pytest.fixture
+def healthy():
+    """Sixteen two-tissue discs."""
+    rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+    radius = ((rows - 48) ** 2 + (columns - 48) ** 2).sqrt()
+    brain = (radius < 40)[None, None].expand(16, 1, 96, 96)
+    image = torch.where(radius < 20, 0.7, 0.4)[None, None].expand(16, 1, 96, 96) * brain
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    return (image + noise * brain), brain
+
+
+def test_shapes_keep_to_their_size():
+    centres = torch.full((600, 2), 48.0)
+    shapes = random_shapes(centres, 96, 96, AnomalyConfig(size=(10, 44)), torch.Generator().manual_seed(0))
+    area = shapes.sum((1, 2, 3))
+    assert set(shapes.unique().tolist()) == {0.0, 1.0}
+    assert area.median() > 0.5 * 27**2 * 0.5
+    assert area.max() <= (1.6 * 44) ** 2
+
+
+def test_anomalies_stay_in_the_brain_and_know_their_severity(healthy):
+    images, brain = healthy
+    codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
+    corrupted, severity = paint_anomalies(images, brain, codebook, AnomalyConfig(), torch.Generator().manual_seed(3))
+    change = (corrupted - images).abs()
+    assert change[~brain].max() == 0
+    assert corrupted.min() >= 0
+    assert corrupted.max() <= 1
+    assert ((severity >= 0) & (severity <= 1)).all()
+    assert (change.flatten(1).amax(1) > 0).float().mean() > 0.8
+    # Texture opacity and bias each change a pixel by at most their strength.
+    assert (change.flatten(1).amax(1) <= 2 * severity + 1e-6).all()
+
+
+def test_painting_repeats_with_its_generator(healthy):
+    images, brain = healthy
+    codebook = torch.linspace(0.1, 0.9, 5)
+    first, again, other = (
+        paint_anomalies(images, brain, codebook, AnomalyConfig(), torch.Generator().manual_seed(seed))[0]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_unturned_windows_are_copies(healthy):
+    images, brain = healthy
+    config = AugmentationConfig(spatial=0.0, intensity=0.0)
+    cut, region = cut_windows(images, brain, (96, 96), config, torch.Generator().manual_seed(0))
+    for window, source in zip(cut, images, strict=True):
+        flips = [source, source.flip(-1), source.flip(-2), source.flip((-1, -2))]
+        assert any(torch.allclose(window, flipped, atol=1e-5) for flipped in flips)
+    assert region.dtype == torch.bool
+
+
+def test_turned_labels_follow_the_image(healthy):
+    images, brain = healthy
+    tissue = torch.where(images > 0.6, 2, 1) * brain
+    config = AugmentationConfig(spatial=1.0)
+    cut, classes = cut_windows(images, tissue, (80, 80), config, torch.Generator().manual_seed(0))
+    assert classes.dtype == tissue.dtype
+    inner = cut[classes == 2]
+    assert inner.mean() > 0.65
+    assert cut[classes == 1].mean() < 0.5
+
+
+def test_intensities_vary_but_background_stays(healthy):
+    images, brain = healthy
+    varied = vary_intensity(images, brain, AugmentationConfig(intensity=1.0), torch.Generator().manual_seed(0))
+    assert varied[~brain].abs().max() == 0
+    assert (varied - images).abs().mean() > 0.01
+    same = vary_intensity(images, brain, AugmentationConfig(intensity=0.0), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same, images)
