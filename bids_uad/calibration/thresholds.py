@@ -11,7 +11,7 @@ from bids_uad.calibration.histogram import above, score_counts
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
 # Relative resolution 0.1 %, fine enough that no threshold is moved by binning.
 FINE_EDGES = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 27_632), [np.inf]])
-FINAL_BINS = 1_000
+FINAL_BINS = 2_000
 
 
 class ThresholdEstimator:
@@ -71,7 +71,7 @@ class ThresholdEstimator:
         return found
 
     def bin_edges(self) -> np.ndarray:
-        """About a thousand edges for score tables, every threshold among them.
+        """About two thousand edges for score tables, every threshold among them.
 
         Half follow the quantiles of all validation voxels, crowding towards the top, where thresholds
         live; half are evenly spaced up to twice the highest score, for lesions brighter than any seen.

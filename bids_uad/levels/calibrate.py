@@ -13,7 +13,7 @@ import numpy as np
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.atomic import write_json
-from bids_uad.evaluation.participants import healthy_flag, read_participants
+from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.errors import InputError
 from bids_uad.levels.train import bundle_folder, describe_cohort

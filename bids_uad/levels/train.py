@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.config import RunConfig
-from bids_uad.evaluation.participants import healthy_flag, read_participants
+from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from bids_uad.methods.base import Detector
 from bids_uad.methods.disyre import Disyre
+from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.patchcore import PatchCore
 
-DETECTORS: dict[str, type[Detector]] = {detector.name: detector for detector in (Disyre, PatchCore)}
+DETECTORS: dict[str, type[Detector]] = {detector.name: detector for detector in (Disyre, PatchCore, Intensity)}
 
 
 def build_detector(name: str, hyper: Any) -> Detector:

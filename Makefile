@@ -1,0 +1,44 @@
+# Everything a checkout answers. Needs python3 (3.11 to 3.13); a GPU is used where there is one.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+NPROCS ?= 2
+
+.PHONY: demo test test-slow bench lint format clean
+
+# torch first and by its exact version, so that nothing pulls another build in.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"bids_uad needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; call make with PYTHON=python3.12 or the like")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m bids_uad.simulation $(DEMO)/data --healthy 3 --lesion 3 --seed 7 --nprocs $(NPROCS)
+	$(BIN)/bids_uad $(DEMO)/data $(DEMO)/derivatives participant group --nprocs $(NPROCS) \
+	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work
+	@echo
+	@echo "Group report:    $(DEMO)/derivatives/group.html"
+	@echo "Subject reports: $(DEMO)/derivatives/sub-*.html"
+
+test: $(VENV)/installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(NPROCS) --dist loadfile
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/engine.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist

@@ -1,0 +1,60 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target` that is renamed to it on success.
+
+    The temporary name keeps the whole extension (`.nii.gz`), since writers choose a format by it, and
+    starts with a dot, so that neither BIDS tools nor a reader of the folder take it for an output.
+
+    Parameters
+    ----------
+    target : path-like
+        The final file. Missing parent folders are made.
+
+    Yields
+    ------
+    pathlib.Path
+        Where to write. Removed if the block raises.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{uuid.uuid4().hex[:8]}.{target.name}"
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` (UTF-8) to `target` atomically and return its path."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(target)
+
+
+def write_json(target: str | os.PathLike[str], content: dict[str, Any]) -> Path:
+    """Write `content` as indented JSON to `target` atomically and return its path."""
+    return write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:
+    """Write `table` as BIDS TSV to `target` atomically (missing values are `n/a`)."""
+    with atomic_path(target) as temporary:
+        table.to_csv(temporary, sep="\t", index=False, na_rep="n/a", lineterminator="\n")
+    return Path(target)

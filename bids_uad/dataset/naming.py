@@ -1,0 +1,114 @@
+"""How outputs are named: one set of patterns, for the data sink and for whoever looks for files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bids.layout.writing import build_path
+
+from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit
+from bids_uad.space import NAME
+
+_OWN_ENTITIES = (
+    ("from", "from"),
+    ("to", "to"),
+    ("mode", "mode"),
+    ("space", "space"),
+    ("segmentation", "seg"),
+    ("label", "label"),
+    ("desc", "desc"),
+)
+
+ENTITIES: list[dict[str, Any]] = [
+    {"name": name, "pattern": rf"[_/\\]+{key}-([a-zA-Z0-9+]+)"}
+    for name, key in (*PREFIX_ENTITIES, *_OWN_ENTITIES)
+] + [
+    {"name": "suffix", "pattern": r"[_/\\]([a-zA-Z0-9]+)\.[^/\\]+$"},
+    {"name": "extension", "pattern": r"[^./\\](\.[^/\\]+)$"},
+    {"name": "datatype", "pattern": r"[/\\](anat)[/\\]"},
+]
+"""Entities of our outputs, in the order of their names."""
+
+_FOLDER = "sub-{subject}[/ses-{session}]/anat/"
+_PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name, key in PREFIX_ENTITIES[1:])
+
+PATTERNS = [
+    _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
+    _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
+    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+]  # fmt: skip
+"""pybids path patterns of our outputs."""
+
+
+def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **entities: str) -> Path:
+    """Name one output of an image, relative to the derivative dataset.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+        The image whose entities the name starts with.
+    suffix, extension : str
+    **entities : str
+        pybids names: `space`, `segmentation`, `label`, `desc`, or `from`, `to`, `mode` for transforms.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ValueError
+        If no pattern takes these entities.
+    """
+    values = {**unit.entities, **entities, "suffix": suffix, "extension": extension}
+    name = build_path(values, PATTERNS, strict=True)
+    if name is None:
+        raise ValueError(f"no output is named with {values}")
+    return Path(name)
+
+
+def brain_desc(unit: ImageUnit) -> str:
+    """Give the `desc-` of an image's brain mask: a T2w beside a T1w has its own, named apart."""
+    return "brain" if unit.is_anchor else f"{unit.modality}Brain"
+
+
+def detector_desc(modality: str, detector: str) -> str:
+    """Give the `desc-` of a detector's outputs: modality and detector, as in `T1wPatchcore`."""
+    return f"{modality}{detector.capitalize()}"
+
+
+def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:
+    """Name what preprocessing writes for an image, by the name of the workflow's output field."""
+    brain = brain_desc(unit)
+    forward = {"from": unit.modality, "to": NAME, "mode": "image"}
+    inverse = {"from": NAME, "to": unit.modality, "mode": "image"}
+    return {
+        "preproc": output_path(unit, space=NAME, desc="preproc", suffix=unit.modality),
+        "brain_mask": output_path(unit, space=NAME, desc=brain, suffix="mask"),
+        "native_mask": output_path(unit, desc=brain, suffix="mask"),
+        "to_sri24": output_path(unit, suffix="xfm", extension=".txt", **forward),
+        "from_sri24": output_path(unit, suffix="xfm", extension=".txt", **inverse),
+    }
+
+
+def lesion_output(unit: ImageUnit) -> Path:
+    """Name the session's lesion mask in SRI24 space; `unit` is the session's first image."""
+    return output_path(unit, space=NAME, label="lesion", desc="manual", suffix="mask")
+
+
+def detection_outputs(unit: ImageUnit, detector: str) -> dict[str, Path]:
+    """Name what one detector writes for an image, by kind."""
+    desc = detector_desc(unit.modality, detector)
+    in_space = {"space": NAME, "desc": desc}
+    components = {"space": NAME, "segmentation": desc, "suffix": "dseg"}
+    return {
+        "anomalymap": output_path(unit, **in_space, suffix="anomalymap"),
+        "probseg": output_path(unit, **in_space, label="anomaly", suffix="probseg"),
+        "mask": output_path(unit, **in_space, label="anomaly", suffix="mask"),
+        "dseg": output_path(unit, **components),
+        "components": output_path(unit, **components, extension=".tsv"),
+        "native_mask": output_path(unit, space="orig", label="anomaly", desc=desc, suffix="mask"),
+        "histogram": output_path(unit, **in_space, suffix="histogram", extension=".tsv"),
+        "metrics": output_path(unit, **in_space, suffix="metrics", extension=".tsv"),
+    }

@@ -1,0 +1,205 @@
+"""The JSON that stands beside every output: what it is, of what it was made, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bids_uad import __version__
+from bids_uad.dataset.units import ImageUnit
+from bids_uad.space import NAME
+
+SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
+PROBSEG_FORMULA = "score / (score + Threshold)"
+NOT_CLINICAL = "Research software, not for clinical use."
+
+# `index` and `name` are BIDS's own columns of such a table and must not be described again.
+COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
+    "volume_mm3": {"Description": "Volume", "Units": "mm^3"},
+    "peak_score": {"Description": "Highest anomaly score in the component"},
+    "mean_score": {"Description": "Mean anomaly score of the component"},
+    "centroid_x": {"Description": "Centre of mass, left to right, SRI24 space", "Units": "mm"},
+    "centroid_y": {"Description": "Centre of mass, posterior to anterior, SRI24 space", "Units": "mm"},
+    "centroid_z": {"Description": "Centre of mass, inferior to superior, SRI24 space", "Units": "mm"},
+}
+
+HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {
+    "score_lower": {"Description": "Lower edge of the bin, not included (in the first bin it is)"},
+    "score_upper": {"Description": "Upper edge of the bin, included; inf for the last"},
+    "n_nonlesion": {"Description": "Brain voxels in the bin outside the lesion mask (all, without a mask)"},
+    "n_lesion": {"Description": "Brain voxels in the bin inside the lesion mask; n/a without a mask"},
+}
+
+METRICS_COLUMNS: dict[str, dict[str, Any]] = {
+    "source_image": {"Description": "Raw image, as BIDS URI"},
+    "modality": {"Description": "Suffix of the raw image"},
+    "detector": {"Description": "Detector"},
+    "preset": {"Description": "Hyper-parameter preset of the detector"},
+    "model_sha256": {"Description": "SHA-256 of the model bundle"},
+    "app_version": {"Description": "Version of bids_uad"},
+    "threshold": {"Description": "Score above which a voxel is called anomalous"},
+    "threshold_name": {"Description": "How the threshold was fixed on validation data"},
+    "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
+    "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
+    "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},
+    "n_components": {"Description": "26-connected components of the anomaly mask"},
+    "n_lesions": {"Description": "26-connected components of the lesion mask inside the brain"},
+    "n_lesions_detected": {"Description": "Lesions that share a voxel with the anomaly mask"},
+    "n_false_components": {"Description": "Components of the anomaly mask that touch no lesion"},
+}
+
+
+def raw_uri(unit: ImageUnit, bids_dir: Path) -> str:
+    """Give the BIDS URI of a raw image."""
+    return f"bids:raw:{unit.path.relative_to(bids_dir).as_posix()}"
+
+
+def own_uri(path: Path) -> str:
+    """Give the BIDS URI of one of our own outputs (path relative to the derivative dataset)."""
+    return f"bids::{path.as_posix()}"
+
+
+def preprocessing_sidecars(
+    unit: ImageUnit, bids_dir: Path, reference: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Describe what preprocessing writes for an image.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+    bids_dir : pathlib.Path
+    reference : dict
+        Metadata of the reference image.
+
+    Returns
+    -------
+    dict of str to dict
+        Metadata by output field. Transforms have none: they are no BIDS yet.
+    """
+    sources = [raw_uri(unit, bids_dir)]
+    if unit.anchor is not None:
+        sources.append(raw_uri(unit.anchor, bids_dir))
+    in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}
+    return {
+        "preproc": {
+            "Description": f"Skull-stripped, bias-corrected {unit.modality} image in {NAME} space, scaled to "
+            "[0, 1] by robust percentiles inside the brain mask; 0 outside",
+            "SkullStripped": True,
+            **in_space,
+        },
+        "brain_mask": {
+            "Description": f"Brain mask of the {unit.modality} image in {NAME} space",
+            "Type": "Brain",
+            **in_space,
+        },
+        "native_mask": {
+            "Description": f"Brain mask of the {unit.modality} image on its own grid",
+            "Type": "Brain",
+            "SpatialReference": "orig",
+            "Sources": sources,
+        },
+    }
+
+
+def lesion_uri(mask: Path, lesions_dir: Path) -> str:
+    """Give the BIDS URI of a lesion mask."""
+    return f"bids:lesions:{mask.relative_to(lesions_dir).as_posix()}"
+
+
+def lesion_sidecar(mask_uri: str, own: dict[str, Any]) -> dict[str, Any]:
+    """Describe the ground truth in SRI24 space.
+
+    Parameters
+    ----------
+    mask_uri : str
+        BIDS URI of the mask as it was given.
+    own : dict
+        Sidecar of that mask. Whether it was drawn by hand (`Manual`) is repeated if it says so.
+
+    Returns
+    -------
+    dict
+    """
+    said = {"Manual": own["Manual"]} if isinstance(own.get("Manual"), bool) else {}
+    return {
+        "Description": f"Lesion mask given by the user, brought to {NAME} space",
+        "Type": "Lesion",
+        **said,
+        "SpatialReference": SPATIAL_REFERENCE,
+        "Sources": [mask_uri],
+    }
+
+
+def detection_sidecars(
+    files: dict[str, Path], inputs: dict[str, Path], model: dict[str, Any], run: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Describe what one detector writes for an image.
+
+    Parameters
+    ----------
+    files : dict of str to pathlib.Path
+        Outputs by kind, relative to the dataset (`naming.detection_outputs`).
+    inputs : dict of str to pathlib.Path
+        `preproc`, `brain_mask` and `raw` (a BIDS URI) and, with ground truth, `lesion`.
+    model : dict
+        Keys to repeat in every sidecar: `Model`, `ModelSHA256`, `Threshold` and so on.
+    run : dict
+        Keys to repeat in every sidecar: `Device`, `RandomSeed` and so on.
+
+    Returns
+    -------
+    dict of str to dict
+        Metadata by kind, for every kind in `files`. `dseg` and `components` share one file.
+    """
+    common = {**model, **run, "SoftwareVersion": __version__, "Note": NOT_CLINICAL}
+    in_space = {"SpatialReference": SPATIAL_REFERENCE}
+    scored = {"Sources": [own_uri(inputs["preproc"]), own_uri(inputs["brain_mask"])], **in_space, **common}
+    derived = {"Sources": [own_uri(files["anomalymap"])], **in_space, **common}
+    counted = [own_uri(files["anomalymap"]), own_uri(inputs["brain_mask"])]
+    counted += [own_uri(inputs["lesion"])] if "lesion" in inputs else []
+    components = {
+        "Description": "26-connected components of the anomaly mask, largest first",
+        **COMPONENT_COLUMNS,
+        **derived,
+    }
+    return {
+        "anomalymap": {
+            "Description": "Anomaly score of every brain voxel, unbounded, 0 outside the brain; "
+            "not a probability",
+            **scored,
+        },
+        "probseg": {
+            "Description": "Anomaly score squashed to [0, 1) so that 0.5 is the threshold; "
+            "not a calibrated probability",
+            "Formula": PROBSEG_FORMULA,
+            **derived,
+        },
+        "mask": {
+            "Description": "Voxels whose anomaly score is above the threshold",
+            "Type": "Lesion",
+            **derived,
+        },
+        "dseg": components,
+        "components": components,
+        "native_mask": {
+            "Description": "Anomaly mask on the grid of the raw image",
+            "Type": "Lesion",
+            "Sources": [own_uri(files["mask"]), str(inputs["raw"])],
+            "SpatialReference": "orig",
+            **common,
+        },
+        "histogram": {
+            "Description": "Counts of brain voxels by anomaly score",
+            **HISTOGRAM_COLUMNS,
+            **in_space,
+            "Sources": counted,
+            **common,
+        },
+        "metrics": {
+            "Description": "What the detector found in one image, in numbers",
+            **METRICS_COLUMNS,
+            **in_space,
+            "Sources": counted,
+            **common,
+        },
+    }

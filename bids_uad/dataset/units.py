@@ -1,0 +1,107 @@
+"""The unit of work: one raw T1w or T2w image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PREFIX_ENTITIES = (
+    ("subject", "sub"),
+    ("session", "ses"),
+    ("task", "task"),
+    ("acquisition", "acq"),
+    ("ceagent", "ce"),
+    ("reconstruction", "rec"),
+    ("run", "run"),
+    ("echo", "echo"),
+    ("part", "part"),
+)
+"""pybids entity name and key in file names, in BIDS order, of what identifies an image."""
+
+
+@dataclass(frozen=True)
+class ImageUnit:
+    """One raw image and what it is registered to.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The raw file.
+    subject : str
+        Label without `sub-`.
+    session : str, optional
+        Label without `ses-`.
+    modality : str
+        `T1w` or `T2w`.
+    entities : dict
+        pybids entities that identify the image (keys of `PREFIX_ENTITIES`), as text.
+    anchor : ImageUnit, optional
+        The T1w that this T2w is registered to; none for an image that goes to the atlas directly.
+    lesion_mask : pathlib.Path, optional
+        Lesion mask on this image's grid.
+    sidecar : dict
+        BIDS metadata of the image.
+    """
+
+    path: Path
+    subject: str
+    session: str | None
+    modality: str
+    entities: dict[str, str]
+    anchor: ImageUnit | None = None
+    lesion_mask: Path | None = None
+    sidecar: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """First part of every output's name, `sub-X[_ses-Y][_acq-Z]...`."""
+        return "_".join(
+            f"{key}-{self.entities[name]}" for name, key in PREFIX_ENTITIES if name in self.entities
+        )
+
+    @property
+    def key(self) -> str:
+        """Name of the unit in logs, records and random streams, `<prefix>_<modality>`."""
+        return f"{self.prefix}_{self.modality}"
+
+    @property
+    def session_folder(self) -> Path:
+        """`sub-X[/ses-Y]`, relative to the dataset."""
+        folder = Path(f"sub-{self.subject}")
+        return folder / f"ses-{self.session}" if self.session else folder
+
+    @property
+    def folder(self) -> Path:
+        """`sub-X[/ses-Y]/anat`, relative to the dataset."""
+        return self.session_folder / "anat"
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether the image goes to the atlas directly."""
+        return self.anchor is None
+
+    @property
+    def skull_stripped(self) -> bool | None:
+        """What the sidecar says about skull-stripping; none if it says nothing."""
+        value = self.sidecar.get("SkullStripped")
+        return value if isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that could not be used, told by name.
+
+    Parameters
+    ----------
+    subject : str
+        Label without `sub-`.
+    message : str
+        One line.
+    key : str, optional
+        The unit it concerns; none if it concerns the participant.
+    """
+
+    subject: str
+    message: str
+    key: str | None = None

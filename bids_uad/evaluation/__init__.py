@@ -1,0 +1,1 @@
+"""From the small score tables of each subject to the benchmark of a cohort."""

@@ -1,0 +1,351 @@
+"""The benchmark table: one row for each detector, modality and cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bids_uad.errors import InputError
+from bids_uad.evaluation.absences import Absence, find_absences
+from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
+from bids_uad.evaluation.consistency import ConsistencyCheck
+from bids_uad.evaluation.curves import Curves
+from bids_uad.dataset.participants import Participants, cohort_of
+from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
+from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK, subject_row
+from bids_uad.evaluation.tables import read_unit
+
+ALL = "all"
+
+_CI = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
+_FEW = f"n/a with fewer than {MIN_SUBJECTS} participants"
+
+
+def _interval_columns(name: str, what: str) -> dict[str, dict[str, Any]]:
+    return {
+        f"{name}_ci_low": {"Description": f"Lower end of the {_CI} of the {what}; {_FEW}"},
+        f"{name}_ci_high": {"Description": f"Upper end of the {_CI} of the {what}; {_FEW}"},
+    }
+
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "detector": {"Description": "Anomaly detector"},
+    "modality": {"Description": "Modality of the images"},
+    "cohort": {
+        "Description": "all, or the lesion scans of one pathology (participants.tsv) when there "
+        "are several; false positives on healthy scans are in the row 'all' only"
+    },
+    "preset": {"Description": "Preset of the detector's model bundle"},
+    "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
+    "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
+    "n_participants": {"Description": "Participants with a score table"},
+    "n_scans": {"Description": "Images with a score table"},
+    "n_lesion_scans": {"Description": "Images with a lesion mask of participants not known to be healthy"},
+    "n_healthy_scans": {"Description": "Images of healthy participants (participants.tsv)"},
+    "n_missing_mask": {
+        "Description": "Images without a lesion mask of participants not known to be healthy; "
+        "used for nothing"
+    },
+    "n_missing_participants": {"Description": "Known participants without any such score table"},
+    "n_failed_scans": {"Description": "Preprocessed images without a readable score table"},
+    "n_empty_mask": {"Description": "Lesion scans whose lesion mask is empty"},
+    "n_both_empty": {"Description": "Lesion scans with an empty mask and an empty prediction (Dice 1)"},
+    "prevalence": {"Description": "Lesion share of the brain voxels of all lesion scans"},
+    "dice_mean": {"Description": "Mean Dice at the fixed threshold over the lesion scans"},
+    **_interval_columns("dice", "mean Dice"),
+    "dice_nonempty_mean": {"Description": "The same over lesion scans whose mask is not empty"},
+    "dice_optimal": {
+        "Description": "Highest mean Dice of any one threshold, over the lesion scans whose mask is "
+        "not empty (to be compared with dice_nonempty_mean). An upper bound that looks at the test "
+        "set; no mask is ever made with it"
+    },
+    "dice_optimal_threshold": {"Description": "The threshold of dice_optimal"},
+    "sensitivity_mean": {"Description": "Mean voxel-wise sensitivity at the fixed threshold"},
+    "precision_mean": {
+        "Description": "Mean voxel-wise precision at the fixed threshold, over the lesion scans in "
+        "which anything is found"
+    },
+    "auprc_mean": {
+        "Description": "Mean area under the precision-recall curve (average precision over brain "
+        "voxels) over the lesion scans with a lesion"
+    },
+    **_interval_columns("auprc", "mean AUPRC"),
+    "auprc_pooled": {
+        "Description": "Average precision over the brain voxels of all lesion scans together; "
+        "large lesions weigh more"
+    },
+    "fpr_healthy_mean": {
+        "Description": "Mean share of the brain voxels above the fixed threshold, healthy scans"
+    },
+    **_interval_columns("fpr_healthy_mean", "mean"),
+    "fpr_healthy_median": {"Description": "Median of the same"},
+    **_interval_columns("fpr_healthy_median", "median"),
+    "fpr_lesion_mean": {
+        "Description": "Mean share of the non-lesion brain voxels above the fixed threshold, lesion scans"
+    },
+    **_interval_columns("fpr_lesion_mean", "mean"),
+    "n_lesions": {"Description": "26-connected lesions of all lesion scans"},
+    "lesion_sensitivity": {
+        "Description": "Lesions that the prediction touches / lesions, all lesion scans together"
+    },
+    **_interval_columns("lesion_sensitivity", "lesion-wise sensitivity"),
+    "false_lesions_per_lesion_scan": {
+        "Description": "Mean number of predicted components that touch no lesion, lesion scans"
+    },
+    **_interval_columns("false_lesions_per_lesion_scan", "mean"),
+    "false_lesions_per_healthy_scan": {"Description": "Mean number of predicted components, healthy scans"},
+    **_interval_columns("false_lesions_per_healthy_scan", "mean"),
+    "model_sha256": {"Description": "SHA-256 of the model bundle"},
+    "app_version": {"Description": "Versions of bids_uad that scored the images"},
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that the group level knows about a cohort.
+
+    Parameters
+    ----------
+    subjects : pandas.DataFrame
+        One row per image and detector, columns of `subjects.COLUMNS`.
+    benchmark : pandas.DataFrame
+        One row per detector, modality and cohort, columns of `benchmark.COLUMNS`.
+    curves : dict
+        (detector, modality) -> `Curves` over all scans.
+    absences : list of Absence
+        Participants and images without a score table.
+    unreadable : list of str
+        Tables that could not be read, one message each.
+    warnings : list of str
+        What a reader of the numbers has to know.
+    """
+
+    subjects: pd.DataFrame
+    benchmark: pd.DataFrame
+    curves: dict[tuple[str, str], Curves]
+    absences: list[Absence]
+    unreadable: list[str]
+    warnings: list[str]
+
+
+def evaluate(
+    output_dir: str | Path,
+    paths: Iterable[Path],
+    participants: Participants,
+    *,
+    seed: int,
+    only: frozenset[str] = frozenset(),
+    progress: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Go once through the score tables of a cohort and make the benchmark.
+
+    Only one histogram is held at a time; what stays are sums over images and one row of scalars
+    for each image.
+
+    Parameters
+    ----------
+    output_dir : path-like
+        Root of the derivatives.
+    paths : iterable of pathlib.Path
+        The metrics tables.
+    participants : Participants
+        Who is who.
+    seed : int
+        Seed of the bootstrap.
+    only : frozenset of str
+        The `sub-<label>` that are expected to have tables; empty means everybody.
+    progress : callable, optional
+        Called after each table.
+
+    Returns
+    -------
+    Evaluation
+        Tables, curves and problems.
+
+    Raises
+    ------
+    InputError
+        If the tables of one detector and modality come from different models.
+    """
+    root = Path(output_dir)
+    consistency = ConsistencyCheck()
+    curves: dict[tuple[str, str, str], Curves] = {}
+    rows: list[dict[str, Any]] = []
+    present: list[tuple[str, str, str]] = []
+    unreadable: list[str] = []
+    contradictions: set[str] = set()
+    for path in paths:
+        try:
+            unit = read_unit(path, participants)
+            row = subject_row(unit)
+        except InputError as error:
+            unreadable.append(str(error).replace(f"{root}/", ""))
+            continue
+        finally:
+            if progress is not None:
+                progress()
+        consistency.check(unit)
+        has_report = (root / f"{unit.subject}.html").is_file()
+        rows.append(row | {"report": f"{unit.subject}.html" if has_report else None})
+        present.append((unit.prefix, unit.modality, unit.detector))
+        if unit.healthy and unit.has_lesion_mask and unit.n_lesion.any():
+            contradictions.add(unit.subject)
+        for cohort in (ALL, unit.cohort):
+            key = (unit.detector, unit.modality, cohort)
+            curves.setdefault(key, Curves(unit.edges, unit.threshold)).add(unit)
+
+    subjects = pd.DataFrame(rows, columns=list(SUBJECT_COLUMNS))
+    subjects = subjects.sort_values(
+        ["modality", "detector", "participant_id", "source_image"], ignore_index=True
+    )
+    absences = find_absences(root, participants, present, only)
+    expected = set(participants.labels) | {absence.subject for absence in absences}
+    cohorts = {
+        subject: cohort_of(participants.row(subject)) for subject in (expected & only if only else expected)
+    }
+    benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
+    warnings = consistency.warnings() + _warnings(subjects, participants, contradictions)
+    overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
+    return Evaluation(subjects, benchmark, overall, absences, unreadable, warnings)
+
+
+def _benchmark(
+    subjects: pd.DataFrame,
+    curves: dict[tuple[str, str, str], Curves],
+    absences: list[Absence],
+    known: dict[str, str],
+    seed: int,
+) -> pd.DataFrame:
+    rows = []
+    for (modality, detector), scans in subjects.groupby(["modality", "detector"], sort=True):
+        cohorts = sorted(set(scans["cohort"]) - {"healthy"})
+        names = [ALL, *cohorts] if len(cohorts) > 1 else [ALL]
+        seen = set(scans["participant_id"])
+        for cohort in names:
+            chosen = scans if cohort == ALL else scans[scans["cohort"] == cohort]
+            members = {who for who, what in known.items() if cohort in (ALL, what)}
+            failed = sum(
+                absence.modality == modality
+                and absence.detector in (detector, None)
+                and absence.subject in members
+                for absence in absences
+            )
+            curve = curves[detector, modality, cohort]
+            row = {"detector": detector, "modality": modality, "cohort": cohort}
+            row |= _row(chosen, curve, seed, f"{detector} {modality} {cohort}")
+            row["n_missing_participants"] = len(members - seen)
+            row["n_failed_scans"] = failed
+            rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _row(scans: pd.DataFrame, curve: Curves, seed: int, key: str) -> dict[str, Any]:
+    lesion = scans[scans["role"] == LESION]
+    healthy = scans[scans["role"] == HEALTHY]
+    first = scans.iloc[0]
+    optimal, optimal_threshold = curve.optimal
+    row: dict[str, Any] = {
+        "preset": first["preset"],
+        "threshold_name": first["threshold_name"],
+        "threshold": first["threshold"],
+        "n_participants": scans["participant_id"].nunique(),
+        "n_scans": len(scans),
+        "n_lesion_scans": len(lesion),
+        "n_healthy_scans": len(healthy),
+        "n_missing_mask": int((scans["role"] == MISSING_MASK).sum()),
+        "n_empty_mask": int((lesion["n_lesion_voxels"] == 0).sum()),
+        "n_both_empty": int(lesion["both_empty"].sum()),
+        "prevalence": curve.prevalence,
+        "dice_nonempty_mean": lesion.loc[lesion["n_lesion_voxels"] > 0, "dice"].mean(),
+        "dice_optimal": optimal,
+        "dice_optimal_threshold": optimal_threshold,
+        "sensitivity_mean": lesion["sensitivity"].mean(),
+        "precision_mean": lesion["precision"].mean(),
+        "auprc_pooled": curve.pooled_auprc,
+        "fpr_healthy_median": healthy["fpr"].median(),
+        "n_lesions": lesion["n_lesions"].sum() if len(lesion) else np.nan,
+        "model_sha256": first["model_sha256"],
+        "app_version": ", ".join(sorted(set(scans["app_version"]))),
+    }
+    means = {
+        "dice": ("dice_mean", lesion, "dice"),
+        "auprc": ("auprc_mean", lesion, "auprc"),
+        "fpr_healthy_mean": ("fpr_healthy_mean", healthy, "fpr"),
+        "fpr_lesion_mean": ("fpr_lesion_mean", lesion, "fpr"),
+        "false_lesions_per_lesion_scan": (
+            "false_lesions_per_lesion_scan",
+            lesion,
+            "n_false_components",
+        ),
+        "false_lesions_per_healthy_scan": (
+            "false_lesions_per_healthy_scan",
+            healthy,
+            "n_components",
+        ),
+    }
+
+    def interval(name: str, table: pd.DataFrame, values: pd.Series, **options: Any) -> None:
+        low, high = bootstrap_interval(
+            values, table["participant_id"], seed=seed, key=f"{key} {name}", **options
+        )
+        row[f"{name}_ci_low"], row[f"{name}_ci_high"] = low, high
+
+    for name, (column, table, source) in means.items():
+        row[column] = table[source].mean()
+        interval(name, table, table[source])
+    interval("fpr_healthy_median", healthy, healthy["fpr"], statistic="median")
+    total = lesion["n_lesions"].sum()
+    row["lesion_sensitivity"] = lesion["n_lesions_detected"].sum() / total if total else np.nan
+    with_lesions = lesion[lesion["n_lesions"] > 0]
+    found = with_lesions["n_lesions_detected"] / with_lesions["n_lesions"]
+    interval("lesion_sensitivity", with_lesions, found, weights=with_lesions["n_lesions"])
+    return row
+
+
+def _warnings(subjects: pd.DataFrame, participants: Participants, contradictions: set[str]) -> list[str]:
+    warnings = []
+    if participants.path is None:
+        warnings.append(
+            "There is no participants.tsv: nobody is known to be healthy, so there is no "
+            "false-positive rate on healthy scans."
+        )
+    elif not (subjects["role"] == HEALTHY).any():
+        warnings.append(
+            "No scored participant is healthy by the columns group or diagnosis of "
+            "participants.tsv, so there is no false-positive rate on healthy scans."
+        )
+    if len(subjects) and not (subjects["n_lesion_voxels"] > 0).any():
+        warnings.append(
+            "There is no scan with a lesion in a lesion mask: Dice, AUPRC and lesion-wise numbers "
+            "cannot be computed."
+        )
+    unlisted = sorted(set(subjects["participant_id"]) - set(participants.labels))
+    if participants.path is not None and unlisted:
+        warnings.append(f"Not in participants.tsv, so not known to be healthy: {', '.join(unlisted)}.")
+    if contradictions:
+        warnings.append(
+            "Healthy by participants.tsv and yet with a lesion in the lesion mask: "
+            f"{', '.join(sorted(contradictions))}. They count as healthy; the masked voxels are "
+            "left out of their false-positive rate."
+        )
+    empty = subjects[(subjects["role"] == LESION) & (subjects["n_lesion_voxels"] == 0)]
+    if len(empty):
+        warnings.append(
+            "The lesion mask is empty inside the brain: "
+            f"{', '.join(sorted(set(empty['participant_id'])))}. They count in Dice (1 if nothing "
+            "is found, else 0), but not in [Dice] and in the curves."
+        )
+    masked = subjects[subjects["role"] == MISSING_MASK]
+    if len(masked):
+        names = sorted(set(masked["participant_id"]))
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        warnings.append(
+            "No lesion mask, and not known to be healthy, so used for nothing (a missing mask is "
+            f"missing, never healthy): {shown}."
+        )
+    return warnings

@@ -1,0 +1,161 @@
+"""One row of numbers for each image and detector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.errors import InputError
+from bids_uad.evaluation.metrics import average_precision, confusion, edge_index
+from bids_uad.evaluation.tables import UnitScores
+
+LESION, HEALTHY, MISSING_MASK = "lesion", "healthy", "missing_mask"
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "participant_id": {"Description": "Participant"},
+    "session_id": {"Description": "Session, n/a without sessions"},
+    "source_image": {"Description": "The raw image that was scored"},
+    "modality": {"Description": "Modality of the image"},
+    "detector": {"Description": "Anomaly detector"},
+    "preset": {"Description": "Preset of the detector's model bundle"},
+    "cohort": {
+        "Description": "healthy, else the participant's pathology, else unspecified (participants.tsv)"
+    },
+    "role": {
+        "Description": "What the image is used for",
+        "Levels": {
+            LESION: "Not known to be healthy and has a lesion mask (which may be empty): Dice, "
+            "AUPRC, lesion-wise numbers",
+            HEALTHY: "Healthy by participants.tsv: false-positive rate only",
+            MISSING_MASK: "Not known to be healthy and no lesion mask: used for nothing",
+        },
+    },
+    "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
+    "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
+    "n_brain_voxels": {"Description": "Voxels of the brain mask in SRI24 space", "Units": "voxel"},
+    "n_lesion_voxels": {"Description": "Lesion voxels inside the brain mask", "Units": "voxel"},
+    "prevalence": {"Description": "Lesion voxels divided by brain voxels"},
+    "dice": {"Description": "Dice at the fixed threshold; 1 if mask and prediction are empty"},
+    "both_empty": {"Description": "1 if mask and prediction are both empty, else 0"},
+    "sensitivity": {"Description": "Lesion voxels above the threshold / lesion voxels"},
+    "precision": {"Description": "Lesion voxels above the threshold / voxels above it"},
+    "auprc": {"Description": "Average precision over the brain voxels of the image"},
+    "fpr": {
+        "Description": "Non-lesion brain voxels above the threshold / non-lesion brain voxels; "
+        "n/a when the lesions are not known"
+    },
+    "brain_volume_mm3": {"Description": "Volume of the brain mask", "Units": "mm^3"},
+    "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
+    "lesion_volume_mm3": {"Description": "Volume of the lesion mask", "Units": "mm^3"},
+    "n_components": {"Description": "26-connected components of the prediction"},
+    "n_lesions": {"Description": "26-connected components of the lesion mask"},
+    "n_lesions_detected": {"Description": "Lesions that the prediction touches"},
+    "n_false_components": {"Description": "Predicted components that touch no lesion"},
+    "model_sha256": {"Description": "SHA-256 of the model bundle"},
+    "app_version": {"Description": "Version of bids_uad that scored the image"},
+    "report": {"Description": "The participant's report, relative to this file; n/a without one"},
+}
+
+
+def unit_role(unit: UnitScores) -> str:
+    """Say what an image may be used for: `lesion`, `healthy` or `missing_mask`.
+
+    A missing mask never makes anyone healthy, and a mask never makes a control a patient.
+    """
+    if unit.healthy:
+        return HEALTHY
+    return LESION if unit.has_lesion_mask else MISSING_MASK
+
+
+def subject_row(unit: UnitScores) -> dict[str, Any]:
+    """Compute the scalar numbers of one unit.
+
+    Parameters
+    ----------
+    unit : UnitScores
+        The tables of one image and detector.
+
+    Returns
+    -------
+    dict
+        A value for every key of `COLUMNS` but `report`; numbers that are not defined are NaN.
+
+    Raises
+    ------
+    InputError
+        If the threshold is not one of the bin edges.
+    """
+    try:
+        edge = edge_index(unit.edges, unit.threshold)
+    except ValueError as error:
+        remedy = "score the subject again with an undamaged bundle"
+        raise InputError(unit.path, str(error), remedy) from error
+    nan = float("nan")
+    role = unit_role(unit)
+    n_lesion = unit.n_lesion if unit.has_lesion_mask else unit.n_nonlesion * 0
+    counts = confusion(unit.n_nonlesion, n_lesion, edge)
+    judged = role == LESION
+    n_lesion_voxels = int(n_lesion.sum())
+    n_brain_voxels = int(unit.n_nonlesion.sum()) + n_lesion_voxels
+    return {
+        "participant_id": unit.subject,
+        "session_id": f"ses-{unit.session}" if unit.session else None,
+        "source_image": unit.source_image,
+        "modality": unit.modality,
+        "detector": unit.detector,
+        "preset": unit.preset,
+        "cohort": unit.cohort,
+        "role": role,
+        "threshold_name": unit.threshold_name,
+        "threshold": unit.threshold,
+        "n_brain_voxels": n_brain_voxels,
+        "n_lesion_voxels": n_lesion_voxels if unit.has_lesion_mask else nan,
+        "prevalence": n_lesion_voxels / n_brain_voxels if judged and n_brain_voxels else nan,
+        "dice": counts.dice if judged else nan,
+        "both_empty": float(counts.both_empty) if judged else nan,
+        "sensitivity": counts.sensitivity if judged else nan,
+        "precision": counts.precision if judged else nan,
+        "auprc": average_precision(unit.n_nonlesion, n_lesion) if judged else nan,
+        "fpr": nan if role == MISSING_MASK else counts.false_positive_rate,
+        "brain_volume_mm3": unit.brain_volume_mm3,
+        "anomaly_volume_mm3": unit.anomaly_volume_mm3,
+        "lesion_volume_mm3": unit.lesion_volume_mm3,
+        "n_components": unit.n_components,
+        "n_lesions": unit.n_lesions,
+        "n_lesions_detected": unit.n_lesions_detected,
+        "n_false_components": unit.n_false_components,
+        "model_sha256": unit.model_sha256,
+        "app_version": unit.app_version,
+    }
+
+
+def add_participant_columns(
+    table: pd.DataFrame, people: pd.DataFrame, descriptions: dict[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Put the participants' own columns behind the numbers.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row per image and detector.
+    people : pandas.DataFrame
+        participants.tsv, with `participant_id`.
+    descriptions : dict
+        Column dictionary of participants.tsv.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        With the further columns; one whose name is taken is called `participants_<name>`.
+    descriptions : dict
+        Column dictionary of the whole table.
+    """
+    names = {
+        column: f"participants_{column}" if column in table.columns else column
+        for column in people.columns
+        if column != "participant_id"
+    }
+    merged = table.merge(people.rename(columns=names), on="participant_id", how="left")
+    own = {column: COLUMNS[column] for column in table.columns}
+    return merged, own | {new: descriptions[old] for old, new in names.items()}

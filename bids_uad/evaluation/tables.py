@@ -1,0 +1,263 @@
+"""The score tables that the participant level leaves for each image and detector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bids_uad.errors import InputError
+from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag
+
+_NAME = re.compile(
+    r"^(?P<prefix>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*?)"
+    r"_space-SRI24_desc-(?P<modality>T1w|T2w)(?P<detector>[A-Za-z0-9]+)_metrics\.tsv$"
+)
+_REMEDY = "run the participant level again for this subject"
+_METRICS_COLUMNS = (
+    "source_image",
+    "modality",
+    "detector",
+    "preset",
+    "model_sha256",
+    "app_version",
+    "threshold",
+    "threshold_name",
+    "brain_volume_mm3",
+    "anomaly_volume_mm3",
+    "lesion_volume_mm3",
+    "n_components",
+    "n_lesions",
+    "n_lesions_detected",
+    "n_false_components",
+)
+_MISSING = frozenset({"n/a", "nan", ""})
+_HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """What one detector found in one image.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The `_metrics.tsv` it was read from.
+    prefix : str
+        Entities of the image, `sub-X[_ses-Y][_acq-...]...`.
+    entities : dict
+        The same, by key.
+    modality, detector, preset : str
+        `T1w` or `T2w`; registry name; preset of the bundle.
+    participant : dict
+        The row of participants.tsv, without missing values.
+    healthy : bool or None
+        As participants.tsv says; None when it says nothing.
+    edges : numpy.ndarray
+        Lower edges of the score bins, float64, shape (n_bins,).
+    n_nonlesion : numpy.ndarray
+        Brain voxels per bin outside the lesion mask (all brain voxels without one), int64,
+        shape (n_bins,).
+    n_lesion : numpy.ndarray or None
+        Brain voxels per bin inside the lesion mask; None without a lesion mask.
+    threshold : float
+        The fixed threshold, one of `edges`.
+    threshold_name, model_sha256, app_version, source_image : str
+        Where the numbers come from.
+    brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
+        Volumes in mm3; the last is NaN without a lesion mask.
+    n_components, n_lesions, n_lesions_detected, n_false_components : float
+        26-connected components at the fixed threshold; the last three are NaN without a mask.
+    """
+
+    path: Path
+    prefix: str
+    entities: dict[str, str]
+    modality: str
+    detector: str
+    preset: str
+    participant: dict[str, str]
+    healthy: bool | None
+    edges: np.ndarray
+    n_nonlesion: np.ndarray
+    n_lesion: np.ndarray | None
+    threshold: float
+    threshold_name: str
+    model_sha256: str
+    app_version: str
+    source_image: str
+    brain_volume_mm3: float
+    anomaly_volume_mm3: float
+    lesion_volume_mm3: float
+    n_components: float
+    n_lesions: float
+    n_lesions_detected: float
+    n_false_components: float
+
+    @property
+    def subject(self) -> str:
+        """The participant, as `sub-<label>`."""
+        return f"sub-{self.entities['sub']}"
+
+    @property
+    def session(self) -> str | None:
+        """The session label, None without sessions."""
+        return self.entities.get("ses")
+
+    @property
+    def has_lesion_mask(self) -> bool:
+        """Whether the truth is known for this image."""
+        return self.n_lesion is not None
+
+    @property
+    def cohort(self) -> str:
+        """`healthy`, a pathology, or `unspecified`."""
+        return cohort_of(self.participant)
+
+
+def find_metrics_tables(output_dir: str | Path, only: frozenset[str] = frozenset()) -> list[Path]:
+    """List the metrics tables below the derivatives, sorted.
+
+    Parameters
+    ----------
+    output_dir : path-like
+        Root of the derivatives.
+    only : frozenset of str
+        The `sub-<label>` to look at; empty means everybody.
+
+    Returns
+    -------
+    list of pathlib.Path
+        One for each image and detector.
+    """
+    found = Path(output_dir).glob("sub-*/**/*_space-SRI24_desc-*_metrics.tsv")
+    return sorted(
+        path
+        for path in found
+        if not path.name.startswith(".") and (not only or path.name.split("_", 1)[0] in only)
+    )
+
+
+def parse_entities(prefix: str) -> dict[str, str]:
+    """Split `sub-01_ses-2_run-1` into a dictionary of entities."""
+    return dict(part.split("-", 1) for part in prefix.split("_"))
+
+
+def read_unit(path: Path, participants: Participants) -> UnitScores:
+    """Read the two tables of one image and detector.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The `_metrics.tsv`; the `_histogram.tsv` lies beside it.
+    participants : Participants
+        Who is healthy.
+
+    Returns
+    -------
+    UnitScores
+        The numbers of this image.
+
+    Raises
+    ------
+    InputError
+        If one of the tables is missing, incomplete or contradicts its name or itself.
+    """
+    name = _NAME.match(path.name)
+    if name is None:
+        raise InputError(path, "not a name that this app writes", "move it out of the derivatives")
+    row = _read_metrics(path)
+    written = (name["modality"], name["detector"].lower())
+    if (row["modality"], row["detector"].lower()) != written:
+        raise InputError(path, "modality or detector differ from the file name", _REMEDY)
+    histogram = path.with_name(path.name.replace("_metrics.tsv", "_histogram.tsv"))
+    edges, n_nonlesion, n_lesion = _read_histogram(histogram)
+
+    entities = parse_entities(name["prefix"])
+    participant = participants.row(f"sub-{entities['sub']}")
+    numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
+    numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
+    threshold = _number(path, row, "threshold")
+    if not np.isfinite(threshold):
+        raise InputError(path, "no threshold", _REMEDY)
+    texts = {
+        key: row[key] for key in ("preset", "model_sha256", "app_version", "source_image", "threshold_name")
+    }
+    return UnitScores(
+        path=path,
+        prefix=name["prefix"],
+        entities=entities,
+        modality=name["modality"],
+        detector=name["detector"].lower(),
+        participant=participant,
+        healthy=healthy_flag(participant),
+        edges=edges,
+        n_nonlesion=n_nonlesion,
+        n_lesion=n_lesion,
+        threshold=threshold,
+        **texts,
+        **numbers,
+    )
+
+
+def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """Read the named columns of a tab-separated table as text.
+
+    Tables are many and small: parsing them here is several times faster than pandas.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(path, "is missing", _REMEDY) from error
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"not a text file ({error})", _REMEDY) from error
+    cells = [line.split("\t") for line in lines if line]
+    header = cells[0] if cells else []
+    missing = [name for name in names if name not in header]
+    if missing:
+        raise InputError(path, f"no column {', '.join(missing)}", _REMEDY)
+    if any(len(row) != len(header) for row in cells):
+        raise InputError(path, "rows of different length", _REMEDY)
+    columns = dict(zip(header, zip(*cells[1:], strict=True), strict=False))
+    return {name: list(columns.get(name, ())) for name in names}
+
+
+def _read_metrics(path: Path) -> dict[str, str]:
+    columns = _read_columns(path, _METRICS_COLUMNS)
+    n_rows = len(columns["modality"])
+    if n_rows != 1:
+        raise InputError(path, f"{n_rows} rows instead of one", _REMEDY)
+    return {name: values[0] for name, values in columns.items()}
+
+
+def _number(path: Path, row: dict[str, str], column: str) -> float:
+    if row[column] in _MISSING:
+        return float("nan")
+    try:
+        return float(row[column])
+    except ValueError as error:
+        raise InputError(path, f"{column} is {row[column]!r}, not a number", _REMEDY) from error
+
+
+def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return lower edges (float64), non-lesion and lesion counts (int64), each (n_bins,)."""
+    columns = _read_columns(path, _HISTOGRAM_COLUMNS)
+    unmasked = all(value in _MISSING for value in columns["n_lesion"])
+    try:
+        lower, upper, nonlesion, lesion = (
+            np.array([] if unmasked and name == "n_lesion" else columns[name], dtype=np.float64)
+            for name in _HISTOGRAM_COLUMNS
+        )
+    except ValueError as error:
+        raise InputError(path, f"not only numbers ({error})", _REMEDY) from error
+    if len(lower) == 0 or not np.all(np.diff(lower) > 0) or not np.isposinf(upper[-1]):
+        raise InputError(path, "score bins do not increase to infinity", _REMEDY)
+    if not np.array_equal(upper[:-1], lower[1:]):
+        raise InputError(path, "gaps or overlaps between the score bins", _REMEDY)
+    for counts in (nonlesion, lesion):
+        if not np.all((counts >= 0) & (counts == np.floor(counts))):
+            raise InputError(path, "voxel counts are not whole numbers", _REMEDY)
+    return lower, nonlesion.astype(np.int64), None if unmasked else lesion.astype(np.int64)

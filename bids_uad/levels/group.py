@@ -1,0 +1,102 @@
+"""The group level: benchmark tables and report from what the participant level left."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bids_uad.dataset.atomic import write_json, write_tsv
+from bids_uad.evaluation.absences import subject_folders
+from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.dataset.participants import derivative_participants, read_participants
+from bids_uad.evaluation.subjects import add_participant_columns
+from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.reports.group import write_group_report
+from bids_uad.reports.group_console import benchmark_table
+
+if TYPE_CHECKING:
+    from bids_uad.config import RunConfig
+
+LOGGER = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED = 0, 1
+EXIT_NO_INPUT = os.EX_NOINPUT
+
+
+def run_group(config: RunConfig, console: Console | None = None) -> int:
+    """Write the benchmark and the group report of a cohort.
+
+    Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
+    of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects` and `participants`
+    (each .tsv and .json), `group.html` and `group/figures`.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir`, `output_dir`, `participants` and `random_seed` are used.
+    console : rich.console.Console, optional
+        Where the benchmark is printed; the terminal by default.
+
+    Returns
+    -------
+    int
+        0; 1 when a score table could not be read (the others are evaluated); 66 without any table.
+
+    Raises
+    ------
+    InputError
+        If participants.tsv is damaged, or the tables of one detector and modality come from
+        different models.
+    """
+    console = console or Console()
+    output_dir = Path(config.output_dir)
+    participants = read_participants(config.bids_dir, output_dir)
+    only = frozenset(f"sub-{label}" for label in config.participants)
+    paths = find_metrics_tables(output_dir, only)
+    if not paths:
+        LOGGER.error(
+            "%s: no score tables (sub-*/**/*_metrics.tsv); run the participant level first",
+            output_dir,
+        )
+        return EXIT_NO_INPUT
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Reading score tables", total=len(paths))
+        evaluation = evaluate(
+            output_dir,
+            paths,
+            participants,
+            seed=config.random_seed,
+            only=only,
+            progress=lambda: progress.advance(task),
+        )
+
+    people, people_columns = derivative_participants(participants, subject_folders(output_dir))
+    write_tsv(output_dir / "participants.tsv", people)
+    what = "Participants of the source dataset and of this one"
+    _write_columns(output_dir / "participants.json", what, people_columns)
+    subjects, subject_columns = add_participant_columns(evaluation.subjects, people, people_columns)
+    write_tsv(output_dir / "group_subjects.tsv", subjects)
+    what = "Numbers of each image and detector"
+    _write_columns(output_dir / "group_subjects.json", what, subject_columns)
+    write_tsv(output_dir / "group_benchmark.tsv", evaluation.benchmark)
+    what = "Benchmark of each detector, modality and cohort; not for clinical use"
+    _write_columns(output_dir / "group_benchmark.json", what, BENCHMARK_COLUMNS)
+    report = write_group_report(output_dir, evaluation, participants)
+
+    console.print(benchmark_table(evaluation.benchmark))
+    for text in (*evaluation.unreadable, *evaluation.warnings):
+        LOGGER.warning(text)
+    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    return EXIT_FAILED if evaluation.unreadable else EXIT_OK
+
+
+def _write_columns(path: Path, description: str, columns: dict[str, Any]) -> None:
+    """Write the sidecar of a table: what it is, and what each column is."""
+    write_json(path, {"Description": description, **columns})

@@ -1,0 +1,179 @@
+"""What one subject's derivatives hold, found by name alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.space import NAME
+
+_PREPROC = re.compile(
+    rf"^(?P<prefix>sub-[a-zA-Z0-9_-]+)_space-{NAME}_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$"
+)
+_DETECTION = re.compile(
+    rf"^(?P<prefix>sub-[a-zA-Z0-9_-]+)_space-{NAME}_(?:label-anomaly_)?(?:desc|seg)-(?P<modality>T[12]w)"
+    r"(?P<detector>[A-Z][a-zA-Z0-9]*)_(?:anomalymap|mask|dseg|histogram|metrics)\.(?:nii\.gz|tsv)$"
+)
+_ENTITY_NAMES = {
+    "ses": "session",
+    "acq": "acquisition",
+    "ce": "ceagent",
+    "rec": "reconstruction",
+    "run": "run",
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What one detector left for one image; any part may be missing.
+
+    Attributes
+    ----------
+    detector : str
+        As in the file names, such as ``Patchcore``.
+    desc : str
+        Modality and detector, such as ``T1wPatchcore``.
+    anomaly_map, mask, components, component_table, histogram : pathlib.Path or None
+    metrics : dict
+        The row of the metrics table; missing values are left out.
+    sidecar : dict
+        Metadata of the anomaly mask.
+    """
+
+    detector: str
+    desc: str
+    anomaly_map: Path | None
+    mask: Path | None
+    components: Path | None
+    component_table: Path | None
+    histogram: Path | None
+    metrics: dict[str, Any]
+    sidecar: dict[str, Any]
+
+    @property
+    def threshold(self) -> float | None:
+        """The fixed threshold that made the mask."""
+        value = self.metrics.get("threshold", self.sidecar.get("Threshold"))
+        return None if value is None else float(value)
+
+    @property
+    def threshold_name(self) -> str:
+        """How the threshold was fixed."""
+        return str(
+            self.metrics.get("threshold_name", self.sidecar.get("ThresholdName", "source not recorded"))
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """The derivatives of one raw image.
+
+    Attributes
+    ----------
+    prefix : str
+        Entities that its outputs start with.
+    modality : {"T1w", "T2w"}
+    preproc, brain, lesion : pathlib.Path or None
+        Scan, brain mask and ground truth in SRI24 space.
+    detections : tuple of Detection
+    """
+
+    prefix: str
+    modality: str
+    preproc: Path | None
+    brain: Path | None
+    lesion: Path | None
+    detections: tuple[Detection, ...] = field(default=())
+
+    @property
+    def entities(self) -> dict[str, str]:
+        """Entities besides the subject, by their pybids names."""
+        pairs = (part.split("-", 1) for part in self.prefix.split("_")[1:])
+        return {_ENTITY_NAMES[key]: value for key, value in pairs if key in _ENTITY_NAMES}
+
+    @property
+    def name(self) -> str:
+        """Name for people, such as ``T1w, session 01, run 2``."""
+        return ", ".join([self.modality, *(f"{key} {value}" for key, value in self.entities.items())])
+
+
+def find_images(out_dir: Path, subject: str) -> list[Image]:
+    """Find every image of a subject that left at least one output in SRI24 space.
+
+    Parameters
+    ----------
+    out_dir : pathlib.Path
+        Root of the derivative dataset.
+    subject : str
+        Label without ``sub-``.
+
+    Returns
+    -------
+    list of Image
+        By session, then by name.
+    """
+    root = out_dir / f"sub-{subject}"
+    folders = [root / "anat", *sorted(root.glob("ses-*/anat"))]
+    return [image for folder in folders if folder.is_dir() for image in _images_in(folder)]
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Read the JSON beside an output; empty if there is none."""
+    sidecar = path.with_name(path.name.split(".", 1)[0] + ".json")
+    return json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
+
+
+def _images_in(folder: Path) -> list[Image]:
+    detectors: dict[tuple[str, str], set[str]] = {}
+    for path in folder.iterdir():
+        if match := _PREPROC.match(path.name):
+            detectors.setdefault((match["prefix"], match["modality"]), set())
+        elif match := _DETECTION.match(path.name):
+            if match["detector"] == "Brain":  # desc-T2wBrain is the brain mask of a T2w, no detector's
+                continue
+            detectors.setdefault((match["prefix"], match["modality"]), set()).add(match["detector"])
+    lesions = sorted(folder.glob(f"*_space-{NAME}_label-lesion_desc-manual_mask.nii.gz"))
+    images = []
+    for (prefix, modality), found in sorted(detectors.items()):
+        start = folder / f"{prefix}_space-{NAME}"
+        # The session's mask carries the name of its first image and serves all of them.
+        own = _existing(start, "_label-lesion_desc-manual_mask.nii.gz")
+        images.append(
+            Image(
+                prefix,
+                modality,
+                _existing(start, f"_desc-preproc_{modality}.nii.gz"),
+                _existing(start, f"_desc-{modality}Brain_mask.nii.gz")
+                or _existing(start, "_desc-brain_mask.nii.gz"),
+                own or next(iter(lesions), None),
+                tuple(_detection(start, modality, detector) for detector in sorted(found)),
+            )
+        )
+    return images
+
+
+def _detection(start: Path, modality: str, detector: str) -> Detection:
+    desc = f"{modality}{detector}"
+    mask = _existing(start, f"_label-anomaly_desc-{desc}_mask.nii.gz")
+    metrics = _existing(start, f"_desc-{desc}_metrics.tsv")
+    return Detection(
+        detector,
+        desc,
+        _existing(start, f"_desc-{desc}_anomalymap.nii.gz"),
+        mask,
+        _existing(start, f"_seg-{desc}_dseg.nii.gz"),
+        _existing(start, f"_seg-{desc}_dseg.tsv"),
+        _existing(start, f"_desc-{desc}_histogram.tsv"),
+        {} if metrics is None else pd.read_csv(metrics, sep="\t").iloc[0].dropna().to_dict(),
+        {} if mask is None else read_sidecar(mask),
+    )
+
+
+def _existing(start: Path, rest: str) -> Path | None:
+    path = start.with_name(start.name + rest)
+    return path if path.is_file() else None

@@ -1,0 +1,140 @@
+"""Score histogram with the threshold, redrawn from the counts in the histogram table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from bids_uad.dataset.atomic import atomic_path
+
+BINS = 120
+NONLESION_COLOUR, LESION_COLOUR, THRESHOLD_COLOUR = "#4d6a8a", "#d55e00", "#1a1a1a"
+
+
+@dataclass(frozen=True)
+class ScoreCounts:
+    """Counts of voxels per score bin.
+
+    Attributes
+    ----------
+    edges : numpy.ndarray, shape (n + 1,)
+        Increasing; the last may be infinite.
+    nonlesion : numpy.ndarray, shape (n,)
+        Voxels outside of lesions, or all brain voxels where no lesion mask was given.
+    lesion : numpy.ndarray, shape (n,), or None
+    """
+
+    edges: np.ndarray
+    nonlesion: np.ndarray
+    lesion: np.ndarray | None
+
+    @classmethod
+    def read(cls, path: Path) -> ScoreCounts:
+        """Read a `_histogram.tsv`."""
+        table = pd.read_csv(path, sep="\t", na_values="n/a", keep_default_na=False)
+        edges = np.append(table["score_lower"].to_numpy(float), float(table["score_upper"].iloc[-1]))
+        lesion = None if table["n_lesion"].isna().any() else table["n_lesion"].to_numpy(float)
+        return cls(edges, table["n_nonlesion"].to_numpy(float), lesion)
+
+
+def rebin(edges: np.ndarray, counts: np.ndarray, onto: np.ndarray) -> np.ndarray:
+    """Share of all voxels in each bin of `onto`, taking scores as spread evenly inside a bin.
+
+    Parameters
+    ----------
+    edges : numpy.ndarray, shape (n + 1,)
+        Increasing; an infinite last bin is left out of the curve but counts in the total.
+    counts : numpy.ndarray, shape (n,)
+    onto : numpy.ndarray, shape (m + 1,)
+
+    Returns
+    -------
+    numpy.ndarray, shape (m,)
+        Fractions of ``counts.sum()``; zeros if that is zero.
+    """
+    finite = np.isfinite(edges)
+    cumulative = np.concatenate([[0.0], np.cumsum(counts)])[finite]
+    total = max(float(counts.sum()), 1.0)
+    return np.diff(np.interp(onto, edges[finite], cumulative)) / total
+
+
+def display_edges(counts: ScoreCounts, threshold: float | None) -> np.ndarray:
+    """Bins to draw: evenly spaced over the scores that occur and the threshold."""
+    every = counts.nonlesion + (0 if counts.lesion is None else counts.lesion)
+    used = np.flatnonzero(every)
+    finite = counts.edges[np.isfinite(counts.edges)]
+    if not used.size:
+        return np.linspace(finite[0], finite[-1], BINS + 1)
+    low = counts.edges[used[0]]
+    high = finite[min(used[-1] + 1, len(finite) - 1)]
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, 1.1 * threshold)
+    return np.linspace(low, high if high > low else low + 1, BINS + 1)
+
+
+def draw_histogram(
+    target: Path, counts: ScoreCounts, *, threshold: float | None, threshold_name: str
+) -> Path:
+    """Draw the distribution of scores in the brain.
+
+    Parameters
+    ----------
+    target : pathlib.Path
+        SVG file to write.
+    counts : ScoreCounts
+    threshold : float or None
+        Fixed threshold, marked by a line.
+    threshold_name : str
+        Where it comes from.
+
+    Returns
+    -------
+    pathlib.Path
+        `target`.
+    """
+    edges = display_edges(counts, threshold)
+    figure = Figure(figsize=(12, 3.3))
+    axes = figure.add_axes((0.085, 0.15, 0.905, 0.74))
+    series = [
+        ("brain" if counts.lesion is None else "brain outside lesions", counts.nonlesion, NONLESION_COLOUR)
+    ]
+    if counts.lesion is not None:
+        series.append(("lesion (ground truth)", counts.lesion, LESION_COLOUR))
+    drawn = []
+    for label, values, colour in series:
+        share = rebin(counts.edges, values, edges)
+        drawn.append(share)
+        name = f"{label}, n = {int(values.sum()):,}"
+        axes.stairs(share, edges, fill=True, color=colour, alpha=0.28)
+        axes.stairs(share, edges, color=colour, linewidth=1.6, label=name)
+    positive = np.concatenate(drawn)
+    positive = positive[positive > 0]
+    if positive.size:
+        axes.set_yscale("log")
+        # Plain words instead of powers of ten: easier to read, and no formula has to be typeset.
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(max(positive.min() * 0.7, 2e-6), min(positive.max() * 2.2, 1.5))
+    if threshold is not None:
+        axes.axvline(
+            threshold,
+            color=THRESHOLD_COLOUR,
+            linewidth=1.5,
+            linestyle=(0, (5, 2.5)),
+            label=f"fixed threshold \N{GREEK SMALL LETTER TAU} = {threshold:.3g} ({threshold_name})",
+        )
+    axes.set(xlabel="anomaly score", ylabel="voxels per bin", xlim=(edges[0], edges[-1]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#000000", alpha=0.08)
+    axes.legend(frameon=False, fontsize=9.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0)
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "bids_uad", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings), atomic_path(target) as temporary:
+        FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
+    return target

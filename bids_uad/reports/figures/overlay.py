@@ -1,0 +1,201 @@
+"""Anomaly figure: the map over the scan, three planes through the main finding and a mosaic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy.ndimage import uniform_filter
+
+from bids_uad.reports.figures.display import Volume, bounding_box, extent, telling_slices, to_grey
+from bids_uad.reports.figures.registration import WIDTH, legend
+from bids_uad.reports.figures.svg import Canvas
+from bids_uad.reports.figures.tiles import MUTED, lay_out
+
+COLOUR_MAP = "inferno"
+THRESHOLD_COLOUR = "#ffffff"
+LESION_COLOUR = "#2ee6d6"
+COLUMNS, ROWS = 7, 3
+NEIGHBOURHOOD = 9
+_HOVER = "svg:hover .overlay{opacity:0;transition:opacity .15s}.overlay{transition:opacity .15s}"
+
+
+@dataclass(frozen=True)
+class ColourScale:
+    """How scores become colour.
+
+    Attributes
+    ----------
+    low : float
+        Fully transparent up to here.
+    opaque : float
+        As opaque as it gets from here on.
+    high : float
+        End of the colours.
+    """
+
+    low: float
+    opaque: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray, threshold: float | None) -> ColourScale:
+        """Scale for the scores of all brain voxels.
+
+        The lowest 90 % are transparent, or all below 0.9 of the threshold where that is less; the colours
+        end at the 99.9th percentile, or 1.5 times the threshold where that is more, so that a brain
+        without findings does not look like one with.
+        """
+        low, high = (float(value) for value in np.percentile(scores, (90, 99.9)))
+        if threshold is None:
+            opaque = float(np.percentile(scores, 99))
+        else:
+            low, opaque, high = min(low, 0.9 * threshold), threshold, max(high, 1.5 * threshold)
+        tiny = max(abs(high), 1.0) * 1e-6
+        return cls(low, max(opaque, low + tiny), max(high, low + 2 * tiny))
+
+    def indices(self, data: np.ndarray) -> np.ndarray:
+        """Palette index of every score; 0 is nothing."""
+        position = np.clip((data - self.low) / (self.high - self.low), 0, 1)
+        return np.where(data > self.low, 1 + np.round(position * 254), 0).astype(np.uint8)
+
+    def palette(self) -> np.ndarray:
+        """RGBA of every index, shape (256, 4), uint8."""
+        position = np.linspace(0, 1, 255)
+        rgba = np.zeros((256, 4))
+        # The darkest quarter of the map would vanish on a dark brain.
+        rgba[1:] = matplotlib.colormaps[COLOUR_MAP](0.25 + 0.75 * position)
+        rise = (self.opaque - self.low) / (self.high - self.low)
+        rgba[1:, 3] = 0.08 + 0.77 * np.clip(position / rise, 0, 1)
+        return (rgba * 255).round().astype(np.uint8)
+
+
+def main_finding(scores: np.ndarray, components: np.ndarray | None) -> tuple[int, int, int]:
+    """Voxel that best shows what was found.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray, three-dimensional
+        0 outside the brain.
+    components : numpy.ndarray of int, optional
+        Labels of the components, 0 is background.
+
+    Returns
+    -------
+    tuple of int
+        Highest score of the largest component; without components, the middle of the neighbourhood with the
+        highest mean, since a single high voxel is most often at the edge of the brain.
+    """
+    if components is not None and components.any():
+        largest = int(np.argmax(np.bincount(components.ravel())[1:])) + 1
+        scores = np.where(components == largest, scores, -np.inf)
+    else:
+        scores = uniform_filter(scores, NEIGHBOURHOOD, mode="constant")
+    return tuple(int(index) for index in np.unravel_index(np.argmax(scores), scores.shape))
+
+
+def draw_overlay(
+    target: Path,
+    scan: Volume,
+    brain: np.ndarray,
+    scores: np.ndarray,
+    *,
+    title: str,
+    threshold: float | None,
+    threshold_name: str,
+    components: np.ndarray | None = None,
+    lesion: np.ndarray | None = None,
+) -> Path:
+    """Draw an anomaly map over its scan.
+
+    Parameters
+    ----------
+    target : pathlib.Path
+        SVG file to write.
+    scan : Volume
+        Scaled to [0, 1], RAS+.
+    brain : numpy.ndarray of bool
+        Same grid, as all that follow.
+    scores : numpy.ndarray
+        Anomaly map; higher is more anomalous.
+    title : str
+        Shown above the figure.
+    threshold : float or None
+        Fixed threshold; its contour is drawn.
+    threshold_name : str
+        Where it comes from, such as ``max_dice``.
+    components : numpy.ndarray of int, optional
+        Labels of the components above the threshold.
+    lesion : numpy.ndarray of bool, optional
+        Ground truth.
+
+    Returns
+    -------
+    pathlib.Path
+        `target`.
+    """
+    box = bounding_box(brain)
+    shown, inside, heat = scan.crop(box), brain[box], np.where(brain[box], scores[box], 0)
+    scale = ColourScale.of(heat[inside], threshold)
+    focus = main_finding(heat, None if components is None else components[box])
+    burden = np.maximum(heat - (scale.opaque if threshold is None else threshold), 0).sum(axis=(0, 1))
+    chosen, worst = telling_slices(burden, *extent(inside, "axial"), COLUMNS * ROWS)
+    planes = [[("axial", focus[2]), ("coronal", focus[1]), ("sagittal", focus[0])]]
+    mosaic = [[("axial", k) for k in chosen[at : at + COLUMNS]] for at in range(0, len(chosen), COLUMNS)]
+
+    upper = lay_out(planes, inside.shape, 12, 58, WIDTH - 24, label_room=24, gap=8)
+    lower = lay_out(mosaic, inside.shape, 12, upper.bottom + 36, WIDTH - 24)
+    canvas = Canvas(WIDTH, lower.bottom + 36, title, _HOVER)
+    canvas.text(20, 34, title, 20, attributes='font-weight="bold"')
+    background = to_grey(shown.data, 1.0)
+    for grid in (upper, lower):
+        canvas.grey(grid.picture(background), grid.x, grid.y, grid.scale)
+    canvas.open_group('class="overlay"')
+    heat_indices, palette = scale.indices(heat), scale.palette()
+    for grid in (upper, lower):
+        canvas.indexed(grid.picture(heat_indices), palette, grid.x, grid.y, grid.scale)
+    entries = []
+    if threshold is not None:
+        for grid, width in ((upper, 1.7), (lower, 1.25)):
+            canvas.lines(grid.contours(heat, threshold), THRESHOLD_COLOUR, width)
+        entries.append((THRESHOLD_COLOUR, "", f"fixed threshold ({threshold_name})"))
+    if lesion is not None:
+        for grid, width in ((upper, 1.7), (lower, 1.25)):
+            canvas.lines(grid.contours(lesion[box]), LESION_COLOUR, width)
+        entries.append((LESION_COLOUR, "", "lesion (ground truth)"))
+    canvas.close_group()
+    upper.annotate(canvas, shown, 15)
+    lower.annotate(canvas, shown, 12, set(worst))
+    where = (
+        "the highest score of the largest component"
+        if components is not None and components.any()
+        else "the neighbourhood with the highest scores"
+    )
+    canvas.text(
+        20, upper.bottom + 20, f"Above: three planes through {where}. Below: axial slices", 13, "start", MUTED
+    )
+    if worst:
+        canvas.text(WIDTH - 20, upper.bottom + 20, "most anomalous slices", 13, "end", 'fill="#ffb454"')
+    _colour_bar(canvas, scale, palette, threshold)
+    legend(canvas, canvas.height - 13, entries)
+    return canvas.save(target)
+
+
+def _colour_bar(canvas: Canvas, scale: ColourScale, palette: np.ndarray, threshold: float | None) -> None:
+    width, height, y = 280, 12, 17
+    x = WIDTH - width - 80
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    canvas.raw(f'<svg {place} viewBox="0 0 255 1" preserveAspectRatio="none">')
+    canvas.indexed(np.arange(1, 256, dtype=np.uint8)[None, :], palette, 0, 0, 1)
+    canvas.raw("</svg>")
+    canvas.raw(f'<rect {place} fill="none" stroke="#9aa0a6" stroke-width=".8"/>')
+    low, high = f"{scale.low:.3g}", f"{scale.high:.3g}"
+    canvas.text(x - 8, y + 11, low, 13, "end", MUTED)
+    canvas.text(x + width + 8, y + 11, high, 13, "start", MUTED)
+    canvas.text(x - 8 - 8 * len(low) - 8, y + 11, "anomaly score", 14, "end")
+    if threshold is not None:
+        at = x + width * (threshold - scale.low) / (scale.high - scale.low)
+        canvas.raw(f'<path d="M{at:.1f} {y - 4}v{height + 8}" stroke="#fff" stroke-width="2"/>')
+        canvas.text(at, y + height + 18, f"\N{GREEK SMALL LETTER TAU} = {threshold:.3g}", 13, "middle")

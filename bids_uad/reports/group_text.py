@@ -1,0 +1,43 @@
+"""Numbers as the group report and the terminal write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def fixed(value: float, scale: float = 1, digits: int = 3) -> str:
+    """Write `value * scale` with fixed decimals; a dash when it is not defined."""
+    return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"
+
+
+def interval(row: Mapping[str, Any], name: str, scale: float = 1, digits: int = 3) -> str:
+    """Write the interval columns `<name>_ci_low/high` of a row; empty when not defined."""
+    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    if math.isnan(low):
+        return ""
+    return f"[{fixed(low, scale, digits)}, {fixed(high, scale, digits)}]"
+
+
+def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float = 1, digits: int = 3) -> str:
+    """Write a number of a row followed by its interval."""
+    return f"{fixed(row[column], scale, digits)} {interval(row, name, scale, digits)}".strip()
+
+
+_NAMES = {
+    "ddpmpp": "DDPM++",
+    "andi": "ANDi",
+    "itermask": "IterMask",
+    "disyre": "Disyre",
+    "riad": "RIAD",
+    "uniad": "UniAD",
+    "rd": "RD",
+    "patchcore": "PatchCore",
+    "fae": "FAE",
+}
+
+
+def detector_name(detector: str) -> str:
+    """Return the name of a detector as its paper writes it."""
+    return _NAMES.get(detector, detector.capitalize())

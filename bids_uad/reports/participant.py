@@ -1,0 +1,335 @@
+"""The participant report: everything one subject's derivatives hold, on one page."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from nireports.assembler.report import Report
+
+from bids_uad.dataset.atomic import atomic_path
+from bids_uad.reports.bibliography import methods_html, read_entries
+from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
+from bids_uad.reports.figures.brain_mask import draw_brain_mask
+from bids_uad.reports.figures.display import Volume, load_ras
+from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
+from bids_uad.reports.figures.overlay import draw_overlay
+from bids_uad.reports.figures.registration import draw_registration
+from bids_uad.reports.group_text import detector_name
+from bids_uad.reports.participant_findings import Finding, component_rows, summarise, summary_row, tiles
+from bids_uad.reports.participant_spec import anchor, expand_outline
+from bids_uad.space import NAME
+
+_PACKAGES = ("nipype", "niworkflows", "nireports", "pybids", "antspyx", "nibabel", "numpy", "scipy", "torch")
+_CRASH_CHARACTERS = 20_000
+_GOOD_STATES = ("done", "up to date", "used")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference images that the derivatives keep a copy of; any may be missing."""
+
+    images: dict[str, Path]
+    brain: Volume | None
+    sidecar: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        return str(self.sidecar.get("ReferenceName", NAME))
+
+
+def write_subject_report(
+    out_dir: str | Path,
+    subject: str,
+    *,
+    errors: Sequence[str] = (),
+    run_info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Draw the figures of a subject and write its page, from the derivatives alone.
+
+    Parts that are missing are left out. Running it again gives the same files.
+
+    Parameters
+    ----------
+    out_dir : path-like
+        Root of the derivative dataset.
+    subject : str
+        Label, with or without ``sub-``.
+    errors : sequence of str
+        What went wrong, one message each. nipype's crash files of the run are added.
+    run_info : mapping, optional
+        Shown under *About*: `run_id`, `version`, `command`, `device` and whatever else. `images` is a list of
+        mappings `image`, `status`, `message` (what became of every scan); it goes into the summary.
+
+    Returns
+    -------
+    pathlib.Path
+        ``sub-<subject>.html``; its figures are in ``sub-<subject>/figures``.
+    """
+    out_dir = Path(out_dir).resolve()
+    subject = subject.removeprefix("sub-")
+    run_info = dict(run_info or {})
+    images = find_images(out_dir, subject)
+    reference = _read_reference(out_dir)
+    final = out_dir / f"sub-{subject}" / "figures"
+    # Entities are read from whole paths: a neutral folder keeps those of the output folder's parents out.
+    with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
+        figures = Path(temporary) / f"sub-{subject}" / "figures"
+        figures.mkdir(parents=True)
+        findings = [(image, _write_image(figures, image, reference)) for image in images]
+        pages = {
+            "summary": _summary(findings, reference, errors, run_info),
+            "errors": _errors(out_dir / f"sub-{subject}", errors, run_info.get("run_id")),
+            "methods": _methods(out_dir / "logs"),
+            "about": _about(images, reference, run_info),
+        }
+        for name, text in pages.items():
+            (figures / f"sub-{subject}_desc-{name}_report.html").write_text(text, encoding="utf-8")
+        page = _assemble(out_dir, subject, images, Path(temporary))
+        drawn = {path.name for path in figures.glob("*.svg")}
+    for stale in final.glob("*.svg"):
+        if stale.name not in drawn:
+            stale.unlink()
+    return page
+
+
+def _assemble(out_dir: Path, subject: str, images: Sequence[Image], staging: Path) -> Path:
+    """Let nireports put the staged parts into one page; it also copies the figures to their place."""
+    target = out_dir / f"sub-{subject}.html"
+    template = resources.files("bids_uad").joinpath("data/reports/participant.html.j2")
+    with resources.as_file(template) as template_path, atomic_path(target) as unfinished:
+        spec = staging / "spec.yml"
+        outline = expand_outline(subject, images, str(template_path.resolve()))
+        spec.write_text(yaml.safe_dump(outline, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        report = Report(
+            out_dir, None, bootstrap_file=spec, out_filename=str(unfinished), reportlets_dir=staging
+        )
+        report.generate_report()
+    return target
+
+
+def _read_reference(out_dir: Path) -> Reference:
+    start = out_dir / f"tpl-{NAME}" / "anat" / f"tpl-{NAME}_desc-brain"
+    images = {name: start.with_name(f"{start.name}_{name}.nii.gz") for name in ("T1w", "T2w")}
+    mask = start.with_name(f"{start.name}_mask.nii.gz")
+    return Reference(
+        {name: path for name, path in images.items() if path.is_file()},
+        load_ras(mask, bool) if mask.is_file() else None,
+        read_sidecar(images["T1w"]),
+    )
+
+
+def _write_image(figures: Path, image: Image, reference: Reference) -> list[tuple[Detection, Finding]]:
+    """Draw what there is of one image, and collect its numbers."""
+    scan = None if image.preproc is None else load_ras(image.preproc)
+    brain = None if image.brain is None else load_ras(image.brain, bool).data
+    if brain is None and scan is not None:
+        brain = scan.data > 0
+    lesion = None if image.lesion is None else load_ras(image.lesion, bool).data
+    start = f"{image.prefix}_space-{NAME}_desc-"
+    if scan is not None:
+        # A T2w reference looks like a T2w scan; a T1w one still shows the anatomy.
+        contrast = image.modality if image.modality in reference.images else "T1w"
+        if contrast in reference.images and reference.brain is not None:
+            draw_registration(
+                figures / f"{start}registration_{image.modality}.svg",
+                scan,
+                load_ras(reference.images[contrast]),
+                reference.brain.data,
+                scan_name=image.name,
+                reference_name=f"{reference.name}, {contrast}",
+            )
+        draw_brain_mask(
+            figures / f"{start}brain_{image.modality}.svg",
+            scan,
+            brain,
+            None if reference.brain is None else reference.brain.data,
+            scan_name=image.name,
+        )
+    return [
+        (detection, _write_detection(figures, image, detection, scan=scan, brain=brain, lesion=lesion))
+        for detection in image.detections
+    ]
+
+
+def _write_detection(
+    figures: Path,
+    image: Image,
+    detection: Detection,
+    *,
+    scan: Volume | None,
+    brain: np.ndarray | None,
+    lesion: np.ndarray | None,
+) -> Finding:
+    start = f"{image.prefix}_space-{NAME}_desc-{detection.desc}"
+    scores = None if detection.anomaly_map is None else load_ras(detection.anomaly_map).data
+    mask = None if detection.mask is None else load_ras(detection.mask, bool).data
+    labels = None if detection.components is None else load_ras(detection.components, np.int32).data
+    finding = summarise(detection, scores=scores, mask=mask, brain=brain, lesion=lesion)
+    _write(figures / f"{start}_summary.html", "detection", tiles=tiles(finding))
+    if scan is not None and scores is not None:
+        draw_overlay(
+            figures / f"{start}_anomalymap.svg",
+            scan,
+            brain,
+            scores,
+            title=f"{detector_name(detection.detector.lower())} on {image.name}",
+            threshold=finding.threshold,
+            threshold_name=finding.threshold_source,
+            components=labels,
+            lesion=lesion,
+        )
+    if detection.histogram is not None:
+        draw_histogram(
+            figures / f"{start}_histogram.svg",
+            ScoreCounts.read(detection.histogram),
+            threshold=finding.threshold,
+            threshold_name=finding.threshold_source,
+        )
+    if detection.component_table is not None:
+        table = pd.read_csv(detection.component_table, sep="\t", na_values="n/a")
+        _write(
+            figures / f"{start}_components.html",
+            "components",
+            rows=component_rows(table, labels, lesion),
+            total=len(table),
+            truth=labels is not None and lesion is not None,
+            file=detection.component_table.name,
+        )
+    return finding
+
+
+def _summary(
+    findings: Sequence[tuple[Image, Sequence[tuple[Detection, Finding]]]],
+    reference: Reference,
+    errors: Sequence[str],
+    run_info: Mapping[str, Any],
+) -> str:
+    rows = []
+    for image, found in findings:
+        sources = {
+            str(detection.metrics["source_image"])
+            for detection, _ in found
+            if "source_image" in detection.metrics
+        }
+        if image.preproc is not None and not sources:
+            sources = set(read_sidecar(image.preproc).get("Sources", [])[:1])
+        rows.append(
+            {
+                "name": image.name,
+                "status": "processed" if image.preproc is not None else "incomplete",
+                "good": image.preproc is not None,
+                "source": ", ".join(sorted(sources)),
+                "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
+                "truth": "none given" if image.lesion is None else "yes",
+                "remark": "" if image.preproc is not None else "its preprocessed image is missing",
+            }
+        )
+    for told in run_info.get("images", ()):
+        if told["status"] not in _GOOD_STATES:
+            extra = {"name": told["image"], "status": told["status"], "remark": told["message"]}
+            rows.append({"good": False, "source": "", "detectors": [], "truth": "", **extra})
+    found_rows = [
+        {
+            "anchor": f"{anchor(image, detection)}",
+            "detector": detector_name(detection.detector.lower()),
+            "preset": detection.metrics.get("preset", ""),
+            "scan": image.name,
+            **summary_row(finding),
+        }
+        for image, found in findings
+        for detection, finding in found
+    ]
+    any_truth = any(finding.agreement is not None for _, found in findings for _, finding in found)
+    devices = {str(d.sidecar["Device"]) for _, found in findings for d, _ in found if "Device" in d.sidecar}
+    facts = [
+        (
+            "Reference space",
+            f"{NAME} grid (240 \N{MULTIPLICATION SIGN} 240 \N{MULTIPLICATION SIGN} 155 voxels of 1 mm)",
+        ),
+        ("Reference image", _reference_words(reference)),
+        ("Device", ", ".join(sorted(devices)) or run_info.get("device", "")),
+        ("bids_uad version", run_info.get("version", "")),
+    ]
+    return _render(
+        "summary",
+        images=rows,
+        findings=found_rows,
+        any_truth=any_truth,
+        n_errors=len(errors),
+        facts=[(name, value) for name, value in facts if value],
+    )
+
+
+def _reference_words(reference: Reference) -> str:
+    if not reference.images:
+        return "no copy in the outputs"
+    source = reference.sidecar.get("ReferenceSource")
+    return f"{reference.name} ({source})" if source else reference.name
+
+
+def _errors(root: Path, errors: Sequence[str], run_id: str | None) -> str:
+    """List the errors and nipype's crash files of this run, or of the last one that left a folder."""
+    logs = sorted(path for path in (root / "log").glob("*") if path.is_dir())
+    own = [path for path in logs if path.name == run_id] or logs[-1:]
+    crashes = [path for folder in own for path in sorted(folder.glob("crash*.txt"))]
+    texts = [
+        (path.name, path.read_text(encoding="utf-8", errors="replace")[-_CRASH_CHARACTERS:])
+        for path in crashes
+    ]
+    return _render("errors", errors=list(errors), crashes=texts)
+
+
+def _methods(logs: Path) -> str:
+    text, bibliography = logs / "CITATION.md", logs / "CITATION.bib"
+    if not text.is_file():
+        return _render("methods", methods="", bibliography=False)
+    entries = read_entries(bibliography.read_text(encoding="utf-8")) if bibliography.is_file() else {}
+    html = Markup(methods_html(text.read_text(encoding="utf-8"), entries))  # noqa: S704 - escaped by methods_html
+    return _render("methods", methods=html, bibliography=bool(entries))
+
+
+def _about(images: Sequence[Image], reference: Reference, run_info: Mapping[str, Any]) -> str:
+    rows = []
+    for key, value in run_info.items():
+        if key == "images":
+            continue
+        written = ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)
+        rows.append((key.replace("_", " ").capitalize(), written))
+    for image in images:
+        for detection in image.detections:
+            digest = detection.metrics.get("model_sha256")
+            if digest:
+                name = f"Model, {detector_name(detection.detector.lower())} on {image.modality}"
+                rows.append((name, f"{detection.metrics.get('preset', '')}, sha256 {digest}"))
+    for key, name in (("License", "Reference licence"), ("ReferenceSHA256", "Reference sha256")):
+        if key in reference.sidecar:
+            rows.append((name, str(reference.sidecar[key])))
+    rows.append(("Report written with", ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)))
+    return _render("about", rows=list(dict.fromkeys(rows)))
+
+
+def _write(target: Path, name: str, **values: Any) -> None:
+    target.write_text(_render(name, **values), encoding="utf-8")
+
+
+def _render(name: str, **values: Any) -> str:
+    text = (
+        resources.files("bids_uad")
+        .joinpath(f"data/reports/participant_{name}.html.j2")
+        .read_text(encoding="utf-8")
+    )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text).render(**values)

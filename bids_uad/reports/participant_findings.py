@@ -1,0 +1,189 @@
+"""What one detector found in one scan, in numbers for the participant report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from bids_uad.evaluation.metrics import Confusion
+from bids_uad.reports.boilerplate import threshold_words
+from bids_uad.reports.derivatives import Detection
+from bids_uad.reports.figures.display import side
+from bids_uad.space import VOXEL_MM3
+
+MAX_COMPONENTS = 20
+UNKNOWN = "\N{EN DASH}"
+TAU = "\N{GREEK SMALL LETTER TAU}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Numbers of one detector in one scan; None where the outputs do not tell.
+
+    Attributes
+    ----------
+    threshold : float or None
+    threshold_source : str
+        How the threshold was fixed, in words.
+    volume_ml : float or None
+        Volume above the threshold.
+    share : float or None
+        Fraction of the brain that is above the threshold.
+    n_components : int or None
+    peak : float or None
+        Highest score in the brain.
+    n_lesions, n_lesions_found, n_false_components : int or None
+    agreement : Confusion or None
+        Anomaly mask against ground truth, inside the brain.
+    """
+
+    threshold: float | None
+    threshold_source: str
+    volume_ml: float | None
+    share: float | None
+    n_components: int | None
+    peak: float | None
+    n_lesions: int | None
+    n_lesions_found: int | None
+    n_false_components: int | None
+    agreement: Confusion | None
+
+    @property
+    def peak_ratio(self) -> float | None:
+        """Highest score over the threshold."""
+        return None if self.peak is None or not self.threshold else self.peak / self.threshold
+
+
+def summarise(
+    detection: Detection,
+    *,
+    scores: np.ndarray | None,
+    mask: np.ndarray | None,
+    brain: np.ndarray | None,
+    lesion: np.ndarray | None,
+) -> Finding:
+    """Collect the numbers of a detection from its tables and, where they say nothing, from its images.
+
+    Parameters
+    ----------
+    detection : Detection
+    scores, mask, brain, lesion : numpy.ndarray or None
+        On the same grid.
+
+    Returns
+    -------
+    Finding
+    """
+    metrics = detection.metrics
+    volume = metrics.get("anomaly_volume_mm3", None if mask is None else mask.sum() * VOXEL_MM3)
+    brain_volume = metrics.get("brain_volume_mm3", None if brain is None else brain.sum() * VOXEL_MM3)
+    return Finding(
+        threshold=detection.threshold,
+        threshold_source=threshold_words(detection.threshold_name),
+        volume_ml=None if volume is None else float(volume) / 1000,
+        share=None if volume is None or not brain_volume else float(volume) / float(brain_volume),
+        n_components=_count(metrics, "n_components"),
+        peak=None if scores is None else float(scores.max()),
+        n_lesions=_count(metrics, "n_lesions"),
+        n_lesions_found=_count(metrics, "n_lesions_detected"),
+        n_false_components=_count(metrics, "n_false_components"),
+        agreement=None if mask is None or lesion is None else agreement(mask, lesion, brain),
+    )
+
+
+def agreement(mask: np.ndarray, lesion: np.ndarray, brain: np.ndarray | None) -> Confusion:
+    """Count voxels by anomaly mask and ground truth, inside the brain where its mask is known."""
+    inside = np.ones(mask.shape, dtype=bool) if brain is None else brain
+    found, true = mask & inside, lesion & inside
+    both = int((found & true).sum())
+    false_positive, false_negative = int(found.sum()) - both, int(true.sum()) - both
+    true_negative = int(inside.sum()) - both - false_positive - false_negative
+    return Confusion(both, false_positive, false_negative, true_negative)
+
+
+def tiles(finding: Finding) -> list[tuple[str, str]]:
+    """Numbers to show first, each with its label."""
+    share = _written(finding.share, "{:.2%}")
+    shown = [
+        (_written(finding.threshold, "{:.3g}"), f"fixed threshold {TAU}: {finding.threshold_source}"),
+        (_written(finding.volume_ml, "{:,.1f} ml"), f"above {TAU} ({share} of the brain)"),
+        (_written(finding.n_components, "{:,}"), "components"),
+        (_written(finding.peak_ratio, f"{{:.2f}} \N{MULTIPLICATION SIGN} {TAU}"), "highest score"),
+    ]
+    if finding.agreement is not None:
+        shown += [
+            (f"{finding.agreement.dice:.3f}", "Dice with the ground truth"),
+            (f"{finding.agreement.sensitivity:.0%}", "of the lesion voxels found"),
+            (f"{finding.agreement.precision:.0%}", "of the found voxels are lesion"),
+        ]
+        shown = [(UNKNOWN if value.startswith("nan") else value, label) for value, label in shown]
+    if finding.n_lesions is not None:
+        shown.append((f"{_written(finding.n_lesions_found, '{}')} of {finding.n_lesions}", "lesions found"))
+        shown.append((_written(finding.n_false_components, "{:,}"), "false components"))
+    return shown
+
+
+def summary_row(finding: Finding) -> dict[str, str]:
+    """Numbers of a detection for the table of all detectors."""
+    return {
+        "threshold": _written(finding.threshold, "{:.3g}"),
+        "threshold_source": finding.threshold_source,
+        "volume": _written(finding.volume_ml, "{:,.1f}"),
+        "share": _written(finding.share, "{:.2%}"),
+        "components": _written(finding.n_components, "{:,}"),
+        "peak": _written(finding.peak_ratio, "{:.2f}"),
+        "dice": UNKNOWN if finding.agreement is None else f"{finding.agreement.dice:.3f}",
+    }
+
+
+def component_rows(
+    table: pd.DataFrame, labels: np.ndarray | None, lesion: np.ndarray | None
+) -> list[dict[str, object]]:
+    """Rows of the table of components, largest first.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A ``_dseg.tsv``.
+    labels : numpy.ndarray of int, optional
+        The components' image; with `lesion` it tells which of them touch a lesion.
+    lesion : numpy.ndarray of bool, optional
+        Ground truth on the same grid.
+
+    Returns
+    -------
+    list of dict
+        `MAX_COMPONENTS` at most.
+    """
+    hits = set() if labels is None or lesion is None else set(np.unique(labels[lesion]).tolist())
+    largest = table.sort_values(["volume_mm3", "index"], ascending=[False, True]).head(MAX_COMPONENTS)
+    rows = []
+    for row in largest.itertuples(index=False):
+        centroid = (row.centroid_x, row.centroid_y, row.centroid_z)
+        rows.append(
+            {
+                "index": int(row.index),
+                "side": side(row.centroid_x),
+                "volume": f"{row.volume_mm3:,.0f}",
+                "peak": _score(row.peak_score),
+                "mean": _score(row.mean_score),
+                "centroid": ", ".join(f"{value:.0f}".replace("-", "\N{MINUS SIGN}") for value in centroid),
+                "hit": int(row.index) in hits,
+            }
+        )
+    return rows
+
+
+def _count(metrics: dict[str, object], name: str) -> int | None:
+    return int(metrics[name]) if name in metrics else None
+
+
+def _written(value: float | None, pattern: str) -> str:
+    return UNKNOWN if value is None else pattern.format(value)
+
+
+def _score(value: float) -> str:
+    """Three significant digits, trailing zeros kept so that columns line up."""
+    return f"{value:#.3g}".rstrip(".")

@@ -1,0 +1,260 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bids_uad.config import RunConfig
+from bids_uad.dataset.inputs import collect, collect_units
+from bids_uad.errors import ConfigError, InputError
+from bids_uad.space import AFFINE as SRI24_AFFINE
+from bids_uad.space import SHAPE as SRI24_SHAPE
+from tests.dataset.skeleton import AFFINE, SHAPE, write_dataset, write_image, write_mask
+
+
+@pytest.fixture
+def make(tmp_path):
+    def config(files, **options):
+        root = write_dataset(tmp_path / "raw", dict.fromkeys(files))
+        return RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work", **options)
+
+    return config
+
+
+def anchors(units):
+    return {unit.key: unit.anchor.key if unit.anchor else None for unit in units}
+
+
+def test_t2w_is_registered_to_the_first_t1w_of_its_session(make):
+    config = make(
+        [
+            "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w.nii.gz",
+            "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz",
+            "sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz",
+            "sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz",
+            "sub-01/ses-b/anat/sub-01_ses-b_acq-x_T2w.nii.gz",
+            "sub-01/ses-c/anat/sub-01_ses-c_T2w.nii",
+            "sub-02/anat/sub-02_T2w.nii.gz",
+        ]
+    )
+    assert anchors(collect_units(config)) == {
+        "sub-01_ses-a_run-1_T1w": None,
+        "sub-01_ses-a_run-2_T1w": None,
+        "sub-01_ses-b_T1w": None,
+        "sub-01_ses-a_T2w": "sub-01_ses-a_run-1_T1w",
+        "sub-01_ses-b_acq-x_T2w": "sub-01_ses-b_T1w",
+        "sub-01_ses-c_T2w": "sub-01_ses-a_run-1_T1w",
+        "sub-02_T2w": None,
+    }
+
+
+def test_tenth_run_comes_after_the_second(make):
+    config = make(
+        [f"sub-01/anat/sub-01_run-{run}_T1w.nii.gz" for run in (10, 2)] + ["sub-01/anat/sub-01_T2w.nii.gz"]
+    )
+    assert anchors(collect_units(config))["sub-01_T2w"] == "sub-01_run-2_T1w"
+
+
+def test_unwanted_modality_is_kept_only_as_an_anchor(make):
+    files = [f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("acq-a_T1w", "acq-b_T1w", "T2w")]
+    wanted = {
+        modalities: [unit.key for unit in collect_units(make(files, modalities=modalities))]
+        for modalities in (("T1w",), ("T2w",))
+    }
+    assert wanted == {
+        ("T1w",): ["sub-01_acq-a_T1w", "sub-01_acq-b_T1w"],
+        ("T2w",): ["sub-01_acq-a_T1w", "sub-01_T2w"],
+    }
+
+
+def test_prefix_folder_and_metadata(tmp_path):
+    name = "sub-01/ses-a/anat/sub-01_ses-a_acq-mprage_rec-norm_run-01_T1w.nii.gz"
+    root = write_dataset(tmp_path / "raw", {name: {"SkullStripped": True}})
+    (unit,) = collect_units(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work"))
+    assert unit.prefix == "sub-01_ses-a_acq-mprage_rec-norm_run-01"
+    assert unit.folder.as_posix() == "sub-01/ses-a/anat"
+    assert unit.skull_stripped is True
+
+
+def test_contrast_enhanced_images_are_left_out_unless_asked_for(make, tmp_path):
+    files = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_ce-gd_T1w.nii.gz"]
+    found = collect(make(files))
+    assert [unit.key for unit in found.units] == ["sub-01_T1w"]
+    assert [path.name for path in found.left_out] == ["sub-01_ce-gd_T1w.nii.gz"]
+    filters = tmp_path / "filter.json"
+    filters.write_text(json.dumps({"T1w": {"ceagent": "*"}, "bold": {"task": "rest"}}))
+    assert [unit.key for unit in collect_units(make(files, filter_file=filters))] == ["sub-01_ce-gd_T1w"]
+
+
+@pytest.mark.parametrize(
+    ("own", "keys"),
+    [
+        ({"acquisition": None}, ["sub-01_T1w"]),
+        ({"acquisition": "*"}, ["sub-01_acq-a_T1w", "sub-01_acq-b_T1w"]),
+        ({"acquisition": "b"}, ["sub-01_acq-b_T1w"]),
+        ({"acquisition": ["a", "b"]}, ["sub-01_acq-a_T1w", "sub-01_acq-b_T1w"]),
+    ],
+)
+def test_filter_rules(make, tmp_path, own, keys):
+    filters = tmp_path / "filter.json"
+    filters.write_text(json.dumps({"t1w": own}))
+    files = [f"sub-01/anat/sub-01_{acq}T1w.nii.gz" for acq in ("", "acq-a_", "acq-b_")]
+    assert [unit.key for unit in collect_units(make(files, filter_file=filters))] == keys
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"t1w": 3}', '{"t1w": {"suffix": "FLAIR"}}'])
+def test_bad_filter_files_are_refused(make, tmp_path, text):
+    filters = tmp_path / "filter.json"
+    filters.write_text(text)
+    with pytest.raises(ConfigError, match="--bids-filter-file"):
+        collect(make(["sub-01/anat/sub-01_T1w.nii.gz"], filter_file=filters))
+
+
+def test_only_requested_participants_and_sessions(make):
+    files = [f"sub-0{n}/ses-{s}/anat/sub-0{n}_ses-{s}_T1w.nii.gz" for n in (1, 2) for s in "ab"]
+    units = collect_units(make(files, participants=("02",), sessions=("b",)))
+    assert [unit.key for unit in units] == ["sub-02_ses-b_T1w"]
+
+
+def test_labels_that_do_not_exist_are_named(make):
+    files = ["sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
+    with pytest.raises(InputError, match="no participant 07; it has 01"):
+        collect(make(files, participants=("07",)))
+    with pytest.raises(InputError, match="no session z; it has a"):
+        collect(make(files, sessions=("z",)))
+
+
+def test_derivatives_and_functional_images_are_not_read(make):
+    files = [
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "derivatives/other/sub-01/anat/sub-01_desc-x_T1w.nii.gz",
+        "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/func/sub-01_task-rest_bold.nii.gz",
+    ]
+    assert len(collect_units(make(files))) == 1
+
+
+def test_participant_without_image_is_named(make):
+    config = make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz"])
+    (problem,) = collect(config).problems
+    assert problem.message == "sub-02: no T1w or T2w image to work on"
+
+
+def test_images_that_would_share_a_name_are_refused(make):
+    found = collect(make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii"]))
+    assert not found.units
+    assert "cannot be told from" in found.problems[0].message
+
+
+def test_bad_image_is_left_out_before_anchors_are_chosen(make):
+    config = make(
+        [
+            "sub-01/anat/sub-01_run-1_T1w.nii.gz",
+            "sub-01/anat/sub-01_run-2_T1w.nii.gz",
+            "sub-01/anat/sub-01_T2w.nii.gz",
+            "sub-02/anat/sub-02_run-1_T1w.nii.gz",
+            "sub-02/anat/sub-02_T2w.nii.gz",
+        ]
+    )
+
+    def check(unit):
+        if unit.entities.get("run") == "1":
+            raise InputError(unit.path, "broken", "mend it")
+
+    found = collect(config, check)
+    assert anchors(found.units) == {
+        "sub-01_run-2_T1w": None,
+        "sub-01_T2w": "sub-01_run-2_T1w",
+        "sub-02_T2w": None,
+    }
+    assert [problem.key for problem in found.problems] == ["sub-01_run-1_T1w", "sub-02_run-1_T1w"]
+    assert "broken; mend it" in found.problems[0].message
+
+
+# Lesion masks
+
+OTHER = AFFINE + np.array([[0, 0, 0, 3.0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.fixture
+def lesions(tmp_path, make):
+    """Give a function that writes masks (name: affine or (affine, shape)) and collects one participant."""
+
+    def run(masks, files=("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz")):
+        root = tmp_path / "lesions"
+        (root / "sub-01").mkdir(parents=True)
+        for name, (affine, shape) in masks.items():
+            write_mask(root / name, affine, shape)
+        config = make(files, derivatives={"lesions": root})
+        write_image(config.bids_dir / "sub-01/anat/sub-01_T2w.nii.gz", OTHER)
+        return collect(config)
+
+    return run
+
+
+T1W, T2W, SRI24 = (AFFINE, SHAPE), (OTHER, SHAPE), (SRI24_AFFINE, SRI24_SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("masks", "used", "owner"),
+    [
+        ({"_label-lesion_mask": T1W}, "_label-lesion_mask", "sub-01_T1w"),
+        ({"_label-lesion_mask": T2W}, "_label-lesion_mask", "sub-01_T2w"),
+        ({"_space-T2w_label-lesion_mask": T2W, "_space-T1w_label-lesion_mask": T1W}, "_space-T1w_label-lesion_mask", "sub-01_T1w"),
+        ({"_space-SRI24_label-lesion_mask": SRI24, "_label-lesion_roi": T1W}, "_label-lesion_roi", "sub-01_T1w"),
+        ({"_space-SRI24_label-lesion_mask": SRI24}, "_space-SRI24_label-lesion_mask", None),
+        ({"_label-lesion_desc-b_mask": T1W, "_label-lesion_desc-manual_mask": T1W}, "_label-lesion_desc-manual_mask", "sub-01_T1w"),
+        ({"_label-lesion_desc-isen_mask": T1W, "_label-lesion_mask": T1W}, "_label-lesion_mask", "sub-01_T1w"),
+        ({"_seg-lesion_mask": T1W}, "_seg-lesion_mask", "sub-01_T1w"),
+    ],
+)  # fmt: skip
+def test_lesion_mask_is_matched_to_a_grid(lesions, masks, used, owner):
+    found = lesions({f"sub-01/anat/sub-01{name}.nii.gz": grid for name, grid in masks.items()})
+    assert not found.problems
+    lesion = found.lesions["01", None]
+    assert lesion.path.name == f"sub-01{used}.nii.gz"
+    assert (lesion.unit.key if lesion.unit else None) == owner
+    assert {unit.key: unit.lesion_mask for unit in found.units if unit.lesion_mask} == (
+        {owner: lesion.path} if owner else {}
+    )
+    t2w = next(unit for unit in found.units if unit.modality == "T2w")
+    assert t2w.anchor in found.units
+
+
+def test_mask_stored_in_another_voxel_order_is_on_the_same_grid(lesions):
+    image = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE)
+    flipped = nib.as_closest_canonical(image).as_reoriented([[1, -1], [0, 1], [2, -1]])
+    found = lesions({"sub-01/anat/sub-01_label-lesion_mask.nii.gz": (flipped.affine, flipped.shape)})
+    assert found.lesions["01", None].unit.key == "sub-01_T1w"
+
+
+@pytest.mark.parametrize(
+    "grid", [(np.eye(4), SHAPE), (AFFINE, (24, 24, 23)), (OTHER + np.eye(4) * 0.5, SHAPE)]
+)
+def test_mask_on_no_known_grid_is_refused_by_name(lesions, grid):
+    found = lesions({"sub-01/anat/sub-01_label-lesion_mask.nii.gz": grid})
+    assert not found.lesions
+    assert len(found.units) == 2
+    assert "sub-01_label-lesion_mask.nii.gz" in found.problems[0].message
+
+
+def test_mask_named_for_sri24_must_be_on_its_grid(lesions):
+    found = lesions({"sub-01/anat/sub-01_space-SRI24_label-lesion_mask.nii.gz": (np.eye(4), SRI24_SHAPE)})
+    assert "grid of none" in found.problems[0].message
+
+
+def test_change_masks_and_other_labels_are_no_lesion_masks(lesions):
+    found = lesions(
+        {
+            "sub-01/anat/sub-01_label-lesionchange_mask.nii.gz": T1W,
+            "sub-01/anat/sub-01_label-brain_mask.nii.gz": T1W,
+        }
+    )
+    assert not found.lesions
+    assert not found.problems
+
+
+def test_masks_belong_to_their_session(lesions):
+    files = [f"sub-01/ses-{s}/anat/sub-01_ses-{s}_T1w.nii.gz" for s in "ab"]
+    found = lesions({"sub-01/ses-b/anat/sub-01_ses-b_label-lesion_mask.nii.gz": T1W}, files)
+    assert list(found.lesions) == [("01", "b")]

@@ -1,0 +1,142 @@
+"""Score tables of made-up scans whose score distributions are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 400)])
+SHA = {"disyre": "d" * 64, "patchcore": "a" * 64}
+THRESHOLD_EDGE = 300
+
+
+@dataclass
+class Scan:
+    """One made-up image and detector."""
+
+    subject: str
+    modality: str = "T1w"
+    detector: str = "disyre"
+    session: str | None = None
+    edges: np.ndarray = field(default_factory=lambda: EDGES)
+    n_nonlesion: np.ndarray | None = None
+    n_lesion: np.ndarray | None = None
+    threshold: float | None = None
+    sha256: str | None = None
+    version: str = "0.1.0"
+    n_components: float = 3
+    n_lesions: float = 2
+    n_lesions_detected: float = 1
+    n_false_components: float = 2
+
+    def write(self, root: Path) -> Path:
+        """Write the two tables as the participant level does; return the metrics table."""
+        prefix = f"sub-{self.subject}" + (f"_ses-{self.session}" if self.session else "")
+        folder = root / f"sub-{self.subject}"
+        if self.session:
+            folder /= f"ses-{self.session}"
+        folder /= "anat"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{prefix}_space-SRI24_desc-{self.modality}{self.detector.capitalize()}"
+        n_bins = len(self.edges)
+        nonlesion = np.ones(n_bins, int) if self.n_nonlesion is None else self.n_nonlesion
+        threshold = self.edges[THRESHOLD_EDGE] if self.threshold is None else self.threshold
+        edge = int(np.argmin(np.abs(self.edges - threshold)))
+        masked = self.n_lesion is not None
+        found = nonlesion[edge:].sum() + (self.n_lesion[edge:].sum() if masked else 0)
+        brain = nonlesion.sum() + (self.n_lesion.sum() if masked else 0)
+        pd.DataFrame(
+            {
+                "score_lower": self.edges,
+                "score_upper": np.append(self.edges[1:], np.inf),
+                "n_nonlesion": nonlesion,
+                "n_lesion": self.n_lesion if masked else np.full(n_bins, np.nan),
+            }
+        ).to_csv(folder / f"{name}_histogram.tsv", sep="\t", index=False, na_rep="n/a")
+        row = {
+            "source_image": f"sub-{self.subject}/anat/{prefix}_{self.modality}.nii.gz",
+            "modality": self.modality,
+            "detector": self.detector,
+            "preset": "default",
+            "model_sha256": self.sha256 or SHA[self.detector],
+            "app_version": self.version,
+            "threshold": threshold,
+            "threshold_name": "max_dice",
+            "brain_volume_mm3": float(brain),
+            "anomaly_volume_mm3": float(found),
+            "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,
+            "n_components": self.n_components,
+            "n_lesions": self.n_lesions if masked else np.nan,
+            "n_lesions_detected": self.n_lesions_detected if masked else np.nan,
+            "n_false_components": self.n_false_components if masked else np.nan,
+        }
+        path = folder / f"{name}_metrics.tsv"
+        pd.DataFrame([row]).to_csv(path, sep="\t", index=False, na_rep="n/a")
+        return path
+
+
+def beta_counts(
+    generator: np.random.Generator, n_voxels: int, a: float, b: float, edges: np.ndarray = EDGES
+) -> np.ndarray:
+    """Draw how many of `n_voxels` beta-distributed scores fall into each bin."""
+    shares = np.diff(stats.beta.cdf(np.append(edges, 1.0), a, b))
+    return generator.multinomial(n_voxels, shares / shares.sum())
+
+
+def write_participants(folder: Path, rows: list[dict]) -> None:
+    """Write a participants.tsv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "participants.tsv", sep="\t", index=False, na_rep="n/a")
+
+
+def write_cohort(
+    root: Path,
+    bids_dir: Path,
+    *,
+    n_lesion: int = 4,
+    n_healthy: int = 2,
+    n_voxels: int = 400_000,
+    seed: int = 0,
+) -> None:
+    """Write tables of a whole cohort: T1w and T2w, a good and a middling detector."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    digits = max(2, len(str(n_lesion + n_healthy)))
+    for index in range(n_lesion + n_healthy):
+        subject = f"{index + 1:0{digits}d}"
+        healthy = index >= n_lesion
+        pathology = np.nan if healthy else ("stroke", "MS", "tumour")[index % 3]
+        rows.append(
+            {
+                "participant_id": f"sub-{subject}",
+                "age": int(generator.integers(20, 85)),
+                "sex": "MF"[index % 2],
+                "group": "control" if healthy else "patient",
+                "pathology": pathology,
+            }
+        )
+        size = int(10 ** generator.uniform(2.3, 4.8))
+        skill = generator.normal(0, 0.25)
+        for modality in ("T1w", "T2w"):
+            for detector, strength in (("disyre", 4.0), ("patchcore", 2.4)):
+                strength *= (1.25 if modality == "T2w" else 1.0) * np.exp(skill)
+                noise = 14 * np.exp(generator.normal(0, 0.12))
+                n_found = int(generator.integers(0, 4))
+                Scan(
+                    subject,
+                    modality,
+                    detector,
+                    n_nonlesion=beta_counts(generator, n_voxels, 1.1, noise),
+                    n_lesion=None if healthy else beta_counts(generator, size, strength, 10),
+                    threshold=EDGES[np.searchsorted(EDGES, 0.3 if detector == "disyre" else 0.26)],
+                    n_components=n_found + 1,
+                    n_lesions=3,
+                    n_lesions_detected=n_found,
+                    n_false_components=int(generator.poisson(2)),
+                ).write(root)
+    write_participants(bids_dir, rows)

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from bids_uad.errors import InputError
+from bids_uad.evaluation.benchmark import COLUMNS, evaluate
+from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.tables import find_metrics_tables
+from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
+
+EDGES = np.array([0.0, 0.2, 0.4, 0.6])
+
+
+def counts(*numbers):
+    return np.array(numbers)
+
+
+def scan(subject, **options):
+    return Scan(subject, edges=EDGES, **{"threshold": 0.4, **options})
+
+
+def run(root, seed=0):
+    return evaluate(root, find_metrics_tables(root), read_participants(root), seed=seed)
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """Two patients, a third whose mask is empty, two controls, one patient without a mask."""
+    people = [
+        ("1", "MS"),
+        ("2", "MS"),
+        ("3", "MS"),
+        ("4", "control"),
+        ("5", "control"),
+        ("6", "MS"),
+    ]
+    write_participants(tmp_path, [{"participant_id": f"sub-{who}", "group": group} for who, group in people])
+    lesions = {"n_lesions": 4, "n_lesions_detected": 1, "n_false_components": 3}
+    scan("1", n_nonlesion=counts(80, 10, 6, 4), n_lesion=counts(0, 2, 2, 6), **lesions).write(tmp_path)
+    lesions = {"n_lesions": 1, "n_lesions_detected": 1, "n_false_components": 0}
+    scan("2", n_nonlesion=counts(90, 6, 0, 4), n_lesion=counts(5, 5, 0, 20), **lesions).write(tmp_path)
+    nothing = {"n_lesions": 0, "n_lesions_detected": 0, "n_false_components": 0, "n_components": 0}
+    scan("3", n_nonlesion=counts(90, 10, 0, 0), n_lesion=counts(0, 0, 0, 0), **nothing).write(tmp_path)
+    scan("4", n_nonlesion=counts(95, 4, 1, 0), n_components=1).write(tmp_path)
+    scan("5", n_nonlesion=counts(90, 5, 2, 3), n_components=4).write(tmp_path)
+    scan("6", n_nonlesion=counts(0, 0, 0, 100)).write(tmp_path)
+    return tmp_path
+
+
+def test_numbers_by_hand(cohort):
+    result = run(cohort)
+    assert list(result.benchmark.columns) == list(COLUMNS)
+    row = result.benchmark.iloc[0]
+    assert len(result.benchmark) == 1
+    assert row["cohort"] == "all"
+    assert (row["n_lesion_scans"], row["n_healthy_scans"], row["n_missing_mask"]) == (3, 2, 1)
+    assert (row["n_empty_mask"], row["n_both_empty"], row["n_participants"]) == (1, 1, 6)
+    first = 2 * 8 / (2 * 8 + 10 + 2)
+    second = 2 * 20 / (2 * 20 + 4 + 10)
+    assert row["dice_mean"] == pytest.approx((first + second + 1) / 3)
+    assert row["dice_nonempty_mean"] == pytest.approx((first + second) / 2)
+    assert row["sensitivity_mean"] == pytest.approx((0.8 + 20 / 30) / 2)
+    assert row["precision_mean"] == pytest.approx((8 / 18 + 20 / 24) / 2)
+    assert row["fpr_healthy_mean"] == pytest.approx((0.01 + 0.05) / 2)
+    assert row["fpr_healthy_median"] == pytest.approx(0.03)
+    assert row["fpr_lesion_mean"] == pytest.approx((0.10 + 0.04 + 0) / 3)
+    assert row["lesion_sensitivity"] == pytest.approx(2 / 5)
+    assert row["false_lesions_per_lesion_scan"] == pytest.approx(1)
+    assert row["false_lesions_per_healthy_scan"] == pytest.approx(2.5)
+    assert row["prevalence"] == pytest.approx(40 / 340)
+    assert row["dice_ci_low"] < row["dice_mean"] < row["dice_ci_high"]
+    assert np.isnan(row["fpr_healthy_mean_ci_low"])  # two people are too few
+
+
+def test_optimal_threshold_is_one_for_the_whole_cohort(cohort):
+    row = run(cohort).benchmark.iloc[0]
+    # The scan with an empty mask has no say: it would vote for finding nothing.
+    at_06 = (2 * 6 / (2 * 6 + 4 + 4) + 2 * 20 / (2 * 20 + 4 + 10)) / 2
+    assert row["dice_optimal"] == pytest.approx(at_06)
+    assert row["dice_optimal_threshold"] == 0.6
+    assert row["dice_optimal"] >= row["dice_nonempty_mean"]
+
+
+def test_pooled_auprc_is_that_of_all_voxels_together(cohort):
+    lesion, nonlesion = counts(5, 7, 2, 26), counts(260, 26, 6, 8)
+    truth = np.repeat([1, 0], [lesion.sum(), nonlesion.sum()])
+    scores = np.concatenate([np.repeat(EDGES, lesion), np.repeat(EDGES, nonlesion)])
+    pooled = run(cohort).benchmark.iloc[0]["auprc_pooled"]
+    assert pooled == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_a_missing_mask_is_used_for_nothing(cohort):
+    result = run(cohort)
+    row = result.subjects.set_index("participant_id").loc["sub-6"]
+    assert row["role"] == "missing_mask"
+    assert row[["dice", "auprc", "fpr", "n_lesion_voxels"]].isna().all()
+    assert any("sub-6" in text and "never healthy" in text for text in result.warnings)
+    before = result.benchmark.iloc[0]
+    for file in (cohort / "sub-6").rglob("*_m*.tsv"):
+        file.unlink()
+    after = run(cohort).benchmark.iloc[0]
+    for column in ("dice_mean", "dice_optimal", "auprc_pooled", "fpr_healthy_mean"):
+        assert after[column] == before[column]
+    assert after["n_missing_participants"] == 1
+
+
+def test_a_mask_makes_no_patient_of_a_control(cohort):
+    scan("4", n_nonlesion=counts(95, 4, 1, 0), n_lesion=counts(0, 0, 0, 9)).write(cohort)
+    result = run(cohort)
+    row = result.benchmark.iloc[0]
+    assert (row["n_lesion_scans"], row["n_healthy_scans"]) == (3, 2)
+    assert row["fpr_healthy_mean"] == pytest.approx(0.03)
+    assert any("Healthy by participants.tsv and yet" in text for text in result.warnings)
+
+
+def test_other_bundles_do_not_mix(cohort):
+    scan("7", sha256="f" * 64).write(cohort)
+    with pytest.raises(InputError, match=f"another model bundle.*{'f' * 64} against {'d' * 64}"):
+        run(cohort)
+    Scan("7", edges=EDGES * 2, threshold=0.8, sha256="f" * 64).write(cohort)
+    with pytest.raises(InputError, match=f"other score bins.*{'f' * 64} against {'d' * 64}"):
+        run(cohort)
+    scan("7", threshold=0.6).write(cohort)
+    with pytest.raises(InputError, match=r"another threshold \(0\.6 instead of 0\.4\)"):
+        run(cohort)
+    scan("7", detector="patchcore", sha256="f" * 64).write(cohort)
+    for file in (cohort / "sub-7").rglob("*Disyre*"):
+        file.unlink()
+    assert len(run(cohort).benchmark) == 2
+
+
+def test_versions_that_differ_are_a_warning(cohort):
+    scan("7", version="0.2.0").write(cohort)
+    result = run(cohort)
+    assert "0.1.0 (6 participants), 0.2.0 (1 participant)" in result.warnings[0]
+    assert result.benchmark.iloc[0]["app_version"] == "0.1.0, 0.2.0"
+    assert any("Not in participants.tsv" in text and "sub-7" in text for text in result.warnings)
+
+
+def test_a_threshold_between_edges_is_no_answer(cohort):
+    scan("6", threshold=0.5).write(cohort)
+    result = run(cohort)
+    assert len(result.unreadable) == 1
+    assert "threshold 0.5 is not one of the score bin edges" in result.unreadable[0]
+    assert result.benchmark.iloc[0]["n_scans"] == 5
+
+
+def test_absences_have_reasons(cohort):
+    people = (cohort / "participants.tsv").read_text() + "sub-8\tMS\nsub-9\tMS\n"
+    (cohort / "participants.tsv").write_text(people)
+    log = cohort / "sub-8" / "log" / "run"
+    log.mkdir(parents=True)
+    (log / "crash-detect.txt").write_text("out of memory")
+    anat = cohort / "sub-8" / "anat"
+    anat.mkdir()
+    (anat / "sub-8_space-SRI24_desc-preproc_T1w.nii.gz").touch()
+    found = {absence.subject: absence for absence in run(cohort).absences}
+    assert set(found) == {"sub-8", "sub-9"}
+    assert found["sub-9"].reason == "no outputs at all"
+    assert found["sub-8"].reason == "preprocessed, but no score table"
+    assert found["sub-8"].crash_files == ("sub-8/log/run/crash-detect.txt",)
+    row = run(cohort).benchmark.iloc[0]
+    assert (row["n_missing_participants"], row["n_failed_scans"]) == (2, 1)
+
+
+def test_cohorts_by_pathology(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_lesion=6, n_healthy=3, n_voxels=20_000)
+    benchmark = run(tmp_path).benchmark
+    rows = benchmark[(benchmark["detector"] == "disyre") & (benchmark["modality"] == "T1w")]
+    assert list(rows["cohort"]) == ["all", "MS", "stroke", "tumour"]
+    assert list(rows["n_lesion_scans"]) == [6, 2, 2, 2]
+    assert list(rows["n_healthy_scans"]) == [3, 0, 0, 0]
+    parts = rows.iloc[1:]["dice_mean"].mean()
+    assert rows.iloc[0]["dice_mean"] == pytest.approx(parts)
+
+
+def test_the_better_detector_wins_and_nothing_depends_on_chance(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_lesion=12, n_healthy=4, n_voxels=50_000)
+    one, two = run(tmp_path).benchmark, run(tmp_path).benchmark
+    assert one.equals(two)
+    means = one[one["cohort"] == "all"].set_index(["detector", "modality"])["auprc_mean"]
+    assert means["disyre", "T1w"] > means["patchcore", "T1w"]
+    assert means["disyre", "T2w"] > means["disyre", "T1w"]
+
+
+def test_no_healthy_nobody_known_and_no_lesion(tmp_path):
+    scan("1", n_nonlesion=counts(8, 1, 1, 0), n_lesion=counts(0, 0, 1, 4)).write(tmp_path)
+    result = run(tmp_path)
+    row = result.benchmark.iloc[0]
+    assert row["dice_mean"] == pytest.approx(10 / 11)
+    assert np.isnan([row["dice_ci_low"], row["fpr_healthy_mean"]]).all()
+    assert any("no participants.tsv" in text for text in result.warnings)
+    write_participants(tmp_path, [{"participant_id": "sub-1", "group": "hc"}])
+    scan("1", n_nonlesion=counts(8, 1, 1, 0)).write(tmp_path)
+    result = run(tmp_path)
+    row = result.benchmark.iloc[0]
+    assert row["fpr_healthy_mean"] == pytest.approx(0.1)
+    assert np.isnan([row["dice_mean"], row["dice_optimal"], row["auprc_pooled"]]).all()
+    assert any("no scan with a lesion" in text for text in result.warnings)
+
+
+def test_memory_does_not_grow_with_the_histograms(tmp_path):
+    edges = np.arange(4_000.0)
+
+    def peak(folder, n_subjects):
+        for subject in range(n_subjects):
+            ones = np.ones(len(edges), int)
+            Scan(f"{subject}", edges=edges, n_nonlesion=ones, n_lesion=ones).write(folder)
+        tracemalloc.start()
+        run(folder)
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    per_table = (peak(tmp_path / "large", 12) - peak(tmp_path / "small", 4)) / 8
+    assert per_table < 20_000  # the counts of one table take 64 kB

@@ -1,0 +1,57 @@
+"""A small synthetic dataset, and the program run on it once for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of the program left behind."""
+
+    code: int
+    text: str
+    out: Path
+    data: Path
+
+
+def bids_uad(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess:
+    """Call the program as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "bids_uad", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """One healthy subject and one with a stroke, T1w and T2w, raw BIDS."""
+    folder = tmp_path_factory.mktemp("simulated") / "data"
+    subprocess.run(
+        [sys.executable, "-m", "bids_uad.simulation", folder, "--healthy", "1", "--lesion", "1", "--seed", "7"],
+        check=True,
+        capture_output=True,
+        timeout=600,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(data, tmp_path_factory) -> Run:
+    """Participant and group level with everything that is packaged."""
+    base = tmp_path_factory.mktemp("whole")
+    done = bids_uad(
+        data, base / "out", "participant", "group", "-w", base / "work", "--nprocs", "2",
+        "-d", f"lesions={data / 'derivatives' / 'lesions'}",
+    )  # fmt: skip
+    return Run(done.returncode, done.stdout + done.stderr, base / "out", data)

@@ -1,0 +1,162 @@
+"""The main job from raw BIDS to reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_uad import space
+from bids_uad.engine.bundle import packaged_bundles
+from tests.integration.conftest import bids_uad
+
+pytestmark = pytest.mark.integration
+
+EXPECTED = Path(__file__).with_name("expected_outputs.txt")
+
+
+def validate(folder: Path) -> list[dict]:
+    """Errors and warnings of the BIDS validator."""
+    program = Path(sys.executable).with_name("bids-validator-deno")
+    if not program.exists():
+        pytest.skip("bids-validator-deno is not installed")
+    done = subprocess.run([program, "--format", "json", folder], capture_output=True, text=True, timeout=300)
+    return json.loads(done.stdout)["issues"]["issues"]
+
+
+def test_it_succeeds(run):
+    assert run.code == 0, run.text
+
+
+def test_the_expected_files_are_there(run):
+    """One line a file; what carries the run's identity is left out."""
+    found = sorted(
+        path.relative_to(run.out).as_posix()
+        for path in run.out.rglob("*")
+        if path.is_file() and not {"log", "logs", "figures"} & set(path.relative_to(run.out).parts)
+    )
+    assert found == EXPECTED.read_text().split()
+
+
+def test_nothing_temporary_is_left(run):
+    assert [path.name for path in run.out.rglob(".*") if path.name != ".bidsignore"] == []
+
+
+def test_output_is_valid_bids(run):
+    assert validate(run.out) == []
+
+
+def test_input_is_valid_bids(run):
+    assert [issue for issue in validate(run.data) if issue["severity"] == "error"] == []
+
+
+def test_maps_are_on_the_grid_and_inside_the_brain(run):
+    maps = sorted(run.out.rglob("*_anomalymap.nii.gz"))
+    assert len(maps) == 2 * len(packaged_bundles())
+    for path in maps:
+        image = nib.load(path)
+        assert image.shape == space.SHAPE
+        np.testing.assert_array_equal(image.affine, space.AFFINE)
+        modality = path.name.split("_desc-")[1][:3]
+        prefix = path.name.split("_desc-")[0]
+        brain = path.with_name(f"{prefix}_desc-brain_mask.nii.gz")
+        if modality == "T2w":
+            brain = path.with_name(f"{prefix}_desc-T2wBrain_mask.nii.gz")
+        outside = np.asarray(nib.load(brain).dataobj) == 0
+        scores = image.get_fdata()
+        assert scores[outside].max() == 0
+        assert scores.max() > 0
+
+
+def test_masks_are_maps_above_the_threshold(run):
+    for path in run.out.rglob("*_label-anomaly_desc-*_probseg.nii.gz"):
+        mask = path.with_name(path.name.replace("_probseg", "_mask"))
+        scores = path.with_name(path.name.replace("_label-anomaly", "").replace("_probseg", "_anomalymap"))
+        threshold = json.loads(mask.with_name(mask.name.replace(".nii.gz", ".json")).read_text())["Threshold"]
+        above = nib.load(scores).get_fdata() > np.float32(threshold)
+        np.testing.assert_array_equal(above, nib.load(mask).get_fdata() > 0)
+        shares = nib.load(path).get_fdata()
+        np.testing.assert_array_equal(above, shares > 0.5)
+
+
+def test_native_masks_lie_on_the_scans_grid(run):
+    for path in run.out.rglob("*_space-orig_label-anomaly_desc-T1w*_mask.nii.gz"):
+        subject = path.name.split("_")[0]
+        scan = nib.load(run.data / subject / "anat" / f"{subject}_T1w.nii.gz")
+        image = nib.load(path)
+        assert image.shape == scan.shape
+        np.testing.assert_allclose(image.affine, scan.affine, atol=1e-4)
+
+
+def test_the_lesion_arrives_where_the_truth_is(run):
+    """Simulated masks go through the same registration as the images, so both must agree."""
+    lesion = next(run.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
+    truth = nib.load(lesion).get_fdata() > 0
+    scan = nib.load(lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-preproc_T2w")))
+    inside = scan.get_fdata()[truth].mean()
+    brain = nib.load(lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-brain_mask")))
+    outside = scan.get_fdata()[(brain.get_fdata() > 0) & ~truth].mean()
+    assert truth.sum() > 100
+    assert inside > 1.2 * outside
+
+
+def test_group_table_agrees_with_the_voxels(run):
+    """Dice from score tables equals Dice from the masks."""
+    subjects = pd.read_csv(run.out / "group_subjects.tsv", sep="\t", na_values="n/a")
+    scored = subjects[(subjects.role == "lesion") & (subjects.modality == "T2w")]
+    assert len(scored)
+    truth = nib.load(next(run.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))).get_fdata() > 0
+    for row in scored.itertuples():
+        desc = f"T2w{row.detector.capitalize()}"
+        mask = next(run.out.rglob(f"{row.participant_id}*_space-SRI24_label-anomaly_desc-{desc}_mask.nii.gz"))
+        brain = mask.with_name(f"{row.participant_id}_space-SRI24_desc-T2wBrain_mask.nii.gz")
+        inside = nib.load(brain).get_fdata() > 0
+        found = nib.load(mask).get_fdata() > 0
+        dice = 2 * (found & truth & inside).sum() / (found.sum() + (truth & inside).sum())
+        assert row.dice == pytest.approx(dice, abs=1e-4)
+
+
+def test_disyre_finds_the_stroke(run):
+    benchmark = pd.read_csv(run.out / "group_benchmark.tsv", sep="\t", na_values="n/a")
+    row = benchmark[(benchmark.detector == "disyre") & (benchmark.modality == "T2w")].iloc[0]
+    assert row.dice_mean > 0.2
+    assert row.auprc_mean > 3 * row.prevalence
+
+
+def test_reports_show_pictures_and_the_warning(run):
+    for path in [*run.out.glob("sub-*.html"), run.out / "group.html"]:
+        text = path.read_text(encoding="utf-8")
+        assert "not for clinical" in text.lower()
+        assert "<svg" in text or ".svg" in text
+
+
+def test_the_same_command_does_nothing_twice(run):
+    before = {path: path.stat().st_mtime_ns for path in run.out.rglob("sub-*/**/*") if path.is_file()}
+    again = bids_uad(
+        run.data, run.out, "participant", "-w", run.out.parent / "work",
+        "-d", f"lesions={run.data / 'derivatives' / 'lesions'}",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "up to date" in again.stdout + again.stderr
+    after = {path: path.stat().st_mtime_ns for path in run.out.rglob("sub-*/**/*") if path.is_file()}
+    assert after == before
+
+
+def test_group_reads_only_the_output(run, tmp_path):
+    """The images may be gone: score tables and participants.tsv are enough."""
+    out = tmp_path / "out"
+    shutil.copytree(run.out, out, ignore=shutil.ignore_patterns("*.nii.gz", "group*", "figures"))
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("participants.tsv", "participants.json", "dataset_description.json"):
+        shutil.copy(run.data / name, data)
+    done = bids_uad(data, out, "group")
+    assert done.returncode == 0, done.stderr
+    assert (out / "group_benchmark.tsv").read_text() == (run.out / "group_benchmark.tsv").read_text()

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from bids_uad.config import RunConfig
+from bids_uad.dataset.describe import BIDSIGNORE
+from bids_uad.evaluation.benchmark import COLUMNS
+from bids_uad.levels.group import run_group
+from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
+
+
+def config(root, **options):
+    return RunConfig(
+        bids_dir=root / "raw",
+        output_dir=root / "out",
+        work_dir=root / "work",
+        levels=("group",),
+        **options,
+    )
+
+
+def group(root, **options):
+    console = Console(width=80, record=True, file=(root / "console.txt").open("w"))
+    with console.file:
+        code = run_group(config(root, **options), console)
+    return code, console.export_text()
+
+
+@pytest.fixture
+def study(tmp_path):
+    write_cohort(tmp_path / "out", tmp_path / "raw", n_voxels=20_000)
+    return tmp_path
+
+
+def test_writes_tables_that_describe_themselves(study):
+    code, text = group(study)
+    assert code == 0
+    out = study / "out"
+    for name in ("group_benchmark", "group_subjects", "participants"):
+        table = pd.read_csv(out / f"{name}.tsv", sep="\t")
+        columns = json.loads((out / f"{name}.json").read_text())
+        assert columns.pop("Description")
+        assert list(columns) == list(table.columns)
+        assert all(column["Description"] for column in columns.values())
+    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t")
+    assert list(benchmark.columns) == list(COLUMNS)
+    subjects = pd.read_csv(out / "group_subjects.tsv", sep="\t")
+    assert len(subjects) == 6 * 4
+    assert {"age", "sex", "group", "pathology"} <= set(subjects.columns)
+    everyone = benchmark[benchmark["cohort"] == "all"].set_index(["detector", "modality"])
+    lesions = subjects[subjects["role"] == "lesion"].groupby(["detector", "modality"])
+    assert lesions["dice"].mean().to_dict() == pytest.approx(everyone["dice_mean"].to_dict())
+    assert "Disyre" in text
+    assert "group.html" in text
+    assert max(map(len, text.splitlines()[:20])) <= 80
+    assert {path.suffix for path in (out / "group" / "figures").iterdir()} == {".svg"}
+    assert not list(out.rglob(".*"))
+
+
+def test_needs_no_images_and_no_raw_dataset(study):
+    shutil.copy(study / "raw" / "participants.tsv", study / "out")
+    shutil.rmtree(study / "raw")
+    assert group(study)[0] == 0
+    table = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
+    assert (table.loc[table["cohort"] == "all", "n_healthy_scans"] == 2).all()
+    again = (study / "out" / "participants.tsv").read_text()
+    assert group(study)[0] == 0
+    assert (study / "out" / "participants.tsv").read_text() == again
+
+
+def test_same_input_same_tables(study):
+    group(study)
+    first = (study / "out" / "group_benchmark.tsv").read_bytes()
+    page = (study / "out" / "group.html").read_bytes()
+    group(study)
+    assert (study / "out" / "group_benchmark.tsv").read_bytes() == first
+    assert (study / "out" / "group.html").read_bytes() == page
+    group(study, random_seed=1)
+    assert (study / "out" / "group_benchmark.tsv").read_bytes() != first
+
+
+def test_without_tables_it_says_what_to_do(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    assert group(tmp_path)[0] == 66
+    assert "run the participant level first" in caplog.text
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_unreadable_table_is_told_and_counted(study, caplog):
+    bad = next((study / "out" / "sub-01").rglob("*T1wDisyre_histogram.tsv"))
+    bad.unlink()
+    assert group(study)[0] == 1
+    assert bad.name in caplog.text
+    assert bad.name in (study / "out" / "group.html").read_text()
+    table = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
+    assert table.loc[0, ["detector", "modality", "cohort", "n_scans"]].tolist() == [
+        "disyre",
+        "T1w",
+        "all",
+        5,
+    ]
+
+
+def test_a_single_participant(tmp_path):
+    Scan("01").write(tmp_path / "out")
+    assert group(tmp_path)[0] == 0
+    table = pd.read_csv(tmp_path / "out" / "group_benchmark.tsv", sep="\t")
+    assert table.loc[0, "n_missing_mask"] == 1
+
+
+def test_participant_label_restricts_the_cohort(study):
+    assert group(study, participants=("01", "05"))[0] == 0
+    table = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
+    assert (table["n_participants"] == 2).all()
+    assert (table["n_missing_participants"] == 0).all()
+    people = pd.read_csv(study / "out" / "participants.tsv", sep="\t")
+    assert len(people) == 6
+
+
+def test_everyone_is_listed(study):
+    people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t").iloc[:-1]
+    ghost = pd.DataFrame([{"participant_id": "sub-77", "group": "patient"}])
+    pd.concat([people, ghost]).to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
+    group(study)
+    written = pd.read_csv(study / "out" / "participants.tsv", sep="\t")
+    assert {"sub-06", "sub-77"} <= set(written["participant_id"])
+    page = (study / "out" / "group.html").read_text()
+    assert "Not in participants.tsv, so not known to be healthy: sub-06." in page
+    assert "sub-77" in page
+
+
+def test_outputs_pass_the_bids_validator(study):
+    validator = shutil.which("bids-validator-deno") or shutil.which(
+        "bids-validator-deno", path=str(Path(pd.__file__).parents[4] / "bin")
+    )
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
+    group(study)
+    out = study / "out"
+    (out / ".bidsignore").write_text("\n".join(BIDSIGNORE) + "\n")
+    description = {
+        "Name": "test",
+        "BIDSVersion": "1.10.1",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "bids_uad"}],
+    }
+    (out / "dataset_description.json").write_text(json.dumps(description))
+    done = subprocess.run(
+        [validator, str(out), "--format", "json"], capture_output=True, text=True, check=False
+    )
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    errors = [issue for issue in issues if issue["severity"] == "error"]
+    assert not errors
+    ours = [issue for issue in issues if "participants" in str(issue.get("location", ""))]
+    assert not ours
+
+
+def test_healthy_participants_file_with_other_columns_is_kept(tmp_path):
+    Scan("01").write(tmp_path / "out")
+    write_participants(
+        tmp_path / "raw", [{"participant_id": "sub-01", "diagnosis": "Healthy", "dice": "six"}]
+    )
+    assert group(tmp_path)[0] == 0
+    subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
+    assert subjects.loc[0, "participants_dice"] == "six"
+    assert subjects.loc[0, "role"] == "healthy"

@@ -1,0 +1,23 @@
+"""The baseline finds out which way fluid lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bids_uad.methods.base import Batch
+from bids_uad.methods.intensity import Intensity, IntensityHyper
+
+
+@pytest.mark.parametrize(("fluid", "expected"), [(0.95, 0.6), (0.05, 0.4)])
+def test_fluid_is_high(fluid, expected):
+    brain = torch.zeros(1, 1, 224, 224, dtype=torch.bool)
+    brain[..., 50:150, 50:150] = True
+    x = torch.full(brain.shape, 0.6) * brain
+    x[..., 90:110, 90:110] = fluid
+    detector = Intensity(IntensityHyper())
+    detector.fit_polarity(iter([Batch(x, brain)]), torch.Generator())
+    score = detector.score(x, brain, [])
+    assert score[0, 0, 60, 60] == pytest.approx(expected)
+    assert score[0, 0, 100, 100] == pytest.approx(0.95)
+    assert score[~brain].abs().max() == 0

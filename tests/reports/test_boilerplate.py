@@ -1,0 +1,127 @@
+"""The methods text: every citation resolves, and nothing half-made is left behind."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from bids_uad.reports import boilerplate
+from bids_uad.reports.bibliography import cited_keys, entry_html, methods_html, read_entries
+from bids_uad.reports.boilerplate import UsedModel, assets, methods_text, write_citation
+
+MODELS = [
+    UsedModel("disyre", "T1w", "lite", 0.03125, "max_dice"),
+    UsedModel("patchcore", "T2w", "lite", 0.84, "fpr_1pct"),
+    UsedModel("uniad", "T1w", "paper", 120.0, "own_choice"),
+]
+
+
+def entries():
+    return read_entries((assets() / "bids_uad.bib").read_text(encoding="utf-8"))
+
+
+def test_every_entry_is_read_whole():
+    text = (assets() / "bids_uad.bib").read_text(encoding="utf-8")
+    found = entries()
+    assert len(found) == len(re.findall(r"^@\w+\{", text, re.MULTILINE)) == len(set(found))
+    for key, entry in found.items():
+        assert {"author", "title", "year"} <= set(entry), key
+        assert re.fullmatch(r"10\.\d{4,}/\S+", entry["doi"]) if "doi" in entry else "url" in entry, key
+        assert not re.search(r"[{}\\]", entry_html(entry)), key
+
+
+@pytest.mark.parametrize("stand_in", [True, False])
+def test_all_citations_of_the_methods_text_resolve(stand_in):
+    text = methods_text(MODELS, stand_in=stand_in, ground_truth=True)
+    assert set(cited_keys(text)) <= set(entries())
+    assert ("icbm152" in cited_keys(text)) == stand_in
+    assert "$" not in text
+
+
+def test_all_citations_in_the_package_resolve():
+    package = Path(str(resources.files("bids_uad")))
+    text = (package / "preprocessing" / "workflow.py").read_text(encoding="utf-8")
+    cited = set(cited_keys("\n".join(re.findall(r"\[[^\[\]\n]*@[^\[\]\n]*\]", text))))
+    for source in (package / "methods").glob("*.py"):
+        cited |= set(re.findall(r'citation: ClassVar\[str\] = "(\w+)"', source.read_text(encoding="utf-8")))
+    assert cited
+    assert cited <= set(entries())
+
+
+def test_methods_text_names_models_and_thresholds():
+    text = methods_text(MODELS, stand_in=True, version="9.8.7")
+    assert "9.8.7" in text
+    assert "Disyre on T1w (preset `lite`)" in text
+    assert "Disyre on T1w: 0.03125 (best Dice on validation lesions)" in text
+    assert "PatchCore on T2w: 0.84 (1 % false positives in healthy validation brains)" in text
+    assert "UniAD on T1w: 120 (own_choice)" in text
+    assert "Ground truth" not in text
+
+
+def test_preprocessing_tells_its_own_story_where_it_can():
+    told = methods_text([], stand_in=True, preprocessing="The scan was twisted [@n4].\n")
+    assert "The scan was twisted" in told
+    assert "Anomaly detection" not in told
+    assert "twisted" not in methods_text([], stand_in=True, preprocessing="  ")
+
+
+def test_citations_become_numbers_and_a_reference_list():
+    html = methods_html(
+        "Made with *care* [@b; @a] & [SyN; @a], <x> by @b, a@mail.org [@none].", {"a": A, "b": B}
+    )
+    assert html.startswith(
+        '<p>Made with <em>care</em> [<a href="#ref-b">1</a>, <a href="#ref-a">2</a>] &amp; '
+        '[SyN, <a href="#ref-a">2</a>], &lt;x&gt; by [<a href="#ref-b">1</a>], a@mail.org [@none].</p>'
+    )
+    assert html.index('id="ref-b"') < html.index('id="ref-a"')
+    assert "Doe et al. (2001). Title A" in html
+    assert "Roe and Poe (2002)." in html
+
+
+A = {"author": "Doe, J. and Coe, K. and others", "year": "2001", "title": "Title {A}", "doi": "10.1000/a"}
+B = {"author": "Roe, J. and Poe, E.", "year": "2002", "title": "B", "url": "https://b.org"}
+
+
+def test_citation_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(boilerplate.shutil, "which", lambda name: None)
+    stale = tmp_path / "logs" / "CITATION.html"
+    stale.parent.mkdir()
+    stale.write_text("<body>old</body>")
+
+    written = write_citation(tmp_path, "Text [@n4].\n")
+
+    assert sorted(path.name for path in written) == ["CITATION.bib", "CITATION.md"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["CITATION.bib", "CITATION.md"]
+    assert (tmp_path / "logs" / "CITATION.md").read_text() == "Text [@n4].\n"
+    assert "n4" in read_entries((tmp_path / "logs" / "CITATION.bib").read_text())
+
+
+@pytest.mark.parametrize(
+    ("script", "made"),
+    [
+        ("cat >/dev/null; echo '<html><body>whole</body></html>'", True),
+        ("cat >/dev/null; echo '<p>a fragment</p>'", False),
+        ("cat >/dev/null; echo '<html><body></body></html>'; exit 3", False),
+    ],
+)
+def test_page_is_written_only_if_pandoc_makes_a_whole_one(tmp_path, monkeypatch, script, made):
+    pandoc = tmp_path / "pandoc"
+    pandoc.write_text(f"#!/bin/sh\n{script}\n")
+    pandoc.chmod(0o755)
+    monkeypatch.setattr(boilerplate.shutil, "which", lambda name: str(pandoc))
+    write_citation(tmp_path, "Text\n")
+    assert (tmp_path / "logs" / "CITATION.html").is_file() == made
+
+
+def test_assets_are_found_inside_the_package_first(tmp_path, monkeypatch):
+    package, checkout = tmp_path / "bids_uad", tmp_path / "boilerplate"
+    monkeypatch.setattr(boilerplate.resources, "files", lambda name: package)
+    with pytest.raises(FileNotFoundError):
+        assets()
+    for folder in (checkout, package / "data" / "boilerplate"):
+        folder.mkdir(parents=True)
+        (folder / "bids_uad.bib").write_text("")
+        assert assets() == folder

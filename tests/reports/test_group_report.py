@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.reports.group import write_group_report
+from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures
+from bids_uad.reports.group_svg import Linear, Log, number, quartiles, round_up
+from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
+
+
+def assess(root):
+    people = read_participants(root)
+    return evaluate(root, find_metrics_tables(root), people, seed=0), people
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    write_cohort(root, root, n_voxels=20_000)
+    (root / "sub-01.html").write_text("report")
+    evaluation, people = assess(root)
+    write_group_report(root, evaluation, people)
+    return root
+
+
+class _Balance(HTMLParser):
+    VOID = frozenset({"meta", "br", "line", "circle", "rect", "path"})
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+        self.links = []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_alone(study):
+    page = (study / "group.html").read_text()
+    parser = _Balance()
+    parser.feed(page)
+    assert not parser.open
+    assert not re.search(r"(?:src|href)=\"(?:https?:)?//", page)
+    assert "@import" not in page
+    anchors = [link[1:] for link in parser.links if link.startswith("#")]
+    assert anchors
+    for anchor in anchors:
+        assert f'id="{anchor}"' in page
+    files = {link for link in parser.links if not link.startswith("#")}
+    assert files == {"sub-01.html", "group_benchmark.tsv", "group_subjects.tsv"}
+
+
+def test_the_page_says_what_it_must(study):
+    page = (study / "group.html").read_text()
+    assert "Not for clinical use" in page
+    assert "upper bound that looks at the answers" in page
+    assert "max_dice" in page
+    assert "Every expected participant" in page
+    for column in ("dice_optimal", "auprc_pooled", "fpr_healthy_mean", "n_both_empty"):
+        assert f"<dt>{column}</dt>" in page
+
+
+def test_figures_are_valid_svg_with_working_links(study):
+    figures = sorted((study / "group" / "figures").glob("*.svg"))
+    assert [figure.stem for figure in figures] == [
+        "dice",
+        "dice_by_threshold",
+        "dice_by_volume",
+        "fpr_healthy",
+        "precision_recall",
+        "score_histograms",
+    ]
+    for figure in figures:
+        root = ET.fromstring(figure.read_text())  # noqa: S314
+        assert root.tag.endswith("svg")
+        assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', figure.read_text())
+        for link in root.iter("{http://www.w3.org/2000/svg}a"):
+            assert (figure.parent / link.get("href")).is_file()
+
+
+def test_dots_are_where_the_numbers_are(study):
+    evaluation, _ = assess(study)
+    dice = next(figure for figure in group_figures(evaluation) if figure.name == "dice")
+    tips = re.findall(r"cx=\"([\d.]+)\"[^>]*><title>(sub-\d+): ([\d.]+)</title>", dice.svg)
+    scans = evaluation.subjects
+    assert len(tips) == (scans["role"] == "lesion").sum()
+    places = np.array([float(place) for place, _, _ in tips])
+    values = np.array([float(value) for _, _, value in tips])
+    slope, offset = np.polyfit(values, places, 1)
+    np.testing.assert_allclose(places, slope * values + offset, atol=0.7)
+    assert slope > 0
+
+
+def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-1\thc\nsub-2\thc\n")
+    for who in "12":
+        Scan(who, n_nonlesion=beta_counts(generator, 5000, 1, 9)).write(tmp_path)
+    evaluation, people = assess(tmp_path)
+    names = [figure.name for figure in group_figures(evaluation)]
+    assert names == ["fpr_healthy", "score_histograms"]
+    stale = tmp_path / "group" / "figures" / "dice.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier run")
+    page = write_group_report(tmp_path, evaluation, people).read_text()
+    assert 'id="dice"' not in page
+    assert not stale.exists()
+
+
+def test_nobody_usable_still_gives_a_page(tmp_path):
+    Scan("1").write(tmp_path)
+    Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
+    evaluation, people = assess(tmp_path)
+    page = write_group_report(tmp_path, evaluation, people).read_text()
+    assert "There is no participants.tsv" in page
+    assert "no scan with a lesion" in page
+
+
+def test_text_of_the_dataset_cannot_become_markup(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_voxels=5_000)
+    table = tmp_path / "participants.tsv"
+    table.write_text(table.read_text().replace("stroke", "<script>alert(1)</script>"))
+    page = write_group_report(tmp_path, *assess(tmp_path)).read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_scales_and_ticks():
+    x = Linear(0, 0.5, 100, 200)
+    assert x(0.25) == 150
+    assert x.ticks(5) == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    log = Log(1e-6, 1, 0, 60)
+    assert log(1e-3) == pytest.approx(30)
+    assert log(0) == 0
+    assert log.ticks(4) == pytest.approx([1e-6, 1e-4, 1e-2, 1])
+    assert Log(0.4, 3, 0, 1).ticks() == pytest.approx([0.5, 1, 2])
+    assert round_up(0.43) == 0.5
+    assert round_up(0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.1234, "0.123"), (12.0, "12"), (1234.5, "1,234"), (0.00002, "2.0e-5"),
+     (float("nan"), "n/a"), (100.0, "100")],
+)  # fmt: skip
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_box_of_known_values():
+    values = np.array([1, 2, 3, 4, 5, 40.0])
+    assert quartiles(values) == (1, 2.25, 3.5, 4.75, 5)
+
+
+def test_rebinning_keeps_the_voxels():
+    counts = beta_counts(np.random.default_rng(0), 10_000, 2, 9)
+    edges, shares = _display_bins(EDGES, counts, Linear(0, 1.05, 0, 500))
+    assert len(edges) == len(shares) + 1
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_dots_do_not_hide_each_other():
+    places = [10.0, 10.0, 10.5, 200.0]
+    offsets = _swarm(places, 3)
+    assert len(set(offsets[:3])) == 3
+    assert offsets[3] == 0
