@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench models lint format clean
 
 # torch first and by its exact version, so that nothing pulls another build in.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,6 +32,22 @@ test-slow: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/engine.py
+
+# How the packaged models were made; LABELMAPS is a folder of whole-head *_dseg.nii.gz (SynthSeg's training maps).
+models: $(VENV)/installed
+	$(BIN)/python -m bids_uad.simulation $(MODELS)/train --healthy 40 --labelmaps $(LABELMAPS) --seed 1 \
+	    --derivatives --nprocs $(NPROCS)
+	$(BIN)/python -m bids_uad.simulation $(MODELS)/validation --healthy 8 --lesion 8 --labelmaps $(LABELMAPS) --seed 2 \
+	    --derivatives --nprocs $(NPROCS)
+	for modality in T1w T2w; do \
+	    for detector in "disyre --steps 1800" patchcore intensity; do \
+	        set -- $$detector; name=$$1; shift; \
+	        $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$name --modality $$modality \
+	            --preset lite --random-seed 1 -w $(MODELS)/work "$$@" && \
+	        $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$name \
+	            --modality $$modality --preset lite || exit 1; \
+	    done; \
+	done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """What the engine saves by not computing: seconds per volume beside a straightforward path, in one run.
 
-The straightforward path scores every slice of the volume one at a time, empty ones too, and filters with SciPy.
-Both paths use the packaged bundles on one simulated brain; the maps are compared.
+The straightforward path scores every slice of the volume one at a time, empty ones too, and filters with
+SciPy. Both paths use the packaged bundles on one simulated brain; the maps are compared.
 """
 
 from __future__ import annotations

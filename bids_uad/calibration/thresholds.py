@@ -58,8 +58,8 @@ class ThresholdEstimator:
         -------
         dict
             ``max_dice``, the edge with the highest mean Dice over lesion volumes (if there are any);
-            ``fpr_1pct`` and ``fpr_5pct``, the lowest edges whose pooled false-positive rate in healthy brains is
-            at most that (if there are healthy volumes).
+            ``fpr_1pct`` and ``fpr_5pct``, the lowest edges whose pooled false-positive rate in healthy brains
+            is at most that (if there are healthy volumes).
         """
         found = {}
         if self.n_lesion:

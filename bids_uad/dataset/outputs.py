@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
-from niworkflows.interfaces.bids import DerivativesDataSink as _NiworkflowsSink
-
 from bids_uad.dataset.atomic import atomic_path
 from bids_uad.dataset.naming import ENTITIES, PATTERNS
+
+_EMPTY_ARCHIVE = Path(__file__).parents[1] / "data" / "templateflow"
+
+
+def _import_sink() -> type:
+    """Import niworkflows' sink without letting it index, or write, a TemplateFlow archive."""
+    variable = "TEMPLATEFLOW_HOME"
+    users = os.environ.get(variable)
+    os.environ[variable] = str(_EMPTY_ARCHIVE)
+    try:
+        from niworkflows.interfaces.bids import DerivativesDataSink
+    finally:
+        if users is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = users
+    return DerivativesDataSink
+
+
+_NiworkflowsSink = _import_sink()
 
 
 class DerivativesDataSink(_NiworkflowsSink):

@@ -30,7 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument(
-        "--job", nargs=2, action="append", required=True, metavar=("BUNDLE", "MAP"), help="model bundle, output map"
+        "--job",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("BUNDLE", "MAP"),
+        help="model bundle, output map",
     )
     return parser
 

@@ -181,7 +181,8 @@ def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bun
             folders = [PACKAGED / name for name in known if name.split("-")[0] == model]
             if not folders:
                 raise ModelError(
-                    f"no model bundle {model!r}: neither a folder nor one of {', '.join(known) or '(none packaged)'}"
+                    f"no model bundle {model!r}: neither a folder nor one of "
+                    f"{', '.join(known) or '(none packaged)'}"
                 )
         chosen += [load_bundle(folder) for folder in folders]
     chosen = [bundle for bundle in chosen if bundle.modality in modalities]
@@ -191,12 +192,15 @@ def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bun
         key = (bundle.detector, bundle.modality)
         if key in seen:
             raise ModelError(
-                f"{seen[key].folder} and {bundle.folder} are both {bundle.detector} for {bundle.modality}; choose one"
+                f"{seen[key].folder} and {bundle.folder} are both {bundle.detector} for {bundle.modality}; "
+                "choose one"
             )
         seen[key] = bundle
     for modality in modalities:
         if not any(bundle.modality == modality for bundle in chosen):
-            raise ModelError(f"no model bundle for {modality}; name one with --models or leave the modality out")
+            raise ModelError(
+                f"no model bundle for {modality}; name one with --models or leave the modality out"
+            )
     return [seen[key] for key in sorted(seen)]
 
 
@@ -218,6 +222,7 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
     ModelError
         If detector, hyper-parameters and weights do not fit together.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from bids_uad.methods.hyper import hyper_from_values
@@ -229,8 +234,8 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
     try:
         detector = build_detector(bundle.detector, hyper_from_values(kind, bundle.info["hyper"]))
         detector.load_state_dict(load_file(bundle.folder / "weights.safetensors"))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"model bundle {bundle.folder}: {error}") from error
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model bundle {bundle.folder}: its weights do not fit ({error})") from error
     return detector.eval().to(device)
 
 

@@ -26,7 +26,9 @@ def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     occupied = [torch.nonzero(brain.any(tuple({0, 1, 2} - {axis}))).flatten() for axis in (0, 1, 2)]
     box = tuple(slice(int(index[0]), int(index[-1]) + 1) for index in occupied)
     inside = torch.where(brain[box], volume[box], torch.nan)
-    padded = torch.full([size + 2 for size in inside.shape], torch.nan, dtype=volume.dtype, device=volume.device)
+    padded = torch.full(
+        [size + 2 for size in inside.shape], torch.nan, dtype=volume.dtype, device=volume.device
+    )
     padded[1:-1, 1:-1, 1:-1] = inside
     target, region = result[box], brain[box]
     # Slab by slab, so that the 27 neighbours of only a few million voxels exist at once.

@@ -94,7 +94,9 @@ class SliceStore:
         labels = torch.from_numpy(self.labels[index]).to(device)
         return Batch(slices, labels[:, None] > 0, labels.long() if self.has_tissue else None)
 
-    def draw(self, count: int, batch_size: int, rng: np.random.Generator, device: torch.device) -> Iterator[Batch]:
+    def draw(
+        self, count: int, batch_size: int, rng: np.random.Generator, device: torch.device
+    ) -> Iterator[Batch]:
         """Batches of `count` slices chosen without replacement (all of them if there are fewer)."""
         chosen = rng.choice(len(self), min(count, len(self)), replace=False)
         for start in range(0, len(chosen), batch_size):

@@ -82,7 +82,9 @@ def _descend(
     report: Report | None,
 ) -> float:
     if stage.needs_tissue and not store.has_tissue:
-        raise ValueError(f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan")
+        raise ValueError(
+            f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
+        )
     module = stage.module.train().to(memory_format=torch.channels_last)
     average = MovingAverage(module, EMA_DECAY)
     optimiser = torch.optim.AdamW(module.parameters(), lr=stage.learning_rate)

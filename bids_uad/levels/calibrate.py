@@ -61,7 +61,9 @@ def run_calibrate(config: RunConfig) -> int:
     ]
     if not scans:
         raise InputError(
-            config.bids_dir, "no healthy scan and no lesion mask", "add `group` to participants.tsv or lesion masks"
+            config.bids_dir,
+            "no healthy scan and no lesion mask",
+            "add `group` to participants.tsv or lesion masks",
         )
     torch.set_num_threads(config.nprocs)
     detector = load_detector(bundle, str(resolve_device(config.device)))

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bids_uad.dataset.atomic import write_json, write_tsv
+from bids_uad.dataset.participants import derivative_participants, read_participants
 from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.dataset.participants import derivative_participants, read_participants
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.group import write_group_report

@@ -6,13 +6,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
@@ -20,6 +25,9 @@ from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
+
+LOG_LINES = 40
+Report = Callable[[str, int, int, float], None]
 
 
 def bundle_folder(config: RunConfig) -> Path:
@@ -139,8 +147,6 @@ def describe_cohort(config: RunConfig, scans: list[PreprocessedScan]) -> dict[st
 
 
 def _dataset_name(folder: Path) -> str:
-    import json
-
     path = folder / "dataset_description.json"
     if not path.is_file():
         return folder.name
@@ -166,6 +172,7 @@ def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
 def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
     """Text of a bundle's MODEL_CARD.md."""
     ages = training["age_range"]
+    sexes = ", ".join(f"{count} {sex}" for sex, count in (training["sex"] or {}).items())
     stages = "\n".join(
         "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
     )
@@ -173,14 +180,15 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
 
 Research software, not for clinical use.
 
-A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,} trained
-numbers. It has only seen healthy brains.
+A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,}
+trained numbers. It has only seen healthy brains.
 
 ## Training
 
 - Source: {training["source"]}
 - {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
-- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}; sex: {training["sex"] or "not given"}
+- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}
+- Sex: {sexes or "not given"}
 - Scanners: {", ".join(training["scanners"] or ["not given"])}
 - Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]}, torch {training["torch"]}
 
@@ -197,23 +205,25 @@ Thresholds and the scans they come from are in `calibration.json`.
 """
 
 
-def _progress() -> Any:
-    """Progress bar as a context manager that yields the engine's report function."""
-    from contextlib import contextmanager
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Show progress: a bar on a terminal, a line of log now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        def log(stage: str, step: int, steps: int, loss: float) -> None:
+            if step % max(1, steps // LOG_LINES) == 0 or step == steps:
+                logger.info("%s: step %d of %d, loss %.4f", stage, step, steps, loss)
 
-    @contextmanager
-    def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
-            tasks: dict[str, Any] = {}
+        yield log
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
+        tasks: dict[str, TaskID] = {}
 
-            def report(stage: str, step: int, steps: int, loss: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = progress.add_task(stage, total=steps, loss=loss)
-                progress.update(tasks[stage], completed=step, loss=loss)
+        def draw(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps, loss=loss)
+            progress.update(tasks[stage], completed=step, loss=loss)
 
-            yield report
-
-    return bar()
+        yield draw

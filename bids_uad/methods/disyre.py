@@ -132,6 +132,7 @@ class Disyre(Detector):
         self.register_buffer("severities", severity_table(), persistent=False)
 
     def stages(self) -> list[Stage]:
+        """First the tissue intensities, then the restoration network."""
         hyper = self.hyper
         return [
             FitStage("codebook", self.fit_codebook, slices=256, batch_size=64),

@@ -42,6 +42,7 @@ class Intensity(Detector):
         self.register_buffer("polarity", torch.ones(()))
 
     def stages(self) -> list[Stage]:
+        """One look at the histogram."""
         return [FitStage("polarity", self.fit_polarity, slices=self.hyper.slices, batch_size=64)]
 
     def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:

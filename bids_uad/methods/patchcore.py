@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
-from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
 from bids_uad.networks.coreset import farthest_points
+from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
 from bids_uad.networks.tissuenet import TissueNet
 
 
@@ -83,6 +83,7 @@ class PatchCore(Detector):
         self.register_buffer("bank", torch.zeros(hyper.bank, width, dtype=torch.float16))
 
     def stages(self) -> list[Stage]:
+        """First the feature network, then the memory bank."""
         hyper = self.hyper
         return [
             GradientStage(
@@ -119,7 +120,8 @@ class PatchCore(Detector):
         """
         side = self.hyper.neighbourhood
         quarter, eighth = (
-            F.avg_pool2d(feature, side, stride=1, padding=side // 2) for feature in self.backbone.features(slices)
+            F.avg_pool2d(feature, side, stride=1, padding=side // 2)
+            for feature in self.backbone.features(slices)
         )
         eighth = F.interpolate(eighth, size=quarter.shape[-2:], mode="bilinear", align_corners=False)
         joined = torch.cat([quarter, eighth], 1).movedim(1, -1)
@@ -154,7 +156,8 @@ class PatchCore(Detector):
         bank = self.bank.to(queries.dtype)
         bank_norm = bank.square().sum(1)
         nearest = [
-            (chunk.square().sum(1) + (bank_norm - 2 * chunk @ bank.T).amin(1)) for chunk in queries.split(4096)
+            (chunk.square().sum(1) + (bank_norm - 2 * chunk @ bank.T).amin(1))
+            for chunk in queries.split(4096)
         ]
         coarse = torch.zeros(covered.shape, dtype=queries.dtype, device=slices.device)
         if nearest:

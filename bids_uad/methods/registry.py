@@ -9,7 +9,9 @@ from bids_uad.methods.disyre import Disyre
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.patchcore import PatchCore
 
-DETECTORS: dict[str, type[Detector]] = {detector.name: detector for detector in (Disyre, PatchCore, Intensity)}
+DETECTORS: dict[str, type[Detector]] = {
+    detector.name: detector for detector in (Disyre, PatchCore, Intensity)
+}
 
 
 def build_detector(name: str, hyper: Any) -> Detector:

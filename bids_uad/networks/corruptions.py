@@ -94,7 +94,9 @@ def random_centres(brain: Tensor, generator: Generator) -> Tensor:
     return torch.stack([index // width, index % width], dim=1).float()
 
 
-def random_shapes(centres: Tensor, height: int, width: int, config: AnomalyConfig, generator: Generator) -> Tensor:
+def random_shapes(
+    centres: Tensor, height: int, width: int, config: AnomalyConfig, generator: Generator
+) -> Tensor:
     """Draw one binary shape per image: a rectangle, a disc or a cloud of blobs.
 
     Blobs are a thresholded smooth random field, in place of the publication's shape library, which is not
@@ -293,7 +295,9 @@ def cut_windows(
     column = (sine * r + cosine * c) / scale + centre_column[:, None, None] - 0.5
     grid = torch.stack([column / (width - 1) * 2 - 1, row / (height - 1) * 2 - 1], dim=-1)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    nearest = F.grid_sample(labels.to(images.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    nearest = F.grid_sample(
+        labels.to(images.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=True
+    )
     return cut, nearest.to(labels.dtype)
 
 

@@ -132,6 +132,7 @@ class ResidualBlock(nn.Module):
         return x
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H', W') under an embedding of shape (B, 4 width)."""
         h = F.silu(self.norm1(x))
         h = self._resized(self.conv1(h)) if self.resample == "up" else self.conv1(self._resized(h))
         h = self.norm2(h)
@@ -159,6 +160,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of each map, shape (B, C, H, W)."""
         batch, channels, height, width = x.shape
         tokens = self.inner(self.norm(x).flatten(2).transpose(1, 2))
         qkv = self.qkv(tokens).view(batch, height * width, 3, self.heads, channels // self.heads)

@@ -70,9 +70,7 @@ def test_dice_threshold_beats_a_literal_search(volumes):
     _, sick = volumes
 
     def mean_dice(threshold):
-        return np.mean(
-            [2 * ((s > threshold) & m).sum() / ((s > threshold).sum() + m.sum()) for s, m in sick]
-        )
+        return np.mean([2 * ((s > threshold) & m).sum() / ((s > threshold).sum() + m.sum()) for s, m in sick])
 
     found = estimate(volumes).thresholds()["max_dice"]
     best = max(mean_dice(threshold) for threshold in np.linspace(0, 1.5, 1501))

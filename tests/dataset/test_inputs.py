@@ -192,24 +192,30 @@ def lesions(tmp_path, make):
     return run
 
 
+MANUAL = "_label-lesion_desc-manual_mask"
 T1W, T2W, SRI24 = (AFFINE, SHAPE), (OTHER, SHAPE), (SRI24_AFFINE, SRI24_SHAPE)
 
 
 @pytest.mark.parametrize(
     ("masks", "used", "owner"),
     [
-        ({"_label-lesion_mask": T1W}, "_label-lesion_mask", "sub-01_T1w"),
-        ({"_label-lesion_mask": T2W}, "_label-lesion_mask", "sub-01_T2w"),
-        ({"_space-T2w_label-lesion_mask": T2W, "_space-T1w_label-lesion_mask": T1W}, "_space-T1w_label-lesion_mask", "sub-01_T1w"),
-        ({"_space-SRI24_label-lesion_mask": SRI24, "_label-lesion_roi": T1W}, "_label-lesion_roi", "sub-01_T1w"),
+        ({"_label-lesion_mask": T1W}, "_label-lesion_mask", "T1w"),
+        ({"_label-lesion_mask": T2W}, "_label-lesion_mask", "T2w"),
+        ({"_space-T2w_label-lesion_mask": T2W, "_label-lesion_mask": T1W}, "_label-lesion_mask", "T1w"),
+        ({"_space-SRI24_label-lesion_mask": SRI24, "_label-lesion_roi": T1W}, "_label-lesion_roi", "T1w"),
         ({"_space-SRI24_label-lesion_mask": SRI24}, "_space-SRI24_label-lesion_mask", None),
-        ({"_label-lesion_desc-b_mask": T1W, "_label-lesion_desc-manual_mask": T1W}, "_label-lesion_desc-manual_mask", "sub-01_T1w"),
-        ({"_label-lesion_desc-isen_mask": T1W, "_label-lesion_mask": T1W}, "_label-lesion_mask", "sub-01_T1w"),
-        ({"_seg-lesion_mask": T1W}, "_seg-lesion_mask", "sub-01_T1w"),
+        (dict.fromkeys(["_label-lesion_desc-b_mask", MANUAL], T1W), MANUAL, "T1w"),
+        (
+            dict.fromkeys(["_label-lesion_desc-isen_mask", "_label-lesion_mask"], T1W),
+            "_label-lesion_mask",
+            "T1w",
+        ),
+        ({"_seg-lesion_mask": T1W}, "_seg-lesion_mask", "T1w"),
     ],
-)  # fmt: skip
+)
 def test_lesion_mask_is_matched_to_a_grid(lesions, masks, used, owner):
     found = lesions({f"sub-01/anat/sub-01{name}.nii.gz": grid for name, grid in masks.items()})
+    owner = owner and f"sub-01_{owner}"
     assert not found.problems
     lesion = found.lesions["01", None]
     assert lesion.path.name == f"sub-01{used}.nii.gz"

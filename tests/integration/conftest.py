@@ -38,7 +38,18 @@ def data(tmp_path_factory) -> Path:
     """One healthy subject and one with a stroke, T1w and T2w, raw BIDS."""
     folder = tmp_path_factory.mktemp("simulated") / "data"
     subprocess.run(
-        [sys.executable, "-m", "bids_uad.simulation", folder, "--healthy", "1", "--lesion", "1", "--seed", "7"],
+        [
+            sys.executable,
+            "-m",
+            "bids_uad.simulation",
+            folder,
+            "--healthy",
+            "1",
+            "--lesion",
+            "1",
+            "--seed",
+            "7",
+        ],
         check=True,
         capture_output=True,
         timeout=600,

@@ -99,9 +99,13 @@ def test_the_lesion_arrives_where_the_truth_is(run):
     """Simulated masks go through the same registration as the images, so both must agree."""
     lesion = next(run.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
     truth = nib.load(lesion).get_fdata() > 0
-    scan = nib.load(lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-preproc_T2w")))
+    scan = nib.load(
+        lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-preproc_T2w"))
+    )
     inside = scan.get_fdata()[truth].mean()
-    brain = nib.load(lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-brain_mask")))
+    brain = nib.load(
+        lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-brain_mask"))
+    )
     outside = scan.get_fdata()[(brain.get_fdata() > 0) & ~truth].mean()
     assert truth.sum() > 100
     assert inside > 1.2 * outside

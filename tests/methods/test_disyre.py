@@ -13,7 +13,13 @@ from bids_uad.networks.ddpmpp import DDPMppConfig
 
 TINY = DisyreHyper(
     network=DDPMppConfig(
-        size=64, width=16, multipliers=(1, 2), blocks=(1, 1), attention=(), middle_attention=False, dropout=0.0
+        size=64,
+        width=16,
+        multipliers=(1, 2),
+        blocks=(1, 1),
+        attention=(),
+        middle_attention=False,
+        dropout=0.0,
     ),
     window=(64, 64),
     stride=32,
@@ -63,7 +69,8 @@ def test_score_is_the_mean_change_over_windows_and_labels(slices):
                 for column in columns:
                     patch = 2 * x[index : index + 1, :, row : row + 64, column : column + 64] - 1
                     change = sum(
-                        (patch - detector.network(patch, torch.tensor([label]))).abs()[0, 0] for label in (99, 74, 49, 24)
+                        (patch - detector.network(patch, torch.tensor([label]))).abs()[0, 0]
+                        for label in (99, 74, 49, 24)
                     )
                     top[row : row + 64, column : column + 64] += weight * change / 4
                     bottom[row : row + 64, column : column + 64] += weight

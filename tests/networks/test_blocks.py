@@ -57,7 +57,9 @@ def test_importance_is_gaussian_with_a_floor():
 
 def test_kmeans_finds_the_centres_scikit_learn_finds():
     rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))])
+    values = np.concatenate(
+        [rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))]
+    )
     ours = kmeans_1d(torch.from_numpy(values), 4)
     theirs = np.sort(KMeans(4, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
@@ -116,7 +118,9 @@ def test_shapes_keep_to_their_size():
 def test_anomalies_stay_in_the_brain_and_know_their_severity(healthy):
     images, brain = healthy
     codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
-    corrupted, severity = paint_anomalies(images, brain, codebook, AnomalyConfig(), torch.Generator().manual_seed(3))
+    corrupted, severity = paint_anomalies(
+        images, brain, codebook, AnomalyConfig(), torch.Generator().manual_seed(3)
+    )
     change = (corrupted - images).abs()
     assert change[~brain].max() == 0
     assert corrupted.min() >= 0
@@ -161,7 +165,9 @@ def test_turned_labels_follow_the_image(healthy):
 
 def test_intensities_vary_but_background_stays(healthy):
     images, brain = healthy
-    varied = vary_intensity(images, brain, AugmentationConfig(intensity=1.0), torch.Generator().manual_seed(0))
+    varied = vary_intensity(
+        images, brain, AugmentationConfig(intensity=1.0), torch.Generator().manual_seed(0)
+    )
     assert varied[~brain].abs().max() == 0
     assert (varied - images).abs().mean() > 0.01
     same = vary_intensity(images, brain, AugmentationConfig(intensity=0.0), torch.Generator().manual_seed(0))

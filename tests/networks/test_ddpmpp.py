@@ -8,9 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bids_uad.networks.ddpmpp import Attention, DDPMpp, DDPMppConfig, sinusoidal_embedding
 
-SHARED = dict(
-    size=224, width=32, multipliers=(1, 1, 1, 2, 3, 4), attention=(14, 7), head_width=32, dropout_at=14
-)
+SHARED = {
+    "size": 224,
+    "width": 32,
+    "multipliers": (1, 1, 1, 2, 3, 4),
+    "attention": (14, 7),
+    "head_width": 32,
+    "dropout_at": 14,
+}
 PUBLISHED = {
     # name: (configuration, parameters, GFLOP of one call)
     "andi": (DDPMppConfig(blocks=(1, 1, 1, 2, 4, 2), **SHARED), 7_537_025, 15.196),

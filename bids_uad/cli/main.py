@@ -1,0 +1,95 @@
+"""From the command line to an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from bids_uad.cli.parser import parse_args
+from bids_uad.config import RunConfig
+from bids_uad.errors import ConfigError, InputError, ModelError, UnavailableError, UserError
+
+OK, FAILED, USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE = 0, 1, 2, 66, 69, 70
+INTERRUPTED = 130
+
+_DOORS = {
+    "participant": ("bids_uad.levels.participant.run", "run_participant"),
+    "train": ("bids_uad.levels.train", "run_train"),
+    "calibrate": ("bids_uad.levels.calibrate", "run_calibrate"),
+    "group": ("bids_uad.levels.group", "run_group"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run bids_uad.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; the process's own by default.
+
+    Returns
+    -------
+    int
+        0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work on, 69 a GPU,
+        model or atlas is not available, 70 the workflow could not be built, 130 interrupted.
+    """
+    verbosity = 0
+    try:
+        config = parse_args(argv)
+        verbosity = config.verbosity
+        _set_up_process(config)
+        return _run_levels(config)
+    except UserError as error:
+        if verbosity > 1:
+            traceback.print_exc()
+        print(f"bids_uad: {error}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print("bids_uad: interrupted; the same command goes on where this run stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def exit_code(error: UserError) -> int:
+    """Translate an error for the user into the process's exit code."""
+    kinds = {
+        ConfigError: USAGE,
+        InputError: NO_INPUT,
+        ModelError: UNAVAILABLE,
+        UnavailableError: UNAVAILABLE,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), SOFTWARE)
+
+
+def _run_levels(config: RunConfig) -> int:
+    """Run the levels in order; a failed participant does not keep the group level from running."""
+    worst = OK
+    for level in config.levels:
+        module, function = _DOORS[level]
+        code = getattr(importlib.import_module(module), function)(config)
+        if code > FAILED:
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def _set_up_process(config: RunConfig) -> None:
+    """Set logging, and the thread counts that numerical libraries read when they are first imported."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    threads = str(config.omp_nthreads)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
+    os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
+
+    logger = logging.getLogger("bids_uad")
+    logger.handlers = [
+        RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)
+    ]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if config.verbosity else logging.INFO)

@@ -1,0 +1,272 @@
+"""The command line, spelt as fMRIPrep spells it wherever fMRIPrep has the flag."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bids_uad import __version__
+from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
+from bids_uad.config import LEVELS, MODALITIES, RUN_SPECIFIC, RunConfig, read_fields
+from bids_uad.errors import ConfigError
+
+_LABEL = re.compile(r"^[0-9a-zA-Z]+$")
+_DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the argument parser; every flag in it does something, except the hidden `--notrack`."""
+    parser = argparse.ArgumentParser(
+        prog="bids_uad",
+        description=(
+            "Find what does not belong in a brain MRI with models that have only learnt what healthy "
+            "looks like. Research software, not for clinical use."
+        ),
+        epilog="Exit codes: 0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work "
+        "on, 69 GPU, model or atlas not available, 70 the workflow could not be built.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
+    parser.add_argument("output_dir", type=Path, help="where the derivatives go")
+    parser.add_argument(
+        "levels",
+        metavar="analysis_level",
+        nargs="+",
+        choices=LEVELS,
+        help="one or more of: participant, group, train, calibrate",
+    )
+    parser.add_argument("--version", action="version", version=f"bids_uad {__version__}")
+
+    pick = parser.add_argument_group("what to work on")
+    pick.add_argument(
+        "--participant-label", "--participant_label", dest="participants", nargs="+", metavar="LABEL",
+        type=_label("sub-"), help="participants to process, with or without 'sub-' (default: all)",
+    )  # fmt: skip
+    pick.add_argument(
+        "--session-label", "--session_label", "--session-id", dest="sessions", nargs="+", metavar="LABEL",
+        type=_label("ses-"), help="sessions to process, with or without 'ses-' (default: all)",
+    )  # fmt: skip
+    pick.add_argument(
+        "--bids-filter-file", dest="filter_file", type=Path, metavar="FILE",
+        help="JSON with entity filters under the keys 't1w' and 't2w'; null: the entity must be absent, "
+        "'*': any value. Other keys are ignored",
+    )  # fmt: skip
+    pick.add_argument(
+        "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
+        help="other derivative datasets; 'lesions=PATH' gives lesion masks to compare with",
+    )  # fmt: skip
+    pick.add_argument(
+        "--modalities",
+        nargs="+",
+        choices=MODALITIES,
+        help="images to look for anomalies in (default: T1w T2w)",
+    )
+    pick.add_argument(
+        "--models", nargs="+", metavar="NAME|PATH",
+        help="model bundles, by packaged name or path (default: all packaged ones; 'none': only preprocess)",
+    )  # fmt: skip
+    pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
+
+    means = parser.add_argument_group("means")
+    means.add_argument(
+        "--nprocs", "--nthreads", "--n-cpus", "--n_cpus", type=_positive, metavar="N",
+        help="CPUs in all (default: as many as this process was granted)",
+    )  # fmt: skip
+    means.add_argument(
+        "--omp-nthreads", type=_positive, metavar="N",
+        help="threads of one step (default: 1, which repeats to the bit)",
+    )  # fmt: skip
+    means.add_argument(
+        "--mem", "--mem-mb", "--mem_mb", dest="mem_gb", type=_memory, metavar="SIZE",
+        help="memory in all: 16G, 1.5GB, or a bare number in MB (default: what was granted)",
+    )  # fmt: skip
+    means.add_argument(
+        "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N}",
+        help="where detectors run; 'auto' takes a GPU when there is one (default: auto)",
+    )  # fmt: skip
+    means.add_argument("--random-seed", "--seed", type=int, metavar="N", help="seed (default: 0)")
+
+    control = parser.add_argument_group("run control")
+    control.add_argument("-w", "--work-dir", type=Path, metavar="PATH", help="scratch space (./work)")
+    control.add_argument(
+        "--clean-workdir", action="store_true", help="empty the scratch space before the run"
+    )
+    control.add_argument(
+        "--stop-on-first-crash", action="store_true", help="stop at the first failure instead of going on"
+    )
+    control.add_argument(
+        "--config-file", type=Path, metavar="FILE", help="TOML of an earlier run; the command line wins"
+    )
+    control.add_argument("--reports-only", action="store_true", help="only write participant reports again")
+    control.add_argument("--dry-run", action="store_true", help="list what would be done, and stop")
+    control.add_argument(
+        "-v", "--verbose", dest="verbosity", action="count", help="say more; -vv adds tracebacks"
+    )
+    control.add_argument("--notrack", action="store_true", help=argparse.SUPPRESS)
+
+    models = parser.add_argument_group("train and calibrate")
+    models.add_argument("--detector", metavar="NAME", help="detector to train")
+    models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
+    models.add_argument("--modality", choices=MODALITIES, help="images to train on")
+    models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
+    models.add_argument("--batch-size", type=_positive, metavar="N", help="slices a step (default: preset's)")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
+    """Turn the command line into a checked run configuration.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; the process's own by default.
+
+    Returns
+    -------
+    RunConfig
+
+    Raises
+    ------
+    ConfigError
+        If the arguments ask for something impossible.
+    SystemExit
+        Code 2 on malformed arguments, code 0 after `--help` and `--version`.
+    """
+    given = vars(build_parser().parse_args(argv))
+    given.pop("notrack", None)
+    config_file = given.pop("config_file", None)
+    values = {} if config_file is None else _earlier(config_file)
+    for name in ("participants", "sessions", "modalities", "models"):
+        if name in given:
+            given[name] = tuple(dict.fromkeys(given[name]))
+    if "derivatives" in given:
+        given["derivatives"] = parse_derivatives(given["derivatives"])
+    given["levels"] = tuple(level for level in LEVELS if level in given["levels"])
+    values.update(given)
+    values.setdefault("work_dir", Path("work"))
+    values.setdefault("nprocs", available_cpus())
+    values.setdefault("mem_gb", available_memory_gb())
+    for item in dataclasses.fields(RunConfig):
+        if isinstance(values.get(item.name), Path):
+            values[item.name] = values[item.name].expanduser().resolve()
+    values["derivatives"] = {
+        name: path.expanduser().resolve() for name, path in values.get("derivatives", {}).items()
+    }
+    config = RunConfig(**values)
+    check(config)
+    return config
+
+
+def parse_derivatives(items: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=PATH` items; a bare path is named after its folder.
+
+    Parameters
+    ----------
+    items : sequence of str
+        Only the first `=` separates, and only when a plain name stands before it, so that paths may
+        hold the sign.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+
+    Raises
+    ------
+    ConfigError
+        If a name comes twice.
+    """
+    found: dict[str, Path] = {}
+    for item in items:
+        name, sign, path = item.partition("=")
+        if not sign or not re.fullmatch(r"[\w-]+", name):
+            path = item
+            name = Path(item).resolve().name
+        if not path:
+            raise ConfigError(f"--derivatives {item}: no path after the '='")
+        if name in found:
+            raise ConfigError(f"--derivatives gives '{name}' twice; name them apart: NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def check(config: RunConfig) -> None:
+    """Refuse impossible combinations before anything is written.
+
+    Raises
+    ------
+    ConfigError
+        Naming the path or flag at fault.
+    """
+    if config.output_dir == config.bids_dir:
+        raise ConfigError(
+            f"the output folder is the dataset itself ({config.bids_dir}); "
+            f"use for example {config.bids_dir / 'derivatives' / 'bids_uad'}"
+        )
+    for name, folder in (("work", config.work_dir), ("BIDS", config.output_dir)):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"the {'output' if name == 'BIDS' else name} folder is not a folder: {folder}")
+    if config.work_dir.is_relative_to(config.bids_dir):
+        raise ConfigError(
+            f"the work folder {config.work_dir} lies inside the dataset {config.bids_dir}; "
+            "choose another with -w"
+        )
+    if config.output_dir.is_relative_to(config.work_dir):
+        raise ConfigError(
+            f"the output folder {config.output_dir} lies inside the work folder {config.work_dir}"
+        )
+    if "participant" in config.levels:
+        if not config.bids_dir.is_dir():
+            raise ConfigError(f"the dataset folder does not exist: {config.bids_dir}")
+        if not (config.bids_dir / "dataset_description.json").is_file():
+            raise ConfigError(
+                f"{config.bids_dir} has no dataset_description.json; is it the root of a BIDS dataset?"
+            )
+    if config.levels == ("group",) and not config.output_dir.is_dir():
+        raise ConfigError(f"there is nothing to group: {config.output_dir} does not exist")
+    for path, flag in ((config.filter_file, "--bids-filter-file"), (config.atlas_dir, "--atlas-dir")):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{flag} {path} does not exist")
+    for name, path in config.derivatives.items():
+        if not path.is_dir():
+            raise ConfigError(f"--derivatives {name}={path}: no such folder")
+
+
+def _earlier(config_file: Path) -> dict:
+    """Read the fields that an earlier run hands on."""
+    if not config_file.is_file():
+        raise ConfigError(f"--config-file {config_file} does not exist")
+    fields = read_fields(config_file.read_text(encoding="utf-8"))
+    return {name: value for name, value in fields.items() if name not in RUN_SPECIFIC}
+
+
+def _label(prefix: str):
+    def convert(text: str) -> str:
+        label = text.removeprefix(prefix)
+        if not _LABEL.match(label):
+            raise argparse.ArgumentTypeError(f"'{text}' is no BIDS label (letters and digits)")
+        return label
+
+    return convert
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+    return int(text)
+
+
+def _memory(text: str) -> float:
+    try:
+        return parse_memory(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.match(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of auto, cpu, cuda, cuda:N")
+    return text

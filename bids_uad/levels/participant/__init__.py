@@ -1,0 +1,1 @@
+"""The participant level: from raw images to anomaly maps, one unit of work per image."""

@@ -1,0 +1,269 @@
+"""The nipype interfaces between a preprocessed image and what is written about its anomalies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+
+from bids_uad.dataset.atomic import atomic_path, write_json, write_tsv
+from bids_uad.dataset.outputs import sidecar_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class _DetectInputSpec(BaseInterfaceInputSpec):
+    image = File(exists=True, mandatory=True, desc="preprocessed image, SRI24")
+    brain = File(exists=True, mandatory=True, desc="its brain mask")
+    key = traits.Str(mandatory=True, desc="name of the image: keys random streams")
+    seed = traits.Int(0, usedefault=True, desc="random seed")
+    bundles = traits.List(traits.Str, mandatory=True, minlen=1, desc="model bundle folders")
+    sha256 = traits.List(traits.Str, mandatory=True, desc="checksum of each: a new model is a new input")
+    # A change of device or threads alone computes nothing anew: an interrupted run can go on elsewhere.
+    device = traits.Str("cpu", usedefault=True, nohash=True, desc="torch device")
+    use_cuda = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of the scheduler")
+    threads = traits.Int(1, usedefault=True, nohash=True, desc="CPU threads")
+
+
+class _DetectOutputSpec(TraitedSpec):
+    out_files = traits.List(File(exists=True), desc="one map for each bundle, in their order")
+
+
+class Detect(SimpleInterface):
+    """Score one image with several detectors, in a short-lived process that gives its GPU memory back."""
+
+    input_spec = _DetectInputSpec
+    output_spec = _DetectOutputSpec
+
+    def _run_interface(self, runtime):
+        maps = [Path(runtime.cwd) / f"{Path(bundle).name}_map.nii.gz" for bundle in self.inputs.bundles]
+        command = [sys.executable, "-m", "bids_uad.engine"]
+        command += ["--image", self.inputs.image, "--brain", self.inputs.brain, "--key", self.inputs.key]
+        command += ["--seed", str(self.inputs.seed), "--device", self.inputs.device]
+        command += ["--threads", str(self.inputs.threads)]
+        for bundle, target in zip(self.inputs.bundles, maps, strict=True):
+            command += ["--job", bundle, str(target)]
+        threads = str(self.inputs.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode != 0:
+            raise RuntimeError(f"detection failed: {explain(done.returncode, done.stderr)}")
+        self._results["out_files"] = [str(path) for path in maps]
+        return runtime
+
+
+def explain(returncode: int, stderr: str) -> str:
+    """Say in one line why the engine process ended.
+
+    Parameters
+    ----------
+    returncode : int
+        Negative for a signal.
+    stderr : str
+
+    Returns
+    -------
+    str
+    """
+    if returncode == -signal.SIGKILL:
+        return "the process was killed, most likely because memory ran out; give the job more memory"
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "it said nothing"
+    if "out of memory" in stderr.lower():
+        return f"out of memory ({last}); free the GPU or use --device cpu"
+    return f"{last} (exit code {returncode})"
+
+
+class _PostprocessInputSpec(BaseInterfaceInputSpec):
+    score_map = File(exists=True, mandatory=True, desc="anomaly map, SRI24")
+    brain_mask = File(exists=True, mandatory=True, desc="brain mask, SRI24")
+    lesion = File(exists=True, desc="ground truth, SRI24")
+    native_ref = File(exists=True, mandatory=True, desc="raw image")
+    from_sri24 = File(exists=True, mandatory=True, desc="transform back to the raw image, ITK text")
+    bundle = traits.Str(mandatory=True, desc="model bundle folder")
+    facts = traits.Dict(mandatory=True, desc="where the numbers come from: columns of the metrics table")
+    files = traits.Dict(mandatory=True, desc="final place of each output, by kind")
+    sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
+
+
+class _PostprocessOutputSpec(TraitedSpec):
+    out_files = traits.List(File(exists=True), desc="everything written")
+
+
+class Postprocess(SimpleInterface):
+    """Turn one anomaly map into everything that is written about it.
+
+    Runs every time, since it writes into the dataset: what is there may have been removed.
+    """
+
+    input_spec = _PostprocessInputSpec
+    output_spec = _PostprocessOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        import nibabel as nib
+        import numpy as np
+
+        from bids_uad.engine.bundle import load_bundle
+        from bids_uad.preprocessing.native import map_to_native
+
+        brain = read_on_grid(self.inputs.brain_mask) > 0
+        scores = read_on_grid(self.inputs.score_map).astype(np.float32)
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{self.inputs.score_map}: the detector gave NaN or infinite scores")
+        lesion = read_on_grid(self.inputs.lesion) > 0 if isdefined(self.inputs.lesion) else None
+        files = {kind: Path(path) for kind, path in self.inputs.files.items()}
+        for kind, path in files.items():
+            write_json(sidecar_of(path), self.inputs.sidecars[kind])
+        write_detection(
+            np.where(brain, scores, np.float32(0)),
+            brain,
+            lesion,
+            threshold=float(self.inputs.facts["threshold"]),
+            edges=load_bundle(self.inputs.bundle).bin_edges,
+            facts=dict(self.inputs.facts),
+            files=files,
+        )
+        native = map_to_native(read_on_grid(files["mask"]), self.inputs.native_ref, self.inputs.from_sri24)
+        with atomic_path(files["native_mask"]) as temporary:
+            nib.save(native, temporary)
+        written = [*files.values(), *{sidecar_of(path) for path in files.values()}]
+        self._results["out_files"] = sorted(str(path) for path in written)
+        return runtime
+
+
+def write_detection(
+    scores: np.ndarray,
+    brain: np.ndarray,
+    lesion: np.ndarray | None,
+    *,
+    threshold: float,
+    edges: np.ndarray,
+    facts: dict[str, Any],
+    files: dict[str, Path],
+) -> None:
+    """Write the images and tables of one map in SRI24 space.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray of float32, SRI24 grid
+        0 outside the brain.
+    brain : numpy.ndarray of bool
+    lesion : numpy.ndarray of bool, optional
+    threshold : float
+    edges : numpy.ndarray
+        Bin edges of the score histogram.
+    facts : dict
+        Columns of the metrics table that say where the numbers come from.
+    files : dict of str to pathlib.Path
+        Targets by kind (see `dataset.naming.detection_outputs`).
+    """
+    import numpy as np
+
+    from bids_uad.calibration.histogram import score_counts
+    from bids_uad.levels.participant import maps
+
+    mask = maps.anomaly_mask(scores, brain, threshold)
+    labels = maps.label_components(mask)
+    write_image(scores, np.float32, files["anomalymap"])
+    write_image(maps.squash(scores, threshold), np.float32, files["probseg"])
+    write_image(mask, np.uint8, files["mask"])
+    write_image(labels, np.int32, files["dseg"])
+    write_tsv(files["components"], maps.component_table(labels, scores))
+    counts = score_counts(scores, brain, lesion, edges)
+    write_tsv(files["histogram"], maps.histogram_table(edges, *counts))
+    write_tsv(files["metrics"], maps.metrics_row(facts, labels, brain, lesion))
+
+
+def write_image(volume: np.ndarray, dtype: type, target: Path) -> None:
+    """Write a volume on the SRI24 grid, atomically."""
+    import nibabel as nib
+
+    from bids_uad.space import to_image
+
+    with atomic_path(target) as temporary:
+        nib.save(to_image(volume, dtype), temporary)
+
+
+def read_on_grid(path: str | Path) -> np.ndarray:
+    """Read an image that must lie on the SRI24 grid.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    import nibabel as nib
+    import numpy as np
+
+    from bids_uad.space import AFFINE, SHAPE
+
+    image = nib.load(path)
+    if image.shape != SHAPE or not np.allclose(image.affine, AFFINE, atol=1e-3):
+        raise ValueError(f"{path} is not on the SRI24 grid")
+    return np.asanyarray(image.dataobj)
+
+
+class _AlignMaskInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="mask in SRI24 space, voxels in any order")
+
+
+class _AlignMaskOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="binary mask with voxels in our order")
+
+
+class AlignMask(SimpleInterface):
+    """Store a mask that is already in SRI24 space in the voxel order of our grid; nothing is resampled."""
+
+    input_spec = _AlignMaskInputSpec
+    output_spec = _AlignMaskOutputSpec
+
+    def _run_interface(self, runtime):
+        import nibabel as nib
+        import numpy as np
+
+        from bids_uad.space import AFFINE
+
+        image = nib.load(self.inputs.in_file)
+        data = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        order = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.io_orientation(AFFINE))
+        target = Path(runtime.cwd) / "lesion.nii.gz"
+        write_image(nib.orientations.apply_orientation(data, order) > 0, np.uint8, target)
+        self._results["out_file"] = str(target)
+        return runtime
+
+
+class _AddQualityInputSpec(BaseInterfaceInputSpec):
+    metadata = traits.Dict(mandatory=True, desc="metadata of the preprocessed image")
+    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
+
+
+class _AddQualityOutputSpec(TraitedSpec):
+    metadata = traits.Dict(desc="both")
+
+
+class AddQuality(SimpleInterface):
+    """Put what preprocessing measured into the sidecar of the preprocessed image."""
+
+    input_spec = _AddQualityInputSpec
+    output_spec = _AddQualityOutputSpec
+
+    def _run_interface(self, runtime):
+        self._results["metadata"] = {
+            **self.inputs.metadata,
+            "PreprocessingQuality": dict(self.inputs.quality),
+        }
+        return runtime

@@ -1,0 +1,251 @@
+"""From an anomaly map to masks, components and counts. Plain arrays, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+
+from bids_uad.space import AFFINE, VOXEL_MM3
+
+TOUCHING = np.ones((3, 3, 3), dtype=bool)
+"""26-connected: voxels that share a face, an edge or a corner belong together."""
+
+
+def anomaly_mask(scores: np.ndarray, brain: np.ndarray, threshold: float) -> np.ndarray:
+    """Mark the brain voxels whose score is above the threshold.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray of float32
+    brain : numpy.ndarray of bool
+    threshold : float
+
+    Returns
+    -------
+    numpy.ndarray of bool
+    """
+    # In double precision, as the histogram counts: the mask and the counts must agree voxel by voxel.
+    return (scores > np.float64(threshold)) & brain
+
+
+def squash(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Map scores to [0, 1), monotone and invertible, with the threshold at 0.5.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray of float32
+        Not negative; a negative score becomes 0.
+    threshold : float
+        Positive.
+
+    Returns
+    -------
+    numpy.ndarray of float32
+        `x / (x + threshold)`.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is not positive.
+    """
+    if not threshold > 0:
+        raise ValueError(f"the threshold must be positive, got {threshold}")
+    squashed = np.zeros(scores.shape, dtype=np.float32)
+    positive = scores > 0
+    values = scores[positive].astype(np.float64)
+    squashed[positive] = values / (values + threshold)
+    return squashed
+
+
+def label_components(mask: np.ndarray) -> np.ndarray:
+    """Label the 26-connected components of a mask 1..n, largest first.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray of bool, three-dimensional
+
+    Returns
+    -------
+    numpy.ndarray of int32
+        0 outside; components of equal size keep the order in which they come in the array.
+    """
+    labels = np.zeros(mask.shape, dtype=np.int32)
+    box = bounding_box(mask)
+    found, count = ndimage.label(mask[box], structure=TOUCHING)
+    sizes = np.bincount(found.ravel(), minlength=count + 1)[1:]
+    rank = np.zeros(count + 1, dtype=np.int32)
+    rank[np.argsort(-sizes, kind="stable") + 1] = np.arange(1, count + 1)
+    labels[box] = rank[found]
+    return labels
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Give the smallest box that holds a mask; most of a volume is background that need not be searched."""
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        used = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0))
+    return tuple(box)
+
+
+def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray = AFFINE) -> pd.DataFrame:
+    """Measure each component.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray of int, shape (x, y, z)
+        Components 1..n.
+    scores : numpy.ndarray of float32, same shape
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel to RAS+ mm.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `index, name, volume_mm3, peak_score, mean_score, centroid_x, centroid_y, centroid_z`
+        (mm, RAS+); one row each.
+    """
+    voxels = np.nonzero(labels)
+    owner = labels[voxels]
+    values = scores[voxels].astype(np.float64)
+    count = int(owner.max(initial=0))
+    size = np.bincount(owner, minlength=count + 1)[1:]
+    peak = np.full(count + 1, -np.inf)
+    np.maximum.at(peak, owner, values)
+    centre = np.stack(
+        [np.bincount(owner, weights=axis, minlength=count + 1)[1:] / size for axis in voxels], axis=-1
+    )
+    centroid = nib.affines.apply_affine(affine, centre).round(2)
+    return pd.DataFrame(
+        {
+            "index": np.arange(1, count + 1),
+            "name": [f"anomaly{number:04d}" for number in range(1, count + 1)],
+            "volume_mm3": size * abs(float(np.linalg.det(affine[:3, :3]))),
+            "peak_score": peak[1:],
+            "mean_score": np.bincount(owner, weights=values, minlength=count + 1)[1:] / size,
+            "centroid_x": centroid[:, 0],
+            "centroid_y": centroid[:, 1],
+            "centroid_z": centroid[:, 2],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class LesionHits:
+    """Lesion-wise agreement of an anomaly mask with the truth.
+
+    Parameters
+    ----------
+    n_lesions : int
+        26-connected components of the truth.
+    n_detected : int
+        Those that share a voxel with the anomaly mask.
+    n_false : int
+        Components of the anomaly mask that touch no lesion voxel.
+    """
+
+    n_lesions: int
+    n_detected: int
+    n_false: int
+
+
+def lesion_hits(components: np.ndarray, lesion: np.ndarray) -> LesionHits:
+    """Count detected lesions and false components.
+
+    Parameters
+    ----------
+    components : numpy.ndarray of int
+        Labelled anomaly mask, 1..n.
+    lesion : numpy.ndarray of bool, same shape
+
+    Returns
+    -------
+    LesionHits
+    """
+    lesions = label_components(lesion)
+    found, truth = components[lesion], lesions[lesion]
+    n_detected = np.unique(truth[found > 0]).size
+    n_hit = np.unique(found[found > 0]).size
+    return LesionHits(int(truth.max(initial=0)), n_detected, int(components.max(initial=0)) - n_hit)
+
+
+def histogram_table(edges: np.ndarray, n_nonlesion: np.ndarray, n_lesion: np.ndarray | None) -> pd.DataFrame:
+    """Put score counts into a table.
+
+    Parameters
+    ----------
+    edges : numpy.ndarray, shape (n + 1,)
+        Bin edges of the model bundle; the last is infinite.
+    n_nonlesion : numpy.ndarray of int64, shape (n,)
+    n_lesion : numpy.ndarray of int64, shape (n,), or None
+        None without ground truth.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `score_lower, score_upper, n_nonlesion, n_lesion`, as text: edges to the last digit, `inf`
+        for the open upper edge, missing lesion counts as `n/a`.
+
+    Raises
+    ------
+    ValueError
+        If counts and edges do not fit.
+    """
+    if len(edges) != len(n_nonlesion) + 1:
+        raise ValueError(f"{len(edges)} edges do not make {len(n_nonlesion)} bins")
+    return pd.DataFrame(
+        {
+            "score_lower": [repr(float(edge)) for edge in edges[:-1]],
+            "score_upper": [repr(float(edge)) for edge in edges[1:]],
+            "n_nonlesion": n_nonlesion,
+            "n_lesion": "n/a" if n_lesion is None else n_lesion,
+        }
+    )
+
+
+def metrics_row(
+    facts: dict[str, str | float],
+    components: np.ndarray,
+    brain: np.ndarray,
+    lesion: np.ndarray | None,
+) -> pd.DataFrame:
+    """Sum up one image and detector in one row.
+
+    Parameters
+    ----------
+    facts : dict
+        The columns that say where the numbers come from, `source_image` to `threshold_name`.
+    components : numpy.ndarray of int
+        Labelled anomaly mask.
+    brain : numpy.ndarray of bool
+    lesion : numpy.ndarray of bool, optional
+        Ground truth; only what lies inside the brain counts.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row; the lesion columns are missing without ground truth.
+    """
+    row: dict[str, str | float | None] = {
+        **facts,
+        "brain_volume_mm3": int(brain.sum()) * VOXEL_MM3,
+        "anomaly_volume_mm3": int((components > 0).sum()) * VOXEL_MM3,
+        "lesion_volume_mm3": None,
+        "n_components": int(components.max(initial=0)),
+        "n_lesions": None,
+        "n_lesions_detected": None,
+        "n_false_components": None,
+    }
+    if lesion is not None:
+        inside = lesion & brain
+        hits = lesion_hits(components, inside)
+        row["lesion_volume_mm3"] = int(inside.sum()) * VOXEL_MM3
+        row["n_lesions"] = hits.n_lesions
+        row["n_lesions_detected"] = hits.n_detected
+        row["n_false_components"] = hits.n_false
+    return pd.DataFrame([row])

@@ -1,0 +1,165 @@
+"""What is to be done: every image against what is already there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bids_uad.dataset.inputs import Collection
+from bids_uad.dataset.lesions import LesionMask
+from bids_uad.dataset.units import ImageUnit
+from bids_uad.engine.bundle import Bundle
+from bids_uad.levels.participant.records import Record, is_whole, make_fingerprint, read_record, record_path
+
+LOGGER = logging.getLogger("bids_uad")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image and what is still to be done about it.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+    bundles : tuple of Bundle
+        Models whose outputs are missing.
+    lead : ImageUnit
+        First image of the session: the session's lesion mask is named after it.
+    lesion : LesionMask, optional
+        The session's ground truth.
+    fingerprint : dict
+        What the outputs depend on, models apart.
+    earlier : Record, optional
+        What an earlier run did that still holds.
+    stale : tuple of str
+        Outputs of an earlier run, relative to the dataset, that hold no longer.
+    done : bool
+        Nothing is to be done.
+    """
+
+    unit: ImageUnit
+    bundles: tuple[Bundle, ...]
+    lead: ImageUnit
+    lesion: LesionMask | None
+    fingerprint: dict
+    earlier: Record | None
+    stale: tuple[str, ...]
+    done: bool
+
+    @property
+    def provides_lesion(self) -> bool:
+        """Whether this image's workflow brings the session's lesion mask to SRI24."""
+        return self.lesion_provider == self.unit.key
+
+    @property
+    def lesion_provider(self) -> str | None:
+        """Name of the image whose workflow does; none without ground truth."""
+        if self.lesion is None:
+            return None
+        return (self.lesion.unit or self.lead).key
+
+
+def model_identity(bundle: Bundle) -> str:
+    """Give what tells one trained and calibrated model from another."""
+    return f"{bundle.sha256}+{bundle.calibration_sha256}"
+
+
+def make_plan(
+    collection: Collection,
+    bundles: Sequence[Bundle],
+    *,
+    output_dir: Path,
+    modalities: Sequence[str],
+    reference_sha256: str,
+    random_seed: int,
+) -> list[Task]:
+    """Compare every image with its record.
+
+    Parameters
+    ----------
+    collection : Collection
+    bundles : sequence of Bundle
+        Models of this run.
+    output_dir : pathlib.Path
+    modalities : sequence of str
+        Images that anomalies are looked for in; an anchor of another kind is only preprocessed.
+    reference_sha256 : str
+    random_seed : int
+
+    Returns
+    -------
+    list of Task
+        In the order of the collection's units.
+    """
+    tasks = []
+    for unit in collection.units:
+        lesion = collection.lesions.get((unit.subject, unit.session))
+        lead = session_lead(unit, collection.units)
+        fingerprint = make_fingerprint(
+            unit,
+            None if lesion is None else lesion.path,
+            reference_sha256=reference_sha256,
+            random_seed=random_seed,
+        )
+        wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
+        earlier = read_record(record_path(output_dir, unit))
+        stale: tuple[str, ...] = ()
+        if earlier is not None and earlier.fingerprint != fingerprint:
+            stale, earlier = tuple(earlier.outputs), None
+        if earlier is not None and not is_whole(earlier, output_dir):
+            earlier = None
+        known = {} if earlier is None else earlier.models
+        missing = tuple(b for b in wanted if known.get(b.name) != model_identity(b))
+        tasks.append(
+            Task(
+                unit=unit,
+                bundles=missing,
+                lead=lead,
+                lesion=lesion,
+                fingerprint=fingerprint,
+                earlier=earlier,
+                stale=stale,
+                done=earlier is not None and not missing,
+            )
+        )
+    return tasks
+
+
+def session_lead(unit: ImageUnit, units: Sequence[ImageUnit]) -> ImageUnit:
+    """Give the first T1w (else T2w) of an image's session."""
+    return next(u for u in units if (u.subject, u.session) == (unit.subject, unit.session))
+
+
+def with_support(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """Split a participant's tasks into those to do and those that are only needed by them.
+
+    An image that is done is preprocessed again (from the working folder, where it is still there) if
+    another is registered to it, or needs the lesion mask that lies on its grid.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+
+    Returns
+    -------
+    to_do, support : list of Task
+    """
+    to_do = [task for task in tasks if not task.done]
+    needed = set()
+    for task in to_do:
+        needed |= _needs(task)
+    by_key = {task.unit.key: task for task in tasks}
+    for key in list(needed):
+        needed |= _needs(by_key[key]) if by_key[key].unit.anchor is not None else set()
+    support = [task for task in tasks if task.done and task.unit.key in needed]
+    return to_do, support
+
+
+def _needs(task: Task) -> set[str]:
+    """Name the images that a task's workflow takes something from."""
+    needs = set() if task.unit.anchor is None else {task.unit.anchor.key}
+    if task.lesion_provider not in (None, task.unit.key):
+        needs.add(task.lesion_provider)
+    return needs

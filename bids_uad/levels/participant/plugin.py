@@ -1,0 +1,204 @@
+"""A nipype plugin whose workers can die without taking the run with them.
+
+nipype's MultiProc runs on one process pool. If the kernel kills a worker, usually for memory, the pool breaks
+as a whole, the exception is lost in a callback, and the run waits for ever. Here each worker is a process of
+its own behind a pipe: a death is noticed, told with its signal, and charged to the node that ran there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
+
+START_METHOD = "forkserver"
+PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
+
+
+@dataclass(frozen=True)
+class NodeFailure:
+    """A node that failed.
+
+    Parameters
+    ----------
+    node : str
+        Full name, dots between workflows.
+    traceback : str
+    crash_file : str
+        Where nipype wrote the details.
+    """
+
+    node: str
+    traceback: str
+    crash_file: str
+
+
+class IsolatedPlugin(MultiProcPlugin):
+    """MultiProc with one pipe per worker process.
+
+    Parameters
+    ----------
+    plugin_args : dict
+        As for MultiProc (`n_procs`, `memory_gb`, `n_gpu_procs`, `raise_insufficient`, `status_callback`).
+
+    Attributes
+    ----------
+    failures : list of NodeFailure
+        What went wrong, in order.
+    """
+
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self.failures: list[NodeFailure] = []
+        self._context = mp.get_context(START_METHOD)
+        # Imported once, in the process that workers are forked from; nothing here starts threads or CUDA.
+        self._context.set_forkserver_preload(list(PRELOADED))
+        self._idle: list[_Worker] = []
+        self._busy: dict[int, _Worker] = {}
+
+    def close(self) -> None:
+        """Stop all workers; what they were doing is lost."""
+        for worker in [*self._idle, *self._busy.values()]:
+            worker.kill()
+        self._idle, self._busy = [], {}
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit_job(self, node, updatehash=False):
+        self._taskid += 1
+        worker = self._idle.pop() if self._idle else _Worker(self._context)
+        self._busy[self._taskid] = worker
+        worker.start(node, updatehash, self._taskid)
+        return self._taskid
+
+    def _get_result(self, taskid):
+        worker = self._busy[taskid]
+        result = worker.poll()
+        if result is None:
+            return None
+        del self._busy[taskid]
+        if worker.alive:
+            self._idle.append(worker)
+        return {**result, "taskid": taskid}
+
+    def _clear_task(self, taskid):
+        """Nothing to clear: the worker was released with its result."""
+
+    def _report_crash(self, node, result=None):
+        crash_file = super()._report_crash(node, result=result)
+        lines = (result or {}).get("traceback") or ""
+        self.failures.append(NodeFailure(node.fullname, "".join(lines), str(crash_file)))
+        return crash_file
+
+    def _postrun_check(self):
+        self.close()
+
+
+class _Worker:
+    """One process that runs nodes, and our end of its pipe."""
+
+    def __init__(self, context: mp.context.BaseContext) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(Path.cwd())))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def start(self, node: Any, updatehash: bool, taskid: int) -> None:
+        """Hand over a node; a worker that died while idle shows at the next poll."""
+        try:
+            self._pipe.send((node, updatehash, taskid))
+        except (BrokenPipeError, ConnectionResetError):
+            self._process.join()
+
+    def poll(self) -> dict[str, Any] | None:
+        """Give nipype's result dictionary, or None while the node runs."""
+        try:
+            if self._pipe.poll():
+                return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+        if self._process.is_alive():
+            return None
+        return {"result": None, "traceback": [describe_death(self._process.exitcode)]}
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def describe_death(exitcode: int | None) -> str:
+    """Say why a worker process is gone.
+
+    Parameters
+    ----------
+    exitcode : int or None
+        Negative for a signal, as :mod:`multiprocessing` has it.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        if name == "SIGKILL":
+            return (
+                "ProcessKilled: the step was killed (SIGKILL), most likely because memory ran out; "
+                "give the job more memory or lower --nprocs"
+            )
+        return f"ProcessKilled: the step died of {name}"
+    return f"ProcessKilled: the step's process ended by itself with exit code {exitcode}"
+
+
+def _serve(pipe: Connection, folder: str) -> None:
+    """Run nodes until the other end closes."""
+    os.chdir(folder)
+    os.environ["NIPYPE_NO_ET"] = "1"
+    os.setpgrp()
+    _die_with_parent()
+    quieten()
+    while True:
+        try:
+            node, updatehash, taskid = pipe.recv()
+        except EOFError:
+            return
+        result = run_node(node, updatehash, taskid)
+        try:
+            pipe.send(result)
+        except Exception as error:  # pickling runs foreign code: whatever it raises is the node's failure
+            failure = f"{type(error).__name__}: the step's result cannot be sent back: {error}"
+            pipe.send({"result": None, "traceback": [failure], "taskid": taskid})
+
+
+def quieten() -> None:
+    """Keep nipype from repeating on the terminal what the crash files and our summary say."""
+    import logging
+
+    for name in ("nipype.workflow", "nipype.interface", "nipype.utils", "nipype.filemanip"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _die_with_parent(end: Callable[[int, int], None] = os.killpg) -> None:
+    """End this process and its children when the run ends, however it ends.
+
+    A killed run must not leave a worker that still writes where the next run works.
+    """
+    parent = mp.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        end(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

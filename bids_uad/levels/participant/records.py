@@ -1,0 +1,110 @@
+"""What is already done: one small file for each image, written when everything about it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bids_uad import __version__
+from bids_uad.dataset.atomic import write_json
+from bids_uad.dataset.units import ImageUnit
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image that was processed.
+
+    Parameters
+    ----------
+    key : str
+        Name of the image.
+    run_id : str
+        The run that finished it last.
+    fingerprint : dict
+        What the outputs depend on, models apart.
+    models : dict of str to str
+        Identity of each model by name.
+    outputs : list of str
+        Files written, relative to the dataset.
+    """
+
+    key: str
+    run_id: str
+    fingerprint: dict[str, Any]
+    models: dict[str, str] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+
+def record_path(output_dir: Path, unit: ImageUnit) -> Path:
+    """Say where the record of an image lies."""
+    return output_dir / unit.session_folder / "log" / f"{unit.key}.json"
+
+
+def write_record(path: Path, record: Record) -> Path:
+    """Write a record atomically."""
+    return write_json(path, asdict(record))
+
+
+def read_record(path: Path) -> Record | None:
+    """Read a record; none if there is none, or if it is of another make.
+
+    A record that cannot be understood only means that the image is processed again.
+    """
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return None
+
+
+def make_fingerprint(
+    unit: ImageUnit, lesion: Path | None, *, reference_sha256: str, random_seed: int
+) -> dict[str, Any]:
+    """List what the outputs of an image depend on, models apart.
+
+    The device and the number of processes are left out on purpose: an interrupted run may go on elsewhere.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+    lesion : pathlib.Path, optional
+        The session's lesion mask.
+    reference_sha256 : str
+    random_seed : int
+
+    Returns
+    -------
+    dict
+        JSON types only.
+    """
+    return {
+        "app_version": __version__,
+        "input_sha256": sha256_of(unit.path),
+        "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
+        "lesion_sha256": None if lesion is None else sha256_of(lesion),
+        "skull_stripped": unit.skull_stripped,
+        "reference_sha256": reference_sha256,
+        "random_seed": random_seed,
+    }
+
+
+def is_whole(record: Record, output_dir: Path) -> bool:
+    """Say whether every file of a record is there and not empty."""
+    return all(_has_content(output_dir / name) for name in record.outputs)
+
+
+@cache
+def sha256_of(path: Path) -> str:
+    """Compute the SHA-256 of a file's bytes; inputs do not change during a run."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0

@@ -1,0 +1,312 @@
+"""The participant level from start to exit code."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from nipype import config as nipype_config
+from rich.console import Console
+from rich.table import Table
+
+from bids_uad.config import RunConfig
+from bids_uad.dataset.atomic import write_text
+from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
+from bids_uad.dataset.inputs import Collection, collect, requested_subjects
+from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.units import ImageUnit
+from bids_uad.engine.bundle import Bundle, resolve_bundles
+from bids_uad.errors import ConfigError, InputError, UnavailableError, UserError
+from bids_uad.levels.participant.device import probe_device
+from bids_uad.levels.participant.means import Means, crash_dir
+from bids_uad.levels.participant.outcome import (
+    UP_TO_DATE,
+    Outcome,
+    Stopwatch,
+    collect_outcomes,
+    doubts,
+    print_summary,
+)
+from bids_uad.levels.participant.plan import Task, make_plan
+from bids_uad.levels.participant.plugin import IsolatedPlugin, NodeFailure, quieten
+from bids_uad.levels.participant.records import read_record, record_path, sha256_of
+from bids_uad.levels.participant.reporting import remember, write_reports
+from bids_uad.levels.participant.workflow import build_workflow, workflow_name
+from bids_uad.preprocessing.check import check_image
+from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
+from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
+
+LOGGER = logging.getLogger("bids_uad")
+
+OK, FAILED = 0, 1
+
+
+class WorkflowError(UserError):
+    """The workflow could not be built."""
+
+
+def run_participant(config: RunConfig) -> int:
+    """Process the participants that were asked for.
+
+    Parameters
+    ----------
+    config : RunConfig
+
+    Returns
+    -------
+    int
+        0 if everything that was asked for is there; 1 if an image, participant or report failed.
+
+    Raises
+    ------
+    UserError
+        If nothing can be done at all.
+    """
+    console = Console(stderr=True)
+    if config.reports_only:
+        return _rebuild_reports(config)
+    if config.device.startswith("cuda"):
+        probe_device(config.device)
+    refuse_foreign(config.output_dir)
+    if config.clean_workdir and not config.dry_run:
+        _clean(config.work_dir)
+
+    collection = collect(config, check=lambda unit: _check(unit, config.output_dir))
+    _tell_collection(collection)
+    if not collection.units:
+        for problem in collection.problems:
+            LOGGER.error(problem.message)
+        raise InputError(config.bids_dir, "no image to work on", "see the lines above")
+    bundles = _choose_models(config, collection)
+    reference = _find_reference(config)
+    tasks = make_plan(
+        collection,
+        bundles,
+        output_dir=config.output_dir,
+        modalities=config.modalities,
+        reference_sha256=reference.sha256,
+        random_seed=config.random_seed,
+    )
+    if config.dry_run:
+        _print_plan(tasks, collection, console)
+        return OK
+
+    pending = [task for task in tasks if not task.done]
+    device = config.device
+    if pending and device == "auto":
+        device = probe_device(device) if bundles else "cpu"
+        LOGGER.info("--device auto: detectors run on %s", device)
+    stopwatch = Stopwatch()
+    failures = []
+    if pending:
+        _describe(config, bundles, reference)
+        failures = _process(config, tasks, bundles, Means(config, reference, device), stopwatch)
+        _describe(config, bundles, reference)
+    outcomes = collect_outcomes(
+        tasks, collection.problems, failures, stopwatch, output_dir=config.output_dir, run_id=config.run_id
+    )
+    unwritten = _report(config, outcomes, device)
+    print_summary(outcomes, tasks, config.output_dir, console)
+    for line in doubts(outcomes, tasks, config.output_dir):
+        LOGGER.warning(line)
+    for line in [outcome.message for outcome in outcomes if not outcome.good] + unwritten:
+        LOGGER.error(line)
+    return OK if not unwritten and all(outcome.good for outcome in outcomes) else FAILED
+
+
+def _check(unit: ImageUnit, output_dir: Path) -> None:
+    """Check an image, unless an earlier run did so and it has not changed since."""
+    record = read_record(record_path(output_dir, unit))
+    if (
+        record is None
+        or not unit.path.is_file()
+        or record.fingerprint.get("input_sha256") != sha256_of(unit.path)
+    ):
+        check_image(unit.path)
+
+
+def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
+    """Check the models against the images there are, before any is touched."""
+    if config.models == ("none",):
+        return []
+    present = {unit.modality for unit in collection.units}
+    modalities = [modality for modality in config.modalities if modality in present]
+    return resolve_bundles(list(config.models) or None, modalities)
+
+
+def _find_reference(config: RunConfig) -> Reference:
+    """Find the reference image, and refuse to mix it with another in one dataset."""
+    try:
+        reference = resolve_reference(config.atlas_dir, config.work_dir / "reference")
+    except InputError as error:
+        raise UnavailableError(str(error)) from error
+    earlier = read_json(config.output_dir / "tpl-SRI24" / "anat" / "tpl-SRI24_desc-brain_T1w.json")
+    used = earlier.get("ReferenceSHA256")
+    if used not in (None, reference.sha256):
+        raise ConfigError(
+            f"{config.output_dir} was made with another reference image ({earlier.get('ReferenceName')}); "
+            "give the same --atlas-dir as then, or another output folder"
+        )
+    return reference
+
+
+def _describe(config: RunConfig, bundles: Sequence[Bundle], reference: Reference) -> None:
+    """Write the dataset-level files; once before the run, and again after it, since other jobs do so too."""
+    models = [ModelEntry(bundle.name, str(bundle.info["code_version"]), bundle.sha256) for bundle in bundles]
+    descriptions = {
+        "preproc": "Skull-stripped and bias-corrected image in SRI24 space, scaled to [0, 1]",
+        "brain": "Brain mask",
+        "T2wBrain": "Brain mask of a T2w image that is registered to a T1w image",
+        "manual": "Lesion mask given by the user",
+    }
+    for bundle in bundles:
+        text = f"What {bundle.detector} (preset {bundle.preset}) found in the {bundle.modality} image"
+        descriptions[detector_desc(bundle.modality, bundle.detector)] = text
+    describe_dataset(config.output_dir, config.bids_dir, config.derivatives, models, descriptions)
+    write_template(reference, config.output_dir)
+
+
+def _process(
+    config: RunConfig, tasks: list[Task], bundles: Sequence[Bundle], means: Means, stopwatch: Stopwatch
+) -> list[NodeFailure]:
+    """Build and run the workflow; give the nodes that failed."""
+    quieten()
+    nipype_config.update_config(
+        {
+            "execution": {
+                "check_version": "false",
+                "crashfile_format": "txt",
+                "poll_sleep_duration": "0.1",
+                "stop_on_first_crash": str(config.stop_on_first_crash).lower(),
+            }
+        }
+    )
+    try:
+        workflow = build_workflow(tasks, means)
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkflowError(f"the workflow could not be built: {type(error).__name__}: {error}") from error
+    pending = [task for task in tasks if not task.done]
+    _write_run_files(config, {task.unit.subject for task in pending})
+    write_citation(config.output_dir, _methods(tasks, bundles, means.reference, workflow.visit_desc()))
+    for task in pending:
+        for name in task.stale:
+            (config.output_dir / name).unlink(missing_ok=True)
+    LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
+    plugin = IsolatedPlugin(
+        {
+            "n_procs": config.nprocs,
+            "memory_gb": config.mem_gb,
+            "n_gpu_procs": 1,
+            "raise_insufficient": False,
+            "status_callback": stopwatch,
+        }
+    )
+    try:
+        workflow.run(plugin=plugin)
+    except RuntimeError:
+        # nipype sums up failed nodes in one error; any other is ours to raise.
+        if not plugin.failures:
+            raise
+    finally:
+        plugin.close()
+    return plugin.failures
+
+
+def _methods(
+    tasks: Sequence[Task], bundles: Sequence[Bundle], reference: Reference, preprocessing: str
+) -> str:
+    """Write the methods text of the run."""
+    models = [
+        UsedModel(
+            detector=bundle.detector,
+            modality=bundle.modality,
+            preset=bundle.preset,
+            threshold=bundle.default_threshold[1],
+            threshold_name=bundle.default_threshold[0],
+        )
+        for bundle in bundles
+    ]
+    return methods_text(
+        models,
+        stand_in=bool(reference.metadata.get("StandIn")),
+        preprocessing=preprocessing,
+        ground_truth=any(task.lesion is not None for task in tasks),
+    )
+
+
+def _write_run_files(config: RunConfig, subjects: set[str]) -> None:
+    """Leave the configuration beside the results."""
+    text = config.to_toml()
+    write_text(config.output_dir / "logs" / f"bids_uad-{config.run_id}.toml", text)
+    for subject in subjects:
+        write_text(crash_dir(config, subject) / "bids_uad.toml", text)
+
+
+def _report(config: RunConfig, outcomes: Sequence[Outcome], device: str) -> list[str]:
+    """Write the reports of participants that changed or have none."""
+    by_subject = defaultdict(list)
+    for outcome in outcomes:
+        by_subject[outcome.subject].append(outcome)
+    subjects = []
+    for subject, own in by_subject.items():
+        if not (config.output_dir / f"sub-{subject}").is_dir():
+            continue
+        changed = any(outcome.status != UP_TO_DATE for outcome in own)
+        if changed:
+            remember(config, subject, own, device)
+        if changed or not (config.output_dir / f"sub-{subject}.html").is_file():
+            subjects.append(subject)
+    return write_reports(config, subjects)
+
+
+def _rebuild_reports(config: RunConfig) -> int:
+    """Write reports again from what is in the output folder."""
+    subjects = requested_subjects(config.output_dir, config.participants)
+    unwritten = write_reports(config, subjects)
+    for line in unwritten:
+        LOGGER.error(line)
+    LOGGER.info("%d report(s) written to %s", len(subjects) - len(unwritten), config.output_dir)
+    return FAILED if unwritten else OK
+
+
+def _tell_collection(collection: Collection) -> None:
+    """Log what was found and what was left out."""
+    LOGGER.info("%d participant(s), %d image(s)", len(collection.subjects), len(collection.units))
+    if collection.left_out:
+        LOGGER.info(
+            "%d contrast-enhanced image(s) left out, since the models have learnt plain images "
+            "(a --bids-filter-file can ask for them): %s",
+            len(collection.left_out),
+            ", ".join(path.name for path in collection.left_out[:5]),
+        )
+
+
+def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console) -> None:
+    """Print what would be done."""
+    table = Table("image", "status", "detectors", "registered to", "lesion mask", title="bids_uad dry run")
+    for task in tasks:
+        again = " (inputs or options changed)" if task.stale else ""
+        table.add_row(
+            task.unit.key,
+            "up to date" if task.done else f"to do{again}",
+            ", ".join(bundle.name for bundle in task.bundles) or "-",
+            task.unit.anchor.key if task.unit.anchor else "SRI24",
+            task.lesion.path.name if task.lesion else "-",
+        )
+    for problem in collection.problems:
+        table.add_row(problem.key or f"sub-{problem.subject}", "unusable", "-", "-", "-")
+    console.print(table)
+    for problem in collection.problems:
+        console.print(problem.message, style="red", highlight=False, soft_wrap=True)
+
+
+def _clean(work_dir: Path) -> None:
+    """Remove what we put into the working folder, and nothing else."""
+    for path in (work_dir / workflow_name(), work_dir / "reference"):
+        if path.is_dir():
+            shutil.rmtree(path)

@@ -1,0 +1,128 @@
+"""The nipype workflow of a run: preprocessing of each image, and what follows from it, by participant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from nipype.pipeline.engine import Node
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from bids_uad import __version__
+from bids_uad.levels.participant.detection import AlignMask
+from bids_uad.levels.participant.means import Means, crash_dir
+from bids_uad.levels.participant.plan import Task, with_support
+from bids_uad.levels.participant.writing import init_writing_wf
+from bids_uad.preprocessing.workflow import init_preproc_wf
+
+FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
+FROM_ANCHOR = {"brain": "anchor_file", "native_mask": "anchor_mask", "to_sri24": "anchor_xfm"}
+
+_PARTS = ("_preproc_wf", "_writing_wf", "_lesion")
+
+
+def workflow_name() -> str:
+    """Name the working folder; it holds the version, so that another version reuses nothing."""
+    return f"bids_uad_{_identifier(__version__)}_wf"
+
+
+def place_of_unit(subject: str, key: str) -> tuple[str, str]:
+    """Give participant and image as they come in the full names of an image's nodes."""
+    return f"sub_{subject}_wf", _identifier(key)
+
+
+def place_of_node(name: str) -> tuple[str, str]:
+    """Find participant and image in a node's full name; see :func:`place_of_unit`."""
+    _, subject, part, *_ = [*name.split("."), "", ""]
+    for ending in _PARTS:
+        part = part.removesuffix(ending)
+    return subject, part
+
+
+def build_workflow(tasks: Sequence[Task], means: Means) -> LiterateWorkflow:
+    """Build the workflow of a run.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Of all participants; what is done is left out.
+    means : Means
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+    """
+    workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(means.config.work_dir))
+    by_subject: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_subject.setdefault(task.unit.subject, []).append(task)
+    for subject, own in by_subject.items():
+        if all(task.done for task in own):
+            continue
+        part = init_subject_wf(subject, own, means)
+        part.config["execution"]["crashdump_dir"] = str(crash_dir(means.config, subject))
+        for node in part._get_all_nodes():
+            node.config = deepcopy(part.config)
+        workflow.add_nodes([part])
+    return workflow
+
+
+def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> LiterateWorkflow:
+    """Build the workflow of one participant.
+
+    Parameters
+    ----------
+    subject : str
+        Label without `sub-`.
+    tasks : sequence of Task
+        The participant's images, anchors first.
+    means : Means
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+    """
+    workflow = LiterateWorkflow(name=f"sub_{subject}_wf")
+    to_do, support = with_support(tasks)
+    preprocessed, lesions = {}, {}
+    for task in (*to_do, *support):
+        key, name = task.unit.key, _identifier(task.unit.key)
+        preprocessed[key] = _init_preprocessing(task, means, f"{name}_preproc_wf")
+        workflow.add_nodes([preprocessed[key]])
+        if not task.provides_lesion:
+            continue
+        if task.lesion.unit is None:
+            lesions[key] = (Node(AlignMask(in_file=str(task.lesion.path)), name=f"{name}_lesion"), "out_file")
+        else:
+            preprocessed[key].inputs.inputnode.lesion_mask = str(task.lesion.path)
+            lesions[key] = (preprocessed[key], "outputnode.lesion")
+    for task in (*to_do, *support):
+        if task.unit.anchor is not None:
+            fields = [(f"outputnode.{ours}", f"inputnode.{theirs}") for ours, theirs in FROM_ANCHOR.items()]
+            workflow.connect([(preprocessed[task.unit.anchor.key], preprocessed[task.unit.key], fields)])
+    for task in to_do:
+        writing = init_writing_wf(task, means, name=f"{_identifier(task.unit.key)}_writing_wf")
+        fields = [(f"outputnode.{field}", f"inputnode.{field}") for field in FROM_PREPROCESSING]
+        workflow.connect([(preprocessed[task.unit.key], writing, fields)])
+        if task.lesion_provider is not None:
+            workflow.connect(*lesions[task.lesion_provider], writing, "inputnode.lesion")
+    return workflow
+
+
+def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow:
+    """Build the preprocessing of one image."""
+    workflow = init_preproc_wf(
+        name=name,
+        modality=task.unit.modality,
+        is_anchor=task.unit.is_anchor,
+        skull_stripped=task.unit.skull_stripped,
+        omp_nthreads=means.config.omp_nthreads,
+        reference=means.reference,
+    )
+    workflow.inputs.inputnode.in_file = str(task.unit.path)
+    return workflow
+
+
+def _identifier(text: str) -> str:
+    """Turn a label into something nipype takes as a name."""
+    return "".join(character if character.isalnum() else "_" for character in text)

@@ -1,0 +1,254 @@
+"""What follows from a preprocessed image: sinks, detection, and the record that all of it is there."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nipype.interfaces.base import BaseInterfaceInputSpec, File, SimpleInterface, TraitedSpec, traits
+from nipype.interfaces.utility import IdentityInterface, Merge
+from nipype.pipeline.engine import Node
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from bids_uad import __version__
+from bids_uad.dataset import naming, sidecars
+from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
+from bids_uad.engine.bundle import Bundle
+from bids_uad.levels.participant.detection import AddQuality, Detect, Postprocess
+from bids_uad.levels.participant.means import Means
+from bids_uad.levels.participant.plan import Task, model_identity
+from bids_uad.levels.participant.records import Record, record_path, write_record
+from bids_uad.space import NAME
+
+DETECTION_GB = 3.0
+POSTPROCESS_GB = 1.0
+FIELDS = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc", "lesion")
+
+
+def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
+    """Build what follows from preprocessing one image.
+
+    Parameters
+    ----------
+    task : Task
+    means : Means
+    name : str
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+
+    Inputs
+    ------
+    preproc, brain_mask, native_mask, to_sri24, from_sri24, qc
+        From the image's preprocessing.
+    lesion
+        The session's lesion mask in SRI24 space, if there is one.
+    """
+    unit, config = task.unit, means.config
+    workflow = LiterateWorkflow(name=name)
+    inputs = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
+    written: list[tuple[Node, str]] = []
+    metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, means.reference.metadata)
+    quality = Node(AddQuality(metadata=metadata["preproc"]), name="add_quality", run_without_submitting=True)
+    workflow.connect(inputs, "qc", quality, "quality")
+    for field, entities in _sink_entities(task).items():
+        sink = _sink(f"ds_{field}", unit.path, config.output_dir, entities, metadata.get(field))
+        workflow.connect(inputs, field, sink, "in_file")
+        if field == "preproc":
+            workflow.connect(quality, "metadata", sink, "meta_dict")
+        written.append((sink, "out_file"))
+    if task.provides_lesion:
+        entities = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask"}
+        source = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
+        described = sidecars.lesion_sidecar(source, read_json(sidecar_of(task.lesion.path)))
+        sink = _sink("ds_lesion", task.lead.path, config.output_dir, entities, described)
+        workflow.connect(inputs, "lesion", sink, "in_file")
+        written.append((sink, "out_file"))
+    if task.bundles:
+        written += _connect_detection(workflow, task, means, inputs)
+    _connect_record(workflow, task, means, written)
+    return workflow
+
+
+def _connect_record(
+    workflow: LiterateWorkflow, task: Task, means: Means, written: list[tuple[Node, str]]
+) -> None:
+    """Connect the completion record to everything that is written."""
+    unit, config = task.unit, means.config
+    collect = Node(Merge(len(written)), name="collect", run_without_submitting=True)
+    for number, (node, field) in enumerate(written, start=1):
+        workflow.connect(node, field, collect, f"in{number}")
+    complete = Node(
+        Complete(
+            output_dir=str(config.output_dir),
+            record_file=str(record_path(config.output_dir, unit)),
+            key=unit.key,
+            run_id=config.run_id,
+            fingerprint=task.fingerprint,
+            models={bundle.name: model_identity(bundle) for bundle in task.bundles},
+            earlier_models={} if task.earlier is None else task.earlier.models,
+            earlier_outputs=[] if task.earlier is None else task.earlier.outputs,
+        ),
+        name="complete",
+        run_without_submitting=True,
+    )
+    workflow.connect(collect, "out", complete, "files")
+
+
+def _connect_detection(
+    workflow: LiterateWorkflow,
+    task: Task,
+    means: Means,
+    inputs: Node,
+) -> list[tuple[Node, str]]:
+    """Connect one detection process and, for each model, what is made of its map."""
+    unit, config = task.unit, means.config
+    threads = means.detection_threads
+    detect = Node(
+        Detect(
+            key=unit.key,
+            seed=config.random_seed,
+            bundles=[str(bundle.folder) for bundle in task.bundles],
+            sha256=[bundle.sha256 for bundle in task.bundles],
+            device=means.device,
+            use_cuda=means.device != "cpu",
+            threads=threads,
+        ),
+        name="detect",
+        # The scheduler reads a GPU node's process count as its number of GPU slots.
+        n_procs=1 if means.device != "cpu" else threads,
+        mem_gb=DETECTION_GB,
+    )
+    workflow.connect([(inputs, detect, [("preproc", "image"), ("brain_mask", "brain")])])
+    written = []
+    for position, bundle in enumerate(task.bundles):
+        post = Node(_postprocess(task, bundle, means), name=f"post_{bundle.detector}", mem_gb=POSTPROCESS_GB)
+        workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
+        workflow.connect([(inputs, post, [("brain_mask", "brain_mask"), ("from_sri24", "from_sri24")])])
+        if task.lesion_provider is not None:
+            workflow.connect(inputs, "lesion", post, "lesion")
+        written.append((post, "out_files"))
+    return written
+
+
+def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
+    """Make the interface that writes what one model found."""
+    unit, config = task.unit, means.config
+    threshold_name, threshold = bundle.default_threshold
+    files = naming.detection_outputs(unit, bundle.detector)
+    preprocessed = naming.preprocessing_outputs(unit)
+    raw = sidecars.raw_uri(unit, config.bids_dir)
+    inputs: dict[str, Any] = {
+        "preproc": preprocessed["preproc"],
+        "brain_mask": preprocessed["brain_mask"],
+        "raw": raw,
+    }
+    if task.lesion is not None:
+        inputs["lesion"] = naming.lesion_output(task.lead)
+    model = {
+        "Model": bundle.name,
+        "ModelVersion": bundle.info["code_version"],
+        "ModelSHA256": bundle.sha256,
+        "Detector": bundle.detector,
+        "Preset": bundle.preset,
+        "TrainingModality": bundle.modality,
+        "Threshold": threshold,
+        "ThresholdName": threshold_name,
+        "ThresholdSource": "fixed on validation scans when the model was calibrated, not on this dataset",
+        "PostProcessing": "median filter",
+    }
+    run = {
+        "Device": means.device,
+        "TorchVersion": version("torch"),
+        "RandomSeed": config.random_seed,
+    }
+    return Postprocess(
+        native_ref=str(unit.path),
+        bundle=str(bundle.folder),
+        facts={
+            "source_image": raw,
+            "modality": unit.modality,
+            "detector": bundle.detector,
+            "preset": bundle.preset,
+            "model_sha256": bundle.sha256,
+            "app_version": __version__,
+            "threshold": repr(threshold),
+            "threshold_name": threshold_name,
+        },
+        files={kind: str(config.output_dir / path) for kind, path in files.items()},
+        sidecars=sidecars.detection_sidecars(files, inputs, model, run),
+    )
+
+
+def _sink_entities(task: Task) -> dict[str, dict[str, str]]:
+    """Give the entities that the sink adds to each output of preprocessing."""
+    unit = task.unit
+    brain = naming.brain_desc(unit)
+    return {
+        "preproc": {"space": NAME, "desc": "preproc", "suffix": unit.modality},
+        "brain_mask": {"space": NAME, "desc": brain, "suffix": "mask"},
+        "native_mask": {"desc": brain, "suffix": "mask"},
+        "to_sri24": {"from": unit.modality, "to": NAME, "mode": "image", "suffix": "xfm"},
+        "from_sri24": {"from": NAME, "to": unit.modality, "mode": "image", "suffix": "xfm"},
+    }
+
+
+def _sink(
+    name: str, source: Path, output_dir: Path, entities: dict[str, str], metadata: dict[str, Any] | None
+) -> Node:
+    """Make a data sink node."""
+    sink = DerivativesDataSink(base_directory=str(output_dir), source_file=str(source), **entities)
+    if metadata is not None:
+        sink.inputs.meta_dict = metadata
+    if entities["suffix"] != "xfm":
+        sink.inputs.compress = True
+        # On the image's own grid the header must stay the image's.
+        sink.inputs.check_hdr = "space" in entities
+    return Node(sink, name=name)
+
+
+def _pick(items: list[str], position: int) -> str:
+    """Take one item of a list, between two nodes."""
+    return items[position]
+
+
+class _CompleteInputSpec(BaseInterfaceInputSpec):
+    files = traits.List(File(exists=True), mandatory=True, desc="everything that was written")
+    output_dir = traits.Str(mandatory=True, desc="derivative dataset")
+    record_file = traits.Str(mandatory=True, desc="where the record goes")
+    key = traits.Str(mandatory=True, desc="name of the image")
+    run_id = traits.Str(mandatory=True, nohash=True, desc="name of the run")
+    fingerprint = traits.Dict(mandatory=True, desc="what the outputs depend on")
+    models = traits.Dict(desc="identity of each model of this run")
+    earlier_models = traits.Dict(desc="identity of models of earlier runs")
+    earlier_outputs = traits.List(traits.Str, desc="what earlier runs wrote")
+
+
+class _CompleteOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="the record")
+
+
+class Complete(SimpleInterface):
+    """Write the record of an image, last of all."""
+
+    input_spec = _CompleteInputSpec
+    output_spec = _CompleteOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        root = Path(self.inputs.output_dir)
+        files = {Path(path) for path in self.inputs.files}
+        files |= {sidecar_of(path) for path in files if sidecar_of(path).is_file()}
+        outputs = {str(path.relative_to(root)) for path in files}
+        record = Record(
+            key=self.inputs.key,
+            run_id=self.inputs.run_id,
+            fingerprint=dict(self.inputs.fingerprint),
+            models={**self.inputs.earlier_models, **self.inputs.models},
+            outputs=sorted(outputs | set(self.inputs.earlier_outputs)),
+        )
+        self._results["out_file"] = str(write_record(Path(self.inputs.record_file), record))
+        return runtime

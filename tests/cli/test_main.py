@@ -1,0 +1,100 @@
+import subprocess
+import sys
+
+import pytest
+
+from bids_uad.cli import main as cli
+from bids_uad.errors import ConfigError, InputError, ModelError, UnavailableError, UserError
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
+    (tmp_path / "out").mkdir()
+    return [str(raw), str(tmp_path / "out"), "-w", str(tmp_path / "w")]
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """Replace the levels by functions that give or raise what a test sets."""
+    outcomes, called = {}, []
+
+    class Module:
+        def __getattr__(self, name):
+            def run(config):
+                called.append(name)
+                outcome = outcomes.get(name, 0)
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                return outcome
+
+            return run
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: Module())
+    return outcomes, called
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (InputError("f", "p", "r"), 66),
+        (ModelError("x"), 69),
+        (UnavailableError("x"), 69),
+        (UserError("x"), 70),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(arguments, levels, capsys, error, code):
+    levels[0]["run_participant"] = error
+    assert cli.main([*arguments, "participant"]) == code
+    told = capsys.readouterr().err
+    assert told == f"bids_uad: {error}\n"
+
+
+def test_traceback_only_on_demand(arguments, levels, capsys):
+    levels[0]["run_participant"] = ConfigError("x")
+    cli.main([*arguments, "participant", "-vv"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_group_runs_after_a_failed_participant_but_not_after_an_impossible_run(arguments, levels):
+    outcomes, called = levels
+    outcomes["run_participant"] = 1
+    assert cli.main([*arguments, "group", "participant"]) == 1
+    assert called == ["run_participant", "run_group"]
+    called.clear()
+    outcomes["run_participant"] = 69
+    assert cli.main([*arguments, "participant", "group"]) == 69
+    assert called == ["run_participant"]
+
+
+def test_a_bug_is_not_swallowed(arguments, levels):
+    levels[0]["run_participant"] = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*arguments, "participant"])
+
+
+def test_interrupt(arguments, levels):
+    levels[0]["run_participant"] = KeyboardInterrupt()
+    assert cli.main([*arguments, "participant"]) == 130
+
+
+def test_module_runs_and_starts_light():
+    script = (
+        "import sys; from bids_uad.cli.main import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'ants', 'nipype', 'bids', 'nilearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "bids_uad", "a", "b", "participant"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr

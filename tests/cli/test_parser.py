@@ -1,0 +1,180 @@
+from pathlib import Path
+
+import pytest
+
+from bids_uad.cli.parser import parse_args, parse_derivatives
+from bids_uad.config import RunConfig
+from bids_uad.errors import ConfigError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
+    return root
+
+
+@pytest.fixture
+def parse(dataset, tmp_path):
+    def run(*extra, levels=("participant",), bids=dataset, out=None):
+        return parse_args(
+            [str(bids), str(out or tmp_path / "out"), *levels, "-w", str(tmp_path / "w"), *extra]
+        )
+
+    return run
+
+
+def test_defaults(parse, dataset, tmp_path):
+    config = parse()
+    assert (config.bids_dir, config.output_dir) == (dataset, tmp_path / "out")
+    assert config.levels == ("participant",)
+    assert config.modalities == ("T1w", "T2w")
+    assert (config.device, config.random_seed, config.omp_nthreads) == ("auto", 0, 1)
+    assert config.nprocs >= 1
+    assert config.mem_gb > 0
+
+
+def test_labels_lose_their_prefix_and_duplicates(parse):
+    config = parse("--participant-label", "sub-01", "02", "01", "--session-id", "ses-a")
+    assert config.participants == ("01", "02")
+    assert config.sessions == ("a",)
+    assert parse("--participant_label", "7").participants == ("7",)
+
+
+def test_levels_run_in_their_order(parse):
+    assert parse(levels=("group", "participant")).levels == ("participant", "group")
+
+
+@pytest.mark.parametrize("flag", ["--nprocs", "--nthreads", "--n-cpus", "--n_cpus"])
+def test_aliases_of_nprocs(parse, flag):
+    assert parse(flag, "3").nprocs == 3
+
+
+@pytest.mark.parametrize("flag", ["--mem", "--mem-mb", "--mem_mb"])
+def test_bare_memory_is_megabytes(parse, flag):
+    assert parse(flag, "16000").mem_gb == 16.0
+
+
+def test_notrack_is_accepted(parse):
+    assert parse("--notrack").levels == ("participant",)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nprocs", "0"],
+        ["--mem", "lots"],
+        ["--device", "gpu"],
+        ["--device", "cuda:x"],
+        ["--participant-label", "a_b"],
+        ["--modalities", "FLAIR"],
+        ["--participant", "01"],
+        ["--unknown"],
+    ],
+)
+def test_malformed_arguments_are_usage_errors(parse, arguments):
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    assert stop.value.code == 2
+
+
+def test_unknown_level_is_a_usage_error(parse):
+    with pytest.raises(SystemExit) as stop:
+        parse(levels=("session",))
+    assert stop.value.code == 2
+
+
+def test_version_and_help_succeed(capsys):
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            parse_args([flag])
+        assert stop.value.code == 0
+    assert "--participant-label" in capsys.readouterr().out
+
+
+def test_derivatives_split_at_the_first_sign_only():
+    found = parse_derivatives(["lesions=/a/b=c/d", "/data/x=y/masks", "/plain/fmriprep"])
+    assert found == {
+        "lesions": Path("/a/b=c/d"),
+        "masks": Path("/data/x=y/masks"),
+        "fmriprep": Path("/plain/fmriprep"),
+    }
+
+
+@pytest.mark.parametrize("items", [["a=/x", "a=/y"], ["/x/a", "/y/a"], ["a="]])
+def test_ambiguous_derivatives_are_refused(items):
+    with pytest.raises(ConfigError, match="--derivatives"):
+        parse_derivatives(items)
+
+
+def test_derivatives_may_come_in_two_flags(parse, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    config = parse("-d", f"one={tmp_path / 'a'}", "-d", f"two={tmp_path / 'b'}")
+    assert set(config.derivatives) == {"one", "two"}
+
+
+def test_guards(parse, dataset, tmp_path):
+    with pytest.raises(ConfigError, match="the output folder is the dataset itself"):
+        parse(out=dataset)
+    with pytest.raises(ConfigError, match="inside the dataset"):
+        parse("-w", str(dataset / "work"))
+    with pytest.raises(ConfigError, match="inside the work folder"):
+        parse(out=tmp_path / "w" / "out")
+    with pytest.raises(ConfigError, match="does not exist"):
+        parse(bids=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="--atlas-dir"):
+        parse("--atlas-dir", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        parse("-d", f"lesions={tmp_path / 'nowhere'}")
+    (dataset / "dataset_description.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no dataset_description\.json"):
+        parse()
+
+
+def test_output_may_lie_inside_the_dataset(parse, dataset):
+    assert parse(out=dataset / "derivatives" / "uad").output_dir == dataset / "derivatives" / "uad"
+
+
+def test_group_does_not_need_the_raw_dataset(parse, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to group"):
+        parse(levels=("group",), bids=tmp_path / "nowhere")
+    (tmp_path / "out").mkdir()
+    assert parse(levels=("group",), bids=tmp_path / "nowhere").levels == ("group",)
+
+
+def test_configuration_survives_toml(parse, tmp_path):
+    (tmp_path / "l").mkdir()
+    config = parse(
+        "-d", f"lesions={tmp_path / 'l'}", "--models", "a", "b", "--steps", "5", "-vv", "--mem", "2G"
+    )
+    assert RunConfig.from_toml(config.to_toml()) == config
+
+
+def test_command_line_wins_over_the_configuration_file(parse, tmp_path):
+    earlier = parse("--nprocs", "3", "--random-seed", "9", "--participant-label", "01", "--dry-run", "-v")
+    file = tmp_path / "earlier.toml"
+    file.write_text(earlier.to_toml())
+    config = parse("--config-file", str(file), "--random-seed", "4")
+    assert (config.nprocs, config.random_seed, config.participants) == (3, 4, ("01",))
+    assert config.run_id != earlier.run_id
+    assert not config.dry_run
+    assert config.verbosity == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nprocs = ", "not valid TOML"),
+        ("n_procs = 3", "unknown key"),
+        ('nprocs = "3"', "wrong kind"),
+        ("nprocs = true", "wrong kind"),
+        ("models = 'a'", "wrong kind"),
+    ],
+)
+def test_bad_configuration_files_are_refused(parse, tmp_path, text, message):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse("--config-file", str(file))

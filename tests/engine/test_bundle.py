@@ -1,0 +1,134 @@
+"""Bundles on disk: round trip, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bids_uad.atomic import write_json
+from bids_uad.engine import bundle as bundles
+from bids_uad.engine.bundle import load_bundle, load_detector, packaged_bundles, resolve_bundles, save_bundle
+from bids_uad.errors import ModelError
+from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+
+TINY = PatchCoreHyper(widths=(4, 8, 8, 16), bank=16)
+CALIBRATION = {
+    "thresholds": {"max_dice": 0.5, "fpr_1pct": 0.7},
+    "default_threshold": "max_dice",
+    "bin_edges": [0.0, 0.5, 0.7],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    detector = PatchCore(TINY)
+    detector.bank.normal_()
+    path = tmp_path / "patchcore-T1w-tiny"
+    save_bundle(path, detector, preset="tiny", modality="T1w", training={"n_scans": 1}, card="# Card\n")
+    write_json(path / "calibration.json", CALIBRATION)
+    return path
+
+
+def edit(path, **changes):
+    """Change some keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_detector_survives_the_round_trip(folder):
+    found = load_bundle(folder)
+    detector = load_detector(found)
+    assert detector.hyper == TINY
+    assert not detector.training
+    torch.manual_seed(0)
+    expected = PatchCore(TINY)
+    for name, value in expected.backbone.state_dict().items():
+        assert torch.equal(value, detector.backbone.state_dict()[name])
+    assert detector.bank.dtype == torch.float16
+    assert found.default_threshold == ("max_dice", 0.5)
+    assert found.bin_edges.tolist() == [0.0, 0.5, 0.7, float("inf")]
+    assert len(found.sha256) == 64
+
+
+def test_training_again_forgets_the_thresholds(folder):
+    save_bundle(folder, PatchCore(TINY), preset="tiny", modality="T1w", training={}, card="")
+    with pytest.raises(ModelError, match="no thresholds"):
+        load_bundle(folder).default_threshold  # noqa: B018
+
+
+def test_altered_weights_are_refused(folder):
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match=r"weights\.safetensors differs"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "weights.safetensors"])
+def test_missing_files_are_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=name):
+        load_bundle(folder)
+
+
+def test_another_input_contract_is_refused(folder):
+    edit(folder / "bundle.json", input={"space": "MNI152"})
+    with pytest.raises(ModelError, match="other inputs"):
+        load_bundle(folder)
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    values = json.loads((folder / "bundle.json").read_text())["hyper"]
+    edit(folder / "bundle.json", hyper={**values, "widths": [4, 8, 8, 8]})
+    with pytest.raises(ModelError, match="size mismatch"):
+        load_detector(load_bundle(folder))
+
+
+def test_unknown_hyper_parameters_are_refused(folder):
+    values = json.loads((folder / "bundle.json").read_text())["hyper"]
+    edit(folder / "bundle.json", hyper={**values, "depth": 3})
+    with pytest.raises(ModelError, match="depth"):
+        load_detector(load_bundle(folder))
+
+
+def test_broken_json_is_refused(folder):
+    (folder / "bundle.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_bundle(folder)
+
+
+def test_nothing_is_unpickled(folder):
+    """A torch checkpoint under our name fails; it is never executed."""
+    torch.save({"bank": torch.zeros(1)}, folder / "weights.safetensors")
+    info = json.loads((folder / "bundle.json").read_text())
+    digest = bundles._sha256(folder / "weights.safetensors")
+    edit(folder / "bundle.json", sha256={**info["sha256"], "weights.safetensors": digest})
+    with pytest.raises(ModelError, match="weights"):
+        load_detector(load_bundle(folder))
+
+
+def test_resolving(folder, tmp_path):
+    assert [bundle.name for bundle in resolve_bundles([str(folder)], ["T1w"])] == [folder.name]
+    with pytest.raises(ModelError, match="no model bundle for T2w"):
+        resolve_bundles([str(folder)], ["T1w", "T2w"])
+    with pytest.raises(ModelError, match="no model bundle 'nonesuch'"):
+        resolve_bundles(["nonesuch"], ["T1w"])
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    with pytest.raises(ModelError, match="choose one"):
+        resolve_bundles([str(folder), str(twin)], ["T1w"])
+
+
+def test_packaged_bundles_are_sound():
+    """Every packaged bundle loads, is calibrated, stays below 5 MB and covers T1w and T2w."""
+    names = packaged_bundles()
+    assert {"disyre-T1w-lite", "disyre-T2w-lite", "patchcore-T1w-lite", "patchcore-T2w-lite"} <= set(names)
+    for found in resolve_bundles(None, ["T1w", "T2w"]):
+        load_detector(found)
+        assert set(found.thresholds) == {"max_dice", "fpr_1pct", "fpr_5pct"}
+        assert set(found.thresholds.values()) <= set(found.bin_edges.tolist())
+        assert found.calibration["weights_sha256"] == found.sha256
+        assert sum(path.stat().st_size for path in found.folder.iterdir()) < 5e6
+        assert "not for clinical use" in (found.folder / "MODEL_CARD.md").read_text()

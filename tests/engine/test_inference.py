@@ -1,0 +1,119 @@
+"""From volume to map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from bids_uad import space
+from bids_uad.engine.inference import anomaly_map, slice_generators
+from bids_uad.methods.base import Detector
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No hyper-parameters."""
+
+
+class Noisy(Detector):
+    """The slice plus keyed noise: stochastic, and told batch sizes apart if they mattered."""
+
+    name = "noisy"
+
+    def __init__(self) -> None:
+        super().__init__(Nothing())
+        self.register_buffer("anchor", torch.zeros(()))
+        self.seen: list[int] = []
+
+    def stages(self) -> list:
+        return []
+
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        self.seen.append(len(slices))
+        noise = [torch.rand(slices.shape[1:], generator=generator) for generator in generators]
+        return (slices + torch.stack(noise)) * brain
+
+
+@pytest.fixture
+def scan():
+    brain = np.zeros(space.SHAPE, dtype=bool)
+    brain[80:110, 90:130, 40:60] = True
+    return np.random.default_rng(0).random(space.SHAPE).astype(np.float32) * brain, brain
+
+
+def test_the_map_does_not_depend_on_the_batch(scan):
+    maps = [anomaly_map(Noisy(), *scan, key="sub-01_T1w", batch_size=size) for size in (1, 7, 155)]
+    np.testing.assert_array_equal(maps[0], maps[1])
+    np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_subject_and_seed_change_the_noise(scan):
+    first = anomaly_map(Noisy(), *scan, key="sub-01_T1w")
+    assert not np.array_equal(first, anomaly_map(Noisy(), *scan, key="sub-02_T1w"))
+    assert not np.array_equal(first, anomaly_map(Noisy(), *scan, key="sub-01_T1w", seed=1))
+
+
+def test_slice_generators_repeat():
+    device = torch.device("cpu")
+    first = [torch.rand(3, generator=g) for g in slice_generators("a", 0, [3, 4], device)]
+    again = [torch.rand(3, generator=g) for g in slice_generators("a", 0, [4], device)]
+    assert torch.equal(first[1], again[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_only_slices_with_brain_are_scored(scan):
+    detector = Noisy()
+    result = anomaly_map(detector, *scan, key="x", batch_size=8)
+    assert detector.seen == [8, 8, 4]
+    assert result.shape == space.SHAPE
+    assert result.dtype == np.float32
+    assert result[~scan[1]].max() == 0
+    assert result[scan[1]].min() > 0
+
+
+def test_voxels_stay_where_they_are(scan):
+    """A constant blob comes back at its own place, not mirrored or shifted."""
+
+    class Echo(Noisy):
+        def score(self, slices, brain, generators):
+            return slices
+
+    volume, brain = scan
+    volume = np.where(brain, 0.1, 0).astype(np.float32)
+    volume[85:92, 95:99, 50:55] = 0.9
+    result = anomaly_map(Echo(), volume, brain, key="x")
+    assert result[88, 97, 52] == pytest.approx(0.9)
+    assert np.argwhere(result > 0.5).min(0).tolist() >= [85, 95, 50]
+    assert np.argwhere(result > 0.5).max(0).tolist() <= [91, 98, 54]
+
+
+def test_memory_shortage_halves_the_batch(scan):
+    class Hungry(Noisy):
+        def score(self, slices, brain, generators):
+            if len(slices) > 3:
+                raise torch.OutOfMemoryError("too much")
+            return super().score(slices, brain, generators)
+
+    detector = Hungry()
+    result = anomaly_map(detector, *scan, key="sub-01_T1w", batch_size=8)
+    assert max(detector.seen) == 2
+    np.testing.assert_array_equal(result, anomaly_map(Noisy(), *scan, key="sub-01_T1w"))
+
+
+def test_a_brain_outside_the_field_of_view_is_refused():
+    brain = np.zeros(space.SHAPE, dtype=bool)
+    brain[2, 100, 70] = True
+    with pytest.raises(ValueError, match="central 224"):
+        anomaly_map(Noisy(), np.zeros(space.SHAPE, dtype=np.float32), brain, key="x")
+
+
+def test_slices_and_volumes_are_inverse(scan):
+    volume = scan[0]
+    np.testing.assert_array_equal(space.from_slices(space.to_slices(volume)), volume)
+    with pytest.raises(ValueError, match="expected a volume"):
+        space.to_slices(np.zeros((3, 3, 3)))

@@ -1,0 +1,185 @@
+"""Stand-ins for preprocessing and detection that take a second; importable by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+from nipype.interfaces.utility import IdentityInterface
+from nipype.pipeline.engine import Node
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from bids_uad import space
+from bids_uad.engine.bundle import INPUT_CONTRACT
+from bids_uad.errors import InputError
+from bids_uad.preprocessing.reference import Reference
+from bids_uad.preprocessing.transforms import write_itk
+
+INPUTS = ("in_file", "anchor_file", "anchor_mask", "anchor_xfm", "lesion_mask")
+OUTPUTS = ("preproc", "brain_mask", "native_mask", "brain", "to_sri24", "from_sri24", "lesion", "qc")
+THRESHOLD = 0.5
+
+
+class _FakePreprocInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True)
+    anchor_file = File(exists=True)
+    anchor_mask = File(exists=True)
+    anchor_xfm = File(exists=True)
+    lesion_mask = File(exists=True)
+
+
+class _FakePreprocOutputSpec(TraitedSpec):
+    preproc = File(exists=True)
+    brain_mask = File(exists=True)
+    native_mask = File(exists=True)
+    brain = File(exists=True)
+    to_sri24 = File(exists=True)
+    from_sri24 = File(exists=True)
+    lesion = File(exists=True)
+    qc = traits.Dict()
+
+
+class FakePreproc(SimpleInterface):
+    """Write plausible files; fail for participants named crash, killed and refused."""
+
+    input_spec = _FakePreprocInputSpec
+    output_spec = _FakePreprocOutputSpec
+
+    def _run_interface(self, runtime):
+        name = Path(self.inputs.in_file).name
+        if name.startswith("sub-crash"):
+            raise ZeroDivisionError("nothing to divide by")
+        if name.startswith("sub-refused"):
+            raise InputError(self.inputs.in_file, "no brain was found", "give a brain mask")
+        if name.startswith("sub-killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        folder = Path(runtime.cwd)
+        native = nib.load(self.inputs.in_file)
+        mask = nib.Nifti1Image(np.ones(native.shape, np.uint8), native.affine)
+        mask.header.set_xyzt_units("mm", "sec")
+        nib.save(mask, folder / "native_mask.nii.gz")
+        nib.save(native, folder / "brain.nii.gz")
+        brain = np.zeros(space.SHAPE, np.uint8)
+        brain[100:130, 100:130, 60:90] = 1
+        nib.save(space.to_image(brain, np.uint8), folder / "brain_mask.nii.gz")
+        image = np.random.default_rng(0).random(space.SHAPE).astype(np.float32) * brain
+        nib.save(space.to_image(image), folder / "preproc.nii.gz")
+        for transform in ("to_sri24", "from_sri24"):
+            write_itk(folder / f"{transform}.txt", np.eye(4))
+            self._results[transform] = str(folder / f"{transform}.txt")
+        for output in ("native_mask", "brain", "brain_mask", "preproc"):
+            self._results[output] = str(folder / f"{output}.nii.gz")
+        if isdefined(self.inputs.lesion_mask):
+            lesion = np.zeros(space.SHAPE, np.uint8)
+            lesion[110:115, 110:115, 70:75] = 1
+            nib.save(space.to_image(lesion, np.uint8), folder / "lesion.nii.gz")
+            self._results["lesion"] = str(folder / "lesion.nii.gz")
+        self._results["qc"] = {"warnings": [f"look at {name}"], "skull_stripped": True}
+        with Path(os.environ["FAKE_CALLS"]).open("a") as calls:
+            calls.write(f"preproc {name}\n")
+        return runtime
+
+
+def init_fake_preproc_wf(*, name, modality, is_anchor, skull_stripped, omp_nthreads, reference):
+    """Same door as `preprocessing.workflow.init_preproc_wf`."""
+    workflow = LiterateWorkflow(name=name)
+    inputnode = Node(IdentityInterface(fields=list(INPUTS)), name="inputnode")
+    outputnode = Node(IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
+    work = Node(FakePreproc(), name="work")
+    connected = INPUTS if not is_anchor else ("in_file", "lesion_mask")
+    workflow.connect([(inputnode, work, [(field, field) for field in connected])])
+    workflow.connect([(work, outputnode, [(field, field) for field in OUTPUTS])])
+    return workflow
+
+
+class _FakeDetectInputSpec(BaseInterfaceInputSpec):
+    image = File(exists=True, mandatory=True)
+    brain = File(exists=True, mandatory=True)
+    key = traits.Str(mandatory=True)
+    seed = traits.Int()
+    bundles = traits.List(traits.Str)
+    sha256 = traits.List(traits.Str)
+    device = traits.Str(nohash=True)
+    use_cuda = traits.Bool(nohash=True)
+    threads = traits.Int(nohash=True)
+
+
+class _FakeDetectOutputSpec(TraitedSpec):
+    out_files = traits.List(File(exists=True))
+
+
+class FakeDetect(SimpleInterface):
+    """Score two cubes, one of which overlaps the fake lesion."""
+
+    input_spec = _FakeDetectInputSpec
+    output_spec = _FakeDetectOutputSpec
+
+    def _run_interface(self, runtime):
+        scores = np.zeros(space.SHAPE, np.float32)
+        scores[110:115, 110:115, 70:80] = 0.75
+        scores[120:122, 120:122, 80:82] = 1.5
+        scores[0:10, 0:10, 0:10] = 9.0  # outside the brain
+        paths = []
+        for bundle in self.inputs.bundles:
+            paths.append(str(Path(runtime.cwd) / f"{Path(bundle).name}.nii.gz"))
+            nib.save(space.to_image(scores), paths[-1])
+        self._results["out_files"] = paths
+        with Path(os.environ["FAKE_CALLS"]).open("a") as calls:
+            names = " ".join(Path(bundle).name for bundle in self.inputs.bundles)
+            calls.write(f"detect {self.inputs.key} {names}\n")
+        return runtime
+
+
+def fake_reference(folder: Path) -> Reference:
+    """Write reference images on the SRI24 grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    brain = np.zeros(space.SHAPE, np.uint8)
+    brain[100:130, 100:130, 60:90] = 1
+    nib.save(space.to_image(brain, np.float32), folder / "T1w.nii.gz")
+    nib.save(space.to_image(brain, np.uint8), folder / "mask.nii.gz")
+    return Reference(
+        t1w=folder / "T1w.nii.gz",
+        t2w=None,
+        brain_mask=folder / "mask.nii.gz",
+        name="phantom",
+        source="tests",
+        licence="CC0",
+        sha256="0" * 64,
+        metadata={"Name": "phantom", "License": "CC0", "SHA256": "0" * 64, "StandIn": True},
+    )
+
+
+def fake_bundle(folder: Path, detector: str, modality: str, threshold: float = THRESHOLD) -> Path:
+    """Write a bundle that passes every check but holds no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights.safetensors").write_bytes(folder.name.encode())
+    info = {
+        "detector": detector,
+        "preset": "lite",
+        "modality": modality,
+        "hyper": {},
+        "input": INPUT_CONTRACT,
+        "code_version": "0.1.0",
+        "sha256": {"weights.safetensors": hashlib.sha256(folder.name.encode()).hexdigest()},
+    }
+    (folder / "bundle.json").write_text(json.dumps(info))
+    calibration = {
+        "thresholds": {"max_dice": threshold},
+        "default_threshold": "max_dice",
+        "bin_edges": [0.0, 0.25, threshold, 1.0, float("inf")],
+    }
+    (folder / "calibration.json").write_text(json.dumps(calibration))
+    return folder

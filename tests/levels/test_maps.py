@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from bids_uad import space
+from bids_uad.levels.participant import maps
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(4)
+
+
+def test_mask_is_strictly_above_and_inside_the_brain():
+    scores = np.array([0.1, 0.2, 0.3, 0.3], np.float32)
+    brain = np.array([True, True, True, False])
+    assert maps.anomaly_mask(scores, brain, float(np.float32(0.2))).tolist() == [False, False, True, False]
+
+
+def test_mask_agrees_with_counts_for_thresholds_between_single_precision_numbers(random):
+    scores = random.random(1000).astype(np.float32)
+    threshold = float(np.sort(scores)[500]) - 1e-12
+    expected = sum(float(score) > threshold for score in scores)
+    assert maps.anomaly_mask(scores, np.ones(1000, bool), threshold).sum() == expected
+
+
+def test_squash_is_monotone_and_half_at_the_threshold(random):
+    scores = np.sort(random.gamma(1, 3, 500)).astype(np.float32)
+    squashed = maps.squash(scores, 2.0)
+    assert maps.squash(np.array([2.0], np.float32), 2.0)[0] == 0.5
+    assert (np.diff(squashed) >= 0).all()
+    assert squashed.min() >= 0
+    assert squashed.max() < 1
+    np.testing.assert_allclose(2.0 * squashed / (1 - squashed), scores, rtol=1e-5)
+    assert maps.squash(np.array([-1.0], np.float32), 2.0)[0] == 0
+    with pytest.raises(ValueError, match="must be positive"):
+        maps.squash(scores, 0.0)
+
+
+def test_components_touch_at_corners_and_are_ordered_by_size():
+    mask = np.zeros((6, 6, 6), bool)
+    mask[0, 0, 0] = True
+    mask[3:5, 3:5, 3:5] = True
+    mask[5, 5, 5] = True  # corner of the cube
+    labels = maps.label_components(mask)
+    assert labels.dtype == np.int32
+    assert labels[0, 0, 0] == 2
+    assert labels[5, 5, 5] == labels[3, 3, 3] == 1
+    assert labels.max() == 2
+
+
+def test_components_agree_with_flood_fill(random):
+    mask = random.random((12, 12, 12)) < 0.1
+    labels = maps.label_components(mask)
+    points = {tuple(p) for p in np.argwhere(mask)}
+    sizes = []
+    while points:
+        stack, size = [points.pop()], 0
+        label = labels[stack[0]]
+        while stack:
+            point = stack.pop()
+            size += 1
+            assert labels[point] == label
+            near = {p for p in points if max(abs(a - b) for a, b in zip(p, point, strict=True)) <= 1}
+            points -= near
+            stack += near
+        sizes.append(size)
+        assert (labels == label).sum() == size
+    assert sorted(sizes, reverse=True) == np.bincount(labels.ravel())[1:].tolist()
+
+
+def test_component_table_against_hand_numbers():
+    labels = np.zeros(space.SHAPE, np.int32)
+    labels[100:102, 50, 30] = 1
+    labels[10, 20, 40] = 2
+    scores = np.zeros(space.SHAPE, np.float32)
+    scores[100, 50, 30], scores[101, 50, 30], scores[10, 20, 40] = 1.0, 3.0, 5.0
+    table = maps.component_table(labels, scores)
+    assert table["index"].tolist() == [1, 2]
+    assert table["volume_mm3"].tolist() == [2.0, 1.0]
+    assert table["peak_score"].tolist() == [3.0, 5.0]
+    assert table["mean_score"].tolist() == [2.0, 5.0]
+    # x = -i, y = 239 - j, z = k
+    assert table[["centroid_x", "centroid_y", "centroid_z"]].to_numpy().tolist() == [
+        [-100.5, 189.0, 30.0],
+        [-10.0, 219.0, 40.0],
+    ]
+
+
+def test_no_component_is_an_empty_table_with_all_columns():
+    table = maps.component_table(np.zeros((3, 3, 3), np.int32), np.zeros((3, 3, 3), np.float32))
+    assert len(table) == 0
+    assert list(table)[:3] == ["index", "name", "volume_mm3"]
+
+
+def test_lesion_hits():
+    lesion = np.zeros((10, 10, 10), bool)
+    lesion[1:3, 1, 1] = lesion[5, 5, 5] = lesion[8, 8, 8] = True
+    mask = np.zeros_like(lesion)
+    mask[2, 1, 1] = mask[5, 5, 5:7] = True  # two hits
+    mask[0, 9, 9] = mask[9, 0, 0] = True  # two false
+    hits = maps.lesion_hits(maps.label_components(mask), lesion)
+    assert (hits.n_lesions, hits.n_detected, hits.n_false) == (3, 2, 2)
+
+
+def test_one_component_over_two_lesions_detects_both():
+    lesion = np.zeros((10, 3, 3), bool)
+    lesion[1] = lesion[5] = True
+    hits = maps.lesion_hits(maps.label_components(np.ones_like(lesion)), lesion)
+    assert (hits.n_lesions, hits.n_detected, hits.n_false) == (2, 2, 0)
+
+
+def test_hits_agree_with_scipy_on_random_masks(random):
+    lesion, mask = random.random((2, 14, 14, 14)) < 0.05
+    components = maps.label_components(mask)
+    truth, n_truth = ndimage.label(lesion, np.ones((3, 3, 3)))
+    detected = sum(bool(mask[truth == k].any()) for k in range(1, n_truth + 1))
+    false = sum(not lesion[components == k].any() for k in range(1, components.max() + 1))
+    hits = maps.lesion_hits(components, lesion)
+    assert (hits.n_lesions, hits.n_detected, hits.n_false) == (n_truth, detected, false)
+
+
+def test_metrics_without_truth_are_missing_not_zero():
+    brain = np.ones((4, 4, 4), bool)
+    row = maps.metrics_row({"detector": "x"}, np.zeros((4, 4, 4), np.int32), brain, None).iloc[0]
+    assert row["brain_volume_mm3"] == 64
+    for column in ("lesion_volume_mm3", "n_lesions", "n_lesions_detected", "n_false_components"):
+        assert row[column] is None
+
+
+def test_lesion_outside_the_brain_does_not_count():
+    brain = np.zeros((6, 6, 6), bool)
+    brain[:3] = True
+    lesion = np.zeros_like(brain)
+    lesion[1, 1, 1] = lesion[5, 5, 5] = True
+    row = maps.metrics_row({}, np.zeros((6, 6, 6), np.int32), brain, lesion).iloc[0]
+    assert (row["lesion_volume_mm3"], row["n_lesions"], row["n_lesions_detected"]) == (1, 1, 0)
+
+
+def test_histogram_table():
+    edges = np.array([0.0, 0.1, 1 / 3, np.inf])
+    table = maps.histogram_table(edges, np.array([5, 0, 1]), None)
+    assert [float(text) for text in table["score_lower"]] == edges[:-1].tolist()
+    assert table["score_upper"].iloc[-1] == "inf"
+    assert table["n_lesion"].tolist() == ["n/a"] * 3
+    with pytest.raises(ValueError, match="do not make"):
+        maps.histogram_table(edges, np.array([5, 0]), None)

@@ -1,0 +1,337 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_uad import space
+from bids_uad.cli.main import main
+from bids_uad.levels.participant import run, workflow, writing
+from bids_uad.levels.participant.records import sha256_of
+from tests.dataset.skeleton import write_dataset, write_mask
+from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return fake_reference(tmp_path_factory.mktemp("reference"))
+
+
+class Bench:
+    """A dataset, bundles, and the command line on them."""
+
+    def __init__(self, folder: Path, calls: Path):
+        self.raw, self.out, self.calls = folder / "raw", folder / "out", calls
+        self.work, self.folder = folder / "work", folder
+        self.models = [
+            str(fake_bundle(folder / f"disyre-{modality}", "disyre", modality)) for modality in ("T1w", "T2w")
+        ]
+
+    def dataset(self, *names):
+        write_dataset(self.raw, {name: {"SkullStripped": True} for name in names})
+
+    def run(self, *extra, models=None):
+        # Inputs of an earlier run in this process are remembered by path.
+        sha256_of.cache_clear()
+        arguments = [str(self.raw), str(self.out), "participant", "-w", str(self.work), "--device", "cpu"]
+        return main([*arguments, "--nprocs", "2", *extra, "--models", *(models or self.models)])
+
+    def take_calls(self):
+        lines = sorted(self.calls.read_text().splitlines()) if self.calls.exists() else []
+        self.calls.unlink(missing_ok=True)
+        return lines
+
+    def maps(self):
+        return {
+            path.relative_to(self.out).as_posix(): sha256_of.__wrapped__(path)
+            for path in self.out.rglob("sub-*/**/anat/*")
+        }
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, reference):
+    monkeypatch.setattr(workflow, "init_preproc_wf", init_fake_preproc_wf)
+    monkeypatch.setattr(writing, "Detect", FakeDetect)
+    monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.txt"))
+
+    def write_pages(config, subjects):
+        for subject in subjects:
+            (config.output_dir / f"sub-{subject}.html").write_text("report")
+        return []
+
+    monkeypatch.setattr(run, "write_reports", write_pages)
+    return Bench(tmp_path, tmp_path / "calls.txt")
+
+
+T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
+
+
+def test_complete_output_tree_passes_the_validator(bench):
+    validator = shutil.which(
+        "bids-validator-deno", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
+    bench.dataset(T1W, T2W, "sub-02/ses-a/anat/sub-02_ses-a_acq-x_run-1_T1w.nii.gz")
+    write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz")
+    description = {"Name": "Masks", "BIDSVersion": "1.9.0", "DatasetType": "derivative"}
+    (bench.folder / "lesions" / "dataset_description.json").write_text(json.dumps(description))
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+
+    done = subprocess.run(
+        [validator, "--format", "json", str(bench.out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [(i["severity"], i["code"], i.get("subCode"), i.get("location")) for i in issues] == []
+    assert len(list(bench.out.rglob("*_mask.nii.gz"))) == 3 * 4 + 1 + 1
+
+    links = json.loads((bench.out / "dataset_description.json").read_text())["DatasetLinks"]
+    assert links == {"raw": "../raw", "lesions": "../lesions"}
+    for path in bench.out.rglob("sub-*/**/anat/*.json"):
+        assert str(bench.folder) not in path.read_text(), path
+
+
+def test_outputs_hold_what_the_map_says(bench):
+    bench.dataset(T1W, T2W)
+    write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_space-T1w_label-lesion_mask.nii.gz")
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    anat = bench.out / "sub-01" / "anat"
+    for modality in ("T1w", "T2w"):
+        start = f"sub-01_space-SRI24_desc-{modality}Disyre"
+        row = pd.read_csv(anat / f"{start}_metrics.tsv", sep="\t").iloc[0]
+        assert row["source_image"] == f"bids:raw:sub-01/anat/sub-01_{modality}.nii.gz"
+        assert row["brain_volume_mm3"] == 30**3
+        assert row["anomaly_volume_mm3"] == 250 + 8
+        assert row["lesion_volume_mm3"] == 125
+        assert (
+            row["n_components"],
+            row["n_lesions"],
+            row["n_lesions_detected"],
+            row["n_false_components"],
+        ) == (2, 1, 1, 1)
+        counts = pd.read_csv(anat / f"{start}_histogram.tsv", sep="\t")
+        assert counts["n_lesion"].tolist() == [0, 0, 125, 0]
+        assert counts["n_nonlesion"].tolist() == [30**3 - 258, 0, 125, 8]
+        assert counts["score_upper"].iloc[-1] == np.inf
+        image = nib.load(anat / f"{start}_anomalymap.nii.gz")
+        assert image.get_data_dtype() == np.float32
+        np.testing.assert_array_equal(image.affine, space.AFFINE)
+        assert image.get_fdata()[5, 5, 5] == 0
+        probability = nib.load(
+            anat / f"sub-01_space-SRI24_label-anomaly_desc-{modality}Disyre_probseg.nii.gz"
+        ).get_fdata()
+        assert probability[112, 112, 72] == pytest.approx(0.75 / 1.25)
+        native = nib.load(anat / f"sub-01_space-orig_label-anomaly_desc-{modality}Disyre_mask.nii.gz")
+        raw = nib.load(bench.raw / f"sub-01/anat/sub-01_{modality}.nii.gz")
+        assert native.shape == raw.shape
+        np.testing.assert_array_equal(native.affine, raw.affine)
+        sidecar = json.loads(
+            (anat / f"sub-01_space-SRI24_label-anomaly_desc-{modality}Disyre_mask.json").read_text()
+        )
+        assert (sidecar["Threshold"], sidecar["ThresholdName"], sidecar["Device"]) == (0.5, "max_dice", "cpu")
+    assert (anat / "sub-01_desc-T2wBrain_mask.nii.gz").is_file()
+    assert (anat / "sub-01_space-SRI24_label-lesion_desc-manual_mask.nii.gz").is_file()
+    preproc = json.loads((anat / "sub-01_space-SRI24_desc-preproc_T2w.json").read_text())
+    assert preproc["PreprocessingQuality"]["warnings"] == ["look at sub-01_T2w.nii.gz"]
+
+
+def test_second_run_does_nothing_and_a_lost_file_is_made_again(bench, capsys):
+    bench.dataset(T1W, T2W)
+    assert bench.run() == 0
+    assert len(bench.take_calls()) == 4
+    before = bench.maps()
+    assert bench.run() == 0
+    assert bench.take_calls() == []
+    assert capsys.readouterr().err.count("up to date") >= 2
+
+    lost = bench.out / "sub-01/anat/sub-01_space-SRI24_label-anomaly_desc-T2wDisyre_mask.nii.gz"
+    lost.unlink()
+    assert bench.run() == 0
+    assert bench.take_calls() == []  # from the working folder
+    assert bench.maps() == before
+
+    lost.unlink()
+    assert bench.run("--clean-workdir") == 0
+    assert bench.take_calls() == [
+        "detect sub-01_T2w disyre-T2w",
+        "preproc sub-01_T1w.nii.gz",
+        "preproc sub-01_T2w.nii.gz",
+    ]
+    assert bench.maps() == before
+
+
+def test_new_model_only_adds_its_outputs(bench):
+    bench.dataset(T1W)
+    assert bench.run() == 0
+    bench.take_calls()
+    other = str(fake_bundle(bench.folder / "patchcore-T1w", "patchcore", "T1w"))
+    assert bench.run(models=[other]) == 0
+    assert bench.take_calls() == ["detect sub-01_T1w patchcore-T1w"]
+    assert bench.run(models=[other, *bench.models]) == 0
+    assert bench.take_calls() == []
+    descriptions = pd.read_csv(bench.out / "descriptions.tsv", sep="\t")["desc_id"].tolist()
+    assert {"desc-T1wDisyre", "desc-T1wPatchcore"} <= set(descriptions)
+
+
+def test_changed_inputs_and_options_are_processed_again(bench):
+    bench.dataset(T1W)
+    assert bench.run() == 0
+    bench.take_calls()
+    assert bench.run("--random-seed", "3") == 0
+    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w"]
+    fake_bundle(Path(bench.models[0]), "disyre", "T1w", threshold=1.0)
+    assert bench.run("--random-seed", "3") == 0
+    assert bench.take_calls() == []  # the map is the same, only its threshold is another
+    table = pd.read_csv(bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv", sep="\t")
+    assert table["anomaly_volume_mm3"].tolist() == [8]
+
+
+def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
+    names = ["01", "crash", "killed", "refused", "zz"]
+    bench.dataset(
+        *[f"sub-{name}/anat/sub-{name}_T1w.nii.gz" for name in names], "sub-crash/anat/sub-crash_T2w.nii.gz"
+    )
+    assert bench.run() == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert "ZeroDivisionError: nothing to divide by" in told
+    assert "was killed (SIGKILL), most likely because memory ran out" in told
+    assert "no brain was found; give a brain mask" in told
+    assert "sub-crash_T2w: not run" in told
+    assert "Traceback" not in told
+    done = {path.name.split("_")[0] for path in bench.out.rglob("*_metrics.tsv")}
+    assert done == {"sub-01", "sub-zz"}
+    assert len(list((bench.out / "sub-crash" / "log").rglob("crash*.txt"))) == 1
+    bench.take_calls()
+    assert bench.run("--participant-label", "01", "zz") == 0
+    assert bench.take_calls() == []
+
+
+def test_bad_inputs_are_named_and_the_rest_goes_on(bench, capfd):
+    bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_FLAIR.nii.gz")
+    truncated = bench.raw / "sub-02/anat/sub-02_T1w.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    constant = nib.load(bench.raw / T1W)
+    nib.save(nib.Nifti1Image(np.full(constant.shape, 7, np.float32), constant.affine), bench.raw / T1W)
+    assert bench.run() == 1
+    told = " ".join(capfd.readouterr().err.split()).replace(" ", "")
+    assert "sub-02_T1w.nii.gz" in told
+    assert "sub-01_T1w.nii.gz" in told
+    assert "sub-03:noT1worT2wimagetoworkon" in told
+    # The T2w of a participant whose T1w is broken goes to the atlas directly.
+    assert (bench.out / "sub-01/anat/sub-01_space-SRI24_desc-brain_mask.nii.gz").is_file()
+    assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w", "preproc sub-01_T2w.nii.gz"]
+
+
+def test_nothing_usable_is_no_input(bench, capsys):
+    bench.dataset("sub-03/anat/sub-03_FLAIR.nii.gz")
+    assert bench.run() == 66
+    assert bench.run("--participant-label", "99") == 66
+    assert "has no participant 99; it has 03" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(bench, capsys):
+    bench.dataset(T1W, T2W)
+    assert bench.run("--dry-run") == 0
+    told = capsys.readouterr().err
+    assert "to do" in told
+    assert "sub-01_T2w" in told
+    assert not bench.out.exists()
+    assert bench.take_calls() == []
+
+
+def test_preprocessing_alone(bench):
+    bench.dataset(T1W)
+    assert bench.run(models=["none"]) == 0
+    assert bench.take_calls() == ["preproc sub-01_T1w.nii.gz"]
+    assert not list(bench.out.rglob("*_metrics.tsv"))
+
+
+def test_unwanted_anchor_is_preprocessed_but_not_searched(bench):
+    bench.dataset(T1W, T2W)
+    assert bench.run("--modalities", "T2w") == 0
+    assert bench.take_calls() == [
+        "detect sub-01_T2w disyre-T2w",
+        "preproc sub-01_T1w.nii.gz",
+        "preproc sub-01_T2w.nii.gz",
+    ]
+
+
+def test_mask_in_sri24_space_is_used_without_a_transform(bench):
+    bench.dataset(T1W)
+    target = bench.folder / "lesions/sub-01/anat/sub-01_space-SRI24_label-lesion_mask.nii.gz"
+    target.parent.mkdir(parents=True)
+    truth = np.zeros(space.SHAPE, np.uint8)
+    truth[110:112, 110:112, 70:72] = 1
+    canonical = nib.as_closest_canonical(space.to_image(truth, np.uint8))
+    nib.save(canonical, target)
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    written = nib.load(bench.out / "sub-01/anat/sub-01_space-SRI24_label-lesion_desc-manual_mask.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), truth)
+    row = pd.read_csv(bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv", sep="\t").iloc[
+        0
+    ]
+    assert row["lesion_volume_mm3"] == 8
+
+
+def test_mask_on_the_t2w_grid_serves_the_t1w_too(bench):
+    bench.dataset(T1W, T2W)
+    image = nib.load(bench.raw / T2W)
+    moved = image.affine.copy()
+    moved[0, 3] += 3
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), moved), bench.raw / T2W)
+    write_mask(bench.folder / "lesions/sub-01/anat/sub-01_label-lesion_mask.nii.gz", moved)
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    for modality in ("T1w", "T2w"):
+        path = bench.out / f"sub-01/anat/sub-01_space-SRI24_desc-{modality}Disyre_metrics.tsv"
+        assert pd.read_csv(path, sep="\t")["lesion_volume_mm3"].tolist() == [125]
+
+
+def test_foreign_output_folder_is_refused(bench, capsys):
+    bench.dataset(T1W)
+    write_dataset(bench.out, {})
+    assert bench.run() == 2
+    assert "already holds another dataset" in capsys.readouterr().err
+
+
+def test_another_reference_image_is_refused(bench, capsys):
+    bench.dataset(T1W)
+    assert bench.run(models=["none"]) == 0
+    path = bench.out / "tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.json"
+    path.write_text(path.read_text().replace("0" * 64, "1" * 64))
+    assert bench.run(models=["none"]) == 2
+    assert "another reference image" in capsys.readouterr().err
+
+
+def test_unknown_model_is_refused_before_anything_is_done(bench, capsys):
+    bench.dataset(T1W)
+    assert bench.run(models=["nosuchmodel"]) == 69
+    assert "nosuchmodel" in capsys.readouterr().err
+    assert not bench.out.exists()
+
+
+def test_workflow_that_cannot_be_built_has_its_own_code(bench, monkeypatch, capsys):
+    bench.dataset(T1W)
+
+    def broken(**options):
+        raise KeyError("wrong door")
+
+    monkeypatch.setattr(workflow, "init_preproc_wf", broken)
+    assert bench.run() == 70
+    assert "could not be built" in capsys.readouterr().err
+
+
+def test_failed_report_is_told_apart(bench, monkeypatch, capsys):
+    bench.dataset(T1W)
+    monkeypatch.setattr(run, "write_reports", lambda config, subjects: ["sub-01: but not its report: x"])
+    assert bench.run() == 1
+    assert "but not its report" in " ".join(capsys.readouterr().err.split())
