@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS = 400_000
+
 
 def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     """Median of each brain voxel's 3 x 3 x 3 neighbours that are brain, itself included.
@@ -23,26 +25,16 @@ def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     result = torch.zeros_like(volume)
     if not brain.any():
         return result
-    occupied = [torch.nonzero(brain.any(tuple({0, 1, 2} - {axis}))).flatten() for axis in (0, 1, 2)]
-    box = tuple(slice(int(index[0]), int(index[-1]) + 1) for index in occupied)
-    inside = torch.where(brain[box], volume[box], torch.nan)
-    padded = torch.full(
-        [size + 2 for size in inside.shape], torch.nan, dtype=volume.dtype, device=volume.device
-    )
-    padded[1:-1, 1:-1, 1:-1] = inside
-    target, region = result[box], brain[box]
-    # Slab by slab, so that the 27 neighbours of only a few million voxels exist at once.
-    depth = max(1, 4_000_000 // max(1, inside.shape[0] * inside.shape[1] * 27))
-    for start in range(0, inside.shape[2], depth):
-        stop = min(start + depth, inside.shape[2])
-        here = region[:, :, start:stop]
-        neighbours = torch.stack(
-            [
-                padded[i : i + inside.shape[0], j : j + inside.shape[1], start + k : stop + k][here]
-                for i in range(3)
-                for j in range(3)
-                for k in range(3)
-            ]
-        )
-        target[:, :, start:stop][here] = neighbours.nanmedian(0).values
+    padded = torch.full([size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device)
+    padded[1:-1, 1:-1, 1:-1] = torch.where(brain, volume, torch.nan)
+    strides = torch.tensor(padded.stride(), device=volume.device)
+    steps = torch.arange(-1, 2, device=volume.device)
+    offsets = (torch.cartesian_prod(steps, steps, steps) * strides).sum(1)
+    values = padded.flatten()
+    # A row of 27 neighbours for each brain voxel, some hundred thousand rows at a time.
+    found = [
+        values[centres[:, None] + offsets].nanmedian(1).values
+        for centres in ((torch.nonzero(brain) + 1) * strides).sum(1).split(ROWS)
+    ]
+    result[brain] = torch.cat(found)
     return result

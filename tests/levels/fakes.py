@@ -33,6 +33,13 @@ OUTPUTS = ("preproc", "brain_mask", "native_mask", "brain", "to_sri24", "from_sr
 THRESHOLD = 0.5
 
 
+def note(folder: str, line: str) -> None:
+    """Add a line to calls.txt beside the working folder, which is named `work`."""
+    work = next(parent for parent in Path(folder).parents if parent.name == "work")
+    with (work.parent / "calls.txt").open("a") as calls:
+        calls.write(f"{line}\n")
+
+
 class _FakePreprocInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True)
     anchor_file = File(exists=True)
@@ -88,8 +95,7 @@ class FakePreproc(SimpleInterface):
             nib.save(space.to_image(lesion, np.uint8), folder / "lesion.nii.gz")
             self._results["lesion"] = str(folder / "lesion.nii.gz")
         self._results["qc"] = {"warnings": [f"look at {name}"], "skull_stripped": True}
-        with Path(os.environ["FAKE_CALLS"]).open("a") as calls:
-            calls.write(f"preproc {name}\n")
+        note(runtime.cwd, f"preproc {name}")
         return runtime
 
 
@@ -137,9 +143,8 @@ class FakeDetect(SimpleInterface):
             paths.append(str(Path(runtime.cwd) / f"{Path(bundle).name}.nii.gz"))
             nib.save(space.to_image(scores), paths[-1])
         self._results["out_files"] = paths
-        with Path(os.environ["FAKE_CALLS"]).open("a") as calls:
-            names = " ".join(Path(bundle).name for bundle in self.inputs.bundles)
-            calls.write(f"detect {self.inputs.key} {names}\n")
+        names = " ".join(Path(bundle).name for bundle in self.inputs.bundles)
+        note(runtime.cwd, f"detect {self.inputs.key} {names}")
         return runtime
 
 
@@ -179,7 +184,7 @@ def fake_bundle(folder: Path, detector: str, modality: str, threshold: float = T
     calibration = {
         "thresholds": {"max_dice": threshold},
         "default_threshold": "max_dice",
-        "bin_edges": [0.0, 0.25, threshold, 1.0, float("inf")],
+        "bin_edges": [0.0, 0.25, threshold, 1.25],
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))
     return folder

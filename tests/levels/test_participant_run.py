@@ -26,8 +26,8 @@ def reference(tmp_path_factory):
 class Bench:
     """A dataset, bundles, and the command line on them."""
 
-    def __init__(self, folder: Path, calls: Path):
-        self.raw, self.out, self.calls = folder / "raw", folder / "out", calls
+    def __init__(self, folder: Path):
+        self.raw, self.out, self.calls = folder / "raw", folder / "out", folder / "calls.txt"
         self.work, self.folder = folder / "work", folder
         self.models = [
             str(fake_bundle(folder / f"disyre-{modality}", "disyre", modality)) for modality in ("T1w", "T2w")
@@ -54,37 +54,48 @@ class Bench:
         }
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch, reference):
-    monkeypatch.setattr(workflow, "init_preproc_wf", init_fake_preproc_wf)
-    monkeypatch.setattr(writing, "Detect", FakeDetect)
-    monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
-    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.txt"))
-
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins(reference):
     def write_pages(config, subjects):
         for subject in subjects:
             (config.output_dir / f"sub-{subject}.html").write_text("report")
         return []
 
-    monkeypatch.setattr(run, "write_reports", write_pages)
-    return Bench(tmp_path, tmp_path / "calls.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "init_preproc_wf", init_fake_preproc_wf)
+        patch.setattr(writing, "Detect", FakeDetect)
+        patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
+        patch.setattr(run, "write_reports", write_pages)
+        yield
 
 
-T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
 
 
-def test_complete_output_tree_passes_the_validator(bench):
-    validator = shutil.which(
-        "bids-validator-deno", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    )
-    if validator is None:
-        pytest.skip("bids-validator-deno is not installed")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stand_ins):
+    """Give a finished run with sessions and ground truth, to be read only."""
+    bench = Bench(tmp_path_factory.mktemp("finished"))
     bench.dataset(T1W, T2W, "sub-02/ses-a/anat/sub-02_ses-a_acq-x_run-1_T1w.nii.gz")
     write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz")
     description = {"Name": "Masks", "BIDSVersion": "1.9.0", "DatasetType": "derivative"}
     (bench.folder / "lesions" / "dataset_description.json").write_text(json.dumps(description))
     assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    return bench
 
+
+T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
+
+
+def test_complete_output_tree_passes_the_validator(finished):
+    bench = finished
+    validator = shutil.which(
+        "bids-validator-deno", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
     done = subprocess.run(
         [validator, "--format", "json", str(bench.out)],
         capture_output=True,
@@ -101,10 +112,8 @@ def test_complete_output_tree_passes_the_validator(bench):
         assert str(bench.folder) not in path.read_text(), path
 
 
-def test_outputs_hold_what_the_map_says(bench):
-    bench.dataset(T1W, T2W)
-    write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_space-T1w_label-lesion_mask.nii.gz")
-    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+def test_outputs_hold_what_the_map_says(finished):
+    bench = finished
     anat = bench.out / "sub-01" / "anat"
     for modality in ("T1w", "T2w"):
         start = f"sub-01_space-SRI24_desc-{modality}Disyre"
@@ -183,6 +192,7 @@ def test_new_model_only_adds_its_outputs(bench):
     assert {"desc-T1wDisyre", "desc-T1wPatchcore"} <= set(descriptions)
 
 
+@pytest.mark.slow
 def test_changed_inputs_and_options_are_processed_again(bench):
     bench.dataset(T1W)
     assert bench.run() == 0
@@ -256,6 +266,7 @@ def test_preprocessing_alone(bench):
     assert not list(bench.out.rglob("*_metrics.tsv"))
 
 
+@pytest.mark.slow
 def test_unwanted_anchor_is_preprocessed_but_not_searched(bench):
     bench.dataset(T1W, T2W)
     assert bench.run("--modalities", "T2w") == 0
@@ -266,6 +277,7 @@ def test_unwanted_anchor_is_preprocessed_but_not_searched(bench):
     ]
 
 
+@pytest.mark.slow
 def test_mask_in_sri24_space_is_used_without_a_transform(bench):
     bench.dataset(T1W)
     target = bench.folder / "lesions/sub-01/anat/sub-01_space-SRI24_label-lesion_mask.nii.gz"
@@ -283,6 +295,7 @@ def test_mask_in_sri24_space_is_used_without_a_transform(bench):
     assert row["lesion_volume_mm3"] == 8
 
 
+@pytest.mark.slow
 def test_mask_on_the_t2w_grid_serves_the_t1w_too(bench):
     bench.dataset(T1W, T2W)
     image = nib.load(bench.raw / T2W)
@@ -303,6 +316,7 @@ def test_foreign_output_folder_is_refused(bench, capsys):
     assert "already holds another dataset" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_reference_image_is_refused(bench, capsys):
     bench.dataset(T1W)
     assert bench.run(models=["none"]) == 0

@@ -92,7 +92,7 @@ def test_engine_failures_in_words():
     [
         ("Traceback:\n  File x\nValueError: bad value", "ValueError: bad value"),
         (
-            "nipype.NodeExecutionError: Exception\n\nTraceback:\n\tFile y\n\tbids_uad.errors.InputError: a: b; c\n\n",
+            "NodeError: Exception\n\nTraceback:\n\tFile y\n\tbids_uad.errors.InputError: a: b; c\n\n",
             "a: b; c",
         ),
         ("ProcessKilled: the step was killed", "the step was killed"),

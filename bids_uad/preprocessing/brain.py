@@ -1,0 +1,183 @@
+"""Which voxels are brain: read off a skull-stripped scan, or found in a whole head with the template."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from bids_uad.preprocessing.antspy import load_ants, to_ants
+from bids_uad.preprocessing.bias import correct_bias
+from bids_uad.preprocessing.check import background
+from bids_uad.preprocessing.registration import (
+    SPACING,
+    Schedule,
+    Volume,
+    register_affine,
+    register_best,
+    similarity,
+)
+from bids_uad.preprocessing.resampling import resample
+from bids_uad.preprocessing.transforms import rotation_about, translation
+
+CENTRE_BELOW_TOP_MM = 70.0
+HEAD_SLAB_MM = (20.0, 120.0)
+PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)
+FORWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
+UPWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
+STARTS = 2
+SCALP_MM = (9.0, 14.0)
+AIR_MM = 20.0
+VAULT_FROM = 0.4
+"""Share of the brain's height above which the template is given a skull: face and neck have none."""
+POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
+SHAPE = Schedule((300, 150, 40))
+
+
+def mask_of_stripped(data: np.ndarray) -> np.ndarray:
+    """Take the brain mask of a skull-stripped scan from its background.
+
+    Parameters
+    ----------
+    data : numpy.ndarray, three-dimensional
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        Largest connected piece that is not background, holes filled: fluid that happens to be zero is inside.
+    """
+    return ndimage.binary_fill_holes(_largest(data != background(data)))
+
+
+def extract_brain(head: Volume, template: Volume, folder: Path) -> np.ndarray:
+    """Find the brain in a whole-head scan by registering the skull-stripped template to it.
+
+    The template is first given what it lacks, a dark skull, a bright scalp and dark air around the vault:
+    without them nothing keeps a brain from being stretched over the whole head. Rigid (after a search over
+    the pitch and place of the head), then affine, then deformable inside the brain, on 2 mm voxels; the mask
+    of the template comes back through both and is refined by intensity.
+
+    Parameters
+    ----------
+    head : Volume
+        Scan in native space, T1w or T2w.
+    template : Volume
+        Reference image with its brain mask.
+    folder : pathlib.Path
+        Where ANTs leaves its files.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        On the grid of `head`.
+    """
+    coarse = head.coarse(SPACING)
+    tissue = _foreground(coarse.data)
+    coarse = Volume(correct_bias(coarse.data, coarse.affine, tissue, (30, 30)), coarse.affine)
+    brain = _padded(template.coarse(SPACING).cropped(0), int(AIR_MM / SPACING) + 2)
+    vault = _with_skull(brain)
+    shift = translation(_brain_centre(tissue, coarse.affine) - brain.centre())
+    start = _position(vault, coarse, shift, brain.centre(), folder)
+    affine = register_affine(vault, coarse, start, folder, SHAPE)
+    likely, likely_affine = _deform(brain, coarse, affine, folder)
+    back = np.linalg.inv(affine)
+    mask = resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
+    mask = _refine(mask, coarse.data)
+    return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
+
+
+def _with_skull(brain: Volume) -> Volume:
+    """Draw skull, scalp and air around the vault of a skull-stripped template."""
+    distance = ndimage.distance_transform_edt(~brain.mask) * SPACING
+    drawn = np.where(brain.mask, brain.data, 0.0)
+    scalp = (distance > SCALP_MM[0]) & (distance <= SCALP_MM[1])
+    drawn[scalp] = 1.2 * np.percentile(brain.data[brain.mask], 95)
+    height = np.argwhere(brain.mask)[:, 2]
+    # The reference is on the SRI24 grid, whose third axis points up.
+    above = np.arange(brain.mask.shape[2]) > height.min() + VAULT_FROM * np.ptp(height)
+    region = brain.mask | ((distance <= AIR_MM) & above)
+    return Volume(ndimage.gaussian_filter(drawn, 0.5), brain.affine, region)
+
+
+def _position(vault: Volume, head: Volume, shift: np.ndarray, origin: np.ndarray, folder: Path) -> np.ndarray:
+    """Try pitches and shifts exhaustively on 6 mm voxels, then register rigidly from the best of them."""
+    candidates = [
+        translation(np.array([0.0, forward, upward])) @ shift @ rotation_about(origin, (pitch, 0.0, 0.0))
+        for pitch, forward, upward in itertools.product(PITCHES, FORWARD_MM, UPWARD_MM)
+    ]
+    fixed, moving = vault.coarse(6.0), head.coarse(6.0)
+    scores = [similarity(fixed, moving, pull) for pull in candidates]
+    starts = [candidates[i] for i in np.argsort(scores)[::-1][:STARTS]]
+    return register_best(vault.coarse(4.0), head.coarse(4.0), starts, folder, POSITION)[0]
+
+
+def _deform(brain: Volume, head: Volume, affine: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Deform the template's mask to the head, both on the template's grid."""
+    ants = load_ants()
+    near = ndimage.binary_dilation(brain.mask, iterations=2)
+    box = Volume(np.where(brain.mask, brain.data, 0.0), brain.affine, near).cropped(2)
+    template_mask = resample(brain.mask, brain.affine, box.data.shape, box.affine)
+    target = to_ants(resample(head.data, head.affine, box.data.shape, box.affine, affine), box.affine)
+    result = ants.registration(
+        fixed=to_ants(box.data, box.affine),
+        moving=target,
+        type_of_transform="SyNOnly",
+        initial_transform="Identity",
+        mask=to_ants(box.mask, box.affine),
+        mask_all_stages=True,
+        outprefix=str(folder / "syn_"),
+        reg_iterations=(40, 30, 0),
+    )
+    warps = [name for name in result["invtransforms"] if not name.endswith(".mat")]
+    likely = ants.apply_transforms(
+        fixed=target, moving=to_ants(template_mask, box.affine), transformlist=warps, interpolator="linear"
+    )
+    return likely.numpy(), box.affine
+
+
+def _padded(volume: Volume, margin: int) -> Volume:
+    affine = volume.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(margin))
+    return Volume(np.pad(volume.data, margin), affine, np.pad(volume.mask, margin))
+
+
+def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
+    return ndimage.binary_fill_holes(_largest(mask))
+
+
+def _brain_centre(tissue: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Guess where the brain is from the top of the head (world z), since necks and chins vary."""
+    world = affine[:3, :3] @ np.argwhere(tissue).T + affine[:3, 3:]
+    top = np.percentile(world[2], 99.9)
+    depth = top - world[2]
+    slab = world[:, (depth > HEAD_SLAB_MM[0]) & (depth < HEAD_SLAB_MM[1])]
+    centre = slab.mean(axis=1) if slab.shape[1] else world.mean(axis=1)
+    return np.array([centre[0], centre[1], top - CENTRE_BELOW_TOP_MM])
+
+
+def _foreground(data: np.ndarray) -> np.ndarray:
+    """Separate the head from air: Otsu's threshold, loosened, largest piece, holes filled."""
+    values = np.clip(data, *np.percentile(data, [0.5, 99.0]))
+    mask = values > 0.5 * _otsu(values)
+    mask = _largest(ndimage.binary_opening(mask, iterations=1))
+    return ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=2))
+
+
+def _otsu(values: np.ndarray, bins: int = 256) -> float:
+    counts, edges = np.histogram(values, bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(centres[np.nanargmax(between)])
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))

@@ -1,0 +1,238 @@
+"""Refuse an unusable scan with one line that says what is wrong, before anything is computed on it."""
+
+from __future__ import annotations
+
+import zlib
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+
+from bids_uad.errors import InputError
+
+VOXEL_RANGE_MM = (0.2, 10.0)
+EXTENT_RANGE_MM = (40.0, 700.0)
+MIN_VOXELS_PER_AXIS = 8
+MIN_CONTENT_MM3 = 100_000.0
+MAX_NEGATIVE_SHARE = 0.1
+STRIPPED_VOLUME_MM3 = (600_000.0, 2_100_000.0)
+STRIPPED_BORDER_SHARE = 0.98
+STRIPPED_BACKGROUND_SHARE = 0.3
+MAX_SHEAR = 1e-2
+
+
+def check_image(path: str | PathLike[str]) -> None:
+    """Read a scan completely and refuse it if nothing sensible could come out of it.
+
+    Parameters
+    ----------
+    path : path-like
+        NIfTI file.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        Missing, truncated or corrupt file; not three-dimensional; no orientation, sheared or absurd geometry;
+        NaN or infinite values; constant, nearly empty or already normalised (negative) intensities.
+    """
+    read_scan(path)
+
+
+def read_scan(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a scan that passes :func:`check_image`.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    data : numpy.ndarray of float32, three-dimensional
+        Trailing axes of length one are dropped.
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world (RAS+, mm): the sform if it is set, else the qform.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        As :func:`check_image`.
+    """
+    data, affine = read_volume(path)
+    _check_values(path, data, affine)
+    return data, affine
+
+
+def read_volume(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read any three-dimensional NIfTI file (a scan or a mask) whose geometry makes sense.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    data : numpy.ndarray of float32, three-dimensional
+    affine : numpy.ndarray, shape (4, 4)
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        Missing, truncated or corrupt file; not three-dimensional; no orientation, sheared or absurd geometry;
+        NaN or infinite values.
+    """
+    path = Path(path)
+    image = _open(path)
+    shape = _spatial_shape(path, image.shape)
+    affine = _checked_affine(path, image, shape)
+    # Compressed files fail in many ways: a short stream, a bad checksum, a broken block.
+    try:
+        data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise InputError(
+            path, f"the image data cannot be read ({_first_line(error)})", _COPY_AGAIN
+        ) from error
+    if not np.isfinite(data).all():
+        raise InputError(
+            path, "the image has NaN or infinite voxels", "replace them in the source data and run again"
+        )
+    return data, affine
+
+
+def is_skull_stripped(data: np.ndarray, affine: np.ndarray, sidecar: dict[str, Any] | None = None) -> bool:
+    """Tell whether a scan shows a brain alone.
+
+    The sidecar decides if it says so (``SkullStripped``). Otherwise a stripped scan is one whose border is
+    exactly constant, whose background is a good share of the grid, and whose remaining volume is that of
+    a brain and not of a head.
+
+    Parameters
+    ----------
+    data : numpy.ndarray, three-dimensional
+    affine : numpy.ndarray, shape (4, 4)
+    sidecar : dict, optional
+        BIDS metadata of the scan.
+
+    Returns
+    -------
+    bool
+    """
+    stated = (sidecar or {}).get("SkullStripped")
+    if isinstance(stated, bool):
+        return stated
+    value = background(data)
+    if np.mean(_border(data) == value) < STRIPPED_BORDER_SHARE:
+        return False
+    content = data != value
+    if 1.0 - content.mean() < STRIPPED_BACKGROUND_SHARE:
+        return False
+    volume = ndimage.binary_fill_holes(content).sum() * abs(np.linalg.det(affine[:3, :3]))
+    return bool(STRIPPED_VOLUME_MM3[0] <= volume <= STRIPPED_VOLUME_MM3[1])
+
+
+def background(data: np.ndarray) -> float:
+    """Return the commonest value on the six faces of a volume."""
+    values, counts = np.unique(_border(data), return_counts=True)
+    return float(values[np.argmax(counts)])
+
+
+_COPY_AGAIN = "copy or download the file again"
+
+
+def _open(path: Path) -> nib.Nifti1Image:
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            path, "the file is a link to content that is not here", "fetch it with `datalad get`"
+        )
+    if not path.is_file():
+        raise InputError(path, "there is no such file", "check the path")
+    if path.stat().st_size == 0:
+        raise InputError(path, "the file is empty", _COPY_AGAIN)
+    try:
+        image = nib.load(path)
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise InputError(path, f"not a readable image ({_first_line(error)})", _COPY_AGAIN) from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise InputError(path, f"a {type(image).__name__}, not a NIfTI file", "convert it to NIfTI")
+    return image
+
+
+def _spatial_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    kept = list(shape)
+    while len(kept) > 3 and kept[-1] == 1:
+        kept.pop()
+    if len(kept) > 3:
+        raise InputError(
+            path, f"the image has {len(kept)} dimensions {tuple(shape)}", "give one volume, e.g. the mean"
+        )
+    if len(kept) < 3 or min(kept) < MIN_VOXELS_PER_AXIS:
+        raise InputError(
+            path,
+            f"the image of shape {tuple(shape)} is no volume",
+            f"give an image with at least {MIN_VOXELS_PER_AXIS} voxels along each of three axes",
+        )
+    return kept[0], kept[1], kept[2]
+
+
+def _checked_affine(path: Path, image: nib.Nifti1Image, shape: tuple[int, int, int]) -> np.ndarray:
+    header = image.header
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        raise InputError(
+            path,
+            "the header states no orientation (sform and qform codes are 0)",
+            "convert the scan from its DICOM files again, or set the form whose orientation you know",
+        )
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(path, "the header's affine is singular or not finite", "repair the NIfTI header")
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    extents = zooms * np.array(shape)
+    if zooms.min() < VOXEL_RANGE_MM[0] or zooms.max() > VOXEL_RANGE_MM[1]:
+        raise InputError(
+            path, f"the voxel size {_mm(zooms)} is absurd for a head", "check the header's units"
+        )
+    if extents.min() < EXTENT_RANGE_MM[0] or extents.max() > EXTENT_RANGE_MM[1]:
+        raise InputError(
+            path, f"the field of view {_mm(extents)} is absurd for a head", "check the voxel size"
+        )
+    axes = affine[:3, :3] / zooms
+    if np.abs(axes.T @ axes - np.eye(3)).max() > MAX_SHEAR:
+        raise InputError(
+            path, "the header's affine is sheared", "resample the scan to a grid with perpendicular axes"
+        )
+    return affine
+
+
+def _check_values(path: str | PathLike[str], data: np.ndarray, affine: np.ndarray) -> None:
+    low, high = float(data.min()), float(data.max())
+    if low == high:
+        raise InputError(path, f"every voxel has the value {low:g}", "exclude the scan or export it again")
+    content = data[data != background(data)]
+    volume = content.size * abs(np.linalg.det(affine[:3, :3]))
+    if volume < MIN_CONTENT_MM3:
+        raise InputError(
+            path,
+            f"only {volume / 1000:.1f} mL of the image are not background",
+            "give a scan that shows a brain",
+        )
+    if np.mean(content < 0) > MAX_NEGATIVE_SHARE:
+        raise InputError(
+            path, "many voxels are negative", "give magnitude intensities, not normalised ones (z-scores)"
+        )
+
+
+def _border(data: np.ndarray) -> np.ndarray:
+    faces = (data[[0, -1]], data[:, [0, -1]], data[:, :, [0, -1]])
+    return np.concatenate([face.ravel() for face in faces])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _mm(values: np.ndarray) -> str:
+    return " x ".join(f"{value:g}" for value in np.round(values, 4)) + " mm"

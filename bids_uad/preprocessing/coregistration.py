@@ -1,0 +1,91 @@
+"""The two registrations of the workflow: anchor to reference, and T2w to its anchor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bids_uad.preprocessing.registration import (
+    Volume,
+    centred_start,
+    mask_overlap,
+    register_best,
+    register_rigid,
+    rotated_starts,
+    similarity,
+)
+
+POOR_OVERLAP = 0.80
+"""Mask overlap with the reference below which other starting positions are tried."""
+RESTARTS = 3
+MARGIN = 6
+"""Voxels of 2 mm kept around a brain: black background costs time and teaches nothing."""
+
+
+def register_to_reference(
+    reference: Volume, brain: Volume, folder: Path
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Register a brain rigidly to the reference image.
+
+    Starts from the two centres of mass; if the masks then overlap poorly (head tilted far back, header with
+    the wrong orientation), from the best rotations of a coarse grid as well.
+
+    Parameters
+    ----------
+    reference, brain : Volume
+        Both with masks, 0 outside them.
+    folder : pathlib.Path
+        Where ANTs leaves its files.
+
+    Returns
+    -------
+    pull : numpy.ndarray, shape (4, 4)
+        RAS+ matrix from reference points to scan points.
+    qc : dict
+        ``similarity``, ``mask_overlap``, ``restarted``.
+    """
+    fixed, moving = (volume.coarse().cropped(MARGIN) for volume in (reference, brain))
+    # Unmasked: both are brains on black, and the outline of the brain is good evidence.
+    outline, moving_outline = Volume(fixed.data, fixed.affine), Volume(moving.data, moving.affine)
+    pull = register_rigid(outline, moving_outline, centred_start(fixed, moving), folder)
+    overlap = mask_overlap(fixed, moving, pull)
+    score = similarity(fixed, moving, pull)
+    restarted = overlap < POOR_OVERLAP
+    if restarted:
+        for start in rotated_starts(fixed, moving, RESTARTS):
+            other = register_rigid(outline, moving_outline, start, folder)
+            other_score = similarity(fixed, moving, other)
+            if other_score > score:
+                pull, score, overlap = other, other_score, mask_overlap(fixed, moving, other)
+    return pull, {"similarity": round(score, 4), "mask_overlap": round(overlap, 4), "restarted": restarted}
+
+
+def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Register a T2w scan rigidly to the brain of its T1w scan.
+
+    Similarity counts inside the anchor's brain only, so the T2w scan may be a whole head, and may cover a
+    part of the brain. Starts from the scanner's coordinates, which one session shares, and from the two
+    centres; the more similar result is kept.
+
+    Parameters
+    ----------
+    anchor : Volume
+        Brain with its mask.
+    scan : Volume
+        T2w; with its mask if skull-stripped.
+    folder : pathlib.Path
+
+    Returns
+    -------
+    pull : numpy.ndarray, shape (4, 4)
+        RAS+ matrix from anchor points to scan points.
+    qc : dict
+        ``similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
+    """
+    fixed, moving = anchor.coarse().cropped(MARGIN), scan.coarse()
+    starts = [np.eye(4), centred_start(fixed, moving)]
+    pull, score = register_best(fixed, moving, starts, folder)
+    overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
+    return pull, {"similarity": round(score, 4), "mask_overlap": overlap, "restarted": False}

@@ -1,0 +1,327 @@
+"""nipype interfaces of the workflow: files in, files out; the work is done by the modules beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+
+from bids_uad import space
+from bids_uad.errors import InputError
+from bids_uad.preprocessing.bias import correct_bias
+from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
+from bids_uad.preprocessing.check import is_skull_stripped, read_scan, read_volume
+from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
+from bids_uad.preprocessing.intensity import scale_intensity
+from bids_uad.preprocessing.registration import Volume
+from bids_uad.preprocessing.resampling import field_of_view, resample, resample_mask
+from bids_uad.preprocessing.transforms import read_itk, write_itk
+
+
+class _ConformInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="raw scan")
+
+
+class _ConformOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="three-dimensional float32 scan on the same grid")
+
+
+class Conform(SimpleInterface):
+    """Check a scan and rewrite it as a three-dimensional float32 volume with one orientation, not two.
+
+    The voxels stay where they are, oblique or not; sform and qform are made equal, since programs differ in
+    which of the two they read.
+    """
+
+    input_spec = _ConformInputSpec
+    output_spec = _ConformOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        data, affine = read_scan(self.inputs.in_file)
+        self._results["out_file"] = _save(runtime, "conformed.nii.gz", data, affine, np.float32)
+        return runtime
+
+
+class _BrainMaskInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="conformed scan")
+    template = File(exists=True, mandatory=True, desc="skull-stripped reference image")
+    template_mask = File(exists=True, mandatory=True, desc="its brain mask")
+    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
+
+
+class _BrainMaskOutputSpec(TraitedSpec):
+    out_mask = File(exists=True, desc="brain mask on the grid of the scan")
+    skull_stripped = traits.Bool(desc="what was found")
+
+
+class BrainMask(SimpleInterface):
+    """Mask the brain of an anchor: its own background if it is skull-stripped, else the template's mask."""
+
+    input_spec = _BrainMaskInputSpec
+    output_spec = _BrainMaskOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        scan = _volume(self.inputs.in_file)
+        stripped = _stripped(self.inputs.skull_stripped, scan)
+        if stripped:
+            mask = mask_of_stripped(scan.data)
+        else:
+            template = _volume(self.inputs.template, self.inputs.template_mask)
+            mask = extract_brain(scan, template, Path(runtime.cwd))
+        if not mask.any():
+            raise InputError(
+                self.inputs.in_file, "no brain was found", "give a brain mask or a skull-stripped scan"
+            )
+        self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
+        self._results["skull_stripped"] = stripped
+        return runtime
+
+
+class _CorrectBiasInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="conformed scan")
+    mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
+
+
+class _CorrectBiasOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="bias-corrected scan")
+    out_brain = File(exists=True, desc="the same, 0 outside the mask")
+
+
+class CorrectBias(SimpleInterface):
+    """Correct the bias field with N4, estimated in the brain."""
+
+    input_spec = _CorrectBiasInputSpec
+    output_spec = _CorrectBiasOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        scan = _volume(self.inputs.in_file, self.inputs.mask)
+        corrected = correct_bias(scan.data, scan.affine, scan.mask)
+        self._results["out_file"] = _save(runtime, "corrected.nii.gz", corrected, scan.affine, np.float32)
+        brain = np.where(scan.mask, corrected, 0.0)
+        self._results["out_brain"] = _save(runtime, "brain.nii.gz", brain, scan.affine, np.float32)
+        return runtime
+
+
+class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="bias-corrected brain of the anchor")
+    mask = File(exists=True, mandatory=True, desc="its mask")
+    reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
+    reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
+
+
+class _RegisterToReferenceOutputSpec(TraitedSpec):
+    to_sri24 = File(exists=True, desc="ITK transform that resamples the scan on the SRI24 grid")
+    from_sri24 = File(exists=True, desc="its inverse")
+    qc = traits.Dict(desc="similarity, mask_overlap, restarted")
+
+
+class RegisterToReference(SimpleInterface):
+    """Register the anchor's brain rigidly (6 degrees of freedom) to the reference image."""
+
+    input_spec = _RegisterToReferenceInputSpec
+    output_spec = _RegisterToReferenceOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        folder = Path(runtime.cwd)
+        pull, qc = register_to_reference(
+            _volume(self.inputs.reference, self.inputs.reference_mask),
+            _volume(self.inputs.in_file, self.inputs.mask),
+            folder,
+        )
+        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", pull))
+        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(pull)))
+        self._results["qc"] = qc
+        return runtime
+
+
+class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="conformed T2w scan, whole head or stripped")
+    anchor = File(exists=True, mandatory=True, desc="bias-corrected brain of the anchor, in its native space")
+    anchor_mask = File(exists=True, mandatory=True, desc="brain mask of the anchor")
+    anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform that resamples the anchor to SRI24")
+    skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
+
+
+class _RegisterToAnchorOutputSpec(TraitedSpec):
+    out_mask = File(exists=True, desc="brain mask on the grid of the T2w scan")
+    to_sri24 = File(exists=True, desc="one composed ITK transform, T2w scan to SRI24")
+    from_sri24 = File(exists=True, desc="its inverse")
+    skull_stripped = traits.Bool(desc="what was found")
+    qc = traits.Dict(desc="similarity, mask_overlap, restarted")
+
+
+class RegisterToAnchor(SimpleInterface):
+    """Register a T2w scan rigidly to its T1w scan and chain the result with the T1w's way to SRI24."""
+
+    input_spec = _RegisterToAnchorInputSpec
+    output_spec = _RegisterToAnchorOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        folder = Path(runtime.cwd)
+        scan = _volume(self.inputs.in_file)
+        anchor = _volume(self.inputs.anchor, self.inputs.anchor_mask)
+        stripped = _stripped(self.inputs.skull_stripped, scan)
+        own_mask = mask_of_stripped(scan.data) if stripped else None
+        pull, qc = register_to_anchor(anchor, Volume(scan.data, scan.affine, own_mask), folder)
+        mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
+        if own_mask is not None:
+            mask &= own_mask
+        if not mask.any():
+            raise InputError(
+                self.inputs.in_file,
+                "the scan does not overlap its T1w scan",
+                "check that both show one session",
+            )
+        to_sri24 = pull @ read_itk(self.inputs.anchor_xfm)
+        self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
+        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", to_sri24))
+        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(to_sri24)))
+        self._results["skull_stripped"] = stripped
+        self._results["qc"] = qc
+        return runtime
+
+
+class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
+    native_mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
+    skull_stripped = traits.Bool(
+        mandatory=True, desc="whether voxels outside the native mask carry no signal"
+    )
+    brain_mask = File(exists=True, desc="brain mask to bring along instead of the native one (the anchor's)")
+    brain_xfm = File(exists=True, desc="ITK transform of that mask to SRI24")
+
+
+class _ResampleToSRI24OutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="scan on the SRI24 grid, [0, 1] in the brain and 0 outside")
+    out_mask = File(exists=True, desc="brain mask on the SRI24 grid, within the field of view")
+
+
+class ResampleToSRI24(SimpleInterface):
+    """Interpolate the scan once, from its native grid to SRI24, and scale its intensities in the brain."""
+
+    input_spec = _ResampleToSRI24InputSpec
+    output_spec = _ResampleToSRI24OutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        scan = _volume(self.inputs.in_file, self.inputs.native_mask)
+        pull = read_itk(self.inputs.to_sri24)
+        grid = (space.SHAPE, space.AFFINE)
+        brain = field_of_view(scan.data.shape, scan.affine, *grid, pull)
+        if isdefined(self.inputs.brain_mask):
+            other = _mask(self.inputs.brain_mask)
+            brain &= resample_mask(other.data, other.affine, *grid, read_itk(self.inputs.brain_xfm))
+            if self.inputs.skull_stripped:
+                brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
+        else:
+            brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
+        values = resample(scan.data, scan.affine, *grid, pull)
+        try:
+            scaled = scale_intensity(values, brain)
+        except ValueError as error:
+            raise InputError(
+                self.inputs.in_file, str(error), "check the scan and its registration"
+            ) from error
+        self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
+        self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
+        return runtime
+
+
+class _ResampleLesionInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, desc="lesion mask in native space; without one nothing is done")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
+
+
+class _ResampleLesionOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="lesion mask on the SRI24 grid")
+
+
+class ResampleLesion(SimpleInterface):
+    """Bring a manual lesion mask to SRI24, if there is one. Any non-zero label is lesion."""
+
+    input_spec = _ResampleLesionInputSpec
+    output_spec = _ResampleLesionOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        if isdefined(self.inputs.in_file):
+            lesion = _mask(self.inputs.in_file)
+            moved = resample_mask(
+                lesion.data, lesion.affine, space.SHAPE, space.AFFINE, read_itk(self.inputs.to_sri24)
+            )
+            self._results["out_file"] = _save_sri24(runtime, "lesion_mask.nii.gz", moved, np.uint8)
+        return runtime
+
+
+class _AssessInputSpec(BaseInterfaceInputSpec):
+    registration = traits.Dict(mandatory=True, desc="figures of the registration")
+    skull_stripped = traits.Bool(mandatory=True)
+    brain_mask = File(exists=True, mandatory=True, desc="brain mask on the SRI24 grid")
+    native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
+    reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
+    lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
+
+
+class _AssessOutputSpec(TraitedSpec):
+    qc = traits.Dict(desc="figures and warnings for the report")
+
+
+class Assess(SimpleInterface):
+    """Collect the quality figures of one scan and put doubts into words."""
+
+    input_spec = _AssessInputSpec
+    output_spec = _AssessOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_uad.preprocessing.quality import assess
+
+        native = _mask(self.inputs.native_mask)
+        voxel = float(abs(np.linalg.det(native.affine[:3, :3])))
+        self._results["qc"] = assess(
+            registration=self.inputs.registration,
+            skull_stripped=self.inputs.skull_stripped,
+            brain=_mask(self.inputs.brain_mask).data,
+            native_volume_mm3=float(native.data.sum()) * voxel,
+            reference=_mask(self.inputs.reference_mask).data,
+            lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
+        )
+        return runtime
+
+
+def _volume(path: str, mask: str | None = None) -> Volume:
+    data, affine = read_volume(path)
+    return Volume(data, affine, None if mask is None else read_volume(mask)[0] > 0.5)
+
+
+def _mask(path: str) -> Volume:
+    data, affine = read_volume(path)
+    return Volume(data > 0, affine)
+
+
+def _stripped(stated: Any, scan: Volume) -> bool:
+    return bool(stated) if isdefined(stated) else is_skull_stripped(scan.data, scan.affine)
+
+
+def _save(runtime: Any, name: str, data: np.ndarray, affine: np.ndarray, dtype: type) -> str:
+    image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    path = Path(runtime.cwd) / name
+    image.to_filename(path)
+    return str(path)
+
+
+def _save_sri24(runtime: Any, name: str, data: np.ndarray, dtype: type) -> str:
+    path = Path(runtime.cwd) / name
+    space.to_image(data.astype(dtype), dtype).to_filename(path)
+    return str(path)

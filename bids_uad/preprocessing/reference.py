@@ -1,0 +1,262 @@
+"""The reference image of the SRI24 space: the atlas where there is one, its stand-in where there is none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bids_uad import space
+from bids_uad.dataset.atomic import atomic_path, write_json
+from bids_uad.errors import InputError
+from bids_uad.preprocessing.check import read_volume
+from bids_uad.preprocessing.resampling import resample
+
+STAND_IN = "ICBM152 on the SRI24 grid"
+_ATLAS_FILES = {"t1w": ("T1w", "brain"), "t2w": ("T2w", "brain"), "brain_mask": ("mask", "brain")}
+_ICBM_LICENCE = (
+    "Copyright Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, "
+    "McGill University; use, copying, modification and distribution are permitted where this notice is kept"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The images that define the space of every output, all on the SRI24 grid.
+
+    Attributes
+    ----------
+    t1w : pathlib.Path
+        Skull-stripped T1w image.
+    t2w : pathlib.Path or None
+        Skull-stripped T2w image, if the atlas has one.
+    brain_mask : pathlib.Path
+    name : str
+        For people.
+    source : str
+        Where it comes from: the atlas folder's name or the stand-in's origin; never a path of this machine.
+    licence : str
+    sha256 : str
+        Of the bytes of the T1w image's voxels and affine, so that it does not depend on compression.
+    metadata : dict
+        What the sidecars and the run record repeat.
+    """
+
+    t1w: Path
+    t2w: Path | None
+    brain_mask: Path
+    name: str
+    source: str
+    licence: str
+    sha256: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_reference(
+    atlas_dir: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str]
+) -> Reference:
+    """Find the reference images; nothing is ever downloaded.
+
+    First `atlas_dir`, then a ``tpl-SRI24`` with content under ``TEMPLATEFLOW_HOME``, then the built-in
+    stand-in: the ICBM152 template that nilearn carries, put on the SRI24 grid.
+
+    Parameters
+    ----------
+    atlas_dir : path-like or None
+        TemplateFlow archive that holds ``tpl-SRI24`` (or that folder itself). May be read-only.
+    cache_dir : path-like
+        Where the stand-in is written once.
+
+    Returns
+    -------
+    Reference
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If `atlas_dir` holds no usable SRI24 atlas.
+    """
+    if atlas_dir is not None:
+        return _from_atlas(Path(atlas_dir))
+    home = os.environ.get("TEMPLATEFLOW_HOME")
+    # TemplateFlow's own skeleton is made of empty files: they are no atlas.
+    if home and _has_content(Path(home) / "tpl-SRI24"):
+        return _from_atlas(Path(home))
+    return _stand_in(Path(cache_dir))
+
+
+def write_template(reference: Reference, out_dir: str | os.PathLike[str]) -> Path:
+    """Copy the reference into the outputs, so that their ``SpatialReference`` resolves.
+
+    Several processes may do this at once: each file appears whole, with the same bytes from each.
+
+    Parameters
+    ----------
+    reference : Reference
+    out_dir : path-like
+        Root of the derivative dataset.
+
+    Returns
+    -------
+    pathlib.Path
+        The T1w image under ``tpl-SRI24/anat``.
+    """
+    folder = Path(out_dir) / "tpl-SRI24" / "anat"
+    common = {
+        "SpatialReference": "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz",
+        "License": reference.licence,
+        "ReferenceName": reference.name,
+        "ReferenceSource": reference.source,
+        "ReferenceSHA256": reference.sha256,
+    }
+    target = folder / "tpl-SRI24_desc-brain_T1w.nii.gz"
+    images = {
+        target: (reference.t1w, "T1w"),
+        folder / "tpl-SRI24_desc-brain_T2w.nii.gz": (reference.t2w, "T2w"),
+    }
+    for path, (source, suffix) in images.items():
+        if source is None:
+            continue
+        _copy(source, path)
+        description = f"Skull-stripped {suffix} reference image of the space of these derivatives"
+        _write_sidecar(path, {"Description": description, "SkullStripped": True, **common})
+    path = folder / "tpl-SRI24_desc-brain_mask.nii.gz"
+    _copy(reference.brain_mask, path)
+    _write_sidecar(
+        path,
+        {
+            "Description": "Brain mask of the reference image",
+            "Type": "Brain",
+            "Sources": [common["SpatialReference"]],
+            **common,
+        },
+    )
+    return target
+
+
+def _from_atlas(root: Path) -> Reference:
+    root = root.parent if root.name == "tpl-SRI24" else root
+    folder = root / "tpl-SRI24"
+    remedy = "point --atlas-dir at a TemplateFlow archive with tpl-SRI24, or leave it out for the stand-in"
+    if not folder.is_dir():
+        raise InputError(folder, "there is no SRI24 atlas", remedy)
+    found = {key: _query(root, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
+    for key in ("t1w", "brain_mask"):
+        if found[key] is None:
+            raise InputError(
+                folder, f"the SRI24 atlas has no desc-brain {_ATLAS_FILES[key][0]} image", remedy
+            )
+    data = {key: _read_on_grid(path) for key, path in found.items() if path is not None}
+    description = _description(folder)
+    licence = str(description.get("License", "not stated"))
+    digest = _digest(data["t1w"])
+    name = str(description.get("Name", "SRI24"))
+    return Reference(
+        t1w=found["t1w"],
+        t2w=found["t2w"],
+        brain_mask=found["brain_mask"],
+        name=name,
+        source="TemplateFlow archive, tpl-SRI24",
+        licence=licence,
+        sha256=digest,
+        metadata={"Name": name, "License": licence, "SHA256": digest, "StandIn": False},
+    )
+
+
+def _query(root: Path, suffix: str, desc: str) -> Path | None:
+    """Ask TemplateFlow's client for one 1 mm image; None if there is none with content."""
+    from templateflow.client import TemplateFlowClient
+
+    # `ls` only lists; `get` would try to download an empty stub.
+    client = TemplateFlowClient(root=root, autoupdate=False, use_datalad=False)
+    found = client.ls("SRI24", suffix=suffix, desc=desc, extension=".nii.gz", atlas=None, label=None)
+    found = [path for path in found if path.is_file() and path.stat().st_size > 0]
+    at_1mm = [path for path in found if "_res-1_" in path.name or "_res-01_" in path.name]
+    return next(iter(sorted(at_1mm or found)), None)
+
+
+def _read_on_grid(path: Path) -> np.ndarray:
+    data, affine = read_volume(path)
+    if data.shape != space.SHAPE or not np.allclose(affine, space.AFFINE, atol=1e-3):
+        raise InputError(
+            path,
+            f"the image of shape {data.shape} is not on the SRI24 grid",
+            "use the skull-stripped SRI24 images of 240 x 240 x 155 voxels of 1 mm in BraTS orientation",
+        )
+    return data
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / "template_description.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(path, f"not valid JSON ({error})", "repair the file or remove it") from error
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        p.stat().st_size > 0 for p in folder.glob("tpl-SRI24_*desc-brain_T1w.nii.gz")
+    )
+
+
+def _stand_in(cache_dir: Path) -> Reference:
+    import nilearn
+
+    geometry = json.loads(
+        resources.files("bids_uad").joinpath("data/template/icbm152_to_sri24.json").read_text()
+    )
+    icbm = (
+        Path(nilearn.__file__).parent
+        / "datasets"
+        / "data"
+        / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    )
+    key = hashlib.sha256(icbm.read_bytes() + json.dumps(geometry, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_dir / f"reference-{key}"
+    t1w, mask = folder / "T1w.nii.gz", folder / "mask.nii.gz"
+    if not (t1w.is_file() and mask.is_file()):
+        data, affine = read_volume(icbm)
+        pull = np.linalg.inv(np.array(geometry["affine"]))
+        head = resample(data, affine, space.SHAPE, space.AFFINE, pull)
+        brain = resample(data > 0, affine, space.SHAPE, space.AFFINE, pull) > 0.5
+        _save(mask, brain, np.uint8)
+        _save(t1w, np.rint(head * brain * (1000.0 / head.max())), np.int16)
+    digest = _digest(_read_on_grid(t1w))
+    return Reference(
+        t1w=t1w,
+        t2w=None,
+        brain_mask=mask,
+        name=STAND_IN,
+        source="ICBM 2009a Nonlinear Symmetric T1w template as carried by nilearn, by a 12-parameter affine",
+        licence=_ICBM_LICENCE,
+        sha256=digest,
+        metadata={"Name": STAND_IN, "License": _ICBM_LICENCE, "SHA256": digest, "StandIn": True},
+    )
+
+
+def _digest(data: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data, dtype="<f4").tobytes()).hexdigest()
+
+
+def _save(path: Path, data: np.ndarray, dtype: type) -> None:
+    with atomic_path(path) as temporary:
+        space.to_image(data.astype(dtype), dtype).to_filename(temporary)
+
+
+def _write_sidecar(image: Path, content: dict[str, Any]) -> None:
+    write_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"), content)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -1,0 +1,231 @@
+"""The workflow that takes one T1w or T2w scan from its native grid to SRI24."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nipype.interfaces import utility as niu
+from nipype.pipeline import engine as pe
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from bids_uad.preprocessing.interfaces import (
+    Assess,
+    BrainMask,
+    Conform,
+    CorrectBias,
+    RegisterToAnchor,
+    RegisterToReference,
+    ResampleLesion,
+    ResampleToSRI24,
+)
+from bids_uad.preprocessing.reference import Reference
+
+INPUTS = ("in_file", "anchor_file", "anchor_mask", "anchor_xfm", "lesion_mask")
+OUTPUTS = ("preproc", "brain_mask", "native_mask", "brain", "to_sri24", "from_sri24", "lesion", "qc")
+
+
+def init_preproc_wf(
+    *,
+    name: str,
+    modality: str,
+    is_anchor: bool,
+    skull_stripped: bool | None,
+    omp_nthreads: int,
+    reference: Reference,
+) -> LiterateWorkflow:
+    """Build the preprocessing of one scan.
+
+    An *anchor* (the T1w, or the T2w of a session without one) finds its own way to the reference image. Any
+    other T2w is registered to its anchor, and the two transforms are composed, so that every scan
+    is interpolated once.
+
+    Workflow Graph
+        .. workflow::
+            :graph2use: orig
+            :simple_form: yes
+
+            from bids_uad.preprocessing.reference import resolve_reference
+            from bids_uad.preprocessing.workflow import init_preproc_wf
+            wf = init_preproc_wf(
+                name="preproc_wf",
+                modality="T1w",
+                is_anchor=True,
+                skull_stripped=None,
+                omp_nthreads=1,
+                reference=resolve_reference(None, "."),
+            )
+
+    Parameters
+    ----------
+    name : str
+        Name of the workflow.
+    modality : {"T1w", "T2w"}
+        Contrast of the scan.
+    is_anchor : bool
+        Whether the scan is registered to the reference itself.
+    skull_stripped : bool or None
+        Whether the scan is skull-stripped; detected when the workflow runs if None.
+    omp_nthreads : int
+        Threads that a node may use. ANTs runs on one whatever is given here, which makes its results repeat
+        bit for bit; the number is what the scheduler reserves at most.
+    reference : bids_uad.preprocessing.reference.Reference
+        Reference images on the SRI24 grid.
+
+    Inputs
+    ------
+    in_file
+        Raw scan.
+    anchor_file
+        Bias-corrected brain of the anchor in its native space (output ``brain`` of the anchor's workflow).
+        Not used by an anchor, as the next two.
+    anchor_mask
+        Brain mask of the anchor in its native space (its ``native_mask``).
+    anchor_xfm
+        ITK transform of the anchor to SRI24 (its ``to_sri24``).
+    lesion_mask
+        Manual lesion mask in the space of the scan. Optional.
+
+    Outputs
+    -------
+    preproc
+        Scan on the SRI24 grid, float32, [0, 1] in the brain and 0 outside.
+    brain_mask
+        Brain mask on the SRI24 grid, within the field of view of the scan.
+    native_mask
+        Brain mask on the grid of the scan.
+    brain
+        Bias-corrected brain on the grid of the scan.
+    to_sri24, from_sri24
+        ITK text files, one rigid transform each.
+    lesion
+        Lesion mask on the SRI24 grid; undefined without ``lesion_mask``.
+    qc
+        Dictionary of :func:`bids_uad.preprocessing.quality.assess`.
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+
+    Raises
+    ------
+    ValueError
+        If the modality is neither T1w nor T2w, or a T1w is not its own anchor.
+    """
+    if modality not in ("T1w", "T2w"):
+        raise ValueError(f"modality must be T1w or T2w, not {modality!r}")
+    workflow = LiterateWorkflow(name=name)
+    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference)
+    inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
+    outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
+    conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
+    correct_bias = pe.Node(CorrectBias(), name="correct_bias", mem_gb=1.0)
+    resample = pe.Node(ResampleToSRI24(), name="resample", mem_gb=1.0)
+    lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
+    quality = pe.Node(Assess(reference_mask=str(reference.brain_mask)), name="quality", mem_gb=0.3)
+    if is_anchor:
+        mask, register = _connect_anchor(workflow, correct_bias, modality, reference)
+    else:
+        mask = register = _connect_to_anchor(workflow, inputnode)
+        workflow.connect([
+            (inputnode, resample, [("anchor_mask", "brain_mask"), ("anchor_xfm", "brain_xfm")]),
+        ])  # fmt: skip
+    if skull_stripped is not None:
+        mask.inputs.skull_stripped = skull_stripped
+    workflow.connect([
+        (inputnode, conform, [("in_file", "in_file")]),
+        (inputnode, lesion, [("lesion_mask", "in_file")]),
+        (conform, mask, [("out_file", "in_file")]),
+        (conform, correct_bias, [("out_file", "in_file")]),
+        (mask, correct_bias, [("out_mask", "mask")]),
+        (correct_bias, resample, [("out_file", "in_file")]),
+        (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
+        (register, resample, [("to_sri24", "to_sri24")]),
+        (register, lesion, [("to_sri24", "to_sri24")]),
+        (register, quality, [("qc", "registration")]),
+        (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
+        (resample, quality, [("out_mask", "brain_mask")]),
+        (lesion, quality, [("out_file", "lesion")]),
+        (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
+        (mask, outputnode, [("out_mask", "native_mask")]),
+        (correct_bias, outputnode, [("out_brain", "brain")]),
+        (register, outputnode, [("to_sri24", "to_sri24"), ("from_sri24", "from_sri24")]),
+        (lesion, outputnode, [("out_file", "lesion")]),
+        (quality, outputnode, [("qc", "qc")]),
+    ])  # fmt: skip
+    return workflow
+
+
+def _connect_anchor(
+    workflow: LiterateWorkflow,
+    correct_bias: pe.Node,
+    modality: str,
+    reference: Reference,
+) -> tuple[pe.Node, pe.Node]:
+    target = _target(modality, reference)
+    mask = pe.Node(
+        BrainMask(template=str(target), template_mask=str(reference.brain_mask)),
+        name="brain_mask",
+        mem_gb=1.5,
+    )
+    register = pe.Node(
+        RegisterToReference(reference=str(target), reference_mask=str(reference.brain_mask)),
+        name="register",
+        mem_gb=0.7,
+    )
+    workflow.connect([
+        (correct_bias, register, [("out_brain", "in_file")]),
+        (mask, register, [("out_mask", "mask")]),
+    ])  # fmt: skip
+    return mask, register
+
+
+def _connect_to_anchor(workflow: LiterateWorkflow, inputnode: pe.Node) -> pe.Node:
+    register = pe.Node(RegisterToAnchor(), name="register", mem_gb=1.0)
+    workflow.connect([
+        (inputnode, register, [
+            ("anchor_file", "anchor"),
+            ("anchor_mask", "anchor_mask"),
+            ("anchor_xfm", "anchor_xfm"),
+        ]),
+    ])  # fmt: skip
+    return register
+
+
+def _target(modality: str, reference: Reference) -> Path:
+    return reference.t2w if modality == "T2w" and reference.t2w is not None else reference.t1w
+
+
+def _description(modality: str, is_anchor: bool, skull_stripped: bool | None, reference: Reference) -> str:
+    """Write the methods text of one scan, fMRIPrep-style, with citation keys."""
+    if not is_anchor:
+        return (
+            f"The {modality} image was registered rigidly to the T1w image of the same session (mutual "
+            "information inside the T1w brain mask), whose brain mask was carried over, and corrected for "
+            "intensity non-uniformity with N4 [@n4]. The transform was composed with that of the T1w image, "
+            "so that it too was resampled once; intensities were scaled in the same way.\n"
+        )
+    atlas = "the SRI24 atlas [@sri24]"
+    if reference.metadata.get("StandIn", False):
+        atlas = (
+            "the ICBM152 template [@icbm152] as distributed with nilearn [@nilearn], brought to the grid of "
+            "the SRI24 atlas [@sri24] by an affine transform"
+        )
+    if modality == "T2w" and reference.t2w is not None:
+        atlas += ", T2w channel"
+    carried = (
+        "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
+        "and carrying its brain mask back."
+    )
+    extraction = {
+        True: "The image was skull-stripped already; its background gave the brain mask.",
+        False: f"T{carried[1:]}",
+        None: f"Unless the image was skull-stripped already, {carried}",
+    }[skull_stripped]
+    return (
+        f"{extraction} The {modality} image was corrected for intensity non-uniformity inside the brain mask "
+        "with N4 [@n4], distributed with ANTs [@ants]. The brain was registered rigidly (six degrees of "
+        f"freedom, mutual information) to {atlas}. The image was resampled once, with linear interpolation "
+        "to the SRI24 grid (240 x 240 x 155 voxels of 1 mm), and its intensities were divided by their 99.5th "
+        "percentile in the brain and cut to [0, 1]. The steps are nodes of a Nipype [@nipype1; @nipype2] "
+        "workflow built with niworkflows [@niworkflows].\n"
+    )

@@ -1,0 +1,178 @@
+"""The scanner: contrast style, resolution, slice thickness, bias field, noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bids_uad.simulation.spatial import BOX_SHAPE, apply_axis, random_field, smooth
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """A scanner of the synthetic world; what differs from scan to scan is drawn around it.
+
+    Attributes
+    ----------
+    name, manufacturer : str
+    field_strength : float
+        Tesla.
+    style : str
+        T1w contrast, see `contrast.class_means`.
+    noise, blur, bias : float
+        Typical noise (relative to the brightest tissue), in-plane blur (mm), bias field strength.
+    thick : float
+        Probability of a scan with thick axial slices.
+    """
+
+    name: str
+    manufacturer: str
+    field_strength: float
+    style: str
+    noise: float
+    blur: float
+    bias: float
+    thick: float
+
+
+SCANNERS = (
+    Scanner("Alder", "Siemens", 3.0, "gradient_echo", 0.010, 0.30, 0.14, 0.05),
+    Scanner("Birch", "Philips", 3.0, "gradient_echo", 0.012, 0.25, 0.22, 0.10),
+    Scanner("Cedar", "GE", 1.5, "gradient_echo", 0.018, 0.40, 0.10, 0.10),
+    Scanner("Damson", "Siemens", 1.5, "spin_echo", 0.014, 0.40, 0.10, 0.75),
+    Scanner("Elder", "GE", 3.0, "gradient_echo", 0.008, 0.50, 0.18, 0.30),
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What one scan was taken with.
+
+    Attributes
+    ----------
+    noise : float
+        Standard deviation in each channel, relative to the 99.5th percentile of the signal.
+    blur : float
+        Standard deviation of the in-plane point spread, mm.
+    thickness : float
+        Of the axial slices, mm; 1 means an isotropic scan.
+    bias : float
+        Standard deviation of the log bias field.
+    gamma : float
+        Exponent applied to the signal.
+    """
+
+    noise: float
+    blur: float
+    thickness: float
+    bias: float
+    gamma: float
+
+
+def draw_protocol(scanner: Scanner, modality: str, rng: np.random.Generator) -> Protocol:
+    """Draw the settings of one scan.
+
+    Parameters
+    ----------
+    scanner : Scanner
+    modality : {"T1w", "T2w"}
+        T2w scans are thick more often.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    Protocol
+    """
+    thick = rng.uniform() < min(scanner.thick + (0.25 if modality == "T2w" else 0.0), 0.9)
+    return Protocol(
+        noise=float(scanner.noise * rng.lognormal(0.0, 0.3)),
+        blur=float(scanner.blur * rng.uniform(0.7, 1.5)),
+        thickness=float(np.round(rng.uniform(2.0, 5.5), 1)) if thick else 1.0,
+        bias=float(scanner.bias * rng.uniform(0.5, 1.5)),
+        gamma=float(rng.uniform(0.92, 1.10)),
+    )
+
+
+def slice_matrix(size: int, thickness: float, offset: float) -> torch.Tensor:
+    """Thick slices out of 1 mm slices: each row averages `thickness` mm.
+
+    Parameters
+    ----------
+    size : int
+        Number of 1 mm slices.
+    thickness : float
+        mm, at least 1; slices have no gap.
+    offset : float
+        Where the first thick slice starts, mm from the edge of the first thin one.
+
+    Returns
+    -------
+    torch.Tensor, shape (slices, size), float32
+        Rows sum to 1.
+    """
+    count = int(np.floor((size - offset) / thickness))
+    start = offset + thickness * np.arange(count)[:, None]
+    thin = np.arange(size)[None, :]
+    overlap = np.clip(np.minimum(start + thickness, thin + 1) - np.maximum(start, thin), 0, None)
+    return torch.from_numpy((overlap / overlap.sum(1, keepdims=True)).astype(np.float32))
+
+
+def interpolation_matrix(size: int, thickness: float, offset: float, count: int) -> torch.Tensor:
+    """Linear interpolation of thick slices back to 1 mm; ends are held constant.
+
+    Returns
+    -------
+    torch.Tensor, shape (size, count), float32
+    """
+    position = (np.arange(size) + 0.5 - offset) / thickness - 0.5
+    position = np.clip(position, 0, count - 1)
+    weights = np.clip(1 - np.abs(position[:, None] - np.arange(count)[None, :]), 0, None)
+    return torch.from_numpy((weights / weights.sum(1, keepdims=True)).astype(np.float32))
+
+
+def bias_field(rng: np.random.Generator, strength: float, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Smooth multiplicative field; `strength` is the standard deviation of its logarithm."""
+    return torch.exp(strength * random_field(rng, 80.0, shape)[0])
+
+
+def rician(image: torch.Tensor, sigma: float, rng: np.random.Generator) -> torch.Tensor:
+    """Magnitude of the image plus complex Gaussian noise of standard deviation `sigma`."""
+    real, imaginary = (
+        torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype=np.float32)) for _ in range(2)
+    )
+    return torch.hypot(image + sigma * real, sigma * imaginary)
+
+
+def scan_on_grid(
+    image: torch.Tensor, protocol: Protocol, brain: torch.Tensor, rng: np.random.Generator
+) -> torch.Tensor:
+    """Acquire a scan as it looks after preprocessing: on the box, bias nearly gone, resampled once.
+
+    Parameters
+    ----------
+    image : torch.Tensor, shape (X, Y, Z)
+        Noise-free signal.
+    protocol : Protocol
+    brain : torch.Tensor of bool, shape (X, Y, Z)
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    torch.Tensor, shape (X, Y, Z)
+        Not yet scaled or masked.
+    """
+    top = float(torch.quantile(image[brain][::17], 0.995))
+    image = (image / top).clamp_min(0) ** protocol.gamma
+    image = smooth(image, (protocol.blur, protocol.blur, protocol.blur if protocol.thickness == 1 else 0.0))
+    image = image * bias_field(rng, protocol.bias * 0.25, BOX_SHAPE)
+    depth = BOX_SHAPE[2]
+    if protocol.thickness > 1:
+        offset = float(rng.uniform(0, protocol.thickness))
+        thick = slice_matrix(depth, protocol.thickness, offset)
+        noisy = rician(apply_axis(image, thick, 2), protocol.noise, rng)
+        noisy = smooth(noisy, (0.4, 0.4, 0.0))
+        return apply_axis(noisy, interpolation_matrix(depth, protocol.thickness, offset, len(thick)), 2)
+    # The one resampling of the preprocessing smooths the noise a little.
+    return smooth(rician(image, protocol.noise, rng), float(rng.uniform(0.35, 0.55)))

@@ -1,0 +1,241 @@
+"""Where brains come from: soft tissue maps of the built-in template and of label maps.
+
+Sources
+-------
+ICBM152 2009a nonlinear symmetric (Fonov et al. 2011, permissive licence), as packaged by nilearn, and
+FreeSurfer-type label maps (for instance those of SynthSeg, Billot et al. 2023, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from bids_uad.errors import InputError
+from bids_uad.simulation.spatial import smooth
+
+CLASSES = (
+    "csf",  # around the brain and in the sulci
+    "ventricle",
+    "cortex",
+    "white",
+    "thalamus",
+    "striatum",
+    "pallidum",
+    "hippocampus",
+    "cerebellar_cortex",
+    "cerebellar_white",
+    "brainstem",
+    "choroid",
+)
+LABELS = {
+    "csf": (24,),
+    "ventricle": (4, 5, 14, 15, 43, 44, 72),
+    "cortex": (3, 42),
+    "white": (2, 41, 25, 57, 77, 30, 62),
+    "thalamus": (10, 49),
+    "striatum": (11, 12, 26, 50, 51, 58),
+    "pallidum": (13, 52),
+    "hippocampus": (17, 18, 53, 54),
+    "cerebellar_cortex": (8, 47),
+    "cerebellar_white": (7, 46),
+    "brainstem": (16, 28, 60, 85),
+    "choroid": (31, 63, 136, 137, 163, 164),
+}
+BUILT_IN = "icbm152"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Soft tissue maps in their own space.
+
+    Attributes
+    ----------
+    name : str
+    fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z), float32
+        Share of each class in a voxel; they sum to 1 inside the head content and to less outside.
+    detail : torch.Tensor or None, shape (X, Y, Z)
+        T1w intensity that the fractions do not explain, in units of the white-grey contrast.
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel index -> SRI24 world, mm.
+    """
+
+    name: str
+    fractions: torch.Tensor
+    detail: torch.Tensor | None
+    affine: np.ndarray
+
+
+def icbm_to_sri24() -> np.ndarray:
+    """Affine ICBM152 world -> SRI24 world (mm), shape (4, 4)."""
+    path = resources.files("bids_uad") / "data" / "template" / "icbm152_to_sri24.json"
+    return np.array(json.loads(path.read_text(encoding="utf-8"))["affine"])
+
+
+def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
+    """Soft indicator of an ellipsoid mirrored in the midline; `points` has shape (..., 3)."""
+    x = np.abs(points[0]) - centre[0]
+    distance = np.sqrt(
+        (x / radii[0]) ** 2
+        + ((points[1] - centre[1]) / radii[1]) ** 2
+        + ((points[2] - centre[2]) / radii[2]) ** 2
+    )
+    return np.clip((1.0 - distance) * 6.0 + 0.5, 0.0, 1.0).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def built_in_source() -> Source:
+    """Tissue maps of the ICBM152 template.
+
+    The template knows grey and white matter only. Deep nuclei, cerebellum and brainstem are told apart by
+    their position in ICBM152 space; what the classes do not explain of the T1w intensity is kept as
+    `detail`. The maps are averages over many people, so they are sharpened to the crispness of one.
+
+    Returns
+    -------
+    Source
+    """
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+
+    template = load_mni152_template(resolution=1)
+    t1w = np.asarray(template.dataobj, dtype=np.float32)
+    grey = np.asarray(load_mni152_gm_template(resolution=1).dataobj, dtype=np.float32)
+    white = np.asarray(load_mni152_wm_template(resolution=1).dataobj, dtype=np.float32)
+    head = t1w > 0
+    corner = np.maximum(np.argwhere(head).min(0) - 2, 0)
+    cut = tuple(slice(a, b) for a, b in zip(corner, np.argwhere(head).max(0) + 3, strict=True))
+    t1w, grey, white, head = t1w[cut], grey[cut], white[cut], head[cut]
+    affine = template.affine @ nib.affines.from_matvec(np.eye(3), corner)
+
+    fluid = np.clip(1.0 - grey - white, 0.0, 1.0)
+    sharp = np.stack([fluid, grey, white]) ** 2.5
+    fluid, grey, white = sharp / np.maximum(sharp.sum(0), 1e-6) * head
+
+    axes = [affine[a, 3] + affine[a, a] * np.arange(n) for a, n in enumerate(t1w.shape)]
+    points = np.meshgrid(*axes, indexing="ij", sparse=True)
+    thalamus = _ellipsoid(points, (11, -18, 8), (11, 15, 10))
+    striatum = np.maximum(
+        _ellipsoid(points, (26, 2, 3), (8, 19, 12)), _ellipsoid(points, (12, 12, 8), (7, 14, 14))
+    )
+    pallidum = _ellipsoid(points, (20, -4, 0), (5, 9, 6))
+    hippocampus = _ellipsoid(points, (27, -20, -16), (9, 20, 8))
+    inner = _ellipsoid(points, (0, -18, 8), (26, 62, 26))
+    below = np.clip((-(points[2] + 0.45 * (points[1] + 60.0)) - 14.0) / 4.0 + 0.5, 0, 1)
+    cerebellum = (below * np.clip((-points[1] - 38.0) / 4.0 + 0.5, 0, 1) * (points[2] < 2)).astype(np.float32)
+    stem = _ellipsoid(points, (0, -28, -38), (15, 14, 34)) * (1 - cerebellum)
+
+    maps = dict.fromkeys(CLASSES)
+    rest_grey, rest_white = grey, white
+    for name, region in (
+        ("thalamus", thalamus),
+        ("pallidum", pallidum),
+        ("striatum", striatum),
+        ("hippocampus", hippocampus),
+    ):
+        maps[name] = rest_grey * region
+        rest_grey = rest_grey - maps[name]
+    maps["cerebellar_cortex"] = rest_grey * cerebellum
+    maps["cerebellar_white"] = rest_white * cerebellum
+    rest_grey, rest_white = rest_grey * (1 - cerebellum), rest_white * (1 - cerebellum)
+    maps["brainstem"] = (rest_grey + rest_white) * stem
+    maps["cortex"], maps["white"] = rest_grey * (1 - stem), rest_white * (1 - stem)
+    maps["ventricle"] = fluid * inner
+    maps["csf"] = fluid * (1 - inner)
+    maps["choroid"] = np.zeros_like(fluid)
+    fractions = torch.from_numpy(np.stack([maps[name] for name in CLASSES]))
+    return Source(BUILT_IN, fractions, _unexplained(t1w, fractions, head), icbm_to_sri24() @ affine)
+
+
+def _unexplained(t1w: np.ndarray, fractions: torch.Tensor, head: np.ndarray) -> torch.Tensor:
+    """T1w minus its least-squares fit by the fractions, in units of the white-grey contrast."""
+    design = fractions.numpy()[:, head].T
+    weights = np.linalg.lstsq(design[::7], t1w[head][::7], rcond=None)[0]
+    contrast = weights[CLASSES.index("white")] - weights[CLASSES.index("cortex")]
+    residual = np.zeros_like(t1w)
+    residual[head] = np.clip((t1w[head] - design @ weights) / contrast, -0.6, 0.6)
+    return smooth(torch.from_numpy(residual), 0.7)
+
+
+def label_map_paths(folder: str | Path) -> list[Path]:
+    """Label maps of a folder, sorted by name.
+
+    Raises
+    ------
+    InputError
+        If the folder holds none.
+    """
+    paths = sorted(Path(folder).glob("*_dseg.nii.gz"))
+    if not paths:
+        raise InputError(
+            folder, "holds no *_dseg.nii.gz label map", "give a folder of FreeSurfer-type label maps"
+        )
+    return paths
+
+
+@lru_cache(maxsize=2)
+def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a label map as class indices, cut to the brain.
+
+    Labels of the rest of the head become background.
+
+    Parameters
+    ----------
+    path : path-like
+        FreeSurfer-type labels, about 1 mm.
+
+    Returns
+    -------
+    classes : numpy.ndarray of uint8, shape (X, Y, Z)
+        0 background, else 1 + index into `CLASSES`; RAS+ order.
+    affine : numpy.ndarray, shape (4, 4)
+
+    Raises
+    ------
+    InputError
+        If there is no cortex or no white matter in it.
+    """
+    image = nib.as_closest_canonical(nib.load(path))
+    labels = np.asarray(image.dataobj).astype(np.int32)
+    table = np.zeros(max(int(labels.max()) + 1, 256), dtype=np.uint8)
+    for index, name in enumerate(CLASSES):
+        table[list(LABELS[name])] = index + 1
+    classes = table[labels]
+    tissue = classes > 1
+    if (
+        not (classes == CLASSES.index("cortex") + 1).any()
+        or not (classes == CLASSES.index("white") + 1).any()
+    ):
+        raise InputError(path, "has no cortex or no white matter label", "give FreeSurfer-type labels")
+    spans = [np.flatnonzero(tissue.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    # A margin keeps the fluid around the brain.
+    low = [max(int(span[0]) - 8, 0) for span in spans]
+    cut = tuple(slice(a, int(span[-1]) + 9) for a, span in zip(low, spans, strict=True))
+    return classes[cut], image.affine @ nib.affines.from_matvec(np.eye(3), low)
+
+
+def label_map_source(path: str | Path) -> Source:
+    """Tissue maps of one label map, rigidly put in SRI24 space.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    Source
+        Its own size is kept, as rigid registration keeps that of a real brain.
+    """
+    from bids_uad.simulation.alignment import label_map_to_sri24
+
+    classes, affine = read_label_map(str(path))
+    indices = torch.from_numpy(classes)
+    fractions = torch.stack([(indices == index + 1).float() for index in range(len(CLASSES))])
+    name = Path(path).name.removesuffix("_dseg.nii.gz")
+    return Source(name, fractions, None, label_map_to_sri24(str(path)) @ affine)

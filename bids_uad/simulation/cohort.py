@@ -1,0 +1,276 @@
+"""Write synthetic cohorts: raw BIDS, or a derivative dataset already in SRI24 space."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
+import bids_uad
+from bids_uad.dataset.atomic import atomic_path, write_json, write_text, write_tsv
+from bids_uad.preprocessing.intensity import SCALING, scale_intensity
+from bids_uad.simulation.acquisition import scan_on_grid
+from bids_uad.simulation.lesions import KINDS
+from bids_uad.simulation.native import native_scan
+from bids_uad.simulation.spatial import to_grid
+from bids_uad.simulation.subject import Anatomy, Person, draw_person, make_anatomy, make_signal, stream
+from bids_uad.space import to_image
+
+REFERENCE = "https://www.nitrc.org/projects/sri24/"
+BIDS_VERSION = "1.10.0"
+DISEASES = {
+    None: "none",
+    "stroke": "stroke",
+    "ms": "multiple sclerosis",
+    "wmh": "white matter hyperintensities",
+    "tumour": "tumour",
+}
+TISSUE_NAMES = {
+    1: "cerebrospinal fluid",
+    2: "cortical grey matter (cerebrum and cerebellum)",
+    3: "white matter",
+    4: "deep grey matter",
+    5: "brainstem",
+}
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What to make.
+
+    Attributes
+    ----------
+    out : pathlib.Path
+        Dataset folder.
+    healthy, lesion : int
+        Numbers of subjects. Lesion kinds take turns.
+    modalities : tuple of str
+        Out of T1w and T2w.
+    label_maps : tuple of pathlib.Path
+        Extra sources of anatomy.
+    seed : int
+    derivatives : bool
+        Write preprocessed SRI24 images instead of raw scans.
+    """
+
+    out: Path
+    healthy: int
+    lesion: int
+    modalities: tuple[str, ...]
+    label_maps: tuple[Path, ...]
+    seed: int
+    derivatives: bool
+
+    def kind(self, index: int) -> str | None:
+        """Lesion kind of a subject, None if healthy."""
+        return None if index < self.healthy else KINDS[(index - self.healthy) % len(KINDS)]
+
+    def name(self, index: int) -> str:
+        """BIDS name of a subject, ``sub-001`` onwards."""
+        return f"sub-{index + 1:03d}"
+
+
+def save_image(image: nib.Nifti1Image, target: Path) -> None:
+    """Write a NIfTI image atomically, lightly compressed, the same bytes every time."""
+    with atomic_path(target) as temporary:
+        # Level 1: noise hardly compresses, and a time stamp would make equal files differ.
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def _write_derivatives(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> dict:
+    """Write one subject in SRI24 space; returns the drawn scan parameters."""
+    name = cohort.name(index)
+    stem = cohort.out / name / "anat" / f"{name}_space-SRI24"
+    drawn = {}
+    for modality in cohort.modalities:
+        image, protocol, drawn[modality] = make_signal(cohort.seed, index, person, anatomy, modality)
+        scan = scan_on_grid(image, protocol, anatomy.brain, stream(cohort.seed, index, f"{modality}-scan"))
+        scaled = scale_intensity(scan.numpy(), anatomy.brain.numpy())
+        target = stem.with_name(f"{stem.name}_desc-preproc_{modality}")
+        save_image(to_image(to_grid(torch.from_numpy(scaled))), target.with_suffix(".nii.gz"))
+        write_json(
+            target.with_suffix(".json"),
+            {"SkullStripped": True, "SpatialReference": REFERENCE, "Scaling": SCALING, **_scanner(person)},
+        )
+    truths = {"desc-brain_mask": anatomy.brain, "desc-tissue_dseg": anatomy.tissue_labels()}
+    if anatomy.lesion is not None:
+        truths["label-lesion_desc-manual_mask"] = anatomy.lesion.share > 0.5
+    for suffix, truth in truths.items():
+        target = stem.with_name(f"{stem.name}_{suffix}")
+        save_image(to_image(to_grid(truth, np.uint8), np.uint8), target.with_suffix(".nii.gz"))
+        sidecar = {"Description": "Known truth of a synthetic brain", "SpatialReference": REFERENCE}
+        if suffix.endswith("_mask"):
+            sidecar["Type"] = "Lesion" if "lesion" in suffix else "Brain"
+        write_json(target.with_suffix(".json"), sidecar)
+    return drawn
+
+
+def _scanner(person: Person) -> dict:
+    """Scanner fields of a sidecar."""
+    return {
+        "Modality": "MR",
+        "Manufacturer": person.scanner.manufacturer,
+        "ManufacturersModelName": person.scanner.name,
+        "MagneticFieldStrength": person.scanner.field_strength,
+    }
+
+
+def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> dict:
+    """Write one subject as raw scans on their own grids; returns the drawn scan parameters."""
+    name = cohort.name(index)
+    drawn = {}
+    for position, modality in enumerate(cohort.modalities):
+        image, protocol, drawn[modality] = make_signal(cohort.seed, index, person, anatomy, modality)
+        scan = native_scan(
+            image,
+            protocol,
+            anatomy,
+            stream(cohort.seed, index, "pose"),
+            stream(cohort.seed, index, f"{modality}-scan"),
+        )
+        drawn[modality] |= scan.drawn
+        target = cohort.out / name / "anat" / f"{name}_{modality}"
+        save_image(scan.image, target.with_suffix(".nii.gz"))
+        sidecar = _scanner(person) | {"SkullStripped": True, "SliceThickness": max(protocol.thickness, 1.0)}
+        write_json(target.with_suffix(".json"), sidecar)
+        if position == 0 and scan.lesion is not None:
+            mask = cohort.out / "derivatives" / "lesions" / name / "anat"
+            mask = mask / f"{name}_space-{modality}_label-lesion_mask"
+            save_image(scan.lesion, mask.with_suffix(".nii.gz"))
+            write_json(
+                mask.with_suffix(".json"),
+                {
+                    "Type": "Lesion",
+                    "Sources": [f"bids:raw:{name}/anat/{name}_{modality}.nii.gz"],
+                    "SpatialReference": f"bids:raw:{name}/anat/{name}_{modality}.nii.gz",
+                    "Description": "Known truth: voxels that are more than half lesion",
+                },
+            )
+    return drawn
+
+
+def make_subject(cohort: Cohort, index: int) -> dict:
+    """Make and write one subject.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    index : int
+
+    Returns
+    -------
+    dict
+        Its row of participants.tsv.
+    """
+    # Sums in another order would round differently; subjects run side by side instead.
+    torch.set_num_threads(1)
+    kind = cohort.kind(index)
+    person = draw_person(cohort.seed, index, cohort.label_maps)
+    with torch.no_grad():
+        anatomy = make_anatomy(cohort.seed, index, person, kind)
+        writer = _write_derivatives if cohort.derivatives else _write_raw
+        scans = writer(cohort, index, person, anatomy)
+    name = cohort.name(index)
+    record = {
+        "seed": cohort.seed,
+        "index": index,
+        "scanner": asdict(person.scanner),
+        **anatomy.drawn,
+        **scans,
+    }
+    folder = cohort.out / "derivatives" / "simulation" if not cohort.derivatives else cohort.out
+    write_json(folder / name / "anat" / f"{name}_desc-simulation_parameters.json", record)
+    return {
+        "participant_id": name,
+        "age": person.age,
+        "sex": person.sex,
+        "group": "control" if kind is None else "patient",
+        "pathology": DISEASES[kind],
+        "scanner": person.scanner.name,
+        "anatomy": anatomy.source.name,
+    }
+
+
+def _describe(cohort: Cohort) -> None:
+    """Write the files that make a folder a BIDS dataset."""
+    generated = [{"Name": "bids_uad.simulation", "Version": bids_uad.__version__}]
+    common = {"BIDSVersion": BIDS_VERSION, "License": "CC0-1.0", "Authors": ["The bids_uad developers"]}
+    description = common | {"Name": f"Synthetic brains, seed {cohort.seed}", "GeneratedBy": generated}
+    description["DatasetType"] = "derivative" if cohort.derivatives else "raw"
+    write_json(cohort.out / "dataset_description.json", description)
+    write_text(cohort.out / "README", README)
+    ignored = "*_parameters.json\n"
+    write_text(cohort.out / ".bidsignore", ignored)
+    if cohort.derivatives:
+        table = pd.DataFrame({"index": list(TISSUE_NAMES), "name": list(TISSUE_NAMES.values())})
+        write_tsv(cohort.out / "desc-tissue_dseg.tsv", table)
+    else:
+        parts = {"lesions": "Lesion masks", "simulation": "Drawn parameters"}
+        for part, title in parts.items():
+            content = common | {"Name": title, "DatasetType": "derivative", "GeneratedBy": generated}
+            content["DatasetLinks"] = {"raw": "../.."}
+            write_json(cohort.out / "derivatives" / part / "dataset_description.json", content)
+        write_text(cohort.out / "derivatives" / "simulation" / ".bidsignore", ignored)
+    write_json(
+        cohort.out / "participants.json",
+        {
+            "age": {"Description": "Age that shaped the anatomy", "Units": "year"},
+            "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
+            "group": {"Description": "Group", "Levels": {"control": "no lesion", "patient": "with lesion"}},
+            "pathology": {"Description": "Kind of lesion"},
+            "scanner": {"Description": "Synthetic scanner"},
+            "anatomy": {"Description": "Source of the tissue maps"},
+        },
+    )
+
+
+def make_cohort(cohort: Cohort, nprocs: int = 1) -> Iterator[str]:
+    """Make a whole dataset, subject by subject.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    nprocs : int
+        Processes; the files do not depend on it.
+
+    Yields
+    ------
+    str
+        Name of each subject once it is written.
+    """
+    _describe(cohort)
+    rows = []
+    indices = range(cohort.healthy + cohort.lesion)
+    if nprocs <= 1:
+        for index in indices:
+            rows.append(make_subject(cohort, index))
+            yield cohort.name(index)
+    else:
+        # A fork would copy the threads of PyTorch in an unknown state.
+        with ProcessPoolExecutor(nprocs, mp_context=get_context("spawn")) as pool:
+            for row in pool.map(make_subject, [cohort] * len(indices), indices):
+                rows.append(row)
+                yield row["participant_id"]
+    write_tsv(cohort.out / "participants.tsv", pd.DataFrame(rows))
+
+
+README = f"""Synthetic skull-stripped brains
+===============================
+
+Made by bids_uad.simulation: no person was scanned. Anatomy comes from the ICBM152 2009a template
+(Fonov et al. 2011) and, where the `anatomy` column of participants.tsv says so, from FreeSurfer-type
+label maps. Shape, age, scanner, contrast, noise and lesions were drawn at random; the drawn values are
+kept in the *_parameters.json files.
+
+Lesion masks mark voxels that are more than half lesion. Tissue labels (`desc-tissue_dseg`, where present):
+0 background, {", ".join(f"{index} {name}" for index, name in TISSUE_NAMES.items())}.
+They ignore lesions.
+"""

@@ -1,0 +1,143 @@
+"""From tissue maps to signal: class means per scanner, and the variation within a class.
+
+Signals are relative to white matter (T1w) or to cerebrospinal fluid (T2w). The ranges were read off real
+magnitude scans, divided by their 99.5th brain percentile: T1w of gradient-echo and spin-echo type, T2w of
+turbo-spin-echo type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bids_uad.simulation.anatomy import CLASSES
+from bids_uad.simulation.spatial import BOX_SHAPE, random_field, smooth
+
+# Position of a class between cortex (0) and white matter (1); (mean, standard deviation).
+BETWEEN = {
+    "T1w": {
+        "thalamus": (0.52, 0.08),
+        "striatum": (0.20, 0.06),
+        "pallidum": (0.72, 0.07),
+        "hippocampus": (0.05, 0.05),
+        "cerebellar_cortex": (0.02, 0.07),
+        "cerebellar_white": (0.92, 0.04),
+        "brainstem": (0.85, 0.06),
+        "choroid": (-0.35, 0.15),
+    },
+    "T2w": {
+        "thalamus": (0.55, 0.10),
+        "striatum": (0.25, 0.12),
+        "pallidum": (1.10, 0.12),
+        "hippocampus": (-0.15, 0.08),
+        "cerebellar_cortex": (0.15, 0.12),
+        "cerebellar_white": (0.90, 0.10),
+        "brainstem": (0.75, 0.12),
+        "choroid": (-1.2, 0.4),
+    },
+}
+
+
+def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str, float]:
+    """Draw the mean signal of every class.
+
+    Parameters
+    ----------
+    modality : {"T1w", "T2w"}
+    style : {"gradient_echo", "spin_echo"}
+        T1w only: spin echo has far less contrast between grey and white matter.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    dict
+        Signal per name of `CLASSES`. T1w: fluid < grey < white = 1. T2w: white < grey < fluid = 1.
+    """
+    if modality == "T1w":
+        white = 1.0
+        if style == "spin_echo":
+            cortex, fluid = rng.uniform(0.80, 0.90), rng.uniform(0.32, 0.50)
+        else:
+            cortex, fluid = rng.uniform(0.58, 0.78), rng.uniform(0.14, 0.34)
+    else:
+        fluid = 1.0
+        white = rng.uniform(0.17, 0.33)
+        cortex = white * rng.uniform(1.28, 1.50)
+    means = {"csf": fluid * (1.1 if modality == "T1w" else rng.uniform(0.72, 0.98)), "ventricle": fluid}
+    means |= {"cortex": cortex, "white": white}
+    for name, (centre, spread) in BETWEEN[modality].items():
+        means[name] = cortex + (white - cortex) * rng.normal(centre, spread)
+    return {name: float(means[name]) for name in CLASSES}
+
+
+def signal(
+    modality: str,
+    fractions: torch.Tensor,
+    means: dict[str, float],
+    detail: torch.Tensor | None,
+    change: torch.Tensor,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """Noise-free signal of a brain.
+
+    Parameters
+    ----------
+    modality : {"T1w", "T2w"}
+    fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+    means : dict
+        From `class_means`.
+    detail : torch.Tensor or None, shape (X, Y, Z)
+        Unexplained T1w intensity of the template, in units of the white-grey contrast.
+    change : torch.Tensor, shape (X, Y, Z)
+        Share of age-related white matter change.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    torch.Tensor, shape (X, Y, Z)
+        Positive; relative units.
+    """
+    index = {name: position for position, name in enumerate(CLASSES)}
+    values = torch.tensor([means[name] for name in CLASSES])
+    image = torch.tensordot(values, fractions, dims=1)
+    # What no class claims (membranes, veins, skull edge) inside the mask looks like murky fluid.
+    image += (1 - fractions.sum(0)).clamp_min(0) * means["csf"] * (1.25 if modality == "T1w" else 0.8)
+
+    contrast = means["white"] - means["cortex"]
+    white = fractions[index["white"]] + fractions[index["cerebellar_white"]]
+    near_white = smooth(white, 2.0)
+    deep_white = smooth(near_white, 3.5)
+    cortex = fractions[index["cortex"]] + fractions[index["cerebellar_cortex"]]
+    # The inner cortex is myelinated, the subcortical white matter less compact than the deep one.
+    image += contrast * cortex * (near_white - 0.35) * rng.uniform(0.15, 0.4)
+    image += contrast * white * (deep_white - 0.8) * rng.uniform(0.1, 0.35)
+
+    solid = fractions.sum(0) - fractions[index["csf"]] - fractions[index["ventricle"]]
+    slow, middle, fine = (random_field(rng, scale)[0] for scale in (30.0, 7.0, 2.2))
+    texture = 0.30 * slow + 0.30 * middle + 0.40 * fine
+    image += abs(contrast) * solid * texture * rng.uniform(0.14, 0.28)
+    if detail is not None:
+        image += contrast * detail * (0.8 if modality == "T1w" else 0.5) * solid
+    folia = fractions[index["cerebellar_cortex"]] * _folia(rng)
+    image += (means["csf"] - means["cortex"]) * folia * rng.uniform(0.08, 0.35)
+    # Vessels and membranes cross the fluid around the brain; the ventricles are quiet.
+    crossing = random_field(rng, 3.0)[0]
+    if modality == "T1w":
+        image += means["csf"] * fractions[index["csf"]] * 0.30 * crossing.clamp(-1.0, 3.0)
+        # Slow or enhanced blood and remnants of fat are the brightest voxels, and set the scale.
+        vessels = (crossing - rng.uniform(1.3, 2.6)).clamp(0.0, 1.0) * rng.uniform(0.3, 1.6)
+        image += means["white"] * vessels * (1 - solid - fractions[index["ventricle"]]).clamp(0, 1)
+        image -= abs(contrast) * 0.8 * change
+    else:
+        image *= 1 - fractions[index["csf"]] * 0.16 * (crossing - 0.3).clamp(0.0, 3.0)
+        image += (means["ventricle"] - means["white"]) * 0.45 * change
+    return image.clamp_min(0.02)
+
+
+def _folia(rng: np.random.Generator) -> torch.Tensor:
+    """Thin fluid-filled clefts of the cerebellum, 0 to 1: wavy sheets 3 to 5 mm apart."""
+    y, z = (torch.arange(size, dtype=torch.float32) for size in BOX_SHAPE[1:])
+    tilt = rng.uniform(-0.6, 0.6)
+    sheets = (z[None, :] + tilt * y[:, None])[None] * (2 * np.pi / rng.uniform(3.2, 5.0))
+    wavy = sheets + 2.5 * random_field(rng, 16.0)[0] + 1.2 * random_field(rng, 6.0)[0]
+    return torch.sin(wavy).clamp_min(0) ** 2

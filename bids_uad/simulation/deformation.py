@@ -1,0 +1,154 @@
+"""Smooth, invertible changes of shape: individual variation, ageing ventricles, mass effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth
+
+MINIMUM_JACOBIAN = 0.2
+
+
+def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
+    """Jacobian determinant of ``x + displacement(x)``; positive everywhere means fold-free.
+
+    Parameters
+    ----------
+    displacement : torch.Tensor, shape (3, X, Y, Z)
+        In voxels of the box, along its axes.
+
+    Returns
+    -------
+    torch.Tensor, shape (X-1, Y-1, Z-1)
+        By forward differences.
+    """
+    base = displacement[:, :-1, :-1, :-1]
+    columns = [
+        displacement[:, 1:, :-1, :-1] - base,
+        displacement[:, :-1, 1:, :-1] - base,
+        displacement[:, :-1, :-1, 1:] - base,
+    ]
+    for axis, column in enumerate(columns):
+        column[axis] += 1.0
+    a, b, c = columns
+    return (
+        a[0] * (b[1] * c[2] - b[2] * c[1])
+        - b[0] * (a[1] * c[2] - a[2] * c[1])
+        + c[0] * (a[1] * b[2] - a[2] * b[1])
+    )
+
+
+def individual(rng: np.random.Generator, amplitude: float) -> torch.Tensor:
+    """Random displacement with large and small scales.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    amplitude : float
+        Standard deviation of each component of the large-scale part, mm.
+
+    Returns
+    -------
+    torch.Tensor, shape (3, X, Y, Z), mm
+    """
+    large = random_field(rng, 48.0, channels=3) * amplitude
+    return large + random_field(rng, 16.0, channels=3) * (0.3 * amplitude)
+
+
+def expansion(region: torch.Tensor, amount: float, width: float = 5.0) -> torch.Tensor:
+    """Displacement that widens a region (or narrows it, `amount` < 0).
+
+    Points are read from nearer to the region, along the gradient of its smoothed map, so the tissue
+    around gives way and gets thinner.
+
+    Parameters
+    ----------
+    region : torch.Tensor, shape (X/2, Y/2, Z/2)
+        Soft map in [0, 1] on every second voxel of the box.
+    amount : float
+        Largest shift, mm.
+    width : float
+        Smoothing, mm: how far the shift reaches.
+
+    Returns
+    -------
+    torch.Tensor, shape (3, X, Y, Z), mm
+    """
+    potential = smooth(region, width / 2)
+    slopes = torch.stack(torch.gradient(potential))
+    largest = slopes.norm(dim=0).max().clamp_min(1e-6)
+    field = slopes / largest * amount
+    return F.interpolate(field[None], size=BOX_SHAPE, mode="trilinear", align_corners=False)[0]
+
+
+def push(centre: np.ndarray, radius: float, amount: float) -> torch.Tensor:
+    """Displacement of a growing mass: tissue is pushed away from its centre.
+
+    Parameters
+    ----------
+    centre : numpy.ndarray, shape (3,)
+        Index in the box.
+    radius : float
+        Of the mass, mm; the push is largest there and fades over twice that.
+    amount : float
+        Largest shift, mm.
+
+    Returns
+    -------
+    torch.Tensor, shape (3, X, Y, Z), mm
+    """
+    axes = [
+        torch.arange(size, dtype=torch.float32) - float(c) for size, c in zip(BOX_SHAPE, centre, strict=True)
+    ]
+    offset = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    ratio = offset.square().sum(0).sqrt() / radius
+    # ratio * exp((1 - ratio^2) / 2) peaks at 1 where ratio = 1.
+    return -offset / radius * torch.exp((1 - ratio**2) / 2) * amount
+
+
+def fold_free(displacement: torch.Tensor) -> torch.Tensor:
+    """Shrink a displacement until its Jacobian determinant is safely positive everywhere.
+
+    Parameters
+    ----------
+    displacement : torch.Tensor, shape (3, X, Y, Z), mm
+
+    Returns
+    -------
+    torch.Tensor
+        The same field times a factor of at most 1.
+    """
+    coarse = F.avg_pool3d(displacement[None], 2)[0] / 2
+    while float(jacobian_determinant(coarse).min()) < MINIMUM_JACOBIAN:
+        coarse = coarse * 0.85
+        displacement = displacement * 0.85
+    return displacement
+
+
+def pull_points(
+    displacement: torch.Tensor, size: np.ndarray, turn: np.ndarray, step: int = 1
+) -> torch.Tensor:
+    """Find where in SRI24 world each voxel of the box takes its tissue from.
+
+    Parameters
+    ----------
+    displacement : torch.Tensor, shape (3, X, Y, Z), mm along the box axes
+    size : numpy.ndarray, shape (3,)
+        Head size along each axis relative to the source.
+    turn : numpy.ndarray, shape (3, 3)
+        Rotation left over by registration.
+    step : int
+        Use every `step`-th voxel; the displacement is given there.
+
+    Returns
+    -------
+    torch.Tensor, shape (X, Y, Z, 3), mm
+    """
+    points = box_points()[::step, ::step, ::step].clone()
+    # The first two box axes run against world x and y.
+    points += displacement.permute(1, 2, 3, 0) * torch.tensor([-1.0, -1.0, 1.0])
+    centre = torch.tensor([-119.0, 107.0, 77.0])
+    matrix = torch.from_numpy(np.diag(1.0 / size) @ turn).float()
+    return (points - centre) @ matrix.T + centre

@@ -1,0 +1,204 @@
+"""Lesions with exact masks: stroke, multiple sclerosis plaques, white matter hyperintensities, tumours.
+
+Shapes are smooth random fields cut inside ellipsoids. A lesion is a share between 0 and 1 per voxel with an
+edge of about one voxel; its mask is where that share exceeds one half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bids_uad.simulation.anatomy import CLASSES
+from bids_uad.simulation.spatial import BOX_SHAPE, random_field, smooth
+
+KINDS = ("stroke", "ms", "wmh", "tumour")
+INDEX = {name: position for position, name in enumerate(CLASSES)}
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A lesion as nested soft parts.
+
+    Attributes
+    ----------
+    kind : str
+    share : torch.Tensor, shape (X, Y, Z)
+        The whole lesion, 0 to 1.
+    core : torch.Tensor, shape (X, Y, Z)
+        Its inner part (fluid of an old stroke, solid tumour), 0 to 1, never more than `share`.
+    drawn : dict
+        Parameters for the record.
+    """
+
+    kind: str
+    share: torch.Tensor
+    core: torch.Tensor
+    drawn: dict
+
+
+def _coordinates(centre: np.ndarray) -> torch.Tensor:
+    """Offsets of every voxel from a centre, shape (3, X, Y, Z)."""
+    axes = [
+        torch.arange(size, dtype=torch.float32) - float(c) for size, c in zip(BOX_SHAPE, centre, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def _blob(centre: np.ndarray, radii: np.ndarray, roughness: torch.Tensor, amount: float) -> torch.Tensor:
+    """Ellipsoid whose surface is displaced by a random field; soft over about one voxel."""
+    scaled = _coordinates(centre) / torch.tensor(radii, dtype=torch.float32)[:, None, None, None]
+    distance = (1.0 - scaled.square().sum(0).sqrt() + amount * roughness) * float(radii.min())
+    return (distance + 0.5).clamp(0, 1)
+
+
+def _pick(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
+    """Draw a voxel index with probability proportional to `weight`."""
+    flat = weight.flatten().double().cumsum(0).numpy()
+    position = int(np.searchsorted(flat, rng.uniform(0, flat[-1])))
+    return np.array(np.unravel_index(min(position, flat.size - 1), BOX_SHAPE), dtype=float)
+
+
+def mass_site(rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Centre (index in the box) and core radius (mm) of a tumour, before the anatomy is made."""
+    side = rng.choice([-1.0, 1.0])
+    centre = np.array([79.0 + side * rng.uniform(18, 42), rng.uniform(60, 140), rng.uniform(62, 100)])
+    return centre, float(rng.uniform(8.0, 18.0))
+
+
+def _stroke(fractions: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
+    centre = _pick(tissue, rng)
+    radii = rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
+    rough = 0.7 * random_field(rng, 14.0)[0] + 0.3 * random_field(rng, 5.0)[0]
+    share = _blob(centre, radii, rough, 0.30)
+    # One arterial territory: the other hemisphere is spared.
+    side = _coordinates(np.array([79.0, 0, 0]))[0] * np.sign(centre[0] - 79.0)
+    share = share * (side + 0.5).clamp(0, 1)
+    old = float(rng.uniform(0.0, 1.0))
+    core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(share)
+    return share, torch.minimum(core, share), {"radii_mm": radii.tolist(), "old": old}
+
+
+def _plaques(fractions: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    white = fractions[INDEX["white"]]
+    near = smooth(fractions[INDEX["ventricle"]], 6.0)
+    weight = (white > 0.9) * (0.04 + near / near.max())
+    share = torch.zeros(BOX_SHAPE)
+    rough = random_field(rng, 4.0)[0]
+    count = int(rng.integers(6, 28))
+    for _ in range(count):
+        radii = float(np.clip(rng.lognormal(np.log(2.8), 0.4), 1.6, 8.0)) * rng.uniform(0.7, 1.4, 3)
+        share = torch.maximum(share, _blob(_pick(weight, rng), radii, rough, 0.2))
+    # Plaques are made in white matter, and may touch grey matter but not fluid.
+    keep = (1 - fractions[INDEX["ventricle"]] - fractions[INDEX["csf"]]).clamp(0, 1)
+    return share * keep, torch.zeros(BOX_SHAPE), {"plaques": count}
+
+
+def _hyperintensities(
+    fractions: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    white, ventricle = fractions[INDEX["white"]], fractions[INDEX["ventricle"]]
+    reach = float(rng.uniform(2.5, 6.0))
+    near = smooth(ventricle, reach)
+    patches = 0.7 * random_field(rng, 10.0)[0] + 0.5 * random_field(rng, 4.0)[0]
+    around = ((near + 0.09 * patches - 0.20) * 2.0 * reach + 0.5).clamp(0, 1)
+    share = around * (white * 1.5 - 0.25).clamp(0, 1)
+    weight = (smooth(white, 2.0) > 0.85).float()
+    rough = random_field(rng, 4.0)[0]
+    count = int(rng.integers(3, 18))
+    for _ in range(count):
+        radii = rng.uniform(1.5, 4.0) * rng.uniform(0.7, 1.5, 3)
+        spot = _blob(_pick(weight, rng), radii, rough, 0.2)
+        share = torch.maximum(share, spot * (white + fractions[INDEX["cortex"]]).clamp(0, 1))
+    return share, torch.zeros(BOX_SHAPE), {"reach_mm": reach, "spots": count}
+
+
+def _tumour(
+    fractions: torch.Tensor, rng: np.random.Generator, site: tuple[np.ndarray, float]
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    centre, radius = site
+    radii = radius * rng.uniform(0.8, 1.25, 3)
+    rough = 0.7 * random_field(rng, 10.0)[0] + 0.3 * random_field(rng, 4.0)[0]
+    core = _blob(centre, radii, rough, 0.2)
+    spread = float(rng.uniform(1.3, 2.1))
+    # Oedema follows white matter and stops at the cortex and at fluid.
+    white = smooth(fractions[INDEX["white"]], 1.0)
+    reach = _blob(centre, radii * spread, rough + 1.2 * (white - 0.6), 0.4)
+    oedema = reach * (white * 1.6 - 0.3).clamp(0, 1)
+    return torch.maximum(core, oedema), core, {"radii_mm": radii.tolist(), "oedema": spread}
+
+
+def make_lesion(
+    kind: str,
+    fractions: torch.Tensor,
+    brain: torch.Tensor,
+    rng: np.random.Generator,
+    site: tuple[np.ndarray, float] | None,
+) -> Lesion:
+    """Draw a lesion of a kind into a brain.
+
+    Parameters
+    ----------
+    kind : {"stroke", "ms", "wmh", "tumour"}
+    fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+    brain : torch.Tensor of bool, shape (X, Y, Z)
+    rng : numpy.random.Generator
+    site : tuple or None
+        From `mass_site`; needed for a tumour, whose mass effect is part of the anatomy.
+
+    Returns
+    -------
+    Lesion
+        Zero outside the brain.
+    """
+    if kind == "tumour":
+        share, core, drawn = _tumour(fractions, rng, site)
+    else:
+        maker = {"stroke": _stroke, "ms": _plaques, "wmh": _hyperintensities}[kind]
+        share, core, drawn = maker(fractions, rng)
+    inside = brain.float()
+    return Lesion(kind, share * inside, torch.minimum(core, share) * inside, drawn)
+
+
+def paint(
+    modality: str, image: torch.Tensor, lesion: Lesion, means: dict[str, float], rng: np.random.Generator
+) -> torch.Tensor:
+    """Replace the signal of tissue by that of a lesion, in proportion to its share.
+
+    Parameters
+    ----------
+    modality : {"T1w", "T2w"}
+    image : torch.Tensor, shape (X, Y, Z)
+        Noise-free signal.
+    lesion : Lesion
+    means : dict
+        Class means of the scan.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    torch.Tensor, shape (X, Y, Z)
+        Unchanged where the share is 0.
+    """
+    fluid, grey, white = means["ventricle"], means["cortex"], means["white"]
+    # How far the signal moves from its tissue towards fluid.
+    ranges = {"stroke": (0.30, 0.65), "ms": (0.30, 0.60), "wmh": (0.22, 0.45), "tumour": (0.28, 0.55)}
+    low, high = ranges[lesion.kind]
+    towards = rng.uniform(low, high) * (0.75 if modality == "T1w" else 1.0)
+    fine, middle = random_field(rng, 3.0)[0], random_field(rng, 9.0)[0]
+    variation = (1 + 0.12 * fine + 0.15 * middle).clamp(0.5, 1.5)
+    outer = image + (fluid - image) * (towards * variation).clamp(0, 1)
+    if lesion.kind == "tumour":
+        level = grey + (fluid - grey) * rng.uniform(-0.05, 0.35)
+        patchy = level + abs(fluid - white) * (0.12 * middle + 0.05 * fine)
+        necrosis = torch.sigmoid(4.0 * (middle - rng.uniform(0.2, 1.2)))
+        inner = patchy + (grey + (fluid - grey) * 0.8 - patchy) * necrosis
+    else:
+        inner = image + (fluid - image) * rng.uniform(0.8, 0.97)
+    # Inside the core the outer change is replaced, not added.
+    ratio = lesion.core / lesion.share.clamp_min(1e-6)
+    changed = outer + (inner - outer) * ratio
+    return (image + (changed - image) * lesion.share).clamp_min(0.02)

@@ -1,0 +1,107 @@
+"""Raw scans: a head somewhere in the scanner, on its own grid, in arbitrary units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from bids_uad.simulation.acquisition import Protocol, bias_field, rician, slice_matrix
+from bids_uad.simulation.alignment import rotation
+from bids_uad.simulation.spatial import BOX_AFFINE, apply_axis, sample, smooth
+from bids_uad.simulation.subject import Anatomy
+
+NATIVE_SHAPE = (192, 224, 192)
+HEAD_CENTRE = np.array([-119.0, 107.0, 77.0])
+
+
+@dataclass(frozen=True)
+class NativeScan:
+    """A raw scan.
+
+    Attributes
+    ----------
+    image : nibabel.Nifti1Image
+        int16, RAS+, 1 mm in plane.
+    lesion : nibabel.Nifti1Image or None
+        uint8 mask on the same grid.
+    drawn : dict
+        Pose and units, for the record.
+    """
+
+    image: nib.Nifti1Image
+    lesion: nib.Nifti1Image | None
+    drawn: dict
+
+
+def _rigid(angles: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Rigid transform from angles (degrees) and a shift (mm), shape (4, 4)."""
+    turn = rotation(torch.from_numpy(np.deg2rad(angles))).numpy()
+    return nib.affines.from_matvec(turn, shift)
+
+
+def native_scan(
+    image: torch.Tensor,
+    protocol: Protocol,
+    anatomy: Anatomy,
+    pose: np.random.Generator,
+    rng: np.random.Generator,
+) -> NativeScan:
+    """Acquire a scan on its own grid.
+
+    Parameters
+    ----------
+    image : torch.Tensor, shape (X, Y, Z)
+        Noise-free signal on the box.
+    protocol : Protocol
+    anatomy : Anatomy
+    pose : numpy.random.Generator
+        Head position, the same for all scans of a session.
+    rng : numpy.random.Generator
+        Of this scan: motion since the first, bias field, noise, units.
+
+    Returns
+    -------
+    NativeScan
+    """
+    session = _rigid(pose.normal(0.0, 4.0, 3), pose.normal(0.0, 4.0, 3))
+    motion = _rigid(rng.normal(0.0, 0.7, 3), rng.normal(0.0, 1.0, 3))
+    affine = nib.affines.from_matvec(np.eye(3), -(np.array(NATIVE_SHAPE) - 1) / 2)
+    to_sri24 = nib.affines.from_matvec(np.eye(3), HEAD_CENTRE) @ session @ motion
+
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in NATIVE_SHAPE], indexing="ij"), -1).astype(np.float32)
+    matrix = torch.from_numpy(to_sri24 @ affine).float()
+    points = torch.from_numpy(index) @ matrix[:3, :3].T + matrix[:3, 3]
+    top = float(torch.quantile(image[anatomy.brain][::17], 0.995))
+    volumes = [(image / top).clamp_min(0) ** protocol.gamma, anatomy.brain.float()]
+    if anatomy.lesion is not None:
+        volumes.append(anatomy.lesion.share)
+    moved = sample(torch.stack(volumes), BOX_AFFINE, points)
+    blur = protocol.blur if protocol.thickness == 1 else 0.0
+    moved[0] = smooth(moved[0], (protocol.blur, protocol.blur, blur))
+    moved[0] *= bias_field(rng, protocol.bias, NATIVE_SHAPE)
+    if protocol.thickness > 1:
+        thick = slice_matrix(NATIVE_SHAPE[2], protocol.thickness, 0.0)
+        moved = apply_axis(moved, thick, 3)
+        affine = affine @ nib.affines.from_matvec(
+            np.diag([1, 1, protocol.thickness]), [0, 0, (protocol.thickness - 1) / 2]
+        )
+    brain = moved[1] > 0.5
+    units = float(rng.uniform(500.0, 3000.0))
+    scan = (rician(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
+    result = _image(scan.to(torch.int16).numpy(), affine)
+    lesion = None
+    if anatomy.lesion is not None:
+        lesion = _image(((moved[2] > 0.5) & brain).to(torch.uint8).numpy(), affine)
+    return NativeScan(result, lesion, {"units": units, "native_to_sri24": to_sri24.tolist()})
+
+
+def _image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """NIfTI image in scanner coordinates (codes 1)."""
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    return image

@@ -1,0 +1,228 @@
+"""One synthetic person: anatomy, age, lesion and the noise-free signal of each scan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bids_uad.simulation import ageing, contrast, deformation, lesions
+from bids_uad.simulation.acquisition import SCANNERS, Protocol, Scanner, draw_protocol
+from bids_uad.simulation.alignment import rotation
+from bids_uad.simulation.anatomy import BUILT_IN, CLASSES, Source, built_in_source, label_map_source
+from bids_uad.simulation.brainmask import brain_mask
+from bids_uad.simulation.spatial import occupied, sample, sample_inside
+
+BUILT_IN_SHARE = 0.25
+TISSUES = {
+    "csf": 1,
+    "ventricle": 1,
+    "choroid": 1,
+    "cortex": 2,
+    "cerebellar_cortex": 2,
+    "white": 3,
+    "cerebellar_white": 3,
+    "thalamus": 4,
+    "striatum": 4,
+    "pallidum": 4,
+    "hippocampus": 4,
+    "brainstem": 5,
+}
+STREAMS = (
+    "person",
+    "shape",
+    "mask",
+    "age",
+    "lesion",
+    "pose",
+    "T1w",
+    "T1w-scan",
+    "T1w-lesion",
+    "T2w",
+    "T2w-scan",
+    "T2w-lesion",
+)
+
+
+def stream(seed: int, index: int, purpose: str) -> np.random.Generator:
+    """Random numbers of one purpose for one subject.
+
+    Purposes do not share a stream, so giving a subject a lesion changes nothing else about it.
+    """
+    return np.random.default_rng([seed, index, STREAMS.index(purpose)])
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who a subject is.
+
+    Attributes
+    ----------
+    age : float
+        Years.
+    sex : {"F", "M"}
+    scanner : Scanner
+    source : str
+        `BUILT_IN` or the path of a label map.
+    """
+
+    age: float
+    sex: str
+    scanner: Scanner
+    source: str
+
+
+@dataclass
+class Anatomy:
+    """The truth about one subject, on the box.
+
+    Attributes
+    ----------
+    fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+    detail : torch.Tensor or None
+    change : torch.Tensor, shape (X, Y, Z)
+        Age-related white matter change.
+    brain : torch.Tensor of bool, shape (X, Y, Z)
+    lesion : lesions.Lesion or None
+    source : Source
+    drawn : dict
+        Parameters for the record.
+    """
+
+    fractions: torch.Tensor
+    detail: torch.Tensor | None
+    change: torch.Tensor
+    brain: torch.Tensor
+    lesion: lesions.Lesion | None
+    source: Source
+    drawn: dict = field(default_factory=dict)
+
+    def tissue_labels(self) -> torch.Tensor:
+        """Largest tissue per voxel as in `TISSUES`, 0 outside the brain; uint8, shape (X, Y, Z)."""
+        shares = [
+            sum(self.fractions[i] for i, name in enumerate(CLASSES) if TISSUES[name] == tissue)
+            for tissue in range(1, 6)
+        ]
+        largest = shares[0] + (1 - self.fractions.sum(0)).clamp_min(0)
+        labels = torch.ones(largest.shape, dtype=torch.uint8)
+        for tissue, share in enumerate(shares[1:], start=2):
+            labels[share > largest] = tissue
+            largest = torch.maximum(largest, share)
+        return labels * self.brain
+
+
+def draw_person(seed: int, index: int, label_maps: tuple[Path, ...]) -> Person:
+    """Draw age, sex, scanner and source of anatomy.
+
+    Parameters
+    ----------
+    seed, index : int
+    label_maps : tuple of path
+        May be empty; if not, the built-in template is still drawn for one subject in four.
+
+    Returns
+    -------
+    Person
+    """
+    rng = stream(seed, index, "person")
+    age = float(np.round(rng.uniform(20.0, 85.0), 1))
+    sex = str(rng.choice(["F", "M"]))
+    scanner = SCANNERS[int(rng.integers(len(SCANNERS)))]
+    use_template = rng.uniform() < BUILT_IN_SHARE
+    pick = int(rng.integers(max(len(label_maps), 1)))
+    source = BUILT_IN if use_template or not label_maps else str(label_maps[pick])
+    return Person(age, sex, scanner, source)
+
+
+def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Anatomy:
+    """Make the tissue maps, the brain mask and the lesion of a subject.
+
+    Parameters
+    ----------
+    seed, index : int
+    person : Person
+    kind : str or None
+        One of `lesions.KINDS`, or None for a healthy subject.
+
+    Returns
+    -------
+    Anatomy
+    """
+    source = built_in_source() if person.source == BUILT_IN else label_map_source(person.source)
+    rng = stream(seed, index, "shape")
+    size = np.exp(rng.normal(0.0, 0.02) + rng.normal(0.0, 0.012, 3)) * (1.015 if person.sex == "M" else 0.985)
+    # Two label maps in one family of heads would look alike without a mirror image now and then.
+    mirror = np.diag([-1.0 if rng.uniform() < 0.5 else 1.0, 1.0, 1.0])
+    angles = torch.from_numpy(np.deg2rad(rng.normal(0.0, 1.2, 3))).float()
+    turn = mirror @ rotation(angles).double().numpy()
+    amplitude = float(rng.uniform(1.5, 3.0))
+    displacement = deformation.individual(rng, amplitude)
+
+    age_rng = stream(seed, index, "age")
+    growth = ageing.ventricle_growth(age_rng, person.age, ageing.apparent_age(source.fractions))
+    plain = deformation.pull_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
+    ventricle = sample(source.fractions[ageing.VENTRICLE][None], source.affine, plain)[0]
+    displacement = displacement + deformation.expansion(ventricle, growth)
+    site = None
+    if kind == "tumour":
+        lesion_rng = stream(seed, index, "lesion")
+        site = lesions.mass_site(lesion_rng)
+        displacement = displacement + deformation.push(*site, float(lesion_rng.uniform(1.0, 5.0)))
+    displacement = deformation.fold_free(displacement)
+    points = deformation.pull_points(displacement, size, turn)
+
+    inside = occupied(source.fractions.sum(0), source.affine, points)
+    fractions = sample_inside(source.fractions, source.affine, points, inside)
+    detail = None
+    if source.detail is not None:
+        detail = sample_inside(source.detail[None], source.affine, points, inside)[0]
+    fractions, sulci = ageing.widen_sulci(fractions, age_rng, person.age)
+    change, white_change = ageing.white_matter_change(fractions, age_rng, person.age)
+    brain, rim = brain_mask(fractions, stream(seed, index, "mask"))
+    lesion = None
+    if kind is not None:
+        lesion = lesions.make_lesion(kind, fractions, brain, stream(seed, index, "lesion"), site)
+    drawn = {
+        "source": source.name,
+        "size": size.tolist(),
+        "mirrored": bool(mirror[0, 0] < 0),
+        "rotation_deg": np.rad2deg(angles.numpy()).tolist(),
+        "deformation_mm": amplitude,
+        "ventricle_growth_mm": growth,
+        "sulcal_strength": sulci,
+        "white_matter_change": white_change,
+        **rim,
+        "lesion": None if lesion is None else {"kind": kind, **lesion.drawn},
+    }
+    return Anatomy(fractions, detail, change, brain, lesion, source, drawn)
+
+
+def make_signal(
+    seed: int, index: int, person: Person, anatomy: Anatomy, modality: str
+) -> tuple[torch.Tensor, Protocol, dict]:
+    """Noise-free signal of one scan, and the settings to acquire it with.
+
+    Parameters
+    ----------
+    seed, index : int
+    person : Person
+    anatomy : Anatomy
+    modality : {"T1w", "T2w"}
+
+    Returns
+    -------
+    image : torch.Tensor, shape (X, Y, Z)
+    protocol : Protocol
+    drawn : dict
+        Class means and protocol, for the record.
+    """
+    rng = stream(seed, index, modality)
+    protocol = draw_protocol(person.scanner, modality, rng)
+    means = contrast.class_means(modality, person.scanner.style, rng)
+    image = contrast.signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
+    if anatomy.lesion is not None:
+        painter = stream(seed, index, f"{modality}-lesion")
+        image = lesions.paint(modality, image, anatomy.lesion, means, painter)
+    return image, protocol, {"means": means, "protocol": asdict(protocol)}

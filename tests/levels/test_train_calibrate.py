@@ -1,0 +1,121 @@
+"""The two levels that make models, driven from the command line on brains of thirty slices."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_uad import space
+from bids_uad.atomic import write_json, write_tsv
+from bids_uad.cli.main import main
+from bids_uad.engine.bundle import load_bundle, resolve_bundles
+
+LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
+
+
+def write_scan(folder, label, *, lesion=False):
+    """One T2w with bright fluid in the middle, and a lesion that is brighter still."""
+    axes = np.ogrid[tuple(slice(0, size) for size in space.SHAPE)]
+    radius = sum(((a - c) / r) ** 2 for a, c, r in zip(axes, (120, 120, 75), (40, 44, 15), strict=True))
+    brain = radius < 1
+    noise = np.random.default_rng(int(label)).normal(0, 0.02, space.SHAPE)
+    volume = (np.where(radius < 0.05, 0.8, 0.4) + noise).clip(0, 1) * brain
+    anat = folder / f"sub-{label}" / "anat"
+    anat.mkdir(parents=True)
+    stem = f"sub-{label}_space-SRI24"
+    if lesion:
+        volume[LESION] = 0.95
+        truth = np.zeros(space.SHAPE, dtype=np.uint8)
+        truth[LESION] = 1
+        nib.save(space.to_image(truth, np.uint8), anat / f"{stem}_label-lesion_desc-manual_mask.nii.gz")
+    nib.save(space.to_image(volume), anat / f"{stem}_desc-preproc_T2w.nii.gz")
+    nib.save(space.to_image(brain, np.uint8), anat / f"{stem}_desc-brain_mask.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preprocessed")
+    for label, lesion in (("1", False), ("2", False), ("3", True), ("4", False)):
+        write_scan(folder, label, lesion=lesion)
+    people = {
+        "participant_id": ["sub-1", "sub-2", "sub-3", "sub-4"],
+        "age": [30, 61, 50, 44],
+        "sex": ["F", "M", "M", "F"],
+        "group": ["control", "control", "patient", "patient"],
+        "scanner": ["A", "B", "A", "B"],
+    }
+    write_tsv(folder / "participants.tsv", pd.DataFrame(people))
+    write_json(folder / "dataset_description.json", {"Name": "Thirty slices", "BIDSVersion": "1.10.0"})
+    return folder
+
+
+def call(scans, models, level, detector="intensity", *extra):
+    chosen = ["--detector", detector, "--modality", "T2w", "--preset", "lite"]
+    return main([str(scans), str(models), level, *chosen, "-w", str(models / "scratch"), *extra])
+
+
+@pytest.fixture(scope="module")
+def models(scans, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    assert call(scans, folder, "train") == 0
+    assert call(scans, folder, "calibrate") == 0
+    return folder
+
+
+def test_only_healthy_scans_are_learnt_from(models):
+    training = load_bundle(models / "intensity-T2w-lite").info["training"]
+    assert training["n_subjects"] == 2
+    assert training["age_range"] == [30, 61]
+    assert training["sex"] == {"F": 1, "M": 1}
+    assert training["scanners"] == ["A", "B"]
+    assert training["source"] == "Thirty slices"
+
+
+def test_the_card_says_who_was_learnt_from(models):
+    card = (models / "intensity-T2w-lite" / "MODEL_CARD.md").read_text()
+    assert "not for clinical use" in card
+    assert "30 to 61 years" in card
+    assert "--detector intensity --modality T2w" in card
+
+
+def test_thresholds_come_from_healthy_scans_and_masks(models):
+    """The patient without a mask is neither healthy nor ground truth."""
+    calibration = json.loads((models / "intensity-T2w-lite" / "calibration.json").read_text())
+    assert calibration["validation"]["n_healthy"] == 2
+    assert calibration["validation"]["n_lesion"] == 1
+    # Between fluid at 0.8 and the lesion at 0.95 lies the cut that leaves only the lesion.
+    assert 0.8 < calibration["thresholds"]["max_dice"] < 0.95
+    assert calibration["validation"]["mean_dice"]["max_dice"] > 0.95
+
+
+def test_the_bundle_is_ready_to_use(models):
+    (bundle,) = resolve_bundles([str(models / "intensity-T2w-lite")], ["T2w"])
+    assert bundle.default_threshold[0] == "max_dice"
+    assert bundle.default_threshold[1] in bundle.bin_edges
+
+
+@pytest.mark.parametrize(
+    ("detector", "code", "words"),
+    [("nonesuch", 2, "no detector named"), ("patchcore", 66, "tissue classes")],
+)
+def test_what_cannot_be_trained_is_said(scans, tmp_path, capsys, detector, code, words):
+    assert call(scans, tmp_path / "models", "train", detector) == code
+    assert words in capsys.readouterr().err
+
+
+def test_calibrating_nothing_is_said(scans, tmp_path, capsys):
+    assert call(scans, tmp_path / "models", "calibrate") == 69
+    assert "bundle.json is missing" in capsys.readouterr().err
+
+
+def test_without_participants_nobody_is_healthy(scans, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "sub-1").symlink_to(scans / "sub-1")
+    write_json(bare / "dataset_description.json", {"Name": "Bare", "BIDSVersion": "1.10.0"})
+    assert call(bare, tmp_path / "models", "train") == 66
+    assert "none of the 1 T2w scans belongs to a healthy participant" in capsys.readouterr().err

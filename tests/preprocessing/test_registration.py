@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bids_uad.preprocessing.bias import correct_bias
+from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
+from bids_uad.preprocessing.registration import Volume, register_rigid, rotated_starts, similarity
+from bids_uad.preprocessing.transforms import rotation_about
+
+from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, t2w_like
+
+
+@pytest.fixture(scope="module")
+def scan(reference_volume: Volume) -> Volume:
+    data = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
+    return Volume(data, NATIVE_AFFINE, data > 0)
+
+
+def target_error(pull: np.ndarray, truth: np.ndarray, volume: Volume) -> float:
+    """Mean distance (mm) between where two transforms send the voxels of the brain."""
+    voxels = np.argwhere(volume.mask)[::997]
+    points = volume.affine @ np.vstack([voxels.T, np.ones(len(voxels))])
+    return float(np.linalg.norm(((pull - truth) @ points)[:3], axis=0).mean())
+
+
+def test_a_known_move_is_recovered(reference_volume: Volume, scan: Volume, tmp_path: Path) -> None:
+    pull, qc = register_to_reference(reference_volume, scan, tmp_path)
+    assert target_error(pull, known_move(), reference_volume) < 0.5
+    np.testing.assert_allclose(pull[:3, :3] @ pull[:3, :3].T, np.eye(3), atol=1e-12)
+    assert qc["mask_overlap"] > 0.97
+    assert qc["restarted"] is False
+
+
+def test_registration_repeats_bit_for_bit(scan: Volume, reference_volume: Volume, tmp_path: Path) -> None:
+    fixed, moving = reference_volume.coarse(6.0).cropped(2), scan.coarse(6.0)
+    runs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        runs.append(register_rigid(fixed, moving, known_move(), tmp_path / name))
+    assert runs[0].tobytes() == runs[1].tobytes()
+    assert not np.array_equal(runs[0], known_move())
+
+
+def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Volume, tmp_path: Path) -> None:
+    # A bright shell around the brain stands for the scalp, which the anchor lacks.
+    from scipy import ndimage
+
+    move = rotation_about(scan.centre(), (3.0, -2.0, 4.0))
+    near = ndimage.binary_dilation(scan.mask, iterations=5) & ~ndimage.binary_dilation(
+        scan.mask, iterations=3
+    )
+    head = t2w_like(scan.data) + np.where(near, 900.0, 0.0)
+    t2w = Volume(head.astype(np.float32), move @ scan.affine)
+    pull, qc = register_to_anchor(scan, t2w, tmp_path)
+    assert target_error(pull, move, scan) < 0.7
+    assert qc["mask_overlap"] is None
+
+
+def test_a_brain_that_lies_on_its_side_is_found_again(reference_volume: Volume, scan: Volume) -> None:
+    fixed = reference_volume.coarse(8.0)
+    turned = Volume(scan.data, rotation_about(scan.centre(), (0.0, 0.0, 90.0)) @ scan.affine, scan.mask)
+    best = rotated_starts(fixed, turned.coarse(8.0), 1)[0]
+    truth = rotation_about(scan.centre(), (0.0, 0.0, 90.0)) @ known_move()
+    angle = np.degrees(np.arccos((np.trace(best[:3, :3].T @ truth[:3, :3]) - 1) / 2))
+    assert angle < 30
+
+
+def test_similarity_is_one_for_itself_and_zero_for_noise(scan: Volume) -> None:
+    assert similarity(scan, scan, np.eye(4)) == pytest.approx(1.0, abs=1e-6)
+    rng = np.random.default_rng(0)
+    noise = Volume(rng.random(scan.data.shape).astype(np.float32), scan.affine)
+    assert similarity(scan, noise, np.eye(4)) < 0.01
+
+
+def test_bias_correction_removes_a_known_field(reference_volume: Volume) -> None:
+    brain = reference_volume.coarse(3.0)
+    x = np.linspace(-1, 1, brain.data.shape[0])[:, None, None]
+    field = np.exp(0.35 * x) * np.ones(brain.data.shape)
+    corrected = correct_bias(brain.data * field, brain.affine, brain.mask)
+    inside = brain.mask & (brain.data > 100)
+    before = np.std(np.log((brain.data * field)[inside] / brain.data[inside]))
+    # The template has a little shading of its own; what counts is the field that was put on it.
+    plain = correct_bias(brain.data, brain.affine, brain.mask)
+    after = np.std(np.log(corrected[inside] / plain[inside]))
+    assert before > 0.12
+    assert after < 0.25 * before
+    assert np.median(corrected[brain.mask]) == pytest.approx(
+        np.median((brain.data * field)[brain.mask]), rel=1e-4
+    )
+
+
+def test_bias_correction_refuses_an_empty_mask() -> None:
+    with pytest.raises(ValueError, match="no signal"):
+        correct_bias(np.zeros((8, 8, 8)), np.eye(4), np.ones((8, 8, 8), dtype=bool))

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bids_uad import space
+from bids_uad.preprocessing.native import map_to_native
+from bids_uad.preprocessing.reference import Reference
+from bids_uad.preprocessing.registration import Volume
+from bids_uad.preprocessing.resampling import resample_mask
+from bids_uad.preprocessing.transforms import read_itk, rotation_about
+from bids_uad.preprocessing.workflow import init_preproc_wf
+
+from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
+
+LESION_CENTRE = np.array([-100.0, 120.0, 90.0])
+T2W_SHAPE = (60, 70, 24)
+T2W_AFFINE = rotation_about(np.array([90.0, 100.0, 70.0]), (4.0, 5.0, -6.0)) @ np.array(
+    [[-3.5, 0, 0, -5], [0, 3.5, 0, -8], [0, 0, 7.0, -10], [0, 0, 0, 1.0]]
+)
+
+
+def lesion_ball() -> np.ndarray:
+    voxels = np.indices(space.SHAPE).reshape(3, -1)
+    world = space.AFFINE[:3, :3] @ voxels + space.AFFINE[:3, 3:]
+    near = np.linalg.norm(world - LESION_CENTRE[:, None], axis=0) < 14
+    return near.reshape(space.SHAPE)
+
+
+def run(workflow, base: Path, **inputs: object) -> SimpleNamespace:
+    workflow.base_dir = str(base)
+    for key, value in inputs.items():
+        setattr(workflow.inputs.inputnode, key, str(value))
+    workflow.config["execution"] = {"remove_unnecessary_outputs": "false", "crashdump_dir": str(base)}
+    graph = workflow.run()
+    nodes = {node.name: node.result.outputs for node in graph.nodes()}
+    mask = nodes.get("brain_mask", nodes["register"])
+    return SimpleNamespace(
+        preproc=nodes["resample"].out_file,
+        brain_mask=nodes["resample"].out_mask,
+        native_mask=mask.out_mask,
+        brain=nodes["correct_bias"].out_brain,
+        to_sri24=nodes["register"].to_sri24,
+        from_sri24=nodes["register"].from_sri24,
+        lesion=nodes["lesion"].out_file,
+        qc=nodes["quality"].qc,
+    )
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory, reference: Reference, reference_volume: Volume):
+    """A T1w with a lesion mask, and a thick-slice oblique T2w of the same head."""
+    folder = tmp_path_factory.mktemp("session")
+    t1w = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
+    lesion = resample_mask(
+        lesion_ball(), space.AFFINE, NATIVE_SHAPE, NATIVE_AFFINE, np.linalg.inv(known_move())
+    )
+    t1w_file = save(folder / "T1w.nii.gz", t1w[..., None], NATIVE_AFFINE)
+    lesion_file = save(folder / "lesion.nii.gz", lesion.astype(np.uint8), NATIVE_AFFINE)
+    t2w = t2w_like(draw(reference_volume, known_move(), T2W_SHAPE, T2W_AFFINE))
+    t2w_file = save(folder / "T2w.nii.gz", t2w, T2W_AFFINE)
+    common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference}
+    anchor = run(
+        init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, **common),
+        folder,
+        in_file=t1w_file,
+        lesion_mask=lesion_file,
+    )
+    other = run(
+        init_preproc_wf(name="t2w_wf", modality="T2w", is_anchor=False, **common),
+        folder,
+        in_file=t2w_file,
+        anchor_file=anchor.brain,
+        anchor_mask=anchor.native_mask,
+        anchor_xfm=anchor.to_sri24,
+    )
+    return SimpleNamespace(t1w=t1w_file, t2w=t2w_file, anchor=anchor, other=other)
+
+
+def load(path: str) -> np.ndarray:
+    image = nib.load(path)
+    assert image.shape == space.SHAPE
+    np.testing.assert_array_equal(image.affine, space.AFFINE)
+    assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 2
+    return np.asarray(image.dataobj)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("which", ["anchor", "other"])
+def test_scans_arrive_on_the_grid_scaled_and_masked(session, reference_volume: Volume, which: str) -> None:
+    result = getattr(session, which)
+    image, brain = load(result.preproc), load(result.brain_mask) > 0
+    assert image.dtype == np.float32
+    assert image.min() == 0.0
+    assert image.max() == 1.0
+    assert (image[~brain] == 0).all()
+    assert dice(brain, reference_volume.mask) > 0.95
+    assert result.qc["mask_overlap"] == pytest.approx(dice(brain, reference_volume.mask), abs=1e-4)
+    assert result.qc["skull_stripped"] is True
+    assert result.qc["warnings"] == []
+
+
+def test_both_contrasts_show_the_same_anatomy(session, reference_volume: Volume) -> None:
+    inner = load(session.anchor.brain_mask).astype(bool) & load(session.other.brain_mask).astype(bool)
+    t1w, t2w = load(session.anchor.preproc)[inner], load(session.other.preproc)[inner]
+    assert np.corrcoef(t1w, reference_volume.data[inner])[0, 1] > 0.9
+    assert np.corrcoef(t1w, t2w)[0, 1] < -0.75
+
+
+@pytest.mark.parametrize("which", ["anchor", "other"])
+def test_each_scan_has_one_rigid_transform_and_its_inverse(session, which: str) -> None:
+    result = getattr(session, which)
+    pull, back = read_itk(result.to_sri24), read_itk(result.from_sri24)
+    np.testing.assert_allclose(pull @ back, np.eye(4), atol=1e-9)
+    np.testing.assert_allclose(pull[:3, :3] @ pull[:3, :3].T, np.eye(3), atol=1e-9)
+    shift = np.linalg.norm(((pull - known_move()) @ [*LESION_CENTRE, 1.0])[:3])
+    assert shift < 1.0
+
+
+def test_the_lesion_comes_along(session) -> None:
+    assert dice(load(session.anchor.lesion) > 0, lesion_ball()) > 0.85
+
+
+def test_the_mask_of_the_t2w_lies_on_its_own_grid(session) -> None:
+    native, mask = nib.load(session.t2w), nib.load(session.other.native_mask)
+    assert mask.shape == native.shape
+    np.testing.assert_allclose(mask.affine, native.affine, atol=1e-4)
+    assert dice(np.asarray(mask.dataobj) > 0, np.asarray(native.dataobj) > 0) > 0.93
+
+
+@pytest.mark.parametrize("which", ["anchor", "other"])
+def test_a_mask_goes_to_native_space_and_back(session, which: str) -> None:
+    raw = session.t1w if which == "anchor" else session.t2w
+    result = getattr(session, which)
+    native = map_to_native(lesion_ball(), raw, result.from_sri24)
+    assert native.shape == nib.load(raw).shape[:3]
+    assert native.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(native.affine, nib.load(raw).affine, atol=1e-5)
+    volume = np.asarray(native.dataobj).sum() * abs(np.linalg.det(native.affine[:3, :3]))
+    assert volume == pytest.approx(lesion_ball().sum(), rel=0.12)
+    again = resample_mask(
+        np.asarray(native.dataobj) > 0, native.affine, space.SHAPE, space.AFFINE, read_itk(result.to_sri24)
+    )
+    assert dice(again, lesion_ball()) > 0.8
+
+
+def test_labels_survive_the_way_to_native_space(session) -> None:
+    labels = lesion_ball().astype(np.int16) * 300
+    native = map_to_native(labels, session.t1w, session.anchor.from_sri24)
+    assert set(np.unique(np.asarray(native.dataobj))) == {0, 300}
+
+
+def test_map_to_native_refuses_another_grid(session) -> None:
+    with pytest.raises(ValueError, match="expected a volume"):
+        map_to_native(np.zeros((4, 4, 4)), session.t1w, session.anchor.from_sri24)
+
+
+@pytest.mark.parametrize(("modality", "is_anchor"), [("T1w", True), ("T2w", True), ("T2w", False)])
+def test_the_description_cites_what_is_done(reference: Reference, modality: str, is_anchor: bool) -> None:
+    workflow = init_preproc_wf(
+        name="preproc_wf",
+        modality=modality,
+        is_anchor=is_anchor,
+        skull_stripped=False,
+        omp_nthreads=1,
+        reference=reference,
+    )
+    text = workflow.visit_desc()
+    assert "[@n4]" in text
+    assert modality in text
+    assert ("[@icbm152]" in text) is is_anchor
+
+
+def test_flair_is_refused(reference: Reference) -> None:
+    with pytest.raises(ValueError, match="FLAIR"):
+        init_preproc_wf(
+            name="x",
+            modality="FLAIR",
+            is_anchor=True,
+            skull_stripped=None,
+            omp_nthreads=1,
+            reference=reference,
+        )

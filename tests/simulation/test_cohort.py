@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_uad.simulation.__main__ import main
+from bids_uad.simulation.cohort import Cohort, make_subject
+from bids_uad.space import AFFINE, SHAPE
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("raw") / "ds"
+    assert main([str(out), "--healthy", "1", "--lesion", "1", "--seed", "4"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sri24") / "ds"
+    assert main([str(out), "--healthy", "1", "--lesion", "1", "--seed", "4", "--derivatives"]) == 0
+    return out
+
+
+def test_one_seed_is_one_dataset_in_any_order(tmp_path, preprocessed):
+    # The second subject alone and with one modality only, without the first before it.
+    make_subject(Cohort(tmp_path, 1, 1, ("T1w",), (), 4, True), 1)
+    images = {name: sha for name, sha in digest(tmp_path).items() if name.endswith(".nii.gz")}
+    assert len(images) == 4
+    whole = digest(preprocessed)
+    assert images == {name: whole[name] for name in images}
+    first = {sha for name, sha in whole.items() if "sub-001" in name and name.endswith(".nii.gz")}
+    assert not first & set(images.values())
+
+
+def test_derivatives_follow_the_naming_and_the_grid(preprocessed):
+    folder = preprocessed / "sub-002" / "anat"
+    brain = nib.load(folder / "sub-002_space-SRI24_desc-brain_mask.nii.gz")
+    inside = np.asarray(brain.dataobj) > 0
+    for modality in ("T1w", "T2w"):
+        image = nib.load(folder / f"sub-002_space-SRI24_desc-preproc_{modality}.nii.gz")
+        data = np.asarray(image.dataobj)
+        assert image.shape == SHAPE
+        np.testing.assert_array_equal(image.affine, AFFINE)
+        assert image.get_data_dtype() == np.float32
+        assert data.min() == 0
+        assert data.max() == 1
+        assert not data[~inside].any()
+    lesion = np.asarray(nib.load(folder / "sub-002_space-SRI24_label-lesion_desc-manual_mask.nii.gz").dataobj)
+    assert lesion.any()
+    assert inside[lesion > 0].all()
+    assert not list((preprocessed / "sub-001").rglob("*lesion*"))
+
+
+def test_raw_images_and_masks_share_a_grid(raw):
+    scan = nib.load(raw / "sub-002/anat/sub-002_T1w.nii.gz")
+    mask = nib.load(raw / "derivatives/lesions/sub-002/anat/sub-002_space-T1w_label-lesion_mask.nii.gz")
+    assert scan.shape == mask.shape
+    np.testing.assert_array_equal(scan.affine, mask.affine)
+    assert scan.get_data_dtype() == np.int16
+    assert nib.aff2axcodes(scan.affine) == ("R", "A", "S")
+    values = np.asarray(scan.dataobj)
+    assert values[np.asarray(mask.dataobj) > 0].min() > 0
+    assert values.max() > 300
+
+
+def test_raw_pose_leads_back_to_sri24(raw, preprocessed):
+    """The recorded transform carries the native lesion onto the one in SRI24 space."""
+    record = raw / "derivatives/simulation/sub-002/anat/sub-002_desc-simulation_parameters.json"
+    transform = np.array(json.loads(record.read_text())["T1w"]["native_to_sri24"])
+    native = nib.load(raw / "derivatives/lesions/sub-002/anat/sub-002_space-T1w_label-lesion_mask.nii.gz")
+    there = nib.load(preprocessed / "sub-002/anat/sub-002_space-SRI24_label-lesion_desc-manual_mask.nii.gz")
+
+    def centre(image: nib.Nifti1Image, onto: np.ndarray) -> np.ndarray:
+        return (onto @ image.affine @ np.r_[np.argwhere(np.asarray(image.dataobj) > 0).mean(0), 1])[:3]
+
+    np.testing.assert_allclose(centre(native, transform), centre(there, np.eye(4)), atol=0.5)
+
+
+def test_participants_tell_who_is_healthy(raw):
+    table = pd.read_csv(raw / "participants.tsv", sep="\t", keep_default_na=False)
+    assert table["participant_id"].tolist() == ["sub-001", "sub-002"]
+    assert table["group"].tolist() == ["control", "patient"]
+    assert table["pathology"].tolist() == ["none", "stroke"]
+
+
+@pytest.mark.parametrize("dataset", ["raw", "preprocessed"])
+def test_validator_finds_no_error(dataset, request):
+    validator = shutil.which("bids-validator-deno")
+    if validator is None:
+        pytest.skip("bids-validator-deno is not on the path")
+    folder = request.getfixturevalue(dataset)
+    folders = [folder, folder / "derivatives" / "lesions"] if dataset == "raw" else [folder]
+    for each in folders:
+        done = subprocess.run([validator, "--json", str(each)], capture_output=True, text=True, check=False)
+        issues = json.loads(done.stdout)["issues"]["issues"]
+        assert [i for i in issues if i["severity"] == "error"] == []
+
+
+def test_senseless_numbers_are_refused(tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "x"), "--healthy", "0"])
+    assert caught.value.code == 2
+
+
+def test_a_folder_without_label_maps_is_a_user_error(tmp_path):
+    assert main([str(tmp_path / "x"), "--healthy", "1", "--labelmaps", str(tmp_path)]) == 2
