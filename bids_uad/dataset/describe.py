@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from bids_uad import __version__
-from bids_uad.dataset.atomic import write_json, write_text, write_tsv
+from bids_uad.atomic import write_json, write_text, write_tsv
 from bids_uad.dataset.sidecars import NOT_CLINICAL
 from bids_uad.errors import ConfigError
 

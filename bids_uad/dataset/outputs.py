@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from bids_uad.dataset.atomic import atomic_path
+from bids_uad.atomic import atomic_path
 from bids_uad.dataset.naming import ENTITIES, PATTERNS
 
 _EMPTY_ARCHIVE = Path(__file__).parents[1] / "data" / "templateflow"

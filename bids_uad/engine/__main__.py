@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bids_uad import space
-from bids_uad.dataset.atomic import atomic_path
+from bids_uad.atomic import atomic_path
 from bids_uad.engine.bundle import load_bundle, load_detector
 from bids_uad.engine.device import resolve_device
 from bids_uad.engine.inference import anomaly_map

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bids_uad import __version__, space
-from bids_uad.dataset.atomic import atomic_path, write_json, write_text
+from bids_uad.atomic import atomic_path, write_json, write_text
 from bids_uad.errors import ModelError
 from bids_uad.preprocessing.intensity import SCALING
 

@@ -25,7 +25,9 @@ def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     result = torch.zeros_like(volume)
     if not brain.any():
         return result
-    padded = torch.full([size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device)
+    padded = torch.full(
+        [size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device
+    )
     padded[1:-1, 1:-1, 1:-1] = torch.where(brain, volume, torch.nan)
     strides = torch.tensor(padded.stride(), device=volume.device)
     steps = torch.arange(-1, 2, device=volume.device)

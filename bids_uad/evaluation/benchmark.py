@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bids_uad.dataset.participants import Participants, cohort_of
 from bids_uad.errors import InputError
 from bids_uad.evaluation.absences import Absence, find_absences
 from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
 from bids_uad.evaluation.consistency import ConsistencyCheck
 from bids_uad.evaluation.curves import Curves
-from bids_uad.dataset.participants import Participants, cohort_of
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK, subject_row
 from bids_uad.evaluation.tables import read_unit

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_uad.errors import InputError
 from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag
+from bids_uad.errors import InputError
 
 _NAME = re.compile(
     r"^(?P<prefix>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*?)"

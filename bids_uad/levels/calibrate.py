@@ -11,8 +11,8 @@ import logging
 import nibabel as nib
 import numpy as np
 
+from bids_uad.atomic import write_json
 from bids_uad.config import RunConfig
-from bids_uad.dataset.atomic import write_json
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.errors import InputError

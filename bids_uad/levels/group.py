@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bids_uad.dataset.atomic import write_json, write_tsv
+from bids_uad.atomic import write_json, write_tsv
 from bids_uad.dataset.participants import derivative_participants, read_participants
 from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS

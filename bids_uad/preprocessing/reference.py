@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bids_uad import space
-from bids_uad.dataset.atomic import atomic_path, write_json
+from bids_uad.atomic import atomic_path, write_json
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.check import read_volume
 from bids_uad.preprocessing.resampling import resample

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_uad.dataset.atomic import write_text
+from bids_uad.atomic import write_text
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 _HEADER = "#Insight Transform File V1.0\n#Transform 0\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from bids_uad import __version__
-from bids_uad.dataset.atomic import write_text
+from bids_uad.atomic import write_text
 from bids_uad.reports.group_text import detector_name
 
 THRESHOLD_NAMES = {

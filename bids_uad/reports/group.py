@@ -12,11 +12,11 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 import bids_uad
-from bids_uad.dataset.atomic import write_text
+from bids_uad.atomic import write_text
+from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
-from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.group_figures import detector_colours, group_figures
 from bids_uad.reports.group_text import detector_name, fixed, interval

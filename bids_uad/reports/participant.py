@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from nireports.assembler.report import Report
 
-from bids_uad.dataset.atomic import atomic_path
+from bids_uad.atomic import atomic_path
 from bids_uad.reports.bibliography import methods_html, read_entries
 from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
 from bids_uad.reports.figures.brain_mask import draw_brain_mask

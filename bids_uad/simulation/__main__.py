@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bids_uad.errors import UserError
 from bids_uad.simulation.anatomy import label_map_paths
 from bids_uad.simulation.cohort import Cohort, make_cohort
+from bids_uad.simulation.lesions import KINDS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--healthy", metavar="N", type=int, default=4, help="healthy subjects (default 4)")
     parser.add_argument(
         "--lesion", metavar="N", type=int, default=0, help="subjects with lesions (default 0)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="lesions that take turns (default all)"
     )
     parser.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
     parser.add_argument("--labelmaps", metavar="DIR", type=Path, help="folder of *_dseg.nii.gz label maps")
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             label_maps=tuple(label_map_paths(args.labelmaps)) if args.labelmaps else (),
             seed=args.seed,
             derivatives=args.derivatives,
+            kinds=tuple(args.kinds),
         )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:

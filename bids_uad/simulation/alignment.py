@@ -11,7 +11,7 @@ from functools import lru_cache
 import nibabel as nib
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from bids_uad.simulation.anatomy import CLASSES, Source, built_in_source, read_label_map
 from bids_uad.simulation.spatial import box_points, sample, smooth

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 import bids_uad
-from bids_uad.dataset.atomic import atomic_path, write_json, write_text, write_tsv
+from bids_uad.atomic import atomic_path, write_json, write_text, write_tsv
 from bids_uad.preprocessing.intensity import SCALING, scale_intensity
 from bids_uad.simulation.acquisition import scan_on_grid
 from bids_uad.simulation.lesions import KINDS
@@ -51,7 +51,7 @@ class Cohort:
     out : pathlib.Path
         Dataset folder.
     healthy, lesion : int
-        Numbers of subjects. Lesion kinds take turns.
+        Numbers of subjects.
     modalities : tuple of str
         Out of T1w and T2w.
     label_maps : tuple of pathlib.Path
@@ -59,6 +59,8 @@ class Cohort:
     seed : int
     derivatives : bool
         Write preprocessed SRI24 images instead of raw scans.
+    kinds : tuple of str
+        Lesion kinds that take turns.
     """
 
     out: Path
@@ -68,10 +70,11 @@ class Cohort:
     label_maps: tuple[Path, ...]
     seed: int
     derivatives: bool
+    kinds: tuple[str, ...] = KINDS
 
     def kind(self, index: int) -> str | None:
         """Lesion kind of a subject, None if healthy."""
-        return None if index < self.healthy else KINDS[(index - self.healthy) % len(KINDS)]
+        return None if index < self.healthy else self.kinds[(index - self.healthy) % len(self.kinds)]
 
     def name(self, index: int) -> str:
         """BIDS name of a subject, ``sub-001`` onwards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from bids_uad.errors import InputError
 from bids_uad.dataset.participants import (
     cohort_of,
     derivative_participants,
     healthy_flag,
     read_participants,
 )
+from bids_uad.errors import InputError
 
 
 @pytest.mark.parametrize(

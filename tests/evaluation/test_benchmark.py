@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
 from bids_uad.evaluation.benchmark import COLUMNS, evaluate
-from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.tables import find_metrics_tables
 from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.group import write_group_report
 from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures

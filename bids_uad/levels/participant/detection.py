@@ -18,7 +18,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from bids_uad.dataset.atomic import atomic_path, write_json, write_tsv
+from bids_uad.atomic import atomic_path, write_json, write_tsv
 from bids_uad.dataset.outputs import sidecar_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bids_uad import __version__
-from bids_uad.dataset.atomic import write_json
+from bids_uad.atomic import write_json
 from bids_uad.dataset.units import ImageUnit
 
 

@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from bids_uad import __version__
+from bids_uad.atomic import write_json
 from bids_uad.config import RunConfig
-from bids_uad.dataset.atomic import write_json
 from bids_uad.dataset.describe import read_json
 from bids_uad.levels.participant.outcome import Outcome
 from bids_uad.levels.participant.plugin import START_METHOD

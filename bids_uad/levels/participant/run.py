@@ -12,8 +12,8 @@ from nipype import config as nipype_config
 from rich.console import Console
 from rich.table import Table
 
+from bids_uad.atomic import write_text
 from bids_uad.config import RunConfig
-from bids_uad.dataset.atomic import write_text
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
 from bids_uad.dataset.naming import detector_desc

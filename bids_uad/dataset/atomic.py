@@ -1,1 +1,0 @@
-from bids_uad.atomic import *  # noqa
