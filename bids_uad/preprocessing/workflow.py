@@ -226,6 +226,6 @@ def _description(modality: str, is_anchor: bool, skull_stripped: bool | None, re
         "with N4 [@n4], distributed with ANTs [@ants]. The brain was registered rigidly (six degrees of "
         f"freedom, mutual information) to {atlas}. The image was resampled once, with linear interpolation "
         "to the SRI24 grid (240 x 240 x 155 voxels of 1 mm), and its intensities were divided by their "
-        "99.5th percentile in the brain and cut to [0, 1]. The steps are nodes of a Nipype [@nipype1; @nipype2] "
-        "workflow built with niworkflows [@niworkflows].\n"
+        "99.5th percentile in the brain and cut to [0, 1]. The steps are nodes of a Nipype "
+        "[@nipype1; @nipype2] workflow built with niworkflows [@niworkflows].\n"
     )
