@@ -41,11 +41,10 @@ models: $(VENV)/installed
 	$(BIN)/python -m bids_uad.simulation $(MODELS)/validation --healthy 8 --lesion 8 --labelmaps $(LABELMAPS) --seed 2 \
 	    --derivatives --nprocs $(NPROCS)
 	for modality in T1w T2w; do \
-	    for detector in "disyre --steps 1800" patchcore intensity; do \
-	        set -- $$detector; name=$$1; shift; \
-	        $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$name --modality $$modality \
-	            --preset lite --random-seed 1 -w $(MODELS)/work "$$@" && \
-	        $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$name \
+	    for detector in disyre patchcore intensity; do \
+	        $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector \
+	            --modality $$modality --preset lite --random-seed 1 -w $(MODELS)/work && \
+	        $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector \
 	            --modality $$modality --preset lite || exit 1; \
 	    done; \
 	done

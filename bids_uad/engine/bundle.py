@@ -266,6 +266,7 @@ def save_bundle(
     weights = folder / "weights.safetensors"
     with atomic_path(weights) as temporary:
         save_file({key: value.contiguous().cpu() for key, value in detector.state_dict().items()}, temporary)
+        temporary.chmod(0o644)  # it is written for its owner alone, but containers run as anybody
     write_text(folder / "MODEL_CARD.md", card)
     write_json(
         folder / "bundle.json",

@@ -32,6 +32,9 @@ SCALP_MM = (9.0, 14.0)
 AIR_MM = 20.0
 VAULT_FROM = 0.4
 """Share of the brain's height above which the template is given a skull: face and neck have none."""
+CORE_VOXELS = 4
+DARK_SHARE = 0.45
+"""Share of the brain's median intensity below which a voxel near its surface is not brain."""
 POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
 SHAPE = Schedule((300, 150, 40))
 
@@ -144,7 +147,25 @@ def _padded(volume: Volume, margin: int) -> Volume:
 
 
 def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
-    return ndimage.binary_fill_holes(_largest(mask))
+    """Let the outer layer of the mask follow the intensities; the core is kept whatever it looks like.
+
+    Dark voxels near the surface (skull, air, dura) are dropped and a layer of not-dark ones is taken in.
+    Bright ones are never dropped: they may be a lesion.
+    """
+    core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
+    if not core.any():
+        return ndimage.binary_fill_holes(_largest(mask))
+    dark = DARK_SHARE * float(np.median(data[core]))
+    follow = (ndimage.binary_dilation(mask, iterations=1) & (data > dark)) | core
+    follow = _largest(ndimage.binary_opening(follow, _ball(2))) | core
+    margin = 4
+    closed = ndimage.binary_closing(np.pad(follow, margin), _ball(3))
+    inner = (slice(margin, -margin),) * 3
+    return ndimage.binary_fill_holes(closed[inner])
+
+
+def _ball(radius: int) -> np.ndarray:
+    return (np.square(np.indices((2 * radius + 1,) * 3) - radius)).sum(axis=0) <= radius**2
 
 
 def _brain_centre(tissue: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ def test_a_detector_survives_the_round_trip(folder):
     assert found.default_threshold == ("max_dice", 0.5)
     assert found.bin_edges.tolist() == [0.0, 0.5, 0.7, float("inf")]
     assert len(found.sha256) == 64
+    assert (folder / "weights.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_training_again_forgets_the_thresholds(folder):

@@ -1,6 +1,10 @@
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +25,8 @@ class Task:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.act == "raise":
             raise ValueError("no")
+        if self.act == "hold the lock":
+            ctypes.PyDLL(None).sleep(60)
         if self.act == "sleep":
             time.sleep(60)
         return (self.act, os.getpid())
@@ -65,14 +71,45 @@ def test_workers_are_used_again_and_errors_come_back(plugin):
 def test_workers_end_when_closed(plugin):
     worker_id = wait(plugin, plugin._submit_job(Task("work")))["result"][1]
     plugin.close()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            os.kill(worker_id, 0)
-        except ProcessLookupError:
-            return
+    assert not is_running(worker_id)
+
+
+_RUN = """
+import sys, time
+from bids_uad.levels.participant.plugin import IsolatedPlugin
+from tests.levels.test_plugin import Task, wait
+if __name__ == "__main__":
+    plugin = IsolatedPlugin({"n_procs": 1, "memory_gb": 1, "n_gpu_procs": 1})
+    print(wait(plugin, plugin._submit_job(Task("work")))["result"][1], flush=True)
+    plugin._submit_job(Task("hold the lock"))
+    time.sleep(60)
+"""
+
+
+def test_killed_run_leaves_no_worker_even_behind_the_interpreters_lock(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(_RUN)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        worker_id = int(run.stdout.readline())
+        time.sleep(3)
+        os.kill(worker_id, 0)
+        run.kill()
+    deadline = time.monotonic() + 20
+    while is_running(worker_id):
+        assert time.monotonic() < deadline, "the worker goes on"
         time.sleep(0.1)
-    raise AssertionError("the worker is still there")
+
+
+def is_running(process_id):
+    """Say whether a process is there and no zombie (nobody may be left to bury it)."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_deaths_in_words():

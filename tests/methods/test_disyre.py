@@ -78,6 +78,12 @@ def test_score_is_the_mean_change_over_windows_and_labels(slices):
             torch.testing.assert_close(ours[index, 0], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_an_untrained_network_of_changes_is_the_identity():
+    detector = Disyre(replace(TINY, predict_change=True)).eval()
+    x = torch.rand(1, 1, 64, 64)
+    assert torch.equal(detector.restore(x, torch.tensor([24])), x)
+
+
 def test_published_weighting_scales_by_the_brains_share(slices):
     x, brain = slices
     plain, weighted = trained_looking(), trained_looking(replace(TINY, foreground_weighting=True))

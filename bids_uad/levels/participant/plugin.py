@@ -7,11 +7,10 @@ its own behind a pipe: a death is noticed, told with its signal, and charged to 
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing as mp
 import os
 import signal
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -190,15 +189,14 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _die_with_parent(end: Callable[[int, int], None] = os.killpg) -> None:
-    """End this process and its children when the run ends, however it ends.
+def _die_with_parent() -> None:
+    """Have this process and its children ended when the run ends, however it ends.
 
-    A killed run must not leave a worker that still writes where the next run works.
+    A killed run must not leave a worker that still writes where the next run works. The kernel sends the
+    signal when the other end of the pipe is gone: a thread would wait for its turn behind ITK, which keeps
+    the interpreter's lock for minutes.
     """
-    parent = mp.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        end(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    sentinel = mp.parent_process().sentinel
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
