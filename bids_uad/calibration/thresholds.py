@@ -89,6 +89,11 @@ class ThresholdEstimator:
         fixed = np.array(list(self.thresholds().values()))
         return np.unique(np.concatenate([[0.0], quantiles, even, fixed, [np.inf]]))
 
+    def _default(self, found: dict[str, float]) -> str:
+        """Name of the threshold that makes masks: the best Dice, unless it floods healthy brains."""
+        tolerable = not self.n_healthy or found.get("max_dice", 0.0) >= found["fpr_5pct"]
+        return "max_dice" if self.n_lesion and tolerable else "fpr_1pct"
+
     def summary(self) -> dict[str, Any]:
         """Thresholds with the evidence they rest on, for ``calibration.json``."""
         found = self.thresholds()
@@ -96,7 +101,7 @@ class ThresholdEstimator:
         at = {name: int(np.searchsorted(FINE_EDGES, value)) for name, value in found.items()}
         return {
             "thresholds": found,
-            "default_threshold": "max_dice" if self.n_lesion else "fpr_1pct",
+            "default_threshold": self._default(found),
             "validation": {
                 "n_healthy": self.n_healthy,
                 "n_lesion": self.n_lesion,

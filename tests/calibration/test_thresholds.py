@@ -95,6 +95,18 @@ def test_summary_says_what_the_thresholds_do(volumes):
     assert np.isfinite(summary["bin_edges"]).all()
 
 
+def test_a_threshold_that_floods_healthy_brains_is_not_the_default():
+    """Scores that say nothing make the best Dice a mask of everything."""
+    rng = np.random.default_rng(0)
+    brain = np.ones((20, 20, 20), dtype=bool)
+    estimator = ThresholdEstimator()
+    estimator.add(rng.random(brain.shape), brain, None)
+    estimator.add(rng.random(brain.shape), brain, np.arange(8000).reshape(brain.shape) % 2 == 0)
+    summary = estimator.summary()
+    assert summary["validation"]["healthy_fpr"]["max_dice"] > 0.5
+    assert summary["default_threshold"] == "fpr_1pct"
+
+
 def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):
     estimator = ThresholdEstimator()
     estimator.add(volumes[0][0], np.ones((20, 20, 20), dtype=bool), None)

@@ -75,10 +75,11 @@ def test_workers_end_when_closed(plugin):
 
 
 _RUN = """
-import sys, time
-from bids_uad.levels.participant.plugin import IsolatedPlugin
+import time
+from bids_uad.levels.participant.plugin import IsolatedPlugin, quieten
 from tests.levels.test_plugin import Task, wait
 if __name__ == "__main__":
+    quieten()
     plugin = IsolatedPlugin({"n_procs": 1, "memory_gb": 1, "n_gpu_procs": 1})
     print(wait(plugin, plugin._submit_job(Task("work")))["result"][1], flush=True)
     plugin._submit_job(Task("hold the lock"))

@@ -105,7 +105,7 @@ class _Worker:
 
     def __init__(self, context: mp.context.BaseContext) -> None:
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(Path.cwd())))
+        self._process = context.Process(target=_serve, args=(theirs, str(Path.cwd())), daemon=True)
         self._process.start()
         theirs.close()
 
