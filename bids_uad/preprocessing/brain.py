@@ -35,6 +35,8 @@ VAULT_FROM = 0.4
 CORE_VOXELS = 4
 DARK_SHARE = 0.45
 """Share of the brain's median intensity below which a voxel near its surface is not brain."""
+BRIGHT_SHARE = 1.25
+"""And above which a voxel just outside the warped mask is not taken in."""
 POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
 SHAPE = Schedule((300, 150, 40))
 
@@ -149,14 +151,15 @@ def _padded(volume: Volume, margin: int) -> Volume:
 def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
     """Let the outer layer of the mask follow the intensities; the core is kept whatever it looks like.
 
-    Dark voxels near the surface (skull, air, dura) are dropped and a layer of not-dark ones is taken in.
-    Bright ones are never dropped: they may be a lesion.
+    Dark voxels near the surface (skull, air, dura) are dropped, and a layer that is neither dark nor bright
+    (fat) is taken in. Bright voxels are never dropped: they may be a lesion.
     """
     core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
     if not core.any():
         return ndimage.binary_fill_holes(_largest(mask))
-    dark = DARK_SHARE * float(np.median(data[core]))
-    follow = (ndimage.binary_dilation(mask, iterations=1) & (data > dark)) | core
+    typical = float(np.median(data[core]))
+    added = ndimage.binary_dilation(mask, iterations=1) & (data < BRIGHT_SHARE * typical)
+    follow = ((mask | added) & (data > DARK_SHARE * typical)) | core
     follow = _largest(ndimage.binary_opening(follow, _ball(2))) | core
     margin = 4
     closed = ndimage.binary_closing(np.pad(follow, margin), _ball(3))

@@ -21,7 +21,7 @@ class Run:
     data: Path
 
 
-def bids_uad(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess:
+def bids_uad(*arguments: object, timeout: float = 1500) -> subprocess.CompletedProcess:
     """Call the program as a user would."""
     return subprocess.run(
         [sys.executable, "-m", "bids_uad", *map(str, arguments)],

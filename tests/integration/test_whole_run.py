@@ -17,7 +17,7 @@ from bids_uad import space
 from bids_uad.engine.bundle import packaged_bundles
 from tests.integration.conftest import bids_uad
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 EXPECTED = Path(__file__).with_name("expected_outputs.txt")
 
