@@ -33,7 +33,7 @@ TINY = DisyreHyper(
     stride=96,
     labels=(74,),
     anomaly=AnomalyConfig(size=(8, 30)),
-    steps=60,
+    steps=50,
     batch_size=4,
     learning_rate=3e-3,
 )
