@@ -26,10 +26,10 @@ demo: $(VENV)/installed
 	@echo "Subject reports: $(DEMO)/derivatives/sub-*.html"
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(NPROCS) --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(NPROCS) --dist loadfile
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/engine.py
