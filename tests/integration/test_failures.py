@@ -49,7 +49,7 @@ def test_bad_images_are_named_and_others_finish(dataset, good, tmp_path):
     add(dataset, "truncated").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     nib.save(nib.Nifti1Image(np.zeros_like(values), scan.affine), add(dataset, "zero"))
     broken = values.astype(np.float32)
-    broken[90:92, 90, 90] = np.nan
+    broken[tuple(size // 2 for size in values.shape)] = np.nan
     nib.save(nib.Nifti1Image(broken, scan.affine), add(dataset, "nan"))
     nib.save(nib.Nifti1Image(np.stack([values, values], axis=-1), scan.affine), add(dataset, "fourd"))
     (dataset / "sub-missing" / "anat").mkdir(parents=True)
