@@ -121,11 +121,13 @@ class Disyre(Detector):
             window=(160, 192),
             stride=80,
             labels=(49, 24),
-            anomaly=AnomalyConfig(size=(5.0, 60.0), log_size=True),
-            augmentation=AugmentationConfig(spatial=0.3, zoom=(0.85, 1.15), intensity=0.25),
-            steps=1_400,
+            anomaly=AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4),
+            augmentation=AugmentationConfig(
+                spatial=0.3, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.25
+            ),
+            steps=8_000,
             batch_size=8,
-            learning_rate=1.5e-3,
+            learning_rate=2e-3,
         ),
     }
 

@@ -25,6 +25,9 @@ class AnomalyConfig:
         Smallest and largest side or diameter of a shape, in pixels.
     log_size : bool
         Draw sizes log-uniformly, so that small shapes are as common as large ones.
+    max_shapes : int
+        An anomaly is one to this many shapes, as multifocal disease is. A short training then sees more of
+        what it has to undo.
     max_blur : float
         Largest standard deviation of the mask's edge, in pixels.
     blur_probability : float
@@ -38,6 +41,7 @@ class AnomalyConfig:
 
     size: tuple[float, float] = (10.0, 44.0)
     log_size: bool = False
+    max_shapes: int = 1
     max_blur: float = 5.0
     blur_probability: float = 0.7
     matching: str = "minmax"
@@ -168,7 +172,7 @@ def paint_anomalies(
     config: AnomalyConfig,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Corrupt healthy slices with one synthetic anomaly each.
+    """Corrupt healthy slices with one synthetic anomaly each, of one or several shapes.
 
     Parameters
     ----------
@@ -192,8 +196,11 @@ def paint_anomalies(
     """
     batch, _, height, width = images.shape
     device = images.device
-    centres = random_centres(brain, generator)
-    mask = random_shapes(centres, height, width, config, generator)
+    mask = random_shapes(random_centres(brain, generator), height, width, config, generator)
+    count = torch.randint(1, config.max_shapes + 1, (batch, 1, 1, 1), generator=generator, device=device)
+    for number in range(2, config.max_shapes + 1):
+        shape = random_shapes(random_centres(brain, generator), height, width, config, generator)
+        mask = torch.maximum(mask, shape * (number <= count))
     soft = torch.rand((batch,), generator=generator, device=device) < config.blur_probability
     mask = gaussian_blur(mask, uniform((batch,), 0.0, config.max_blur, generator) * soft)
     mask = mask * brain
@@ -233,6 +240,11 @@ class AugmentationConfig:
         Largest rotation, in degrees.
     zoom : tuple of float
         Range of the isotropic zoom.
+    shift : float
+        Largest shift of the window off the brain's centre, as a share of its side.
+    back_to_front : bool
+        Mirror front to back as well as left to right. Brains never come that way, and a network that need
+        not allow for it learns sooner what belongs where.
     intensity : float
         Probability of each intensity change.
     """
@@ -240,6 +252,8 @@ class AugmentationConfig:
     spatial: float = 0.2
     rotation: float = 15.0
     zoom: tuple[float, float] = (0.75, 1.25)
+    shift: float = 0.25
+    back_to_front: bool = True
     intensity: float = 0.15
 
 
@@ -250,7 +264,7 @@ def cut_windows(
     config: AugmentationConfig,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Cut one window per slice around its brain, flipped, rotated and zoomed at random.
+    """Cut one window per slice around its brain, mirrored, rotated and zoomed at random.
 
     Parameters
     ----------
@@ -269,7 +283,7 @@ def cut_windows(
     batch, _, height, width = images.shape
     device = images.device
     h, w = window
-    # The window may slide as far as the image allows, but keeps the brain's centre inside its middle half.
+    # The window may slide as far as the image allows.
     rows = brain.any(3).flatten(1).float()
     columns = brain.any(2).flatten(1).float()
 
@@ -278,7 +292,7 @@ def cut_windows(
         return (profile * position).sum(1) / profile.sum(1).clamp_min(1)
 
     def jitter(size: int, extent: int) -> Tensor:
-        slack = min(size / 4, max(0.0, (extent - size) / 2))
+        slack = min(size * config.shift, max(0.0, (extent - size) / 2))
         return uniform((batch,), -slack, slack, generator)
 
     centre_row = (middle(rows) + jitter(h, height)).clamp(h / 2, height - h / 2).round()
@@ -287,6 +301,8 @@ def cut_windows(
     angle = turned * uniform((batch,), -1.0, 1.0, generator) * math.radians(config.rotation)
     zoom = 1 + turned * (uniform((batch,), *config.zoom, generator) - 1)
     flips = torch.randint(0, 2, (2, batch), generator=generator, device=device) * 2.0 - 1
+    if not config.back_to_front:
+        flips[1] = 1.0
     r = (torch.arange(h, device=device) - (h - 1) / 2)[None, :, None] * flips[0, :, None, None]
     c = (torch.arange(w, device=device) - (w - 1) / 2)[None, None, :] * flips[1, :, None, None]
     cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]

@@ -222,8 +222,9 @@ def _summary(
             for detection, _ in found
             if "source_image" in detection.metrics
         }
-        if image.preproc is not None and not sources:
-            sources = set(read_sidecar(image.preproc).get("Sources", [])[:1])
+        sidecar = {} if image.preproc is None else read_sidecar(image.preproc)
+        sources = sources or set(sidecar.get("Sources", [])[:1])
+        warnings = sidecar.get("PreprocessingQuality", {}).get("warnings", [])
         rows.append(
             {
                 "name": image.name,
@@ -232,7 +233,9 @@ def _summary(
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
                 "truth": "none given" if image.lesion is None else "yes",
-                "remark": "" if image.preproc is not None else "its preprocessed image is missing",
+                "remark": "its preprocessed image is missing"
+                if image.preproc is None
+                else " ".join(warnings),
             }
         )
     for told in run_info.get("images", ()):

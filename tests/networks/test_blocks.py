@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_closing, gaussian_filter, label
 from sklearn.cluster import KMeans
 
 from bids_uad.networks.coreset import farthest_points
@@ -115,6 +115,26 @@ def test_shapes_keep_to_their_size():
     assert area.max() <= (1.6 * 44) ** 2
 
 
+def test_an_anomaly_may_have_several_shapes(healthy):
+    images, brain = healthy
+    codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
+
+    def parts(most: int) -> list[int]:
+        config = AnomalyConfig(size=(5, 6), max_shapes=most, blur_probability=0.0)
+        counts = []
+        for seed in range(10):
+            corrupted, _ = paint_anomalies(
+                images, brain, codebook, config, torch.Generator().manual_seed(seed)
+            )
+            changed = ((corrupted - images).abs() > 1e-6)[:, 0].numpy()
+            counts += [label(binary_closing(one, iterations=2))[1] for one in changed]
+        return counts
+
+    # Two shapes may touch, and the blobs of one shape may lie apart.
+    assert np.mean(parts(1)) < 1.5
+    assert 2 < np.mean(parts(4)) < 3.5
+
+
 def test_anomalies_stay_in_the_brain_and_know_their_severity(healthy):
     images, brain = healthy
     codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
@@ -150,6 +170,17 @@ def test_unturned_windows_are_copies(healthy):
         flips = [source, source.flip(-1), source.flip(-2), source.flip((-1, -2))]
         assert any(torch.allclose(window, flipped, atol=1e-5) for flipped in flips)
     assert region.dtype == torch.bool
+
+
+def test_windows_stay_upright_and_centred_if_asked(healthy):
+    images, brain = (part[..., :80] for part in healthy)  # the disc is cut at one end
+    config = AugmentationConfig(spatial=0.0, shift=0.0, back_to_front=False)
+    cut, _ = cut_windows(images, brain, (96, 80), config, torch.Generator().manual_seed(0))
+    as_they_were = [torch.allclose(a, b, atol=1e-5) for a, b in zip(cut, images, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(-2), atol=1e-5) for a, b in zip(cut, images, strict=True)]
+    assert all(a or b for a, b in zip(as_they_were, mirrored, strict=True))
+    assert any(as_they_were)
+    assert any(mirrored)
 
 
 def test_turned_labels_follow_the_image(healthy):

@@ -247,6 +247,13 @@ def test_threshold_comes_from_the_sidecar_without_metrics(bare):
     assert "source not recorded" in html
 
 
+def test_doubts_of_the_preprocessing_are_told(bare):
+    warning = "Only 70 % of the brain mask lies on the SRI24 grid & in view."
+    sidecar = bare / f"sub-01/anat/{P}_desc-preproc_T1w.json"
+    write_json(sidecar, {"PreprocessingQuality": {"warnings": [warning]}})
+    assert f"<td>{warning.replace('&', '&amp;')}</td>" in write_subject_report(bare, "01").read_text()
+
+
 def test_subject_with_failed_images_only_gets_its_errors(tmp_path):
     crash = tmp_path / "sub-02" / "log" / "20260101-000000_a" / "crash-1-node.txt"
     crash.parent.mkdir(parents=True)

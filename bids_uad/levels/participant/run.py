@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nipype import config as nipype_config
 from rich.console import Console
@@ -32,6 +33,7 @@ from bids_uad.levels.participant.outcome import (
 )
 from bids_uad.levels.participant.plan import Task, make_plan
 from bids_uad.levels.participant.plugin import IsolatedPlugin, NodeFailure, quieten
+from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
 from bids_uad.levels.participant.reporting import remember, write_reports
 from bids_uad.levels.participant.workflow import build_workflow, workflow_name
@@ -197,13 +199,19 @@ def _process(
         for name in task.stale:
             (config.output_dir / name).unlink(missing_ok=True)
     LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
+    progress = Progress(len(pending))
+
+    def watch(node: Any, status: str) -> None:
+        stopwatch(node, status)
+        progress(node, status)
+
     plugin = IsolatedPlugin(
         {
             "n_procs": config.nprocs,
             "memory_gb": config.mem_gb,
             "n_gpu_procs": 1,
             "raise_insufficient": False,
-            "status_callback": stopwatch,
+            "status_callback": watch,
         }
     )
     try:
