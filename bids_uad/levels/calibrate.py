@@ -11,11 +11,12 @@ import logging
 import nibabel as nib
 import numpy as np
 
-from bids_uad.atomic import write_json
+from bids_uad.atomic import write_json, write_text
 from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.errors import InputError
+from bids_uad.levels.model_card import add_validation
 from bids_uad.levels.train import bundle_folder, describe_cohort
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def run_calibrate(config: RunConfig) -> int:
     calibration["cohort"] = describe_cohort(config, scans)
     calibration["weights_sha256"] = bundle.sha256
     write_json(bundle.folder / "calibration.json", calibration)
+    card = bundle.folder / "MODEL_CARD.md"
+    write_text(card, add_validation(card.read_text(encoding="utf-8"), calibration))
     for name, value in calibration["thresholds"].items():
         logger.info("%s: %s = %.5g", bundle.name, name, value)
     return 0

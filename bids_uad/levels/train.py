@@ -23,6 +23,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.levels.model_card import model_card
 
 logger = logging.getLogger(__name__)
 
@@ -167,42 +168,6 @@ def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
         else {"name": stage.name, "slices": stage.slices}
         for stage in detector.stages()
     ]
-
-
-def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
-    """Text of a bundle's MODEL_CARD.md."""
-    ages = training["age_range"]
-    sexes = ", ".join(f"{count} {sex}" for sex, count in (training["sex"] or {}).items())
-    stages = "\n".join(
-        "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
-    )
-    return f"""# {config.detector} for {config.modality}, preset {config.preset}
-
-Research software, not for clinical use.
-
-A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,}
-trained numbers. It has only seen healthy brains.
-
-## Training
-
-- Source: {training["source"]}
-- {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
-- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}
-- Sex: {sexes or "not given"}
-- Scanners: {", ".join(training["scanners"] or ["not given"])}
-- Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]}, torch {training["torch"]}
-
-{stages}
-
-## Make it again
-
-    bids_uad DERIVATIVES MODELS train --detector {config.detector} --modality {config.modality} \\
-        --preset {config.preset} --random-seed {config.random_seed}
-    bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
-        --preset {config.preset}
-
-Thresholds and the scans they come from are in `calibration.json`.
-"""
 
 
 @contextmanager

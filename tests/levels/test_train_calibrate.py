@@ -82,6 +82,19 @@ def test_the_card_says_who_was_learnt_from(models):
     assert "--detector intensity --modality T2w" in card
 
 
+def test_the_card_says_how_it_did_on_validation(models, scans):
+    card = models / "intensity-T2w-lite" / "MODEL_CARD.md"
+    calibration = json.loads(card.with_name("calibration.json").read_text())
+    dice = calibration["validation"]["mean_dice"]["max_dice"]
+    text = card.read_text()
+    row = next(line for line in text.splitlines() if "max_dice (default)" in line)
+    assert f"| {dice:.3f} |" in row
+    assert "2 healthy scans and 1 with" in text
+    # Calibrating again replaces the figures.
+    assert call(scans, models, "calibrate") == 0
+    assert card.read_text() == text
+
+
 def test_thresholds_come_from_healthy_scans_and_masks(models):
     """The patient without a mask is neither healthy nor ground truth."""
     calibration = json.loads((models / "intensity-T2w-lite" / "calibration.json").read_text())

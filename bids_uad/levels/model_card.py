@@ -1,0 +1,93 @@
+"""The text that travels with a bundle: what it has learnt from, and how well it did on validation scans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bids_uad.config import RunConfig
+
+VALIDATION = "\n## Validation\n"
+
+
+def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
+    """Write what a bundle has learnt from.
+
+    Parameters
+    ----------
+    config : RunConfig
+    training : dict
+        As in ``bundle.json``.
+    parameters : int
+        Numbers in the weights that training set.
+
+    Returns
+    -------
+    str
+        Text of ``MODEL_CARD.md``, without its validation.
+    """
+    ages = training["age_range"]
+    sexes = ", ".join(f"{count} {sex}" for sex, count in (training["sex"] or {}).items())
+    stages = "\n".join(
+        "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
+    )
+    return f"""# {config.detector} for {config.modality}, preset {config.preset}
+
+Research software, not for clinical use.
+
+A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,}
+trained numbers. It has only seen healthy brains.
+
+## Training
+
+- Source: {training["source"]}
+- {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
+- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}
+- Sex: {sexes or "not given"}
+- Scanners: {", ".join(training["scanners"] or ["not given"])}
+- Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]}, torch {training["torch"]}
+
+{stages}
+
+## Make it again
+
+    bids_uad DERIVATIVES MODELS train --detector {config.detector} --modality {config.modality} \\
+        --preset {config.preset} --random-seed {config.random_seed}
+    bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
+        --preset {config.preset}
+"""
+
+
+def add_validation(card: str, calibration: dict[str, Any]) -> str:
+    """Put the figures of a calibration at the end of a card, in place of earlier ones.
+
+    Parameters
+    ----------
+    card : str
+    calibration : dict
+        As in ``calibration.json``.
+
+    Returns
+    -------
+    str
+    """
+    figures = calibration["validation"]
+
+    def percent(name: str) -> str:
+        return f"{100 * figures['healthy_fpr'][name]:.2f} %" if name in figures["healthy_fpr"] else "unknown"
+
+    def dice(name: str) -> str:
+        return f"{figures['mean_dice'][name]:.3f}" if name in figures["mean_dice"] else "unknown"
+
+    rows = "\n".join(
+        f"| {name}{' (default)' if name == calibration['default_threshold'] else ''} | {value:.4g} "
+        f"| {percent(name)} | {dice(name)} |"
+        for name, value in calibration["thresholds"].items()
+    )
+    return f"""{card.split(VALIDATION)[0]}{VALIDATION}
+Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} healthy scans and {figures["n_lesion"]} with
+lesions. The thresholds were fixed on these very scans.
+
+| threshold | value | healthy voxels above it | mean Dice |
+|---|---|---|---|
+{rows}
+"""
