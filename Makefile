@@ -36,7 +36,7 @@ bench: $(VENV)/installed
 
 # How the packaged models were made; LABELMAPS is a folder of whole-head *_dseg.nii.gz (SynthSeg's training maps).
 models: $(VENV)/installed
-	$(BIN)/python -m bids_uad.simulation $(MODELS)/train --healthy 40 --labelmaps $(LABELMAPS) --seed 1 \
+	$(BIN)/python -m bids_uad.simulation $(MODELS)/train --healthy 64 --labelmaps $(LABELMAPS) --seed 1 \
 	    --derivatives --nprocs $(NPROCS)
 	$(BIN)/python -m bids_uad.simulation $(MODELS)/validation --healthy 8 --lesion 8 --labelmaps $(LABELMAPS) --seed 2 \
 	    --derivatives --nprocs $(NPROCS)
