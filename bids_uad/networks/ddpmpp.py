@@ -47,6 +47,8 @@ class DDPMppConfig:
         Let each pixel attend only to the pixels before it in raster order (the published behaviour).
     activate_second : bool
         SiLU before the second convolution of a block; the published network lacks it.
+    norm : {"group", "batch"}
+        Normalisation; IterMask's published networks have batch normalisation.
     fold : int
         Fold squares of `fold` x `fold` pixels into channels at the input, and unfold at the output.
         1 is the published network; 2 makes the full resolution four times cheaper.
@@ -65,6 +67,7 @@ class DDPMppConfig:
     time_embedding: bool = True
     causal: bool = False
     activate_second: bool = True
+    norm: str = "group"
     fold: int = 1
 
 
@@ -101,7 +104,9 @@ def _conv3(inputs: int, outputs: int, scale: float = 1.0) -> nn.Conv2d:
     return _glorot(nn.Conv2d(inputs, outputs, 3, padding=1), scale)
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int, config: DDPMppConfig) -> nn.GroupNorm | nn.BatchNorm2d:
+    if config.norm == "batch":
+        return nn.BatchNorm2d(channels)
     return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
 
 
@@ -115,9 +120,9 @@ class ResidualBlock(nn.Module):
         self.resample = resample
         self.activate_second = config.activate_second
         self.gain = 1 / math.sqrt(2) if config.rescale else 1.0
-        self.norm1 = _group_norm(inputs)
+        self.norm1 = _norm(inputs, config)
         self.conv1 = _conv3(inputs, outputs)
-        self.norm2 = _group_norm(outputs)
+        self.norm2 = _norm(outputs, config)
         self.film = _glorot(nn.Linear(4 * config.width, 2 * outputs)) if config.time_embedding else None
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(outputs, outputs, scale=0.0)
@@ -153,7 +158,7 @@ class Attention(nn.Module):
         self.heads = channels // config.head_width
         self.causal = config.causal
         self.gain = 1 / math.sqrt(2) if config.rescale else 1.0
-        self.norm = _group_norm(channels)
+        self.norm = _norm(channels, config)
         self.inner = nn.Linear(channels, channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = _glorot(nn.Linear(channels, channels), scale=0.0)
@@ -230,7 +235,7 @@ class DDPMpp(nn.Module):
             if level > 0:
                 stage["up"] = ResidualBlock(now, now, config, dropout=dropout[level], resample="up")
             self.decoder.append(stage)
-        self.leave_norm = _group_norm(now)
+        self.leave_norm = _norm(now, config)
         self.leave = _conv3(now, config.fold**2, scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:

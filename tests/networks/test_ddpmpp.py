@@ -16,6 +16,9 @@ SHARED = {
     "head_width": 32,
     "dropout_at": 14,
 }
+ITERMASK = DDPMppConfig(
+    blocks=(1, 1, 1, 2, 4, 2), norm="batch", time_embedding=False, rescale=False, **SHARED
+)
 PUBLISHED = {
     # name: (configuration, parameters, GFLOP of one call)
     "andi": (DDPMppConfig(blocks=(1, 1, 1, 2, 4, 2), **SHARED), 7_537_025, 15.196),
@@ -25,6 +28,8 @@ PUBLISHED = {
         14.992,
     ),
     "disyre": (DDPMppConfig(), 39_252_353, 46.585),
+    "itermask first": (ITERMASK, 6_748_481, 15.194),
+    "itermask autoencoder": (ITERMASK, 6_748_769, 15.223),
 }
 
 
@@ -32,12 +37,13 @@ PUBLISHED = {
 def test_fingerprint(name):
     config, parameters, gflop = PUBLISHED[name]
     with torch.device("meta"):
-        network = DDPMpp(config).eval()
+        inputs = 2 if name == "itermask autoencoder" else 1
+        network = DDPMpp(config, inputs).eval()
         assert sum(p.numel() for p in network.parameters()) == parameters
         time = torch.zeros(1) if config.time_embedding else None
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            network(torch.zeros(1, 1, config.size, config.size), time)
+            network(torch.zeros(1, inputs, config.size, config.size), time)
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.01)
 
 

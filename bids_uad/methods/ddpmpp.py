@@ -1,0 +1,136 @@
+"""DDPM++: partial diffusion, the plain baseline of the diffusion detectors.
+
+A slice is noised part of the way and denoised again by a diffusion model of healthy slices; what does not
+come back is anomalous (Wyatt et al. 2022, "AnoDDPM: anomaly detection with denoising diffusion probabilistic
+models using simplex noise"). Network, loss and schedule are ANDi's, so that the two differ in their score
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from bids_uad.methods.andi import LITE_NETWORK, NETWORK
+from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
+from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.diffusion import NoisePredictor, pyramid_noise, signal_and_noise, slice_noise
+
+
+@dataclass(frozen=True)
+class PartialDiffusionHyper:
+    """Hyper-parameters of partial diffusion.
+
+    Parameters
+    ----------
+    network : DDPMppConfig
+    time_scale : float
+        Factor from time in [0, 1] to the network's time label.
+    discount : float
+        Weight of each coarser layer of pyramid noise, in training and scoring; 0 is white noise.
+    start : float
+        Time to which a slice is noised.
+    denoising_steps : int
+        Steps back to the image; 1 reads it off at once.
+    steps, batch_size, learning_rate
+        Training schedule.
+    """
+
+    network: DDPMppConfig = NETWORK
+    time_scale: float = 1000.0
+    discount: float = 0.0
+    start: float = 0.25
+    denoising_steps: int = 10
+    steps: int = 50_000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+
+
+class PartialDiffusion(Detector):
+    """Partial diffusion with a DDPM++ network.
+
+    Parameters
+    ----------
+    hyper : PartialDiffusionHyper
+    """
+
+    name: ClassVar[str] = "ddpmpp"
+    title: ClassVar[str] = "DDPM++"
+    citation: ClassVar[str] = "anoddpm"
+    presets: ClassVar[dict[str, PartialDiffusionHyper]] = {
+        "paper": PartialDiffusionHyper(
+            network=replace(NETWORK, causal=True, activate_second=False), time_scale=1.0
+        ),
+        "default": PartialDiffusionHyper(),
+        "lite": PartialDiffusionHyper(
+            network=LITE_NETWORK, denoising_steps=2, steps=2_000, batch_size=8, learning_rate=1.5e-3
+        ),
+    }
+
+    def __init__(self, hyper: PartialDiffusionHyper) -> None:
+        super().__init__(hyper)
+        self.network = DDPMpp(hyper.network)
+        self.predictor = NoisePredictor(self.network, hyper.time_scale)
+
+    def stages(self) -> list[Stage]:
+        """One network."""
+        hyper = self.hyper
+        return [
+            GradientStage(
+                "denoising",
+                self.network,
+                self.loss,
+                steps=hyper.steps,
+                batch_size=hyper.batch_size,
+                learning_rate=hyper.learning_rate,
+            )
+        ]
+
+    def loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Error of the predicted noise, at a time of each slice's own."""
+        images = 2 * batch.slices - 1
+        if self.hyper.discount:
+            noise = pyramid_noise(images, self.hyper.discount, generator, published=False)
+        else:
+            noise = torch.randn(images.shape, generator=generator, device=images.device)
+        time = torch.rand(len(images), generator=generator, device=images.device)
+        return self.predictor.loss(images, noise, time)
+
+    def _noise(self, slices: Tensor, generators: Sequence[Generator]) -> Tensor:
+        if not self.hyper.discount:
+            return slice_noise(slices, generators)
+        layers = [
+            pyramid_noise(image[None], self.hyper.discount, generator, published=False)
+            for image, generator in zip(slices, generators, strict=True)
+        ]
+        return torch.cat(layers)
+
+    def restore(self, slices: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Noise slices and denoise them by deterministic steps (DDIM, Song et al. 2020, arXiv 2010.02502).
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, H, W)
+            In [-1, 1].
+
+        Returns
+        -------
+        Tensor, shape (B, 1, H, W)
+        """
+        times = torch.linspace(self.hyper.start, 0, self.hyper.denoising_steps + 1, dtype=torch.float64)[:-1]
+        alphas, sigmas = (scale.tolist() for scale in signal_and_noise(times))
+        noised = alphas[0] * slices + sigmas[0] * self._noise(slices, generators)
+        for step, time in enumerate(times.tolist()):
+            restored, noise = self.predictor.denoise(noised, time)
+            if step + 1 < len(times):
+                noised = alphas[step + 1] * restored + sigmas[step + 1] * noise
+        return restored
+
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Absolute difference between a slice and its restoration, in [0, 1] intensities."""
+        restored = self.restore(2 * slices - 1, generators)
+        return torch.where(brain, (slices - (restored + 1) / 2).abs(), 0.0)

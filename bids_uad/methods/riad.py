@@ -1,0 +1,173 @@
+"""RIAD: reconstruction by inpainting.
+
+Zavrtanik et al. 2021 ("Reconstruction by inpainting for visual anomaly detection"). Cells of a slice are
+hidden in turn, and a U-Net fills each from what is around it. What the surroundings do not foretell is
+anomalous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from bids_uad.methods.andi import LITE_NETWORK, NETWORK
+from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
+from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.similarity import gms_maps, ssim_map
+
+INPAINTING = replace(NETWORK, blocks=(1, 1, 1, 2, 3, 2), time_embedding=False, rescale=False)
+
+
+@dataclass(frozen=True)
+class RIADHyper:
+    """Hyper-parameters of RIAD.
+
+    Parameters
+    ----------
+    network : DDPMppConfig
+    cells : tuple of int
+        Sides of the square cells, in pixels; each must divide the slice's side.
+    parts : int
+        Disjoint sets of cells; each is hidden once.
+    weigh_by_cells : bool
+        Divide the map of each cell size by its number of cells, as published, so that the largest cells
+        decide. Otherwise all sizes count alike.
+    steps, batch_size, learning_rate
+        Training schedule.
+    """
+
+    network: DDPMppConfig = INPAINTING
+    cells: tuple[int, ...] = (8, 16, 28, 32)
+    parts: int = 5
+    weigh_by_cells: bool = False
+    steps: int = 100_000
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+
+
+def cell_parts(uniform: Tensor, parts: int, side: int) -> Tensor:
+    """Share the cells of a square grid out among disjoint sets.
+
+    Parameters
+    ----------
+    uniform : Tensor, shape (B, cells)
+        Random numbers whose order decides; `cells` is a square.
+    parts : int
+    side : int
+        Side of a cell in pixels.
+
+    Returns
+    -------
+    Tensor of int64, shape (B, 1, H, W)
+        The set, 0 to ``parts - 1``, of each pixel; set sizes differ by one cell at most.
+    """
+    cells = uniform.shape[1]
+    rank = uniform.argsort(1).argsort(1)
+    edge = round(cells**0.5)
+    grid = (rank * parts // cells).view(-1, 1, edge, edge)
+    return grid.repeat_interleave(side, 2).repeat_interleave(side, 3)
+
+
+class RIAD(Detector):
+    """Reconstruction by inpainting.
+
+    Parameters
+    ----------
+    hyper : RIADHyper
+    """
+
+    name: ClassVar[str] = "riad"
+    title: ClassVar[str] = "RIAD"
+    citation: ClassVar[str] = "riad"
+    presets: ClassVar[dict[str, RIADHyper]] = {
+        "paper": RIADHyper(
+            network=replace(INPAINTING, causal=True, activate_second=False), weigh_by_cells=True
+        ),
+        "default": RIADHyper(),
+        "lite": RIADHyper(
+            network=replace(LITE_NETWORK, time_embedding=False, rescale=False),
+            cells=(16, 32),
+            parts=3,
+            steps=1_500,
+            batch_size=8,
+            learning_rate=1.5e-3,
+        ),
+    }
+
+    def __init__(self, hyper: RIADHyper) -> None:
+        super().__init__(hyper)
+        self.network = DDPMpp(hyper.network)
+
+    def stages(self) -> list[Stage]:
+        """One network."""
+        hyper = self.hyper
+        return [
+            GradientStage(
+                "inpainting",
+                self.network,
+                self.loss,
+                steps=hyper.steps,
+                batch_size=hyper.batch_size,
+                learning_rate=hyper.learning_rate,
+            )
+        ]
+
+    def inpaint(self, slices: Tensor, part_of: Tensor) -> Tensor:
+        """Fill every cell from the cells of the other sets.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, H, W)
+        part_of : Tensor of int, shape (B, 1, H, W)
+            From :func:`cell_parts`.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, H, W)
+        """
+        parts = self.hyper.parts
+        numbers = torch.arange(parts, device=slices.device).view(parts, 1, 1, 1, 1)
+        hidden = part_of[None] == numbers
+        filled = self.network((slices[None] * ~hidden).flatten(0, 1)).view(hidden.shape)
+        return (filled * hidden).sum(0)
+
+    def loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Squared error, gradient and structural dissimilarity, at one cell size drawn for the batch."""
+        slices = batch.slices
+        draw = torch.randint(len(self.hyper.cells), (), generator=generator, device=slices.device)
+        side = self.hyper.cells[int(draw)]
+        uniform = torch.rand(
+            (len(slices), (slices.shape[-1] // side) ** 2), generator=generator, device=slices.device
+        )
+        filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, side))
+        gradients = gms_maps(filled, slices)
+        gradient_loss = sum(1 - part.mean() for part in gradients) / len(gradients)
+        structure_loss = 1 - ssim_map(filled, slices, valid=True).mean()
+        return (filled - slices).square().mean() + gradient_loss + structure_loss
+
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Gradient dissimilarity of the inpainted slice, over scales and cell sizes.
+
+        The published map is this one less a constant: it subtracts the least value of a whole volume.
+        """
+        side = slices.shape[-1]
+        total = torch.zeros_like(slices)
+        for cell in self.hyper.cells:
+            cells = (side // cell) ** 2
+            uniform = torch.stack(
+                [torch.rand(cells, generator=one, device=slices.device) for one in generators]
+            )
+            filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, cell))
+            maps = gms_maps(filled, slices)
+            likeness = sum(
+                F.interpolate(part, size=slices.shape[-2:], mode="bilinear", align_corners=False)
+                for part in maps
+            )
+            weight = 1 / cells if self.hyper.weigh_by_cells else 1 / len(self.hyper.cells)
+            total += weight * (1 - likeness / len(maps))
+        return torch.where(brain, total, 0.0)

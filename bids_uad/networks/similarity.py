@@ -1,0 +1,101 @@
+"""Structural similarity (SSIM) and gradient magnitude similarity (GMS) of images and feature maps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GMS_CONSTANT = 0.0026
+
+
+def _gaussian_window(size: int, sigma: float, like: Tensor) -> Tensor:
+    offset = torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
+    weight = torch.exp(-0.5 * (offset / sigma) ** 2)
+    return weight / weight.sum()
+
+
+def ssim_map(
+    first: Tensor, second: Tensor, *, window: int = 11, sigma: float = 1.5, valid: bool = False
+) -> Tensor:
+    """Structural similarity at each pixel, channel by channel.
+
+    Parameters
+    ----------
+    first, second : Tensor, shape (B, C, H, W)
+        The constants suit values in [0, 1].
+    window : int
+        Side of the Gaussian window, odd.
+    sigma : float
+        Its standard deviation, in pixels.
+    valid : bool
+        Keep only the pixels whose window lies inside; otherwise what is outside counts as 0.
+
+    Returns
+    -------
+    Tensor, shape (B, C, H, W), or smaller by ``window - 1`` where `valid`
+
+    References
+    ----------
+    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
+    """
+    weight = _gaussian_window(window, sigma, first)
+    channels = first.shape[1]
+    padding = 0 if valid else window // 2
+
+    def smooth(x: Tensor) -> Tensor:
+        # Five moments are smoothed at once, rows then columns: a Gaussian separates.
+        kernel = weight.expand(x.shape[1], 1, -1)
+        x = F.conv2d(x, kernel[..., None], padding=(padding, 0), groups=x.shape[1])
+        return F.conv2d(x, kernel[:, :, None], padding=(0, padding), groups=x.shape[1])
+
+    moments = torch.cat([first, second, first * first, second * second, first * second], 1)
+    mean1, mean2, square1, square2, product = smooth(moments).split(channels, 1)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
+    covariance = product - mean1 * mean2
+    variances = square1 - mean1**2 + square2 - mean2**2
+    return luminance * (2 * covariance + c2) / (variances + c2)
+
+
+def gradient_magnitude(images: Tensor) -> Tensor:
+    """Magnitude of the Prewitt gradient, a third of the published operator's sum.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H - 2, W - 2)
+    """
+    across = torch.tensor([1.0, 0.0, -1.0], device=images.device, dtype=images.dtype).expand(3, 3) / 3
+    kernels = torch.stack([across, across.T])[:, None]
+    return F.conv2d(images, kernels).square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+def gms_maps(first: Tensor, second: Tensor, scales: int = 4) -> list[Tensor]:
+    """Gradient magnitude similarity at several scales, each half as fine as the one before.
+
+    Parameters
+    ----------
+    first, second : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    scales : int
+
+    Returns
+    -------
+    list of Tensor
+        Shapes (B, 1, H / 2**k - 2, W / 2**k - 2), values in (0, 1], 1 where the gradients are alike.
+
+    References
+    ----------
+    Xue et al. 2014, "Gradient magnitude similarity deviation"; Zavrtanik et al. 2021, RIAD, eq. 4 to 6.
+    """
+    maps = []
+    for scale in range(scales):
+        if scale:
+            first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
+        a, b = gradient_magnitude(first), gradient_magnitude(second)
+        maps.append((2 * a * b + GMS_CONSTANT) / (a * a + b * b + GMS_CONSTANT))
+    return maps

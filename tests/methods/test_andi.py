@@ -1,0 +1,139 @@
+"""ANDi and partial diffusion against their closed forms and literal loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bids_uad.methods.andi import ANDi, ANDiHyper, aggregation_constant, noise_levels
+from bids_uad.methods.base import Batch
+from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
+from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.diffusion import pyramid_noise, signal_and_noise, transition_weight
+
+TINY = DDPMppConfig(
+    size=32,
+    width=16,
+    multipliers=(1, 2),
+    blocks=(1, 1),
+    attention=(),
+    middle_attention=False,
+    dropout=0.0,
+)
+
+
+def trained_looking(kind, hyper):
+    torch.manual_seed(0)
+    detector = kind(hyper).eval()
+    torch.nn.init.normal_(detector.network.leave.weight, std=0.1)
+    return detector
+
+
+def generators(count=3):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+@pytest.fixture
+def slices():
+    brain = torch.zeros(3, 1, 32, 32, dtype=torch.bool)
+    brain[:, :, 4:28, 6:25] = True
+    return torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(9)) * brain, brain
+
+
+def test_published_levels_and_constant():
+    times = noise_levels(1)
+    assert len(times) == 100
+    assert [float(times[0]), float(times[-1])] == pytest.approx([0.125, 0.026])
+    assert aggregation_constant(times) == pytest.approx(6.644e-4, rel=1e-3)
+
+
+def test_score_is_the_geometric_mean_of_the_literal_differences(slices):
+    detector = trained_looking(ANDi, ANDiHyper(network=TINY, stride=25, residual_floor=0.0))
+    x, brain = slices
+    drawn = generators()
+    with torch.no_grad():
+        ours = detector.score(x, brain, generators())
+        differences = []
+        for time in (0.125, 0.1, 0.075, 0.05):
+            t = torch.tensor([time], dtype=torch.float64)
+            alpha, sigma = (float(scale) for scale in signal_and_noise(t))
+            weight = float(transition_weight(t, t - 0.001))
+            noise = torch.stack([torch.randn(1, 32, 32, generator=one) for one in drawn])
+            image = 2 * x - 1
+            z = alpha * image + sigma * noise
+            velocity = detector.network(z, torch.full((3,), 1000 * time))
+            restored = (alpha * z - sigma * velocity).clamp(-1, 1)
+            differences.append((weight * (image - restored)) ** 2)
+    expected = torch.stack(differences).double().log().mean(0).exp().float() * brain
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_one_exact_pixel_does_not_silence_the_others(slices):
+    """A background of exactly -1 restored as -1 has residual 0; the floor keeps the score finite."""
+    x, brain = slices
+    for floor, silenced in ((0.0, True), (1e-8, False)):
+        detector = ANDi(ANDiHyper(network=TINY, stride=50, residual_floor=floor))
+        calls = []
+
+        def denoise(noised, time, x=x, calls=calls):
+            calls.append(time)
+            return (2 * x - 1 if len(calls) == 1 else torch.zeros_like(x)), noised
+
+        detector.predictor.denoise = denoise
+        scores = detector.score(x, brain, generators())[brain]
+        assert bool((scores == 0).all()) == silenced
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("discount", [0.0, 0.8])
+def test_partial_diffusion_restores_what_a_perfect_network_knows(slices, steps, discount):
+    x, brain = slices
+    healthy = 0.5 * x
+    hyper = PartialDiffusionHyper(network=TINY, denoising_steps=steps, discount=discount)
+    detector = PartialDiffusion(hyper)
+
+    def network(z, label):
+        alpha, sigma = (scale[:, None, None, None] for scale in signal_and_noise(label / 1000))
+        image = 2 * healthy - 1
+        return (alpha * z - image) / sigma
+
+    detector.predictor.network = network
+    scores = detector.score(x, brain, generators())
+    torch.testing.assert_close(scores, (0.5 * x).abs(), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hyper"),
+    [
+        (ANDi, ANDiHyper(network=TINY, stride=50)),
+        (PartialDiffusion, PartialDiffusionHyper(network=TINY, denoising_steps=2)),
+        (PartialDiffusion, PartialDiffusionHyper(network=TINY, denoising_steps=2, discount=0.9)),
+    ],
+)
+def test_map_does_not_depend_on_the_company(slices, kind, hyper):
+    detector = trained_looking(kind, hyper)
+    x, brain = slices
+    with torch.no_grad():
+        together = detector.score(x, brain, generators())
+        order = [2, 0, 1]
+        shuffled = detector.score(x[order], brain[order], [generators()[index] for index in order])
+        alone = detector.score(x[1:2], brain[1:2], generators()[1:2])
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_untrained_loss_is_that_of_no_velocity(slices, published):
+    """With v = 0 the implied noise is sigma z."""
+    detector = ANDi(replace(ANDi.presets["lite"], network=TINY, published_noise=published))
+    loss = detector.loss(Batch(*slices), torch.Generator().manual_seed(0))
+    again = torch.Generator().manual_seed(0)
+    image = 2 * slices[0] - 1
+    noise = pyramid_noise(image, 0.9, again, published=published)
+    alpha, sigma = signal_and_noise(torch.rand(3, generator=again)[:, None, None, None])
+    by_hand = (sigma * (alpha * image + sigma * noise) - noise).square().mean()
+    torch.testing.assert_close(loss.detach(), by_hand)
+    loss.backward()
+    assert detector.network.leave.weight.grad.abs().sum() > 0

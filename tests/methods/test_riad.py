@@ -1,0 +1,117 @@
+"""RIAD's masks, its inpainting and its map."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bids_uad.methods.base import Batch
+from bids_uad.methods.riad import RIAD, RIADHyper, cell_parts
+from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.similarity import gms_maps
+
+TINY = RIADHyper(
+    network=DDPMppConfig(
+        size=64,
+        width=16,
+        multipliers=(1, 2),
+        blocks=(1, 1),
+        attention=(),
+        middle_attention=False,
+        dropout=0.0,
+        time_embedding=False,
+    ),
+    cells=(8, 16),
+    parts=3,
+)
+
+
+@pytest.fixture
+def slices():
+    brain = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
+    brain[:, :, 10:50, 6:55] = True
+    return torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(9)) * brain, brain
+
+
+def detector_of(hyper=TINY):
+    torch.manual_seed(0)
+    detector = RIAD(hyper).eval()
+    torch.nn.init.normal_(detector.network.leave.weight, std=0.1)
+    return detector
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in range(3)]
+
+
+def test_parts_are_disjoint_cells_of_even_number():
+    uniform = torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    part_of = cell_parts(uniform, 5, 28)
+    assert part_of.shape == (4, 1, 224, 224)
+    cells = part_of[:, 0, ::28, ::28]
+    assert torch.equal(cells.repeat_interleave(28, 1).repeat_interleave(28, 2), part_of[:, 0])
+    for image in cells:
+        assert np.ptp(np.bincount(image.flatten().numpy(), minlength=5)) <= 1
+    assert not torch.equal(cells[0], cells[1])
+
+
+def test_a_cell_is_filled_without_being_seen(slices):
+    detector = detector_of()
+    x, _ = slices
+    part_of = cell_parts(torch.rand(3, 64, generator=torch.Generator().manual_seed(1)), 3, 8)
+    hidden = part_of == 0
+    with torch.no_grad():
+        filled = detector.inpaint(x, part_of)
+        altered = detector.inpaint(torch.where(hidden, 1 - x, x), part_of)
+        literal = detector.network(x * ~hidden)
+    torch.testing.assert_close(filled[hidden], altered[hidden], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(filled[hidden], literal[hidden], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(filled[~hidden], altered[~hidden])
+
+
+def test_published_map_up_to_its_constant(slices):
+    """Sum over cell sizes of (1 - S) / 4 / cells, with S the sum over four scales; then less its minimum."""
+    detector = detector_of(replace(TINY, weigh_by_cells=True))
+    x, brain = slices
+    with torch.no_grad():
+        ours = detector.score(x, brain, generators())
+        literal, drawn = torch.zeros_like(x), generators()
+        for cell in (8, 16):
+            cells = (64 // cell) ** 2
+            uniform = torch.stack([torch.rand(cells, generator=one) for one in drawn])
+            maps = gms_maps(detector.inpaint(x, cell_parts(uniform, 3, cell)), x)
+            likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
+            literal += (1 - likeness) / 4 / cells
+    # Where everything is alike S is 4: that is the least there can be.
+    least = sum((1 - 4) / 4 / (64 // cell) ** 2 for cell in (8, 16))
+    torch.testing.assert_close(ours[brain], (literal - least)[brain], atol=1e-6, rtol=1e-4)
+    assert ours[~brain].abs().max() == 0
+
+
+def test_map_does_not_depend_on_the_company(slices):
+    detector = detector_of()
+    x, brain = slices
+    with torch.no_grad():
+        together = detector.score(x, brain, generators())
+        alone = detector.score(x[1:2], brain[1:2], generators()[1:2])
+    torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_perfect_inpainting_costs_and_scores_nothing(slices):
+    detector = detector_of()
+    x, brain = slices
+    detector.inpaint = lambda slices, part_of: slices.clone()
+    assert float(detector.loss(Batch(x, brain), torch.Generator().manual_seed(0))) == pytest.approx(
+        0, abs=1e-5
+    )
+    assert float(detector.score(x, brain, generators()).max()) == pytest.approx(0, abs=1e-6)
+
+
+def test_loss_reaches_the_network(slices):
+    detector = detector_of()
+    detector.loss(Batch(*slices), torch.Generator().manual_seed(0)).backward()
+    assert detector.network.enter.weight.grad.abs().sum() > 0

@@ -1,0 +1,88 @@
+"""The diffusion against its published values and against formulas done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bids_uad.networks.diffusion import (
+    NoisePredictor,
+    log_snr,
+    pyramid_noise,
+    signal_and_noise,
+    slice_noise,
+    transition_weight,
+)
+
+
+@pytest.mark.parametrize(
+    ("time", "ratio", "alpha", "sigma"),
+    [(0.025, 3.67, 0.987, 0.158), (0.125, 0.45, 0.782, 0.623), (0.5, -2.773, 0.242, 0.970)],
+)
+def test_schedule(time, ratio, alpha, sigma):
+    t = torch.tensor(time, dtype=torch.float64)
+    assert float(log_snr(t)) == pytest.approx(ratio, abs=0.01)
+    scales = signal_and_noise(t)
+    assert [float(scale) for scale in scales] == pytest.approx([alpha, sigma], abs=0.002)
+    assert sum(float(scale) ** 2 for scale in scales) == pytest.approx(1)
+
+
+def test_ends_are_truncated():
+    ends = log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    shift = 2 * math.log(56 / 224)
+    assert ends.tolist() == pytest.approx([15 + shift, -15 + shift])
+
+
+def test_transition_weight_is_that_of_the_posterior_means():
+    """Posterior of z_s given z_t and x: mean = alpha_s x + (...)(z_t - alpha_t x); only x matters here."""
+    t, s = torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.099], dtype=torch.float64)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = signal_and_noise(t), signal_and_noise(s)
+    alpha_ts = alpha_t / alpha_s
+    variance_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
+
+    def mean(z: float, x: float) -> torch.Tensor:
+        return alpha_ts * sigma_s**2 / sigma_t**2 * z + alpha_s * variance_ts / sigma_t**2 * x
+
+    by_hand = (mean(0.3, 0.9) - mean(0.3, 0.4)) / 0.5
+    torch.testing.assert_close(transition_weight(t, s), by_hand)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_pyramid_noise_is_smoother_than_white_and_of_unit_power(published):
+    images = torch.zeros(16, 1, 96, 96)
+    noise = pyramid_noise(images, 0.9, torch.Generator().manual_seed(0), published=published)
+    assert float(noise.square().mean()) == pytest.approx(1, abs=0.05)
+    if not published:
+        torch.testing.assert_close(noise.square().mean((1, 2, 3)), torch.ones(16))
+    # Neighbours are alike because of the coarse layers.
+    likeness = (noise[..., 1:] * noise[..., :-1]).mean()
+    assert 0.2 < float(likeness) < 0.9
+
+
+def test_each_slice_has_noise_of_its_own():
+    slices = torch.zeros(3, 1, 8, 8)
+    together = slice_noise(slices, [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)])
+    alone = slice_noise(slices[:1], [torch.Generator().manual_seed(2)])
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_the_true_velocity_has_no_loss_and_gives_the_image_back():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1
+    noise = torch.randn(4, 1, 8, 8, generator=generator)
+    alpha, sigma = (scale[:, None, None, None] for scale in signal_and_noise(torch.full((4,), 0.3)))
+    seen = []
+
+    def network(z, label):
+        seen.append(label)
+        return alpha * noise - sigma * images
+
+    predictor = NoisePredictor(network, 1000.0)
+    assert float(predictor.loss(images, noise, torch.full((4,), 0.3))) == pytest.approx(0, abs=1e-10)
+    restored, implied = predictor.denoise(alpha * images + sigma * noise, 0.3)
+    torch.testing.assert_close(restored, images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(implied, noise, atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen[0], torch.full((4,), 300.0))
