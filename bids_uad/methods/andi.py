@@ -2,8 +2,8 @@
 
 Frotscher et al. 2023 ("Unsupervised anomaly detection using aggregated normative diffusion",
 arXiv 2312.01904). A diffusion model of healthy slices, trained on pyramid noise, denoises a slice from many
-noise levels in one step each. Where it would move the slice elsewhere than the slice itself would, tissue is not as it should be.
-The squared differences of the posterior means are aggregated by their geometric mean.
+noise levels in one step each. Where it would move the slice elsewhere than the slice itself would, tissue is
+not as it should be. The squared differences of the posterior means are aggregated by their geometric mean.
 """
 
 from __future__ import annotations

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from bids_uad.methods.andi import ANDi
 from bids_uad.methods.base import Detector
+from bids_uad.methods.ddpmpp import PartialDiffusion
 from bids_uad.methods.disyre import Disyre
 from bids_uad.methods.intensity import Intensity
+from bids_uad.methods.itermask import IterMask
 from bids_uad.methods.patchcore import PatchCore
+from bids_uad.methods.riad import RIAD
 
 DETECTORS: dict[str, type[Detector]] = {
-    detector.name: detector for detector in (Disyre, PatchCore, Intensity)
+    detector.name: detector
+    for detector in (PartialDiffusion, ANDi, IterMask, Disyre, RIAD, PatchCore, Intensity)
 }
 
 

@@ -1,0 +1,219 @@
+"""IterMask: a mask over the anomaly that shrinks as long as what it hides can be foretold.
+
+Liang et al. 2024 ("IterMask2: iterative unsupervised anomaly segmentation via spatial and frequency masking",
+arXiv 2406.02422). One network restores a slice from the phase of its low frequencies and all of the high
+ones. A second also sees the slice outside a mask, and fills the mask. Pixels filled well leave the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from bids_uad.methods.andi import LITE_NETWORK, NETWORK
+from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.diffusion import slice_noise
+from bids_uad.networks.masks import clustered_squares
+
+MAX_ROUNDS = 100  # a mask that loses a tenth each round is empty long before
+
+UNET = replace(NETWORK, norm="batch", time_embedding=False, rescale=False)
+
+
+@dataclass(frozen=True)
+class IterMaskHyper:
+    """Hyper-parameters of IterMask.
+
+    Parameters
+    ----------
+    network : DDPMppConfig
+        Of both networks.
+    radius : float
+        Frequencies nearer to zero than this lose their magnitude, in bins.
+    first_share : float
+        Share of the brain under the first mask, worst restored pixels first.
+    masked_share : float
+        Share of the masked pixels of healthy slices whose error lies above the shrinking threshold.
+    least_shrinkage : float
+        A slice is done when its mask loses less than this share in a round.
+    whole_brain : bool
+        Score every pixel by the last filling, hidden or not, and slices that are done after one round by
+        their own intensity, as published; otherwise score each pixel by the last filling that hid it.
+    threshold_slices : int
+        Healthy slices that settle the shrinking threshold.
+    steps, batch_size, learning_rate
+        Training schedule of each network.
+    """
+
+    network: DDPMppConfig = UNET
+    radius: float = 15.0
+    first_share: float = 0.6
+    masked_share: float = 0.2
+    least_shrinkage: float = 0.1
+    whole_brain: bool = False
+    threshold_slices: int = 2_000
+    steps: int = 100_000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+
+
+def frequency_condition(images: Tensor, radius: float) -> Tensor:
+    """Set the magnitude of low frequencies to one and keep their phase.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+    radius : float
+        In bins, this radius included.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        Shape remains, intensity does not.
+    """
+    height, width = images.shape[-2:]
+    spectrum = torch.fft.fft2(images)
+    rows = torch.fft.fftfreq(height, 1 / height, device=images.device)[:, None]
+    columns = torch.fft.fftfreq(width, 1 / width, device=images.device)[None]
+    low = rows**2 + columns**2 <= radius**2
+    phase = torch.polar(torch.ones_like(images), spectrum.angle())
+    return torch.fft.ifft2(torch.where(low, phase, spectrum)).real
+
+
+def worst_pixels(errors: Tensor, brain: Tensor, share: float) -> Tensor:
+    """Mark the given share of each slice's brain pixels, largest errors first.
+
+    Parameters
+    ----------
+    errors : Tensor, shape (B, 1, H, W)
+        At least 0.
+    brain : Tensor of bool, shape (B, 1, H, W)
+    share : float
+
+    Returns
+    -------
+    Tensor of bool, shape (B, 1, H, W)
+    """
+    kept = (share * brain.flatten(1).sum(1, keepdim=True)).long()
+    falling = torch.where(brain, errors, -1.0).flatten(1).sort(1, descending=True).values
+    limit = falling.gather(1, kept.clamp_max(falling.shape[1] - 1))
+    return (errors > limit[:, :, None, None]) & brain
+
+
+class IterMask(Detector):
+    """Iterative shrinking of a mask.
+
+    Parameters
+    ----------
+    hyper : IterMaskHyper
+    """
+
+    name: ClassVar[str] = "itermask"
+    title: ClassVar[str] = "IterMask"
+    citation: ClassVar[str] = "itermask"
+    presets: ClassVar[dict[str, IterMaskHyper]] = {
+        "paper": IterMaskHyper(network=replace(UNET, causal=True), whole_brain=True),
+        "default": IterMaskHyper(),
+        "lite": IterMaskHyper(
+            network=replace(LITE_NETWORK, width=16, norm="batch", time_embedding=False, rescale=False),
+            threshold_slices=256,
+            steps=800,
+            batch_size=8,
+            learning_rate=2e-3,
+        ),
+    }
+
+    def __init__(self, hyper: IterMaskHyper) -> None:
+        super().__init__(hyper)
+        self.first = DDPMpp(hyper.network)
+        self.filler = DDPMpp(hyper.network, inputs=2)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def stages(self) -> list[Stage]:
+        """Two networks, then the error below which a pixel leaves the mask."""
+        hyper = self.hyper
+        schedule = {
+            "steps": hyper.steps,
+            "batch_size": hyper.batch_size,
+            "learning_rate": hyper.learning_rate,
+        }
+        return [
+            GradientStage("first", self.first, self.first_loss, **schedule),
+            GradientStage("filler", self.filler, self.filler_loss, **schedule),
+            FitStage("threshold", self.fit_threshold, slices=hyper.threshold_slices, batch_size=16),
+        ]
+
+    def fill(self, images: Tensor, condition: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+        """Fill the mask from what is around it and from the frequency condition.
+
+        Parameters
+        ----------
+        images, condition, noise : Tensor, shape (B, 1, H, W)
+            In [-3, 3] units.
+        mask : Tensor of bool, shape (B, 1, H, W)
+
+        Returns
+        -------
+        Tensor, shape (B, 1, H, W)
+        """
+        return self.filler(torch.cat([torch.where(mask, noise, images), condition], 1))
+
+    def first_loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Squared error of the slice restored from its frequency condition."""
+        images = 6 * batch.slices - 3
+        return (self.first(frequency_condition(images, self.hyper.radius)) - images).square().mean()
+
+    def _masked_errors(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor]:
+        images = 6 * batch.slices - 3
+        mask = clustered_squares(batch.brain, generator)
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        filled = self.fill(images, frequency_condition(images, self.hyper.radius), mask, noise)
+        return (filled - images).square(), mask
+
+    def filler_loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Squared error of the whole slice, part of it masked."""
+        return self._masked_errors(batch, generator)[0].mean()
+
+    def fit_threshold(self, batches: Iterator[Batch], generator: Generator) -> None:
+        """Find the error that a fifth of the masked healthy pixels exceed."""
+        pooled = []
+        for batch in batches:
+            errors, mask = self._masked_errors(batch, generator)
+            pooled.append(errors[mask])
+        values = torch.cat(pooled).sort().values
+        self.threshold.copy_(values[int((1 - self.hyper.masked_share) * (len(values) - 1))])
+
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Squared residual of the filling, in [-3, 3] units.
+
+        A slice leaves the batch as soon as its mask has stopped shrinking.
+        """
+        hyper = self.hyper
+        images = 6 * slices - 3
+        condition = frequency_condition(images, hyper.radius)
+        errors = (images - self.first(condition)).square()
+        mask = worst_pixels(errors, brain, hyper.first_share)
+        # What is never hidden was foretold well from the start.
+        scores = images.square() if hyper.whole_brain else errors.clamp_max(self.threshold)
+        active = torch.arange(len(images), device=images.device)
+        for turn in range(MAX_ROUNDS):
+            seen, hidden = images[active], mask[active]
+            noise = slice_noise(seen, [generators[index] for index in active.tolist()])
+            residual = (seen - self.fill(seen, condition[active], hidden, noise)).square()
+            wrong = hidden & (residual > self.threshold)
+            before, after = hidden.flatten(1).sum(1), wrong.flatten(1).sum(1)
+            going_on = (before - after >= hyper.least_shrinkage * before) & (before > 0)
+            if not hyper.whole_brain:
+                scores[active] = torch.where(hidden, residual, scores[active])
+            elif turn:
+                scores[active] = residual
+            mask[active] = wrong
+            active = active[going_on]
+            if len(active) == 0:
+                break
+        return torch.where(brain, scores, 0.0)

@@ -1,0 +1,50 @@
+"""What holds for every detector there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bids_uad.methods.base import GradientStage
+from bids_uad.methods.hyper import hyper_from_values
+from bids_uad.methods.registry import DETECTORS, build_detector
+from bids_uad.reports.boilerplate import assets
+from bids_uad.reports.group_text import detector_name
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+class TestEveryDetector:
+    def test_is_named_and_cited(self, name):
+        kind = DETECTORS[name]
+        assert kind.name == name
+        assert kind.title == detector_name(name)
+        bibliography = (assets() / "bids_uad.bib").read_text(encoding="utf-8")
+        assert re.search(rf"^@\w+{{{kind.citation},", bibliography, re.MULTILINE)
+        fragment = Path(str(assets())) / "methods" / f"{name}.md"
+        assert f"@{kind.citation}" in fragment.read_text(encoding="utf-8")
+
+    def test_presets_travel_as_plain_values(self, name):
+        for preset, hyper in DETECTORS[name].presets.items():
+            with torch.device("meta"):
+                detector = build_detector(name, preset)
+            assert hyper_from_values(type(hyper), detector.describe()) == hyper
+
+    def test_lite_is_small_enough_to_ship(self, name):
+        detector = build_detector(name, "lite")
+        size = sum(value.numel() * value.element_size() for value in detector.state_dict().values())
+        assert size < 5e6
+
+    def test_lite_has_stages_and_names_them_apart(self, name):
+        stages = build_detector(name, "lite").stages()
+        assert len({stage.name for stage in stages}) == len(stages) > 0
+        assert all(stage.steps <= 10_000 for stage in stages if isinstance(stage, GradientStage))
+
+
+def test_unknown_names_list_those_there_are():
+    with pytest.raises(KeyError, match="no detector named 'dog'; there are ddpmpp, andi"):
+        build_detector("dog", "lite")
+    with pytest.raises(KeyError, match="has no preset 'dog'; it has"):
+        build_detector("andi", "dog")
