@@ -63,6 +63,8 @@ class RunConfig:
         Memory that may be used, in GB.
     detector, preset, modality, steps, batch_size
         What `train` and `calibrate` work on.
+    backbone_weights : pathlib.Path, optional
+        Weights of a backbone that comes trained on ImageNet.
     """
 
     bids_dir: Path
@@ -91,6 +93,7 @@ class RunConfig:
     modality: str | None = None
     steps: int | None = None
     batch_size: int | None = None
+    backbone_weights: Path | None = None
     run_id: str = field(default_factory=new_run_id)
 
     def to_toml(self) -> str:

@@ -114,6 +114,12 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--modality", choices=MODALITIES, help="images to train on")
     models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
     models.add_argument("--batch-size", type=_positive, metavar="N", help="slices a step (default: preset's)")
+    models.add_argument(
+        "--backbone-weights",
+        type=Path,
+        metavar="FILE",
+        help="torchvision's weights (.pth, .safetensors), for presets that look at ImageNet features",
+    )
     return parser
 
 
@@ -227,7 +233,11 @@ def check(config: RunConfig) -> None:
             )
     if config.levels == ("group",) and not config.output_dir.is_dir():
         raise ConfigError(f"there is nothing to group: {config.output_dir} does not exist")
-    for path, flag in ((config.filter_file, "--bids-filter-file"), (config.atlas_dir, "--atlas-dir")):
+    for path, flag in (
+        (config.filter_file, "--bids-filter-file"),
+        (config.atlas_dir, "--atlas-dir"),
+        (config.backbone_weights, "--backbone-weights"),
+    ):
         if path is not None and not path.exists():
             raise ConfigError(f"{flag} {path} does not exist")
     for name, path in config.derivatives.items():

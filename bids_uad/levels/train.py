@@ -75,6 +75,7 @@ def run_train(config: RunConfig) -> int:
         detector = build_detector(config.detector, config.preset)
     except KeyError as error:
         raise ConfigError(error.args[0]) from None
+    _load_backbone(detector, config.backbone_weights)
     store_folder = config.work_dir / f"slices-{folder.name}"
     logger.info("Storing the slices of %d scans in %s", len(scans), store_folder)
     store = SliceStore.build([Subject(scan.image, scan.brain, scan.tissue) for scan in scans], store_folder)
@@ -110,6 +111,33 @@ def run_train(config: RunConfig) -> int:
     )
     logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
     return 0
+
+
+def _load_backbone(detector: Any, weights: Path | None) -> None:
+    """Give a detector whose backbone comes trained the weights of that backbone.
+
+    Raises
+    ------
+    ConfigError
+        If they are needed and not given, or the other way round.
+    InputError
+        If the file does not hold them.
+    """
+    backbone = getattr(detector.hyper, "backbone", None)
+    if backbone is None or not backbone.pretrained:
+        if weights is not None:
+            raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
+        return
+    if weights is None:
+        raise ConfigError(
+            f"{detector.name} looks at features of {backbone.name}, which is trained on ImageNet and not "
+            "part of bids_uad: download torchvision's weights and name the file with --backbone-weights, or "
+            "choose --preset lite, whose features are trained on your scans"
+        )
+    try:
+        detector.backbone.load_published(weights)
+    except ValueError as error:
+        raise InputError(weights, str(error), f"name the file of {backbone.name}") from error
 
 
 def healthy_scans(config: RunConfig) -> list[PreprocessedScan]:

@@ -14,54 +14,51 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.methods.base import Batch, FitStage, Stage
+from bids_uad.methods.features import FeatureDetector
+from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.coreset import farthest_points
-from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
-from bids_uad.networks.tissuenet import TissueNet
+from bids_uad.networks.patches import pooled_descriptors, published_descriptors
 
 
 @dataclass(frozen=True)
 class PatchCoreHyper:
-    """Hyper-parameters of PatchCore on tissue features.
+    """Hyper-parameters of PatchCore.
 
     Parameters
     ----------
-    classes : int
-        Tissue classes the feature network learns, background included.
-    widths : tuple of int
-        Channels of the feature network.
+    backbone : BackboneConfig
+        Two maps, the second half as fine as the first.
+    descriptor : {"published", "pooled"}
+        How a place is described: by the published two rounds of adaptive pooling, or by the mean of its
+        neighbourhood in both maps, each channel standardised.
     neighbourhood : int
         Side of the square of features averaged into one descriptor, odd.
+    squared : bool
+        Score squared distances, as published.
     candidates : int
         Descriptors the coreset is chosen from.
+    projection : int
+        Random dimensions in which it is chosen; 0 keeps all.
     bank : int
         Descriptors kept.
     bank_slices : int
         Slices the candidates are drawn from.
-    augmentation : AugmentationConfig
-        Variation of the slices while the feature network learns.
-    window : tuple of int
-        Height and width in pixels of the windows it learns from.
-    steps, batch_size, learning_rate
-        Schedule of the feature network.
     """
 
-    classes: int = 6
-    widths: tuple[int, int, int, int] = (8, 24, 48, 96)
-    neighbourhood: int = 3
-    candidates: int = 60_000
-    bank: int = 4_096
-    bank_slices: int = 3_000
-    augmentation: AugmentationConfig = field(
-        default_factory=lambda: AugmentationConfig(spatial=0.3, zoom=(0.85, 1.15), intensity=0.25)
+    backbone: BackboneConfig = field(
+        default_factory=lambda: BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
     )
-    window: tuple[int, int] = (160, 192)
-    steps: int = 600
-    batch_size: int = 8
-    learning_rate: float = 2e-3
+    descriptor: str = "published"
+    neighbourhood: int = 5
+    squared: bool = False
+    candidates: int = 200_000
+    projection: int = 128
+    bank: int = 10_000
+    bank_slices: int = 20_000
 
 
-class PatchCore(Detector):
+class PatchCore(FeatureDetector):
     """Nearest neighbour in a memory bank of healthy patch features.
 
     Parameters
@@ -72,43 +69,38 @@ class PatchCore(Detector):
     name: ClassVar[str] = "patchcore"
     title: ClassVar[str] = "PatchCore"
     citation: ClassVar[str] = "patchcore"
-    presets: ClassVar[dict[str, PatchCoreHyper]] = {"lite": PatchCoreHyper()}
+    presets: ClassVar[dict[str, PatchCoreHyper]] = {
+        "paper": PatchCoreHyper(
+            backbone=BackboneConfig(name="wide_resnet50_2", taps=(2, 3), normalise=False), squared=True
+        ),
+        "default": PatchCoreHyper(),
+        "lite": PatchCoreHyper(
+            backbone=BackboneConfig(),
+            descriptor="pooled",
+            neighbourhood=3,
+            candidates=60_000,
+            projection=0,
+            bank=4_096,
+            bank_slices=3_000,
+        ),
+    }
 
     def __init__(self, hyper: PatchCoreHyper) -> None:
         super().__init__(hyper)
-        self.backbone = TissueNet(hyper.classes, hyper.widths)
-        width = hyper.widths[2] + hyper.widths[3]
+        width = sum(hyper.backbone.channels)
+        if hyper.descriptor == "published":
+            width = 2 * hyper.backbone.channels[0]
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("bank", torch.zeros(hyper.bank, width, dtype=torch.float16))
 
     def stages(self) -> list[Stage]:
-        """First the feature network, then the memory bank."""
-        hyper = self.hyper
-        return [
-            GradientStage(
-                "features",
-                self.backbone,
-                self.tissue_loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-                needs_tissue=True,
-            ),
-            FitStage("bank", self.fit_bank, slices=hyper.bank_slices, batch_size=16),
-        ]
-
-    def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Cross-entropy of the tissue classes."""
-        config = self.hyper.augmentation
-        images, tissue = cut_windows(
-            batch.slices, batch.tissue[:, None], self.hyper.window, config, generator
-        )
-        images = vary_intensity(images, tissue > 0, config, generator)
-        return F.cross_entropy(self.backbone(images), tissue[:, 0])
+        """The backbone, if it is our own, then the memory bank."""
+        bank = FitStage("bank", self.fit_bank, slices=self.hyper.bank_slices, batch_size=16)
+        return [*self.backbone_stages(), bank]
 
     def descriptors(self, slices: Tensor) -> Tensor:
-        """Standardised local features on the quarter-resolution grid.
+        """Local features on the grid of the finer map.
 
         Parameters
         ----------
@@ -116,43 +108,46 @@ class PatchCore(Detector):
 
         Returns
         -------
-        Tensor, shape (B, 56, 56, C)
+        Tensor, shape (B, h, w, C)
         """
-        side = self.hyper.neighbourhood
-        quarter, eighth = (
-            F.avg_pool2d(feature, side, stride=1, padding=side // 2)
-            for feature in self.backbone.features(slices)
-        )
-        eighth = F.interpolate(eighth, size=quarter.shape[-2:], mode="bilinear", align_corners=False)
-        joined = torch.cat([quarter, eighth], 1).movedim(1, -1)
-        return (joined - self.centre) / self.spread
+        fine, coarse = self.features(slices)
+        describe = published_descriptors if self.hyper.descriptor == "published" else pooled_descriptors
+        found = describe(fine, coarse, self.hyper.neighbourhood)
+        return (found - self.centre) / self.spread
 
     def fit_bank(self, batches: Iterator[Batch], generator: Generator) -> None:
         """Collect healthy descriptors inside the brain and keep a coreset of them."""
+        hyper = self.hyper
         self.centre.zero_()
         self.spread.fill_(1)
-        share = -(-self.hyper.candidates // self.hyper.bank_slices)
+        share = -(-hyper.candidates // hyper.bank_slices)
         kept = []
         for batch in batches:
-            found = self.descriptors(batch.slices)[self._covered(batch.brain)]
+            found = self.descriptors(batch.slices)
+            found = found[self._covered(batch.brain, found.shape[1])]
             pick = torch.randperm(len(found), generator=generator, device=found.device)
             kept.append(found[pick[: share * len(batch.slices)]])
         candidates = torch.cat(kept)
-        self.centre.copy_(candidates.mean(0))
-        self.spread.copy_(candidates.std(0).clamp_min(1e-6))
-        candidates = (candidates - self.centre) / self.spread
-        chosen = farthest_points(candidates, self.hyper.bank, generator)
-        self.bank = candidates[chosen].half()
+        if hyper.descriptor == "pooled":
+            self.centre.copy_(candidates.mean(0))
+            self.spread.copy_(candidates.std(0).clamp_min(1e-6))
+            candidates = (candidates - self.centre) / self.spread
+        compared = candidates
+        if hyper.projection:
+            shape = (candidates.shape[1], hyper.projection)
+            compared = candidates @ torch.randn(shape, generator=generator, device=candidates.device)
+        self.bank = candidates[farthest_points(compared, hyper.bank, generator)].half()
 
     @staticmethod
-    def _covered(brain: Tensor) -> Tensor:
-        """Cells of the descriptor grid that hold any brain, shape (B, 56, 56)."""
-        return F.max_pool2d(brain.float(), 4)[:, 0] > 0
+    def _covered(brain: Tensor, grid: int) -> Tensor:
+        """Cells of the descriptor grid that hold any brain, shape (B, grid, grid)."""
+        return F.max_pool2d(brain.float(), brain.shape[-1] // grid)[:, 0] > 0
 
     def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
         """Euclidean distance to the nearest descriptor of the bank, interpolated to the pixels."""
-        covered = self._covered(brain)
-        queries = self.descriptors(slices)[covered]
+        described = self.descriptors(slices)
+        covered = self._covered(brain, described.shape[1])
+        queries = described[covered]
         bank = self.bank.to(queries.dtype)
         bank_norm = bank.square().sum(1)
         nearest = [
@@ -161,6 +156,7 @@ class PatchCore(Detector):
         ]
         coarse = torch.zeros(covered.shape, dtype=queries.dtype, device=slices.device)
         if nearest:
-            coarse[covered] = torch.cat(nearest).clamp_min(0).sqrt()
+            squared = torch.cat(nearest).clamp_min(0)
+            coarse[covered] = squared if self.hyper.squared else squared.sqrt()
         fine = F.interpolate(coarse[:, None], size=slices.shape[-2:], mode="bilinear", align_corners=False)
         return torch.where(brain, fine, 0.0)

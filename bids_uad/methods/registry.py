@@ -8,14 +8,28 @@ from bids_uad.methods.andi import ANDi
 from bids_uad.methods.base import Detector
 from bids_uad.methods.ddpmpp import PartialDiffusion
 from bids_uad.methods.disyre import Disyre
+from bids_uad.methods.fae import FAE
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.itermask import IterMask
 from bids_uad.methods.patchcore import PatchCore
+from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.riad import RIAD
+from bids_uad.methods.uniad import UniAD
 
 DETECTORS: dict[str, type[Detector]] = {
     detector.name: detector
-    for detector in (PartialDiffusion, ANDi, IterMask, Disyre, RIAD, PatchCore, Intensity)
+    for detector in (
+        PartialDiffusion,
+        ANDi,
+        IterMask,
+        Disyre,
+        RIAD,
+        UniAD,
+        ReverseDistillation,
+        PatchCore,
+        FAE,
+        Intensity,
+    )
 }
 
 

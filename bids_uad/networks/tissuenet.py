@@ -42,21 +42,22 @@ class TissueNet(nn.Module):
         self.merge_half = _block(quarter + half, half)
         self.head = nn.Conv2d(half + full, classes, 3, padding=1)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder features at quarter and eighth resolution.
+    def maps(self, slices: Tensor) -> list[Tensor]:
+        """Encoder features at half, quarter and eighth resolution.
 
         Parameters
         ----------
-        images : Tensor, shape (B, 1, H, W)
+        slices : Tensor, shape (B, 1, H, W)
             H and W divisible by 8.
 
         Returns
         -------
-        Tensor, shape (B, widths[2], H/4, W/4)
-        Tensor, shape (B, widths[3], H/8, W/8)
+        list of Tensor
+            Shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8, W/8).
         """
-        quarter = self.at_quarter(self.at_half(self.at_full(images)))
-        return quarter, self.at_eighth(quarter)
+        half = self.at_half(self.at_full(slices))
+        quarter = self.at_quarter(half)
+        return [half, quarter, self.at_eighth(quarter)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores.

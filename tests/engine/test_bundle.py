@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from bids_uad.atomic import write_json
 from bids_uad.engine import bundle as bundles
 from bids_uad.engine.bundle import load_bundle, load_detector, packaged_bundles, resolve_bundles, save_bundle
 from bids_uad.errors import ModelError
-from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+from bids_uad.methods.patchcore import PatchCore
+from bids_uad.networks.backbones import BackboneConfig
 
-TINY = PatchCoreHyper(widths=(4, 8, 8, 16), bank=16)
+TINY = replace(PatchCore.presets["lite"], backbone=BackboneConfig(widths=(4, 8, 8, 16)), bank=16)
 CALIBRATION = {
     "thresholds": {"max_dice": 0.5, "fpr_1pct": 0.7},
     "default_threshold": "max_dice",
@@ -82,7 +84,7 @@ def test_another_input_contract_is_refused(folder):
 
 def test_weights_of_another_shape_are_refused(folder):
     values = json.loads((folder / "bundle.json").read_text())["hyper"]
-    edit(folder / "bundle.json", hyper={**values, "widths": [4, 8, 8, 8]})
+    edit(folder / "bundle.json", hyper={**values, "backbone": {**values["backbone"], "widths": [4, 8, 8, 8]}})
     with pytest.raises(ModelError, match="size mismatch"):
         load_detector(load_bundle(folder))
 

@@ -14,7 +14,8 @@ from bids_uad.engine.ema import MovingAverage
 from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import train_detector
 from bids_uad.methods.disyre import Disyre, DisyreHyper
-from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+from bids_uad.methods.patchcore import PatchCore
+from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.corruptions import AnomalyConfig
 from bids_uad.networks.ddpmpp import DDPMppConfig
 
@@ -103,16 +104,9 @@ def test_restoration_is_learnt_and_repeats(store):
 
 def test_trained_patchcore_marks_what_it_has_not_seen(store):
     torch.manual_seed(0)
-    hyper = PatchCoreHyper(
-        classes=3,
-        widths=(4, 8, 16, 16),
-        bank=128,
-        candidates=4_000,
-        bank_slices=40,
-        window=(96, 96),
-        steps=40,
-    )
-    detector = PatchCore(replace(hyper, batch_size=4))
+    backbone = BackboneConfig(classes=3, widths=(4, 8, 16, 16), window=(96, 96), steps=40, batch_size=4)
+    hyper = replace(PatchCore.presets["lite"], backbone=backbone, bank=128, candidates=4_000, bank_slices=40)
+    detector = PatchCore(hyper)
     train_detector(detector, store, seed=0, device=CPU)
     batch = store.batch(np.array([10]), CPU)
     odd = batch.slices.clone()
@@ -126,7 +120,7 @@ def test_missing_tissue_is_said(tmp_path, store):
     plain = SliceStore.__new__(SliceStore)
     plain.slices, plain.labels, plain.has_tissue = store.slices, store.labels, False
     with pytest.raises(ValueError, match="tissue classes"):
-        train_detector(PatchCore(PatchCoreHyper(widths=(4, 8, 8, 8))), plain, seed=0, device=CPU)
+        train_detector(PatchCore(PatchCore.presets["lite"]), plain, seed=0, device=CPU)
 
 
 def test_moving_average_by_hand():
@@ -140,7 +134,7 @@ def test_moving_average_by_hand():
         decay = min(0.999, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay)
     average.apply_to(module)
-    assert float(module.weight) == pytest.approx(expected)
+    assert module.weight.item() == pytest.approx(expected)
 
 
 def test_moving_average_keeps_batch_statistics():

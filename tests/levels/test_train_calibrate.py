@@ -8,11 +8,14 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bids_uad import space
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cli.main import main
-from bids_uad.engine.bundle import load_bundle, resolve_bundles
+from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
+from bids_uad.networks.resnet import resnet18
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
 
@@ -132,3 +135,35 @@ def test_without_participants_nobody_is_healthy(scans, tmp_path, capsys):
     write_json(bare / "dataset_description.json", {"Name": "Bare", "BIDSVersion": "1.10.0"})
     assert call(bare, tmp_path / "models", "train") == 66
     assert "none of the 1 T2w scans belongs to a healthy participant" in capsys.readouterr().err
+
+
+def test_imagenet_backbones_need_their_weights(scans, tmp_path, capsys):
+    """Nothing is ever downloaded: the user names a file, and it must be the right one."""
+    command = [str(scans), str(tmp_path / "models"), "train", "--detector", "fae", "--modality", "T2w"]
+    assert main([*command, "-w", str(tmp_path / "scratch")]) == 2
+    assert "resnet18, which is trained on ImageNet" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"conv1.weight": torch.zeros(3)}, wrong)
+    assert main([*command, "-w", str(tmp_path / "scratch"), "--backbone-weights", str(wrong)]) == 66
+    assert "not the weights of resnet18" in capsys.readouterr().err
+    extra = ["--backbone-weights", str(wrong)]
+    assert call(scans, tmp_path / "models", "train", "intensity", *extra) == 2
+    assert "needs no --backbone-weights" in capsys.readouterr().err
+
+
+def test_imagenet_weights_travel_in_the_bundle(scans, tmp_path):
+    torch.manual_seed(0)
+    network = resnet18(2)
+    save_file(network.state_dict(), tmp_path / "resnet18.safetensors")
+    command = [str(scans), str(tmp_path / "models"), "train", "--detector", "fae", "--modality", "T2w"]
+    extra = [
+        "--backbone-weights",
+        str(tmp_path / "resnet18.safetensors"),
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    assert main([*command, *extra, "-w", str(tmp_path / "scratch")]) == 0
+    detector = load_detector(load_bundle(tmp_path / "models" / "fae-T2w-default"), "cpu")
+    torch.testing.assert_close(detector.backbone.network.conv1.weight, network.conv1.weight)

@@ -12,8 +12,18 @@ from sklearn.neighbors import NearestNeighbors
 
 from bids_uad.methods.base import Batch
 from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.patches import published_descriptors
 
-TINY = PatchCoreHyper(widths=(4, 8, 8, 16), candidates=2_000, bank=64, bank_slices=4)
+TINY = PatchCoreHyper(
+    backbone=BackboneConfig(widths=(4, 8, 8, 16)),
+    descriptor="pooled",
+    neighbourhood=3,
+    candidates=2_000,
+    projection=0,
+    bank=64,
+    bank_slices=4,
+)
 
 
 @pytest.fixture
@@ -61,9 +71,45 @@ def test_descriptors_are_standardised(detector, batch):
     assert (values.std(0) - 1).abs().median() < 0.05
 
 
+def test_published_descriptor_is_the_literal_one():
+    """Unfold 5 x 5, pool each place's values to 2 C numbers, both maps' numbers together to 2 C again."""
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.rand(2, 512, 28, 28, generator=generator)
+    coarse = torch.rand(2, 1024, 14, 14, generator=generator)
+    ours = published_descriptors(fine, coarse, 5)
+
+    def unfolded(x):
+        return F.unfold(x, 5, padding=2).view(2, x.shape[1], 25, *x.shape[-2:])
+
+    far = unfolded(coarse).flatten(1, 2)
+    far = F.interpolate(far, size=(28, 28), mode="bilinear", align_corners=False)
+    pooled = [
+        F.adaptive_avg_pool1d(part.movedim(1, -1).reshape(2 * 784, 1, -1), 1024)[:, 0]
+        for part in (unfolded(fine).flatten(1, 2), far)
+    ]
+    literal = F.adaptive_avg_pool1d(torch.stack(pooled, 1).reshape(2 * 784, 1, -1), 1024)
+    torch.testing.assert_close(ours.reshape(2 * 784, 1024), literal[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_published_score_is_squared(batch):
+    torch.manual_seed(0)
+    plain, squared = (PatchCore(replace(TINY, projection=8, squared=flag)).eval() for flag in (False, True))
+    with torch.no_grad():
+        plain.fit_bank(iter([batch]), torch.Generator().manual_seed(1))
+        squared.load_state_dict(plain.state_dict())
+        maps = [one.features(batch.slices[:1])[0] for one in (plain, squared)]
+        torch.testing.assert_close(*maps)
+        distance = plain.score(batch.slices[:1], batch.brain[:1], [])[0, 0, 2::4, 2::4]
+        # On the grid of descriptors nothing is interpolated between; the nearest grid points of pixels differ
+        # by a quarter of a cell, so the whole map is compared by its order.
+        other = squared.score(batch.slices[:1], batch.brain[:1], [])[0, 0, 2::4, 2::4]
+    inside = distance > 0
+    assert np.corrcoef(distance[inside].square(), other[inside])[0, 1] > 0.99
+
+
 def test_tissue_loss_descends(batch):
     torch.manual_seed(0)
-    detector = PatchCore(replace(TINY, classes=2))
+    detector = PatchCore(replace(TINY, backbone=replace(TINY.backbone, classes=2)))
     optimiser = torch.optim.Adam(detector.backbone.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     losses = []

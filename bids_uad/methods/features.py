@@ -1,0 +1,82 @@
+"""What the feature-based detectors share: a frozen backbone, and how it is trained where it is our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from bids_uad.methods.base import Batch, Detector, GradientStage
+from bids_uad.networks.backbones import BackboneConfig, build_backbone
+from bids_uad.networks.corruptions import cut_windows, vary_intensity
+
+
+class FeatureDetector(Detector):
+    """A detector that looks at features of a frozen backbone.
+
+    Parameters
+    ----------
+    hyper : dataclass
+        Has a field `backbone`, a :class:`~bids_uad.networks.backbones.BackboneConfig`.
+    """
+
+    def __init__(self, hyper: Any) -> None:
+        super().__init__(hyper)
+        self.backbone = build_backbone(hyper.backbone)
+
+    def backbone_stages(self) -> list[GradientStage]:
+        """The stage that trains a backbone of our own; none where it comes trained."""
+        config: BackboneConfig = self.hyper.backbone
+        if config.pretrained:
+            return []
+        return [
+            GradientStage(
+                "features",
+                self.backbone,
+                self.tissue_loss,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                needs_tissue=True,
+            )
+        ]
+
+    def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Cross-entropy of the tissue classes."""
+        config = self.hyper.backbone
+        images, tissue = cut_windows(
+            batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
+        )
+        images = vary_intensity(images, tissue > 0, config.augmentation, generator)
+        return F.cross_entropy(self.backbone(images), tissue[:, 0])
+
+    @torch.no_grad()
+    def features(self, slices: Tensor) -> list[Tensor]:
+        """Maps of the backbone that the detector looks at, fine to coarse.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, H, W)
+            In [0, 1].
+        """
+        maps = self.backbone.maps(slices)
+        return [maps[tap] for tap in self.hyper.backbone.taps]
+
+
+def stacked(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize maps to one size, corners aligned, and stack their channels.
+
+    Parameters
+    ----------
+    maps : list of Tensor, shapes (B, C, H, W)
+    size : tuple of int
+
+    Returns
+    -------
+    Tensor, shape (B, sum of C, *size)
+    """
+    return torch.cat(
+        [F.interpolate(part, size=size, mode="bilinear", align_corners=True) for part in maps], 1
+    )

@@ -1,0 +1,215 @@
+"""RD: reverse distillation.
+
+Deng and Li 2022 ("Anomaly detection via reverse distillation from one-class embedding", arXiv 2201.10703). A
+student restores the features of a frozen teacher from a narrow embedding of them, coarse to fine. It has
+learnt to do so for healthy slices only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from bids_uad.methods.base import Batch, GradientStage, Stage
+from bids_uad.methods.features import FeatureDetector
+from bids_uad.networks.backbones import BackboneConfig
+
+
+@dataclass(frozen=True)
+class RDHyper:
+    """Hyper-parameters of RD.
+
+    Parameters
+    ----------
+    backbone : BackboneConfig
+        Its three maps halve in size and double in channels from one to the next.
+    embedding_blocks : int
+        Residual blocks of the embedding.
+    student_blocks : tuple of int
+        Residual blocks of the student's stages, coarse to fine.
+    steps, batch_size, learning_rate
+        Training schedule of embedding and student.
+    """
+
+    backbone: BackboneConfig = field(
+        default_factory=lambda: BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3))
+    )
+    embedding_blocks: int = 3
+    student_blocks: tuple[int, int, int] = (3, 4, 6)
+    steps: int = 25_000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+
+
+def _halving(inputs: int, outputs: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class ResampledBottleneck(nn.Module):
+    """A wide bottleneck block that halves, keeps or doubles the size.
+
+    Parameters
+    ----------
+    inputs, inner, outputs : int
+        Channels; the 3x3 convolution has `inner`.
+    resample : {"down", "up"} or None
+        ``up`` replaces the 3x3 by a transposed 2x2 convolution.
+    """
+
+    def __init__(self, inputs: int, inner: int, outputs: int, resample: str | None = None) -> None:
+        super().__init__()
+        if resample == "up":
+            middle = nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False)
+            shortcut = nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
+        else:
+            stride = 2 if resample == "down" else 1
+            middle = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        self.main = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            middle,
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        project = resample is not None or inputs != outputs
+        self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(outputs)) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H', W')."""
+        return F.relu(self.main(x) + self.shortcut(x))
+
+
+class OneClassEmbedding(nn.Module):
+    """Fuse three maps at the size of the coarsest, and squeeze them.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the finest map; the others have two and four times as many.
+    blocks : int
+    """
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.from_fine = nn.Sequential(_halving(width, 2 * width), _halving(2 * width, 4 * width))
+        self.from_middle = _halving(2 * width, 4 * width)
+        sizes = [12 * width] + [8 * width] * blocks
+        self.squeeze = nn.Sequential(
+            *(
+                ResampledBottleneck(inputs, 4 * width, 8 * width, None if number else "down")
+                for number, inputs in enumerate(sizes[:-1])
+            )
+        )
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Give (B, 8 width, H/2, W/2), with H and W the size of the coarsest map."""
+        fine, middle, coarse = maps
+        return self.squeeze(torch.cat([self.from_fine(fine), self.from_middle(middle), coarse], 1))
+
+
+class Student(nn.Module):
+    """Three stages that double the size and halve the channels.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the finest map.
+    blocks : tuple of int
+    """
+
+    def __init__(self, width: int, blocks: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        inputs = 8 * width
+        for count in blocks:
+            outputs = inputs // 2
+            layers = [ResampledBottleneck(inputs, outputs // 2, outputs, "up")]
+            layers += [ResampledBottleneck(outputs, outputs // 2, outputs) for _ in range(count - 1)]
+            self.stages.append(nn.Sequential(*layers))
+            inputs = outputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, embedding: Tensor) -> list[Tensor]:
+        """Give maps in the order of the teacher's, fine to coarse."""
+        maps = []
+        for stage in self.stages:
+            embedding = stage(embedding)
+            maps.append(embedding)
+        return maps[::-1]
+
+
+class ReverseDistillation(FeatureDetector):
+    """Reverse distillation.
+
+    Parameters
+    ----------
+    hyper : RDHyper
+    """
+
+    name: ClassVar[str] = "rd"
+    title: ClassVar[str] = "RD"
+    citation: ClassVar[str] = "rd"
+    presets: ClassVar[dict[str, RDHyper]] = {
+        "paper": RDHyper(backbone=BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3), normalise=False)),
+        "default": RDHyper(),
+        "lite": RDHyper(
+            backbone=BackboneConfig(taps=(0, 1, 2)),
+            embedding_blocks=2,
+            student_blocks=(2, 2, 2),
+            steps=600,
+            batch_size=8,
+            learning_rate=2e-3,
+        ),
+    }
+
+    def __init__(self, hyper: RDHyper) -> None:
+        super().__init__(hyper)
+        width = hyper.backbone.channels[0]
+        self.embedding = OneClassEmbedding(width, hyper.embedding_blocks)
+        self.student = Student(width, hyper.student_blocks)
+
+    def stages(self) -> list[Stage]:
+        """The backbone, if it is our own, then embedding and student together."""
+        hyper = self.hyper
+        return [
+            *self.backbone_stages(),
+            GradientStage(
+                "student",
+                nn.ModuleList([self.embedding, self.student]),
+                self.loss,
+                steps=hyper.steps,
+                batch_size=hyper.batch_size,
+                learning_rate=hyper.learning_rate,
+            ),
+        ]
+
+    def loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """One minus the cosine of whole maps, summed over scales."""
+        taught = self.features(batch.slices)
+        learnt = self.student(self.embedding(taught))
+        return sum(
+            (1 - F.cosine_similarity(a.flatten(1), b.flatten(1))).mean()
+            for a, b in zip(taught, learnt, strict=True)
+        )
+
+    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """One minus the cosine at each place, resized and summed over scales; in [0, 6]."""
+        taught = self.features(slices)
+        learnt = self.student(self.embedding(taught))
+        total = torch.zeros_like(slices)
+        for a, b in zip(taught, learnt, strict=True):
+            unlike = 1 - F.cosine_similarity(a, b)[:, None]
+            total += F.interpolate(unlike, size=slices.shape[-2:], mode="bilinear", align_corners=True)
+        return torch.where(brain, total, 0.0)

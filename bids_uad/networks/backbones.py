@@ -1,0 +1,156 @@
+"""Frozen feature extractors: networks trained on ImageNet, or our own, trained on brains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bids_uad.networks.corruptions import AugmentationConfig
+from bids_uad.networks.efficientnet import EfficientNetB4
+from bids_uad.networks.resnet import resnet18, wide_resnet50_2
+from bids_uad.networks.tissuenet import TissueNet
+
+TISSUE = "tissue"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A network of the ImageNet challenge: how it is built, its depth, and the channels of its maps."""
+
+    build: Callable[[int], nn.Module]
+    stages: int
+    channels: tuple[int, ...]
+
+
+_IMAGENET = {
+    "resnet18": _Published(resnet18, 2, (64, 64, 128)),
+    "wide_resnet50_2": _Published(wide_resnet50_2, 3, (64, 256, 512, 1024)),
+    "efficientnet_b4": _Published(EfficientNetB4, 4, (24, 32, 56, 112)),
+}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which features a detector looks at.
+
+    Parameters
+    ----------
+    name : {"tissue", "resnet18", "wide_resnet50_2", "efficientnet_b4"}
+        ``tissue`` is trained with the detector, on scans with tissue classes; the others come with weights
+        trained on ImageNet.
+    taps : tuple of int
+        Which of the network's maps are taken, fine to coarse. ``tissue`` has those at half, quarter and
+        eighth resolution.
+    normalise : bool
+        Give ImageNet networks the mean and spread they were trained with.
+    classes : int
+        Tissue classes, background included.
+    widths : tuple of int
+        Channels of ``tissue`` at full, half, quarter and eighth resolution.
+    augmentation : AugmentationConfig
+        Variation of the slices while ``tissue`` learns.
+    window : tuple of int
+        Height and width in pixels of the windows it learns from.
+    steps, batch_size, learning_rate
+        Its training schedule.
+    """
+
+    name: str = TISSUE
+    taps: tuple[int, ...] = (1, 2)
+    normalise: bool = True
+    classes: int = 6
+    widths: tuple[int, int, int, int] = (8, 24, 48, 96)
+    augmentation: AugmentationConfig = field(
+        default_factory=lambda: AugmentationConfig(spatial=0.3, zoom=(0.85, 1.15), intensity=0.25)
+    )
+    window: tuple[int, int] = (160, 192)
+    steps: int = 600
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the weights come from a file."""
+        return self.name != TISSUE
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the maps that are taken."""
+        available = _IMAGENET[self.name].channels if self.pretrained else self.widths[1:]
+        return tuple(available[tap] for tap in self.taps)
+
+
+class ImageNetFeatures(nn.Module):
+    """A frozen network of the ImageNet challenge that looks at grey slices.
+
+    Parameters
+    ----------
+    name : str
+    normalise : bool
+    """
+
+    def __init__(self, name: str, normalise: bool) -> None:
+        super().__init__()
+        published = _IMAGENET[name]
+        self.name = name
+        self.network = published.build(published.stages).requires_grad_(False)
+        mean, spread = (IMAGENET_MEAN, IMAGENET_STD) if normalise else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("spread", torch.tensor(spread).view(3, 1, 1), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ImageNetFeatures:
+        """Stay in evaluation mode: what is frozen keeps its batch statistics, too."""
+        return super().train(False)
+
+    def maps(self, slices: Tensor) -> list[Tensor]:
+        """All maps of the network for slices of shape (B, 1, H, W) in [0, 1]."""
+        images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.spread
+        read = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
+        return read(images)
+
+    def load_published(self, path: Path) -> None:
+        """Take the weights that torchvision publishes for this network.
+
+        Parameters
+        ----------
+        path : pathlib.Path
+            A ``.safetensors`` file, or torchvision's ``.pth``, of which only tensors are read.
+
+        Raises
+        ------
+        ValueError
+            If the file cannot be read or is another network's.
+        """
+        try:
+            if path.suffix == ".safetensors":
+                state = load_file(path)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
+            raise ValueError(f"its weights cannot be read: {error}") from error
+        except (
+            Exception
+        ) as error:  # the restricted reader refuses whatever is no tensor with errors of its own
+            raise ValueError(f"it holds more than tensors: {type(error).__name__}") from error
+        own = self.network.state_dict()
+        odd = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        if odd:
+            raise ValueError(
+                f"these are not the weights of {self.name}: {odd[0]} is missing or of another shape"
+            )
+        self.network.load_state_dict({name: state[name] for name in own})
+
+
+def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
+    """Build a feature extractor; both kinds have ``maps(slices)``."""
+    if config.pretrained:
+        return ImageNetFeatures(config.name, config.normalise)
+    return TissueNet(config.classes, config.widths)

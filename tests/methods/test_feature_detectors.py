@@ -1,0 +1,219 @@
+"""FAE, RD and UniAD against the published sizes and against formulas done by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from skimage.metrics import structural_similarity
+from torch.utils.flop_counter import FlopCounterMode
+
+from bids_uad.methods.base import Batch
+from bids_uad.methods.fae import FAE, FeatureAutoencoder
+from bids_uad.methods.features import stacked
+from bids_uad.methods.rd import ReverseDistillation
+from bids_uad.methods.uniad import UniAD, jittered, neighbourhoods
+from bids_uad.networks.backbones import BackboneConfig, ImageNetFeatures, build_backbone
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def gflop(module, *inputs):
+    counter = FlopCounterMode(display=False)
+    with counter:
+        module.requires_grad_(False)(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    brain = torch.zeros(2, 1, 224, 224, dtype=torch.bool)
+    brain[:, :, 50:150, 60:180] = True
+    return Batch(torch.rand(2, 1, 224, 224, generator=generator) * brain, brain, brain[:, 0].long())
+
+
+def test_fae_has_the_published_size():
+    with torch.device("meta"):
+        autoencoder = FeatureAutoencoder(256, (100, 150, 200, 300), 0.1).eval()
+        assert count(autoencoder) == 12_501_648
+        features = torch.zeros(1, 256, 56, 56)
+        assert autoencoder(features).shape == features.shape
+        assert gflop(autoencoder, features) == pytest.approx(4.069, rel=0.01)
+
+
+def test_rd_has_the_published_size():
+    with torch.device("meta"):
+        detector = ReverseDistillation(ReverseDistillation.presets["paper"]).eval()
+        # The published embedding also holds 8,392,704 numbers that nothing uses.
+        assert count(detector.embedding) == 67_277_824 - 8_392_704
+        assert count(detector.student) == 24_917_504
+        maps = [torch.zeros(1, 256 * 2**k, 56 // 2**k, 56 // 2**k) for k in range(3)]
+        assert gflop(detector.embedding, maps) == pytest.approx(11.201, rel=0.01)
+        embedding = detector.embedding(maps)
+        assert embedding.shape == (1, 2048, 7, 7)
+        assert gflop(detector.student, embedding) == pytest.approx(17.058, rel=0.01)
+        learnt = detector.student(embedding)
+        assert [part.shape for part in learnt] == [part.shape for part in maps]
+
+
+def test_uniad_has_the_published_size():
+    with torch.device("meta"):
+        detector = UniAD(UniAD.presets["paper"]).eval()
+        assert count(detector.transformer) == 7_692_768
+        tokens = torch.zeros(1, 196, 224)
+        assert gflop(detector.transformer, tokens) == pytest.approx(3.394, rel=0.01)
+
+
+def test_a_token_does_not_see_its_neighbourhood():
+    hidden = neighbourhoods(14, 7)
+    assert hidden.sum(1).min() == 16
+    assert hidden.sum(1).max() == 49
+    for first, second in ((0, 0), (0, 3), (0, 4), (0, 3 * 14), (0, 4 * 14), (30, 30 + 3 * 14 + 3)):
+        rows, columns = np.abs(np.subtract(divmod(first, 14), divmod(second, 14)))
+        assert bool(hidden[first, second]) == (max(rows, columns) <= 3)
+
+
+def test_restored_tokens_do_not_depend_on_themselves():
+    torch.manual_seed(0)
+    hyper = replace(UniAD.presets["lite"], grid=14, layers=1, dropout=0.0)
+    detector = UniAD(hyper).eval()
+    tokens = torch.randn(1, 196, 144)
+    altered = tokens.clone()
+    altered[0, 100] += 5
+    with torch.no_grad():
+        # One encoder layer adds the token to itself, so that only the decoder's blindness is looked at.
+        memory = detector.transformer.enter(tokens)
+        others = detector.transformer.enter(altered)
+        position = torch.zeros(196, 96)
+        layer = detector.transformer.decoder[0]
+        start = torch.zeros(1, 196, 96)
+        hidden = detector.transformer.hidden
+        change = layer(start, [memory, memory], position, hidden) - layer(
+            start, [others, others], position, hidden
+        )
+    seen = change.abs().amax(2)[0] > 1e-6
+    assert not seen[100]
+    assert torch.equal(seen, ~hidden[:, 100])
+
+
+def test_jitter_is_in_proportion_to_the_token():
+    tokens = torch.randn(4, 5000, 16)
+    tokens[:, :2500] *= 10
+    noise = jittered(tokens, 5.0, torch.Generator().manual_seed(0)) - tokens
+    expected = tokens.norm(dim=2).mean(1) / 16 * 5
+    assert float(noise.std()) == pytest.approx(
+        float((tokens.norm(dim=2) ** 2).mean().sqrt() / 16 * 5), rel=0.02
+    )
+    assert float(noise[:, 2500:].std()) < 0.2 * float(expected.mean())
+
+
+def test_fae_score_is_one_minus_ssim(batch):
+    torch.manual_seed(0)
+    detector = FAE(FAE.presets["lite"]).eval()
+    with torch.no_grad():
+        ours = detector.score(batch.slices, batch.brain, [])
+        features = detector.feature_stack(batch.slices)
+        restored = detector.autoencoder(features)
+    unlike = np.zeros((56, 56))
+    for a, b in zip(features[0].double().numpy(), restored[0].double().numpy(), strict=True):
+        _, full = structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, full=True
+        )
+        unlike += (1 - full) / len(features[0])
+    fine = F.interpolate(
+        torch.from_numpy(unlike)[None, None], size=(224, 224), mode="bilinear", align_corners=True
+    )[0, 0]
+    inner = slice(90, 120)  # far from the border, where SciPy's and our padding differ
+    torch.testing.assert_close(ours[0, 0, inner, inner].double(), fine[inner, inner], atol=1e-3, rtol=1e-3)
+    assert ours[~batch.brain].abs().max() == 0
+
+
+def test_rd_score_is_the_cosine_by_hand(batch):
+    torch.manual_seed(0)
+    detector = ReverseDistillation(ReverseDistillation.presets["lite"]).eval()
+    with torch.no_grad():
+        ours = detector.score(batch.slices, batch.brain, [])
+        taught = detector.features(batch.slices)
+        learnt = detector.student(detector.embedding(taught))
+        total = 0
+        for a, b in zip(taught, learnt, strict=True):
+            cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-8)
+            total = total + stacked([1 - cosine[:, None]], (224, 224))
+    torch.testing.assert_close(ours, total * batch.brain, atol=1e-4, rtol=1e-4)
+
+
+def test_uniad_score_is_the_distance_of_tokens(batch):
+    torch.manual_seed(0)
+    detector = UniAD(UniAD.presets["lite"]).eval()
+    with torch.no_grad():
+        ours = detector.score(batch.slices, batch.brain, [])
+        maps = detector.features(batch.slices)
+        tokens = stacked(maps, (28, 28)).flatten(2).transpose(1, 2)
+        distance = ((detector.transformer(tokens) - tokens) ** 2).sum(2).sqrt().view(2, 1, 28, 28)
+    torch.testing.assert_close(ours, stacked([distance], (224, 224)) * batch.brain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [FAE, ReverseDistillation, UniAD])
+def test_training_leaves_the_backbone_alone(batch, kind):
+    torch.manual_seed(0)
+    detector = kind(kind.presets["lite"])
+    backbone, stage = detector.stages()
+    assert backbone.needs_tissue
+    detector.backbone.eval()
+    before = {name: value.clone() for name, value in detector.backbone.state_dict().items()}
+    optimiser = torch.optim.Adam(stage.module.parameters(), lr=2e-3)
+    stage.module.train()
+    losses = []
+    for _ in range(6):
+        loss = stage.loss(batch, torch.Generator().manual_seed(0))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = detector.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class TestImageNetFeatures:
+    def test_weights_load_from_what_torchvision_publishes(self, tmp_path):
+        torch.manual_seed(0)
+        source = ImageNetFeatures("resnet18", normalise=True)
+        state = {**source.network.state_dict(), "fc.weight": torch.zeros(2)}
+        torch.save(state, tmp_path / "weights.pth")
+        save_file(state, tmp_path / "weights.safetensors")
+        slices = torch.rand(1, 1, 64, 64)
+        for name in ("weights.pth", "weights.safetensors"):
+            torch.manual_seed(1)
+            ours = build_backbone(BackboneConfig(name="resnet18", taps=(0, 1, 2)))
+            ours.load_published(tmp_path / name)
+            torch.testing.assert_close(ours.maps(slices), source.eval().maps(slices))
+
+    def test_other_files_are_refused(self, tmp_path):
+        backbone = ImageNetFeatures("resnet18", normalise=True)
+        save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="not the weights of resnet18: conv1"):
+            backbone.load_published(tmp_path / "other.safetensors")
+        (tmp_path / "broken.safetensors").write_bytes(b"no")
+        with pytest.raises(ValueError, match="cannot be read"):
+            backbone.load_published(tmp_path / "broken.safetensors")
+        torch.save({"conv1.weight": tmp_path}, tmp_path / "object.pth")
+        with pytest.raises(ValueError, match=r"more than tensors|cannot be read"):
+            backbone.load_published(tmp_path / "object.pth")
+
+    def test_they_stay_frozen_and_see_normalised_grey(self):
+        backbone = ImageNetFeatures("resnet18", normalise=True).train()
+        assert not backbone.training
+        assert not any(parameter.requires_grad for parameter in backbone.parameters())
+        seen = []
+        backbone.network.features = lambda images: seen.append(images) or []
+        backbone.maps(torch.full((1, 1, 4, 4), 0.5))
+        expected = [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
+        assert seen[0][0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
