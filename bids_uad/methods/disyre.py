@@ -120,7 +120,7 @@ class Disyre(Detector):
             # One window holds the whole brain of a slice, so that nothing is computed twice.
             window=(160, 192),
             stride=80,
-            labels=(49, 24),
+            labels=(49,),
             anomaly=AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4),
             augmentation=AugmentationConfig(
                 spatial=0.3, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.25
