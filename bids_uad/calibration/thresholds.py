@@ -9,6 +9,7 @@ import numpy as np
 from bids_uad.calibration.histogram import above, score_counts
 
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
+TOLERABLE_FPR = 0.02  # of healthy brain voxels, at the threshold that makes masks
 # Relative resolution 0.1 %, fine enough that no threshold is moved by binning.
 FINE_EDGES = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 27_632), [np.inf]])
 FINAL_BINS = 2_000
@@ -89,9 +90,9 @@ class ThresholdEstimator:
         fixed = np.array(list(self.thresholds().values()))
         return np.unique(np.concatenate([[0.0], quantiles, even, fixed, [np.inf]]))
 
-    def _default(self, found: dict[str, float]) -> str:
+    def _default(self, healthy_fpr: dict[str, float]) -> str:
         """Name of the threshold that makes masks: the best Dice, unless it floods healthy brains."""
-        tolerable = not self.n_healthy or found.get("max_dice", 0.0) >= found["fpr_5pct"]
+        tolerable = healthy_fpr.get("max_dice", 0.0) <= TOLERABLE_FPR
         return "max_dice" if self.n_lesion and tolerable else "fpr_1pct"
 
     def summary(self) -> dict[str, Any]:
@@ -99,13 +100,14 @@ class ThresholdEstimator:
         found = self.thresholds()
         rate = above(self.healthy) / max(1, int(self.healthy.sum()))
         at = {name: int(np.searchsorted(FINE_EDGES, value)) for name, value in found.items()}
+        healthy_fpr = {name: float(rate[k]) for name, k in at.items()} if self.n_healthy else {}
         return {
             "thresholds": found,
-            "default_threshold": self._default(found),
+            "default_threshold": self._default(healthy_fpr),
             "validation": {
                 "n_healthy": self.n_healthy,
                 "n_lesion": self.n_lesion,
-                "healthy_fpr": {name: float(rate[k]) for name, k in at.items()} if self.n_healthy else {},
+                "healthy_fpr": healthy_fpr,
                 "mean_dice": {name: float(self.dice_sum[k] / self.n_lesion) for name, k in at.items()}
                 if self.n_lesion
                 else {},

@@ -49,7 +49,9 @@ def volumes(scans):
         brain = np.asarray(nib.load(scan.brain).dataobj) > 0
         inside = np.argwhere(brain[..., 50:110]) + [0, 0, 50]
         centre, radius = inside[rng.integers(len(inside))], rng.uniform(7, 12)
-        distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.ogrid[: 240, : 240, : 155], centre, strict=True)))
+        distance = np.sqrt(
+            sum((axis - c) ** 2 for axis, c in zip(np.ogrid[:240, :240, :155], centre, strict=True))
+        )
         planted = (distance < radius) & brain
         ball = 0.8 + rng.normal(0, 0.03, volume.shape).astype(np.float32)
         slab = np.zeros(155, dtype=bool)
