@@ -133,7 +133,7 @@ def draw_histogram(
     axes.set(xlabel="anomaly score", ylabel="voxels per bin", xlim=(edges[0], edges[-1]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#000000", alpha=0.08)
-    axes.legend(frameon=False, fontsize=9.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0)
     settings = {"svg.fonttype": "none", "svg.hashsalt": "bids_uad", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings), atomic_path(target) as temporary:
         FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
