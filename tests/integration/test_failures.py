@@ -16,7 +16,7 @@ import pytest
 from bids_uad.atomic import write_text
 from tests.integration.conftest import bids_uad
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 OPTIONS = ["--modalities", "T1w", "--models", "intensity", "--nprocs", "2"]
 
