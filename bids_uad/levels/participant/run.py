@@ -13,7 +13,7 @@ from nipype import config as nipype_config
 from rich.console import Console
 from rich.table import Table
 
-from bids_uad.atomic import write_text
+from bids_uad.atomic import remove_unfinished, write_text
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
@@ -196,6 +196,7 @@ def _process(
     _write_run_files(config, {task.unit.subject for task in pending})
     write_citation(config.output_dir, _methods(tasks, bundles, means.reference, workflow.visit_desc()))
     for task in pending:
+        remove_unfinished(config.output_dir / task.unit.folder)
         for name in task.stale:
             (config.output_dir / name).unlink(missing_ok=True)
     LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
