@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.diffusion import (
     NoisePredictor,
     pyramid_noise,
@@ -27,26 +27,6 @@ from bids_uad.networks.diffusion import (
 
 STEPS = 1000
 FIRST, LAST = 125, 26  # thousandths, where the aggregation begins and ends
-
-NETWORK = DDPMppConfig(
-    size=224,
-    width=32,
-    multipliers=(1, 1, 1, 2, 3, 4),
-    blocks=(1, 1, 1, 2, 4, 2),
-    attention=(14, 7),
-    head_width=32,
-    dropout_at=14,
-)
-LITE_NETWORK = DDPMppConfig(
-    size=224,
-    width=24,
-    multipliers=(1, 2, 3),
-    blocks=(1, 1, 1),
-    attention=(),
-    middle_attention=False,
-    dropout=0.0,
-    fold=4,
-)
 
 
 @dataclass(frozen=True)
@@ -125,17 +105,7 @@ class ANDi(Detector):
 
     def stages(self) -> list[Stage]:
         """One network."""
-        hyper = self.hyper
-        return [
-            GradientStage(
-                "denoising",
-                self.network,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            )
-        ]
+        return [GradientStage.scheduled("denoising", self.network, self.loss, self.hyper)]
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Error of the predicted noise, at a time of each slice's own."""

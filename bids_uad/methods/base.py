@@ -53,6 +53,26 @@ class GradientStage:
     learning_rate: float
     needs_tissue: bool = False
 
+    @classmethod
+    def scheduled(
+        cls,
+        name: str,
+        module: nn.Module,
+        loss: Callable[[Batch, Generator], Tensor],
+        schedule: Any,
+        **options: Any,
+    ) -> GradientStage:
+        """Make a stage whose `steps`, `batch_size` and `learning_rate` are those of `schedule`."""
+        return cls(
+            name,
+            module,
+            loss,
+            steps=schedule.steps,
+            batch_size=schedule.batch_size,
+            learning_rate=schedule.learning_rate,
+            **options,
+        )
+
 
 @dataclass(frozen=True)
 class FitStage:

@@ -15,10 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.andi import LITE_NETWORK, NETWORK
 from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
-from bids_uad.networks.diffusion import NoisePredictor, pyramid_noise, signal_and_noise, slice_noise
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.diffusion import NoisePredictor, pyramid_noise, signal_and_noise
 
 
 @dataclass(frozen=True)
@@ -78,36 +77,20 @@ class PartialDiffusion(Detector):
 
     def stages(self) -> list[Stage]:
         """One network."""
-        hyper = self.hyper
-        return [
-            GradientStage(
-                "denoising",
-                self.network,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            )
-        ]
+        return [GradientStage.scheduled("denoising", self.network, self.loss, self.hyper)]
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Error of the predicted noise, at a time of each slice's own."""
         images = 2 * batch.slices - 1
-        if self.hyper.discount:
-            noise = pyramid_noise(images, self.hyper.discount, generator, published=False)
-        else:
-            noise = torch.randn(images.shape, generator=generator, device=images.device)
+        noise = self._noise(images, generator)
         time = torch.rand(len(images), generator=generator, device=images.device)
         return self.predictor.loss(images, noise, time)
 
-    def _noise(self, slices: Tensor, generators: Sequence[Generator]) -> Tensor:
-        if not self.hyper.discount:
-            return slice_noise(slices, generators)
-        layers = [
-            pyramid_noise(image[None], self.hyper.discount, generator, published=False)
-            for image, generator in zip(slices, generators, strict=True)
-        ]
-        return torch.cat(layers)
+    def _noise(self, images: Tensor, generator: Generator) -> Tensor:
+        """Noise of the kind the network knows, in the shape of `images`."""
+        if self.hyper.discount:
+            return pyramid_noise(images, self.hyper.discount, generator, published=False)
+        return torch.randn(images.shape, generator=generator, device=images.device)
 
     def restore(self, slices: Tensor, generators: Sequence[Generator]) -> Tensor:
         """Noise slices and denoise them by deterministic steps (DDIM, Song et al. 2020, arXiv 2010.02502).
@@ -123,7 +106,8 @@ class PartialDiffusion(Detector):
         """
         times = torch.linspace(self.hyper.start, 0, self.hyper.denoising_steps + 1, dtype=torch.float64)[:-1]
         alphas, sigmas = (scale.tolist() for scale in signal_and_noise(times))
-        noised = alphas[0] * slices + sigmas[0] * self._noise(slices, generators)
+        drawn = [self._noise(image[None], one) for image, one in zip(slices, generators, strict=True)]
+        noised = alphas[0] * slices + sigmas[0] * torch.cat(drawn)
         for step, time in enumerate(times.tolist()):
             restored, noise = self.predictor.denoise(noised, time)
             if step + 1 < len(times):

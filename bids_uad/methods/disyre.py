@@ -8,7 +8,7 @@ known severity; at test time it is told several severities, and what it would ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from bids_uad.networks.corruptions import (
     paint_anomalies,
     vary_intensity,
 )
-from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
 
@@ -106,16 +106,7 @@ class Disyre(Detector):
         ),
         "default": DisyreHyper(),
         "lite": DisyreHyper(
-            network=DDPMppConfig(
-                size=192,
-                width=24,
-                multipliers=(1, 2, 3),
-                blocks=(1, 1, 1),
-                attention=(),
-                middle_attention=False,
-                dropout=0.0,
-                fold=4,
-            ),
+            network=replace(LITE_NETWORK, size=192),
             predict_change=True,
             # One window holds the whole brain of a slice, so that nothing is computed twice.
             window=(160, 192),
@@ -139,17 +130,9 @@ class Disyre(Detector):
 
     def stages(self) -> list[Stage]:
         """First the tissue intensities, then the restoration network."""
-        hyper = self.hyper
         return [
             FitStage("codebook", self.fit_codebook, slices=256, batch_size=64),
-            GradientStage(
-                "restoration",
-                self.network,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            ),
+            GradientStage.scheduled("restoration", self.network, self.loss, self.hyper),
         ]
 
     def fit_codebook(self, batches: Iterator[Batch], generator: Generator) -> None:

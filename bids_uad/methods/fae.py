@@ -107,17 +107,9 @@ class FAE(FeatureDetector):
 
     def stages(self) -> list[Stage]:
         """The backbone, if it is our own, then the autoencoder."""
-        hyper = self.hyper
         return [
             *self.backbone_stages(),
-            GradientStage(
-                "autoencoder",
-                self.autoencoder,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            ),
+            GradientStage.scheduled("autoencoder", self.autoencoder, self.loss, self.hyper),
         ]
 
     def feature_stack(self, slices: Tensor) -> Tensor:

@@ -32,15 +32,7 @@ class FeatureDetector(Detector):
         if config.pretrained:
             return []
         return [
-            GradientStage(
-                "features",
-                self.backbone,
-                self.tissue_loss,
-                steps=config.steps,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                needs_tissue=True,
-            )
+            GradientStage.scheduled("features", self.backbone, self.tissue_loss, config, needs_tissue=True)
         ]
 
     def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:

@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.andi import LITE_NETWORK, NETWORK
 from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
-from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.diffusion import slice_noise
 from bids_uad.networks.masks import clustered_squares
 
@@ -137,14 +136,9 @@ class IterMask(Detector):
     def stages(self) -> list[Stage]:
         """Two networks, then the error below which a pixel leaves the mask."""
         hyper = self.hyper
-        schedule = {
-            "steps": hyper.steps,
-            "batch_size": hyper.batch_size,
-            "learning_rate": hyper.learning_rate,
-        }
         return [
-            GradientStage("first", self.first, self.first_loss, **schedule),
-            GradientStage("filler", self.filler, self.filler_loss, **schedule),
+            GradientStage.scheduled("first", self.first, self.first_loss, hyper),
+            GradientStage.scheduled("filler", self.filler, self.filler_loss, hyper),
             FitStage("threshold", self.fit_threshold, slices=hyper.threshold_slices, batch_size=16),
         ]
 

@@ -182,16 +182,10 @@ class ReverseDistillation(FeatureDetector):
 
     def stages(self) -> list[Stage]:
         """The backbone, if it is our own, then embedding and student together."""
-        hyper = self.hyper
         return [
             *self.backbone_stages(),
-            GradientStage(
-                "student",
-                nn.ModuleList([self.embedding, self.student]),
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
+            GradientStage.scheduled(
+                "student", nn.ModuleList([self.embedding, self.student]), self.loss, self.hyper
             ),
         ]
 

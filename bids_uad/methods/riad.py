@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.methods.andi import LITE_NETWORK, NETWORK
 from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.similarity import gms_maps, ssim_map
 
 INPAINTING = replace(NETWORK, blocks=(1, 1, 1, 2, 3, 2), time_embedding=False, rescale=False)
@@ -105,17 +104,7 @@ class RIAD(Detector):
 
     def stages(self) -> list[Stage]:
         """One network."""
-        hyper = self.hyper
-        return [
-            GradientStage(
-                "inpainting",
-                self.network,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            )
-        ]
+        return [GradientStage.scheduled("inpainting", self.network, self.loss, self.hyper)]
 
     def inpaint(self, slices: Tensor, part_of: Tensor) -> Tensor:
         """Fill every cell from the cells of the other sets.

@@ -194,17 +194,9 @@ class UniAD(FeatureDetector):
 
     def stages(self) -> list[Stage]:
         """The backbone, if it is our own, then the transformer."""
-        hyper = self.hyper
         return [
             *self.backbone_stages(),
-            GradientStage(
-                "transformer",
-                self.transformer,
-                self.loss,
-                steps=hyper.steps,
-                batch_size=hyper.batch_size,
-                learning_rate=hyper.learning_rate,
-            ),
+            GradientStage.scheduled("transformer", self.transformer, self.loss, self.hyper),
         ]
 
     def tokens(self, slices: Tensor) -> Tensor:

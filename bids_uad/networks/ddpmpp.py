@@ -71,6 +71,29 @@ class DDPMppConfig:
     fold: int = 1
 
 
+# What ANDi has; partial diffusion, RIAD and IterMask vary it.
+NETWORK = DDPMppConfig(
+    size=224,
+    width=32,
+    multipliers=(1, 1, 1, 2, 3, 4),
+    blocks=(1, 1, 1, 2, 4, 2),
+    attention=(14, 7),
+    head_width=32,
+    dropout_at=14,
+)
+# For two CPU cores.
+LITE_NETWORK = DDPMppConfig(
+    size=224,
+    width=24,
+    multipliers=(1, 2, 3),
+    blocks=(1, 1, 1),
+    attention=(),
+    middle_attention=False,
+    dropout=0.0,
+    fold=4,
+)
+
+
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
     """Embed times as sines then cosines of geometrically spaced frequencies 1 ... 1e-4.
 

@@ -18,8 +18,8 @@ class SquareSize:
     """Squares of one size: side in pixels, and the half-open range of their number for each image."""
 
     side: int
-    low: Tensor
-    high: Tensor
+    low: float | Tensor
+    high: float | Tensor
 
 
 def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
@@ -54,7 +54,7 @@ def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
     extent = (c11 * c22).sqrt()
     # A correlation below 1 keeps the density proper.
     sign = torch.randint(0, 2, (batch,), generator=generator, device=device) * 2 - 1
-    c12 = sign * uniform(torch.zeros(batch, device=device), 0.99 * extent)
+    c12 = sign * uniform(0.0, 0.99 * extent)
 
     weights = brain.flatten(1).float()
     weights = torch.where(weights.any(1, keepdim=True), weights, torch.ones_like(weights))
@@ -68,11 +68,10 @@ def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
     quadratic = quadratic / (c11 * c22 - c12**2)[:, None]
     density = weights * torch.exp(-0.5 * quadratic)
 
-    few = narrow.float()
     sizes = (
         SquareSize(4, torch.where(narrow, 5.0, 100.0) * extent, torch.where(narrow, 20.0, 200.0) * extent),
-        SquareSize(8, few * 0 + MEDIUM_SQUARES[0], few * 0 + MEDIUM_SQUARES[1]),
-        SquareSize(16, few * 0 + LARGE_SQUARES[0], few * 0 + LARGE_SQUARES[1]),
+        SquareSize(8, *MEDIUM_SQUARES),
+        SquareSize(16, *LARGE_SQUARES),
     )
     mask = torch.zeros_like(brain)
     for size in sizes:
