@@ -17,6 +17,8 @@ LEVELS = ("participant", "train", "calibrate", "group")
 
 MODALITIES = ("T1w", "T2w")
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
 RUN_SPECIFIC = frozenset(
     {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
 )
@@ -55,13 +57,19 @@ class RunConfig:
         Where `tpl-SRI24` lies.
     device : str
         `auto`, `cpu`, `cuda` or `cuda:N`.
+    precision : str
+        `auto`, `fp32` or `bf16`: arithmetic of the detectors' networks.
+    batch_size : int, optional
+        Slices that are scored, or learnt from, at once.
+    compiled : bool
+        Compile the detectors' networks.
     random_seed : int
         Seed of everything that is drawn.
     nprocs, omp_nthreads : int
         Processes in all, and threads of one process.
     mem_gb : float
         Memory that may be used, in GB.
-    detector, preset, modality, steps, batch_size
+    detector, preset, modality, steps
         What `train` and `calibrate` work on.
     backbone_weights : pathlib.Path, optional
         Weights of a backbone that comes trained on ImageNet.
@@ -79,6 +87,9 @@ class RunConfig:
     models: tuple[str, ...] = ()
     atlas_dir: Path | None = None
     device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | None = None
+    compiled: bool = False
     random_seed: int = 0
     nprocs: int = 1
     omp_nthreads: int = 1
@@ -92,7 +103,6 @@ class RunConfig:
     preset: str = "default"
     modality: str | None = None
     steps: int | None = None
-    batch_size: int | None = None
     backbone_weights: Path | None = None
     run_id: str = field(default_factory=new_run_id)
 

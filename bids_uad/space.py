@@ -21,6 +21,8 @@ AFFINE = np.array(
 VOXEL_MM3 = 1.0
 CROP = 224
 MARGIN = (SHAPE[0] - CROP) // 2
+BRAIN_CENTRE = (112, 122)
+"""Row and column of a cropped slice about which a brain in this space lies."""
 
 
 def to_slices(volume: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bids_uad import __version__
 from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
-from bids_uad.config import LEVELS, MODALITIES, RUN_SPECIFIC, RunConfig, read_fields
+from bids_uad.config import LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
 from bids_uad.errors import ConfigError
 
 _LABEL = re.compile(r"^[0-9a-zA-Z]+$")
@@ -88,6 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N}",
         help="where detectors run; 'auto' takes a GPU when there is one (default: auto)",
     )  # fmt: skip
+    means.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="arithmetic of the networks: 'fp32' repeats to the bit on one machine, 'bf16' is faster; 'auto' "
+        "takes bf16 on GPUs that have it, and fp32 elsewhere (default: auto)",
+    )  # fmt: skip
+    means.add_argument(
+        "--batch-size", type=_positive, metavar="N",
+        help="slices at once (default: what fits; for train, the preset's)",
+    )  # fmt: skip
+    means.add_argument(
+        "--compile", dest="compiled", action="store_true",
+        help="compile the networks (torch.compile); the first scan waits a minute for it",
+    )  # fmt: skip
     means.add_argument("--random-seed", "--seed", type=int, metavar="N", help="seed (default: 0)")
 
     control = parser.add_argument_group("run control")
@@ -113,7 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
     models.add_argument("--modality", choices=MODALITIES, help="images to train on")
     models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
-    models.add_argument("--batch-size", type=_positive, metavar="N", help="slices a step (default: preset's)")
     models.add_argument(
         "--backbone-weights",
         type=Path,

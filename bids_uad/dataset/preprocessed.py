@@ -17,7 +17,7 @@ class PreprocessedScan:
     subject : str
         `sub-<label>`.
     image : pathlib.Path
-        Intensities in [0, 1] on the SRI24 grid.
+        Intensities on the SRI24 grid, the 99.5th percentile of the brain at 1.
     brain : pathlib.Path
         Brain mask on the same grid.
     lesion : pathlib.Path, optional

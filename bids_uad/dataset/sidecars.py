@@ -82,8 +82,8 @@ def preprocessing_sidecars(
     in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}
     return {
         "preproc": {
-            "Description": f"Skull-stripped, bias-corrected {unit.modality} image in {NAME} space, scaled to "
-            "[0, 1] by robust percentiles inside the brain mask; 0 outside",
+            "Description": f"Skull-stripped, bias-corrected {unit.modality} image in {NAME} space, "
+            "divided by the 99.5th percentile inside the brain mask; 0 outside",
             "SkullStripped": True,
             **in_space,
         },

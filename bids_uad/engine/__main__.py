@@ -16,7 +16,7 @@ import torch
 from bids_uad import space
 from bids_uad.atomic import atomic_path
 from bids_uad.engine.bundle import load_bundle, load_detector
-from bids_uad.engine.device import resolve_device
+from bids_uad.engine.execution import Execution, resolve_device
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.errors import UserError
 
@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", required=True, help="name of the image, seeds stochastic detectors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch-size", type=int, default=None, help="slices at once")
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="compile the networks")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument(
         "--job",
@@ -49,9 +52,19 @@ def main(argv: list[str] | None = None) -> int:
         device = resolve_device(args.device)
         volume = np.asarray(nib.load(args.image).dataobj, dtype=np.float32)
         brain = np.asarray(nib.load(args.brain).dataobj) > 0
+        execution = Execution(args.precision, args.batch_size, args.compiled)
         for folder, output in args.job:
-            detector = load_detector(load_bundle(folder), str(device))
-            scores = anomaly_map(detector, volume, brain, key=args.key, seed=args.seed)
+            bundle = load_bundle(folder)
+            detector = execution.prepare(load_detector(bundle, str(device)))
+            scores = anomaly_map(
+                detector,
+                volume,
+                brain,
+                key=args.key,
+                seed=args.seed,
+                protocol=bundle.protocol,
+                execution=execution,
+            )
             with atomic_path(output) as temporary:
                 nib.save(space.to_image(scores), temporary)
     except UserError as error:

@@ -11,21 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bids_uad import __version__, space
+from bids_uad import __version__
 from bids_uad.atomic import atomic_path, write_json, write_text
+from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError
-from bids_uad.preprocessing.intensity import SCALING
 
 if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
-INPUT_CONTRACT = {
-    "space": space.NAME,
-    "shape": list(space.SHAPE),
-    "affine": space.AFFINE.tolist(),
-    "scaling": SCALING,
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,11 @@ class Bundle:
     def preset(self) -> str:
         """Preset the hyper-parameters started from."""
         return self.info["preset"]
+
+    @property
+    def protocol(self) -> Protocol:
+        """What is done to volumes before and after the detector."""
+        return protocol_of(self.preset)
 
     @property
     def modality(self) -> str:
@@ -137,7 +136,7 @@ def load_bundle(folder: str | Path) -> Bundle:
             raise ModelError(f"model bundle {folder}: {name} is missing; copy the bundle again")
         if _sha256(path) != expected:
             raise ModelError(f"model bundle {folder}: {name} differs from its sha256; copy the bundle again")
-    if info["input"] != INPUT_CONTRACT:
+    if info["input"] != protocol_of(info["preset"]).input_contract:
         raise ModelError(f"model bundle {folder} was made for other inputs than SRI24 scans of this version")
     calibration = folder / "calibration.json"
     return Bundle(folder, info, _read_json(calibration, folder) if calibration.exists() else None)
@@ -275,7 +274,7 @@ def save_bundle(
             "preset": preset,
             "modality": modality,
             "hyper": detector.describe(),
-            "input": INPUT_CONTRACT,
+            "input": protocol_of(preset).input_contract,
             "training": training,
             "code_version": __version__,
             "sha256": {weights.name: _sha256(weights)},

@@ -6,12 +6,14 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bids_uad import space
-from bids_uad.engine.median import masked_median
+from bids_uad.engine.execution import PLAIN, Execution, ran_out_of_memory
+from bids_uad.engine.field import Field, covering_fields
+from bids_uad.engine.median import masked_median, published_median
+from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.base import Detector
-
-CPU_BATCH = 8
 
 
 def slice_generators(key: str, seed: int, slices: list[int], device: torch.device) -> list[torch.Generator]:
@@ -46,24 +48,26 @@ def anomaly_map(
     *,
     key: str,
     seed: int = 0,
-    batch_size: int = CPU_BATCH,
+    protocol: Protocol = CORRECTED,
+    execution: Execution = PLAIN,
 ) -> np.ndarray:
-    """Score a volume slice by slice, then median-filter inside the brain.
+    """Score a volume slice by slice, then filter the map.
 
-    Slices without brain are skipped. On a GPU that runs out of memory the batch is halved.
+    Slices without brain are skipped, and so is the margin that the detector need not see.
 
     Parameters
     ----------
     detector : Detector
-        In evaluation mode, on the device to use.
+        In evaluation mode, on the device to use, prepared by `execution`.
     volume : numpy.ndarray of float, shape (240, 240, 155)
-        Preprocessed intensities in [0, 1] on the SRI24 grid.
+        Preprocessed intensities on the SRI24 grid, the 99.5th percentile of the brain at 1.
     brain : numpy.ndarray of bool, shape (240, 240, 155)
     key : str
         Identifies the image for stochastic detectors.
     seed : int
-    batch_size : int
-        Slices scored at once.
+    protocol : Protocol
+        Scaling and filter that the detector was trained and calibrated with.
+    execution : Execution
 
     Returns
     -------
@@ -76,24 +80,52 @@ def anomaly_map(
         If the image is not on the grid, or the brain leaves the detectors' field of view.
     """
     device = next(iter(detector.state_dict().values())).device
-    slices = torch.from_numpy(np.ascontiguousarray(space.to_slices(volume), dtype=np.float32))
-    inside = torch.from_numpy(np.ascontiguousarray(space.to_slices(brain), dtype=bool))
-    if int(inside.sum()) != int(np.count_nonzero(brain)):
+    scaled, taken = protocol.prepare(volume, brain)
+    slices = torch.from_numpy(np.ascontiguousarray(space.to_slices(scaled)))
+    inside = torch.from_numpy(np.ascontiguousarray(space.to_slices(taken), dtype=bool))
+    if int(np.count_nonzero(space.to_slices(brain))) != int(np.count_nonzero(brain)):
         raise ValueError("the brain mask leaves the central 224 x 224 voxels of the SRI24 grid")
-    result = torch.zeros_like(slices, device=device)
-    todo = torch.nonzero(inside.any(2).any(1)).flatten().tolist()
+    fields = covering_fields(inside, detector.field_of_view)
+    total = torch.zeros_like(slices, device=device)
+    times = torch.zeros_like(slices[0], device=device)
+    for field in fields:
+        field.cut(times).add_(1)
+        _add_scores(detector, slices, inside, field, total, key=key, seed=seed, execution=execution)
+    scores = total / times.clamp_min(1) if len(fields) > 1 else total
+    smooth = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
+    return space.from_slices(smooth.cpu().numpy()) * brain
+
+
+def _add_scores(
+    detector: Detector,
+    slices: Tensor,
+    inside: Tensor,
+    field: Field,
+    total: Tensor,
+    *,
+    key: str,
+    seed: int,
+    execution: Execution,
+) -> None:
+    """Add the scores of one field's slices to `total`, shape (Z, 224, 224), batch by batch."""
+    device = total.device
+    batch_size = execution.first_batch(device)
+    todo = torch.nonzero(field.cut(inside).flatten(1).any(1)).flatten().tolist()
+    target = field.cut(total)
     while todo:
         now = todo[:batch_size]
-        mask = inside[now, None].to(device)
-        x = slices[now, None].to(device, memory_format=torch.channels_last) * mask
+        mask = field.cut(inside)[now, None].to(device)
+        x = field.cut(slices)[now, None].to(device).contiguous(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
-            result[now] = detector.score(x, mask, slice_generators(key, seed, now, device))[:, 0]
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
+            scores = detector.score(x, mask, slice_generators(key, seed, now, device))
+        except RuntimeError as error:
+            if batch_size == 1 or not ran_out_of_memory(error):
                 raise
             batch_size = max(1, batch_size // 2)
             torch.cuda.empty_cache()
             continue
+        target[now] += scores[:, 0]
+        batch_size = execution.next_batch(device, batch_size)
         todo = todo[len(now) :]
-    filtered = masked_median(result, inside.to(device))
-    return space.from_slices(filtered.cpu().numpy())

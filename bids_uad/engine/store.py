@@ -12,6 +12,7 @@ import torch
 from numpy.lib.format import open_memmap
 
 from bids_uad import space
+from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.base import Batch
 
 MINIMUM_BRAIN = 400  # pixels; slices with less hold little to learn from
@@ -52,7 +53,7 @@ class SliceStore:
         return len(self.slices)
 
     @classmethod
-    def build(cls, subjects: Sequence[Subject], folder: Path) -> SliceStore:
+    def build(cls, subjects: Sequence[Subject], folder: Path, protocol: Protocol = CORRECTED) -> SliceStore:
         """Write the slices of `subjects` to `folder`.
 
         Parameters
@@ -60,6 +61,8 @@ class SliceStore:
         subjects : sequence of Subject
         folder : pathlib.Path
             Made if missing, overwritten if there.
+        protocol : Protocol
+            Says how the scans are scaled.
 
         Returns
         -------
@@ -67,19 +70,22 @@ class SliceStore:
             Slices with at least 400 brain pixels.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        masks = [_slices(subject.brain, np.uint8) > 0 for subject in subjects]
-        keep = [np.flatnonzero(mask.sum((1, 2)) >= MINIMUM_BRAIN) for mask in masks]
+        keep = [
+            np.flatnonzero((_slices(subject.brain) > 0).sum((1, 2)) >= MINIMUM_BRAIN) for subject in subjects
+        ]
         shape = (sum(map(len, keep)), space.CROP, space.CROP)
         images = open_memmap(folder / "slices.npy", "w+", np.float16, shape)
         labels = open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
         tissue = all(subject.tissue for subject in subjects)
         start = 0
-        for subject, mask, kept in zip(subjects, masks, keep, strict=True):
+        for subject, kept in zip(subjects, keep, strict=True):
             stop = start + len(kept)
-            images[start:stop] = (_slices(subject.image, np.float32) * mask)[kept]
-            classes = _slices(subject.tissue, np.uint8) * mask if tissue else mask.astype(np.uint8)
+            volume, brain = protocol.prepare(_volume(subject.image), _volume(subject.brain) > 0)
+            images[start:stop] = space.to_slices(volume)[kept]
+            mask = space.to_slices(brain)[kept]
+            classes = _slices(subject.tissue)[kept].astype(np.uint8) * mask if tissue else mask
             # Brain without a class still has to be told from background.
-            labels[start:stop] = np.where(mask & (classes == 0), 1, classes)[kept]
+            labels[start:stop] = np.where(mask & (classes == 0), 1, classes)
             start = stop
         images.flush()
         labels.flush()
@@ -112,5 +118,9 @@ class SliceStore:
                 yield self.batch(order, device)
 
 
-def _slices(path: Path, dtype: type) -> np.ndarray:
-    return space.to_slices(np.asarray(nib.load(path).dataobj)).astype(dtype)
+def _volume(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def _slices(path: Path) -> np.ndarray:
+    return space.to_slices(_volume(path))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.field import usual_field
 from bids_uad.engine.store import SliceStore
-from bids_uad.methods.base import Detector, FitStage, GradientStage
+from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage
 
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
+JITTER = 8  # pixels by which the field is moved about, since brains do not all lie in the same place
 
 Report = Callable[[str, int, int, float], None]
 
@@ -62,29 +64,36 @@ def train_detector(
         if isinstance(stage, FitStage):
             detector.eval()
             with torch.no_grad():
-                stage.fit(store.draw(stage.slices, stage.batch_size, rng, device), generator)
+                drawn = store.draw(stage.slices, stage.batch_size, rng, device)
+                stage.fit(_in_fields(drawn, detector.field_of_view, rng), generator)
         else:
+            if stage.needs_tissue and not store.has_tissue:
+                raise ValueError(
+                    f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
+                )
             total = steps or stage.steps
             size = batch_size or stage.batch_size
-            losses[stage.name] = _descend(stage, store, total, size, rng, generator, device, report)
+            batches = _in_fields(store.shuffled(size, rng, device), detector.field_of_view, rng)
+            losses[stage.name] = _descend(stage, batches, total, generator, report)
     detector.eval()
     return losses
 
 
+def _in_fields(batches: Iterator[Batch], size: tuple[int, int], rng: np.random.Generator) -> Iterator[Batch]:
+    """Show of each batch what the detector sees of slices, not always in the same place."""
+    for batch in batches:
+        row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
+        field = usual_field(size, (row, column))
+        yield batch.cut(field.rows, field.columns)
+
+
 def _descend(
     stage: GradientStage,
-    store: SliceStore,
+    batches: Iterator[Batch],
     steps: int,
-    batch_size: int,
-    rng: np.random.Generator,
     generator: torch.Generator,
-    device: torch.device,
     report: Report | None,
 ) -> float:
-    if stage.needs_tissue and not store.has_tissue:
-        raise ValueError(
-            f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
-        )
     module = stage.module.train().to(memory_format=torch.channels_last)
     average = MovingAverage(module, EMA_DECAY)
     optimiser = torch.optim.AdamW(module.parameters(), lr=stage.learning_rate)
@@ -93,7 +102,6 @@ def _descend(
         optimiser, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     recent: list[float] = []
-    batches = store.shuffled(batch_size, rng, device)
     for step in range(1, steps + 1):
         loss = stage.loss(next(batches), generator)
         optimiser.zero_grad(set_to_none=True)

@@ -50,7 +50,7 @@ def run_calibrate(config: RunConfig) -> int:
 
     from bids_uad.calibration.thresholds import ThresholdEstimator
     from bids_uad.engine.bundle import load_bundle, load_detector
-    from bids_uad.engine.device import resolve_device
+    from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
     from bids_uad.engine.inference import anomaly_map
 
     bundle = load_bundle(bundle_folder(config))
@@ -67,13 +67,23 @@ def run_calibrate(config: RunConfig) -> int:
             "add `group` to participants.tsv or lesion masks",
         )
     torch.set_num_threads(config.nprocs)
-    detector = load_detector(bundle, str(resolve_device(config.device)))
+    device = resolve_device(config.device)
+    execution = Execution(resolve_precision(config.precision, device), config.batch_size, config.compiled)
+    detector = execution.prepare(load_detector(bundle, str(device)))
     estimator = ThresholdEstimator()
     for scan in track(scans, description=f"Scoring with {bundle.name}"):
         volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
         brain = np.asarray(nib.load(scan.brain).dataobj) > 0
         lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
-        scores = anomaly_map(detector, volume, brain, key=scan.key, seed=config.random_seed)
+        scores = anomaly_map(
+            detector,
+            volume,
+            brain,
+            key=scan.key,
+            seed=config.random_seed,
+            protocol=bundle.protocol,
+            execution=execution,
+        )
         estimator.add(scores, brain, lesion)
     calibration = estimator.summary()
     calibration["cohort"] = describe_cohort(config, scans)

@@ -61,7 +61,8 @@ def run_train(config: RunConfig) -> int:
     import torch
 
     from bids_uad.engine.bundle import save_bundle
-    from bids_uad.engine.device import resolve_device
+    from bids_uad.engine.execution import resolve_device
+    from bids_uad.engine.protocol import protocol_of
     from bids_uad.engine.store import SliceStore, Subject
     from bids_uad.engine.training import train_detector
     from bids_uad.methods.registry import build_detector
@@ -78,7 +79,8 @@ def run_train(config: RunConfig) -> int:
     _load_backbone(detector, config.backbone_weights)
     store_folder = config.work_dir / f"slices-{folder.name}"
     logger.info("Storing the slices of %d scans in %s", len(scans), store_folder)
-    store = SliceStore.build([Subject(scan.image, scan.brain, scan.tissue) for scan in scans], store_folder)
+    subjects = [Subject(scan.image, scan.brain, scan.tissue) for scan in scans]
+    store = SliceStore.build(subjects, store_folder, protocol_of(config.preset))
     start = time.monotonic()
     with _progress() as report:
         try:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.diffusion import (
     NoisePredictor,
@@ -44,6 +44,8 @@ class ANDiHyper:
         The pyramid noise of the published code.
     stride : int
         Use every stride-th of the 100 noise levels. The geometric mean bears well with fewer.
+    field_of_view : tuple of int
+        Height and width of the part of a slice that is seen.
     residual_floor : float
         Least squared residual that enters the geometric mean, in [-1, 1] units. Without it, one level that
         restores a pixel exactly makes the pixel's score zero, whatever the others say.
@@ -56,6 +58,7 @@ class ANDiHyper:
     discount: float = 0.9
     published_noise: bool = False
     stride: int = 1
+    field_of_view: tuple[int, int] = BRAIN_FIELD
     residual_floor: float = 1e-8
     steps: int = 50_000
     batch_size: int = 128
@@ -92,6 +95,7 @@ class ANDi(Detector):
             network=replace(NETWORK, causal=True, activate_second=False),
             time_scale=1.0,
             published_noise=True,
+            field_of_view=WHOLE_SLICE,
             residual_floor=0.0,
         ),
         "default": ANDiHyper(),

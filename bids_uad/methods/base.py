@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
+from bids_uad.space import CROP
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -16,16 +18,22 @@ class Batch:
 
     Parameters
     ----------
-    slices : Tensor, shape (B, 1, 224, 224)
+    slices : Tensor, shape (B, 1, H, W)
         Intensities in [0, 1].
-    brain : Tensor of bool, shape (B, 1, 224, 224)
-    tissue : Tensor of int64, shape (B, 224, 224), optional
+    brain : Tensor of bool, shape (B, 1, H, W)
+    tissue : Tensor of int64, shape (B, H, W), optional
         Tissue classes, 0 outside the brain; only where the training data have them.
     """
 
     slices: Tensor
     brain: Tensor
     tissue: Tensor | None = None
+
+    def cut(self, rows: slice, columns: slice) -> Batch:
+        """Keep a rectangle of every slice."""
+        inside = (..., rows, columns)
+        tissue = None if self.tissue is None else self.tissue[inside]
+        return Batch(self.slices[inside], self.brain[inside], tissue)
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,10 @@ class FitStage:
 
 Stage = GradientStage | FitStage
 
+WHOLE_SLICE = (CROP, CROP)
+BRAIN_FIELD = (160, 192)
+"""Holds a brain of 160 mm from side to side and 192 mm from front to back."""
+
 
 class Detector(nn.Module, ABC):
     """An unsupervised anomaly detector for axial brain slices.
@@ -123,6 +135,15 @@ class Detector(nn.Module, ABC):
         super().__init__()
         self.hyper = hyper
 
+    @property
+    def field_of_view(self) -> tuple[int, int]:
+        """Height and width in pixels of what the detector is shown of a slice.
+
+        The whole of it, unless the hyper-parameters name a smaller one: brains leave a wide margin, and a
+        network that has never seen the margin need not be shown it.
+        """
+        return getattr(self.hyper, "field_of_view", WHOLE_SLICE)
+
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain values, for a bundle's JSON."""
         return asdict(self.hyper)
@@ -137,15 +158,15 @@ class Detector(nn.Module, ABC):
 
         Parameters
         ----------
-        slices : Tensor, shape (B, 1, 224, 224)
+        slices : Tensor, shape (B, 1, *field_of_view)
             Intensities in [0, 1], 0 outside the brain.
-        brain : Tensor of bool, shape (B, 1, 224, 224)
+        brain : Tensor of bool, shape (B, 1, *field_of_view)
         generators : sequence of torch.Generator, length B
             One per slice, seeded by subject and slice, so that a stochastic map does not depend on
             which slices share a batch. Deterministic detectors leave them alone.
 
         Returns
         -------
-        Tensor, shape (B, 1, 224, 224)
+        Tensor, shape (B, 1, *field_of_view)
             Higher is more anomalous; 0 outside the brain.
         """

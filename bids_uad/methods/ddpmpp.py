@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.diffusion import NoisePredictor, pyramid_noise, signal_and_noise
 
@@ -35,6 +35,8 @@ class PartialDiffusionHyper:
         Time to which a slice is noised.
     denoising_steps : int
         Steps back to the image; 1 reads it off at once.
+    field_of_view : tuple of int
+        Height and width of the part of a slice that is seen.
     steps, batch_size, learning_rate
         Training schedule.
     """
@@ -44,6 +46,7 @@ class PartialDiffusionHyper:
     discount: float = 0.0
     start: float = 0.25
     denoising_steps: int = 10
+    field_of_view: tuple[int, int] = BRAIN_FIELD
     steps: int = 50_000
     batch_size: int = 128
     learning_rate: float = 1e-4
@@ -62,7 +65,9 @@ class PartialDiffusion(Detector):
     citation: ClassVar[str] = "anoddpm"
     presets: ClassVar[dict[str, PartialDiffusionHyper]] = {
         "paper": PartialDiffusionHyper(
-            network=replace(NETWORK, causal=True, activate_second=False), time_scale=1.0
+            network=replace(NETWORK, causal=True, activate_second=False),
+            time_scale=1.0,
+            field_of_view=WHOLE_SLICE,
         ),
         "default": PartialDiffusionHyper(),
         "lite": PartialDiffusionHyper(

@@ -14,7 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FitStage,
+    GradientStage,
+    Stage,
+)
 from bids_uad.networks.corruptions import (
     AnomalyConfig,
     AugmentationConfig,
@@ -27,6 +35,7 @@ from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
 
 LABELS = 100
+PATCHES = 64  # windows times labels that go through the network at once
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,10 @@ class DisyreHyper:
         Height and width in pixels of what the network sees at once.
     stride : int
         Step of the sliding window at test time, in pixels.
+    field_of_view : tuple of int
+        Height and width of the part of a slice that the windows are laid over.
     labels : tuple of int
         Severity labels told to the network at test time, 0 strongest, 99 almost none.
-    tile_brain : bool
-        Lay windows over the brain only instead of the whole slice.
     foreground_weighting : bool
         Multiply a slice's map by its share of brain pixels, as published. It ties the threshold to head
         size and hides the vertex, so only ``paper`` does it.
@@ -61,8 +70,8 @@ class DisyreHyper:
     network: DDPMppConfig = field(default_factory=DDPMppConfig)
     window: tuple[int, int] = (128, 128)
     stride: int = 64
+    field_of_view: tuple[int, int] = BRAIN_FIELD
     labels: tuple[int, ...] = (99, 74, 49, 24)
-    tile_brain: bool = True
     foreground_weighting: bool = False
     predict_change: bool = False
     codebook_size: int = 5
@@ -100,7 +109,7 @@ class Disyre(Detector):
         "paper": DisyreHyper(
             network=DDPMppConfig(causal=True, activate_second=False),
             stride=32,
-            tile_brain=False,
+            field_of_view=WHOLE_SLICE,
             foreground_weighting=True,
             anomaly=AnomalyConfig(matching="mean"),
         ),
@@ -169,28 +178,34 @@ class Disyre(Detector):
         restored = self.restore(2 * corrupted - 1, self.severity_label(severity))
         return (restored - (2 * clean - 1)).square().mean()
 
+    def _changes(self, patches: Tensor) -> Tensor:
+        """Mean absolute change over the severity labels, patches and labels batched."""
+        labels = torch.tensor(self.hyper.labels, device=patches.device)
+        changes = []
+        for some in patches.split(max(1, PATCHES // len(labels))):
+            restored = self.restore(some.repeat(len(labels), 1, 1, 1), labels.repeat_interleave(len(some)))
+            changes.append((some - restored.view(len(labels), *some.shape)).abs().mean(0))
+        return torch.cat(changes)
+
     def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
         """Mean absolute change the network makes, over the severity labels."""
         hyper = self.hyper
         height, width = hyper.window
-        region = brain if hyper.tile_brain else torch.ones_like(brain)
-        rows = window_starts(region.any(3).flatten(0, 1).any(0), height, hyper.stride)
-        columns = window_starts(region.any(2).flatten(0, 1).any(0), width, hyper.stride)
-        labels = torch.tensor(hyper.labels, device=slices.device)
-        weight = importance(height, width, slices.device).to(slices.dtype)
-        total = torch.zeros_like(slices)
-        norm = torch.zeros_like(slices[:1])
+        rows = window_starts(slices.shape[-2], height, hyper.stride)
+        columns = window_starts(slices.shape[-1], width, hyper.stride)
+        windows = [
+            (..., slice(row, row + height), slice(column, column + width))
+            for row in rows
+            for column in columns
+        ]
         x = 2 * slices - 1
-        for row in rows:
-            for column in columns:
-                inside = (..., slice(row, row + height), slice(column, column + width))
-                patch = x[inside]
-                repeated = patch.repeat(len(labels), 1, 1, 1)
-                told = labels.repeat_interleave(len(patch))
-                restored = self.restore(repeated, told).view(len(labels), *patch.shape)
-                total[inside] += weight * (patch - restored).abs().mean(0)
-                norm[inside] += weight
-        result = torch.where(brain, total / norm.clamp_min(1e-12), 0.0)
+        changes = self._changes(torch.cat([x[inside] for inside in windows]))
+        weight = importance(height, width, slices.device)
+        total, norm = torch.zeros_like(slices), torch.zeros_like(slices[:1])
+        for inside, change in zip(windows, changes.split(len(slices)), strict=True):
+            total[inside] += weight * change
+            norm[inside] += weight
+        result = torch.where(brain, total / norm, 0.0)
         if hyper.foreground_weighting:
             result = result * brain.to(result.dtype).mean((1, 2, 3), keepdim=True)
         return result

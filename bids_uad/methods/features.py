@@ -42,7 +42,7 @@ class FeatureDetector(Detector):
             batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
         )
         images = vary_intensity(images, tissue > 0, config.augmentation, generator)
-        return F.cross_entropy(self.backbone(images), tissue[:, 0])
+        return F.cross_entropy(self.backbone.classify(images), tissue[:, 0])
 
     @torch.no_grad()
     def features(self, slices: Tensor) -> list[Tensor]:
@@ -53,7 +53,7 @@ class FeatureDetector(Detector):
         slices : Tensor, shape (B, 1, H, W)
             In [0, 1].
         """
-        maps = self.backbone.maps(slices)
+        maps = self.backbone(slices)
         return [maps[tap] for tap in self.hyper.backbone.taps]
 
 

@@ -14,10 +14,19 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FitStage,
+    GradientStage,
+    Stage,
+)
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.diffusion import slice_noise
 from bids_uad.networks.masks import clustered_squares
+from bids_uad.space import CROP
 
 MAX_ROUNDS = 100  # a mask that loses a tenth each round is empty long before
 
@@ -33,7 +42,7 @@ class IterMaskHyper:
     network : DDPMppConfig
         Of both networks.
     radius : float
-        Frequencies nearer to zero than this lose their magnitude, in bins.
+        Frequencies nearer to zero than this lose their magnitude, in cycles per 224 pixels.
     first_share : float
         Share of the brain under the first mask, worst restored pixels first.
     masked_share : float
@@ -43,6 +52,8 @@ class IterMaskHyper:
     whole_brain : bool
         Score every pixel by the last filling, hidden or not, and slices that are done after one round by
         their own intensity, as published; otherwise score each pixel by the last filling that hid it.
+    field_of_view : tuple of int
+        Height and width of the part of a slice that is seen.
     threshold_slices : int
         Healthy slices that settle the shrinking threshold.
     steps, batch_size, learning_rate
@@ -55,6 +66,7 @@ class IterMaskHyper:
     masked_share: float = 0.2
     least_shrinkage: float = 0.1
     whole_brain: bool = False
+    field_of_view: tuple[int, int] = BRAIN_FIELD
     threshold_slices: int = 2_000
     steps: int = 100_000
     batch_size: int = 128
@@ -68,7 +80,7 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     ----------
     images : Tensor, shape (B, 1, H, W)
     radius : float
-        In bins, this radius included.
+        In cycles per 224 pixels, the bins of a whole slice; this radius included.
 
     Returns
     -------
@@ -77,8 +89,8 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     """
     height, width = images.shape[-2:]
     spectrum = torch.fft.fft2(images)
-    rows = torch.fft.fftfreq(height, 1 / height, device=images.device)[:, None]
-    columns = torch.fft.fftfreq(width, 1 / width, device=images.device)[None]
+    rows = torch.fft.fftfreq(height, 1 / CROP, device=images.device)[:, None]
+    columns = torch.fft.fftfreq(width, 1 / CROP, device=images.device)[None]
     low = rows**2 + columns**2 <= radius**2
     phase = torch.polar(torch.ones_like(images), spectrum.angle())
     return torch.fft.ifft2(torch.where(low, phase, spectrum)).real
@@ -116,7 +128,9 @@ class IterMask(Detector):
     title: ClassVar[str] = "IterMask"
     citation: ClassVar[str] = "itermask"
     presets: ClassVar[dict[str, IterMaskHyper]] = {
-        "paper": IterMaskHyper(network=replace(UNET, causal=True), whole_brain=True),
+        "paper": IterMaskHyper(
+            network=replace(UNET, causal=True), whole_brain=True, field_of_view=WHOLE_SLICE
+        ),
         "default": IterMaskHyper(),
         "lite": IterMaskHyper(
             network=replace(LITE_NETWORK, width=16, norm="batch", time_embedding=False, rescale=False),

@@ -36,6 +36,9 @@ class PatchCoreHyper:
         Side of the square of features averaged into one descriptor, odd.
     squared : bool
         Score squared distances, as published.
+    every_place : bool
+        Also score places without brain, which the interpolation to pixels mixes into the brain's rim, as
+        published; otherwise they count as 0.
     candidates : int
         Descriptors the coreset is chosen from.
     projection : int
@@ -52,6 +55,7 @@ class PatchCoreHyper:
     descriptor: str = "published"
     neighbourhood: int = 5
     squared: bool = False
+    every_place: bool = False
     candidates: int = 200_000
     projection: int = 128
     bank: int = 10_000
@@ -71,7 +75,9 @@ class PatchCore(FeatureDetector):
     citation: ClassVar[str] = "patchcore"
     presets: ClassVar[dict[str, PatchCoreHyper]] = {
         "paper": PatchCoreHyper(
-            backbone=BackboneConfig(name="wide_resnet50_2", taps=(2, 3), normalise=False), squared=True
+            backbone=BackboneConfig(name="wide_resnet50_2", taps=(2, 3), normalise=False),
+            squared=True,
+            every_place=True,
         ),
         "default": PatchCoreHyper(),
         "lite": PatchCoreHyper(
@@ -147,6 +153,8 @@ class PatchCore(FeatureDetector):
         """Euclidean distance to the nearest descriptor of the bank, interpolated to the pixels."""
         described = self.descriptors(slices)
         covered = self._covered(brain, described.shape[1])
+        if self.hyper.every_place:
+            covered = torch.ones_like(covered)
         queries = described[covered]
         bank = self.bank.to(queries.dtype)
         bank_norm = bank.square().sum(1)

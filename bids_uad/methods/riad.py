@@ -7,6 +7,7 @@ anomalous.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import Batch, Detector, GradientStage, Stage
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.similarity import gms_maps, ssim_map
 
@@ -30,12 +31,14 @@ class RIADHyper:
     ----------
     network : DDPMppConfig
     cells : tuple of int
-        Sides of the square cells, in pixels; each must divide the slice's side.
+        Sides of the square cells, in pixels. Where they do not divide a field, those at its end are cut.
     parts : int
         Disjoint sets of cells; each is hidden once.
     weigh_by_cells : bool
         Divide the map of each cell size by its number of cells, as published, so that the largest cells
         decide. Otherwise all sizes count alike.
+    field_of_view : tuple of int
+        Height and width of the part of a slice that is seen.
     steps, batch_size, learning_rate
         Training schedule.
     """
@@ -44,31 +47,30 @@ class RIADHyper:
     cells: tuple[int, ...] = (8, 16, 28, 32)
     parts: int = 5
     weigh_by_cells: bool = False
+    field_of_view: tuple[int, int] = BRAIN_FIELD
     steps: int = 100_000
     batch_size: int = 16
     learning_rate: float = 5e-5
 
 
 def cell_parts(uniform: Tensor, parts: int, side: int) -> Tensor:
-    """Share the cells of a square grid out among disjoint sets.
+    """Share the cells of a grid out among disjoint sets.
 
     Parameters
     ----------
-    uniform : Tensor, shape (B, cells)
-        Random numbers whose order decides; `cells` is a square.
+    uniform : Tensor, shape (B, rows, columns)
+        Random numbers, one a cell, whose order decides.
     parts : int
     side : int
         Side of a cell in pixels.
 
     Returns
     -------
-    Tensor of int64, shape (B, 1, H, W)
+    Tensor of int64, shape (B, 1, rows * side, columns * side)
         The set, 0 to ``parts - 1``, of each pixel; set sizes differ by one cell at most.
     """
-    cells = uniform.shape[1]
-    rank = uniform.argsort(1).argsort(1)
-    edge = round(cells**0.5)
-    grid = (rank * parts // cells).view(-1, 1, edge, edge)
+    rank = uniform.flatten(1).argsort(1).argsort(1)
+    grid = (rank * parts // rank.shape[1]).view(-1, 1, *uniform.shape[1:])
     return grid.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
@@ -85,7 +87,9 @@ class RIAD(Detector):
     citation: ClassVar[str] = "riad"
     presets: ClassVar[dict[str, RIADHyper]] = {
         "paper": RIADHyper(
-            network=replace(INPAINTING, causal=True, activate_second=False), weigh_by_cells=True
+            network=replace(INPAINTING, causal=True, activate_second=False),
+            weigh_by_cells=True,
+            field_of_view=WHOLE_SLICE,
         ),
         "default": RIADHyper(),
         "lite": RIADHyper(
@@ -106,13 +110,19 @@ class RIAD(Detector):
         """One network."""
         return [GradientStage.scheduled("inpainting", self.network, self.loss, self.hyper)]
 
+    @staticmethod
+    def _grid(slices: Tensor, cell: int) -> tuple[int, int]:
+        """Rows and columns of cells that cover a slice."""
+        height, width = slices.shape[-2:]
+        return -(-height // cell), -(-width // cell)
+
     def inpaint(self, slices: Tensor, part_of: Tensor) -> Tensor:
         """Fill every cell from the cells of the other sets.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
-        part_of : Tensor of int, shape (B, 1, H, W)
+        part_of : Tensor of int, at least of that shape
             From :func:`cell_parts`.
 
         Returns
@@ -121,7 +131,8 @@ class RIAD(Detector):
         """
         parts = self.hyper.parts
         numbers = torch.arange(parts, device=slices.device).view(parts, 1, 1, 1, 1)
-        hidden = part_of[None] == numbers
+        height, width = slices.shape[-2:]
+        hidden = part_of[None, ..., :height, :width] == numbers
         filled = self.network((slices[None] * ~hidden).flatten(0, 1)).view(hidden.shape)
         return (filled * hidden).sum(0)
 
@@ -131,7 +142,7 @@ class RIAD(Detector):
         draw = torch.randint(len(self.hyper.cells), (), generator=generator, device=slices.device)
         side = self.hyper.cells[int(draw)]
         uniform = torch.rand(
-            (len(slices), (slices.shape[-1] // side) ** 2), generator=generator, device=slices.device
+            (len(slices), *self._grid(slices, side)), generator=generator, device=slices.device
         )
         filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, side))
         gradients = gms_maps(filled, slices)
@@ -144,12 +155,11 @@ class RIAD(Detector):
 
         The published map is this one less a constant: it subtracts the least value of a whole volume.
         """
-        side = slices.shape[-1]
         total = torch.zeros_like(slices)
         for cell in self.hyper.cells:
-            cells = (side // cell) ** 2
+            grid = self._grid(slices, cell)
             uniform = torch.stack(
-                [torch.rand(cells, generator=one, device=slices.device) for one in generators]
+                [torch.rand(grid, generator=one, device=slices.device) for one in generators]
             )
             filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, cell))
             maps = gms_maps(filled, slices)
@@ -157,6 +167,6 @@ class RIAD(Detector):
                 F.interpolate(part, size=slices.shape[-2:], mode="bilinear", align_corners=False)
                 for part in maps
             )
-            weight = 1 / cells if self.hyper.weigh_by_cells else 1 / len(self.hyper.cells)
+            weight = 1 / math.prod(grid) if self.hyper.weigh_by_cells else 1 / len(self.hyper.cells)
             total += weight * (1 - likeness / len(maps))
         return torch.where(brain, total, 0.0)

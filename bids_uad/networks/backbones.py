@@ -110,7 +110,7 @@ class ImageNetFeatures(nn.Module):
         """Stay in evaluation mode: what is frozen keeps its batch statistics, too."""
         return super().train(False)
 
-    def maps(self, slices: Tensor) -> list[Tensor]:
+    def forward(self, slices: Tensor) -> list[Tensor]:
         """All maps of the network for slices of shape (B, 1, H, W) in [0, 1]."""
         images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.spread
         read = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
@@ -150,7 +150,7 @@ class ImageNetFeatures(nn.Module):
 
 
 def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
-    """Build a feature extractor; both kinds have ``maps(slices)``."""
+    """Build a feature extractor; it gives the list of its maps, fine to coarse."""
     if config.pretrained:
         return ImageNetFeatures(config.name, config.normalise)
     return TissueNet(config.classes, config.widths)

@@ -268,8 +268,8 @@ class DDPMpp(nn.Module):
         ----------
         x : Tensor, shape (B, inputs, H, W)
             H and W divisible by ``fold * 2 ** (levels - 1)``.
-        time : Tensor, shape (B,), optional
-            Time labels; needed exactly when the network has a time embedding.
+        time : Tensor, shape (B,) or (1,), optional
+            Time labels, or one for all; needed exactly when the network has a time embedding.
 
         Returns
         -------

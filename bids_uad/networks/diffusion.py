@@ -142,8 +142,9 @@ class NoisePredictor:
         time : float
             The same for all.
         """
-        times = torch.full((len(noised),), time, device=noised.device)
-        alpha, sigma = (float(scale[0]) for scale in signal_and_noise(times[:1].double()))
-        velocity = self.network(noised, self.time_scale * times)
+        # One label for the whole batch, so that it is embedded once.
+        times = torch.full((1,), time, device=noised.device)
+        alpha, sigma = (float(scale) for scale in signal_and_noise(times.double()))
+        velocity = self.network(noised, self.time_scale * times).to(noised.dtype)
         image = (alpha * noised - sigma * velocity).clamp(-1, 1)
         return image, (noised - alpha * image) / sigma

@@ -42,7 +42,7 @@ class TissueNet(nn.Module):
         self.merge_half = _block(quarter + half, half)
         self.head = nn.Conv2d(half + full, classes, 3, padding=1)
 
-    def maps(self, slices: Tensor) -> list[Tensor]:
+    def forward(self, slices: Tensor) -> list[Tensor]:
         """Encoder features at half, quarter and eighth resolution.
 
         Parameters
@@ -59,8 +59,8 @@ class TissueNet(nn.Module):
         quarter = self.at_quarter(half)
         return [half, quarter, self.at_eighth(quarter)]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores.
+    def classify(self, images: Tensor) -> Tensor:
+        """Class scores, which the network is trained by.
 
         Returns
         -------

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 
-def window_starts(occupied: Tensor, window: int, stride: int) -> list[int]:
-    """First indices of the windows that cover the occupied part of one axis.
+def window_starts(extent: int, window: int, stride: int) -> list[int]:
+    """First indices of the windows that cover one axis.
 
     Parameters
     ----------
-    occupied : Tensor of bool, shape (N,)
-        Which positions must be covered.
-    window, stride : int
-        `window` is at most N.
+    extent, window, stride : int
+        `window` is at most `extent`.
 
     Returns
     -------
     list of int
-        Ascending; all windows lie inside the axis. A span shorter than the window gets one window,
-        centred on it. Empty if nothing is occupied.
+        Ascending; the last window ends where the axis does.
     """
-    positions = torch.nonzero(occupied).flatten()
-    if len(positions) == 0:
-        return []
-    extent = len(occupied)
-    first, last = int(positions[0]), int(positions[-1])
-    span = last - first + 1
-    if span <= window:
-        return [min(max(first + (span - window) // 2, 0), extent - window)]
-    end = last + 1 - window
-    return [*range(first, end, stride), end]
+    end = extent - window
+    return [*range(0, end, stride), end]
 
 
+@cache
 def importance(height: int, width: int, device: torch.device) -> Tensor:
     """Gaussian weight of a window's pixels, standard deviation an eighth of each side, at least 0.001.
 

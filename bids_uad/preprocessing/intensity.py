@@ -1,4 +1,4 @@
-"""Intensity scaling inside the brain, the last step before any detector."""
+"""Intensity scaling inside the brain, the last step of preprocessing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ SCALING = {"method": "percentile", "lower": 0.0, "upper": UPPER_PERCENTILE, "reg
 
 
 def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Scale a scan so that the 99.5th percentile of the brain is 1, and clip to [0, 1].
+    """Scale a scan so that the 99.5th percentile of the brain is 1.
 
-    Zero stays zero: magnitude images have a physical origin, and a lower percentile would move with the
-    amount of cerebrospinal fluid that the brain mask happens to hold. One bright vessel moves nothing.
+    Nothing is cut above: what a detector does with the brightest voxels is its own (see
+    :mod:`bids_uad.engine.protocol`). Zero stays zero: magnitude images have a physical origin, and a lower
+    percentile would move with the amount of cerebrospinal fluid that the brain mask happens to hold. One
+    bright vessel moves nothing.
 
     Parameters
     ----------
@@ -24,7 +26,7 @@ def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray of float32
-        Values in [0, 1]; 0 outside the brain.
+        At least 0; 0 outside the brain.
 
     Raises
     ------
@@ -37,5 +39,5 @@ def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
     upper = float(np.percentile(volume[brain], UPPER_PERCENTILE))
     if not upper > 0:
         raise ValueError("the image has no positive intensity inside the brain mask")
-    scaled = np.clip(np.asarray(volume, dtype=np.float32) / np.float32(upper), 0.0, 1.0)
+    scaled = np.maximum(np.asarray(volume, dtype=np.float32) / np.float32(upper), 0.0)
     return np.where(brain, scaled, np.float32(0.0)).astype(np.float32)

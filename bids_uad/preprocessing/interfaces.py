@@ -203,7 +203,7 @@ class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
 
 
 class _ResampleToSRI24OutputSpec(TraitedSpec):
-    out_file = File(exists=True, desc="scan on the SRI24 grid, [0, 1] in the brain and 0 outside")
+    out_file = File(exists=True, desc="scan on the SRI24 grid, scaled in the brain and 0 outside")
     out_mask = File(exists=True, desc="brain mask on the SRI24 grid, within the field of view")
 
 

@@ -88,7 +88,7 @@ def init_preproc_wf(
     Outputs
     -------
     preproc
-        Scan on the SRI24 grid, float32, [0, 1] in the brain and 0 outside.
+        Scan on the SRI24 grid, float32, the 99.5th percentile of the brain at 1 and 0 outside.
     brain_mask
         Brain mask on the SRI24 grid, within the field of view of the scan.
     native_mask
@@ -226,6 +226,6 @@ def _description(modality: str, is_anchor: bool, skull_stripped: bool | None, re
         "with N4 [@n4], distributed with ANTs [@ants]. The brain was registered rigidly (six degrees of "
         f"freedom, mutual information) to {atlas}. The image was resampled once, with linear interpolation "
         "to the SRI24 grid (240 x 240 x 155 voxels of 1 mm), and its intensities were divided by their "
-        "99.5th percentile in the brain and cut to [0, 1]. The steps are nodes of a Nipype "
+        "99.5th percentile in the brain. The steps are nodes of a Nipype "
         "[@nipype1; @nipype2] workflow built with niworkflows [@niworkflows].\n"
     )

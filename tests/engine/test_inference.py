@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import median_filter
 from torch import Generator, Tensor
 
 from bids_uad import space
+from bids_uad.engine.execution import Execution
 from bids_uad.engine.inference import anomaly_map, slice_generators
+from bids_uad.engine.protocol import PUBLISHED
 from bids_uad.methods.base import Detector
 
 
@@ -47,7 +51,10 @@ def scan():
 
 
 def test_the_map_does_not_depend_on_the_batch(scan):
-    maps = [anomaly_map(Noisy(), *scan, key="sub-01_T1w", batch_size=size) for size in (1, 7, 155)]
+    maps = [
+        anomaly_map(Noisy(), *scan, key="sub-01_T1w", execution=Execution(batch_size=size))
+        for size in (1, 7, 155)
+    ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
 
@@ -68,7 +75,7 @@ def test_slice_generators_repeat():
 
 def test_only_slices_with_brain_are_scored(scan):
     detector = Noisy()
-    result = anomaly_map(detector, *scan, key="x", batch_size=8)
+    result = anomaly_map(detector, *scan, key="x", execution=Execution(batch_size=8))
     assert detector.seen == [8, 8, 4]
     assert result.shape == space.SHAPE
     assert result.dtype == np.float32
@@ -92,6 +99,48 @@ def test_voxels_stay_where_they_are(scan):
     assert np.argwhere(result > 0.5).max(0).tolist() <= [91, 98, 54]
 
 
+def test_a_narrow_detector_sees_a_field_about_the_brain(scan):
+    class Narrow(Noisy):
+        field_of_view = (96, 128)
+        shapes: ClassVar[set] = set()
+
+        def score(self, slices, brain, generators):
+            self.shapes.add(tuple(slices.shape[1:]))
+            return slices
+
+    volume, brain = scan
+    result = anomaly_map(Narrow(), volume, brain, key="x")
+    whole = anomaly_map(type("Echo", (Narrow,), {"field_of_view": (224, 224)})(), volume, brain, key="x")
+    np.testing.assert_array_equal(result, whole)
+    assert Narrow.shapes == {(1, 96, 128), (1, 224, 224)}
+
+
+def test_a_brain_larger_than_the_field_is_covered_by_several():
+    class Narrow(Noisy):
+        field_of_view = (96, 128)
+
+        def score(self, slices, brain, generators):
+            return slices
+
+    brain = np.zeros(space.SHAPE, dtype=bool)
+    brain[40:200, 60:180, 70:74] = True
+    volume = np.where(brain, 0.3, 0).astype(np.float32)
+    result = anomaly_map(Narrow(), volume, brain, key="x")
+    np.testing.assert_allclose(result[brain], 0.3)
+
+
+def test_the_published_protocol_scales_by_the_extremes_and_filters_with_scipys_median(scan):
+    class Echo(Noisy):
+        def score(self, slices, brain, generators):
+            return slices
+
+    volume, brain = scan
+    volume = volume + brain * 0.5  # 0.5 to 1.5: nothing is cut before the scaling
+    result = anomaly_map(Echo(), volume, brain, key="x", protocol=PUBLISHED)
+    expected = median_filter(volume / volume.max(), size=4)
+    np.testing.assert_allclose(result, np.where(brain, expected, 0), rtol=1e-6)
+
+
 def test_memory_shortage_halves_the_batch(scan):
     class Hungry(Noisy):
         def score(self, slices, brain, generators):
@@ -100,8 +149,8 @@ def test_memory_shortage_halves_the_batch(scan):
             return super().score(slices, brain, generators)
 
     detector = Hungry()
-    result = anomaly_map(detector, *scan, key="sub-01_T1w", batch_size=8)
-    assert max(detector.seen) == 2
+    result = anomaly_map(detector, *scan, key="sub-01_T1w", execution=Execution(batch_size=8))
+    assert detector.seen == [2] * 10
     np.testing.assert_array_equal(result, anomaly_map(Noisy(), *scan, key="sub-01_T1w"))
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import generic_filter, median_filter
 
 from bids_uad.engine import median
-from bids_uad.engine.median import masked_median
+from bids_uad.engine.median import masked_median, published_median
 
 
 def test_inside_a_full_mask_it_is_scipys_median():
@@ -30,6 +30,21 @@ def test_outside_voxels_never_enter():
     masked = np.where(brain, volume, np.nan)
     theirs = generic_filter(masked, lower_median, size=3, mode="constant", cval=np.nan)
     np.testing.assert_array_equal(ours, np.where(brain, theirs, 0).astype(np.float32))
+
+
+def test_the_published_filter_is_scipys_even_median():
+    rng = np.random.default_rng(2)
+    volume = (rng.random((13, 11, 17)) * (rng.random((13, 11, 17)) < 0.5)).astype(np.float32)
+    volume[6:, :, 4:9] = 0
+    ours = published_median(torch.from_numpy(volume)).numpy()
+    np.testing.assert_array_equal(ours, median_filter(volume, size=4))
+
+
+def test_the_published_filter_moves_a_cube_by_half_a_voxel():
+    cube = torch.zeros(20, 20, 20)
+    cube[8:12, 8:12, 8:12] = 1
+    reached = torch.nonzero(published_median(cube))
+    assert reached.max() == 12
 
 
 def test_empty_mask_gives_zeros():

@@ -23,7 +23,7 @@ from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import space
-from bids_uad.engine.bundle import INPUT_CONTRACT
+from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.transforms import write_itk
@@ -119,6 +119,9 @@ class _FakeDetectInputSpec(BaseInterfaceInputSpec):
     bundles = traits.List(traits.Str)
     sha256 = traits.List(traits.Str)
     device = traits.Str(nohash=True)
+    precision = traits.Str()
+    batch_size = traits.Int(nohash=True)
+    compiled = traits.Bool(nohash=True)
     use_cuda = traits.Bool(nohash=True)
     threads = traits.Int(nohash=True)
 
@@ -176,7 +179,7 @@ def fake_bundle(folder: Path, detector: str, modality: str, threshold: float = T
         "preset": "lite",
         "modality": modality,
         "hyper": {},
-        "input": INPUT_CONTRACT,
+        "input": CORRECTED.input_contract,
         "code_version": "0.1.0",
         "sha256": {"weights.safetensors": hashlib.sha256(folder.name.encode()).hexdigest()},
     }

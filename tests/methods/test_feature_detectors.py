@@ -194,7 +194,7 @@ class TestImageNetFeatures:
             torch.manual_seed(1)
             ours = build_backbone(BackboneConfig(name="resnet18", taps=(0, 1, 2)))
             ours.load_published(tmp_path / name)
-            torch.testing.assert_close(ours.maps(slices), source.eval().maps(slices))
+            torch.testing.assert_close(ours(slices), source.eval()(slices))
 
     def test_other_files_are_refused(self, tmp_path):
         backbone = ImageNetFeatures("resnet18", normalise=True)
@@ -214,6 +214,6 @@ class TestImageNetFeatures:
         assert not any(parameter.requires_grad for parameter in backbone.parameters())
         seen = []
         backbone.network.features = lambda images: seen.append(images) or []
-        backbone.maps(torch.full((1, 1, 4, 4), 0.5))
+        backbone(torch.full((1, 1, 4, 4), 0.5))
         expected = [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
         assert seen[0][0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)

@@ -26,7 +26,7 @@ TINY = IterMaskHyper(
         time_embedding=False,
         norm="batch",
     ),
-    radius=4.0,
+    radius=28.0,
 )
 
 
@@ -82,7 +82,7 @@ def test_condition_keeps_phase_and_flattens_low_magnitudes(slices):
     low = rows**2 + columns**2 <= 16
     literal = np.where(low, np.exp(1j * np.angle(spectrum)), spectrum)
     expected = np.fft.ifft2(np.fft.ifftshift(literal, axes=(-2, -1))).real
-    np.testing.assert_allclose(frequency_condition(image, 4.0), expected, atol=1e-9)
+    np.testing.assert_allclose(frequency_condition(image, 28.0), expected, atol=1e-9)
 
 
 def test_worst_pixels_are_the_largest_of_each_slice(slices):
@@ -111,7 +111,7 @@ def test_threshold_is_exceeded_by_a_fifth_of_what_is_hidden(slices):
 def literal_rounds(detector, x, brain, drawn, whole_brain):
     """One slice through the published loop."""
     image = 6 * x - 3
-    condition = frequency_condition(image, 4.0)
+    condition = frequency_condition(image, 28.0)
     first = (image - detector.first(condition)) ** 2
     mask = worst_pixels(first, brain, 0.6)
     frozen, rounds = torch.zeros_like(image), 0

@@ -49,7 +49,7 @@ def generators():
 
 
 def test_parts_are_disjoint_cells_of_even_number():
-    uniform = torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
     part_of = cell_parts(uniform, 5, 28)
     assert part_of.shape == (4, 1, 224, 224)
     cells = part_of[:, 0, ::28, ::28]
@@ -59,10 +59,19 @@ def test_parts_are_disjoint_cells_of_even_number():
     assert not torch.equal(cells[0], cells[1])
 
 
+def test_cells_at_the_end_of_a_field_are_cut():
+    detector = detector_of()
+    x = torch.rand(3, 1, 40, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scores = detector.score(x, torch.ones_like(x, dtype=torch.bool), generators())
+    assert scores.shape == x.shape
+    assert scores[..., -4:].abs().max() > 0
+
+
 def test_a_cell_is_filled_without_being_seen(slices):
     detector = detector_of()
     x, _ = slices
-    part_of = cell_parts(torch.rand(3, 64, generator=torch.Generator().manual_seed(1)), 3, 8)
+    part_of = cell_parts(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), 3, 8)
     hidden = part_of == 0
     with torch.no_grad():
         filled = detector.inpaint(x, part_of)
@@ -81,11 +90,11 @@ def test_published_map_up_to_its_constant(slices):
         ours = detector.score(x, brain, generators())
         literal, drawn = torch.zeros_like(x), generators()
         for cell in (8, 16):
-            cells = (64 // cell) ** 2
-            uniform = torch.stack([torch.rand(cells, generator=one) for one in drawn])
+            edge = 64 // cell
+            uniform = torch.stack([torch.rand(edge, edge, generator=one) for one in drawn])
             maps = gms_maps(detector.inpaint(x, cell_parts(uniform, 3, cell)), x)
             likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
-            literal += (1 - likeness) / 4 / cells
+            literal += (1 - likeness) / 4 / edge**2
     # Where everything is alike S is 4: that is the least there can be.
     least = sum((1 - 4) / 4 / (64 // cell) ** 2 for cell in (8, 16))
     torch.testing.assert_close(ours[brain], (literal - least)[brain], atol=1e-6, rtol=1e-4)

@@ -101,7 +101,8 @@ def test_scans_arrive_on_the_grid_scaled_and_masked(session, reference_volume: V
     image, brain = load(result.preproc), load(result.brain_mask) > 0
     assert image.dtype == np.float32
     assert image.min() == 0.0
-    assert image.max() == 1.0
+    assert np.percentile(image[brain], 99.5) == pytest.approx(1, abs=1e-3)
+    assert image.max() > 1
     assert (image[~brain] == 0).all()
     assert dice(brain, reference_volume.mask) > 0.95
     assert result.qc["mask_overlap"] == pytest.approx(dice(brain, reference_volume.mask), abs=1e-4)

@@ -34,6 +34,9 @@ class _DetectInputSpec(BaseInterfaceInputSpec):
     sha256 = traits.List(traits.Str, mandatory=True, desc="checksum of each: a new model is a new input")
     # A change of device or threads alone computes nothing anew: an interrupted run can go on elsewhere.
     device = traits.Str("cpu", usedefault=True, nohash=True, desc="torch device")
+    precision = traits.Enum("fp32", "bf16", usedefault=True, desc="arithmetic of the networks")
+    batch_size = traits.Int(0, usedefault=True, nohash=True, desc="slices at once; 0: as fits")
+    compiled = traits.Bool(False, usedefault=True, nohash=True, desc="compile the networks")
     use_cuda = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of the scheduler")
     threads = traits.Int(1, usedefault=True, nohash=True, desc="CPU threads")
 
@@ -53,7 +56,11 @@ class Detect(SimpleInterface):
         command = [sys.executable, "-m", "bids_uad.engine"]
         command += ["--image", self.inputs.image, "--brain", self.inputs.brain, "--key", self.inputs.key]
         command += ["--seed", str(self.inputs.seed), "--device", self.inputs.device]
-        command += ["--threads", str(self.inputs.threads)]
+        command += ["--threads", str(self.inputs.threads), "--precision", self.inputs.precision]
+        if self.inputs.batch_size:
+            command += ["--batch-size", str(self.inputs.batch_size)]
+        if self.inputs.compiled:
+            command.append("--compile")
         for bundle, target in zip(self.inputs.bundles, maps, strict=True):
             command += ["--job", bundle, str(target)]
         threads = str(self.inputs.threads)

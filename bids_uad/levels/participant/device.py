@@ -12,40 +12,44 @@ import sys
 from bids_uad.errors import UserError
 try:
     import torch
-    from bids_uad.engine.device import resolve_device
+    from bids_uad.engine.execution import resolve_device, resolve_precision
     device = resolve_device(sys.argv[1])
     torch.zeros(1, device=device)
+    precision = resolve_precision(sys.argv[2], device)
 except (UserError, RuntimeError) as error:
     sys.exit(str(error).splitlines()[0])
-print(device)
+print(device, precision)
 """
 
 
-def probe_device(device: str) -> str:
-    """Resolve the device that detectors will run on, in a process of its own.
+def probe_device(device: str, precision: str) -> tuple[str, str]:
+    """Resolve where and how precisely detectors will run, in a process of its own.
 
     Parameters
     ----------
     device : str
         `auto`, `cpu`, `cuda` or `cuda:N`.
+    precision : {"auto", "fp32", "bf16"}
 
     Returns
     -------
-    str
+    device : str
         `cpu`, `cuda` or `cuda:N`.
+    precision : {"fp32", "bf16"}
 
     Raises
     ------
     UnavailableError
-        If a GPU is asked for and does not work.
+        If a GPU is asked for and does not work, or cannot compute with that precision.
     """
     if device == "cpu":
-        return device
+        return device, "fp32" if precision == "auto" else precision
     probe = subprocess.run(
-        [sys.executable, "-c", _PROBE, device], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _PROBE, device, precision], capture_output=True, text=True, check=False
     )
     if probe.returncode == 0:
-        return probe.stdout.split()[-1]
+        device, precision = probe.stdout.split()[-2:]
+        return device, precision
     lines = probe.stderr.strip().splitlines() or [f"the check ended with code {probe.returncode}"]
     reason = lines[-1]
     raise UnavailableError(reason if device in reason else f"--device {device}: {reason}")

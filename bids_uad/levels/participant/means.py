@@ -21,11 +21,14 @@ class Means:
     reference : Reference
     device : str
         Resolved: `cpu`, `cuda` or `cuda:N`.
+    precision : str
+        Resolved: `fp32` or `bf16`.
     """
 
     config: RunConfig
     reference: Reference
     device: str
+    precision: str = "fp32"
 
     @property
     def detection_threads(self) -> int:

@@ -61,9 +61,12 @@ class Task:
         return (self.lesion.unit or self.lead).key
 
 
-def model_identity(bundle: Bundle) -> str:
-    """Give what tells one trained and calibrated model from another."""
-    return f"{bundle.sha256}+{bundle.calibration_sha256}"
+def model_identity(bundle: Bundle, precision: str) -> str:
+    """Give what tells one trained and calibrated model from another, and how precisely it was asked to run.
+
+    A precision of ``auto`` holds wherever the run goes on.
+    """
+    return f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}"
 
 
 def make_plan(
@@ -74,6 +77,7 @@ def make_plan(
     modalities: Sequence[str],
     reference_sha256: str,
     random_seed: int,
+    precision: str,
 ) -> list[Task]:
     """Compare every image with its record.
 
@@ -87,6 +91,8 @@ def make_plan(
         Images that anomalies are looked for in; an anchor of another kind is only preprocessed.
     reference_sha256 : str
     random_seed : int
+    precision : str
+        As asked for: `auto`, `fp32` or `bf16`.
 
     Returns
     -------
@@ -111,7 +117,7 @@ def make_plan(
         if earlier is not None and not is_whole(earlier, output_dir):
             earlier = None
         known = {} if earlier is None else earlier.models
-        missing = tuple(b for b in wanted if known.get(b.name) != model_identity(b))
+        missing = tuple(b for b in wanted if known.get(b.name) != model_identity(b, precision))
         tasks.append(
             Task(
                 unit=unit,

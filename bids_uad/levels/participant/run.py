@@ -71,7 +71,7 @@ def run_participant(config: RunConfig) -> int:
     if config.reports_only:
         return _rebuild_reports(config)
     if config.device.startswith("cuda"):
-        probe_device(config.device)
+        probe_device(config.device, config.precision)
     refuse_foreign(config.output_dir)
     if config.clean_workdir and not config.dry_run:
         _clean(config.work_dir)
@@ -91,21 +91,22 @@ def run_participant(config: RunConfig) -> int:
         modalities=config.modalities,
         reference_sha256=reference.sha256,
         random_seed=config.random_seed,
+        precision=config.precision,
     )
     if config.dry_run:
         _print_plan(tasks, collection, console)
         return OK
 
     pending = [task for task in tasks if not task.done]
-    device = config.device
-    if pending and device == "auto":
-        device = probe_device(device) if bundles else "cpu"
-        LOGGER.info("--device auto: detectors run on %s", device)
+    device, precision = config.device, config.precision
+    if pending and bundles:
+        device, precision = probe_device(device, precision)
+        LOGGER.info("Detectors run on %s in %s", device, precision)
     stopwatch = Stopwatch()
     failures = []
     if pending:
         _describe(config, bundles, reference)
-        failures = _process(config, tasks, bundles, Means(config, reference, device), stopwatch)
+        failures = _process(config, tasks, bundles, Means(config, reference, device, precision), stopwatch)
         _describe(config, bundles, reference)
     outcomes = collect_outcomes(
         tasks, collection.problems, failures, stopwatch, output_dir=config.output_dir, run_id=config.run_id
@@ -159,7 +160,7 @@ def _describe(config: RunConfig, bundles: Sequence[Bundle], reference: Reference
     """Write the dataset-level files; once before the run, and again after it, since other jobs do so too."""
     models = [ModelEntry(bundle.name, str(bundle.info["code_version"]), bundle.sha256) for bundle in bundles]
     descriptions = {
-        "preproc": "Skull-stripped and bias-corrected image in SRI24 space, scaled to [0, 1]",
+        "preproc": "Skull-stripped and bias-corrected image in SRI24 space, 99.5th percentile at 1",
         "brain": "Brain mask",
         "T2wBrain": "Brain mask of a T2w image that is registered to a T1w image",
         "manual": "Lesion mask given by the user",

@@ -88,7 +88,7 @@ def _connect_record(
             key=unit.key,
             run_id=config.run_id,
             fingerprint=task.fingerprint,
-            models={bundle.name: model_identity(bundle) for bundle in task.bundles},
+            models={bundle.name: model_identity(bundle, config.precision) for bundle in task.bundles},
             earlier_models={} if task.earlier is None else task.earlier.models,
             earlier_outputs=[] if task.earlier is None else task.earlier.outputs,
         ),
@@ -114,6 +114,9 @@ def _connect_detection(
             bundles=[str(bundle.folder) for bundle in task.bundles],
             sha256=[bundle.sha256 for bundle in task.bundles],
             device=means.device,
+            precision=means.precision,
+            batch_size=config.batch_size or 0,
+            compiled=config.compiled,
             use_cuda=means.device != "cpu",
             threads=threads,
         ),
@@ -158,10 +161,12 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "Threshold": threshold,
         "ThresholdName": threshold_name,
         "ThresholdSource": "fixed on validation scans when the model was calibrated, not on this dataset",
-        "PostProcessing": "median filter",
+        "Scaling": bundle.protocol.scaling,
+        "PostProcessing": bundle.protocol.filtering,
     }
     run = {
         "Device": means.device,
+        "Precision": means.precision,
         "TorchVersion": version("torch"),
         "RandomSeed": config.random_seed,
     }

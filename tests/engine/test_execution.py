@@ -1,0 +1,104 @@
+"""Precision, layout and batch size of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bids_uad.engine import execution
+from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
+from bids_uad.errors import UnavailableError
+from bids_uad.methods.registry import build_detector
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with 40 GiB free, on which a slice takes 1.5 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(2.5 * GIB))
+
+
+def test_auto_is_half_precision_only_where_a_gpu_has_it(monkeypatch):
+    assert resolve_precision("auto", CPU) == "fp32"
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has)
+        assert resolve_precision("auto", CUDA) == expected
+    assert resolve_precision("bf16", CPU) == "bf16"
+    with pytest.raises(UnavailableError, match="bfloat16"):
+        resolve_precision("bf16", CUDA)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == CPU
+    with pytest.raises(UnavailableError, match="--gpus all"):
+        resolve_device("cuda:1")
+
+
+def test_the_batch_follows_from_the_memory_that_a_slice_took(gpu):
+    run = Execution("bf16")
+    assert run.first_batch(CUDA) == 1
+    assert run.next_batch(CUDA, 1) == int(0.7 * 40 / 1.5)
+    assert run.next_batch(CUDA, 18) == 18
+
+
+def test_the_batch_is_bounded(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: GIB + 1)
+    assert Execution("bf16").next_batch(CUDA, 1) == execution.LARGEST_BATCH
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60 * GIB)
+    assert Execution("bf16").next_batch(CUDA, 1) == 1
+
+
+def test_single_precision_and_a_given_size_do_not_depend_on_free_memory(gpu):
+    for run in (Execution("fp32"), Execution("bf16", batch_size=3)):
+        assert run.next_batch(CUDA, run.first_batch(CUDA)) == run.first_batch(CUDA) > 1
+    assert Execution().first_batch(CPU) == 8
+
+
+def test_networks_run_in_bfloat16_and_scores_do_not():
+    torch.manual_seed(0)
+    exact = build_detector("fae", "lite").eval()
+    brain = torch.ones(1, 1, 224, 224, dtype=torch.bool)
+    slices = torch.rand(brain.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = exact.score(slices, brain, [])
+        seen = []
+        for name, module in exact.named_modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(
+                    lambda module, inputs, output, name=name: seen.append((name, output.dtype))
+                )
+        scores = Execution("bf16").prepare(exact).score(slices, brain, [])
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert any(name.startswith("autoencoder") for name, _ in seen)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, expected)
+    torch.testing.assert_close(scores, expected, atol=0.03, rtol=0.03)
+
+
+def test_shortage_of_memory_is_told_from_other_errors():
+    assert execution.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert execution.ran_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+    assert not execution.ran_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.slow
+def test_compiled_networks_score_the_same():
+    torch.manual_seed(0)
+    detector = build_detector("riad", "lite").eval()
+    torch.nn.init.normal_(detector.network.leave.weight, std=0.1)
+    brain = torch.ones(2, 1, 160, 192, dtype=torch.bool)
+    slices = torch.rand(brain.shape, generator=torch.Generator().manual_seed(1))
+
+    def score():
+        with torch.inference_mode():
+            return detector.score(slices, brain, [torch.Generator().manual_seed(k) for k in range(2)])
+
+    plain = score()
+    Execution(compiled=True).prepare(detector)
+    torch.testing.assert_close(score(), plain, atol=1e-4, rtol=1e-3)
+    assert detector.network._compiled_call_impl is not None
