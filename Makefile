@@ -32,7 +32,8 @@ test-slow: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python -m benchmarks.detectors
+	$(BIN)/python -m benchmarks.options
 
 # How the packaged models were made; LABELMAPS is a folder of whole-head *_dseg.nii.gz (SynthSeg's training maps).
 models: $(VENV)/installed

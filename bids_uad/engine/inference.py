@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,30 +12,7 @@ from bids_uad.engine.field import Field, covering_fields
 from bids_uad.engine.median import masked_median, published_median
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.base import Detector
-
-
-def slice_generators(key: str, seed: int, slices: list[int], device: torch.device) -> list[torch.Generator]:
-    """One generator per slice, seeded by subject and slice and nothing else.
-
-    Parameters
-    ----------
-    key : str
-        Identifies the image, for example its BIDS name.
-    seed : int
-        The run's random seed.
-    slices : list of int
-        Slice indices on the SRI24 grid.
-    device : torch.device
-
-    Returns
-    -------
-    list of torch.Generator
-    """
-    generators = []
-    for index in slices:
-        digest = hashlib.sha256(f"{seed}/{key}/{index}".encode()).digest()
-        generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
-    return generators
+from bids_uad.networks.keyed import SliceGenerator
 
 
 @torch.inference_mode()
@@ -119,7 +94,7 @@ def _add_scores(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            scores = detector.score(x, mask, slice_generators(key, seed, now, device))
+            scores = detector.score(x, mask, SliceGenerator.of_slices(key, seed, now, device))
         except RuntimeError as error:
             if batch_size == 1 or not ran_out_of_memory(error):
                 raise

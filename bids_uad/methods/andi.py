@@ -8,7 +8,6 @@ not as it should be. The squared differences of the posterior means are aggregat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,9 +20,9 @@ from bids_uad.networks.diffusion import (
     NoisePredictor,
     pyramid_noise,
     signal_and_noise,
-    slice_noise,
     transition_weight,
 )
+from bids_uad.networks.keyed import SliceGenerator
 
 STEPS = 1000
 FIRST, LAST = 125, 26  # thousandths, where the aggregation begins and ends
@@ -118,7 +117,7 @@ class ANDi(Detector):
         time = torch.rand(len(images), generator=generator, device=images.device)
         return self.predictor.loss(images, noise, time)
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Geometric mean over noise levels of the squared difference of the posterior means.
 
         Each level draws white noise of its own. The sum of logarithms runs along, so that memory does not
@@ -128,7 +127,8 @@ class ANDi(Detector):
         times = noise_levels(self.hyper.stride)
         total = torch.zeros_like(x)
         for time, alpha, sigma in zip(times, *signal_and_noise(times), strict=True):
-            noised = float(alpha) * x + float(sigma) * slice_noise(x, generators)
+            noise = generator.normal(round(float(time) * STEPS), *x.shape[1:])
+            noised = float(alpha) * x + float(sigma) * noise
             restored, _ = self.predictor.denoise(noised, float(time))
             total += (x - restored).square().clamp_min(self.hyper.residual_floor).log()
         return torch.where(brain, aggregation_constant(times) * (total / len(times)).exp(), 0.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.space import CROP
 
 
@@ -153,7 +154,7 @@ class Detector(nn.Module, ABC):
         """Training stages, in the order they are run."""
 
     @abstractmethod
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Score every pixel of a batch of slices.
 
         Parameters
@@ -161,9 +162,9 @@ class Detector(nn.Module, ABC):
         slices : Tensor, shape (B, 1, *field_of_view)
             Intensities in [0, 1], 0 outside the brain.
         brain : Tensor of bool, shape (B, 1, *field_of_view)
-        generators : sequence of torch.Generator, length B
-            One per slice, seeded by subject and slice, so that a stochastic map does not depend on
-            which slices share a batch. Deterministic detectors leave them alone.
+        generator : SliceGenerator
+            Random numbers that depend on subject, slice and step only, so that a stochastic map does not
+            depend on which slices share a batch. Deterministic detectors leave it alone.
 
         Returns
         -------

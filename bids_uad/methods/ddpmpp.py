@@ -8,7 +8,6 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,7 +16,10 @@ from torch import Generator, Tensor
 
 from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
-from bids_uad.networks.diffusion import NoisePredictor, pyramid_noise, signal_and_noise
+from bids_uad.networks.diffusion import NoisePredictor, layered_noise, pyramid_noise, signal_and_noise
+from bids_uad.networks.keyed import SliceGenerator
+
+TYPICAL_RATIO = 3.0  # of the sizes of the layers of pyramid noise; in training it is drawn from 2 to 4
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,24 @@ class PartialDiffusion(Detector):
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Error of the predicted noise, at a time of each slice's own."""
         images = 2 * batch.slices - 1
-        noise = self._noise(images, generator)
+        if self.hyper.discount:
+            noise = pyramid_noise(images, self.hyper.discount, generator, published=False)
+        else:
+            noise = torch.randn(images.shape, generator=generator, device=images.device)
         time = torch.rand(len(images), generator=generator, device=images.device)
         return self.predictor.loss(images, noise, time)
 
-    def _noise(self, images: Tensor, generator: Generator) -> Tensor:
-        """Noise of the kind the network knows, in the shape of `images`."""
-        if self.hyper.discount:
-            return pyramid_noise(images, self.hyper.discount, generator, published=False)
-        return torch.randn(images.shape, generator=generator, device=images.device)
+    def _slice_noise(self, size: tuple[int, int], generator: SliceGenerator) -> Tensor:
+        """Noise of the kind the network knows, its layers of middling sizes; shape (B, 1, *size)."""
 
-    def restore(self, slices: Tensor, generators: Sequence[Generator]) -> Tensor:
+        def white(number: int, size: tuple[int, int]) -> Tensor:
+            return generator.normal(number, 1, *size)
+
+        if not self.hyper.discount:
+            return white(0, size)
+        return layered_noise(white, size, self.hyper.discount, lambda: TYPICAL_RATIO)
+
+    def restore(self, slices: Tensor, generator: SliceGenerator) -> Tensor:
         """Noise slices and denoise them by deterministic steps (DDIM, Song et al. 2020, arXiv 2010.02502).
 
         Parameters
@@ -111,15 +120,15 @@ class PartialDiffusion(Detector):
         """
         times = torch.linspace(self.hyper.start, 0, self.hyper.denoising_steps + 1, dtype=torch.float64)[:-1]
         alphas, sigmas = (scale.tolist() for scale in signal_and_noise(times))
-        drawn = [self._noise(image[None], one) for image, one in zip(slices, generators, strict=True)]
-        noised = alphas[0] * slices + sigmas[0] * torch.cat(drawn)
+        noise = self._slice_noise(tuple(slices.shape[-2:]), generator)
+        noised = alphas[0] * slices + sigmas[0] * noise
         for step, time in enumerate(times.tolist()):
             restored, noise = self.predictor.denoise(noised, time)
             if step + 1 < len(times):
                 noised = alphas[step + 1] * restored + sigmas[step + 1] * noise
         return restored
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Absolute difference between a slice and its restoration, in [0, 1] intensities."""
-        restored = self.restore(2 * slices - 1, generators)
+        restored = self.restore(2 * slices - 1, generator)
         return torch.where(brain, (slices - (restored + 1) / 2).abs(), 0.0)

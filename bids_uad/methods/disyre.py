@@ -7,7 +7,7 @@ known severity; at test time it is told several severities, and what it would ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from bids_uad.networks.corruptions import (
     vary_intensity,
 )
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
 
@@ -187,7 +188,7 @@ class Disyre(Detector):
             changes.append((some - restored.view(len(labels), *some.shape)).abs().mean(0))
         return torch.cat(changes)
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Mean absolute change the network makes, over the severity labels."""
         hyper = self.hyper
         height, width = hyper.window

@@ -7,7 +7,6 @@ in their structure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from torch import Generator, Tensor, nn
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector, stacked
 from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
 
 
@@ -123,7 +123,7 @@ class FAE(FeatureDetector):
         restored = self.autoencoder(features)
         return 1 - ssim_map(restored, features, window=self.hyper.training_window, valid=True).mean()
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """One minus the SSIM of features and restored features, mean over channels; in [0, 2]."""
         features = self.feature_stack(slices)
         likeness = ssim_map(self.autoencoder(features), features, window=self.hyper.scoring_window)

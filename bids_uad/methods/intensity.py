@@ -7,7 +7,7 @@ which is why every benchmark here shows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.methods.base import Batch, Detector, FitStage, Stage
+from bids_uad.networks.keyed import SliceGenerator
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,6 @@ class Intensity(Detector):
         values = torch.cat([batch.slices[batch.brain] for batch in batches]).double()
         self.polarity.copy_((values - values.mean()).pow(3).mean().sign())
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Intensity, or one minus it where fluid is dark."""
         return torch.where(brain, torch.where(self.polarity > 0, slices, 1 - slices), 0.0)

@@ -7,7 +7,7 @@ ones. A second also sees the slice outside a mask, and fills the mask. Pixels fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from bids_uad.methods.base import (
     Stage,
 )
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
-from bids_uad.networks.diffusion import slice_noise
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.masks import clustered_squares
 from bids_uad.space import CROP
 
@@ -196,7 +196,7 @@ class IterMask(Detector):
         values = torch.cat(pooled).sort().values
         self.threshold.copy_(values[int((1 - self.hyper.masked_share) * (len(values) - 1))])
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Squared residual of the filling, in [-3, 3] units.
 
         A slice leaves the batch as soon as its mask has stopped shrinking.
@@ -211,7 +211,7 @@ class IterMask(Detector):
         active = torch.arange(len(images), device=images.device)
         for turn in range(MAX_ROUNDS):
             seen, hidden = images[active], mask[active]
-            noise = slice_noise(seen, [generators[index] for index in active.tolist()])
+            noise = generator[active].normal(turn, *seen.shape[1:])
             residual = (seen - self.fill(seen, condition[active], hidden, noise)).square()
             wrong = hidden & (residual > self.threshold)
             before, after = hidden.flatten(1).sum(1), wrong.flatten(1).sum(1)

@@ -6,7 +6,7 @@ slices, thinned to a coreset, are the model; a test patch scores its distance to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from bids_uad.methods.base import Batch, FitStage, Stage
 from bids_uad.methods.features import FeatureDetector
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.coreset import farthest_points
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.patches import pooled_descriptors, published_descriptors
 
 
@@ -149,7 +150,7 @@ class PatchCore(FeatureDetector):
         """Cells of the descriptor grid that hold any brain, shape (B, grid, grid)."""
         return F.max_pool2d(brain.float(), brain.shape[-1] // grid)[:, 0] > 0
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Euclidean distance to the nearest descriptor of the bank, interpolated to the pixels."""
         described = self.descriptors(slices)
         covered = self._covered(brain, described.shape[1])

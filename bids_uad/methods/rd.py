@@ -7,7 +7,6 @@ learnt to do so for healthy slices only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from torch import Generator, Tensor, nn
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector
 from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.keyed import SliceGenerator
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class ReverseDistillation(FeatureDetector):
             for a, b in zip(taught, learnt, strict=True)
         )
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """One minus the cosine at each place, resized and summed over scales; in [0, 6]."""
         taught = self.features(slices)
         learnt = self.student(self.embedding(taught))

@@ -8,7 +8,6 @@ anomalous.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from torch import Generator, Tensor
 
 from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import gms_maps, ssim_map
 
 INPAINTING = replace(NETWORK, blocks=(1, 1, 1, 2, 3, 2), time_embedding=False, rescale=False)
@@ -150,7 +150,7 @@ class RIAD(Detector):
         structure_loss = 1 - ssim_map(filled, slices, valid=True).mean()
         return (filled - slices).square().mean() + gradient_loss + structure_loss
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Gradient dissimilarity of the inpainted slice, over scales and cell sizes.
 
         The published map is this one less a constant: it subtracts the least value of a whole volume.
@@ -158,10 +158,8 @@ class RIAD(Detector):
         total = torch.zeros_like(slices)
         for cell in self.hyper.cells:
             grid = self._grid(slices, cell)
-            uniform = torch.stack(
-                [torch.rand(grid, generator=one, device=slices.device) for one in generators]
-            )
-            filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, cell))
+            part_of = cell_parts(generator.uniform(cell, *grid), self.hyper.parts, cell)
+            filled = self.inpaint(slices, part_of)
             maps = gms_maps(filled, slices)
             likeness = sum(
                 F.interpolate(part, size=slices.shape[-2:], mode="bilinear", align_corners=False)

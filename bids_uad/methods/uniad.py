@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector, stacked
 from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.keyed import SliceGenerator
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class UniAD(FeatureDetector):
         restored = self.transformer(jittered(tokens, self.hyper.jitter, generator))
         return (restored - tokens).square().mean()
 
-    def score(self, slices: Tensor, brain: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Euclidean distance of features and restored features, resized."""
         tokens = self.tokens(slices)
         distance = (self.transformer(tokens) - tokens).norm(dim=2)

@@ -7,8 +7,9 @@ a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672), truncated, and shifted for 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,26 +46,54 @@ def transition_weight(time: Tensor, earlier: Tensor) -> Tensor:
     return -torch.expm1(log_snr(time) - log_snr(earlier)) * signal_and_noise(earlier)[0]
 
 
-def slice_noise(slices: Tensor, generators: Sequence[Generator]) -> Tensor:
-    """White noise in the shape of `slices`, each slice from a generator of its own.
-
-    Parameters
-    ----------
-    slices : Tensor, shape (B, C, H, W)
-    generators : sequence of torch.Generator, length B
-    """
-    shape = slices.shape[1:]
-    drawn = [
-        torch.randn(shape, generator=generator, device=slices.device, dtype=slices.dtype)
-        for generator in generators
-    ]
-    return torch.stack(drawn)
-
-
-def pyramid_noise(images: Tensor, discount: float, generator: Generator, *, published: bool) -> Tensor:
+def layered_noise(
+    white: Callable[[int, tuple[int, int]], Tensor],
+    size: tuple[int, int],
+    discount: float,
+    ratio: Callable[[], float],
+    *,
+    published: bool = False,
+) -> Tensor:
     """Noise with power at many scales, of unit power in all.
 
     White noise plus ever coarser white noise, enlarged, each weighted by a further `discount`.
+
+    Parameters
+    ----------
+    white : callable
+        ``white(number, size)``, white noise of shape (B, 1, *size), independent for each number.
+    size : tuple of int
+        Height and width.
+    discount : float
+    ratio : callable
+        Gives how much coarser a layer is than the one before; the second time its square counts, and so on.
+    published : bool
+        The published code starts with a second full-resolution layer and divides by the standard deviation
+        of the whole batch; otherwise the first coarse layer is smaller, and each image has unit power.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, *size)
+
+    References
+    ----------
+    Frotscher et al. 2023, "Unsupervised anomaly detection using aggregated normative diffusion".
+    """
+    noise = white(0, size)
+    now, level = size, 0 if published else 1
+    for number in itertools.count(1):
+        step = ratio() ** level
+        now = (max(1, int(now[0] / step)), max(1, int(now[1] / step)))
+        layer = F.interpolate(white(number, now), size=size, mode="bilinear", antialias=True)
+        noise = noise + discount**level * layer
+        level += 1
+        if now == (1, 1):
+            break
+    return noise / (noise.std() if published else noise.square().mean((1, 2, 3), keepdim=True).sqrt())
+
+
+def pyramid_noise(images: Tensor, discount: float, generator: Generator, *, published: bool) -> Tensor:
+    """Draw :func:`layered_noise` for training, its ratios too: uniformly between 2 and 4.
 
     Parameters
     ----------
@@ -73,35 +102,20 @@ def pyramid_noise(images: Tensor, discount: float, generator: Generator, *, publ
     discount : float
     generator : torch.Generator
     published : bool
-        The published code starts with a second full-resolution layer and divides by the standard deviation
-        of the whole batch; otherwise the first coarse layer is smaller, and each image has unit power.
 
     Returns
     -------
     Tensor, shape (B, 1, H, W)
-
-    References
-    ----------
-    Frotscher et al. 2023, "Unsupervised anomaly detection using aggregated normative diffusion".
     """
-    batch, channels, height, width = images.shape
+    device = images.device
 
-    def white(*size: int) -> Tensor:
-        return torch.randn(
-            (batch, channels, *size), generator=generator, device=images.device, dtype=images.dtype
-        )
+    def white(number: int, size: tuple[int, int]) -> Tensor:
+        return torch.randn((*images.shape[:2], *size), generator=generator, device=device, dtype=images.dtype)
 
-    noise = white(height, width)
-    size, level = height, 0 if published else 1
-    while True:
-        ratio = 2 + 2 * float(torch.rand((), generator=generator, device=images.device))
-        size = max(1, int(size / ratio**level))
-        layer = F.interpolate(white(size, size), size=(height, width), mode="bilinear", antialias=True)
-        noise = noise + discount**level * layer
-        level += 1
-        if size == 1:
-            break
-    return noise / (noise.std() if published else noise.square().mean((1, 2, 3), keepdim=True).sqrt())
+    def ratio() -> float:
+        return 2 + 2 * float(torch.rand((), generator=generator, device=device))
+
+    return layered_noise(white, tuple(images.shape[-2:]), discount, ratio, published=published)
 
 
 class NoisePredictor:

@@ -12,6 +12,7 @@ from bids_uad.methods.base import Batch
 from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.diffusion import pyramid_noise, signal_and_noise, transition_weight
+from bids_uad.networks.keyed import SliceGenerator
 
 TINY = DDPMppConfig(
     size=32,
@@ -31,8 +32,8 @@ def trained_looking(kind, hyper):
     return detector
 
 
-def generators(count=3):
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+def generator():
+    return SliceGenerator(torch.arange(3))
 
 
 @pytest.fixture
@@ -52,15 +53,14 @@ def test_published_levels_and_constant():
 def test_score_is_the_geometric_mean_of_the_literal_differences(slices):
     detector = trained_looking(ANDi, ANDiHyper(network=TINY, stride=25, residual_floor=0.0))
     x, brain = slices
-    drawn = generators()
     with torch.no_grad():
-        ours = detector.score(x, brain, generators())
+        ours = detector.score(x, brain, generator())
         differences = []
         for time in (0.125, 0.1, 0.075, 0.05):
             t = torch.tensor([time], dtype=torch.float64)
             alpha, sigma = (float(scale) for scale in signal_and_noise(t))
             weight = float(transition_weight(t, t - 0.001))
-            noise = torch.stack([torch.randn(1, 32, 32, generator=one) for one in drawn])
+            noise = generator().normal(round(1000 * time), 1, 32, 32)
             image = 2 * x - 1
             z = alpha * image + sigma * noise
             velocity = detector.network(z, torch.full((3,), 1000 * time))
@@ -82,7 +82,7 @@ def test_one_exact_pixel_does_not_silence_the_others(slices):
             return (2 * x - 1 if len(calls) == 1 else torch.zeros_like(x)), noised
 
         detector.predictor.denoise = denoise
-        scores = detector.score(x, brain, generators())[brain]
+        scores = detector.score(x, brain, generator())[brain]
         assert bool((scores == 0).all()) == silenced
 
 
@@ -100,7 +100,7 @@ def test_partial_diffusion_restores_what_a_perfect_network_knows(slices, steps, 
         return (alpha * z - image) / sigma
 
     detector.predictor.network = network
-    scores = detector.score(x, brain, generators())
+    scores = detector.score(x, brain, generator())
     torch.testing.assert_close(scores, (0.5 * x).abs(), atol=2e-4, rtol=0)
 
 
@@ -116,10 +116,10 @@ def test_map_does_not_depend_on_the_company(slices, kind, hyper):
     detector = trained_looking(kind, hyper)
     x, brain = slices
     with torch.no_grad():
-        together = detector.score(x, brain, generators())
+        together = detector.score(x, brain, generator())
         order = [2, 0, 1]
-        shuffled = detector.score(x[order], brain[order], [generators()[index] for index in order])
-        alone = detector.score(x[1:2], brain[1:2], generators()[1:2])
+        shuffled = detector.score(x[order], brain[order], generator()[order])
+        alone = detector.score(x[1:2], brain[1:2], generator()[1:2])
     torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-7)
 

@@ -12,6 +12,7 @@ from scipy.ndimage import binary_opening
 from bids_uad.methods.base import Batch
 from bids_uad.methods.itermask import IterMask, IterMaskHyper, frequency_condition, worst_pixels
 from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.masks import clustered_squares
 
 TINY = IterMaskHyper(
@@ -46,8 +47,8 @@ def slices():
     return torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(9)) * brain, brain
 
 
-def generators():
-    return [torch.Generator().manual_seed(seed) for seed in range(3)]
+def generator():
+    return SliceGenerator(torch.arange(3))
 
 
 def test_masks_hide_as_much_as_the_published_ones():
@@ -117,7 +118,7 @@ def literal_rounds(detector, x, brain, drawn, whole_brain):
     frozen, rounds = torch.zeros_like(image), 0
     scores = torch.minimum(first, detector.threshold)
     while True:
-        noise = torch.randn(image.shape[1:], generator=drawn)[None]
+        noise = drawn.normal(rounds, *image.shape[1:])
         filled = detector.filler(torch.cat([image * ~mask + noise * mask, condition], 1))
         error = (image - torch.where(mask, filled, image)) ** 2
         scores = torch.where(mask, error, scores)
@@ -140,9 +141,9 @@ def test_rounds_are_the_literal_ones_slice_by_slice(slices, whole_brain):
     detector.threshold.fill_(0.8)
     x, brain = slices
     with torch.no_grad():
-        ours = detector.score(x, brain, generators())
+        ours = detector.score(x, brain, generator())
         found = [
-            literal_rounds(detector, x[k : k + 1], brain[k : k + 1], generators()[k], whole_brain)
+            literal_rounds(detector, x[k : k + 1], brain[k : k + 1], generator()[k : k + 1], whole_brain)
             for k in range(3)
         ]
     assert max(rounds for _, rounds in found) > 2
@@ -154,7 +155,7 @@ def test_rounds_are_the_literal_ones_slice_by_slice(slices, whole_brain):
 def test_an_empty_slice_ends(slices):
     detector = IterMask(TINY).eval()
     empty = torch.zeros(3, 1, 32, 32)
-    assert detector.score(empty, empty > 0, generators()).abs().max() == 0
+    assert detector.score(empty, empty > 0, generator()).abs().max() == 0
 
 
 def test_losses_reach_their_networks(slices):

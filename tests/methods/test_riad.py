@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from bids_uad.methods.base import Batch
 from bids_uad.methods.riad import RIAD, RIADHyper, cell_parts
 from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import gms_maps
 
 TINY = RIADHyper(
@@ -44,8 +45,8 @@ def detector_of(hyper=TINY):
     return detector
 
 
-def generators():
-    return [torch.Generator().manual_seed(seed) for seed in range(3)]
+def generator():
+    return SliceGenerator(torch.arange(3))
 
 
 def test_parts_are_disjoint_cells_of_even_number():
@@ -63,7 +64,7 @@ def test_cells_at_the_end_of_a_field_are_cut():
     detector = detector_of()
     x = torch.rand(3, 1, 40, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        scores = detector.score(x, torch.ones_like(x, dtype=torch.bool), generators())
+        scores = detector.score(x, torch.ones_like(x, dtype=torch.bool), generator())
     assert scores.shape == x.shape
     assert scores[..., -4:].abs().max() > 0
 
@@ -87,11 +88,11 @@ def test_published_map_up_to_its_constant(slices):
     detector = detector_of(replace(TINY, weigh_by_cells=True))
     x, brain = slices
     with torch.no_grad():
-        ours = detector.score(x, brain, generators())
-        literal, drawn = torch.zeros_like(x), generators()
+        ours = detector.score(x, brain, generator())
+        literal = torch.zeros_like(x)
         for cell in (8, 16):
             edge = 64 // cell
-            uniform = torch.stack([torch.rand(edge, edge, generator=one) for one in drawn])
+            uniform = generator().uniform(cell, edge, edge)
             maps = gms_maps(detector.inpaint(x, cell_parts(uniform, 3, cell)), x)
             likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
             literal += (1 - likeness) / 4 / edge**2
@@ -105,8 +106,8 @@ def test_map_does_not_depend_on_the_company(slices):
     detector = detector_of()
     x, brain = slices
     with torch.no_grad():
-        together = detector.score(x, brain, generators())
-        alone = detector.score(x[1:2], brain[1:2], generators()[1:2])
+        together = detector.score(x, brain, generator())
+        alone = detector.score(x[1:2], brain[1:2], generator()[1:2])
     torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-6)
 
 
@@ -117,7 +118,7 @@ def test_a_perfect_inpainting_costs_and_scores_nothing(slices):
     assert float(detector.loss(Batch(x, brain), torch.Generator().manual_seed(0))) == pytest.approx(
         0, abs=1e-5
     )
-    assert float(detector.score(x, brain, generators()).max()) == pytest.approx(0, abs=1e-6)
+    assert float(detector.score(x, brain, generator()).max()) == pytest.approx(0, abs=1e-6)
 
 
 def test_loss_reaches_the_network(slices):

@@ -9,10 +9,10 @@ import torch
 
 from bids_uad.networks.diffusion import (
     NoisePredictor,
+    layered_noise,
     log_snr,
     pyramid_noise,
     signal_and_noise,
-    slice_noise,
     transition_weight,
 )
 
@@ -61,12 +61,20 @@ def test_pyramid_noise_is_smoother_than_white_and_of_unit_power(published):
     assert 0.2 < float(likeness) < 0.9
 
 
-def test_each_slice_has_noise_of_its_own():
-    slices = torch.zeros(3, 1, 8, 8)
-    together = slice_noise(slices, [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)])
-    alone = slice_noise(slices[:1], [torch.Generator().manual_seed(2)])
-    assert torch.equal(together[1], alone[0])
-    assert not torch.equal(together[0], together[1])
+def test_layers_are_added_by_hand():
+    sizes = []
+
+    def white(number, size):
+        sizes.append(size)
+        return torch.full((1, 1, *size), float(number + 1))
+
+    noise = layered_noise(white, (160, 192), 0.5, lambda: 3.0)
+    assert sizes == [(160, 192), (53, 64), (5, 7), (1, 1)]
+    # 1 + 2 / 2 + 3 / 4 + 4 / 8, then scaled to unit power.
+    torch.testing.assert_close(noise, torch.ones(1, 1, 160, 192))
+    sizes.clear()
+    layered_noise(white, (224, 224), 0.5, lambda: 3.0, published=True)
+    assert sizes == [(224, 224), (224, 224), (74, 74), (8, 8), (1, 1)]
 
 
 def test_the_true_velocity_has_no_loss_and_gives_the_image_back():
@@ -86,3 +94,4 @@ def test_the_true_velocity_has_no_loss_and_gives_the_image_back():
     torch.testing.assert_close(restored, images, atol=1e-5, rtol=0)
     torch.testing.assert_close(implied, noise, atol=1e-4, rtol=0)
     torch.testing.assert_close(seen[0], torch.full((4,), 300.0))
+    assert seen[1].tolist() == pytest.approx([300.0])  # one label for the whole batch

@@ -1,0 +1,114 @@
+"""Every detector by the engine and by the literal path: seconds, memory, and whether the maps are the same.
+
+``make bench`` runs it on the scan of ``../shared`` if that is there, else on a simulated brain, with the
+packaged models; detectors that have none are trained for a moment first. On a GPU, ``--preset paper``
+measures the published sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import Measured, Run, measure
+from benchmarks.models import find_model, store_slices, threshold_of
+from benchmarks.scan import Scan, load_scan, number_of_slices, simulate
+from bids_uad import __version__
+from bids_uad.atomic import write_json
+from bids_uad.engine.execution import resolve_device, resolve_precision
+from bids_uad.methods.registry import DETECTORS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Run, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--detectors", nargs="+", default=[*DETECTORS], choices=[*DETECTORS])
+    parser.add_argument("--preset", default="lite", choices=("paper", "default", "lite"))
+    parser.add_argument("--models", type=Path, help="folder of bundles named DETECTOR-T2w-PRESET")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    precision = resolve_precision("auto", device)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        scan = load_scan(scratch / "scan")
+        archive = scratch / "scan.npz"
+        np.savez(archive, volume=scan.volume, brain=scan.brain)
+        store_slices(simulate(scratch / "brains", healthy=1, lesion=0), scratch, args.preset)
+        rows = []
+        for name in args.detectors:
+            if args.preset not in DETECTORS[name].presets:
+                continue
+            bundle = find_model(name, args.preset, args.models, scratch, device)
+            literal = measure(Run(bundle, archive, str(device), literal=True))
+            engine = measure(Run(bundle, archive, str(device), precision=precision))
+            rows.append({"detector": name, **compared(engine, literal, scan, threshold_of(bundle))})
+            print_table([rows[-1]])
+    print_table(rows)
+    where = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    write_json(
+        RESULTS / f"detectors-{args.preset}-{device.type}.json",
+        {
+            "version": __version__,
+            "torch": torch.__version__,
+            "device": where,
+            "architecture": platform.machine(),
+            "precision": precision,
+            "preset": args.preset,
+            "scan": scan.name,
+            "slices_with_brain": number_of_slices(scan),
+            "rows": rows,
+        },
+    )
+
+
+def compared(ours: Measured, theirs: Measured, scan: Scan, threshold: float | None) -> dict:
+    """Put two runs side by side.
+
+    Parameters
+    ----------
+    ours, theirs : Measured
+    scan : Scan
+    threshold : float, optional
+        That of the masks whose Dice is taken; without one, the 99th percentile of `theirs` in the brain.
+    """
+    difference = np.abs(ours.scores - theirs.scores)[scan.brain]
+    if threshold is None:
+        threshold = float(np.quantile(theirs.scores[scan.brain], 0.99))
+    masks = [result.scores > threshold for result in (ours, theirs)]
+    both = int(sum(mask.sum() for mask in masks))
+    return {
+        "seconds": round(ours.seconds, 2),
+        "reference_seconds": round(theirs.seconds, 2),
+        "ratio": round(theirs.seconds / ours.seconds, 2),
+        "peak_mb": ours.peak_mb,
+        "reference_peak_mb": theirs.peak_mb,
+        "largest_difference": float(f"{difference.max():.3g}"),
+        "mean_difference": float(f"{difference.mean():.3g}"),
+        "largest_score": float(f"{theirs.scores.max():.3g}"),
+        "mask_voxels": int(masks[1].sum()),
+        "mask_dice": round(2 * int((masks[0] & masks[1]).sum()) / both, 5) if both else None,
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print rows that have the same keys."""
+    table = Table(*(key.replace("_", " ") for key in rows[0]))
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Scores as the published scripts compute them: one slice, one step and one window at a time.
+
+Nothing is batched, skipped, remembered or summed along the way. The networks are those of the detectors; all
+that is around them is written out here a second time, so that the engine's maps have something to equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bids_uad.methods.andi import noise_levels
+from bids_uad.methods.base import Detector
+from bids_uad.methods.itermask import MAX_ROUNDS
+from bids_uad.networks.diffusion import signal_and_noise, transition_weight
+from bids_uad.networks.keyed import SliceGenerator
+
+
+def _label(value: float, x: Tensor) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32, device=x.device)
+
+
+def andi(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Geometric mean of stacked squared differences of the posterior means."""
+    image = 2 * x - 1
+    differences = []
+    for time in noise_levels(detector.hyper.stride):
+        alpha, sigma = (float(scale) for scale in signal_and_noise(time))
+        weight = float(transition_weight(time, time - 0.001))
+        noise = drawn.normal(round(1000 * float(time)), *image.shape[1:])
+        noised = alpha * image + sigma * noise
+        velocity = detector.network(noised, _label(detector.hyper.time_scale * float(time), x))
+        restored = (alpha * noised - sigma * velocity).clamp(-1, 1)
+        squared = (image - restored).square().clamp_min(detector.hyper.residual_floor)
+        differences.append(weight**2 * squared)
+    return torch.stack(differences).log().mean(0).exp()
+
+
+def ddpmpp(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Noise part of the way, then take deterministic steps back."""
+    hyper = detector.hyper
+    image = 2 * x - 1
+    times = [hyper.start * (1 - step / hyper.denoising_steps) for step in range(hyper.denoising_steps)]
+    scales = [
+        tuple(float(scale) for scale in signal_and_noise(torch.tensor(time, dtype=torch.float64)))
+        for time in times
+    ]
+    noised = scales[0][0] * image + scales[0][1] * drawn.normal(0, *image.shape[1:])
+    for step, time in enumerate(times):
+        alpha, sigma = scales[step]
+        velocity = detector.network(noised, _label(hyper.time_scale * time, x))
+        restored = (alpha * noised - sigma * velocity).clamp(-1, 1)
+        if step + 1 < len(times):
+            noise = (noised - alpha * restored) / sigma
+            noised = scales[step + 1][0] * restored + scales[step + 1][1] * noise
+    return (image - restored).abs() / 2
+
+
+def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Hide one set of cells after the other, then compare gradients scale by scale."""
+    hyper = detector.hyper
+    height, width = x.shape[-2:]
+    across = torch.tensor([[1.0, 0.0, -1.0]] * 3, device=x.device)[None, None] / 3
+
+    def gradient(image: Tensor) -> Tensor:
+        squares = F.conv2d(image, across) ** 2 + F.conv2d(image, across.transpose(2, 3)) ** 2
+        return squares.clamp_min(1e-12).sqrt()
+
+    total = torch.zeros_like(x)
+    for side in hyper.cells:
+        rows, columns = -(-height // side), -(-width // side)
+        order = drawn.uniform(side, rows, columns).flatten().argsort().tolist()
+        filled = torch.zeros_like(x)
+        for part in range(hyper.parts):
+            hidden = torch.zeros_like(x, dtype=torch.bool)
+            for rank, cell in enumerate(order):
+                if rank * hyper.parts // len(order) == part:
+                    row, column = side * (cell // columns), side * (cell % columns)
+                    hidden[..., row : row + side, column : column + side] = True
+            filled[hidden] = detector.network(torch.where(hidden, 0.0, x))[hidden]
+        likeness = torch.zeros_like(x)
+        first, second = filled, x
+        for scale in range(4):
+            if scale:
+                first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
+            a, b = gradient(first), gradient(second)
+            similar = (2 * a * b + 0.0026) / (a * a + b * b + 0.0026)
+            likeness += F.interpolate(similar, size=(height, width), mode="bilinear")
+        weight = 1 / (rows * columns) if hyper.weigh_by_cells else 1 / len(hyper.cells)
+        total += weight * (1 - likeness / 4)
+    return total
+
+
+def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Fill and shrink the mask until it shrinks no more."""
+    hyper = detector.hyper
+    image = 6 * x - 3
+    spectrum = torch.fft.fft2(image)
+    rows = torch.fft.fftfreq(x.shape[-2], device=x.device)[:, None] * 224
+    columns = torch.fft.fftfreq(x.shape[-1], device=x.device)[None] * 224
+    low = rows**2 + columns**2 <= hyper.radius**2
+    condition = torch.fft.ifft2(torch.where(low, torch.exp(1j * spectrum.angle()), spectrum)).real
+    first = (image - detector.first(condition)) ** 2
+    falling = first[brain].sort(descending=True).values
+    count = int(hyper.first_share * len(falling))
+    limit = falling[min(count, len(falling) - 1)] if len(falling) else 0.0
+    mask = (first > limit) & brain
+    frozen, scores = torch.zeros_like(image), torch.minimum(first, detector.threshold)
+    for number in range(MAX_ROUNDS):
+        noise = drawn.normal(number, *image.shape[1:])
+        filled = detector.filler(torch.cat([torch.where(mask, noise, image), condition], 1))
+        error = (image - torch.where(mask, filled, image)) ** 2
+        scores = torch.where(mask, error, scores)
+        before = int(mask.sum())
+        mask = (error > detector.threshold) & brain & mask
+        if number:
+            frozen = filled
+        if before == 0 or before - int(mask.sum()) < hyper.least_shrinkage * before:
+            break
+    return (image - frozen) ** 2 if hyper.whole_brain else scores
+
+
+def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Weighted mean over windows of the mean change over labels."""
+    hyper = detector.hyper
+    height, width = hyper.window
+    total, norm = torch.zeros_like(x), torch.zeros_like(x)
+    for row in [*range(0, x.shape[-2] - height, hyper.stride), x.shape[-2] - height]:
+        for column in [*range(0, x.shape[-1] - width, hyper.stride), x.shape[-1] - width]:
+            patch = 2 * x[..., row : row + height, column : column + width] - 1
+            changes = []
+            for label in hyper.labels:
+                output = detector.network(patch, _label(label, x))
+                restored = patch + output if hyper.predict_change else output
+                changes.append((patch - restored).abs())
+            offsets = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in hyper.window]
+            profiles = [torch.exp(-0.5 * (offset / (len(offset) / 8)) ** 2) for offset in offsets]
+            weight = (profiles[0][:, None] * profiles[1][None]).clamp_min(1e-3)
+            total[..., row : row + height, column : column + width] += weight * torch.stack(changes).mean(0)
+            norm[..., row : row + height, column : column + width] += weight
+    result = total / norm
+    return result * brain.float().mean() if hyper.foreground_weighting else result
+
+
+def single(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Detectors of one pass have nothing to unroll."""
+    return detector.score(x, brain, drawn)
+
+
+LITERAL: dict[str, Callable[[Detector, Tensor, Tensor, SliceGenerator], Tensor]] = {
+    "andi": andi,
+    "ddpmpp": ddpmpp,
+    "riad": riad,
+    "itermask": itermask,
+    "disyre": disyre,
+}

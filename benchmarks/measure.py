@@ -1,0 +1,131 @@
+"""One run of one detector over one volume, in a process of its own: seconds, memory, map."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import median_filter
+
+from benchmarks.literal import LITERAL, single
+from bids_uad import space
+from bids_uad.engine.bundle import load_bundle, load_detector
+from bids_uad.engine.execution import Execution
+from bids_uad.engine.field import covering_fields
+from bids_uad.engine.inference import anomaly_map
+from bids_uad.engine.median import masked_median, published_median
+from bids_uad.methods.base import Detector
+from bids_uad.methods.registry import build_detector
+from bids_uad.networks.keyed import SliceGenerator
+
+KEY = "benchmark"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to measure.
+
+    Parameters
+    ----------
+    bundle : pathlib.Path
+    scan : pathlib.Path
+        NumPy archive with `volume` and `brain`.
+    device : str
+    literal : bool
+        The literal path instead of the engine.
+    precision : str
+        Of the engine.
+    changes : dict
+        Hyper-parameters to replace.
+    """
+
+    bundle: Path
+    scan: Path
+    device: str
+    literal: bool = False
+    precision: str = "fp32"
+    changes: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of it: wall time, peak memory of process or GPU, and the filtered map."""
+
+    seconds: float
+    peak_mb: int
+    scores: np.ndarray
+
+
+def measure(run: Run) -> Measured:
+    """Measure a run in a fresh process, so that its peak of memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure, run).result()
+
+
+def _measure(run: Run) -> Measured:
+    bundle = load_bundle(run.bundle)
+    detector = load_detector(bundle, run.device)
+    if run.changes:
+        changed = build_detector(bundle.detector, replace(detector.hyper, **dict(run.changes)))
+        changed.load_state_dict(detector.state_dict())
+        detector = changed.eval().to(run.device)
+    with np.load(run.scan) as archive:
+        volume, brain = archive["volume"], archive["brain"]
+    path = _literal_map if run.literal else _engine_map
+    execution = Execution(run.precision)
+    if not run.literal:
+        execution.prepare(detector)
+    sliver = brain.copy()
+    sliver[..., : brain.shape[2] // 2] = False
+    sliver[..., brain.shape[2] // 2 + 1 :] = False
+    path(detector, bundle, volume, sliver, execution)  # warms up
+    if run.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    scores, untimed = path(detector, bundle, volume, brain, execution)
+    seconds = time.perf_counter() - start - untimed
+    peak = _peak_mb() if run.device == "cpu" else torch.cuda.max_memory_allocated() // 2**20
+    return Measured(seconds, peak, scores)
+
+
+def _peak_mb() -> int:
+    """Largest resident memory of this process; `getrusage` would count that of the parent, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
+    raise RuntimeError("the kernel does not tell the peak of memory")
+
+
+def _engine_map(detector: Detector, bundle, volume, brain, execution) -> tuple[np.ndarray, float]:
+    scores = anomaly_map(detector, volume, brain, key=KEY, protocol=bundle.protocol, execution=execution)
+    return scores, 0.0
+
+
+@torch.inference_mode()
+def _literal_map(detector: Detector, bundle, volume, brain, execution) -> tuple[np.ndarray, float]:
+    """Score all slices one by one in single precision, and filter the volume with SciPy.
+
+    The filter that is timed is the published one. The map that is given back is filtered as the engine's is,
+    so that what differs is the scoring; the seconds which that takes are given back, too.
+    """
+    device = next(iter(detector.state_dict().values())).device
+    score = LITERAL.get(detector.name, single)
+    scaled, taken = bundle.protocol.prepare(volume, brain)
+    slices, inside = (torch.from_numpy(space.to_slices(part).copy()) for part in (scaled, taken))
+    (field,) = covering_fields(inside, detector.field_of_view)
+    result = torch.zeros_like(slices)
+    for index in range(len(slices)):
+        x, mask = (field.cut(part)[index, None, None].to(device) for part in (slices, inside))
+        generator = SliceGenerator.of_slices(KEY, 0, [index], device)
+        scores = torch.where(mask, score(detector, x, mask, generator), 0.0)
+        field.cut(result)[index] = scores[0, 0].cpu()
+    median_filter(result.numpy(), size=4)
+    start = time.perf_counter()
+    filtered = published_median(result) if bundle.protocol.published else masked_median(result, inside)
+    scores = space.from_slices(filtered.numpy()) * brain
+    return scores, time.perf_counter() - start
