@@ -72,7 +72,7 @@ class RunConfig:
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
     backbone_weights : pathlib.Path, optional
-        Weights of a backbone that comes trained on ImageNet.
+        Weights of a backbone that comes trained on ImageNet, or a folder that holds them.
     """
 
     bids_dir: Path

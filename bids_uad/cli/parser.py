@@ -129,8 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--backbone-weights",
         type=Path,
-        metavar="FILE",
-        help="torchvision's weights (.pth, .safetensors), for presets that look at ImageNet features",
+        metavar="PATH",
+        help="torchvision's weights (.pth, .safetensors) or a folder that holds them, for presets that look "
+        "at ImageNet features",
     )
     return parser
 

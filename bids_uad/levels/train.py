@@ -133,11 +133,14 @@ def _load_backbone(detector: Any, weights: Path | None) -> None:
     if weights is None:
         raise ConfigError(
             f"{detector.name} looks at features of {backbone.name}, which is trained on ImageNet and not "
-            "part of bids_uad: download torchvision's weights and name the file with --backbone-weights, or "
+            "part of bids_uad: download torchvision's weights and name the file, or the cache that holds it "
+            "(~/.cache/torch/hub), with --backbone-weights, or "
             "choose --preset lite, whose features are trained on your scans"
         )
+    from bids_uad.networks.backbones import find_published
+
     try:
-        detector.backbone.load_published(weights)
+        detector.backbone.load_published(find_published(weights, backbone.name))
     except ValueError as error:
         raise InputError(weights, str(error), f"name the file of {backbone.name}") from error
 

@@ -149,6 +149,38 @@ class ImageNetFeatures(nn.Module):
         self.network.load_state_dict({name: state[name] for name in own})
 
 
+def find_published(place: Path, name: str) -> Path:
+    """Find the file that holds a network's published weights.
+
+    Parameters
+    ----------
+    place : pathlib.Path
+        The file itself, or a folder that holds it under the name that torchvision publishes it by, such as
+        torch's own cache (``~/.cache/torch/hub``).
+    name : str
+        ``resnet18``, ``wide_resnet50_2`` or ``efficientnet_b4``.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no such file, or several.
+    """
+    if not place.is_dir():
+        return place
+    folders = (place, place / "checkpoints", place / "hub" / "checkpoints")
+    found = [
+        path
+        for folder in folders
+        for pattern in (f"{name}[-_.]*.pth", f"{name}*.safetensors")
+        for path in sorted(folder.glob(pattern))
+    ]
+    if not found:
+        raise ValueError(f"no weights of {name} in this folder ({name}-*.pth or {name}*.safetensors)")
+    if len(found) > 1:
+        raise ValueError(f"several weights of {name}: {', '.join(path.name for path in found)}")
+    return found[0]
+
+
 def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
     """Build a feature extractor; it gives the list of its maps, fine to coarse."""
     if config.pretrained:

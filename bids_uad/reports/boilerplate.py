@@ -100,6 +100,8 @@ def methods_text(
     if models:
         names = list(dict.fromkeys(model.detector for model in models))
         parts.append(_fragment("detection", detectors=_detector_list(models)))
+        protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
+        parts.extend(_fragment(f"protocol_{name}") for name in sorted(protocols))
         parts.extend(_detector_fragment(name) for name in names)
         parts.append(_fragment("thresholds", thresholds=_threshold_list(models)))
     if ground_truth:

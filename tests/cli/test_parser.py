@@ -31,6 +31,7 @@ def test_defaults(parse, dataset, tmp_path):
     assert config.levels == ("participant",)
     assert config.modalities == ("T1w", "T2w")
     assert (config.device, config.random_seed, config.omp_nthreads) == ("auto", 0, 1)
+    assert (config.precision, config.batch_size, config.compiled) == ("auto", None, False)
     assert config.nprocs >= 1
     assert config.mem_gb > 0
 
@@ -40,6 +41,11 @@ def test_labels_lose_their_prefix_and_duplicates(parse):
     assert config.participants == ("01", "02")
     assert config.sessions == ("a",)
     assert parse("--participant_label", "7").participants == ("7",)
+
+
+def test_execution_options(parse):
+    config = parse("--precision", "bf16", "--batch-size", "4", "--compile")
+    assert (config.precision, config.batch_size, config.compiled) == ("bf16", 4, True)
 
 
 def test_levels_run_in_their_order(parse):
@@ -66,6 +72,8 @@ def test_notrack_is_accepted(parse):
         ["--nprocs", "0"],
         ["--mem", "lots"],
         ["--device", "gpu"],
+        ["--precision", "fp16"],
+        ["--batch-size", "0"],
         ["--device", "cuda:x"],
         ["--participant-label", "a_b"],
         ["--modalities", "FLAIR"],

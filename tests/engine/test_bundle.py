@@ -82,6 +82,16 @@ def test_another_input_contract_is_refused(folder):
         load_bundle(folder)
 
 
+def test_a_paper_bundle_is_made_for_volumes_scaled_by_their_extremes(folder, tmp_path):
+    path = tmp_path / "paper"
+    found = save_bundle(path, PatchCore(TINY), preset="paper", modality="T1w", training={}, card="")
+    assert found.protocol.published
+    assert found.info["input"]["scaling"] == {"method": "minmax", "region": "volume"}
+    edit(path / "bundle.json", input=load_bundle(folder).info["input"])
+    with pytest.raises(ModelError, match="other inputs"):
+        load_bundle(path)
+
+
 def test_weights_of_another_shape_are_refused(folder):
     values = json.loads((folder / "bundle.json").read_text())["hyper"]
     edit(folder / "bundle.json", hyper={**values, "backbone": {**values["backbone"], "widths": [4, 8, 8, 8]}})

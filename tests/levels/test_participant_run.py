@@ -148,6 +148,9 @@ def test_outputs_hold_what_the_map_says(finished):
             (anat / f"sub-01_space-SRI24_label-anomaly_desc-{modality}Disyre_mask.json").read_text()
         )
         assert (sidecar["Threshold"], sidecar["ThresholdName"], sidecar["Device"]) == (0.5, "max_dice", "cpu")
+        assert sidecar["Precision"] == "fp32"
+        assert "3 x 3 x 3" in sidecar["PostProcessing"]
+        assert sidecar["Scaling"]["upper"] == 99.5
     assert (anat / "sub-01_desc-T2wBrain_mask.nii.gz").is_file()
     assert (anat / "sub-01_space-SRI24_label-lesion_desc-manual_mask.nii.gz").is_file()
     preproc = json.loads((anat / "sub-01_space-SRI24_desc-preproc_T2w.json").read_text())
@@ -177,6 +180,17 @@ def test_second_run_does_nothing_and_a_lost_file_is_made_again(bench, capsys):
         "preproc sub-01_T2w.nii.gz",
     ]
     assert bench.maps() == before
+
+
+def test_another_precision_scores_again(bench):
+    bench.dataset(T1W)
+    assert bench.run() == 0
+    assert len(bench.take_calls()) == 2
+    assert bench.run("--precision", "bf16") == 0
+    assert [call.split()[0] for call in bench.take_calls()] == ["detect"]
+    name = "sub-01_space-SRI24_label-anomaly_desc-T1wDisyre_mask.json"
+    sidecar = json.loads((bench.out / "sub-01" / "anat" / name).read_text())
+    assert sidecar["Precision"] == "bf16"
 
 
 def test_new_model_only_adds_its_outputs(bench):

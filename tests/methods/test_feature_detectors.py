@@ -17,7 +17,7 @@ from bids_uad.methods.fae import FAE, FeatureAutoencoder
 from bids_uad.methods.features import stacked
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.uniad import UniAD, jittered, neighbourhoods
-from bids_uad.networks.backbones import BackboneConfig, ImageNetFeatures, build_backbone
+from bids_uad.networks.backbones import BackboneConfig, ImageNetFeatures, build_backbone, find_published
 
 
 def count(module):
@@ -195,6 +195,25 @@ class TestImageNetFeatures:
             ours = build_backbone(BackboneConfig(name="resnet18", taps=(0, 1, 2)))
             ours.load_published(tmp_path / name)
             torch.testing.assert_close(ours(slices), source.eval()(slices))
+
+    def test_weights_are_found_in_a_cache_that_is_named(self, tmp_path):
+        cache = tmp_path / "hub" / "checkpoints"
+        cache.mkdir(parents=True)
+        for name in (
+            "resnet18-f37072fd.pth",
+            "wide_resnet50_2-95faca4d.pth",
+            "efficientnet_b4_rwightman-1.pth",
+        ):
+            (cache / name).touch()
+            network = name.split("-")[0].removesuffix("_rwightman")
+            for place in (tmp_path, tmp_path / "hub", cache, cache / name):
+                assert find_published(place, network) == cache / name
+        (cache / "resnet18.safetensors").touch()
+        with pytest.raises(ValueError, match="several weights of resnet18: resnet18-f37072fd"):
+            find_published(cache, "resnet18")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="no weights of resnet18"):
+            find_published(tmp_path / "empty", "resnet18")
 
     def test_other_files_are_refused(self, tmp_path):
         backbone = ImageNetFeatures("resnet18", normalise=True)

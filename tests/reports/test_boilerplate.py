@@ -59,6 +59,15 @@ def test_methods_text_names_models_and_thresholds():
     assert "PatchCore on T2w: 0.84 (1 % false positives in healthy validation brains)" in text
     assert "UniAD on T1w: 120 (own_choice)" in text
     assert "Ground truth" not in text
+    assert "3 x 3 x 3 neighbours" in text
+
+
+def test_methods_text_tells_the_published_protocol_from_ours():
+    paper = UsedModel("andi", "T2w", "paper", 2.1e-5, "max_dice")
+    text = methods_text([paper], stand_in=False)
+    assert "4 x 4 x 4 voxels" in text
+    assert "3 x 3 x 3" not in text
+    assert "3 x 3 x 3" in methods_text([paper, *MODELS], stand_in=False)
 
 
 def test_preprocessing_tells_its_own_story_where_it_can():
