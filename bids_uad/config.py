@@ -71,6 +71,8 @@ class RunConfig:
         Memory that may be used, in GB.
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
+    hyper : tuple of str
+        Hyper-parameters to change, `NAME=VALUE`.
     backbone_weights : pathlib.Path, optional
         Weights of a backbone that comes trained on ImageNet, or a folder that holds them.
     """
@@ -103,6 +105,7 @@ class RunConfig:
     preset: str = "default"
     modality: str | None = None
     steps: int | None = None
+    hyper: tuple[str, ...] = ()
     backbone_weights: Path | None = None
     run_id: str = field(default_factory=new_run_id)
 

@@ -125,6 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--detector", metavar="NAME", help="detector to train")
     models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
     models.add_argument("--modality", choices=MODALITIES, help="images to train on")
+    models.add_argument(
+        "--hyper", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="hyper-parameters of the preset to change, such as stride=4; with calibrate, those of a trained "
+        "model that its weights do not depend on",
+    )  # fmt: skip
     models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
     models.add_argument(
         "--backbone-weights",
@@ -159,7 +164,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     given.pop("notrack", None)
     config_file = given.pop("config_file", None)
     values = {} if config_file is None else _earlier(config_file)
-    for name in ("participants", "sessions", "modalities", "models"):
+    for name in ("participants", "sessions", "modalities", "models", "hyper"):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
     if "derivatives" in given:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,21 @@ class Bundle:
     def bin_edges(self) -> np.ndarray:
         """Edges of the score histogram, float64, from 0 to infinity."""
         return np.array([*self._calibrated()["bin_edges"], np.inf])
+
+    def with_hyper(self, changes: Sequence[str]) -> Bundle:
+        """Change hyper-parameters, ``NAME=VALUE``; nothing is written, and thresholds hold no longer.
+
+        Raises
+        ------
+        ValueError
+            If there is no such hyper-parameter, or the value is of another type.
+        """
+        from bids_uad.methods.hyper import change_hyper, hyper_from_values
+        from bids_uad.methods.registry import preset_of
+
+        kind = type(preset_of(self.detector, self.preset))
+        hyper = change_hyper(hyper_from_values(kind, self.info["hyper"]), changes)
+        return Bundle(self.folder, {**self.info, "hyper": asdict(hyper)}, None)
 
     def _calibrated(self) -> dict[str, Any]:
         if self.calibration is None:

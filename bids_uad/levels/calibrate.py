@@ -15,7 +15,7 @@ from bids_uad.atomic import write_json, write_text
 from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
-from bids_uad.errors import InputError
+from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.model_card import add_validation
 from bids_uad.levels.train import bundle_folder, describe_cohort
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 def run_calibrate(config: RunConfig) -> int:
     """Score validation scans and keep the thresholds they imply in the bundle.
+
+    Hyper-parameters that are changed (`config.hyper`) are kept in the bundle, too; the weights must fit them.
 
     Healthy scans (by participants.tsv) give the false-positive thresholds, scans with a lesion mask the
     Dice threshold. A scan that is neither is left out: a missing mask does not mean healthy.
@@ -40,6 +42,8 @@ def run_calibrate(config: RunConfig) -> int:
 
     Raises
     ------
+    ConfigError
+        If there is no such hyper-parameter.
     InputError
         If no scan can be used.
     ModelError
@@ -54,6 +58,11 @@ def run_calibrate(config: RunConfig) -> int:
     from bids_uad.engine.inference import anomaly_map
 
     bundle = load_bundle(bundle_folder(config))
+    if config.hyper:
+        try:
+            bundle = bundle.with_hyper(config.hyper)
+        except ValueError as error:
+            raise ConfigError(f"--hyper: {error}") from None
     people = read_participants(config.bids_dir)
     scans = [
         scan
@@ -88,6 +97,10 @@ def run_calibrate(config: RunConfig) -> int:
     calibration = estimator.summary()
     calibration["cohort"] = describe_cohort(config, scans)
     calibration["weights_sha256"] = bundle.sha256
+    if config.hyper:
+        # Thresholds of other hyper-parameters must not stand beside these.
+        (bundle.folder / "calibration.json").unlink(missing_ok=True)
+        write_json(bundle.folder / "bundle.json", bundle.info)
     write_json(bundle.folder / "calibration.json", calibration)
     card = bundle.folder / "MODEL_CARD.md"
     write_text(card, add_validation(card.read_text(encoding="utf-8"), calibration))

@@ -30,6 +30,7 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
     stages = "\n".join(
         "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
     )
+    changes = f" --hyper {' '.join(config.hyper)}" if config.hyper else ""
     return f"""# {config.detector} for {config.modality}, preset {config.preset}
 
 Research software, not for clinical use.
@@ -51,7 +52,7 @@ trained numbers. It has only seen healthy brains.
 ## Make it again
 
     bids_uad DERIVATIVES MODELS train --detector {config.detector} --modality {config.modality} \\
-        --preset {config.preset} --random-seed {config.random_seed}
+        --preset {config.preset} --random-seed {config.random_seed}{changes}
     bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset}
 """

@@ -65,7 +65,8 @@ def run_train(config: RunConfig) -> int:
     from bids_uad.engine.protocol import protocol_of
     from bids_uad.engine.store import SliceStore, Subject
     from bids_uad.engine.training import train_detector
-    from bids_uad.methods.registry import build_detector
+    from bids_uad.methods.hyper import change_hyper
+    from bids_uad.methods.registry import build_detector, preset_of
 
     folder = bundle_folder(config)
     scans = healthy_scans(config)
@@ -73,9 +74,12 @@ def run_train(config: RunConfig) -> int:
     torch.manual_seed(config.random_seed)
     device = resolve_device(config.device)
     try:
-        detector = build_detector(config.detector, config.preset)
+        hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
+        detector = build_detector(config.detector, hyper)
     except KeyError as error:
         raise ConfigError(error.args[0]) from None
+    except ValueError as error:
+        raise ConfigError(f"--hyper: {error}") from None
     _load_backbone(detector, config.backbone_weights)
     store_folder = config.work_dir / f"slices-{folder.name}"
     logger.info("Storing the slices of %d scans in %s", len(scans), store_folder)

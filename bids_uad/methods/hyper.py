@@ -1,8 +1,10 @@
-"""Hyper-parameters to and from the plain values of a bundle's JSON."""
+"""Hyper-parameters from plain values: those of a bundle's JSON, and those that a user changes."""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 
@@ -37,3 +39,47 @@ def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: rebuilt(name, value) for name, value in values.items()})
+
+
+def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
+    """Replace hyper-parameters by what a user gave.
+
+    Parameters
+    ----------
+    hyper : dataclass
+    changes : sequence of str
+        ``NAME=VALUE``, the value as in JSON: ``stride=4``, ``labels=[74, 24]``.
+
+    Returns
+    -------
+    dataclass
+        Of the same kind.
+
+    Raises
+    ------
+    ValueError
+        If there is no such hyper-parameter, or the value is of another type.
+    """
+    plain = {
+        entry.name: getattr(hyper, entry.name)
+        for entry in fields(hyper)
+        if not is_dataclass(getattr(hyper, entry.name))
+    }
+    found = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in plain:
+            raise ValueError(f"no hyper-parameter {name!r}; there are {', '.join(plain)}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        now = plain[name]
+        if isinstance(now, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if isinstance(now, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(now):
+            raise ValueError(f"{name} is {now!r}, so {text!r} is of another type")
+        found[name] = value
+    return replace(hyper, **found)

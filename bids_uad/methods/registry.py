@@ -52,11 +52,26 @@ def build_detector(name: str, hyper: Any) -> Detector:
     KeyError
         If the detector or its preset is unknown; the message lists those there are.
     """
+    if isinstance(hyper, str):
+        hyper = preset_of(name, hyper)
+    return _kind(name)(hyper)
+
+
+def preset_of(name: str, preset: str) -> Any:
+    """Give the hyper-parameters of a preset.
+
+    Raises
+    ------
+    KeyError
+        If the detector or its preset is unknown; the message lists those there are.
+    """
+    presets = _kind(name).presets
+    if preset not in presets:
+        raise KeyError(f"{name} has no preset {preset!r}; it has {', '.join(presets)}")
+    return presets[preset]
+
+
+def _kind(name: str) -> type[Detector]:
     if name not in DETECTORS:
         raise KeyError(f"no detector named {name!r}; there are {', '.join(DETECTORS)}")
-    kind = DETECTORS[name]
-    if isinstance(hyper, str):
-        if hyper not in kind.presets:
-            raise KeyError(f"{name} has no preset {hyper!r}; it has {', '.join(kind.presets)}")
-        hyper = kind.presets[hyper]
-    return kind(hyper)
+    return DETECTORS[name]

@@ -123,6 +123,24 @@ def test_what_cannot_be_trained_is_said(scans, tmp_path, capsys, detector, code,
     assert words in capsys.readouterr().err
 
 
+def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
+    models = tmp_path / "models"
+    quick = ["--steps", "1", "--batch-size", "2"]
+    assert call(scans, models, "train", "andi", *quick, "--hyper", "stride=50") == 0
+    folder = models / "andi-T2w-lite"
+    weights = load_bundle(folder).sha256
+    assert load_bundle(folder).info["hyper"]["stride"] == 50
+    assert "--hyper stride=50" in (folder / "MODEL_CARD.md").read_text()
+    assert call(scans, models, "calibrate", "andi", "--hyper", "stride=25") == 0
+    changed = load_bundle(folder)
+    assert changed.info["hyper"]["stride"] == 25
+    assert changed.sha256 == weights
+    assert changed.thresholds
+    assert call(scans, models, "calibrate", "andi", "--hyper", "strides=5") == 2
+    assert "no hyper-parameter 'strides'" in capsys.readouterr().err
+    assert load_bundle(folder).thresholds == changed.thresholds
+
+
 def test_calibrating_nothing_is_said(scans, tmp_path, capsys):
     assert call(scans, tmp_path / "models", "calibrate") == 69
     assert "bundle.json is missing" in capsys.readouterr().err
