@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.literal import LITERAL
 from bids_uad.engine.execution import Execution
@@ -99,6 +101,39 @@ def test_scores_are_those_of_the_literal_path(name):
             one = slice(k, k + 1)
             literal = LITERAL[name](detector, slices[one], brain[one], of_slices("a", 0, [k], CPU))
             torch.testing.assert_close(ours[one], torch.where(brain[one], literal, 0), rtol=1e-3, atol=1e-5)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation gives back."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return output
+
+
+def largest_tensor(name: str, count: int, **changes: object) -> int:
+    detector = looking_trained(name)
+    detector.hyper = replace(detector.hyper, **changes)
+    slices, brain = (part[:count] for part in shown(detector))
+    with torch.no_grad(), _LargestTensor() as mode:
+        detector.score(slices, brain, of_slices("a", 0, range(count), CPU))
+    return mode.largest
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_memory_grows_with_the_batch_at_most(name):
+    assert largest_tensor(name, 4) <= 2 * largest_tensor(name, 2)
+
+
+def test_memory_does_not_grow_with_noise_levels_or_labels():
+    assert largest_tensor("andi", 2, stride=5) == largest_tensor("andi", 2, stride=50)
+    many = largest_tensor("disyre", 2, labels=tuple(range(0, 100, 2)))
+    assert many <= largest_tensor("disyre", 2, labels=tuple(range(0, 64, 2)))
 
 
 if __name__ == "__main__":
