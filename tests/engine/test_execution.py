@@ -9,6 +9,7 @@ from bids_uad.engine import execution
 from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.registry import build_detector
+from bids_uad.networks.keyed import SliceGenerator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -96,7 +97,7 @@ def test_compiled_networks_score_the_same():
 
     def score():
         with torch.inference_mode():
-            return detector.score(slices, brain, [torch.Generator().manual_seed(k) for k in range(2)])
+            return detector.score(slices, brain, SliceGenerator(torch.arange(2)))
 
     plain = score()
     Execution(compiled=True).prepare(detector)
