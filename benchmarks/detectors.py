@@ -43,7 +43,7 @@ def main() -> None:
         scan = load_scan(scratch / "scan")
         archive = scratch / "scan.npz"
         np.savez(archive, volume=scan.volume, brain=scan.brain)
-        store_slices(simulate(scratch / "brains", healthy=1, lesion=0), scratch, args.preset)
+        store_slices(simulate(scratch / "brains", healthy=1), scratch, args.preset)
         rows = []
         for name in args.detectors:
             if args.preset not in DETECTORS[name].presets:
@@ -52,18 +52,12 @@ def main() -> None:
             literal = measure(Run(bundle, archive, str(device), literal=True))
             engine = measure(Run(bundle, archive, str(device), precision=precision))
             rows.append({"detector": name, **compared(engine, literal, scan, threshold_of(bundle))})
-            print_table([rows[-1]])
+            print(f"{name}: {rows[-1]['ratio']} times as fast", flush=True)
     print_table(rows)
-    where = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
     write_json(
         RESULTS / f"detectors-{args.preset}-{device.type}.json",
         {
-            "version": __version__,
-            "torch": torch.__version__,
-            "device": where,
-            "architecture": platform.machine(),
+            **circumstances(device),
             "precision": precision,
             "preset": args.preset,
             "scan": scan.name,
@@ -71,6 +65,15 @@ def main() -> None:
             "rows": rows,
         },
     )
+
+
+def circumstances(device: torch.device) -> dict:
+    """Say on what the figures were taken."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} with {torch.get_num_threads()} threads"
+    return {"version": __version__, "torch": torch.__version__, "device": name}
 
 
 def compared(ours: Measured, theirs: Measured, scan: Scan, threshold: float | None) -> dict:

@@ -39,7 +39,7 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
     return scratch / folder
 
 
-def store_slices(scans: list[tuple[Path, Path, Path | None]], scratch: Path, preset: str) -> None:
+def store_slices(scans: list[tuple[Path, Path, Path]], scratch: Path, preset: str) -> None:
     """Store the slices that models are trained on for a moment."""
     subjects = [Subject(image, brain, tissue) for image, brain, tissue in scans]
     SliceStore.build(subjects, scratch / "slices", protocol_of(preset))

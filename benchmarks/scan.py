@@ -10,7 +10,9 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes
 
 from bids_uad import space
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.preprocessing.intensity import scale_intensity
+from bids_uad.simulation.__main__ import main as simulation
 
 # A glioma that an independent pipeline brought to SRI24; not part of the project.
 REAL = (
@@ -45,22 +47,33 @@ def load_scan(folder: Path) -> Scan:
         Where a simulated brain may be written.
     """
     if REAL.is_file():
-        volume = np.asarray(nib.load(REAL).dataobj, dtype=np.float32)
+        volume = read(REAL)
         brain = binary_fill_holes(volume > 0)
         return Scan("sub-tcgafg6692 T2w (real, glioma)", scale_intensity(volume, brain), brain)
-    image, mask, _ = simulate(folder, healthy=0, lesion=1)[0]
-    volume = np.asarray(nib.load(image).dataobj, dtype=np.float32)
-    return Scan("simulated T2w", volume, np.asarray(nib.load(mask).dataobj) > 0)
+    image, mask, _ = simulate_lesions(folder, ("tumour",))[0]
+    return Scan("simulated T2w (tumour)", read(image), read(mask) > 0)
 
 
-def simulate(folder: Path, *, healthy: int, lesion: int) -> list[tuple[Path, Path, Path | None]]:
-    """Simulate T2w scans on the SRI24 grid; gives each image, its brain mask and its tissue classes."""
-    from bids_uad.dataset.preprocessed import find_preprocessed
-    from bids_uad.simulation.__main__ import main
+def read(path: Path) -> np.ndarray:
+    """Read a volume as float32."""
+    return np.asarray(nib.load(path).dataobj, dtype=np.float32)
 
-    numbers = ["--healthy", str(healthy), "--lesion", str(lesion)]
-    main([str(folder), *numbers, "--modalities", "T2w", "--kinds", "tumour", "--seed", "5", "--derivatives"])
-    return [(scan.image, scan.brain, scan.tissue) for scan in find_preprocessed(folder, "T2w")]
+
+def simulate(folder: Path, *, healthy: int) -> list[tuple[Path, Path, Path]]:
+    """Simulate healthy T2w scans on the SRI24 grid; gives image, brain mask and tissue classes of each."""
+    scans = _simulated(folder, ["--healthy", str(healthy)])
+    return [(scan.image, scan.brain, scan.tissue) for scan in scans]
+
+
+def simulate_lesions(folder: Path, kinds: tuple[str, ...]) -> list[tuple[Path, Path, Path]]:
+    """Simulate one T2w scan for each kind of lesion; gives image, brain mask and lesion mask of each."""
+    scans = _simulated(folder, ["--healthy", "0", "--lesion", str(len(kinds)), "--kinds", *kinds])
+    return [(scan.image, scan.brain, scan.lesion) for scan in scans]
+
+
+def _simulated(folder: Path, cohort: list[str]) -> list[PreprocessedScan]:
+    simulation([str(folder), *cohort, "--modalities", "T2w", "--seed", "5", "--derivatives"])
+    return find_preprocessed(folder, "T2w")
 
 
 def number_of_slices(scan: Scan) -> int:
