@@ -178,7 +178,6 @@ class UniAD(FeatureDetector):
         "default": UniADHyper(),
         "lite": UniADHyper(
             backbone=BackboneConfig(),
-            grid=28,
             width=96,
             heads=4,
             hidden=192,

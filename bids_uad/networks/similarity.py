@@ -9,10 +9,16 @@ from torch import Tensor
 GMS_CONSTANT = 0.0026
 
 
-def _gaussian_window(size: int, sigma: float, like: Tensor) -> Tensor:
-    offset = torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
+def _gaussian_band(size: int, window: int, sigma: float, valid: bool, like: Tensor) -> Tensor:
+    """Matrix that smooths an axis of `size` pixels; a row for each pixel whose window counts."""
+    reach = window // 2
+    offset = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
     weight = torch.exp(-0.5 * (offset / sigma) ** 2)
-    return weight / weight.sum()
+    weight = weight / weight.sum()
+    pixels = torch.arange(size, device=like.device)
+    centres = pixels[reach : size - reach] if valid else pixels
+    place = pixels[None] - centres[:, None] + reach
+    return torch.where((place >= 0) & (place < window), weight[place.clamp(0, window - 1)], 0.0)
 
 
 def ssim_map(
@@ -39,18 +45,12 @@ def ssim_map(
     ----------
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
     """
-    weight = _gaussian_window(window, sigma, first)
-    channels = first.shape[1]
-    padding = 0 if valid else window // 2
-
-    def smooth(x: Tensor) -> Tensor:
-        # Five moments are smoothed at once, rows then columns: a Gaussian separates.
-        kernel = weight.expand(x.shape[1], 1, -1)
-        x = F.conv2d(x, kernel[..., None], padding=(padding, 0), groups=x.shape[1])
-        return F.conv2d(x, kernel[:, :, None], padding=(0, padding), groups=x.shape[1])
-
-    moments = torch.cat([first, second, first * first, second * second, first * second], 1)
-    mean1, mean2, square1, square2, product = smooth(moments).split(channels, 1)
+    # A Gaussian separates, and for maps of this size two products with banded matrices are the quickest way.
+    height, width = first.shape[-2:]
+    rows = _gaussian_band(height, window, sigma, valid, first)
+    columns = _gaussian_band(width, window, sigma, valid, first)
+    moments = (first, second, first * first, second * second, first * second)
+    mean1, mean2, square1, square2, product = (rows @ moment @ columns.T for moment in moments)
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
     covariance = product - mean1 * mean2

@@ -155,8 +155,8 @@ def test_uniad_score_is_the_distance_of_tokens(batch):
     with torch.no_grad():
         ours = detector.score(batch.slices, batch.brain, [])
         maps = detector.features(batch.slices)
-        tokens = stacked(maps, (28, 28)).flatten(2).transpose(1, 2)
-        distance = ((detector.transformer(tokens) - tokens) ** 2).sum(2).sqrt().view(2, 1, 28, 28)
+        tokens = stacked(maps, (14, 14)).flatten(2).transpose(1, 2)
+        distance = ((detector.transformer(tokens) - tokens) ** 2).sum(2).sqrt().view(2, 1, 14, 14)
     torch.testing.assert_close(ours, stacked([distance], (224, 224)) * batch.brain, atol=1e-4, rtol=1e-4)
 
 
