@@ -145,3 +145,12 @@ def test_histogram_table():
     assert table["n_lesion"].tolist() == ["n/a"] * 3
     with pytest.raises(ValueError, match="do not make"):
         maps.histogram_table(edges, np.array([5, 0]), None)
+
+
+def test_a_hair_above_the_threshold_is_above_one_half():
+    threshold = 0.1611
+    scores = np.float32(threshold) * np.ones(5, dtype=np.float32)
+    for k in range(5):
+        scores[k:] = np.nextafter(scores[k:], np.float32(1))
+    scores = np.append(scores, np.nextafter(np.float32(threshold), np.float32(0)))
+    np.testing.assert_array_equal(maps.squash(scores, threshold) > 0.5, scores > np.float64(threshold))

@@ -58,6 +58,9 @@ def squash(scores: np.ndarray, threshold: float) -> np.ndarray:
     positive = scores > 0
     values = scores[positive].astype(np.float64)
     squashed[positive] = values / (values + threshold)
+    # A score a hair above the threshold must not be rounded onto 0.5.
+    above = scores > np.float64(threshold)
+    squashed[above] = np.maximum(squashed[above], np.nextafter(np.float32(0.5), np.float32(1)))
     return squashed
 
 
