@@ -9,7 +9,7 @@ import torch
 from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
 from bids_uad.engine.protocol import protocol_of
 from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import train_detector
+from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.registry import build_detector
 
 STEPS = 30  # enough for a network that gives something else than zero
@@ -33,7 +33,8 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
             return place / folder
     torch.manual_seed(0)
     detector = build_detector(name, preset)
-    train_detector(detector, SliceStore(scratch / "slices"), seed=0, device=device, steps=STEPS, batch_size=4)
+    data = TrainingData.all_of(SliceStore(scratch / "slices"))
+    train_detector(detector, data, Schedule(0, STEPS, 4), scratch / f"training-{name}", device=device)
     training = {"source": f"benchmark: {STEPS} steps"}
     save_bundle(scratch / folder, detector, preset=preset, modality="T2w", training=training, card="")
     return scratch / folder

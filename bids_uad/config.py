@@ -71,6 +71,8 @@ class RunConfig:
         Memory that may be used, in GB.
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
+    train_fraction : float
+        Share of the training subjects that is learnt from.
     hyper : tuple of str
         Hyper-parameters to change, `NAME=VALUE`.
     backbone_weights : pathlib.Path, optional
@@ -106,6 +108,7 @@ class RunConfig:
     modality: str | None = None
     steps: int | None = None
     hyper: tuple[str, ...] = ()
+    train_fraction: float = 1.0
     backbone_weights: Path | None = None
     run_id: str = field(default_factory=new_run_id)
 

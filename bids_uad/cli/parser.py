@@ -130,6 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="hyper-parameters of the preset to change, such as stride=4; with calibrate, those of a trained "
         "model that its weights do not depend on",
     )  # fmt: skip
+    models.add_argument(
+        "--train-fraction", type=_fraction, metavar="F",
+        help="learn from this share of the subjects; a smaller share is part of a larger (default: 1)",
+    )  # fmt: skip
     models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
     models.add_argument(
         "--backbone-weights",
@@ -285,6 +289,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1")
+    return value
 
 
 def _memory(text: str) -> float:

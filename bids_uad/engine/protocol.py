@@ -31,6 +31,11 @@ class Protocol:
     published: bool
 
     @property
+    def name(self) -> str:
+        """``published`` or ``corrected``."""
+        return "published" if self.published else "corrected"
+
+    @property
     def input_contract(self) -> dict[str, Any]:
         """What a bundle says of the volumes it is made for; JSON types only."""
         return {

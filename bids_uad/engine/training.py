@@ -1,55 +1,114 @@
-"""Run a detector's training stages over a slice store."""
+"""Run a detector's training stages over a slice store; killed, it goes on where it was."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from bids_uad.engine.checkpoint import Checkpoint
 from bids_uad.engine.ema import MovingAverage
 from bids_uad.engine.field import usual_field
+from bids_uad.engine.log import TrainingLog
 from bids_uad.engine.store import SliceStore
 from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage
+
+LOGGER = logging.getLogger(__name__)
 
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
 JITTER = 8  # pixels by which the field is moved about, since brains do not all lie in the same place
+CHECKPOINTS = 50  # in a stage
+HELD_OUT_CHECKS = 20  # in a stage
+HELD_OUT_SLICES = 64
 
 Report = Callable[[str, int, int, float], None]
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What is learnt from.
+
+    Parameters
+    ----------
+    store : SliceStore
+    training, held_out : numpy.ndarray of int
+        Its slices that are learnt from, and those that only tell how well. The latter may be none.
+    """
+
+    store: SliceStore
+    training: np.ndarray
+    held_out: np.ndarray
+
+    @classmethod
+    def all_of(cls, store: SliceStore) -> TrainingData:
+        """Learn from every slice of a store."""
+        return cls(store, np.arange(len(store)), np.arange(0))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How it is learnt.
+
+    Parameters
+    ----------
+    seed : int
+        Of the order of slices and of every random draw.
+    steps, batch_size : int, optional
+        Instead of the preset's, for all gradient stages.
+    """
+
+    seed: int
+    steps: int | None = None
+    batch_size: int | None = None
+
+    def stream(self, *place: int) -> np.random.Generator:
+        """Random numbers of one place in the training: stage, step and so on, and of nothing else."""
+        return np.random.default_rng([self.seed, *place])
+
+
+@dataclass
+class Losses:
+    """Mean loss over the last tenth of each gradient stage, and the last held-out loss, by stage name."""
+
+    training: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+
+
 def train_detector(
     detector: Detector,
-    store: SliceStore,
+    data: TrainingData,
+    schedule: Schedule,
+    folder: Path,
     *,
-    seed: int,
     device: torch.device,
-    steps: int | None = None,
-    batch_size: int | None = None,
     report: Report | None = None,
-) -> dict[str, float]:
+) -> Losses:
     """Train every stage of a detector, in order.
+
+    Every random number is a function of seed, stage and step, and the checkpoint holds everything else, so
+    that a training that was killed and started again ends with the same weights to the bit.
 
     Parameters
     ----------
     detector : Detector
         Moved to `device` and trained in place; the averaged weights are left in it.
-    store : SliceStore
-        Healthy slices.
-    seed : int
-        Of the order of slices and of every random draw.
+    data : TrainingData
+    schedule : Schedule
+    folder : pathlib.Path
+        Of checkpoint and log. What an earlier run of the same training left there is gone on from.
     device : torch.device
-    steps, batch_size : int, optional
-        Instead of the preset's, for all gradient stages.
     report : callable, optional
         ``report(stage, step, steps, loss)`` after each step.
 
     Returns
     -------
-    dict
-        Mean loss over the last tenth of each gradient stage, by stage name.
+    Losses
 
     Raises
     ------
@@ -57,63 +116,140 @@ def train_detector(
         If a stage needs tissue classes and the store has none.
     """
     detector.to(device)
-    losses: dict[str, float] = {}
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors")
+    position = checkpoint.restore(detector)
+    log = TrainingLog(folder / "training.csv", keep=position)
+    if position != (0, 0):
+        LOGGER.info("Going on with stage %d after step %d", position[0] + 1, position[1])
     for number, stage in enumerate(detector.stages()):
-        rng = np.random.default_rng([seed, number])
-        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        if number < position[0]:
+            continue
         if isinstance(stage, FitStage):
+            rng = schedule.stream(number)
+            generator = _generator(rng, device)
             detector.eval()
+            drawn = data.store.draw(data.training, stage.slices, stage.batch_size, rng, device)
             with torch.no_grad():
-                drawn = store.draw(stage.slices, stage.batch_size, rng, device)
                 stage.fit(_in_fields(drawn, detector.field_of_view, rng), generator)
         else:
-            if stage.needs_tissue and not store.has_tissue:
+            if stage.needs_tissue and not data.store.has_tissue:
                 raise ValueError(
                     f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
                 )
-            total = steps or stage.steps
-            size = batch_size or stage.batch_size
-            batches = _in_fields(store.shuffled(size, rng, device), detector.field_of_view, rng)
-            losses[stage.name] = _descend(stage, batches, total, generator, report)
+            _Descent(detector, number, stage, data, schedule, device).run(checkpoint, log, report)
+        checkpoint.save(detector, (number + 1, 0))
     detector.eval()
+    return _losses(log)
+
+
+def _losses(log: TrainingLog) -> Losses:
+    table = log.table()
+    losses = Losses()
+    for _, rows in table.groupby("stage_number"):
+        name = str(rows["stage"].iloc[0])
+        last = rows[rows["step"] > rows["step"].max() - max(1, len(rows) // 10)]
+        losses.training[name] = float(last["loss"].mean())
+        checked = rows["held_out_loss"].dropna()
+        if len(checked):
+            losses.held_out[name] = float(checked.iloc[-1])
     return losses
+
+
+class _Descent:
+    """One gradient stage."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        number: int,
+        stage: GradientStage,
+        data: TrainingData,
+        schedule: Schedule,
+        device: torch.device,
+    ) -> None:
+        self.detector, self.number, self.stage = detector, number, stage
+        self.data, self.schedule, self.device = data, schedule, device
+        self.steps = schedule.steps or stage.steps
+        self.batch_size = schedule.batch_size or stage.batch_size
+        self.module = stage.module.train().to(memory_format=torch.channels_last)
+        self.average = MovingAverage(self.module, EMA_DECAY)
+        self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
+
+    def run(self, checkpoint: Checkpoint, log: TrainingLog, report: Report | None) -> None:
+        """Descend from where the checkpoint is, and leave the averaged weights in the module."""
+        done = checkpoint.restore_descent(self.number, self.optimiser, self.average)
+        check_every = max(1, self.steps // HELD_OUT_CHECKS)
+        save_every = max(1, self.steps // CHECKPOINTS)
+        for step in range(done + 1, self.steps + 1):
+            loss = self._descend(step)
+            held_out = None
+            if len(self.data.held_out) and (step % check_every == 0 or step == self.steps):
+                held_out = self._held_out_loss()
+            log.add(self.number, self.stage.name, step, loss, held_out)
+            if report is not None:
+                report(self.stage.name, step, self.steps, loss)
+            if step % save_every == 0:
+                log.flush()
+                checkpoint.save(self.detector, (self.number, step), self.optimiser, self.average)
+        log.flush()
+        self.average.apply_to(self.module)
+        self.module.eval()
+
+    def _descend(self, step: int) -> float:
+        rng = self.schedule.stream(self.number, step)
+        generator = _generator(rng, self.device)
+        torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from there
+        (batch,) = _in_fields(
+            iter([self.data.store.batch(self._slices(step), self.device)]), self.detector.field_of_view, rng
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.stage.learning_rate * rate(step - 1, self.steps)
+        loss = self.stage.loss(batch, generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+        self.optimiser.step()
+        self.average.update(self.module)
+        return loss.item()
+
+    def _slices(self, step: int) -> np.ndarray:
+        """Slices of a step: each pass over the data has an order of its own."""
+        among = self.data.training
+        in_a_pass = max(1, len(among) // self.batch_size)
+        number, place = divmod(step - 1, in_a_pass)
+        order = self.schedule.stream(self.number, 0, number).permutation(among)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Loss of the averaged weights on slices that are not learnt from; the same draws every time."""
+        rng = self.schedule.stream(self.number)
+        generator = _generator(rng, self.device)
+        own = {name: value.clone() for name, value in self.module.state_dict().items()}
+        self.average.apply_to(self.module.eval())
+        drawn = self.data.store.draw(self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.device)
+        losses = [
+            self.stage.loss(batch, generator).item()
+            for batch in _in_fields(drawn, self.detector.field_of_view, rng)
+        ]
+        self.module.load_state_dict(own)
+        self.module.train()
+        return float(np.mean(losses))
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate after `step` of `steps`: a short rise, then half a cosine down to zero."""
+    warm_up = max(1, steps // 50)
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
 def _in_fields(batches: Iterator[Batch], size: tuple[int, int], rng: np.random.Generator) -> Iterator[Batch]:
     """Show of each batch what the detector sees of slices, not always in the same place."""
     for batch in batches:
         row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
-        field = usual_field(size, (row, column))
-        yield batch.cut(field.rows, field.columns)
-
-
-def _descend(
-    stage: GradientStage,
-    batches: Iterator[Batch],
-    steps: int,
-    generator: torch.Generator,
-    report: Report | None,
-) -> float:
-    module = stage.module.train().to(memory_format=torch.channels_last)
-    average = MovingAverage(module, EMA_DECAY)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=stage.learning_rate)
-    warm_up = max(1, steps // 50)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    recent: list[float] = []
-    for step in range(1, steps + 1):
-        loss = stage.loss(next(batches), generator)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-        optimiser.step()
-        schedule.step()
-        average.update(module)
-        if step > steps - max(1, steps // 10):
-            recent.append(loss.item())
-        if report is not None:
-            report(stage.name, step, steps, loss.item())
-    average.apply_to(module)
-    module.eval()
-    return float(np.mean(recent))
+        field_of_view = usual_field(size, (row, column))
+        yield batch.cut(field_of_view.rows, field_of_view.columns)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bids_uad import __version__
 from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
@@ -28,6 +31,7 @@ from bids_uad.levels.model_card import model_card
 logger = logging.getLogger(__name__)
 
 LOG_LINES = 40
+HELD_OUT = 0.05  # of the subjects, never learnt from
 Report = Callable[[str, int, int, float], None]
 
 
@@ -64,7 +68,7 @@ def run_train(config: RunConfig) -> int:
     from bids_uad.engine.execution import resolve_device
     from bids_uad.engine.protocol import protocol_of
     from bids_uad.engine.store import SliceStore, Subject
-    from bids_uad.engine.training import train_detector
+    from bids_uad.engine.training import Schedule, TrainingData, train_detector
     from bids_uad.methods.hyper import change_hyper
     from bids_uad.methods.registry import build_detector, preset_of
 
@@ -81,29 +85,31 @@ def run_train(config: RunConfig) -> int:
     except ValueError as error:
         raise ConfigError(f"--hyper: {error}") from None
     _load_backbone(detector, config.backbone_weights)
-    store_folder = config.work_dir / f"slices-{folder.name}"
-    logger.info("Storing the slices of %d scans in %s", len(scans), store_folder)
-    subjects = [Subject(scan.image, scan.brain, scan.tissue) for scan in scans]
-    store = SliceStore.build(subjects, store_folder, protocol_of(config.preset))
+    subjects = [Subject(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
+    store = SliceStore.open_or_build(subjects, config.work_dir, protocol_of(config.preset))
+    training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
+    learnt_from = {store.names[owner] for owner in np.unique(store.owners[training_slices])}
     start = time.monotonic()
     with _progress() as report:
         try:
             losses = train_detector(
                 detector,
-                store,
-                seed=config.random_seed,
+                TrainingData(store, training_slices, held_out),
+                Schedule(config.random_seed, config.steps, config.batch_size),
+                config.work_dir / f"training-{folder.name}-{_identity(config, detector, store)}",
                 device=device,
-                steps=config.steps,
-                batch_size=config.batch_size,
                 report=report,
             )
         except ValueError as error:
             raise InputError(config.bids_dir, str(error), "use scans that have them") from error
     training = {
-        **describe_cohort(config, scans),
-        "n_slices": len(store),
+        **describe_cohort(config, [scan for scan in scans if scan.subject in learnt_from]),
+        "n_slices": len(training_slices),
+        "train_fraction": config.train_fraction,
+        "n_held_out_subjects": len(np.unique(store.owners[held_out])),
         "stages": _schedule(detector, config),
-        "final_loss": losses,
+        "final_loss": losses.training,
+        "held_out_loss": losses.held_out,
         "seed": config.random_seed,
         "minutes": round((time.monotonic() - start) / 60, 1),
         "device": str(device),
@@ -117,6 +123,13 @@ def run_train(config: RunConfig) -> int:
     )
     logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
     return 0
+
+
+def _identity(config: RunConfig, detector: Any, store: Any) -> str:
+    """Tell one training from another, so that none goes on where a different one stopped."""
+    told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
+    text = json.dumps([*told, __version__, store.folder.name], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _load_backbone(detector: Any, weights: Path | None) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from bids_uad import space
 from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.protocol import CORRECTED, PUBLISHED
 from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import train_detector
+from bids_uad.engine.training import Schedule, TrainingData, _Descent, rate, train_detector
+from bids_uad.methods.base import GradientStage
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.networks.backbones import BackboneConfig
@@ -59,8 +63,14 @@ def store(tmp_path_factory):
         nib.save(space.to_image(volume), paths[0])
         nib.save(space.to_image(tissue > 0, np.uint8), paths[1])
         nib.save(space.to_image(tissue, np.uint8), paths[2])
-        subjects.append(Subject(*paths))
+        subjects.append(Subject(*paths, name=f"sub-{seed}"))
     return SliceStore.build(subjects, folder / "store")
+
+
+def learn(detector, store, folder, report=None, held_out=0):
+    """Train on all slices but the first `held_out`."""
+    data = TrainingData(store, np.arange(held_out, len(store)), np.arange(held_out))
+    return train_detector(detector, data, Schedule(seed=3), folder, device=CPU, report=report)
 
 
 def test_the_store_holds_the_slices(store):
@@ -75,39 +85,109 @@ def test_the_store_holds_the_slices(store):
 
 
 def test_every_slice_is_seen_once_a_pass(store):
-    rng = np.random.default_rng(0)
-    batches = store.shuffled(len(store) // 2, rng, CPU)
-    both = torch.cat([next(batches).slices for _ in range(2)])
-    sums = sorted(both.sum((1, 2, 3)).tolist())
-    whole = store.batch(np.arange(len(store)), CPU).slices.sum((1, 2, 3))
-    assert sums == pytest.approx(sorted(whole.tolist()))
+    data = TrainingData(store, np.arange(len(store)), np.arange(0))
+    schedule = Schedule(seed=0, steps=10, batch_size=len(store) // 2)
+    stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
+    descent = _Descent(Disyre(TINY), 0, stage, data, schedule, CPU)
+    passes = [np.concatenate([descent._slices(step) for step in steps]) for steps in ((1, 2), (3, 4))]
+    for order in passes:
+        assert sorted(order) == list(range(len(store)))
+    assert not np.array_equal(*passes)
 
 
-def test_restoration_is_learnt_and_repeats(store):
-    def trained():
-        torch.manual_seed(0)
-        detector = Disyre(TINY)
-        losses: list[float] = []
-        train_detector(
-            detector, store, seed=3, device=CPU, report=lambda stage, step, steps, loss: losses.append(loss)
-        )
-        return detector, losses
+def test_subjects_set_aside_and_fractions_are_nested(tmp_path):
+    store = SliceStore.__new__(SliceStore)
+    store.names = [f"sub-{k}" for k in range(40)]
+    store.owners = np.repeat(np.arange(40), 3)
+    sets = [store.split(fraction, 0.05) for fraction in (0.03, 0.1, 0.3, 1)]
+    asides = {tuple(aside) for _, aside in sets}
+    assert len(asides) == 1
+    (aside,) = asides
+    assert len(aside) == 2 * 3
+    for (smaller, _), (larger, _) in itertools.pairwise(sets):
+        assert set(smaller) < set(larger)
+    assert len(sets[0][0]) == 3
+    assert sorted([*sets[-1][0], *aside]) == list(range(120))
 
-    detector, losses = trained()
+
+def test_a_store_is_used_again_while_its_scans_are_the_same(store, tmp_path):
+    folder = store.folder.parent
+    scans = [Subject(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz", name="sub-0")]
+    first = SliceStore.open_or_build(scans, tmp_path, CORRECTED)
+    written = (first.folder / "pixels.f16").stat().st_mtime_ns
+    again = SliceStore.open_or_build(scans, tmp_path, CORRECTED)
+    assert again.folder == first.folder
+    assert (again.folder / "pixels.f16").stat().st_mtime_ns == written
+    assert SliceStore.open_or_build(scans, tmp_path, PUBLISHED).folder != first.folder
+    assert len(list(tmp_path.iterdir())) == 2  # nothing unfinished is left
+
+
+def test_a_store_is_compact(store):
+    """Three thousand scans of a brain's size must fit into 25 GB."""
+    brain_pixels = int(store.starts[-1])
+    size = sum(path.stat().st_size for path in store.folder.iterdir())
+    assert size < 3.1 * brain_pixels + len(store) * 224**2 / 8 + 10_000
+    whole_brain = 1.6e6 * 3.1 + 140 * 224**2 / 8
+    assert 3_000 * whole_brain < 25e9
+
+
+def test_the_rate_rises_and_falls():
+    rates = [rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.05)
+    assert max(rates) == pytest.approx(1, abs=0.01)
+    assert int(np.argmax(rates)) == 19
+    assert rates[-1] < 1e-4
+
+
+def test_restoration_is_learnt(store, tmp_path):
+    torch.manual_seed(0)
+    detector = Disyre(TINY)
+    losses: list[float] = []
+    found = learn(detector, store, tmp_path, lambda stage, step, steps, loss: losses.append(loss), held_out=8)
     assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:5])
-    again, _ = trained()
-    for name, value in detector.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert found.training["restoration"] == pytest.approx(np.mean(losses[-5:]))
     assert detector.codebook.min() < 0.5 < detector.codebook.max()
     assert not detector.network.training
+    table = pd.read_csv(tmp_path / "training.csv")
+    assert table["step"].tolist() == list(range(1, 51))
+    checked = table["held_out_loss"].dropna()
+    assert len(checked) == 25
+    assert checked.iloc[-1] < 0.5 * checked.iloc[0]
+    assert found.held_out["restoration"] == checked.iloc[-1]
 
 
-def test_trained_patchcore_marks_what_it_has_not_seen(store):
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", [("restoration", 1), ("restoration", 8), ("restoration", 12)])
+def test_a_training_that_was_stopped_ends_the_same(store, tmp_path, when):
+    def trained(folder, report=None):
+        torch.manual_seed(0)
+        network = replace(TINY.network, dropout=0.3, dropout_at=96)
+        detector = Disyre(replace(TINY, network=network, steps=12))
+        learn(detector, store, folder, report, held_out=8)
+        return detector.state_dict()
+
+    def stop(stage, step, steps, loss):
+        if (stage, step) == when:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        trained(tmp_path / "stopped", stop)
+    stopped, whole = trained(tmp_path / "stopped"), trained(tmp_path / "whole")
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
+    logs = [(tmp_path / folder / "training.csv").read_text() for folder in ("stopped", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_trained_patchcore_marks_what_it_has_not_seen(store, tmp_path):
     torch.manual_seed(0)
     backbone = BackboneConfig(classes=3, widths=(4, 8, 16, 16), window=(96, 96), steps=40, batch_size=4)
     hyper = replace(PatchCore.presets["lite"], backbone=backbone, bank=128, candidates=4_000, bank_slices=40)
     detector = PatchCore(hyper)
-    train_detector(detector, store, seed=0, device=CPU)
+    learn(detector, store, tmp_path)
     batch = store.batch(np.array([10]), CPU)
     odd = batch.slices.clone()
     odd[..., 108:118, 90:100] = 0.05
@@ -117,10 +197,11 @@ def test_trained_patchcore_marks_what_it_has_not_seen(store):
 
 
 def test_missing_tissue_is_said(tmp_path, store):
-    plain = SliceStore.__new__(SliceStore)
-    plain.slices, plain.labels, plain.has_tissue = store.slices, store.labels, False
+    folder = store.folder.parent
+    scans = [Subject(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz")]
+    plain = SliceStore.build(scans, tmp_path / "plain")
     with pytest.raises(ValueError, match="tissue classes"):
-        train_detector(PatchCore(PatchCore.presets["lite"]), plain, seed=0, device=CPU)
+        learn(PatchCore(PatchCore.presets["lite"]), plain, tmp_path)
 
 
 def test_moving_average_by_hand():

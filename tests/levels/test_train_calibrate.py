@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -139,6 +142,43 @@ def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
     assert call(scans, models, "calibrate", "andi", "--hyper", "strides=5") == 2
     assert "no hyper-parameter 'strides'" in capsys.readouterr().err
     assert load_bundle(folder).thresholds == changed.thresholds
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_with_the_same_weights(scans, tmp_path):
+    """SIGKILL in the middle of a stage, then the same command again."""
+    chosen = ["--detector", "disyre", "--modality", "T2w", "--preset", "lite", "--nprocs", "1"]
+    chosen += ["--steps", "60", "--batch-size", "2", "--random-seed", "4"]
+
+    def command(name):
+        folders = [str(scans), str(tmp_path / name), "train", "-w", str(tmp_path / f"{name}-work")]
+        return [sys.executable, "-m", "bids_uad", *folders, *chosen]
+
+    subprocess.run(command("whole"), check=True)
+    running = subprocess.Popen(command("killed"))
+    log = tmp_path / "killed-work"
+    while running.poll() is None and not any(log.glob("training-*/training.csv")):
+        time.sleep(0.05)
+    time.sleep(1)
+    assert running.poll() is None, "it ended before it could be killed"
+    running.kill()
+    running.wait()
+    subprocess.run(command("killed"), check=True)
+    weights = [load_bundle(tmp_path / name / "disyre-T2w-lite").sha256 for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("share", "code"), [("0.5", 0), ("0", 2), ("2", 2), ("half", 2)])
+def test_a_share_of_the_subjects_is_learnt_from(scans, tmp_path, share, code):
+    arguments = ["--train-fraction", share]
+    if code:
+        with pytest.raises(SystemExit, match="2"):
+            call(scans, tmp_path, "train", "intensity", *arguments)
+        return
+    assert call(scans, tmp_path, "train", "intensity", *arguments) == 0
+    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
+    assert training["n_subjects"] == 1
+    assert training["train_fraction"] == 0.5
 
 
 def test_calibrating_nothing_is_said(scans, tmp_path, capsys):

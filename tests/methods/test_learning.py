@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import train_detector
+from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.simulation.__main__ import main as simulate
 
@@ -62,10 +62,10 @@ def volumes(scans):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "intensity"])
-def test_planted_anomalies_rank_above_healthy_tissue(name, store, volumes):
+def test_planted_anomalies_rank_above_healthy_tissue(name, store, volumes, tmp_path):
     torch.manual_seed(0)
     detector = build_detector(name, "lite")
-    train_detector(detector, store, seed=0, device=CPU, steps=STEPS)
+    train_detector(detector, TrainingData.all_of(store), Schedule(0, STEPS), tmp_path, device=CPU)
     gains = []
     for number, (volume, brain, planted) in enumerate(volumes):
         scores = anomaly_map(detector, volume, brain, key=f"volume-{number}")

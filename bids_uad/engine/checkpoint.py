@@ -1,0 +1,93 @@
+"""The state of a training on disk: tensors only, written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bids_uad.atomic import atomic_path
+from bids_uad.engine.ema import MovingAverage
+from bids_uad.methods.base import Detector
+
+DETECTOR, AVERAGE, OPTIMISER = "detector/", "average/", "optimiser/"
+
+
+class Checkpoint:
+    """One checkpoint file, overwritten as the training goes on.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A ``.safetensors`` file. It belongs to one training: another hyper-parameter is another file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, Tensor] = {}
+        self.position = (0, 0)
+        self.updates = 0
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                told = file.metadata()
+                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.position = (int(told["stage"]), int(told["step"]))
+            self.updates = int(told["updates"])
+
+    def save(
+        self,
+        detector: Detector,
+        position: tuple[int, int],
+        optimiser: torch.optim.Optimizer | None = None,
+        average: MovingAverage | None = None,
+    ) -> None:
+        """Write the state after `position`, stage and step; between stages there is no optimiser.
+
+        Parameters
+        ----------
+        detector : Detector
+        position : tuple of int
+        optimiser : torch.optim.Optimizer, optional
+        average : MovingAverage, optional
+        """
+        tensors = _prefixed(DETECTOR, detector.state_dict())
+        if optimiser is not None and average is not None:
+            tensors |= _prefixed(AVERAGE, average.average.state_dict())
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= _prefixed(f"{OPTIMISER}{index}/", state)
+        told = {"stage": str(position[0]), "step": str(position[1])}
+        told["updates"] = str(0 if average is None else average.updates)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as temporary:
+            save_file(tensors, temporary, told)
+
+    def restore(self, detector: Detector) -> tuple[int, int]:
+        """Put the weights into a detector; gives the stage and the step that were reached, (0, 0) if none."""
+        if self.tensors:
+            detector.load_state_dict(_unprefixed(DETECTOR, self.tensors))
+        return self.position
+
+    def restore_descent(self, stage: int, optimiser: torch.optim.Optimizer, average: MovingAverage) -> int:
+        """Put the state of a stage into optimiser and average; gives the step that was reached."""
+        if self.position[0] != stage or self.position[1] == 0:
+            return 0
+        average.average.load_state_dict(_unprefixed(AVERAGE, self.tensors))
+        average.updates = self.updates
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in _unprefixed(OPTIMISER, self.tensors).items():
+            index, key = name.split("/")
+            states.setdefault(int(index), {})[key] = value
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+        return self.position[1]
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Parameters that share memory would be refused, so each gets its own.
+    return {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
