@@ -40,8 +40,8 @@ class Run:
         The literal path instead of the engine.
     precision : str
         Of the engine.
-    changes : dict
-        Hyper-parameters to replace.
+    changes : tuple of (str, object)
+        Hyper-parameters to replace, by name.
     """
 
     bundle: Path

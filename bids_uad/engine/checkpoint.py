@@ -60,7 +60,6 @@ class Checkpoint:
                 tensors |= _prefixed(f"{OPTIMISER}{index}/", state)
         told = {"stage": str(position[0]), "step": str(position[1])}
         told["updates"] = str(0 if average is None else average.updates)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, told)
 

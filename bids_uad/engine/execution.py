@@ -107,6 +107,11 @@ class Execution:
             return CPU_BATCH
         return GPU_BATCH if self.precision == "fp32" else 1
 
+    def measures(self, device: torch.device, batch_size: int) -> bool:
+        """Say whether a batch of `batch_size` is run to learn how much memory a slice takes."""
+        free_to_choose = self.batch_size is None and self.precision != "fp32"
+        return device.type == "cuda" and free_to_choose and batch_size == 1
+
     def next_batch(self, device: torch.device, batch_size: int) -> int:
         """Slices of the next batch, after one of `batch_size` went well.
 
@@ -116,8 +121,7 @@ class Execution:
             Its peak of memory since the last reset is what the batch needed.
         batch_size : int
         """
-        measured = device.type == "cuda" and self.batch_size is None and self.precision != "fp32"
-        if not measured or batch_size != 1:
+        if not self.measures(device, batch_size):
             return batch_size
         free, _ = torch.cuda.mem_get_info(device)
         need = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)

@@ -91,7 +91,7 @@ def _add_scores(
         now = todo[:batch_size]
         mask = field.cut(inside)[now, None].to(device)
         x = field.cut(slices)[now, None].to(device).contiguous(memory_format=torch.channels_last)
-        if device.type == "cuda":
+        if execution.measures(device, batch_size):
             torch.cuda.reset_peak_memory_stats(device)
         try:
             scores = detector.score(x, mask, SliceGenerator.of_slices(key, seed, now, device))

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bids_uad.atomic import atomic_path
+
 COLUMNS = ["stage_number", "stage", "step", "loss", "held_out_loss"]
 
 
@@ -39,7 +41,5 @@ class TrainingLog:
 
     def flush(self) -> None:
         """Write the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        self.table().to_csv(temporary, index=False)
-        temporary.replace(self.path)
+        with atomic_path(self.path) as temporary:
+            self.table().to_csv(temporary, index=False)

@@ -38,6 +38,11 @@ def mix(bits: Tensor) -> Tensor:
     return bits ^ _shifted(bits, 31)
 
 
+def _unit(bits: Tensor) -> Tensor:
+    """Turn the upper 24 bits into float32 numbers in (0, 1)."""
+    return (_shifted(bits, 40).float() + 0.5) / 2**24
+
+
 class SliceGenerator:
     """Random numbers for a batch of slices, each from a stream of its own.
 
@@ -90,14 +95,13 @@ class SliceGenerator:
         *shape : int
             Of one slice's numbers.
         """
-        bits = self._bits(step, math.prod(shape))
-        return ((_shifted(bits, 40).float() + 0.5) / 2**24).view(len(self), *shape)
+        return _unit(self._bits(step, math.prod(shape))).view(len(self), *shape)
 
     def normal(self, step: int, *shape: int) -> Tensor:
         """Draw from the standard normal distribution, as :meth:`uniform` does (Box and Muller 1958)."""
         count = math.prod(shape)
         bits = self._bits(step, -(-count // 2))
-        radius = (-2 * ((_shifted(bits, 40).float() + 0.5) / 2**24).log()).sqrt()
+        radius = (-2 * _unit(bits).log()).sqrt()
         angle = (_shifted(bits, 8) & MANTISSA).float() * (2 * math.pi / 2**24)
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
         return pairs[:, :count].reshape(len(self), *shape)
