@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m bids_uad.simulation $(DEMO)/data --healthy 3 --lesion 3 --kinds stroke tumour ms --seed 7 \
+	$(BIN)/python -m bids_uad.simulation $(DEMO)/data --healthy 3 --stroke 1 --ms 1 --tumour 1 --seed 7 \
 	    --nprocs $(NPROCS)
 	$(BIN)/bids_uad $(DEMO)/data $(DEMO)/derivatives participant group --nprocs $(NPROCS) \
 	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work

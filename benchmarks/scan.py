@@ -67,7 +67,7 @@ def simulate(folder: Path, *, healthy: int) -> list[tuple[Path, Path, Path]]:
 
 def simulate_lesions(folder: Path, kinds: tuple[str, ...]) -> list[tuple[Path, Path, Path]]:
     """Simulate one T2w scan for each kind of lesion; gives image, brain mask and lesion mask of each."""
-    scans = _simulated(folder, ["--healthy", "0", "--lesion", str(len(kinds)), "--kinds", *kinds])
+    scans = _simulated(folder, [word for kind in kinds for word in (f"--{kind}", "1")])
     return [(scan.image, scan.brain, scan.lesion) for scan in scans]
 
 

@@ -98,7 +98,7 @@ class ANDi(Detector):
             residual_floor=0.0,
         ),
         "default": ANDiHyper(),
-        "lite": ANDiHyper(network=LITE_NETWORK, stride=10, steps=2_000, batch_size=8, learning_rate=1.5e-3),
+        "lite": ANDiHyper(network=LITE_NETWORK, stride=10, steps=1_500, batch_size=8, learning_rate=1.5e-3),
     }
 
     def __init__(self, hyper: ANDiHyper) -> None:

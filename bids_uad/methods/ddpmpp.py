@@ -77,7 +77,7 @@ class PartialDiffusion(Detector):
             # A network that has learnt for minutes restores best in one long step.
             start=0.4,
             denoising_steps=1,
-            steps=2_000,
+            steps=1_500,
             batch_size=8,
             learning_rate=1.5e-3,
         ),

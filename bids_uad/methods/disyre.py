@@ -126,7 +126,7 @@ class Disyre(Detector):
             augmentation=AugmentationConfig(
                 spatial=0.3, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.25
             ),
-            steps=8_000,
+            steps=5_000,
             batch_size=8,
             learning_rate=2e-3,
         ),

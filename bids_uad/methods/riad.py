@@ -96,7 +96,7 @@ class RIAD(Detector):
             network=replace(LITE_NETWORK, time_embedding=False, rescale=False),
             cells=(16, 32),
             parts=3,
-            steps=1_500,
+            steps=800,
             batch_size=8,
             learning_rate=1.5e-3,
         ),

@@ -1,4 +1,4 @@
-"""Command line: ``python -m bids_uad.simulation OUT --healthy N --lesion N``."""
+"""Command line: ``python -m bids_uad.simulation OUT --healthy 200 --stroke 50``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
-from bids_uad.simulation.anatomy import label_map_paths
+from bids_uad.simulation.anatomy import BUILT_IN, label_map_paths
 from bids_uad.simulation.cohort import Cohort, make_cohort
 from bids_uad.simulation.lesions import KINDS
+from bids_uad.simulation.shapes import lesion_shapes
+from bids_uad.simulation.subject import World
+
+TITLES = {
+    "stroke": "chronic stroke",
+    "ms": "multiple sclerosis plaques",
+    "wmh": "white matter hyperintensities of small vessel disease",
+    "tumour": "tumour with oedema and mass effect",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,23 +32,95 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make a cohort of synthetic skull-stripped brains with known truth.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")
-    parser.add_argument("--healthy", metavar="N", type=int, default=4, help="healthy subjects (default 4)")
-    parser.add_argument(
-        "--lesion", metavar="N", type=int, default=0, help="subjects with lesions (default 0)"
+    subjects = parser.add_argument_group("subjects (none of a sort unless asked for)")
+    subjects.add_argument("--healthy", metavar="N", type=_count, default=0)
+    for kind, title in TITLES.items():
+        subjects.add_argument(f"--{kind}", metavar="N", type=_count, default=0, help=title)
+    anatomy = parser.add_argument_group("anatomy and scanners")
+    anatomy.add_argument(
+        "--labelmaps",
+        metavar="PATH",
+        nargs="+",
+        default=[BUILT_IN],
+        help="label maps, folders of *_dseg.nii.gz (with a dseg.tsv unless the labels are FreeSurfer's), or "
+        f"{BUILT_IN} (default: {BUILT_IN}, the built-in template)",
+    )
+    anatomy.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
+    anatomy.add_argument("--scanners", metavar="N", type=_positive, default=5, help="how many (default 5)")
+    anatomy.add_argument(
+        "--contrast",
+        choices=("realistic", "random"),
+        default="realistic",
+        help="of tissues; random ones are those of no scanner on earth (domain randomisation)",
+    )
+    lesions = parser.add_argument_group("lesions")
+    lesions.add_argument(
+        "--lesion-masks",
+        metavar="DIR",
+        type=Path,
+        help="real shapes: masks in MNI space and a lesions.tsv with columns file and pathology "
+        "(default: shapes are drawn)",
+    )
+    lesions.add_argument(
+        "--lesion-volume", metavar=("MIN", "MAX"), nargs=2, type=float, help="mL (default: as they come)"
+    )
+    lesions.add_argument(
+        "--lesion-contrast", metavar="C", type=_share, default=1.0, help="1 as in life (default), 0 invisible"
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="lesions that take turns (default all)"
-    )
-    parser.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
-    parser.add_argument("--labelmaps", metavar="DIR", type=Path, help="folder of *_dseg.nii.gz label maps")
-    parser.add_argument(
-        "--seed", metavar="S", type=int, default=0, help="one seed is one dataset (default 0)"
+        "--seed", metavar="S", type=_count, default=0, help="one seed is one dataset (default 0)"
     )
     parser.add_argument(
         "--derivatives", action="store_true", help="write preprocessed images in SRI24 space, not raw scans"
     )
-    parser.add_argument("--nprocs", metavar="N", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--nprocs", metavar="N", type=_positive, default=1, help="processes (default 1)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number between 0 and 1")
+    return value
+
+
+def cohort_of(args: argparse.Namespace) -> Cohort:
+    """Cohort that the arguments ask for.
+
+    Raises
+    ------
+    UserError
+        If label maps or lesion masks cannot be found, or there is no such device.
+    """
+    kinds = [None] * args.healthy + [kind for kind in KINDS for _ in range(getattr(args, kind))]
+    world = World(
+        seed=args.seed,
+        sources=tuple(label_map_paths(args.labelmaps)),
+        scanners=args.scanners,
+        randomised=args.contrast == "random",
+        shapes=lesion_shapes(args.lesion_masks) if args.lesion_masks else {},
+        lesion_volume=tuple(args.lesion_volume) if args.lesion_volume else None,
+        lesion_contrast=args.lesion_contrast,
+    )
+    modalities = tuple(sorted(set(args.modalities)))
+    device = str(resolve_device(args.device))
+    return Cohort(args.out, world, tuple(kinds), modalities, args.derivatives, device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,35 +138,22 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if (
-        args.healthy < 0
-        or args.lesion < 0
-        or args.healthy + args.lesion == 0
-        or args.nprocs < 1
-        or args.seed < 0
-    ):
-        parser.error("numbers must not be negative, and there must be at least one subject and one process")
+    if args.healthy + sum(getattr(args, kind) for kind in KINDS) == 0:
+        parser.error("no subjects; ask for some, for instance --healthy 4")
+    if args.lesion_volume and not 0 < args.lesion_volume[0] <= args.lesion_volume[1]:
+        parser.error("--lesion-volume takes two numbers above 0, the smaller one first")
     console = Console(stderr=True)
     try:
-        cohort = Cohort(
-            out=args.out,
-            healthy=args.healthy,
-            lesion=args.lesion,
-            modalities=tuple(sorted(set(args.modalities))),
-            label_maps=tuple(label_map_paths(args.labelmaps)) if args.labelmaps else (),
-            seed=args.seed,
-            derivatives=args.derivatives,
-            kinds=tuple(args.kinds),
-        )
+        cohort = cohort_of(args)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("subjects", total=cohort.healthy + cohort.lesion)
+            task = progress.add_task("subjects", total=len(cohort.kinds))
             for name in make_cohort(cohort, args.nprocs):
                 progress.update(task, advance=1, description=name)
     except UserError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
-    console.print(f"{cohort.healthy + cohort.lesion} subjects in {cohort.out}", highlight=False)
+    console.print(f"{len(cohort.kinds)} subjects in {cohort.out}", highlight=False)
     return 0
 
 

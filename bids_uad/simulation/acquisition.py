@@ -1,4 +1,4 @@
-"""The scanner: contrast style, resolution, slice thickness, bias field, noise."""
+"""The scanner: contrast, resolution, slice thickness, bias field, noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bids_uad.simulation.spatial import BOX_SHAPE, apply_axis, random_field, smooth
+from bids_uad.simulation.contrast import class_means
+from bids_uad.simulation.spatial import BOX_SHAPE, apply_axis, random_field, smooth, tensor
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Scanner:
     name, manufacturer : str
     field_strength : float
         Tesla.
-    style : str
-        T1w contrast, see `contrast.class_means`.
+    style : {"gradient_echo", "spin_echo", "random"}
+        Contrast, see `contrast.class_means`.
     noise, blur, bias : float
         Typical noise (relative to the brightest tissue), in-plane blur (mm), bias field strength.
     thick : float
         Probability of a scan with thick axial slices.
+    means : dict
+        Mean signal of every class, by modality.
     """
 
     name: str
@@ -35,15 +38,42 @@ class Scanner:
     blur: float
     bias: float
     thick: float
+    means: dict[str, dict[str, float]]
 
 
-SCANNERS = (
-    Scanner("Alder", "Siemens", 3.0, "gradient_echo", 0.010, 0.30, 0.14, 0.05),
-    Scanner("Birch", "Philips", 3.0, "gradient_echo", 0.012, 0.25, 0.22, 0.10),
-    Scanner("Cedar", "GE", 1.5, "gradient_echo", 0.018, 0.40, 0.10, 0.10),
-    Scanner("Damson", "Siemens", 1.5, "spin_echo", 0.014, 0.40, 0.10, 0.75),
-    Scanner("Elder", "GE", 3.0, "gradient_echo", 0.008, 0.50, 0.18, 0.30),
-)
+SPIN_ECHO_SHARE = 0.12
+
+
+def draw_scanner(number: int, randomised: bool, rng: np.random.Generator) -> Scanner:
+    """Draw a scanner.
+
+    Parameters
+    ----------
+    number : int
+        Names it.
+    randomised : bool
+        Contrasts of no scanner on earth instead of realistic ones.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    Scanner
+    """
+    field_strength = float(rng.choice([1.5, 3.0]))
+    spin_echo = rng.uniform() < SPIN_ECHO_SHARE
+    style = "random" if randomised else "spin_echo" if spin_echo else "gradient_echo"
+    return Scanner(
+        name=f"scanner{number + 1:02d}",
+        manufacturer=str(rng.choice(["GE", "Philips", "Siemens"])),
+        field_strength=field_strength,
+        style=style,
+        # Twice the field, nearly half the noise, and a stronger bias field.
+        noise=float(0.014 * (1.5 / field_strength) ** 0.7 * rng.lognormal(0.0, 0.3)),
+        blur=float(rng.uniform(0.15, 0.45)),
+        bias=float(0.12 * (field_strength / 1.5) ** 0.5 * rng.lognormal(0.0, 0.3)),
+        thick=0.75 if spin_echo else float(rng.choice([0.02, 0.1, 0.3])),
+        means={modality: class_means(modality, style, rng) for modality in ("T1w", "T2w")},
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +146,7 @@ def slice_matrix(size: int, thickness: float, offset: float) -> torch.Tensor:
     start = offset + thickness * np.arange(count)[:, None]
     thin = np.arange(size)[None, :]
     overlap = np.clip(np.minimum(start + thickness, thin + 1) - np.maximum(start, thin), 0, None)
-    return torch.from_numpy((overlap / overlap.sum(1, keepdims=True)).astype(np.float32))
+    return tensor((overlap / overlap.sum(1, keepdims=True)).astype(np.float32))
 
 
 def interpolation_matrix(size: int, thickness: float, offset: float, count: int) -> torch.Tensor:
@@ -129,7 +159,7 @@ def interpolation_matrix(size: int, thickness: float, offset: float, count: int)
     position = (np.arange(size) + 0.5 - offset) / thickness - 0.5
     position = np.clip(position, 0, count - 1)
     weights = np.clip(1 - np.abs(position[:, None] - np.arange(count)[None, :]), 0, None)
-    return torch.from_numpy((weights / weights.sum(1, keepdims=True)).astype(np.float32))
+    return tensor((weights / weights.sum(1, keepdims=True)).astype(np.float32))
 
 
 def bias_field(rng: np.random.Generator, strength: float, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -139,9 +169,7 @@ def bias_field(rng: np.random.Generator, strength: float, shape: tuple[int, int,
 
 def rician(image: torch.Tensor, sigma: float, rng: np.random.Generator) -> torch.Tensor:
     """Magnitude of the image plus complex Gaussian noise of standard deviation `sigma`."""
-    real, imaginary = (
-        torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype=np.float32)) for _ in range(2)
-    )
+    real, imaginary = (tensor(rng.standard_normal(tuple(image.shape), dtype=np.float32)) for _ in range(2))
     return torch.hypot(image + sigma * real, sigma * imaginary)
 
 
@@ -175,4 +203,4 @@ def scan_on_grid(
         noisy = smooth(noisy, (0.4, 0.4, 0.0))
         return apply_axis(noisy, interpolation_matrix(depth, protocol.thickness, offset, len(thick)), 2)
     # The one resampling of the preprocessing smooths the noise a little.
-    return smooth(rician(image, protocol.noise, rng), float(rng.uniform(0.35, 0.55)))
+    return smooth(rician(image, protocol.noise, rng), float(rng.uniform(0.25, 0.45)))

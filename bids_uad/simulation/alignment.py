@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from bids_uad.simulation.anatomy import CLASSES, Source, built_in_source, read_label_map
-from bids_uad.simulation.spatial import box_points, sample, smooth
+from bids_uad.simulation.spatial import box_points, sample, smooth, tensor
 
 STEP = 4
 GROUPS = (
@@ -68,14 +68,14 @@ def label_map_to_sri24(path: str) -> np.ndarray:
         World of the label map -> SRI24 world, mm.
     """
     classes, affine = read_label_map(path)
-    indices = torch.from_numpy(classes)
+    indices = tensor(classes)
     maps = [sum((indices == CLASSES.index(name) + 1).float() for name in group) for group in GROUPS]
     moving, coarse_affine = _coarse(maps, affine)
     target, points = _target()
     weight = target.sum(0).flatten()
     centre_target = (points.reshape(-1, 3) * weight[:, None]).sum(0) / weight.sum()
     mass = np.argwhere(classes[::STEP, ::STEP, ::STEP] > 2).mean(0) * STEP
-    centre_moving = torch.from_numpy(affine[:3, :3] @ mass + affine[:3, 3]).float()
+    centre_moving = tensor(affine[:3, :3] @ mass + affine[:3, 3]).float()
 
     # Angles in units of 0.1 rad, shifts in cm: parameters of one order of magnitude.
     parameters = torch.zeros(7, requires_grad=True)
@@ -91,9 +91,9 @@ def label_map_to_sri24(path: str) -> np.ndarray:
 
     optimiser.step(loss)
     with torch.no_grad():
-        turn = rotation(parameters[:3] * 0.1).double().numpy()
-        shift = (centre_moving + parameters[3:6] * 10.0).double().numpy()
+        turn = rotation(parameters[:3] * 0.1).double().cpu().numpy()
+        shift = (centre_moving + parameters[3:6] * 10.0).double().cpu().numpy()
     pull = np.eye(4)
     pull[:3, :3] = turn
-    pull[:3, 3] = shift - turn @ centre_target.double().numpy()
+    pull[:3, 3] = shift - turn @ centre_target.double().cpu().numpy()
     return np.linalg.inv(pull)

@@ -9,6 +9,8 @@ FreeSurfer-type label maps (for instance those of SynthSeg, Billot et al. 2023, 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -16,10 +18,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 
 from bids_uad.errors import InputError
-from bids_uad.simulation.spatial import smooth
+from bids_uad.simulation.spatial import smooth, tensor
 
 CLASSES = (
     "csf",  # around the brain and in the sulci
@@ -35,7 +38,7 @@ CLASSES = (
     "brainstem",
     "choroid",
 )
-LABELS = {
+FREESURFER = {
     "csf": (24,),
     "ventricle": (4, 5, 14, 15, 43, 44, 72),
     "cortex": (3, 42),
@@ -48,6 +51,41 @@ LABELS = {
     "cerebellar_white": (7, 46),
     "brainstem": (16, 28, 60, 85),
     "choroid": (31, 63, 136, 137, 163, 164),
+}
+# Names of a lookup table, without side and punctuation, that say which class a label is.
+NAMES = {
+    "csf": ("csf", "cerebrospinalfluid", "extracerebralcsf"),
+    "ventricle": (
+        "ventricle",
+        "ventricles",
+        "lateralventricle",
+        "inflatvent",
+        "inferiorlateralventricle",
+        "3rdventricle",
+        "4thventricle",
+        "5thventricle",
+        "thirdventricle",
+        "fourthventricle",
+    ),
+    "cortex": (
+        "cortex",
+        "cerebralcortex",
+        "gm",
+        "gray",
+        "grey",
+        "graymatter",
+        "greymatter",
+        "corticalgraymatter",
+    ),
+    "white": ("white", "wm", "whitematter", "cerebralwhitematter", "wmhypointensities"),
+    "thalamus": ("thalamus", "thalamusproper"),
+    "striatum": ("striatum", "caudate", "putamen", "accumbens", "accumbensarea"),
+    "pallidum": ("pallidum",),
+    "hippocampus": ("hippocampus", "amygdala"),
+    "cerebellar_cortex": ("cerebellarcortex", "cerebellumcortex", "cerebellum"),
+    "cerebellar_white": ("cerebellarwhite", "cerebellarwhitematter", "cerebellumwhitematter"),
+    "brainstem": ("brainstem", "ventraldc", "pons", "midbrain", "medulla"),
+    "choroid": ("choroid", "choroidplexus", "vessel"),
 }
 BUILT_IN = "icbm152"
 
@@ -149,34 +187,91 @@ def built_in_source() -> Source:
     maps["ventricle"] = fluid * inner
     maps["csf"] = fluid * (1 - inner)
     maps["choroid"] = np.zeros_like(fluid)
-    fractions = torch.from_numpy(np.stack([maps[name] for name in CLASSES]))
+    fractions = tensor(np.stack([maps[name] for name in CLASSES]))
     return Source(BUILT_IN, fractions, _unexplained(t1w, fractions, head), icbm_to_sri24() @ affine)
 
 
 def _unexplained(t1w: np.ndarray, fractions: torch.Tensor, head: np.ndarray) -> torch.Tensor:
     """T1w minus its least-squares fit by the fractions, in units of the white-grey contrast."""
-    design = fractions.numpy()[:, head].T
+    design = fractions.cpu().numpy()[:, head].T
     weights = np.linalg.lstsq(design[::7], t1w[head][::7], rcond=None)[0]
     contrast = weights[CLASSES.index("white")] - weights[CLASSES.index("cortex")]
     residual = np.zeros_like(t1w)
     residual[head] = np.clip((t1w[head] - design @ weights) / contrast, -0.6, 0.6)
-    return smooth(torch.from_numpy(residual), 0.7)
+    return smooth(tensor(residual), 0.7)
 
 
-def label_map_paths(folder: str | Path) -> list[Path]:
-    """Label maps of a folder, sorted by name.
+def label_map_paths(places: Sequence[str | Path]) -> list[str]:
+    """Sources of anatomy that a user names.
+
+    Parameters
+    ----------
+    places : sequence of path-like
+        Label maps, folders of ``*_dseg.nii.gz``, or `BUILT_IN` for the template that comes along.
+
+    Returns
+    -------
+    list of str
+        `BUILT_IN` and paths of label maps, those of a folder sorted by name.
 
     Raises
     ------
     InputError
-        If the folder holds none.
+        If a place is neither, or a folder holds no label map.
     """
-    paths = sorted(Path(folder).glob("*_dseg.nii.gz"))
-    if not paths:
-        raise InputError(
-            folder, "holds no *_dseg.nii.gz label map", "give a folder of FreeSurfer-type label maps"
-        )
-    return paths
+    found = []
+    for place in places:
+        path = Path(place)
+        if str(place) == BUILT_IN or path.is_file():
+            found.append(str(place))
+            continue
+        inside = sorted(str(each) for each in path.glob("*_dseg.nii.gz"))
+        if not inside:
+            raise InputError(
+                path,
+                "is neither a label map nor a folder of *_dseg.nii.gz",
+                f"give label maps, a folder of them, or {BUILT_IN!r}",
+            )
+        found += inside
+    return found
+
+
+def lookup_table(path: Path) -> dict[str, tuple[int, ...]]:
+    """Labels of each class in a label map.
+
+    They are read from the table that BIDS puts beside it: ``<name>_dseg.tsv``, or ``dseg.tsv`` for the whole
+    folder, with columns `index` and `name`. Without one the labels are taken for FreeSurfer's.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The label map.
+
+    Returns
+    -------
+    dict
+        Labels by name of `CLASSES`; labels of other names are background.
+
+    Raises
+    ------
+    InputError
+        If the table lacks a column.
+    """
+    own = path.with_name(path.name.replace(".nii.gz", ".tsv"))
+    table = next((each for each in (own, path.with_name("dseg.tsv")) if each.is_file()), None)
+    if table is None:
+        return FREESURFER
+    rows = pd.read_csv(table, sep="\t")
+    if not {"index", "name"} <= set(rows.columns):
+        raise InputError(table, "lacks a column `index` or `name`", "name every label as BIDS describes")
+    labels = list(zip(rows["index"], rows["name"].map(_without_side), strict=True))
+    return {name: tuple(int(label) for label, text in labels if text in NAMES[name]) for name in CLASSES}
+
+
+def _without_side(name: str) -> str:
+    """Name of a label in lower case, without side and punctuation: ``cerebralcortex``."""
+    words = re.sub(r"[^a-z0-9]", " ", name.lower()).split()
+    return "".join(word for word in words if word not in ("left", "right", "l", "r"))
 
 
 @lru_cache(maxsize=2)
@@ -188,7 +283,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     path : path-like
-        FreeSurfer-type labels, about 1 mm.
+        About 1 mm; see `lookup_table` for what its labels mean.
 
     Returns
     -------
@@ -203,16 +298,23 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     image = nib.as_closest_canonical(nib.load(path))
     labels = np.asarray(image.dataobj).astype(np.int32)
-    table = np.zeros(max(int(labels.max()) + 1, 256), dtype=np.uint8)
+    known = lookup_table(Path(path))
+    table = np.zeros(
+        1 + max(int(labels.max()), *(max(own, default=0) for own in known.values())), dtype=np.uint8
+    )
     for index, name in enumerate(CLASSES):
-        table[list(LABELS[name])] = index + 1
+        table[list(known[name])] = index + 1
     classes = table[labels]
     tissue = classes > 1
     if (
         not (classes == CLASSES.index("cortex") + 1).any()
         or not (classes == CLASSES.index("white") + 1).any()
     ):
-        raise InputError(path, "has no cortex or no white matter label", "give FreeSurfer-type labels")
+        raise InputError(
+            path,
+            "has no cortex or no white matter label",
+            "give FreeSurfer's labels, or a dseg.tsv that names them",
+        )
     spans = [np.flatnonzero(tissue.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
     # A margin keeps the fluid around the brain.
     low = [max(int(span[0]) - 8, 0) for span in spans]
@@ -235,7 +337,7 @@ def label_map_source(path: str | Path) -> Source:
     from bids_uad.simulation.alignment import label_map_to_sri24
 
     classes, affine = read_label_map(str(path))
-    indices = torch.from_numpy(classes)
+    indices = tensor(classes)
     fractions = torch.stack([(indices == index + 1).float() for index in range(len(CLASSES))])
     name = Path(path).name.removesuffix("_dseg.nii.gz")
     return Source(name, fractions, None, label_map_to_sri24(str(path)) @ affine)

@@ -18,10 +18,9 @@ import bids_uad
 from bids_uad.atomic import atomic_path, write_json, write_text, write_tsv
 from bids_uad.preprocessing.intensity import SCALING, scale_intensity
 from bids_uad.simulation.acquisition import scan_on_grid
-from bids_uad.simulation.lesions import KINDS
-from bids_uad.simulation.native import native_scan
-from bids_uad.simulation.spatial import to_grid
-from bids_uad.simulation.subject import Anatomy, Person, draw_person, make_anatomy, make_signal, stream
+from bids_uad.simulation.native import NativeScan, native_scan
+from bids_uad.simulation.spatial import tensor, to_grid
+from bids_uad.simulation.subject import Anatomy, Person, World, draw_person, make_anatomy, make_signal, stream
 from bids_uad.space import to_image
 
 REFERENCE = "https://www.nitrc.org/projects/sri24/"
@@ -50,31 +49,29 @@ class Cohort:
     ----------
     out : pathlib.Path
         Dataset folder.
-    healthy, lesion : int
-        Numbers of subjects.
+    world : World
+        What its subjects are drawn from.
+    kinds : tuple of (str or None)
+        Kind of lesion of each subject, None for a healthy one.
     modalities : tuple of str
         Out of T1w and T2w.
-    label_maps : tuple of pathlib.Path
-        Extra sources of anatomy.
-    seed : int
     derivatives : bool
         Write preprocessed SRI24 images instead of raw scans.
-    kinds : tuple of str
-        Lesion kinds that take turns.
+    device : str
+        Where tensors are computed. Datasets of a CPU and of a GPU differ in rounding.
     """
 
     out: Path
-    healthy: int
-    lesion: int
-    modalities: tuple[str, ...]
-    label_maps: tuple[Path, ...]
-    seed: int
-    derivatives: bool
-    kinds: tuple[str, ...] = KINDS
+    world: World
+    kinds: tuple[str | None, ...]
+    modalities: tuple[str, ...] = ("T1w", "T2w")
+    derivatives: bool = False
+    device: str = "cpu"
 
-    def kind(self, index: int) -> str | None:
-        """Lesion kind of a subject, None if healthy."""
-        return None if index < self.healthy else self.kinds[(index - self.healthy) % len(self.kinds)]
+    @property
+    def seed(self) -> int:
+        """One seed is one dataset."""
+        return self.world.seed
 
     def name(self, index: int) -> str:
         """BIDS name of a subject, ``sub-001`` onwards."""
@@ -94,11 +91,11 @@ def _write_derivatives(cohort: Cohort, index: int, person: Person, anatomy: Anat
     stem = cohort.out / name / "anat" / f"{name}_space-SRI24"
     drawn = {}
     for modality in cohort.modalities:
-        image, protocol, drawn[modality] = make_signal(cohort.seed, index, person, anatomy, modality)
+        image, protocol, drawn[modality] = make_signal(cohort.world, index, person, anatomy, modality)
         scan = scan_on_grid(image, protocol, anatomy.brain, stream(cohort.seed, index, f"{modality}-scan"))
-        scaled = scale_intensity(scan.numpy(), anatomy.brain.numpy())
+        scaled = scale_intensity(scan.cpu().numpy(), anatomy.brain.cpu().numpy())
         target = stem.with_name(f"{stem.name}_desc-preproc_{modality}")
-        save_image(to_image(to_grid(torch.from_numpy(scaled))), target.with_suffix(".nii.gz"))
+        save_image(to_image(to_grid(tensor(scaled))), target.with_suffix(".nii.gz"))
         write_json(
             target.with_suffix(".json"),
             {"SkullStripped": True, "SpatialReference": REFERENCE, "Scaling": SCALING, **_scanner(person)},
@@ -131,7 +128,7 @@ def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> 
     name = cohort.name(index)
     drawn = {}
     for position, modality in enumerate(cohort.modalities):
-        image, protocol, drawn[modality] = make_signal(cohort.seed, index, person, anatomy, modality)
+        image, protocol, drawn[modality] = make_signal(cohort.world, index, person, anatomy, modality)
         scan = native_scan(
             image,
             protocol,
@@ -144,20 +141,23 @@ def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> 
         save_image(scan.image, target.with_suffix(".nii.gz"))
         sidecar = _scanner(person) | {"SkullStripped": True, "SliceThickness": max(protocol.thickness, 1.0)}
         write_json(target.with_suffix(".json"), sidecar)
-        if position == 0 and scan.lesion is not None:
-            mask = cohort.out / "derivatives" / "lesions" / name / "anat"
-            mask = mask / f"{name}_space-{modality}_label-lesion_mask"
-            save_image(scan.lesion, mask.with_suffix(".nii.gz"))
-            write_json(
-                mask.with_suffix(".json"),
-                {
-                    "Type": "Lesion",
-                    "Sources": [f"bids:raw:{name}/anat/{name}_{modality}.nii.gz"],
-                    "SpatialReference": f"bids:raw:{name}/anat/{name}_{modality}.nii.gz",
-                    "Description": "Known truth: voxels that are more than half lesion",
-                },
-            )
+        if position == 0:
+            _write_truth(cohort, name, modality, scan)
     return drawn
+
+
+def _write_truth(cohort: Cohort, name: str, modality: str, scan: NativeScan) -> None:
+    """Write what is known about a raw scan, on its own grid, as derivatives."""
+    source = f"bids:raw:{name}/anat/{name}_{modality}.nii.gz"
+    common = {"Sources": [source], "SpatialReference": source}
+    truths = [("tissue", "desc-tissue_dseg", scan.tissue, {"Description": "Known truth: largest tissue"})]
+    if scan.lesion is not None:
+        told = {"Type": "Lesion", "Description": "Known truth: voxels that are more than half lesion"}
+        truths.append(("lesions", "label-lesion_mask", scan.lesion, told))
+    for part, suffix, image, told in truths:
+        target = cohort.out / "derivatives" / part / name / "anat" / f"{name}_space-{modality}_{suffix}"
+        save_image(image, target.with_suffix(".nii.gz"))
+        write_json(target.with_suffix(".json"), common | told)
 
 
 def make_subject(cohort: Cohort, index: int) -> dict:
@@ -175,10 +175,10 @@ def make_subject(cohort: Cohort, index: int) -> dict:
     """
     # Sums in another order would round differently; subjects run side by side instead.
     torch.set_num_threads(1)
-    kind = cohort.kind(index)
-    person = draw_person(cohort.seed, index, cohort.label_maps)
-    with torch.no_grad():
-        anatomy = make_anatomy(cohort.seed, index, person, kind)
+    kind = cohort.kinds[index]
+    with torch.no_grad(), torch.device(cohort.device):
+        person = draw_person(cohort.world, index)
+        anatomy = make_anatomy(cohort.world, index, person, kind)
         writer = _write_derivatives if cohort.derivatives else _write_raw
         scans = writer(cohort, index, person, anatomy)
     name = cohort.name(index)
@@ -212,11 +212,11 @@ def _describe(cohort: Cohort) -> None:
     write_text(cohort.out / "README", README)
     ignored = "*_parameters.json\n"
     write_text(cohort.out / ".bidsignore", ignored)
-    if cohort.derivatives:
-        table = pd.DataFrame({"index": list(TISSUE_NAMES), "name": list(TISSUE_NAMES.values())})
-        write_tsv(cohort.out / "desc-tissue_dseg.tsv", table)
-    else:
-        parts = {"lesions": "Lesion masks", "simulation": "Drawn parameters"}
+    labelled = cohort.out if cohort.derivatives else cohort.out / "derivatives" / "tissue"
+    table = pd.DataFrame({"index": list(TISSUE_NAMES), "name": list(TISSUE_NAMES.values())})
+    write_tsv(labelled / "desc-tissue_dseg.tsv", table)
+    if not cohort.derivatives:
+        parts = {"lesions": "Lesion masks", "tissue": "Tissue labels", "simulation": "Drawn parameters"}
         for part, title in parts.items():
             content = common | {"Name": title, "DatasetType": "derivative", "GeneratedBy": generated}
             content["DatasetLinks"] = {"raw": "../.."}
@@ -251,7 +251,7 @@ def make_cohort(cohort: Cohort, nprocs: int = 1) -> Iterator[str]:
     """
     _describe(cohort)
     rows = []
-    indices = range(cohort.healthy + cohort.lesion)
+    indices = range(len(cohort.kinds))
     if nprocs <= 1:
         for index in indices:
             rows.append(make_subject(cohort, index))

@@ -1,4 +1,4 @@
-"""From tissue maps to signal: class means per scanner, and the variation within a class.
+"""From tissue maps to signal: class means of a scanner, and the variation within a class.
 
 Signals are relative to white matter (T1w) or to cerebrospinal fluid (T2w). The ranges were read off real
 magnitude scans, divided by their 99.5th brain percentile: T1w of gradient-echo and spin-echo type, T2w of
@@ -44,8 +44,9 @@ def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str
     Parameters
     ----------
     modality : {"T1w", "T2w"}
-    style : {"gradient_echo", "spin_echo"}
-        T1w only: spin echo has far less contrast between grey and white matter.
+    style : {"gradient_echo", "spin_echo", "random"}
+        In T1w spin echo has far less contrast between grey and white matter. ``random`` draws every class by
+        itself (domain randomisation, Billot et al. 2023).
     rng : numpy.random.Generator
 
     Returns
@@ -53,12 +54,14 @@ def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str
     dict
         Signal per name of `CLASSES`. T1w: fluid < grey < white = 1. T2w: white < grey < fluid = 1.
     """
+    if style == "random":
+        return {name: float(rng.uniform(0.05, 1.0)) for name in CLASSES}
     if modality == "T1w":
         white = 1.0
         if style == "spin_echo":
             cortex, fluid = rng.uniform(0.80, 0.90), rng.uniform(0.32, 0.50)
         else:
-            cortex, fluid = rng.uniform(0.58, 0.78), rng.uniform(0.14, 0.34)
+            cortex, fluid = rng.uniform(0.54, 0.72), rng.uniform(0.08, 0.26)
     else:
         fluid = 1.0
         white = rng.uniform(0.17, 0.33)
@@ -68,6 +71,11 @@ def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str
     for name, (centre, spread) in BETWEEN[modality].items():
         means[name] = cortex + (white - cortex) * rng.normal(centre, spread)
     return {name: float(means[name]) for name in CLASSES}
+
+
+def vary(means: dict[str, float], rng: np.random.Generator) -> dict[str, float]:
+    """Class means of one scan: those of the scanner, give or take 3 %."""
+    return {name: float(mean * rng.lognormal(0.0, 0.03)) for name, mean in means.items()}
 
 
 def signal(
@@ -115,7 +123,7 @@ def signal(
     solid = fractions.sum(0) - fractions[index["csf"]] - fractions[index["ventricle"]]
     slow, middle, fine = (random_field(rng, scale)[0] for scale in (30.0, 7.0, 2.2))
     texture = 0.30 * slow + 0.30 * middle + 0.40 * fine
-    image += abs(contrast) * solid * texture * rng.uniform(0.14, 0.28)
+    image += abs(contrast) * solid * texture * rng.uniform(0.10, 0.22)
     if detail is not None:
         image += contrast * detail * (0.8 if modality == "T1w" else 0.5) * solid
     folia = fractions[index["cerebellar_cortex"]] * _folia(rng)
@@ -125,7 +133,7 @@ def signal(
     if modality == "T1w":
         image += means["csf"] * fractions[index["csf"]] * 0.30 * crossing.clamp(-1.0, 3.0)
         # Slow or enhanced blood and remnants of fat are the brightest voxels, and set the scale.
-        vessels = (crossing - rng.uniform(1.3, 2.6)).clamp(0.0, 1.0) * rng.uniform(0.3, 1.6)
+        vessels = (crossing - rng.uniform(1.8, 3.0)).clamp(0.0, 1.0) * rng.uniform(0.2, 1.2)
         image += means["white"] * vessels * (1 - solid - fractions[index["ventricle"]]).clamp(0, 1)
         image -= abs(contrast) * 0.8 * change
     else:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth
+from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth, tensor
 
 MINIMUM_JACOBIAN = 0.2
 
@@ -150,5 +150,5 @@ def pull_points(
     # The first two box axes run against world x and y.
     points += displacement.permute(1, 2, 3, 0) * torch.tensor([-1.0, -1.0, 1.0])
     centre = torch.tensor([-119.0, 107.0, 77.0])
-    matrix = torch.from_numpy(np.diag(1.0 / size) @ turn).float()
+    matrix = tensor(np.diag(1.0 / size) @ turn).float()
     return (points - centre) @ matrix.T + centre

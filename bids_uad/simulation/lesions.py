@@ -1,17 +1,19 @@
 """Lesions with exact masks: stroke, multiple sclerosis plaques, white matter hyperintensities, tumours.
 
-Shapes are smooth random fields cut inside ellipsoids. A lesion is a share between 0 and 1 per voxel with an
-edge of about one voxel; its mask is where that share exceeds one half.
+Shapes are those of real lesions (`shapes`) or smooth random fields cut inside ellipsoids. A lesion is a share
+between 0 and 1 per voxel with an edge of about one voxel; its mask is where that share exceeds one half.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bids_uad.simulation.anatomy import CLASSES
+from bids_uad.simulation.shapes import Shape
 from bids_uad.simulation.spatial import BOX_SHAPE, random_field, smooth
 
 KINDS = ("stroke", "ms", "wmh", "tumour")
@@ -29,6 +31,8 @@ class Lesion:
         The whole lesion, 0 to 1.
     core : torch.Tensor, shape (X, Y, Z)
         Its inner part (fluid of an old stroke, solid tumour), 0 to 1, never more than `share`.
+    contrast : float
+        How far its signal goes from that of the tissue to that of a lesion: 1 all the way, 0 stays invisible.
     drawn : dict
         Parameters for the record.
     """
@@ -36,6 +40,7 @@ class Lesion:
     kind: str
     share: torch.Tensor
     core: torch.Tensor
+    contrast: float
     drawn: dict
 
 
@@ -56,52 +61,80 @@ def _blob(centre: np.ndarray, radii: np.ndarray, roughness: torch.Tensor, amount
 
 def _pick(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
     """Draw a voxel index with probability proportional to `weight`."""
-    flat = weight.flatten().double().cumsum(0).numpy()
+    flat = weight.flatten().double().cumsum(0).cpu().numpy()
     position = int(np.searchsorted(flat, rng.uniform(0, flat[-1])))
     return np.array(np.unravel_index(min(position, flat.size - 1), BOX_SHAPE), dtype=float)
 
 
-def mass_site(rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Centre (index in the box) and core radius (mm) of a tumour, before the anatomy is made."""
+def mass_site(rng: np.random.Generator, volume: float | None = None) -> tuple[np.ndarray, float]:
+    """Centre (index in the box) and core radius (mm) of a tumour, before the anatomy is made.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    volume : float, optional
+        Of core and oedema, mL, where it is given beforehand.
+    """
     side = rng.choice([-1.0, 1.0])
     centre = np.array([79.0 + side * rng.uniform(18, 42), rng.uniform(60, 140), rng.uniform(62, 100)])
-    return centre, float(rng.uniform(8.0, 18.0))
+    radius = float(rng.uniform(8.0, 18.0))
+    if volume is not None:
+        # Oedema about doubles the volume.
+        radius = float(np.clip((1000 * volume / 2 * 3 / (4 * np.pi)) ** (1 / 3), 2.0, 32.0))
+    return centre, radius
 
 
-def _stroke(fractions: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, dict]:
+Parts = tuple[torch.Tensor, torch.Tensor, dict]
+
+
+def _inner(share: torch.Tensor, depth: float) -> torch.Tensor:
+    """The part of a shape that lies deep in it; `depth` from 0 (nothing) to 1 (nearly all)."""
+    return torch.minimum(((smooth(share, 3.0) - (1 - depth)) * 3.0).clamp(0, 1), share)
+
+
+def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None) -> Parts:
+    old = float(rng.uniform(0.0, 1.0))
+    if shape is not None:
+        share = shape(scale)
+        return share, _inner(share, old) if old > 0.35 else torch.zeros_like(share), {"old": old}
     tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
     centre = _pick(tissue, rng)
-    radii = rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
+    radii = scale * rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
     rough = 0.7 * random_field(rng, 14.0)[0] + 0.3 * random_field(rng, 5.0)[0]
     share = _blob(centre, radii, rough, 0.30)
     # One arterial territory: the other hemisphere is spared.
     side = _coordinates(np.array([79.0, 0, 0]))[0] * np.sign(centre[0] - 79.0)
     share = share * (side + 0.5).clamp(0, 1)
-    old = float(rng.uniform(0.0, 1.0))
     core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(share)
     return share, torch.minimum(core, share), {"radii_mm": radii.tolist(), "old": old}
 
 
-def _plaques(fractions: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def _plaques(fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None) -> Parts:
+    # Plaques are made in white matter, and may touch grey matter but not fluid.
+    keep = (1 - fractions[INDEX["ventricle"]] - fractions[INDEX["csf"]]).clamp(0, 1)
+    none = torch.zeros(BOX_SHAPE)
+    if shape is not None:
+        return shape(scale) * keep, none, {}
     white = fractions[INDEX["white"]]
     near = smooth(fractions[INDEX["ventricle"]], 6.0)
     weight = (white > 0.9) * (0.04 + near / near.max())
-    share = torch.zeros(BOX_SHAPE)
+    share = none.clone()
     rough = random_field(rng, 4.0)[0]
     count = int(rng.integers(6, 28))
     for _ in range(count):
-        radii = float(np.clip(rng.lognormal(np.log(2.8), 0.4), 1.6, 8.0)) * rng.uniform(0.7, 1.4, 3)
+        radii = np.clip(rng.lognormal(np.log(2.8), 0.4), 1.6, 8.0) * rng.uniform(0.7, 1.4, 3) * scale
         share = torch.maximum(share, _blob(_pick(weight, rng), radii, rough, 0.2))
-    # Plaques are made in white matter, and may touch grey matter but not fluid.
-    keep = (1 - fractions[INDEX["ventricle"]] - fractions[INDEX["csf"]]).clamp(0, 1)
-    return share * keep, torch.zeros(BOX_SHAPE), {"plaques": count}
+    return share * keep, none, {"plaques": count}
 
 
 def _hyperintensities(
-    fractions: torch.Tensor, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None
+) -> Parts:
     white, ventricle = fractions[INDEX["white"]], fractions[INDEX["ventricle"]]
-    reach = float(rng.uniform(2.5, 6.0))
+    none = torch.zeros(BOX_SHAPE)
+    if shape is not None:
+        return shape(scale) * (white * 1.5 - 0.25).clamp(0, 1), none, {}
+    reach = float(rng.uniform(2.5, 6.0)) * scale
     near = smooth(ventricle, reach)
     patches = 0.7 * random_field(rng, 10.0)[0] + 0.5 * random_field(rng, 4.0)[0]
     around = ((near + 0.09 * patches - 0.20) * 2.0 * reach + 0.5).clamp(0, 1)
@@ -110,17 +143,17 @@ def _hyperintensities(
     rough = random_field(rng, 4.0)[0]
     count = int(rng.integers(3, 18))
     for _ in range(count):
-        radii = rng.uniform(1.5, 4.0) * rng.uniform(0.7, 1.5, 3)
+        radii = rng.uniform(1.5, 4.0) * rng.uniform(0.7, 1.5, 3) * scale
         spot = _blob(_pick(weight, rng), radii, rough, 0.2)
         share = torch.maximum(share, spot * (white + fractions[INDEX["cortex"]]).clamp(0, 1))
-    return share, torch.zeros(BOX_SHAPE), {"reach_mm": reach, "spots": count}
+    return share, none, {"reach_mm": reach, "spots": count}
 
 
 def _tumour(
-    fractions: torch.Tensor, rng: np.random.Generator, site: tuple[np.ndarray, float]
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    fractions: torch.Tensor, rng: np.random.Generator, scale: float, site: tuple[np.ndarray, float]
+) -> Parts:
     centre, radius = site
-    radii = radius * rng.uniform(0.8, 1.25, 3)
+    radii = scale * radius * rng.uniform(0.8, 1.25, 3)
     rough = 0.7 * random_field(rng, 10.0)[0] + 0.3 * random_field(rng, 4.0)[0]
     core = _blob(centre, radii, rough, 0.2)
     spread = float(rng.uniform(1.3, 2.1))
@@ -131,36 +164,78 @@ def _tumour(
     return torch.maximum(core, oedema), core, {"radii_mm": radii.tolist(), "oedema": spread}
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What a lesion should be like.
+
+    Parameters
+    ----------
+    shape : callable, optional
+        Shape of a real lesion, see `shapes.real_shape`; not for tumours.
+    volume : float, optional
+        mL.
+    contrast : float
+        See `Lesion`.
+    """
+
+    shape: Shape | None = None
+    volume: float | None = None
+    contrast: float = 1.0
+
+
+ATTEMPTS = 6
+CLOSE = 0.1  # of the volume that is wished for
+
+
 def make_lesion(
     kind: str,
     fractions: torch.Tensor,
     brain: torch.Tensor,
-    rng: np.random.Generator,
-    site: tuple[np.ndarray, float] | None,
+    draw: Callable[[], np.random.Generator],
+    site: tuple[np.ndarray, float] | None = None,
+    wish: Wish | None = None,
 ) -> Lesion:
     """Draw a lesion of a kind into a brain.
+
+    A volume that is wished for is reached by drawing the same lesion larger or smaller. Where anatomy forbids
+    it (no lesion is larger than the white matter it grows in) the nearest of a few attempts is kept.
 
     Parameters
     ----------
     kind : {"stroke", "ms", "wmh", "tumour"}
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
     brain : torch.Tensor of bool, shape (X, Y, Z)
-    rng : numpy.random.Generator
-    site : tuple or None
+    draw : callable
+        Gives the same random numbers from the start at every call.
+    site : tuple, optional
         From `mass_site`; needed for a tumour, whose mass effect is part of the anatomy.
+    wish : Wish, optional
 
     Returns
     -------
     Lesion
         Zero outside the brain.
     """
-    if kind == "tumour":
-        share, core, drawn = _tumour(fractions, rng, site)
-    else:
-        maker = {"stroke": _stroke, "ms": _plaques, "wmh": _hyperintensities}[kind]
-        share, core, drawn = maker(fractions, rng)
+    wish = wish or Wish()
     inside = brain.float()
-    return Lesion(kind, share * inside, torch.minimum(core, share) * inside, drawn)
+    scale, best = 1.0, None
+    for _ in range(ATTEMPTS):
+        if kind == "tumour":
+            share, core, drawn = _tumour(fractions, draw(), scale, site)
+        else:
+            maker = {"stroke": _stroke, "ms": _plaques, "wmh": _hyperintensities}[kind]
+            share, core, drawn = maker(fractions, draw(), scale, wish.shape)
+        share = share * inside
+        volume = float((share > 0.5).sum()) / 1000
+        drawn |= {"scale": scale, "volume_ml": volume, "contrast": wish.contrast}
+        lesion = Lesion(kind, share, torch.minimum(core, share), wish.contrast, drawn)
+        off = 0.0 if wish.volume is None else abs(volume / wish.volume - 1)
+        if best is None or off < best[0]:
+            best = (off, lesion)
+        if off <= CLOSE:
+            break
+        scale *= float(np.clip((wish.volume / max(volume, 0.001)) ** (1 / 3), 0.4, 2.5))
+    return best[1]
 
 
 def paint(
@@ -181,7 +256,7 @@ def paint(
     Returns
     -------
     torch.Tensor, shape (X, Y, Z)
-        Unchanged where the share is 0.
+        Unchanged where the share is 0, and everywhere if the lesion's contrast is.
     """
     fluid, grey, white = means["ventricle"], means["cortex"], means["white"]
     # How far the signal moves from its tissue towards fluid.
@@ -201,4 +276,4 @@ def paint(
     # Inside the core the outer change is replaced, not added.
     ratio = lesion.core / lesion.share.clamp_min(1e-6)
     changed = outer + (inner - outer) * ratio
-    return (image + (changed - image) * lesion.share).clamp_min(0.02)
+    return (image + (changed - image) * lesion.share * lesion.contrast).clamp_min(0.02)

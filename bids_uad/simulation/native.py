@@ -10,8 +10,8 @@ import torch
 
 from bids_uad.simulation.acquisition import Protocol, bias_field, rician, slice_matrix
 from bids_uad.simulation.alignment import rotation
-from bids_uad.simulation.spatial import BOX_AFFINE, apply_axis, sample, smooth
-from bids_uad.simulation.subject import Anatomy
+from bids_uad.simulation.spatial import BOX_AFFINE, apply_axis, sample, smooth, tensor
+from bids_uad.simulation.subject import TISSUE_LABELS, Anatomy
 
 NATIVE_SHAPE = (192, 224, 192)
 HEAD_CENTRE = np.array([-119.0, 107.0, 77.0])
@@ -27,18 +27,21 @@ class NativeScan:
         int16, RAS+, 1 mm in plane.
     lesion : nibabel.Nifti1Image or None
         uint8 mask on the same grid.
+    tissue : nibabel.Nifti1Image
+        uint8 labels of `subject.TISSUES` on the same grid, 0 outside the brain.
     drawn : dict
         Pose and units, for the record.
     """
 
     image: nib.Nifti1Image
     lesion: nib.Nifti1Image | None
+    tissue: nib.Nifti1Image
     drawn: dict
 
 
 def _rigid(angles: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Rigid transform from angles (degrees) and a shift (mm), shape (4, 4)."""
-    turn = rotation(torch.from_numpy(np.deg2rad(angles))).numpy()
+    turn = rotation(tensor(np.deg2rad(angles))).cpu().numpy()
     return nib.affines.from_matvec(turn, shift)
 
 
@@ -72,10 +75,12 @@ def native_scan(
     to_sri24 = nib.affines.from_matvec(np.eye(3), HEAD_CENTRE) @ session @ motion
 
     index = np.stack(np.meshgrid(*[np.arange(n) for n in NATIVE_SHAPE], indexing="ij"), -1).astype(np.float32)
-    matrix = torch.from_numpy(to_sri24 @ affine).float()
-    points = torch.from_numpy(index) @ matrix[:3, :3].T + matrix[:3, 3]
+    matrix = tensor(to_sri24 @ affine).float()
+    points = tensor(index) @ matrix[:3, :3].T + matrix[:3, 3]
     top = float(torch.quantile(image[anatomy.brain][::17], 0.995))
     volumes = [(image / top).clamp_min(0) ** protocol.gamma, anatomy.brain.float()]
+    labels = anatomy.tissue_labels()
+    volumes += [(labels == tissue).float() for tissue in TISSUE_LABELS]
     if anatomy.lesion is not None:
         volumes.append(anatomy.lesion.share)
     moved = sample(torch.stack(volumes), BOX_AFFINE, points)
@@ -91,11 +96,13 @@ def native_scan(
     brain = moved[1] > 0.5
     units = float(rng.uniform(500.0, 3000.0))
     scan = (rician(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
-    result = _image(scan.to(torch.int16).numpy(), affine)
+    result = _image(scan.to(torch.int16).cpu().numpy(), affine)
     lesion = None
+    shares = moved[2 : 2 + len(TISSUE_LABELS)]
+    tissue = _image(((shares.argmax(0) + TISSUE_LABELS[0]) * brain).to(torch.uint8).cpu().numpy(), affine)
     if anatomy.lesion is not None:
-        lesion = _image(((moved[2] > 0.5) & brain).to(torch.uint8).numpy(), affine)
-    return NativeScan(result, lesion, {"units": units, "native_to_sri24": to_sri24.tolist()})
+        lesion = _image(((moved[-1] > 0.5) & brain).to(torch.uint8).cpu().numpy(), affine)
+    return NativeScan(result, lesion, tissue, {"units": units, "native_to_sri24": to_sri24.tolist()})
 
 
 def _image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:

@@ -19,6 +19,11 @@ BOX_AFFINE = AFFINE @ np.array(
 )
 
 
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """Tensor of an array, on the device that the simulation runs on (torch's default device)."""
+    return torch.as_tensor(array, device=torch.get_default_device())
+
+
 def to_grid(volume: torch.Tensor, dtype: type = np.float32) -> np.ndarray:
     """Put a box volume back on the whole SRI24 grid, 0 elsewhere.
 
@@ -32,7 +37,7 @@ def to_grid(volume: torch.Tensor, dtype: type = np.float32) -> np.ndarray:
     numpy.ndarray, shape (240, 240, 155)
     """
     grid = np.zeros(SHAPE, dtype=dtype)
-    grid[BOX] = volume.numpy()
+    grid[BOX] = volume.cpu().numpy()
     return grid
 
 
@@ -94,7 +99,7 @@ def spline_matrix(size: int, spacing: float) -> torch.Tensor:
     distance = np.abs(np.arange(size)[:, None] / spacing - (np.arange(knots)[None, :] - 1))
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = np.clip(2 - distance, 0, None) ** 3 / 6
-    return torch.from_numpy(np.where(distance < 1, near, far).astype(np.float32))
+    return tensor(np.where(distance < 1, near, far).astype(np.float32))
 
 
 def random_field(
@@ -118,7 +123,7 @@ def random_field(
     """
     matrices = [spline_matrix(size, scale) for size in shape]
     coarse = tuple(matrix.shape[1] for matrix in matrices)
-    field = torch.from_numpy(rng.standard_normal((channels, *coarse), dtype=np.float32))
+    field = tensor(rng.standard_normal((channels, *coarse), dtype=np.float32))
     for axis, matrix in zip((1, 2, 3), matrices, strict=True):
         field = apply_axis(field, matrix, axis)
     return (field - field.mean((1, 2, 3), keepdim=True)) / field.std((1, 2, 3), keepdim=True)
@@ -135,7 +140,7 @@ def box_points() -> torch.Tensor:
         BOX_AFFINE[axis, 3] + BOX_AFFINE[axis, axis] * np.arange(size) for axis, size in enumerate(BOX_SHAPE)
     ]
     grids = np.meshgrid(*axes, indexing="ij")
-    return torch.from_numpy(np.stack(grids, -1).astype(np.float32))
+    return tensor(np.stack(grids, -1).astype(np.float32))
 
 
 def sample(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
@@ -153,7 +158,7 @@ def sample(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> to
     -------
     torch.Tensor, shape (C, I, J, K)
     """
-    inverse = torch.from_numpy(np.linalg.inv(affine)).float()
+    inverse = tensor(np.linalg.inv(affine)).float()
     size = torch.tensor(volume.shape[1:], dtype=torch.float32)
     # World -> index -> [-1, 1] in one product; grid_sample wants the fastest axis first.
     matrix = inverse[:3, :3] * (2 / (size - 1))[:, None]

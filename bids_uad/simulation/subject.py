@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from bids_uad.simulation import ageing, contrast, deformation, lesions
-from bids_uad.simulation.acquisition import SCANNERS, Protocol, Scanner, draw_protocol
+from bids_uad.simulation.acquisition import Protocol, Scanner, draw_protocol, draw_scanner
 from bids_uad.simulation.alignment import rotation
 from bids_uad.simulation.anatomy import BUILT_IN, CLASSES, Source, built_in_source, label_map_source
 from bids_uad.simulation.brainmask import brain_mask
-from bids_uad.simulation.spatial import occupied, sample, sample_inside
+from bids_uad.simulation.shapes import real_shape
+from bids_uad.simulation.spatial import occupied, sample, sample_inside, tensor
 
-BUILT_IN_SHARE = 0.25
 TISSUES = {
     "csf": 1,
     "ventricle": 1,
@@ -30,6 +29,7 @@ TISSUES = {
     "hippocampus": 4,
     "brainstem": 5,
 }
+TISSUE_LABELS = tuple(sorted(set(TISSUES.values())))
 STREAMS = (
     "person",
     "shape",
@@ -43,6 +43,9 @@ STREAMS = (
     "T2w",
     "T2w-scan",
     "T2w-lesion",
+    "scanner",
+    "lesion-volume",
+    "lesion-shape",
 )
 
 
@@ -103,7 +106,7 @@ class Anatomy:
         """Largest tissue per voxel as in `TISSUES`, 0 outside the brain; uint8, shape (X, Y, Z)."""
         shares = [
             sum(self.fractions[i] for i, name in enumerate(CLASSES) if TISSUES[name] == tissue)
-            for tissue in range(1, 6)
+            for tissue in TISSUE_LABELS
         ]
         largest = shares[0] + (1 - self.fractions.sum(0)).clamp_min(0)
         labels = torch.ones(largest.shape, dtype=torch.uint8)
@@ -113,35 +116,77 @@ class Anatomy:
         return labels * self.brain
 
 
-def draw_person(seed: int, index: int, label_maps: tuple[Path, ...]) -> Person:
+@dataclass(frozen=True)
+class World:
+    """What the subjects of a cohort are drawn from.
+
+    Parameters
+    ----------
+    seed : int
+    sources : tuple of str
+        `BUILT_IN` and paths of label maps.
+    scanners : int
+        How many there are; each subject was in one of them.
+    randomised : bool
+        Contrasts of no scanner on earth instead of realistic ones.
+    shapes : dict
+        Masks of real lesions by kind; kinds without any are drawn.
+    lesion_volume : tuple of float, optional
+        Least and largest, mL.
+    lesion_contrast : float
+        See `lesions.Lesion`.
+    """
+
+    seed: int
+    sources: tuple[str, ...] = (BUILT_IN,)
+    scanners: int = 5
+    randomised: bool = False
+    shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    lesion_volume: tuple[float, float] | None = None
+    lesion_contrast: float = 1.0
+
+    def wish(self, index: int, kind: str, points: torch.Tensor) -> lesions.Wish:
+        """What the lesion of a subject should be like."""
+        rng = stream(self.seed, index, "lesion-shape")
+        paths = self.shapes.get(kind)
+        shape = real_shape(str(rng.choice(paths)), points, rng) if paths else None
+        return lesions.Wish(shape, self.volume(index), self.lesion_contrast)
+
+    def volume(self, index: int) -> float | None:
+        """Volume that a subject's lesion should have, mL; small and large ones by order of magnitude."""
+        if self.lesion_volume is None:
+            return None
+        rng = stream(self.seed, index, "lesion-volume")
+        return float(np.exp(rng.uniform(*np.log(self.lesion_volume))))
+
+
+def draw_person(world: World, index: int) -> Person:
     """Draw age, sex, scanner and source of anatomy.
 
     Parameters
     ----------
-    seed, index : int
-    label_maps : tuple of path
-        May be empty; if not, the built-in template is still drawn for one subject in four.
+    world : World
+    index : int
 
     Returns
     -------
     Person
     """
-    rng = stream(seed, index, "person")
+    rng = stream(world.seed, index, "person")
     age = float(np.round(rng.uniform(20.0, 85.0), 1))
     sex = str(rng.choice(["F", "M"]))
-    scanner = SCANNERS[int(rng.integers(len(SCANNERS)))]
-    use_template = rng.uniform() < BUILT_IN_SHARE
-    pick = int(rng.integers(max(len(label_maps), 1)))
-    source = BUILT_IN if use_template or not label_maps else str(label_maps[pick])
-    return Person(age, sex, scanner, source)
+    number = int(rng.integers(world.scanners))
+    scanner = draw_scanner(number, world.randomised, stream(world.seed, number, "scanner"))
+    return Person(age, sex, scanner, world.sources[int(rng.integers(len(world.sources)))])
 
 
-def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Anatomy:
+def make_anatomy(world: World, index: int, person: Person, kind: str | None) -> Anatomy:
     """Make the tissue maps, the brain mask and the lesion of a subject.
 
     Parameters
     ----------
-    seed, index : int
+    world : World
+    index : int
     person : Person
     kind : str or None
         One of `lesions.KINDS`, or None for a healthy subject.
@@ -150,13 +195,14 @@ def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Ana
     -------
     Anatomy
     """
+    seed = world.seed
     source = built_in_source() if person.source == BUILT_IN else label_map_source(person.source)
     rng = stream(seed, index, "shape")
     size = np.exp(rng.normal(0.0, 0.02) + rng.normal(0.0, 0.012, 3)) * (1.015 if person.sex == "M" else 0.985)
     # Two label maps in one family of heads would look alike without a mirror image now and then.
     mirror = np.diag([-1.0 if rng.uniform() < 0.5 else 1.0, 1.0, 1.0])
-    angles = torch.from_numpy(np.deg2rad(rng.normal(0.0, 1.2, 3))).float()
-    turn = mirror @ rotation(angles).double().numpy()
+    angles = tensor(np.deg2rad(rng.normal(0.0, 1.2, 3))).float()
+    turn = mirror @ rotation(angles).double().cpu().numpy()
     amplitude = float(rng.uniform(1.5, 3.0))
     displacement = deformation.individual(rng, amplitude)
 
@@ -168,7 +214,7 @@ def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Ana
     site = None
     if kind == "tumour":
         lesion_rng = stream(seed, index, "lesion")
-        site = lesions.mass_site(lesion_rng)
+        site = lesions.mass_site(lesion_rng, world.volume(index))
         displacement = displacement + deformation.push(*site, float(lesion_rng.uniform(1.0, 5.0)))
     displacement = deformation.fold_free(displacement)
     points = deformation.pull_points(displacement, size, turn)
@@ -183,12 +229,15 @@ def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Ana
     brain, rim = brain_mask(fractions, stream(seed, index, "mask"))
     lesion = None
     if kind is not None:
-        lesion = lesions.make_lesion(kind, fractions, brain, stream(seed, index, "lesion"), site)
+        wish = world.wish(index, kind, points)
+        lesion = lesions.make_lesion(
+            kind, fractions, brain, lambda: stream(seed, index, "lesion"), site, wish
+        )
     drawn = {
         "source": source.name,
         "size": size.tolist(),
         "mirrored": bool(mirror[0, 0] < 0),
-        "rotation_deg": np.rad2deg(angles.numpy()).tolist(),
+        "rotation_deg": np.rad2deg(angles.cpu().numpy()).tolist(),
         "deformation_mm": amplitude,
         "ventricle_growth_mm": growth,
         "sulcal_strength": sulci,
@@ -200,13 +249,14 @@ def make_anatomy(seed: int, index: int, person: Person, kind: str | None) -> Ana
 
 
 def make_signal(
-    seed: int, index: int, person: Person, anatomy: Anatomy, modality: str
+    world: World, index: int, person: Person, anatomy: Anatomy, modality: str
 ) -> tuple[torch.Tensor, Protocol, dict]:
     """Noise-free signal of one scan, and the settings to acquire it with.
 
     Parameters
     ----------
-    seed, index : int
+    world : World
+    index : int
     person : Person
     anatomy : Anatomy
     modality : {"T1w", "T2w"}
@@ -218,11 +268,11 @@ def make_signal(
     drawn : dict
         Class means and protocol, for the record.
     """
-    rng = stream(seed, index, modality)
+    rng = stream(world.seed, index, modality)
     protocol = draw_protocol(person.scanner, modality, rng)
-    means = contrast.class_means(modality, person.scanner.style, rng)
+    means = contrast.vary(person.scanner.means[modality], rng)
     image = contrast.signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
     if anatomy.lesion is not None:
-        painter = stream(seed, index, f"{modality}-lesion")
+        painter = stream(world.seed, index, f"{modality}-lesion")
         image = lesions.paint(modality, image, anatomy.lesion, means, painter)
     return image, protocol, {"means": means, "protocol": asdict(protocol)}

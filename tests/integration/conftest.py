@@ -45,7 +45,7 @@ def data(tmp_path_factory) -> Path:
             folder,
             "--healthy",
             "1",
-            "--lesion",
+            "--stroke",
             "1",
             "--seed",
             "7",

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from bids_uad.errors import InputError
 from bids_uad.simulation import anatomy
 from bids_uad.simulation.alignment import label_map_to_sri24, rotation
-from bids_uad.simulation.anatomy import CLASSES, LABELS, built_in_source, icbm_to_sri24, label_map_paths
+from bids_uad.simulation.anatomy import CLASSES, FREESURFER, built_in_source, icbm_to_sri24
 
 
 def test_rotation_agrees_with_scipy():
@@ -28,7 +28,7 @@ def tilted_template(tmp_path_factory) -> tuple[Path, np.ndarray]:
     labels = np.zeros(fractions.shape[1:], dtype=np.int16)
     largest = fractions.argmax(0).numpy()
     for index, name in enumerate(CLASSES):
-        labels[(largest == index) & (fractions.sum(0).numpy() > 0.5)] = LABELS[name][0]
+        labels[(largest == index) & (fractions.sum(0).numpy() > 0.5)] = FREESURFER[name][0]
     known = nib.affines.from_matvec(
         Rotation.from_euler("xyz", [8, -5, 6], degrees=True).as_matrix(), [15, -9, 20]
     )
@@ -58,11 +58,6 @@ def test_a_map_without_cortex_is_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), 2, dtype=np.int16), np.eye(4)), path)
     with pytest.raises(InputError, match="no cortex"):
         anatomy.read_label_map(path)
-
-
-def test_a_folder_without_maps_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no"):
-        label_map_paths(tmp_path)
 
 
 def test_affine_moves_icbm_to_the_sri24_grid():

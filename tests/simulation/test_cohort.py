@@ -13,6 +13,7 @@ import pytest
 
 from bids_uad.simulation.__main__ import main
 from bids_uad.simulation.cohort import Cohort, make_subject
+from bids_uad.simulation.subject import World
 from bids_uad.space import AFFINE, SHAPE
 
 
@@ -24,20 +25,20 @@ def digest(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("raw") / "ds"
-    assert main([str(out), "--healthy", "1", "--lesion", "1", "--seed", "4"]) == 0
+    assert main([str(out), "--healthy", "1", "--stroke", "1", "--seed", "4"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def preprocessed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sri24") / "ds"
-    assert main([str(out), "--healthy", "1", "--lesion", "1", "--seed", "4", "--derivatives"]) == 0
+    assert main([str(out), "--healthy", "1", "--stroke", "1", "--seed", "4", "--derivatives"]) == 0
     return out
 
 
 def test_one_seed_is_one_dataset_in_any_order(tmp_path, preprocessed):
     # The second subject alone and with one modality only, without the first before it.
-    make_subject(Cohort(tmp_path, 1, 1, ("T1w",), (), 4, True), 1)
+    make_subject(Cohort(tmp_path, World(4), (None, "stroke"), ("T1w",), derivatives=True), 1)
     images = {name: sha for name, sha in digest(tmp_path).items() if name.endswith(".nii.gz")}
     assert len(images) == 4
     whole = digest(preprocessed)
@@ -77,6 +78,23 @@ def test_raw_images_and_masks_share_a_grid(raw):
     assert values.max() > 300
 
 
+def test_raw_tissue_labels_lie_on_the_scan(raw, preprocessed):
+    name = "sub-001_space-T1w_desc-tissue_dseg.nii.gz"
+    labels = nib.load(raw / "derivatives/tissue/sub-001/anat" / name)
+    scan = nib.load(raw / "sub-001/anat/sub-001_T1w.nii.gz")
+    np.testing.assert_array_equal(labels.affine, scan.affine)
+    native, values = np.asarray(labels.dataobj), np.asarray(scan.dataobj)
+    np.testing.assert_array_equal(native > 0, values > 0)
+    assert values[native == 3].mean() > values[native == 2].mean() > values[native == 1].mean()
+    there = nib.load(preprocessed / "sub-001/anat/sub-001_space-SRI24_desc-tissue_dseg.nii.gz")
+    voxel = np.prod(labels.header.get_zooms())
+    volumes = [
+        np.bincount(np.asarray(x.dataobj).ravel(), minlength=6)[1:] * v
+        for x, v in ((labels, voxel), (there, 1))
+    ]
+    np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
+
+
 def test_raw_pose_leads_back_to_sri24(raw, preprocessed):
     """The recorded transform carries the native lesion onto the one in SRI24 space."""
     record = raw / "derivatives/simulation/sub-002/anat/sub-002_desc-simulation_parameters.json"
@@ -103,7 +121,11 @@ def test_validator_finds_no_error(dataset, request):
     if validator is None:
         pytest.skip("bids-validator-deno is not on the path")
     folder = request.getfixturevalue(dataset)
-    folders = [folder, folder / "derivatives" / "lesions"] if dataset == "raw" else [folder]
+    folders = (
+        [folder, *(folder / "derivatives" / part for part in ("lesions", "tissue"))]
+        if dataset == "raw"
+        else [folder]
+    )
     for each in folders:
         done = subprocess.run([validator, "--json", str(each)], capture_output=True, text=True, check=False)
         issues = json.loads(done.stdout)["issues"]["issues"]
@@ -111,9 +133,17 @@ def test_validator_finds_no_error(dataset, request):
 
 
 def test_senseless_numbers_are_refused(tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "x"), "--healthy", "0"])
-    assert caught.value.code == 2
+    for wrong in (
+        ["--healthy", "0"],
+        ["--healthy", "-1"],
+        ["--stroke", "1", "--lesion-contrast", "2"],
+        ["--stroke", "1", "--lesion-volume", "5", "1"],
+        ["--healthy", "1", "--scanners", "0"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(tmp_path / "x"), *wrong])
+        assert caught.value.code == 2
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_without_label_maps_is_a_user_error(tmp_path):

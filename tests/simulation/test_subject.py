@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
 from bids_uad.simulation import ageing, lesions
-from bids_uad.simulation.acquisition import scan_on_grid
+from bids_uad.simulation.acquisition import draw_scanner, scan_on_grid
 from bids_uad.simulation.anatomy import CLASSES, built_in_source, icbm_to_sri24
-from bids_uad.simulation.lesions import KINDS, make_lesion
-from bids_uad.simulation.subject import draw_person, make_signal, stream
+from bids_uad.simulation.lesions import KINDS, Wish, make_lesion
+from bids_uad.simulation.subject import World, draw_person, make_signal, stream
 
-from .conftest import INDEX, SEED
+from .conftest import INDEX, SEED, WORLD
 
 
 def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
@@ -21,7 +23,7 @@ def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
 def test_tissue_order_of_means(modality, person, healthy):
     with torch.no_grad():
-        image, protocol, _ = make_signal(SEED, INDEX, person, healthy, modality)
+        image, protocol, _ = make_signal(WORLD, INDEX, person, healthy, modality)
         image = scan_on_grid(image, protocol, healthy.brain, stream(SEED, INDEX, f"{modality}-scan"))
     fluid, grey, white = (
         region_mean(image, healthy.fractions[CLASSES.index(name)])
@@ -56,8 +58,8 @@ def test_tissue_labels_follow_the_largest_fraction(healthy):
 def test_lesion_twin_differs_only_where_the_lesion_is(modality, person, healthy, stroke):
     torch.testing.assert_close(healthy.fractions, stroke.fractions, rtol=0, atol=0)
     with torch.no_grad():
-        before, protocol, _ = make_signal(SEED, INDEX, person, healthy, modality)
-        after, again, _ = make_signal(SEED, INDEX, person, stroke, modality)
+        before, protocol, _ = make_signal(WORLD, INDEX, person, healthy, modality)
+        after, again, _ = make_signal(WORLD, INDEX, person, stroke, modality)
     assert protocol == again
     mask = (stroke.lesion.share > 0.5).numpy()
     changed = (before != after).numpy()
@@ -69,9 +71,8 @@ def test_lesion_twin_differs_only_where_the_lesion_is(modality, person, healthy,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_lesion_is_soft_bounded_and_inside_the_brain(kind, healthy):
-    rng = np.random.default_rng(3)
-    site = lesions.mass_site(rng) if kind == "tumour" else None
-    lesion = make_lesion(kind, healthy.fractions, healthy.brain, rng, site)
+    site = lesions.mass_site(np.random.default_rng(3)) if kind == "tumour" else None
+    lesion = make_lesion(kind, healthy.fractions, healthy.brain, lambda: np.random.default_rng(3), site)
     assert lesion.share.min() >= 0
     assert lesion.share.max() <= 1
     assert (lesion.core <= lesion.share).all()
@@ -109,12 +110,61 @@ def test_template_lands_on_the_sri24_brain():
 
 
 def test_people_differ_and_repeat():
-    people = [draw_person(1, index, ()) for index in range(40)]
-    assert people == [draw_person(1, index, ()) for index in range(40)]
+    people = [draw_person(World(1), index) for index in range(40)]
+    assert people == [draw_person(World(1), index) for index in range(40)]
     assert len({p.age for p in people}) > 30
     assert len({p.scanner.name for p in people}) >= 4
     assert {p.sex for p in people} == {"F", "M"}
     assert all(20 <= p.age <= 85 for p in people)
+
+
+def test_a_scanner_is_shared_by_its_subjects_and_belongs_to_its_seed():
+    people = [draw_person(World(1, scanners=3), index) for index in range(30)]
+    by_name = {}
+    for person in people:
+        assert by_name.setdefault(person.scanner.name, person.scanner) == person.scanner
+    assert sorted(by_name) == ["scanner01", "scanner02", "scanner03"]
+    assert len({scanner.noise for scanner in by_name.values()}) == 3
+    elsewhere = draw_scanner(0, False, stream(2, 0, "scanner"))
+    assert elsewhere.means != by_name["scanner01"].means
+
+
+def test_domain_randomised_contrasts_keep_no_order_of_tissues():
+    scanners = [draw_scanner(0, True, np.random.default_rng(seed)) for seed in range(30)]
+    darker = [s.means["T1w"]["white"] < s.means["T1w"]["cortex"] for s in scanners]
+    assert 5 < sum(darker) < 25
+
+
+@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+def test_contrast_of_a_lesion_goes_down_to_invisible(modality, person, healthy, stroke):
+    with torch.no_grad():
+        before = make_signal(WORLD, INDEX, person, healthy, modality)[0]
+        changes = []
+        for contrast in (0.0, 0.5, 1.0):
+            lesion = replace(stroke.lesion, contrast=contrast)
+            after = make_signal(WORLD, INDEX, person, replace(stroke, lesion=lesion), modality)[0]
+            changes.append(after - before)
+    assert not changes[0].any()
+    torch.testing.assert_close(2 * changes[1], changes[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "volume"), [("stroke", 2.0), ("ms", 8.0), ("wmh", 12.0), ("tumour", 30.0)])
+def test_a_volume_that_is_wished_for_is_reached(kind, volume, healthy):
+    site = lesions.mass_site(np.random.default_rng(8), volume) if kind == "tumour" else None
+    lesion = make_lesion(
+        kind, healthy.fractions, healthy.brain, lambda: np.random.default_rng(8), site, Wish(volume=volume)
+    )
+    measured = float((lesion.share > 0.5).sum()) / 1000
+    assert measured == pytest.approx(volume, rel=0.1)
+    assert lesion.drawn["volume_ml"] == pytest.approx(measured)
+
+
+def test_volumes_are_drawn_within_their_range():
+    world = World(1, lesion_volume=(0.5, 50.0))
+    volumes = [world.volume(index) for index in range(200)]
+    assert 0.5 <= min(volumes) < 1
+    assert 25 < max(volumes) <= 50
+    assert 3 < np.median(volumes) < 8  # of equal logarithms
 
 
 def test_streams_differ_by_seed_subject_and_purpose():

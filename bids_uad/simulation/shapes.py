@@ -1,0 +1,98 @@
+"""Shapes of real lesions: binary masks in ICBM152 (MNI) space that are put into synthetic brains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
+from bids_uad.errors import InputError
+from bids_uad.simulation.anatomy import icbm_to_sri24
+from bids_uad.simulation.spatial import sample, smooth, tensor
+
+PATHOLOGIES = {
+    "stroke": "stroke",
+    "acute stroke": "stroke",
+    "chronic stroke": "stroke",
+    "multiple sclerosis": "ms",
+    "ms": "ms",
+    "white matter hyperintensities": "wmh",
+    "wmh": "wmh",
+}
+"""Kind of lesion by what lesions.tsv calls it. Tumours push tissue aside and are grown, not copied."""
+EDGE_MM = 0.6  # smoothing that makes a mask's edge about a voxel wide
+SHIFT_MM = 4.0
+
+Shape = Callable[[float], torch.Tensor]
+
+
+def lesion_shapes(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Masks of a folder by kind of lesion.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds masks in ICBM152 space and ``lesions.tsv`` with columns `file` and `pathology`.
+
+    Returns
+    -------
+    dict
+        Paths, sorted, by kind.
+
+    Raises
+    ------
+    InputError
+        If the table is missing, lacks a column or names a file that is not there.
+    """
+    table = folder / "lesions.tsv"
+    if not table.is_file():
+        raise InputError(table, "is missing", "list the masks there, with columns `file` and `pathology`")
+    rows = pd.read_csv(table, sep="\t")
+    if not {"file", "pathology"} <= set(rows.columns):
+        raise InputError(table, "lacks a column `file` or `pathology`", "add it")
+    found: dict[str, list[str]] = {}
+    for file, pathology in zip(rows["file"], rows["pathology"], strict=True):
+        kind = PATHOLOGIES.get(str(pathology).lower())
+        if kind is None:
+            continue
+        if not (folder / file).is_file():
+            raise InputError(folder / file, "is named in lesions.tsv and missing", "copy it again")
+        found.setdefault(kind, []).append(str(folder / file))
+    return {kind: tuple(sorted(paths)) for kind, paths in found.items()}
+
+
+def real_shape(path: str, points: torch.Tensor, rng: np.random.Generator) -> Shape:
+    """Put a real lesion somewhere near its place.
+
+    Parameters
+    ----------
+    path : str
+        Mask in ICBM152 space.
+    points : torch.Tensor, shape (X, Y, Z, 3)
+        Where in SRI24 world each voxel of the box takes its tissue from, mm: the lesion follows the anatomy.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    callable
+        ``shape(scale)``: share of lesion per voxel, 0 to 1, shape (X, Y, Z), with all lengths times `scale`.
+    """
+    image = nib.as_closest_canonical(nib.load(path))
+    mask = np.asarray(image.dataobj) > 0
+    affine = icbm_to_sri24() @ image.affine
+    corner = np.maximum(np.argwhere(mask).min(0) - 3, 0)
+    cut = tuple(slice(a, b + 4) for a, b in zip(corner, np.argwhere(mask).max(0), strict=True))
+    affine = affine @ nib.affines.from_matvec(np.eye(3), corner)
+    spacing = nib.affines.voxel_sizes(image.affine)
+    soft = smooth(tensor(mask[cut].astype(np.float32)), tuple(float(EDGE_MM / size) for size in spacing))
+    centre = tensor((affine[:3, :3] @ np.argwhere(mask[cut]).mean(0) + affine[:3, 3]).astype(np.float32))
+    shift = tensor(rng.normal(0.0, SHIFT_MM, 3).astype(np.float32))
+
+    def shape(scale: float) -> torch.Tensor:
+        return sample(soft[None], affine, (points - centre - shift) / scale + centre)[0].clamp(0, 1)
+
+    return shape

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from bids_uad.errors import InputError
+from bids_uad.simulation.__main__ import main
+from bids_uad.simulation.anatomy import icbm_to_sri24
+from bids_uad.simulation.shapes import EDGE_MM, lesion_shapes, real_shape
+from bids_uad.simulation.spatial import box_points
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One cube of 20 mm about (30, -20, 20) in ICBM152 space, on a grid that runs from right to left."""
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = [90, -126, -72]
+    mask = np.zeros((182, 218, 182), dtype=np.uint8)
+    mask[50:70, 96:116, 82:102] = 1
+    nib.save(nib.Nifti1Image(mask, affine), tmp_path / "a_mask.nii.gz")
+    nib.save(nib.Nifti1Image(mask, affine), tmp_path / "b_mask.nii.gz")
+    (tmp_path / "lesions.tsv").write_text(
+        "file\tpathology\na_mask.nii.gz\tacute stroke\nb_mask.nii.gz\tmultiple sclerosis\nc.nii.gz\tcyst\n"
+    )
+    return tmp_path
+
+
+def test_masks_are_found_by_kind(folder):
+    assert lesion_shapes(folder) == {
+        "stroke": (str(folder / "a_mask.nii.gz"),),
+        "ms": (str(folder / "b_mask.nii.gz"),),
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        (None, "is missing"),
+        ("file\na_mask.nii.gz\n", "lacks a column"),
+        ("file\tpathology\nz.nii.gz\tstroke\n", "named in lesions.tsv"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(folder, table, complaint):
+    (folder / "lesions.tsv").unlink()
+    if table:
+        (folder / "lesions.tsv").write_text(table)
+    with pytest.raises(InputError, match=complaint):
+        lesion_shapes(folder)
+    assert main([str(folder / "out"), "--stroke", "1", "--lesion-masks", str(folder)]) == 2
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_a_real_shape_lies_where_it_was_and_scales(folder, scale):
+    class Still:
+        def normal(self, *_):
+            return np.zeros(3)
+
+    points = box_points()
+    share = real_shape(str(folder / "a_mask.nii.gz"), points, Still())(scale)
+    # The template is a little smaller or larger than SRI24: its affine scales volumes.
+    expected = (20 * scale) ** 3 * abs(np.linalg.det(icbm_to_sri24()[:3, :3]))
+    assert float(share.sum()) == pytest.approx(expected, rel=0.05)
+    centre = (points * share[..., None]).sum((0, 1, 2)) / share.sum()
+    wanted = icbm_to_sri24() @ [30.5, -20.5, 19.5, 1]
+    torch.testing.assert_close(centre, torch.tensor(wanted[:3]).float(), atol=0.3, rtol=0)
+    # A soft edge, about a voxel wide, on the surface of the cube.
+    soft = int(((share > 0.02) & (share < 0.98)).sum())
+    assert 0 < soft < 6 * EDGE_MM * scale * 6 * (20 * scale) ** 2
