@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
+from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import protocol_of
 from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import Schedule, TrainingData, train_detector
@@ -34,7 +35,9 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
     torch.manual_seed(0)
     detector = build_detector(name, preset)
     data = TrainingData.all_of(SliceStore(scratch / "slices"))
-    train_detector(detector, data, Schedule(0, STEPS, 4), scratch / f"training-{name}", device=device)
+    train_detector(
+        detector, data, Schedule(0, STEPS, 4), scratch / f"training-{name}", fabric=start_fabric(device)
+    )
     training = {"source": f"benchmark: {STEPS} steps"}
     save_bundle(scratch / folder, detector, preset=preset, modality="T2w", training=training, card="")
     return scratch / folder

@@ -73,6 +73,12 @@ class RunConfig:
         What `train` and `calibrate` work on.
     train_fraction : float
         Share of the training subjects that is learnt from.
+    synthetic : int
+        Healthy subjects that are simulated to learn from.
+    label_maps : tuple of str
+        Label maps and folders of them that they are simulated from; empty means the built-in template.
+    num_devices, num_nodes : int
+        Devices of a node, and nodes, that share a training.
     hyper : tuple of str
         Hyper-parameters to change, `NAME=VALUE`.
     backbone_weights : pathlib.Path, optional
@@ -109,6 +115,10 @@ class RunConfig:
     steps: int | None = None
     hyper: tuple[str, ...] = ()
     train_fraction: float = 1.0
+    synthetic: int = 0
+    label_maps: tuple[str, ...] = ()
+    num_devices: int = 1
+    num_nodes: int = 1
     backbone_weights: Path | None = None
     run_id: str = field(default_factory=new_run_id)
 

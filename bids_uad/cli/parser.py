@@ -134,6 +134,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--train-fraction", type=_fraction, metavar="F",
         help="learn from this share of the subjects; a smaller share is part of a larger (default: 1)",
     )  # fmt: skip
+    models.add_argument(
+        "--synthetic", type=_positive, metavar="N",
+        help="simulate N healthy subjects, and learn from them, too; BIDS_DIR may then be 'none'",
+    )  # fmt: skip
+    models.add_argument(
+        "--labelmaps", dest="label_maps", nargs="+", metavar="PATH",
+        help="label maps, or folders of *_dseg.nii.gz, to simulate from (default: the built-in template)",
+    )  # fmt: skip
+    models.add_argument(
+        "--num-devices", type=_positive, metavar="N",
+        help="GPUs (or CPU processes) per node that share a training (default: 1)",
+    )  # fmt: skip
+    models.add_argument("--num-nodes", type=_positive, metavar="N", help="nodes that do so (default: 1)")
     models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
     models.add_argument(
         "--backbone-weights",
@@ -168,7 +181,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     given.pop("notrack", None)
     config_file = given.pop("config_file", None)
     values = {} if config_file is None else _earlier(config_file)
-    for name in ("participants", "sessions", "modalities", "models", "hyper"):
+    for name in ("participants", "sessions", "modalities", "models", "hyper", "label_maps"):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
     if "derivatives" in given:

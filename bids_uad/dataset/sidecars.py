@@ -37,6 +37,9 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "preset": {"Description": "Hyper-parameter preset of the detector"},
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad"},
+    "model_has_met": {
+        "Description": "Cohorts of the model that the subject was in: training, validation, both, or no"
+    },
     "threshold": {"Description": "Score above which a voxel is called anomalous"},
     "threshold_name": {"Description": "How the threshold was fixed on validation data"},
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},

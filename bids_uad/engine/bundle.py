@@ -91,6 +91,17 @@ class Bundle:
         """Edges of the score histogram, float64, from 0 to infinity."""
         return np.array([*self._calibrated()["bin_edges"], np.inf])
 
+    def has_met(self, hashes: set[str]) -> list[str]:
+        """Cohorts of this model, ``training`` and ``validation``, that hold a subject.
+
+        Parameters
+        ----------
+        hashes : set of str
+            Of the subject, see `bids_uad.dataset.identity`.
+        """
+        told = {"training": self.info.get("training", {}), "validation": self._calibrated().get("cohort", {})}
+        return [name for name, cohort in told.items() if not hashes.isdisjoint(cohort.get("subjects", ()))]
+
     def with_hyper(self, changes: Sequence[str]) -> Bundle:
         """Change hyper-parameters, ``NAME=VALUE``; nothing is written, and thresholds hold no longer.
 

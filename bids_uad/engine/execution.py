@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -129,6 +130,19 @@ class Execution:
 
 
 PLAIN = Execution()
+
+
+@contextmanager
+def in_precision(detector: Detector, precision: str) -> Iterator[None]:
+    """Run a detector's networks in `precision` for a while; what it computes from their outputs is not."""
+    networks = list(detector.children()) if precision == "bf16" else []
+    for network in networks:
+        network.forward = _in_bfloat16(network.forward)
+    try:
+        yield
+    finally:
+        for network in networks:
+            del network.forward
 
 
 def _in_bfloat16(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Run a detector's training stages over a slice store; killed, it goes on where it was."""
+"""Run a detector's training stages over a slice store, in one process or several; killed, it goes on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
+from torch import Generator, Tensor, nn
 
 from bids_uad.engine.checkpoint import Checkpoint
 from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.execution import in_precision
 from bids_uad.engine.field import usual_field
 from bids_uad.engine.log import TrainingLog
 from bids_uad.engine.store import SliceStore
@@ -60,12 +63,15 @@ class Schedule:
     seed : int
         Of the order of slices and of every random draw.
     steps, batch_size : int, optional
-        Instead of the preset's, for all gradient stages.
+        Instead of the preset's, for all gradient stages. The batch is that of all processes together.
+    precision : {"fp32", "bf16"}
+        Of convolutions and matrix products in networks; weights and losses are in single precision.
     """
 
     seed: int
     steps: int | None = None
     batch_size: int | None = None
+    precision: str = "fp32"
 
     def stream(self, *place: int) -> np.random.Generator:
         """Random numbers of one place in the training: stage, step and so on, and of nothing else."""
@@ -86,23 +92,25 @@ def train_detector(
     schedule: Schedule,
     folder: Path,
     *,
-    device: torch.device,
+    fabric: Fabric,
     report: Report | None = None,
 ) -> Losses:
     """Train every stage of a detector, in order.
 
     Every random number is a function of seed, stage and step, and the checkpoint holds everything else, so
-    that a training that was killed and started again ends with the same weights to the bit.
+    that a training that was killed and started again ends with the same weights to the bit. Several processes
+    share the slices of each step and agree on its gradient.
 
     Parameters
     ----------
     detector : Detector
-        Moved to `device` and trained in place; the averaged weights are left in it.
+        Moved to the device of `fabric` and trained in place; the averaged weights are left in it.
     data : TrainingData
     schedule : Schedule
     folder : pathlib.Path
         Of checkpoint and log. What an earlier run of the same training left there is gone on from.
-    device : torch.device
+    fabric : lightning_fabric.Fabric
+        Launched, see :func:`~bids_uad.engine.processes.start_fabric`. The first process alone writes.
     report : callable, optional
         ``report(stage, step, steps, loss)`` after each step.
 
@@ -113,8 +121,9 @@ def train_detector(
     Raises
     ------
     ValueError
-        If a stage needs tissue classes and the store has none.
+        If a stage needs tissue classes and the store has none, or the loss is no number any more.
     """
+    device = fabric.device
     detector.to(device)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors")
     position = checkpoint.restore(detector)
@@ -136,8 +145,10 @@ def train_detector(
                 raise ValueError(
                     f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
                 )
-            _Descent(detector, number, stage, data, schedule, device).run(checkpoint, log, report)
-        checkpoint.save(detector, (number + 1, 0))
+            with in_precision(detector, schedule.precision):
+                _Descent(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
+        if fabric.is_global_zero:
+            checkpoint.save(detector, (number + 1, 0))
     detector.eval()
     return _losses(log)
 
@@ -155,6 +166,18 @@ def _losses(log: TrainingLog) -> Losses:
     return losses
 
 
+class _Loss(nn.Module):
+    """A stage's loss as a forward pass, which is where processes learn whose gradients they share."""
+
+    def __init__(self, stage: GradientStage) -> None:
+        super().__init__()
+        self.module = stage.module
+        self.loss = stage.loss
+
+    def forward(self, slices: Tensor, brain: Tensor, tissue: Tensor | None, generator: Generator) -> Tensor:
+        return self.loss(Batch(slices, brain, tissue), generator)
+
+
 class _Descent:
     """One gradient stage."""
 
@@ -165,60 +188,70 @@ class _Descent:
         stage: GradientStage,
         data: TrainingData,
         schedule: Schedule,
-        device: torch.device,
+        fabric: Fabric,
     ) -> None:
         self.detector, self.number, self.stage = detector, number, stage
-        self.data, self.schedule, self.device = data, schedule, device
+        self.data, self.schedule = data, schedule
+        self.fabric, self.device = fabric, fabric.device
         self.steps = schedule.steps or stage.steps
         self.batch_size = schedule.batch_size or stage.batch_size
         self.module = stage.module.train().to(memory_format=torch.channels_last)
         self.average = MovingAverage(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
+        self.loss, self.stepper = fabric.setup(_Loss(stage), self.optimiser)
 
     def run(self, checkpoint: Checkpoint, log: TrainingLog, report: Report | None) -> None:
         """Descend from where the checkpoint is, and leave the averaged weights in the module."""
         done = checkpoint.restore_descent(self.number, self.optimiser, self.average)
+        checks = self.fabric.is_global_zero and len(self.data.held_out) > 0
         check_every = max(1, self.steps // HELD_OUT_CHECKS)
         save_every = max(1, self.steps // CHECKPOINTS)
         for step in range(done + 1, self.steps + 1):
             loss = self._descend(step)
             held_out = None
-            if len(self.data.held_out) and (step % check_every == 0 or step == self.steps):
+            if checks and (step % check_every == 0 or step == self.steps):
                 held_out = self._held_out_loss()
             log.add(self.number, self.stage.name, step, loss, held_out)
             if report is not None:
                 report(self.stage.name, step, self.steps, loss)
-            if step % save_every == 0:
+            if step % save_every == 0 and self.fabric.is_global_zero:
                 log.flush()
                 checkpoint.save(self.detector, (self.number, step), self.optimiser, self.average)
-        log.flush()
+        if self.fabric.is_global_zero:
+            log.flush()
         self.average.apply_to(self.module)
         self.module.eval()
 
     def _descend(self, step: int) -> float:
-        rng = self.schedule.stream(self.number, step)
-        generator = _generator(rng, self.device)
-        torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from there
+        rng, rank = self.schedule.stream(self.number, step), self.fabric.global_rank
+        # Processes look at the same place of their slices, and draw what they do to them each for itself.
+        own = rng if rank == 0 else self.schedule.stream(self.number, step, rank)
+        generator = _generator(own, self.device)
+        torch.manual_seed(int(own.integers(2**62)))  # dropout draws from there
         (batch,) = _in_fields(
             iter([self.data.store.batch(self._slices(step), self.device)]), self.detector.field_of_view, rng
         )
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.learning_rate * rate(step - 1, self.steps)
-        loss = self.stage.loss(batch, generator)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
-        self.optimiser.step()
+        loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
+        self.stepper.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+        self.stepper.step()
         self.average.update(self.module)
-        return loss.item()
+        value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
+        if not math.isfinite(value):
+            raise ValueError(f"the loss of stage {self.stage.name!r} is no number any more at step {step}")
+        return value
 
     def _slices(self, step: int) -> np.ndarray:
-        """Slices of a step: each pass over the data has an order of its own."""
+        """Slices of a step that are this process's: each pass over the data has an order of its own."""
         among = self.data.training
         in_a_pass = max(1, len(among) // self.batch_size)
         number, place = divmod(step - 1, in_a_pass)
         order = self.schedule.stream(self.number, 0, number).permutation(among)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        taken = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return taken[self.fabric.global_rank :: self.fabric.world_size]
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

@@ -307,8 +307,19 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int, key: str) -> dict[str, A
     return row
 
 
+def _meetings(subjects: pd.DataFrame) -> list[str]:
+    """Warn of participants that a model has met before."""
+    known = subjects[subjects["model_has_met"] != "no"]
+    groups = known.groupby(["detector", "modality", "model_has_met"], sort=True)["participant_id"]
+    return [
+        f"The model of {detector} for {modality} has met {', '.join(sorted(set(people)))} in {where}: its "
+        "numbers on them say nothing about others."
+        for (detector, modality, where), people in groups
+    ]
+
+
 def _warnings(subjects: pd.DataFrame, participants: Participants, contradictions: set[str]) -> list[str]:
-    warnings = []
+    warnings = _meetings(subjects)
     if participants.path is None:
         warnings.append(
             "There is no participants.tsv: nobody is known to be healthy, so there is no "

@@ -32,6 +32,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
         },
     },
     "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
+    "model_has_met": {
+        "Description": "Cohorts of the model that the participant was in: training, validation, both, or no"
+    },
     "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
     "n_brain_voxels": {"Description": "Voxels of the brain mask in SRI24 space", "Units": "voxel"},
     "n_lesion_voxels": {"Description": "Lesion voxels inside the brain mask", "Units": "voxel"},
@@ -108,6 +111,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "cohort": unit.cohort,
         "role": role,
         "threshold_name": unit.threshold_name,
+        "model_has_met": unit.model_has_met,
         "threshold": unit.threshold,
         "n_brain_voxels": n_brain_voxels,
         "n_lesion_voxels": n_lesion_voxels if unit.has_lesion_mask else nan,

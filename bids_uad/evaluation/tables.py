@@ -26,6 +26,7 @@ _METRICS_COLUMNS = (
     "app_version",
     "threshold",
     "threshold_name",
+    "model_has_met",
     "brain_volume_mm3",
     "anomaly_volume_mm3",
     "lesion_volume_mm3",
@@ -34,6 +35,7 @@ _METRICS_COLUMNS = (
     "n_lesions_detected",
     "n_false_components",
 )
+_TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "model_has_met")
 _MISSING = frozenset({"n/a", "nan", ""})
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
 
@@ -67,6 +69,8 @@ class UnitScores:
         The fixed threshold, one of `edges`.
     threshold_name, model_sha256, app_version, source_image : str
         Where the numbers come from.
+    model_has_met : str
+        Cohorts of the model that the participant was in: `training`, `validation`, both, or `no`.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
     n_components, n_lesions, n_lesions_detected, n_false_components : float
@@ -89,6 +93,7 @@ class UnitScores:
     model_sha256: str
     app_version: str
     source_image: str
+    model_has_met: str
     brain_volume_mm3: float
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
@@ -183,9 +188,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     threshold = _number(path, row, "threshold")
     if not np.isfinite(threshold):
         raise InputError(path, "no threshold", _REMEDY)
-    texts = {
-        key: row[key] for key in ("preset", "model_sha256", "app_version", "source_image", "threshold_name")
-    }
+    texts = {key: row[key] for key in _TEXTS}
     return UnitScores(
         path=path,
         prefix=name["prefix"],

@@ -16,8 +16,9 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.levels.cohort import Cohort, describe
 from bids_uad.levels.model_card import add_validation
-from bids_uad.levels.train import bundle_folder, describe_cohort
+from bids_uad.levels.train import bundle_folder
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def run_calibrate(config: RunConfig) -> int:
         )
         estimator.add(scores, brain, lesion)
     calibration = estimator.summary()
-    calibration["cohort"] = describe_cohort(config, scans)
+    calibration["cohort"] = describe([Cohort(config.bids_dir, tuple(scans))])
     calibration["weights_sha256"] = bundle.sha256
     if config.hyper:
         # Thresholds of other hyper-parameters must not stand beside these.

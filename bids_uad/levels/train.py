@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bids_uad import __version__
 from bids_uad.config import RunConfig
-from bids_uad.dataset.participants import healthy_flag, read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import model_card
 
 logger = logging.getLogger(__name__)
 
 LOG_LINES = 40
+NO_SCANS = "none"  # instead of a folder: learn from synthetic scans alone
 HELD_OUT = 0.05  # of the subjects, never learnt from
 Report = Callable[[str, int, int, float], None]
 
@@ -48,7 +47,8 @@ def run_train(config: RunConfig) -> int:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir` holds the preprocessed scans and `participants.tsv`; the bundle goes to `output_dir`.
+        `bids_dir` holds the preprocessed scans and `participants.tsv`; the bundle goes to `output_dir`. With
+        `synthetic` subjects `bids_dir` may be ``none``.
 
     Returns
     -------
@@ -65,7 +65,8 @@ def run_train(config: RunConfig) -> int:
     import torch
 
     from bids_uad.engine.bundle import save_bundle
-    from bids_uad.engine.execution import resolve_device
+    from bids_uad.engine.execution import resolve_device, resolve_precision
+    from bids_uad.engine.processes import start_fabric
     from bids_uad.engine.protocol import protocol_of
     from bids_uad.engine.store import SliceStore, Subject
     from bids_uad.engine.training import Schedule, TrainingData, train_detector
@@ -73,10 +74,10 @@ def run_train(config: RunConfig) -> int:
     from bids_uad.methods.registry import build_detector, preset_of
 
     folder = bundle_folder(config)
-    scans = healthy_scans(config)
-    torch.set_num_threads(config.nprocs)
-    torch.manual_seed(config.random_seed)
     device = resolve_device(config.device)
+    fabric = start_fabric(device, config.num_devices, config.num_nodes)
+    torch.set_num_threads(max(1, config.nprocs // config.num_devices))
+    torch.manual_seed(config.random_seed)
     try:
         hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
         detector = build_detector(config.detector, hyper)
@@ -85,25 +86,37 @@ def run_train(config: RunConfig) -> int:
     except ValueError as error:
         raise ConfigError(f"--hyper: {error}") from None
     _load_backbone(detector, config.backbone_weights)
-    subjects = [Subject(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
-    store = SliceStore.open_or_build(subjects, config.work_dir, protocol_of(config.preset))
+    with fabric.rank_zero_first():
+        cohorts = training_cohorts(config)
+        store = SliceStore.open_or_build(
+            [
+                Subject(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
+                for cohort in cohorts
+                for scan in cohort.scans
+            ],
+            config.work_dir,
+            protocol_of(config.preset),
+        )
     training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
-    learnt_from = {store.names[owner] for owner in np.unique(store.owners[training_slices])}
+    met = {store.names[owner] for owner in np.unique(store.owners[[*training_slices, *held_out]])}
+    precision = resolve_precision(config.precision, device)
     start = time.monotonic()
-    with _progress() as report:
+    with _progress(fabric.is_global_zero) as report:
         try:
             losses = train_detector(
                 detector,
                 TrainingData(store, training_slices, held_out),
-                Schedule(config.random_seed, config.steps, config.batch_size),
+                Schedule(config.random_seed, config.steps, config.batch_size, precision),
                 config.work_dir / f"training-{folder.name}-{_identity(config, detector, store)}",
-                device=device,
+                fabric=fabric,
                 report=report,
             )
         except ValueError as error:
-            raise InputError(config.bids_dir, str(error), "use scans that have them") from error
+            raise InputError(config.bids_dir, str(error), "see the scans, or the rate of learning") from error
+    if not fabric.is_global_zero:
+        return 0
     training = {
-        **describe_cohort(config, [scan for scan in scans if scan.subject in learnt_from]),
+        **describe([cohort.only(met) for cohort in cohorts]),
         "n_slices": len(training_slices),
         "train_fraction": config.train_fraction,
         "n_held_out_subjects": len(np.unique(store.owners[held_out])),
@@ -113,6 +126,8 @@ def run_train(config: RunConfig) -> int:
         "seed": config.random_seed,
         "minutes": round((time.monotonic() - start) / 60, 1),
         "device": str(device),
+        "n_processes": fabric.world_size,
+        "precision": precision,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
@@ -125,10 +140,49 @@ def run_train(config: RunConfig) -> int:
     return 0
 
 
+def training_cohorts(config: RunConfig) -> list[Cohort]:
+    """Healthy scans to learn from: those of `bids_dir`, synthetic ones that are made here, or both.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if not config.synthetic:
+        return [healthy_cohort(config.bids_dir, config.modality)]
+    synthetic = _synthetic_cohort(config)
+    if config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
+        return [synthetic]
+    return [healthy_cohort(config.bids_dir, config.modality), synthetic]
+
+
+def _synthetic_cohort(config: RunConfig) -> Cohort:
+    """Healthy synthetic subjects, made in the scratch space unless an earlier run has done so."""
+    from bids_uad.simulation.anatomy import label_map_paths
+    from bids_uad.simulation.cohort import Cohort as Simulated
+    from bids_uad.simulation.cohort import make_cohort
+    from bids_uad.simulation.subject import World
+
+    world = World(
+        config.random_seed,
+        tuple(label_map_paths(config.label_maps)) if config.label_maps else World.sources,
+        scanners=max(1, config.synthetic // 2),
+    )
+    told = json.dumps([__version__, config.modality, config.synthetic, world.seed, world.sources])
+    folder = config.work_dir / f"synthetic-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    if not (folder / "participants.tsv").is_file():  # which is written last
+        simulated = Simulated(folder, world, (None,) * config.synthetic, (config.modality,), derivatives=True)
+        for done, name in enumerate(make_cohort(simulated, config.nprocs), start=1):
+            logger.info("Simulated %s (%d of %d)", name, done, config.synthetic)
+    cohort = healthy_cohort(folder, config.modality)
+    return Cohort(folder, cohort.scans, prefix="synthetic-")
+
+
 def _identity(config: RunConfig, detector: Any, store: Any) -> str:
     """Tell one training from another, so that none goes on where a different one stopped."""
     told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
-    text = json.dumps([*told, __version__, store.folder.name], sort_keys=True)
+    means = [config.precision, config.num_devices * config.num_nodes]
+    text = json.dumps([*told, *means, __version__, store.folder.name], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -162,48 +216,6 @@ def _load_backbone(detector: Any, weights: Path | None) -> None:
         raise InputError(weights, str(error), f"name the file of {backbone.name}") from error
 
 
-def healthy_scans(config: RunConfig) -> list[PreprocessedScan]:
-    """Preprocessed scans of the participants who are healthy by participants.tsv.
-
-    Raises
-    ------
-    InputError
-        If nobody is.
-    """
-    people = read_participants(config.bids_dir)
-    found = find_preprocessed(config.bids_dir, config.modality)
-    healthy = [scan for scan in found if healthy_flag(people.row(scan.subject))]
-    if not healthy:
-        raise InputError(
-            config.bids_dir / "participants.tsv",
-            f"none of the {len(found)} {config.modality} scans belongs to a healthy participant",
-            "name them `control` in a column `group`",
-        )
-    return healthy
-
-
-def describe_cohort(config: RunConfig, scans: list[PreprocessedScan]) -> dict[str, Any]:
-    """Say who a bundle learnt from: number, age range, sexes, scanners, source."""
-    people = read_participants(config.bids_dir)
-    rows = pd.DataFrame([people.row(scan.subject) for scan in scans])
-    ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
-    return {
-        "source": _dataset_name(config.bids_dir),
-        "n_scans": len(scans),
-        "n_subjects": len({scan.subject for scan in scans}),
-        "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
-        "sex": rows["sex"].value_counts().to_dict() if "sex" in rows else None,
-        "scanners": sorted(rows["scanner"].dropna().unique()) if "scanner" in rows else None,
-    }
-
-
-def _dataset_name(folder: Path) -> str:
-    path = folder / "dataset_description.json"
-    if not path.is_file():
-        return folder.name
-    return json.loads(path.read_text(encoding="utf-8")).get("Name", folder.name)
-
-
 def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
     from bids_uad.methods.base import GradientStage
 
@@ -221,8 +233,11 @@ def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Report]:
-    """Show progress: a bar on a terminal, a line of log now and then elsewhere."""
+def _progress(speaks: bool) -> Iterator[Report | None]:
+    """Show progress: a bar on a terminal, a line of log now and then elsewhere; of one process only."""
+    if not speaks:
+        yield None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
 

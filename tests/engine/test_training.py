@@ -13,6 +13,7 @@ import torch
 
 from bids_uad import space
 from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
 from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import Schedule, TrainingData, _Descent, rate, train_detector
@@ -70,7 +71,7 @@ def store(tmp_path_factory):
 def learn(detector, store, folder, report=None, held_out=0):
     """Train on all slices but the first `held_out`."""
     data = TrainingData(store, np.arange(held_out, len(store)), np.arange(held_out))
-    return train_detector(detector, data, Schedule(seed=3), folder, device=CPU, report=report)
+    return train_detector(detector, data, Schedule(seed=3), folder, fabric=start_fabric(CPU), report=report)
 
 
 def test_the_store_holds_the_slices(store):
@@ -88,7 +89,7 @@ def test_every_slice_is_seen_once_a_pass(store):
     data = TrainingData(store, np.arange(len(store)), np.arange(0))
     schedule = Schedule(seed=0, steps=10, batch_size=len(store) // 2)
     stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
-    descent = _Descent(Disyre(TINY), 0, stage, data, schedule, CPU)
+    descent = _Descent(Disyre(TINY), 0, stage, data, schedule, start_fabric(CPU))
     passes = [np.concatenate([descent._slices(step) for step in steps]) for steps in ((1, 2), (3, 4))]
     for order in passes:
         assert sorted(order) == list(range(len(store)))

@@ -28,6 +28,7 @@ class Scan:
     threshold: float | None = None
     sha256: str | None = None
     version: str = "0.1.0"
+    met: str = "no"
     n_components: float = 3
     n_lesions: float = 2
     n_lesions_detected: float = 1
@@ -66,6 +67,7 @@ class Scan:
             "app_version": self.version,
             "threshold": threshold,
             "threshold_name": "max_dice",
+            "model_has_met": self.met,
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
             "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,

@@ -53,7 +53,7 @@ def test_finds_sessions_entities_and_only_those_asked_for(tmp_path):
     [
         ("disyre", "riad", "differ from the file name"),
         ("threshold_name", "other", "no column threshold_name"),
-        ("max_dice\t", "max_dice\tmany", "not a number"),
+        ("max_dice\tno\t", "max_dice\tno\tmany", "not a number"),
     ],
 )
 def test_damaged_metrics_are_refused(tmp_path, old, new, problem):
@@ -107,6 +107,7 @@ def test_reads_the_tables_of_the_participant_level(tmp_path):
         "app_version": "0.1.0",
         "threshold": edges[2],
         "threshold_name": "max_dice",
+        "model_has_met": "no",
     }
     path = tmp_path / "sub-01" / "sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
     write_tsv(path, metrics_row(facts, labels, brain, lesion))

@@ -12,6 +12,7 @@ import pytest
 
 from bids_uad import space
 from bids_uad.cli.main import main
+from bids_uad.dataset.identity import by_content
 from bids_uad.levels.participant import run, workflow, writing
 from bids_uad.levels.participant.records import sha256_of
 from tests.dataset.skeleton import write_dataset, write_mask
@@ -363,3 +364,25 @@ def test_failed_report_is_told_apart(bench, monkeypatch, capsys):
     monkeypatch.setattr(run, "write_reports", lambda config, subjects: ["sub-01: but not its report: x"])
     assert bench.run() == 1
     assert "but not its report" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
+    bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz")
+    bundle = Path(bench.models[0])
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["training"] = {"subjects": [by_content(sha256_of.__wrapped__(bench.raw / T1W))]}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    assert bench.run() == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("disyre-T1w has met sub-01 in training") == 2  # before and after
+    assert "sub-02 in" not in said
+    assert "disyre-T2w has met" not in said
+    tables = list(bench.out.rglob("*_metrics.tsv"))
+    names = [f"{path.name.split('_')[0]} {path.name.split('desc-')[1][:3]}" for path in tables]
+    met = {
+        name: pd.read_csv(path, sep="\t").model_has_met[0] for name, path in zip(names, tables, strict=True)
+    }
+    assert met == {"sub-01 T1w": "training", "sub-01 T2w": "no", "sub-02 T1w": "no"}
+    assert main([str(bench.raw), str(bench.out), "group"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "disyre for T1w has met sub-01 in training" in said

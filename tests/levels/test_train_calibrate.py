@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from bids_uad import space
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cli.main import main
+from bids_uad.dataset.identity import by_name
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
 from bids_uad.networks.resnet import resnet18
 
@@ -179,6 +180,44 @@ def test_a_share_of_the_subjects_is_learnt_from(scans, tmp_path, share, code):
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert training["n_subjects"] == 1
     assert training["train_fraction"] == 0.5
+
+
+def test_a_bundle_knows_whom_it_has_met(models):
+    bundle = load_bundle(models / "intensity-T2w-lite")
+    learnt_from, judged_by, stranger = ({by_name("Thirty slices", f"sub-{k}")} for k in ("1", "3", "4"))
+    assert bundle.has_met(learnt_from) == ["training", "validation"]
+    assert bundle.has_met(judged_by) == ["validation"]
+    assert bundle.has_met(stranger) == []
+
+
+@pytest.mark.timeout(300)
+def test_synthetic_subjects_are_learnt_from_alone_or_beside_others(scans, tmp_path):
+    chosen = ["--synthetic", "1", "--seed", "3"]
+    assert call("none", tmp_path, "train", "intensity", *chosen) == 0
+    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
+    assert (training["source"], training["n_subjects"]) == ("Synthetic brains, seed 3", 1)
+    assert training["subjects"] == [by_name("Synthetic brains, seed 3", "sub-001")]
+    (image,) = tmp_path.glob("scratch/synthetic-*/sub-001/anat/*_T2w.nii.gz")
+    made = image.stat().st_mtime_ns
+    assert call(scans, tmp_path, "train", "intensity", *chosen) == 0
+    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
+    assert (training["source"], training["n_subjects"]) == ("Thirty slices; Synthetic brains, seed 3", 3)
+    assert image.stat().st_mtime_ns == made
+
+
+def test_networks_may_learn_in_bfloat16(scans, tmp_path):
+    weights = {}
+    for precision in ("fp32", "bf16"):
+        arguments = ["--steps", "2", "--batch-size", "2", "--nprocs", "1", "--precision", precision]
+        assert call(scans, tmp_path / precision, "train", "disyre", *arguments) == 0
+        bundle = load_bundle(tmp_path / precision / "disyre-T2w-lite")
+        assert bundle.info["training"]["precision"] == precision
+        weights[precision] = load_detector(bundle).state_dict()
+    changed = 0.0
+    for name, value in weights["fp32"].items():
+        torch.testing.assert_close(weights["bf16"][name], value, atol=0.05, rtol=0.05)
+        changed = max(changed, float((weights["bf16"][name] - value).abs().max()))
+    assert changed > 0
 
 
 def test_calibrating_nothing_is_said(scans, tmp_path, capsys):

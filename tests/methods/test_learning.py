@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.engine.inference import anomaly_map
+from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.registry import DETECTORS, build_detector
@@ -67,7 +68,11 @@ def test_planted_anomalies_rank_above_healthy_tissue(name, store, volumes, tmp_p
     torch.manual_seed(0)
     detector = build_detector(name, "lite")
     train_detector(
-        detector, TrainingData.all_of(store), Schedule(0, STEPS.get(name, OTHER_STEPS)), tmp_path, device=CPU
+        detector,
+        TrainingData.all_of(store),
+        Schedule(0, STEPS.get(name, OTHER_STEPS)),
+        tmp_path,
+        fabric=start_fabric(CPU),
     )
     gains = []
     for number, (volume, brain, planted) in enumerate(volumes):

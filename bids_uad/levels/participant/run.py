@@ -31,6 +31,7 @@ from bids_uad.levels.participant.outcome import (
     doubts,
     print_summary,
 )
+from bids_uad.levels.participant.overlap import overlaps
 from bids_uad.levels.participant.plan import Task, make_plan
 from bids_uad.levels.participant.plugin import IsolatedPlugin, NodeFailure, quieten
 from bids_uad.levels.participant.progress import Progress
@@ -93,6 +94,9 @@ def run_participant(config: RunConfig) -> int:
         random_seed=config.random_seed,
         precision=config.precision,
     )
+    met = overlaps(bundles, collection.units, config.bids_dir)
+    for line in met:
+        LOGGER.warning(line)
     if config.dry_run:
         _print_plan(tasks, collection, console)
         return OK
@@ -113,7 +117,7 @@ def run_participant(config: RunConfig) -> int:
     )
     unwritten = _report(config, outcomes, device)
     print_summary(outcomes, tasks, config.output_dir, console)
-    for line in doubts(outcomes, tasks, config.output_dir):
+    for line in met + doubts(outcomes, tasks, config.output_dir):
         LOGGER.warning(line)
     for line in [outcome.message for outcome in outcomes if not outcome.good] + unwritten:
         LOGGER.error(line)

@@ -18,6 +18,7 @@ from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.detection import AddQuality, Detect, Postprocess
 from bids_uad.levels.participant.means import Means
+from bids_uad.levels.participant.overlap import model_has_met
 from bids_uad.levels.participant.plan import Task, model_identity
 from bids_uad.levels.participant.records import Record, record_path, write_record
 from bids_uad.space import NAME
@@ -182,6 +183,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             "app_version": __version__,
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
+            "model_has_met": model_has_met(bundle, unit, config.bids_dir),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
         sidecars=sidecars.detection_sidecars(files, inputs, model, run),

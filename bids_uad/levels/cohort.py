@@ -1,0 +1,96 @@
+"""The people behind a model: whom `train` and `calibrate` have worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.dataset.identity import identities, source_name
+from bids_uad.dataset.participants import healthy_flag, read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Preprocessed scans of one dataset.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    scans : tuple of PreprocessedScan
+    prefix : str
+        Put before its subjects' labels where two cohorts are mixed.
+    """
+
+    folder: Path
+    scans: tuple[PreprocessedScan, ...]
+    prefix: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the dataset is called."""
+        return source_name(self.folder) or self.folder.name
+
+    def only(self, names: set[str]) -> Cohort:
+        """Those scans that belong to subjects of these full names."""
+        kept = tuple(scan for scan in self.scans if self.full_name(scan) in names)
+        return Cohort(self.folder, kept, self.prefix)
+
+    def full_name(self, scan: PreprocessedScan) -> str:
+        """Whose scan it is, told apart from those of other cohorts."""
+        return f"{self.prefix}{scan.subject}"
+
+
+def healthy_cohort(folder: Path, modality: str) -> Cohort:
+    """Scans of the participants who are healthy by participants.tsv.
+
+    Raises
+    ------
+    InputError
+        If nobody is.
+    """
+    people = read_participants(folder)
+    found = find_preprocessed(folder, modality)
+    healthy = [scan for scan in found if healthy_flag(people.row(scan.subject))]
+    if not healthy:
+        raise InputError(
+            folder / "participants.tsv",
+            f"none of the {len(found)} {modality} scans belongs to a healthy participant",
+            "name them `control` in a column `group`",
+        )
+    return Cohort(folder, tuple(healthy))
+
+
+def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
+    """Say who they are: number, age range, sexes, scanners, sources, and hashes that tell them again.
+
+    Parameters
+    ----------
+    cohorts : sequence of Cohort
+
+    Returns
+    -------
+    dict
+        JSON types only.
+    """
+    rows = []
+    for cohort in cohorts:
+        people = read_participants(cohort.folder)
+        rows += [people.row(scan.subject) for scan in cohort.scans]
+    rows = pd.DataFrame(rows)
+    ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
+    met = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
+    return {
+        "source": "; ".join(cohort.name for cohort in cohorts),
+        "n_scans": len(rows),
+        "n_subjects": sum(len(subjects) for subjects in met.values()),
+        "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
+        "sex": rows["sex"].value_counts().to_dict() if "sex" in rows else None,
+        "scanners": sorted(rows["scanner"].dropna().unique()) if "scanner" in rows else None,
+        "subjects": sorted(set().union(*(identities(folder, subjects) for folder, subjects in met.items()))),
+    }

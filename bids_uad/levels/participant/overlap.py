@@ -1,0 +1,57 @@
+"""Subjects that a model has met before: what it says about them is no test of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bids_uad.dataset.identity import by_content, by_name, source_name
+from bids_uad.dataset.units import ImageUnit
+from bids_uad.engine.bundle import Bundle
+from bids_uad.levels.participant.records import sha256_of
+
+STRANGER = "no"
+
+
+def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
+    """Say where a model has met the subject of an image.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    unit : ImageUnit
+    bids_dir : pathlib.Path
+
+    Returns
+    -------
+    str
+        ``no``, ``training``, ``validation`` or ``training and validation``.
+    """
+    hashes = {by_content(sha256_of(unit.path))}
+    name = source_name(bids_dir)
+    if name:
+        hashes.add(by_name(name, f"sub-{unit.subject}"))
+    return " and ".join(bundle.has_met(hashes)) or STRANGER
+
+
+def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[str]:
+    """Warn of models that have met subjects of this run.
+
+    Returns
+    -------
+    list of str
+        A line for each model and cohort.
+    """
+    lines = []
+    for bundle in bundles:
+        met: dict[str, set[str]] = {}
+        for unit in units:
+            if unit.modality == bundle.modality:
+                met.setdefault(model_has_met(bundle, unit, bids_dir), set()).add(f"sub-{unit.subject}")
+        met.pop(STRANGER, None)
+        lines += [
+            f"{bundle.name} has met {', '.join(sorted(subjects))} in {where}: how well it does on them says "
+            "nothing about others"
+            for where, subjects in sorted(met.items())
+        ]
+    return lines

@@ -1,0 +1,38 @@
+"""Several processes learn what one learns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bids_uad.engine.store import SliceStore
+
+from .learn_together import Toy, ToyHyper
+from .test_training import store  # noqa: F401 - a fixture
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_end_where_one_does(store: SliceStore, tmp_path):  # noqa: F811
+    for processes in (1, 2):
+        script = Path(__file__).with_name("learn_together.py")
+        folder, weights = tmp_path / f"of-{processes}", tmp_path / f"weights-{processes}"
+        command = [sys.executable, script, store.folder, folder, str(processes), weights]
+        subprocess.run(command, check=True, capture_output=True, timeout=240)
+    torch.manual_seed(0)
+    start = Toy(ToyHyper()).state_dict()
+    alone, first, second = (
+        load_file(tmp_path / f"weights-{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    )
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
+        assert (value - start[name]).abs().max() > 1e-2
+    losses = [pd.read_csv(tmp_path / f"of-{processes}" / "training.csv")["loss"] for processes in (1, 2)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)

@@ -1,0 +1,28 @@
+"""What the training loop relies on, for every stage of every detector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bids_uad.methods.base import Batch, GradientStage
+from bids_uad.methods.registry import DETECTORS, build_detector
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_weight_of_a_stage_takes_part_in_its_loss(name):
+    """Processes that share a training wait for the gradient of each of them."""
+    torch.manual_seed(0)
+    detector = build_detector(name, "lite").train()
+    size = detector.field_of_view
+    brain = torch.zeros(2, 1, *size, dtype=torch.bool)
+    brain[..., 40:120, 50:140] = True
+    tissue = torch.where(brain[:, 0], torch.randint(1, 6, (2, *size)), 0)
+    batch = Batch(torch.rand(2, 1, *size) * brain, brain, tissue)
+    for stage in detector.stages():
+        if not isinstance(stage, GradientStage):
+            continue
+        stage.loss(batch, torch.Generator().manual_seed(0)).backward()
+        for label, weight in stage.module.named_parameters():
+            assert weight.grad is not None, label
+        detector.zero_grad()
