@@ -13,6 +13,7 @@ TOLERABLE_FPR = 0.02  # of healthy brain voxels, at the threshold that makes mas
 # Relative resolution 0.1 %, fine enough that no threshold is moved by binning.
 FINE_EDGES = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 27_632), [np.inf]])
 FINAL_BINS = 2_000
+UNSPECIFIED = "unspecified"
 
 
 class ThresholdEstimator:
@@ -25,11 +26,23 @@ class ThresholdEstimator:
         bins = len(FINE_EDGES) - 1
         self.healthy = np.zeros(bins, dtype=np.int64)
         self.everything = np.zeros(bins, dtype=np.int64)
-        self.dice_sum = np.zeros(bins)
+        self.dice_sums: dict[str, np.ndarray] = {}
+        self.n_lesions: dict[str, int] = {}
         self.n_healthy = 0
-        self.n_lesion = 0
 
-    def add(self, scores: np.ndarray, brain: np.ndarray, lesion: np.ndarray | None) -> None:
+    @property
+    def n_lesion(self) -> int:
+        """Volumes with lesions so far."""
+        return sum(self.n_lesions.values())
+
+    @property
+    def dice_sum(self) -> np.ndarray:
+        """Sum of their Dice by bin."""
+        return sum(self.dice_sums.values(), np.zeros(len(FINE_EDGES) - 1))
+
+    def add(
+        self, scores: np.ndarray, brain: np.ndarray, lesion: np.ndarray | None, kind: str = UNSPECIFIED
+    ) -> None:
         """Take in one map.
 
         Parameters
@@ -38,6 +51,8 @@ class ThresholdEstimator:
         brain : numpy.ndarray of bool
         lesion : numpy.ndarray of bool or None
             None for a healthy scan.
+        kind : str
+            Of the lesion.
         """
         rest, inside = score_counts(scores, brain, lesion, FINE_EDGES)
         self.everything += rest
@@ -49,8 +64,9 @@ class ThresholdEstimator:
         if inside.sum() == 0:
             raise ValueError("the lesion mask holds no brain voxel")
         positive = above(inside)
-        self.dice_sum += 2 * positive / (positive + above(rest) + inside.sum())
-        self.n_lesion += 1
+        dice = 2 * positive / (positive + above(rest) + inside.sum())
+        self.dice_sums[kind] = self.dice_sums.get(kind, 0) + dice
+        self.n_lesions[kind] = self.n_lesions.get(kind, 0) + 1
 
     def thresholds(self) -> dict[str, float]:
         """Fixed thresholds.
@@ -111,6 +127,13 @@ class ThresholdEstimator:
                 "mean_dice": {name: float(self.dice_sum[k] / self.n_lesion) for name, k in at.items()}
                 if self.n_lesion
                 else {},
+                "by_kind": {
+                    kind: {
+                        "n": self.n_lesions[kind],
+                        "mean_dice": {name: float(total[k] / self.n_lesions[kind]) for name, k in at.items()},
+                    }
+                    for kind, total in sorted(self.dice_sums.items())
+                },
             },
             # JSON has no infinity: the last bin's upper edge is understood.
             "bin_edges": self.bin_edges()[:-1].tolist(),

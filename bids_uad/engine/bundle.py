@@ -18,6 +18,8 @@ from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bids_uad.methods.base import Detector
 
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
@@ -270,6 +272,9 @@ def save_bundle(
 ) -> Bundle:
     """Write a trained detector as a bundle.
 
+    Weights of preset ``lite`` are stored as half floats, since they travel with the package. They are
+    calibrated as stored.
+
     Parameters
     ----------
     folder : pathlib.Path
@@ -284,14 +289,22 @@ def save_bundle(
     Returns
     -------
     Bundle
+
+    Raises
+    ------
+    ModelError
+        If a weight is no number, or too large to store.
     """
     from safetensors.torch import save_file
 
+    tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
+    if preset == "lite":
+        tensors = {key: _halved(key, value) for key, value in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").unlink(missing_ok=True)
     weights = folder / "weights.safetensors"
     with atomic_path(weights) as temporary:
-        save_file({key: value.contiguous().cpu() for key, value in detector.state_dict().items()}, temporary)
+        save_file(tensors, temporary)
         temporary.chmod(0o644)  # it is written for its owner alone, but containers run as anybody
     write_text(folder / "MODEL_CARD.md", card)
     write_json(
@@ -308,3 +321,13 @@ def save_bundle(
         },
     )
     return load_bundle(folder)
+
+
+def _halved(name: str, value: Tensor) -> Tensor:
+    """Store a tensor of floats as half floats."""
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    if not half.isfinite().all():
+        raise ModelError(f"{name} holds numbers that are not finite as half floats; was the training stable?")
+    return half

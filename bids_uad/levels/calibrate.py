@@ -13,7 +13,7 @@ import numpy as np
 
 from bids_uad.atomic import write_json, write_text
 from bids_uad.config import RunConfig
-from bids_uad.dataset.participants import healthy_flag, read_participants
+from bids_uad.dataset.participants import cohort_of, healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.cohort import Cohort, describe
@@ -94,7 +94,7 @@ def run_calibrate(config: RunConfig) -> int:
             protocol=bundle.protocol,
             execution=execution,
         )
-        estimator.add(scores, brain, lesion)
+        estimator.add(scores, brain, lesion, cohort_of(people.row(scan.subject)))
     calibration = estimator.summary()
     calibration["cohort"] = describe([Cohort(config.bids_dir, tuple(scans))])
     calibration["weights_sha256"] = bundle.sha256

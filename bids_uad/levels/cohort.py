@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +86,22 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
     rows = pd.DataFrame(rows)
     ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
     met = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
+    licences = [_licence(cohort.folder) for cohort in cohorts]
     return {
         "source": "; ".join(cohort.name for cohort in cohorts),
+        "licence": "; ".join(dict.fromkeys(licences)),
         "n_scans": len(rows),
         "n_subjects": sum(len(subjects) for subjects in met.values()),
         "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
         "sex": rows["sex"].value_counts().to_dict() if "sex" in rows else None,
         "scanners": sorted(rows["scanner"].dropna().unique()) if "scanner" in rows else None,
+        "anatomies": sorted(rows["anatomy"].dropna().unique()) if "anatomy" in rows else None,
         "subjects": sorted(set().union(*(identities(folder, subjects) for folder, subjects in met.items()))),
     }
+
+
+def _licence(folder: Path) -> str:
+    """Licence of a dataset by its description."""
+    path = folder / "dataset_description.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return told.get("License", "not given")

@@ -7,6 +7,7 @@ from typing import Any
 from bids_uad.config import RunConfig
 
 VALIDATION = "\n## Validation\n"
+POOR_DICE = 0.1
 
 
 def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
@@ -40,12 +41,14 @@ trained numbers. It has only seen healthy brains.
 
 ## Training
 
-- Source: {training["source"]}
+- Source: {training["source"]}; licence of the scans: {training["licence"]}
 - {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
 - Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}
 - Sex: {sexes or "not given"}
 - Scanners: {", ".join(training["scanners"] or ["not given"])}
-- Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]}, torch {training["torch"]}
+- Anatomies of synthetic scans: {", ".join(training["anatomies"] or ["none is synthetic"])}
+- Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]} in {training["precision"]},
+  torch {training["torch"]}
 
 {stages}
 
@@ -56,6 +59,22 @@ trained numbers. It has only seen healthy brains.
     bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset}
 """
+
+
+def _failures(calibration: dict[str, Any]) -> str:
+    """What a model is known to fail at, from its validation."""
+    default = calibration["default_threshold"]
+    missed = [
+        f"- Finds little of {kind}: mean Dice {found['mean_dice'][default]:.3f} in {found['n']} scans."
+        for kind, found in calibration["validation"]["by_kind"].items()
+        if found["mean_dice"][default] < POOR_DICE
+    ]
+    always = [
+        "- Children, contrast agents, post-mortem scans and other sequences are outside what it has seen.",
+        "- What is rare and harmless (large perivascular spaces, cysts, remnants of skull or vessels that brain",
+        "  extraction left) scores high, too.",
+    ]
+    return "\n".join([*missed, *always])
 
 
 def add_validation(card: str, calibration: dict[str, Any]) -> str:
@@ -91,4 +110,8 @@ lesions. The thresholds were fixed on these very scans.
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|
 {rows}
+
+## Known failures
+
+{_failures(calibration)}
 """

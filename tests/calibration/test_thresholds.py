@@ -47,6 +47,25 @@ def volumes():
     return healthy, sick
 
 
+def test_kinds_of_lesion_are_told_apart(volumes):
+    _, sick = volumes
+    estimator = ThresholdEstimator()
+    brain = np.ones((20, 20, 20), dtype=bool)
+    for kind, (scores, lesion) in zip(("stroke", "ms", "ms"), sick, strict=True):
+        estimator.add(scores, brain, lesion, kind)
+    found = estimator.summary()
+    threshold = found["thresholds"]["max_dice"]
+
+    def dice(scores, lesion):
+        return 2 * ((scores > threshold) & lesion).sum() / ((scores > threshold).sum() + lesion.sum())
+
+    literal = [dice(*volume) for volume in sick]
+    by_kind = found["validation"]["by_kind"]
+    assert by_kind["stroke"] == {"n": 1, "mean_dice": {"max_dice": pytest.approx(literal[0])}}
+    assert by_kind["ms"] == {"n": 2, "mean_dice": {"max_dice": pytest.approx(np.mean(literal[1:]))}}
+    assert found["validation"]["mean_dice"]["max_dice"] == pytest.approx(np.mean(literal))
+
+
 def estimate(volumes):
     healthy, sick = volumes
     estimator = ThresholdEstimator()

@@ -56,6 +56,23 @@ def test_a_detector_survives_the_round_trip(folder):
     assert (folder / "weights.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+def test_weights_of_lite_are_stored_as_half_floats(tmp_path):
+    torch.manual_seed(0)
+    detector = PatchCore(TINY)
+    for preset in ("lite", "default"):
+        save_bundle(tmp_path / preset, detector, preset=preset, modality="T1w", training={}, card="")
+    sizes = [(tmp_path / preset / "weights.safetensors").stat().st_size for preset in ("lite", "default")]
+    assert sizes[0] < 0.8 * sizes[1]
+    stored = load_detector(load_bundle(tmp_path / "lite")).state_dict()
+    for name, value in detector.state_dict().items():
+        assert stored[name].dtype == value.dtype
+        torch.testing.assert_close(stored[name], value, rtol=2**-11, atol=2**-24)
+    detector.spread.fill_(1e5)
+    with pytest.raises(ModelError, match="spread holds numbers that are not finite"):
+        save_bundle(tmp_path / "lite", detector, preset="lite", modality="T1w", training={}, card="")
+    load_bundle(tmp_path / "lite")  # what was there still is
+
+
 def test_training_again_forgets_the_thresholds(folder):
     save_bundle(folder, PatchCore(TINY), preset="tiny", modality="T1w", training={}, card="")
     with pytest.raises(ModelError, match="no thresholds"):

@@ -1,0 +1,137 @@
+"""The benchmark of the packaged models on simulated scans that they have not met.
+
+``python -m benchmarks.simulated TEST OUT`` scores the preprocessed scans of TEST with every model, leaves the
+score tables of the participant level in OUT (what is there is not made again), runs the group level on them,
+and writes ``benchmarks/results/simulated.tsv``: a row for all lesions and one for each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import track
+
+from benchmarks.scan import read
+from bids_uad import __version__
+from bids_uad.atomic import write_tsv
+from bids_uad.calibration.histogram import score_counts
+from bids_uad.cli.main import main as bids_uad
+from bids_uad.dataset.identity import identities
+from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
+from bids_uad.engine.inference import anomaly_map
+from bids_uad.levels.participant.maps import anomaly_mask, histogram_table, label_components, metrics_row
+from bids_uad.methods.base import Detector
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = {
+    "detector": "detector",
+    "modality": "modality",
+    "cohort": "lesion",
+    "n_lesion_scans": "scans",
+    "threshold_name": "threshold",
+    "dice_mean": "Dice, fixed threshold",
+    "dice_optimal": "Dice, best threshold",
+    "auprc_mean": "AUPRC",
+    "fpr_healthy_mean": "healthy FPR",
+    "fpr_healthy_at_1pct": "healthy FPR at fpr_1pct",
+}
+
+
+def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, Path]:
+    """Say where the score tables of a scan lie: metrics and histogram."""
+    stem = scan.image.name.split("_desc-")[0] + f"_desc-{detector_desc(bundle.modality, bundle.detector)}"
+    folder = out / scan.subject / "anat"
+    return folder / f"{stem}_metrics.tsv", folder / f"{stem}_histogram.tsv"
+
+
+def score(scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[str], out: Path) -> None:
+    """Score a scan and write its tables."""
+    metrics, histogram = tables_of(scan, bundle, out)
+    volume, brain = read(scan.image), read(scan.brain) > 0
+    # Whoever is not healthy has a mask; a healthy brain has none.
+    lesion = read(scan.lesion) > 0 if scan.lesion else None
+    scores = anomaly_map(detector, volume, brain, key=scan.key, protocol=bundle.protocol)
+    name, threshold = bundle.default_threshold
+    labels = label_components(anomaly_mask(scores, brain, threshold))
+    facts = {
+        "source_image": f"{scan.subject}/anat/{scan.image.name}",
+        "modality": bundle.modality,
+        "detector": bundle.detector,
+        "preset": bundle.preset,
+        "model_sha256": bundle.sha256,
+        "app_version": __version__,
+        "threshold": repr(threshold),
+        "threshold_name": name,
+        "model_has_met": " and ".join(met) or "no",
+    }
+    write_tsv(
+        histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
+    )
+    write_tsv(metrics, metrics_row(facts, labels, brain, lesion))
+
+
+def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> float:
+    """Mean share of healthy brain voxels above the threshold ``fpr_1pct``."""
+    shares = []
+    for scan in scans:
+        if scan.lesion is None:
+            table = pd.read_csv(tables_of(scan, bundle, out)[1], sep="\t")
+            above = table["score_lower"] >= bundle.thresholds["fpr_1pct"] * (1 - 1e-12)
+            shares.append(table.loc[above, "n_nonlesion"].sum() / table["n_nonlesion"].sum())
+    return float(np.mean(shares))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Rows of a table as Markdown, numbers with three digits."""
+    rows = [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
+        for row in table.itertuples(index=False)
+    ]
+    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Score, group, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", nargs="+", help="packaged names or paths (default: all packaged)")
+    parser.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
+    parser.add_argument("--only-score", action="store_true", help="leave the tables to another run")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    bundles = resolve_bundles(args.models, args.modalities)
+    rates = []
+    for bundle in bundles:
+        scans = find_preprocessed(args.test, bundle.modality)
+        missing = [scan for scan in scans if not tables_of(scan, bundle, args.out)[0].is_file()]
+        detector = load_detector(bundle) if missing else None
+        for scan in track(missing, description=bundle.name):
+            met = bundle.has_met(identities(args.test, [scan.subject]))
+            score(scan, bundle, detector, met, args.out)
+        rates.append(
+            {
+                "detector": bundle.detector,
+                "modality": bundle.modality,
+                "fpr_healthy_at_1pct": healthy_fpr(scans, bundle, args.out),
+            }
+        )
+    if args.only_score:
+        return
+    if bids_uad([str(args.test), str(args.out), "group"]):
+        raise SystemExit("the group level failed")
+    benchmark = pd.read_csv(args.out / "group_benchmark.tsv", sep="\t").merge(pd.DataFrame(rates))
+    table = benchmark[list(COLUMNS)].rename(columns=COLUMNS)
+    write_tsv(RESULTS / "simulated.tsv", table.round(4))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
