@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench models lint format clean
+.PHONY: demo test test-slow bench models models-T1w models-T2w models-tested lint format clean
 
 # torch first and by its exact version, so that nothing pulls another build in.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -34,21 +34,38 @@ test-slow: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.detectors
 	$(BIN)/python -m benchmarks.options
+	$(BIN)/python -m benchmarks.training
 
-# How the packaged models were made; LABELMAPS is a folder of whole-head *_dseg.nii.gz (SynthSeg's training maps).
-models: $(VENV)/installed
-	$(BIN)/python -m bids_uad.simulation $(MODELS)/train --healthy 64 --labelmaps $(LABELMAPS) --seed 1 \
-	    --derivatives --nprocs $(NPROCS)
-	$(BIN)/python -m bids_uad.simulation $(MODELS)/validation --healthy 8 --lesion 8 --labelmaps $(LABELMAPS) --seed 2 \
-	    --derivatives --nprocs $(NPROCS)
-	for modality in T1w T2w; do \
-	    for detector in disyre patchcore intensity; do \
-	        $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector \
-	            --modality $$modality --preset lite --random-seed 1 -w $(MODELS)/work && \
-	        $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector \
-	            --modality $$modality --preset lite || exit 1; \
-	    done; \
+# How the packaged models were made, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS holds
+# SynthSeg's training maps: ten to learn from, three to calibrate on, three to test on. LESIONS holds masks of real lesions
+# in MNI space and a lesions.tsv. `make models-tested` is the benchmark of the README.
+DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
+MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
+SIMULATE = $(BIN)/python -m bids_uad.simulation
+SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
+
+models: models-T1w models-T2w
+
+models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
+	for detector in $(DETECTORS); do \
+	    $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector --modality $* --preset lite \
+	        --random-seed 1 --nprocs 1 -w $(MODELS)/work && \
+	    $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector --modality $* \
+	        --preset lite --nprocs 1 || exit 1; \
 	done
+
+models-tested: $(MODELS)/test/participants.tsv
+	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested
+
+$(MODELS)/train/participants.tsv: $(VENV)/installed
+	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives --nprocs $(NPROCS) \
+	    --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10)
+
+$(MODELS)/validation/participants.tsv: $(VENV)/installed
+	$(SIMULATE) $(@D) $(SICK) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
+
+$(MODELS)/test/participants.tsv: $(VENV)/installed
+	$(SIMULATE) $(@D) $(SICK) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

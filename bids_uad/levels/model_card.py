@@ -71,8 +71,7 @@ def _failures(calibration: dict[str, Any]) -> str:
     ]
     always = [
         "- Children, contrast agents, post-mortem scans and other sequences are outside what it has seen.",
-        "- What is rare and harmless (large perivascular spaces, cysts, remnants of skull or vessels that brain",
-        "  extraction left) scores high, too.",
+        "- What is rare and harmless (large perivascular spaces, cysts, remnants of skull) scores high, too.",
     ]
     return "\n".join([*missed, *always])
 
