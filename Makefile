@@ -57,14 +57,14 @@ models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/vali
 models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested
 
-$(MODELS)/train/participants.tsv: $(VENV)/installed
+$(MODELS)/train/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives --nprocs $(NPROCS) \
 	    --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10)
 
-$(MODELS)/validation/participants.tsv: $(VENV)/installed
+$(MODELS)/validation/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(SICK) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
 
-$(MODELS)/test/participants.tsv: $(VENV)/installed
+$(MODELS)/test/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(SICK) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
 
 lint: $(VENV)/installed

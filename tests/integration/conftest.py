@@ -33,6 +33,9 @@ def bids_uad(*arguments: object, timeout: float = 1500) -> subprocess.CompletedP
     )
 
 
+DETECTORS = ("disyre", "patchcore", "intensity")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """One healthy subject and one with a stroke, T1w and T2w, raw BIDS."""
@@ -59,10 +62,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(data, tmp_path_factory) -> Run:
-    """Participant and group level with everything that is packaged."""
+    """Participant and group level with three detectors."""
     base = tmp_path_factory.mktemp("whole")
     done = bids_uad(
         data, base / "out", "participant", "group", "-w", base / "work", "--nprocs", "2",
-        "-d", f"lesions={data / 'derivatives' / 'lesions'}",
+        "-d", f"lesions={data / 'derivatives' / 'lesions'}", "--models", *DETECTORS,
     )  # fmt: skip
     return Run(done.returncode, done.stdout + done.stderr, base / "out", data)

@@ -14,8 +14,7 @@ import pandas as pd
 import pytest
 
 from bids_uad import space
-from bids_uad.engine.bundle import packaged_bundles
-from tests.integration.conftest import bids_uad
+from tests.integration.conftest import DETECTORS, bids_uad
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -59,7 +58,7 @@ def test_input_is_valid_bids(run):
 
 def test_maps_are_on_the_grid_and_inside_the_brain(run):
     maps = sorted(run.out.rglob("*_anomalymap.nii.gz"))
-    assert len(maps) == 2 * len(packaged_bundles())
+    assert len(maps) == 2 * 2 * len(DETECTORS)
     for path in maps:
         image = nib.load(path)
         assert image.shape == space.SHAPE
