@@ -70,6 +70,7 @@ def run_train(config: RunConfig) -> int:
     from bids_uad.engine.protocol import protocol_of
     from bids_uad.engine.store import SliceStore, Subject
     from bids_uad.engine.training import Schedule, TrainingData, train_detector
+    from bids_uad.levels.backbone import give_backbone
     from bids_uad.methods.hyper import change_hyper
     from bids_uad.methods.registry import build_detector, preset_of
 
@@ -85,7 +86,7 @@ def run_train(config: RunConfig) -> int:
         raise ConfigError(error.args[0]) from None
     except ValueError as error:
         raise ConfigError(f"--hyper: {error}") from None
-    _load_backbone(detector, config.backbone_weights)
+    backbone = give_backbone(detector, config.backbone_weights)
     with fabric.rank_zero_first():
         cohorts = training_cohorts(config)
         store = SliceStore.open_or_build(
@@ -131,6 +132,10 @@ def run_train(config: RunConfig) -> int:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+    if backbone is not None:
+        training["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
+        # Whom its features come from, the model has met, too.
+        training["subjects"] = sorted({*training["subjects"], *backbone.info["training"]["subjects"]})
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     card = model_card(config, training, parameters)
     bundle = save_bundle(
@@ -181,39 +186,9 @@ def _synthetic_cohort(config: RunConfig) -> Cohort:
 def _identity(config: RunConfig, detector: Any, store: Any) -> str:
     """Tell one training from another, so that none goes on where a different one stopped."""
     told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
-    means = [config.precision, config.num_devices * config.num_nodes]
+    means = [str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes]
     text = json.dumps([*told, *means, __version__, store.folder.name], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _load_backbone(detector: Any, weights: Path | None) -> None:
-    """Give a detector whose backbone comes trained the weights of that backbone.
-
-    Raises
-    ------
-    ConfigError
-        If they are needed and not given, or the other way round.
-    InputError
-        If the file does not hold them.
-    """
-    backbone = getattr(detector.hyper, "backbone", None)
-    if backbone is None or not backbone.pretrained:
-        if weights is not None:
-            raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
-        return
-    if weights is None:
-        raise ConfigError(
-            f"{detector.name} looks at features of {backbone.name}, which is trained on ImageNet and not "
-            "part of bids_uad: download torchvision's weights and name the file, or the cache that holds it "
-            "(~/.cache/torch/hub), with --backbone-weights, or "
-            "choose --preset lite, whose features are trained on your scans"
-        )
-    from bids_uad.networks.backbones import find_published
-
-    try:
-        detector.backbone.load_published(find_published(weights, backbone.name))
-    except ValueError as error:
-        raise InputError(weights, str(error), f"name the file of {backbone.name}") from error
 
 
 def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:

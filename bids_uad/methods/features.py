@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.networks.backbones import BackboneConfig, build_backbone
@@ -25,11 +25,17 @@ class FeatureDetector(Detector):
     def __init__(self, hyper: Any) -> None:
         super().__init__(hyper)
         self.backbone = build_backbone(hyper.backbone)
+        self._backbone_is_given = hyper.backbone.pretrained
+
+    def use_backbone(self, other: nn.Module) -> None:
+        """Take the weights of a trained backbone of the same make, instead of training one."""
+        self.backbone.load_state_dict(other.state_dict())
+        self._backbone_is_given = True
 
     def backbone_stages(self) -> list[GradientStage]:
         """The stage that trains a backbone of our own; none where it comes trained."""
         config: BackboneConfig = self.hyper.backbone
-        if config.pretrained:
+        if self._backbone_is_given:
             return []
         return [
             GradientStage.scheduled("features", self.backbone, self.tissue_loss, config, needs_tissue=True)

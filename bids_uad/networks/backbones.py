@@ -80,6 +80,10 @@ class BackboneConfig:
         """Whether the weights come from a file."""
         return self.name != TISSUE
 
+    def same_network(self, other: BackboneConfig) -> bool:
+        """Say whether another detector looks at the same network, be it at other maps of it."""
+        return (self.name, self.classes, self.widths) == (other.name, other.classes, other.widths)
+
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of the maps that are taken."""

@@ -264,3 +264,25 @@ def test_imagenet_weights_travel_in_the_bundle(scans, tmp_path):
     assert main([*command, *extra, "-w", str(tmp_path / "scratch")]) == 0
     detector = load_detector(load_bundle(tmp_path / "models" / "fae-T2w-default"), "cpu")
     torch.testing.assert_close(detector.backbone.network.conv1.weight, network.conv1.weight)
+
+
+@pytest.mark.timeout(300)
+def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
+    for scan in scans.glob("sub-*/anat/*_desc-brain_mask.nii.gz"):
+        brain = nib.load(scan)
+        target = scan.with_name(scan.name.replace("desc-brain_mask", "desc-tissue_dseg"))
+        nib.save(space.to_image(np.asarray(brain.dataobj), np.uint8), target)
+    few = ["--steps", "2", "--batch-size", "2", "--nprocs", "1"]
+    hyper = ["--hyper", "bank=64", "candidates=500", "bank_slices=20"]
+    assert call(scans, tmp_path, "train", "patchcore", *few, *hyper) == 0
+    first = tmp_path / "patchcore-T2w-lite"
+    assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(first)) == 0
+    second = load_bundle(tmp_path / "uniad-T2w-lite")
+    assert second.info["training"]["backbone"]["sha256"] == load_bundle(first).sha256
+    assert [stage["name"] for stage in second.info["training"]["stages"]] == ["transformer"]
+    weights = [load_detector(load_bundle(folder)).backbone.state_dict() for folder in (first, second.folder)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    intensity = tmp_path / "intensity-T2w-lite"
+    assert call(scans, tmp_path, "train", "intensity") == 0
+    assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(intensity)) == 66
+    assert "another backbone" in capsys.readouterr().err
