@@ -124,7 +124,9 @@ def train_detector(
         If a stage needs tissue classes and the store has none, or the loss is no number any more.
     """
     device = fabric.device
-    detector.to(device)
+    # Only what a stage trains is in training mode, and all is laid out alike, so that features are the same
+    # to the bit whether they were learnt a moment ago or come from a checkpoint.
+    detector.to(device, memory_format=torch.channels_last).eval()
     checkpoint = Checkpoint(folder / "checkpoint.safetensors")
     position = checkpoint.restore(detector)
     log = TrainingLog(folder / "training.csv", keep=position)
@@ -195,7 +197,7 @@ class _Descent:
         self.fabric, self.device = fabric, fabric.device
         self.steps = schedule.steps or stage.steps
         self.batch_size = schedule.batch_size or stage.batch_size
-        self.module = stage.module.train().to(memory_format=torch.channels_last)
+        self.module = stage.module.train()
         self.average = MovingAverage(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
         self.loss, self.stepper = fabric.setup(_Loss(stage), self.optimiser)

@@ -20,6 +20,7 @@ from bids_uad.engine.training import Schedule, TrainingData, _Descent, rate, tra
 from bids_uad.methods.base import GradientStage
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
+from bids_uad.methods.uniad import UniAD
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.corruptions import AnomalyConfig
 from bids_uad.networks.ddpmpp import DDPMppConfig
@@ -225,3 +226,25 @@ def test_moving_average_keeps_batch_statistics():
     module(torch.randn(8, 2) + 5)
     average.update(module)
     assert torch.equal(average.average.running_mean, module.running_mean)
+
+
+def test_features_stay_what_they_are_when_a_later_stage_is_gone_on_with(store, tmp_path):
+    """What is not being trained keeps its batch statistics, whether or not the run was broken off."""
+    backbone = BackboneConfig(widths=(4, 8, 8, 16), window=(96, 96), steps=3, batch_size=2)
+    hyper = replace(UniAD.presets["lite"], backbone=backbone, steps=3, batch_size=2)
+
+    def detector():
+        torch.manual_seed(0)
+        return UniAD(hyper)
+
+    def stop(stage, step, steps, loss):
+        if stage == "transformer":
+            raise KeyboardInterrupt
+
+    whole, broken, gone_on = detector(), detector(), detector()
+    learn(whole, store, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learn(broken, store, tmp_path / "broken", stop)
+    learn(gone_on, store, tmp_path / "broken")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(gone_on.state_dict()[name], value), name
