@@ -209,6 +209,19 @@ def _write_detection(
     return finding
 
 
+def _meetings(found: Sequence[tuple[Detection, Finding]]) -> list[str]:
+    """Say which models have met the participant before."""
+    met = {
+        detector_name(detection.detector.lower()): str(detection.metrics.get("model_has_met", "no"))
+        for detection, _ in found
+    }
+    return [
+        f"The model of {name} has met this participant in {where}: this is no test of it."
+        for name, where in met.items()
+        if where != "no"
+    ]
+
+
 def _summary(
     findings: Sequence[tuple[Image, Sequence[tuple[Detection, Finding]]]],
     reference: Reference,
@@ -224,7 +237,7 @@ def _summary(
         }
         sidecar = {} if image.preproc is None else read_sidecar(image.preproc)
         sources = sources or set(sidecar.get("Sources", [])[:1])
-        warnings = sidecar.get("PreprocessingQuality", {}).get("warnings", [])
+        warnings = [*sidecar.get("PreprocessingQuality", {}).get("warnings", []), *_meetings(found)]
         rows.append(
             {
                 "name": image.name,

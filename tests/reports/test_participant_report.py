@@ -248,6 +248,14 @@ def test_threshold_comes_from_the_sidecar_without_metrics(bare):
     assert "source not recorded" in html
 
 
+def test_a_model_that_has_met_the_participant_is_told(bare):
+    assert "has met this participant" not in write_subject_report(bare, "01").read_text()
+    (path,) = bare.rglob("*_metrics.tsv")
+    path.write_text(path.read_text().replace("\tno\t", "\ttraining\t"))
+    html = write_subject_report(bare, "01").read_text()
+    assert "The model of PatchCore has met this participant in training" in html
+
+
 def test_doubts_of_the_preprocessing_are_told(bare):
     warning = "Only 70 % of the brain mask lies on the SRI24 grid & in view."
     sidecar = bare / f"sub-01/anat/{P}_desc-preproc_T1w.json"
