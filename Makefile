@@ -48,8 +48,12 @@ models: models-T1w models-T2w
 
 models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
+	    case $$detector in \
+	        rd|uniad|fae) features="--backbone-weights $(MODELS)/bundles/patchcore-$*-lite";; \
+	        *) features=;; \
+	    esac; \
 	    $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector --modality $* --preset lite \
-	        --random-seed 1 --nprocs 1 -w $(MODELS)/work && \
+	        --random-seed 1 --nprocs 1 -w $(MODELS)/work $$features && \
 	    $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector --modality $* \
 	        --preset lite --nprocs 1 || exit 1; \
 	done

@@ -95,7 +95,7 @@ class FAE(FeatureDetector):
         "lite": FAEHyper(
             backbone=BackboneConfig(),
             widths=(24, 32, 48, 64),
-            steps=1_000,
+            steps=500,
             batch_size=16,
             learning_rate=2e-3,
         ),

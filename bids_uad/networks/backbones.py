@@ -16,7 +16,7 @@ from bids_uad.networks.efficientnet import EfficientNetB4
 from bids_uad.networks.resnet import resnet18, wide_resnet50_2
 from bids_uad.networks.tissuenet import TissueNet
 
-TISSUE = "tissue"
+MRI = "mri"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,27 +42,27 @@ class BackboneConfig:
 
     Parameters
     ----------
-    name : {"tissue", "resnet18", "wide_resnet50_2", "efficientnet_b4"}
-        ``tissue`` is trained with the detector, on scans with tissue classes; the others come with weights
+    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4"}
+        ``mri`` is trained with the detector, on scans with tissue classes; the others come with weights
         trained on ImageNet.
     taps : tuple of int
-        Which of the network's maps are taken, fine to coarse. ``tissue`` has those at half, quarter and
+        Which of the network's maps are taken, fine to coarse. ``mri`` has those at half, quarter and
         eighth resolution.
     normalise : bool
         Give ImageNet networks the mean and spread they were trained with.
     classes : int
         Tissue classes, background included.
     widths : tuple of int
-        Channels of ``tissue`` at full, half, quarter and eighth resolution.
+        Channels of ``mri`` at full, half, quarter and eighth resolution.
     augmentation : AugmentationConfig
-        Variation of the slices while ``tissue`` learns.
+        Variation of the slices while ``mri`` learns.
     window : tuple of int
         Height and width in pixels of the windows it learns from.
     steps, batch_size, learning_rate
         Its training schedule.
     """
 
-    name: str = TISSUE
+    name: str = MRI
     taps: tuple[int, ...] = (1, 2)
     normalise: bool = True
     classes: int = 6
@@ -78,7 +78,7 @@ class BackboneConfig:
     @property
     def pretrained(self) -> bool:
         """Whether the weights come from a file."""
-        return self.name != TISSUE
+        return self.name != MRI
 
     def same_network(self, other: BackboneConfig) -> bool:
         """Say whether another detector looks at the same network, be it at other maps of it."""
