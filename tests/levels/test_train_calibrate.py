@@ -280,6 +280,7 @@ def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
     second = load_bundle(tmp_path / "uniad-T2w-lite")
     assert second.info["training"]["backbone"]["sha256"] == load_bundle(first).sha256
     assert [stage["name"] for stage in second.info["training"]["stages"]] == ["transformer"]
+    assert "--backbone-weights MODELS/patchcore-T2w-lite" in (second.folder / "MODEL_CARD.md").read_text()
     weights = [load_detector(load_bundle(folder)).backbone.state_dict() for folder in (first, second.folder)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     intensity = tmp_path / "intensity-T2w-lite"
