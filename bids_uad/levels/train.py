@@ -11,20 +11,32 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bids_uad import __version__
 from bids_uad.config import RunConfig
+from bids_uad.engine.bundle import Bundle, save_bundle
+from bids_uad.engine.execution import resolve_device, resolve_precision
+from bids_uad.engine.processes import start_fabric
+from bids_uad.engine.protocol import protocol_of
+from bids_uad.engine.store import SliceStore, Subject
+from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.levels.backbone import give_backbone
 from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import model_card
+from bids_uad.levels.synthetic import synthetic_cohort
+from bids_uad.methods.base import Detector, GradientStage
+from bids_uad.methods.hyper import change_hyper
+from bids_uad.methods.registry import build_detector, preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,69 +74,31 @@ def run_train(config: RunConfig) -> int:
     InputError
         If there are no healthy preprocessed scans, or a stage lacks what it needs.
     """
-    import torch
-
-    from bids_uad.engine.bundle import save_bundle
-    from bids_uad.engine.execution import resolve_device, resolve_precision
-    from bids_uad.engine.processes import start_fabric
-    from bids_uad.engine.protocol import protocol_of
-    from bids_uad.engine.store import SliceStore, Subject
-    from bids_uad.engine.training import Schedule, TrainingData, train_detector
-    from bids_uad.levels.backbone import give_backbone
-    from bids_uad.methods.hyper import change_hyper
-    from bids_uad.methods.registry import build_detector, preset_of
-
     folder = bundle_folder(config)
     device = resolve_device(config.device)
     fabric = start_fabric(device, config.num_devices, config.num_nodes)
     torch.set_num_threads(max(1, config.nprocs // config.num_devices))
-    torch.manual_seed(config.random_seed)
-    try:
-        hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
-        detector = build_detector(config.detector, hyper)
-    except KeyError as error:
-        raise ConfigError(error.args[0]) from None
-    except ValueError as error:
-        raise ConfigError(f"--hyper: {error}") from None
+    detector = _build(config)
     backbone = give_backbone(detector, config.backbone_weights)
     with fabric.rank_zero_first():
         cohorts = training_cohorts(config)
-        store = SliceStore.open_or_build(
-            [
-                Subject(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
-                for cohort in cohorts
-                for scan in cohort.scans
-            ],
-            config.work_dir,
-            protocol_of(config.preset),
-        )
+        store = _open_store(config, cohorts)
     training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
-    met = {store.names[owner] for owner in np.unique(store.owners[[*training_slices, *held_out]])}
+    data = TrainingData(store, training_slices, held_out)
     precision = resolve_precision(config.precision, device)
+    schedule = Schedule(config.random_seed, config.steps, config.batch_size, precision)
+    scratch = config.work_dir / f"training-{folder.name}-{_identity(config, detector, store)}"
     start = time.monotonic()
     with _progress(fabric.is_global_zero) as report:
         try:
-            losses = train_detector(
-                detector,
-                TrainingData(store, training_slices, held_out),
-                Schedule(config.random_seed, config.steps, config.batch_size, precision),
-                config.work_dir / f"training-{folder.name}-{_identity(config, detector, store)}",
-                fabric=fabric,
-                report=report,
-            )
+            losses = train_detector(detector, data, schedule, scratch, fabric=fabric, report=report)
         except ValueError as error:
             raise InputError(config.bids_dir, str(error), "see the scans, or the rate of learning") from error
     if not fabric.is_global_zero:
         return 0
-    training = {
-        **describe([cohort.only(met) for cohort in cohorts]),
-        "n_slices": len(training_slices),
-        "train_fraction": config.train_fraction,
-        "n_held_out_subjects": len(np.unique(store.owners[held_out])),
-        "stages": _schedule(detector, config),
+    training = _describe(config, cohorts, data, detector, backbone) | {
         "final_loss": losses.training,
         "held_out_loss": losses.held_out,
-        "seed": config.random_seed,
         "minutes": round((time.monotonic() - start) / 60, 1),
         "device": str(device),
         "n_processes": fabric.world_size,
@@ -132,10 +106,6 @@ def run_train(config: RunConfig) -> int:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    if backbone is not None:
-        training["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
-        # Whom its features come from, the model has met, too.
-        training["subjects"] = sorted({*training["subjects"], *backbone.info["training"]["subjects"]})
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     card = model_card(config, training, parameters)
     bundle = save_bundle(
@@ -143,6 +113,52 @@ def run_train(config: RunConfig) -> int:
     )
     logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
     return 0
+
+
+def _build(config: RunConfig) -> Detector:
+    """Build the detector with first weights that follow from the seed."""
+    torch.manual_seed(config.random_seed)
+    try:
+        hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
+        return build_detector(config.detector, hyper)
+    except KeyError as error:
+        raise ConfigError(error.args[0]) from None
+    except ValueError as error:
+        raise ConfigError(f"--hyper: {error}") from None
+
+
+def _open_store(config: RunConfig, cohorts: Sequence[Cohort]) -> SliceStore:
+    subjects = [
+        Subject(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
+        for cohort in cohorts
+        for scan in cohort.scans
+    ]
+    return SliceStore.open_or_build(subjects, config.work_dir, protocol_of(config.preset))
+
+
+def _describe(
+    config: RunConfig,
+    cohorts: Sequence[Cohort],
+    data: TrainingData,
+    detector: Detector,
+    backbone: Bundle | None,
+) -> dict[str, Any]:
+    """Say what was learnt, and from whom, as ``bundle.json`` keeps it."""
+    store = data.store
+    met = {store.names[owner] for owner in np.unique(store.owners[[*data.training, *data.held_out]])}
+    told = {
+        **describe([cohort.only(met) for cohort in cohorts]),
+        "n_slices": len(data.training),
+        "train_fraction": config.train_fraction,
+        "n_held_out_subjects": len(np.unique(store.owners[data.held_out])),
+        "stages": _schedule(detector, config),
+        "seed": config.random_seed,
+    }
+    if backbone is not None:
+        told["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
+        # Whom its features come from, the model has met, too.
+        told["subjects"] = sorted({*told["subjects"], *backbone.info["training"]["subjects"]})
+    return told
 
 
 def training_cohorts(config: RunConfig) -> list[Cohort]:
@@ -155,35 +171,13 @@ def training_cohorts(config: RunConfig) -> list[Cohort]:
     """
     if not config.synthetic:
         return [healthy_cohort(config.bids_dir, config.modality)]
-    synthetic = _synthetic_cohort(config)
+    synthetic = synthetic_cohort(config)
     if config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
         return [synthetic]
     return [healthy_cohort(config.bids_dir, config.modality), synthetic]
 
 
-def _synthetic_cohort(config: RunConfig) -> Cohort:
-    """Healthy synthetic subjects, made in the scratch space unless an earlier run has done so."""
-    from bids_uad.simulation.anatomy import label_map_paths
-    from bids_uad.simulation.cohort import Cohort as Simulated
-    from bids_uad.simulation.cohort import make_cohort
-    from bids_uad.simulation.subject import World
-
-    world = World(
-        config.random_seed,
-        tuple(label_map_paths(config.label_maps)) if config.label_maps else World.sources,
-        scanners=max(1, config.synthetic // 2),
-    )
-    told = json.dumps([__version__, config.modality, config.synthetic, world.seed, world.sources])
-    folder = config.work_dir / f"synthetic-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-    if not (folder / "participants.tsv").is_file():  # which is written last
-        simulated = Simulated(folder, world, (None,) * config.synthetic, (config.modality,), derivatives=True)
-        for done, name in enumerate(make_cohort(simulated, config.nprocs), start=1):
-            logger.info("Simulated %s (%d of %d)", name, done, config.synthetic)
-    cohort = healthy_cohort(folder, config.modality)
-    return Cohort(folder, cohort.scans, prefix="synthetic-")
-
-
-def _identity(config: RunConfig, detector: Any, store: Any) -> str:
+def _identity(config: RunConfig, detector: Detector, store: SliceStore) -> str:
     """Tell one training from another, so that none goes on where a different one stopped."""
     told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
     means = [str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes]
@@ -191,9 +185,7 @@ def _identity(config: RunConfig, detector: Any, store: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _schedule(detector: Any, config: RunConfig) -> list[dict[str, Any]]:
-    from bids_uad.methods.base import GradientStage
-
+def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:
     return [
         {
             "name": stage.name,
