@@ -11,7 +11,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +28,13 @@ from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.base import Batch, GradientStage
 from bids_uad.methods.patchcore import PatchCore
-from bids_uad.networks.corruptions import (
-    AnomalyConfig,
-    cut_windows,
-    paint_anomalies,
-    uniform,
-    vary_intensity,
-)
+from bids_uad.networks.corruptions import cut_windows, uniform, vary_intensity
 
 RESULTS = Path(__file__).parent / "results"
 CELL = 16  # pixels; side of the squares that masked modelling hides
 HIDDEN = 0.5
 PLACES = 256  # of a slice, that contrastive learning tells apart
 TEMPERATURE = 0.1
-PAINTED = AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4)
-VISIBLE = 0.05  # change of intensity from which a pixel counts as painted
 TASKS = ("untrained", "segmentation", "painted anomalies", "masked modelling", "contrastive")
 
 
@@ -51,17 +42,14 @@ class Candidate(PatchCore):
     """PatchCore whose backbone learns by one of several tasks."""
 
     def __init__(self, task: str) -> None:
-        lite = PatchCore.presets["lite"]
-        # Painted anomalies are one class more.
-        classes = lite.backbone.classes + (task == "painted anomalies")
-        super().__init__(replace(lite, backbone=replace(lite.backbone, classes=classes)))
+        super().__init__(PatchCore.presets["lite"])
         self.task = task
 
     def backbone_stages(self) -> list[GradientStage]:
         """One stage, or none."""
         losses: dict[str, Callable] = {
             "segmentation": self.tissue_loss,
-            "painted anomalies": self.painted_loss,
+            "painted anomalies": self.feature_loss,
             "masked modelling": self.masked_loss,
             "contrastive": self.contrastive_loss,
         }
@@ -73,18 +61,14 @@ class Candidate(PatchCore):
         config = self.hyper.backbone
         return cut_windows(batch.slices, batch.brain, config.window, config.augmentation, generator)
 
-    def painted_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Cross-entropy of tissue classes, anomalies that were painted over them being one more."""
+    def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Cross-entropy of the tissue classes alone."""
         config = self.hyper.backbone
         images, tissue = cut_windows(
             batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
         )
         images = vary_intensity(images, tissue > 0, config.augmentation, generator)
-        codebook = torch.linspace(0, 1, 10)
-        corrupted, _ = paint_anomalies(images, tissue > 0, codebook, PAINTED, generator)
-        visible = (corrupted - images).abs() > VISIBLE
-        target = torch.where(visible, config.classes - 1, tissue)[:, 0]
-        return F.cross_entropy(self.backbone.classify(corrupted), target)
+        return F.cross_entropy(self.backbone.classify(images), tissue[:, 0])
 
     def masked_loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Mean absolute error of the intensity inside hidden squares."""

@@ -10,7 +10,10 @@ from torch import Generator, Tensor, nn
 
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.networks.backbones import BackboneConfig, build_backbone
-from bids_uad.networks.corruptions import cut_windows, vary_intensity
+from bids_uad.networks.corruptions import cut_windows, paint_anomalies, vary_intensity
+
+INTENSITIES = 10  # classes of intensity that a painted bias keeps to
+VISIBLE = 0.05  # change of intensity from which a pixel counts as painted
 
 
 class FeatureDetector(Detector):
@@ -38,17 +41,25 @@ class FeatureDetector(Detector):
         if self._backbone_is_given:
             return []
         return [
-            GradientStage.scheduled("features", self.backbone, self.tissue_loss, config, needs_tissue=True)
+            GradientStage.scheduled("features", self.backbone, self.feature_loss, config, needs_tissue=True)
         ]
 
-    def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Cross-entropy of the tissue classes."""
+    def feature_loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Cross-entropy of the tissue classes, and of anomalies painted over them, which are the last class.
+
+        Features that only tell tissues apart learn to overlook what is odd about them, as
+        ``benchmarks/backbones.py`` measures.
+        """
         config = self.hyper.backbone
         images, tissue = cut_windows(
             batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
         )
         images = vary_intensity(images, tissue > 0, config.augmentation, generator)
-        return F.cross_entropy(self.backbone.classify(images), tissue[:, 0])
+        intensities = torch.linspace(0, 1, INTENSITIES, device=images.device)
+        painted, _ = paint_anomalies(images, tissue > 0, intensities, config.anomaly, generator)
+        visible = (painted - images).abs() > VISIBLE
+        classes = torch.where(visible, config.classes - 1, tissue)
+        return F.cross_entropy(self.backbone.classify(painted), classes[:, 0])
 
     @torch.no_grad()
     def features(self, slices: Tensor) -> list[Tensor]:

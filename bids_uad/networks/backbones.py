@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bids_uad.networks.corruptions import AugmentationConfig
+from bids_uad.networks.corruptions import AnomalyConfig, AugmentationConfig
 from bids_uad.networks.efficientnet import EfficientNetB4
 from bids_uad.networks.resnet import resnet18, wide_resnet50_2
 from bids_uad.networks.tissuenet import TissueNet
@@ -51,11 +51,13 @@ class BackboneConfig:
     normalise : bool
         Give ImageNet networks the mean and spread they were trained with.
     classes : int
-        Tissue classes, background included.
+        What ``mri`` learns to tell apart: background, tissue classes and, last, painted anomalies.
     widths : tuple of int
         Channels of ``mri`` at full, half, quarter and eighth resolution.
     augmentation : AugmentationConfig
         Variation of the slices while ``mri`` learns.
+    anomaly : AnomalyConfig
+        What is painted over them.
     window : tuple of int
         Height and width in pixels of the windows it learns from.
     steps, batch_size, learning_rate
@@ -65,10 +67,13 @@ class BackboneConfig:
     name: str = MRI
     taps: tuple[int, ...] = (1, 2)
     normalise: bool = True
-    classes: int = 6
+    classes: int = 7
     widths: tuple[int, int, int, int] = (8, 24, 48, 96)
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(spatial=0.3, zoom=(0.85, 1.15), intensity=0.25)
+    )
+    anomaly: AnomalyConfig = field(
+        default_factory=lambda: AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4)
     )
     window: tuple[int, int] = (160, 192)
     steps: int = 600
