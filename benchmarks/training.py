@@ -32,7 +32,7 @@ from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.methods.registry import build_detector
 
 DETECTORS = ("disyre", "andi", "riad", "fae")
-STEPS = {"cpu": 12, "cuda": 200}
+STEPS = {"cpu": 20, "cuda": 200}
 
 
 def main() -> None:

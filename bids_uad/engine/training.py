@@ -26,7 +26,8 @@ LOGGER = logging.getLogger(__name__)
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
 JITTER = 8  # pixels by which the field is moved about, since brains do not all lie in the same place
-CHECKPOINTS = 50  # in a stage
+CHECKPOINTS = 50  # in a stage, unless they would be too close
+STEPS_APART = 10
 HELD_OUT_CHECKS = 20  # in a stage
 HELD_OUT_SLICES = 64
 
@@ -207,7 +208,7 @@ class _Descent:
         done = checkpoint.restore_descent(self.number, self.optimiser, self.average)
         checks = self.fabric.is_global_zero and len(self.data.held_out) > 0
         check_every = max(1, self.steps // HELD_OUT_CHECKS)
-        save_every = max(1, self.steps // CHECKPOINTS)
+        save_every = max(STEPS_APART, self.steps // CHECKPOINTS)
         for step in range(done + 1, self.steps + 1):
             loss = self._descend(step)
             held_out = None
