@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.distance import jensenshannon
 
+from benchmarks.scan import read
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,12 +41,6 @@ class Statistics:
     gradient: np.ndarray
 
 
-def read(scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
-    """Volume and brain mask of a scan."""
-    volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
-    return volume, np.asarray(nib.load(scan.brain).dataobj) > 0
-
-
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Histogram that sums to 1; what lies beyond the edges counts to the outermost bins."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
@@ -57,7 +51,7 @@ def statistics(scans: list[PreprocessedScan]) -> Statistics:
     """Histograms of intensity and of gradient magnitude inside the brain."""
     intensity, gradient = [], []
     for scan in scans:
-        volume, brain = read(scan)
+        volume, brain = read(scan.image), read(scan.brain) > 0
         intensity.append(shares(volume[brain], INTENSITY))
         inner = ndimage.binary_erosion(brain, iterations=MARGIN)
         slope = np.sqrt(sum(part**2 for part in np.gradient(volume)))
@@ -93,7 +87,7 @@ def draw_slices(real: list[PreprocessedScan], synthetic: list[PreprocessedScan],
         len(SLICES), len(columns), figsize=(1.8 * len(columns), 6.6), facecolor="black", squeeze=False
     )
     for scan, column in zip(columns, axes.T, strict=True):
-        volume, _ = read(scan)
+        volume = read(scan.image)
         for level, axis in zip(SLICES, column, strict=True):
             axis.imshow(volume[::-1, :, level].T[20:225, 35:205], cmap="gray", vmin=0, vmax=1)
             axis.axis("off")

@@ -25,6 +25,7 @@ from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
+from bids_uad.evaluation.metrics import edge_index
 from bids_uad.levels.participant.maps import anomaly_mask, histogram_table, label_components, metrics_row
 from bids_uad.methods.base import Detector
 
@@ -82,8 +83,8 @@ def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> flo
     for scan in scans:
         if scan.lesion is None:
             table = pd.read_csv(tables_of(scan, bundle, out)[1], sep="\t")
-            above = table["score_lower"] >= bundle.thresholds["fpr_1pct"] * (1 - 1e-12)
-            shares.append(table.loc[above, "n_nonlesion"].sum() / table["n_nonlesion"].sum())
+            edge = edge_index(table["score_lower"].to_numpy(), bundle.thresholds["fpr_1pct"])
+            shares.append(table["n_nonlesion"][edge:].sum() / table["n_nonlesion"].sum())
     return float(np.mean(shares))
 
 

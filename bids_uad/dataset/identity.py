@@ -7,10 +7,11 @@ raw images are known, is of their content, and holds under any name. Neither giv
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
+
+from bids_uad.dataset.describe import read_json
 
 LENGTH = 16  # hexadecimal digits
 URN = "urn:bids-dataset:"
@@ -47,10 +48,7 @@ def source_name(folder: Path) -> str | None:
     str or None
         None where the description does not say.
     """
-    path = folder / "dataset_description.json"
-    if not path.is_file():
-        return None
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = read_json(folder / "dataset_description.json")
     link = told.get("DatasetLinks", {}).get("raw", "")
     return unquote(link.removeprefix(URN)) if link.startswith(URN) else told.get("Name")
 
@@ -71,7 +69,7 @@ def identities(folder: Path, subjects: Iterable[str]) -> set[str]:
         if name:
             found.add(by_name(name, subject))
         for record in (folder / subject).glob("**/log/*.json"):
-            told = json.loads(record.read_text(encoding="utf-8")).get("fingerprint", {})
+            told = read_json(record).get("fingerprint", {})
             if "input_sha256" in told:
                 found.add(by_content(told["input_sha256"]))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def train_detector(
             detector.eval()
             drawn = data.store.draw(data.training, stage.slices, stage.batch_size, rng, device)
             with torch.no_grad():
-                stage.fit(_in_fields(drawn, detector.field_of_view, rng), generator)
+                stage.fit((_in_field(batch, detector.field_of_view, rng) for batch in drawn), generator)
         else:
             if stage.needs_tissue and not data.store.has_tissue:
                 raise ValueError(
@@ -198,6 +198,7 @@ class _Descent:
         self.fabric, self.device = fabric, fabric.device
         self.steps = schedule.steps or stage.steps
         self.batch_size = schedule.batch_size or stage.batch_size
+        self.order: tuple[int, np.ndarray] | None = None  # a pass over the slices, and how it goes
         self.module = stage.module.train()
         self.average = MovingAverage(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
@@ -231,9 +232,8 @@ class _Descent:
         own = rng if rank == 0 else self.schedule.stream(self.number, step, rank)
         generator = _generator(own, self.device)
         torch.manual_seed(int(own.integers(2**62)))  # dropout draws from there
-        (batch,) = _in_fields(
-            iter([self.data.store.batch(self._slices(step), self.device)]), self.detector.field_of_view, rng
-        )
+        batch = self.data.store.batch(self._slices(step), self.device)
+        batch = _in_field(batch, self.detector.field_of_view, rng)
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.learning_rate * rate(step - 1, self.steps)
         loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
@@ -252,8 +252,9 @@ class _Descent:
         among = self.data.training
         in_a_pass = max(1, len(among) // self.batch_size)
         number, place = divmod(step - 1, in_a_pass)
-        order = self.schedule.stream(self.number, 0, number).permutation(among)
-        taken = order[place * self.batch_size : (place + 1) * self.batch_size]
+        if self.order is None or self.order[0] != number:
+            self.order = number, self.schedule.stream(self.number, 0, number).permutation(among)
+        taken = self.order[1][place * self.batch_size : (place + 1) * self.batch_size]
         return taken[self.fabric.global_rank :: self.fabric.world_size]
 
     @torch.no_grad()
@@ -265,8 +266,8 @@ class _Descent:
         self.average.apply_to(self.module.eval())
         drawn = self.data.store.draw(self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.device)
         losses = [
-            self.stage.loss(batch, generator).item()
-            for batch in _in_fields(drawn, self.detector.field_of_view, rng)
+            self.stage.loss(_in_field(batch, self.detector.field_of_view, rng), generator).item()
+            for batch in drawn
         ]
         self.module.load_state_dict(own)
         self.module.train()
@@ -283,9 +284,8 @@ def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generato
     return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
-def _in_fields(batches: Iterator[Batch], size: tuple[int, int], rng: np.random.Generator) -> Iterator[Batch]:
-    """Show of each batch what the detector sees of slices, not always in the same place."""
-    for batch in batches:
-        row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
-        field_of_view = usual_field(size, (row, column))
-        yield batch.cut(field_of_view.rows, field_of_view.columns)
+def _in_field(batch: Batch, size: tuple[int, int], rng: np.random.Generator) -> Batch:
+    """Show of a batch what the detector sees of slices, not always in the same place."""
+    row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
+    field_of_view = usual_field(size, (row, column))
+    return batch.cut(field_of_view.rows, field_of_view.columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
@@ -86,7 +86,10 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
     rows = pd.DataFrame(rows)
     ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
     met = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
-    licences = [_licence(cohort.folder) for cohort in cohorts]
+    licences = [
+        read_json(cohort.folder / "dataset_description.json").get("License", "not given")
+        for cohort in cohorts
+    ]
     return {
         "source": "; ".join(cohort.name for cohort in cohorts),
         "licence": "; ".join(dict.fromkeys(licences)),
@@ -98,10 +101,3 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
         "anatomies": sorted(rows["anatomy"].dropna().unique()) if "anatomy" in rows else None,
         "subjects": sorted(set().union(*(identities(folder, subjects) for folder, subjects in met.items()))),
     }
-
-
-def _licence(folder: Path) -> str:
-    """Licence of a dataset by its description."""
-    path = folder / "dataset_description.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return told.get("License", "not given")

@@ -135,6 +135,7 @@ def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> 
             anatomy,
             stream(cohort.seed, index, "pose"),
             stream(cohort.seed, index, f"{modality}-scan"),
+            truth=position == 0,
         )
         drawn[modality] |= scan.drawn
         target = cohort.out / name / "anat" / f"{name}_{modality}"

@@ -27,7 +27,7 @@ class NativeScan:
         int16, RAS+, 1 mm in plane.
     lesion : nibabel.Nifti1Image or None
         uint8 mask on the same grid.
-    tissue : nibabel.Nifti1Image
+    tissue : nibabel.Nifti1Image or None
         uint8 labels of `subject.TISSUES` on the same grid, 0 outside the brain.
     drawn : dict
         Pose and units, for the record.
@@ -35,7 +35,7 @@ class NativeScan:
 
     image: nib.Nifti1Image
     lesion: nib.Nifti1Image | None
-    tissue: nib.Nifti1Image
+    tissue: nib.Nifti1Image | None
     drawn: dict
 
 
@@ -51,6 +51,8 @@ def native_scan(
     anatomy: Anatomy,
     pose: np.random.Generator,
     rng: np.random.Generator,
+    *,
+    truth: bool,
 ) -> NativeScan:
     """Acquire a scan on its own grid.
 
@@ -64,6 +66,8 @@ def native_scan(
         Head position, the same for all scans of a session.
     rng : numpy.random.Generator
         Of this scan: motion since the first, bias field, noise, units.
+    truth : bool
+        Bring lesion and tissue to its grid, too.
 
     Returns
     -------
@@ -79,9 +83,10 @@ def native_scan(
     points = tensor(index) @ matrix[:3, :3].T + matrix[:3, 3]
     top = float(torch.quantile(image[anatomy.brain][::17], 0.995))
     volumes = [(image / top).clamp_min(0) ** protocol.gamma, anatomy.brain.float()]
-    labels = anatomy.tissue_labels()
-    volumes += [(labels == tissue).float() for tissue in TISSUE_LABELS]
-    if anatomy.lesion is not None:
+    if truth:
+        labels = anatomy.tissue_labels()
+        volumes += [(labels == tissue).float() for tissue in TISSUE_LABELS]
+    if truth and anatomy.lesion is not None:
         volumes.append(anatomy.lesion.share)
     moved = sample(torch.stack(volumes), BOX_AFFINE, points)
     blur = protocol.blur if protocol.thickness == 1 else 0.0
@@ -97,10 +102,12 @@ def native_scan(
     units = float(rng.uniform(500.0, 3000.0))
     scan = (rician(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
     result = _image(scan.to(torch.int16).cpu().numpy(), affine)
-    lesion = None
-    shares = moved[2 : 2 + len(TISSUE_LABELS)]
-    tissue = _image(((shares.argmax(0) + TISSUE_LABELS[0]) * brain).to(torch.uint8).cpu().numpy(), affine)
-    if anatomy.lesion is not None:
+    lesion = tissue = None
+    if truth:
+        shares = moved[2 : 2 + len(TISSUE_LABELS)]
+        largest = shares.argmax(0) + TISSUE_LABELS[0]
+        tissue = _image((largest * brain).to(torch.uint8).cpu().numpy(), affine)
+    if truth and anatomy.lesion is not None:
         lesion = _image(((moved[-1] > 0.5) & brain).to(torch.uint8).cpu().numpy(), affine)
     return NativeScan(result, lesion, tissue, {"units": units, "native_to_sri24": to_sri24.tolist()})
 

@@ -27,10 +27,13 @@ def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
     str
         ``no``, ``training``, ``validation`` or ``training and validation``.
     """
+    return _where(bundle, unit, source_name(bids_dir))
+
+
+def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
     hashes = {by_content(sha256_of(unit.path))}
-    name = source_name(bids_dir)
-    if name:
-        hashes.add(by_name(name, f"sub-{unit.subject}"))
+    if dataset:
+        hashes.add(by_name(dataset, f"sub-{unit.subject}"))
     return " and ".join(bundle.has_met(hashes)) or STRANGER
 
 
@@ -42,12 +45,13 @@ def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Pa
     list of str
         A line for each model and cohort.
     """
+    dataset = source_name(bids_dir)
     lines = []
     for bundle in bundles:
         met: dict[str, set[str]] = {}
         for unit in units:
             if unit.modality == bundle.modality:
-                met.setdefault(model_has_met(bundle, unit, bids_dir), set()).add(f"sub-{unit.subject}")
+                met.setdefault(_where(bundle, unit, dataset), set()).add(f"sub-{unit.subject}")
         met.pop(STRANGER, None)
         lines += [
             f"{bundle.name} has met {', '.join(sorted(subjects))} in {where}: how well it does on them says "
