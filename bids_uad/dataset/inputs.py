@@ -15,6 +15,7 @@ from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 from bids_uad.config import RunConfig
 from bids_uad.dataset.filters import EXTENSIONS, read_queries
 from bids_uad.dataset.lesions import LesionMask, find_mask, match_mask
+from bids_uad.dataset.prepared import attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
 from bids_uad.errors import ConfigError, InputError
 
@@ -103,7 +104,8 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     raw, problems = _refuse_twins(raw)
     raw, unusable = _refuse_unusable(raw, config.modalities, check)
     problems += unusable
-    units = set_anchors(raw, config.modalities)
+    units, unfitting = attach_prepared(set_anchors(raw, config.modalities), config.derivatives)
+    problems += unfitting
 
     lesions, units, refused = _attach_lesions(config.derivatives.get("lesions"), units)
     problems += refused

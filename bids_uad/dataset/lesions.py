@@ -7,19 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
-
+from bids_uad.dataset.grids import grid_of, same_grid
+from bids_uad.dataset.naming import entities_of
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.errors import InputError
 from bids_uad.space import AFFINE, NAME, SHAPE
 
-GRID_TOLERANCE_MM = 0.1
-
 _MASK_NAME = re.compile(
     r"_(?:label-lesion(?:_desc-[0-9a-zA-Z]+)?_(?:mask|roi)|seg-lesion(?:_desc-[0-9a-zA-Z]+)?_mask)\.nii(\.gz)?$"
 )
-_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z]+)(?=_)")
 
 
 @dataclass(frozen=True)
@@ -32,10 +28,13 @@ class LesionMask:
         The file.
     unit : ImageUnit, optional
         The image on whose grid it lies; none if it is already in SRI24 space.
+    on_prepared : bool
+        Whether that is another pipeline's version of the image and not the raw one.
     """
 
     path: Path
     unit: ImageUnit | None
+    on_prepared: bool = False
 
 
 def find_mask(root: Path, subject: str, session: str | None) -> list[Path]:
@@ -92,14 +91,13 @@ def match_mask(masks: Sequence[Path], units: Sequence[ImageUnit]) -> LesionMask 
     """
     if not masks:
         return None
-    grids = {path: _header(path) for path in masks}
+    grids = {path: grid_of(path) for path in masks}
     for unit in sorted(units, key=lambda unit: unit.modality):
-        if not unit.path.is_file():
-            continue
-        for path in masks:
-            space = entities_of(path).get("space")
-            if space in (None, unit.modality, "orig") and same_grid(grids[path], _header(unit.path)):
-                return LesionMask(path, unit)
+        for image in dict.fromkeys([unit.path, unit.image]):
+            for path in masks:
+                space = entities_of(path).get("space")
+                if space in (None, unit.modality, "orig") and same_grid(grids[path], grid_of(image)):
+                    return LesionMask(path, unit, on_prepared=image != unit.path)
     for path in masks:
         if entities_of(path).get("space") == NAME and same_grid(grids[path], (SHAPE, AFFINE)):
             return LesionMask(path, None)
@@ -110,50 +108,3 @@ def match_mask(masks: Sequence[Path], units: Sequence[ImageUnit]) -> LesionMask 
         + (f" (nor are {listed})" if listed else ""),
         "resample it to the T1w with nearest-neighbour interpolation",
     )
-
-
-def same_grid(one: tuple[tuple[int, ...], np.ndarray], other: tuple[tuple[int, ...], np.ndarray]) -> bool:
-    """Say whether two grids have their voxels at the same places, whatever order they are stored in.
-
-    Parameters
-    ----------
-    one, other : tuple of shape and affine
-
-    Returns
-    -------
-    bool
-        True if, after both are reordered to RAS, the shapes are equal and no corner is further away
-        than 0.1 mm.
-    """
-    (shape_one, affine_one), (shape_other, affine_other) = _to_ras(*one), _to_ras(*other)
-    if shape_one != shape_other:
-        return False
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape_one])).reshape(3, -1)
-    distance = nib.affines.apply_affine(affine_one, corners.T) - nib.affines.apply_affine(
-        affine_other, corners.T
-    )
-    return bool(np.linalg.norm(distance, axis=1).max() < GRID_TOLERANCE_MM)
-
-
-def entities_of(path: Path) -> dict[str, str]:
-    """Read the `key-value` pairs of a BIDS file name."""
-    return dict(_ENTITY.findall(path.name))
-
-
-def _to_ras(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Describe a grid as if its voxels were stored in RAS order."""
-    orientation = nib.io_orientation(affine)
-    reordered = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
-    new_shape = [0, 0, 0]
-    for axis, (target, _) in enumerate(orientation):
-        new_shape[int(target)] = shape[axis]
-    return tuple(new_shape), reordered
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Read shape (first three axes) and affine; raise InputError if the file is no image."""
-    try:
-        image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
-        raise InputError(path, f"cannot be read as an image ({error})", "restore the file") from error
-    return tuple(int(size) for size in image.shape[:3]), np.asarray(image.affine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ PATTERNS = [
     "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of our outputs."""
+
+
+_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z]+)(?=_)")
+
+
+def entities_of(path: Path) -> dict[str, str]:
+    """Read the `key-value` pairs of a BIDS file name."""
+    return dict(_ENTITY.findall(path.name))
 
 
 def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **entities: str) -> Path:

@@ -80,6 +80,8 @@ def preprocessing_sidecars(
         Metadata by output field. Transforms have none: they are no BIDS yet.
     """
     sources = [raw_uri(unit, bids_dir)]
+    root, name = unit.prepared.root, unit.prepared.dataset
+    sources += [f"bids:{name}:{path.relative_to(root).as_posix()}" for path in unit.prepared.files]
     if unit.anchor is not None:
         sources.append(raw_uri(unit.anchor, bids_dir))
     in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}

@@ -21,6 +21,46 @@ PREFIX_ENTITIES = (
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What another pipeline has already done for an image.
+
+    Parameters
+    ----------
+    dataset : str
+        Name of the derivative dataset; empty if nothing was done.
+    root : pathlib.Path
+        Its folder.
+    image : pathlib.Path, optional
+        Bias-corrected image in native space, whole head or brain.
+    brain_mask : pathlib.Path, optional
+        On the grid of `image`, or of the raw image if there is none.
+    from_raw : pathlib.Path, optional
+        ITK transform that resamples the raw image to the space of `image`.
+    to_sri24 : pathlib.Path, optional
+        ITK transform that resamples `image` to SRI24, or the raw image if there is none.
+    reference_sha256 : str, optional
+        The reference image that transform leads to.
+    aligned : bool
+        Whether `image` lies on the grid of the anchor and needs no registration.
+    """
+
+    dataset: str = ""
+    root: Path = Path()
+    image: Path | None = None
+    brain_mask: Path | None = None
+    from_raw: Path | None = None
+    to_sri24: Path | None = None
+    reference_sha256: str | None = None
+    aligned: bool = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that there is."""
+        found = (self.image, self.brain_mask, self.from_raw, self.to_sri24)
+        return tuple(path for path in found if path is not None)
+
+
+@dataclass(frozen=True)
 class ImageUnit:
     """One raw image and what it is registered to.
 
@@ -42,6 +82,8 @@ class ImageUnit:
         Lesion mask on this image's grid.
     sidecar : dict
         BIDS metadata of the image.
+    prepared : Prepared
+        What another pipeline has already done for it.
     """
 
     path: Path
@@ -52,6 +94,12 @@ class ImageUnit:
     anchor: ImageUnit | None = None
     lesion_mask: Path | None = None
     sidecar: dict[str, Any] = field(default_factory=dict)
+    prepared: Prepared = Prepared()
+
+    @property
+    def image(self) -> Path:
+        """The image that is worked on: another pipeline's, if there is one, or the raw one."""
+        return self.prepared.image or self.path
 
     @property
     def prefix(self) -> str:

@@ -46,7 +46,7 @@ def register_to_reference(
     qc : dict
         ``similarity``, ``mask_overlap``, ``restarted``.
     """
-    fixed, moving = (volume.coarse().cropped(MARGIN) for volume in (reference, brain))
+    fixed, moving = _coarse(reference), _coarse(brain)
     # Unmasked: both are brains on black, and the outline of the brain is good evidence.
     outline, moving_outline = Volume(fixed.data, fixed.affine), Volume(moving.data, moving.affine)
     pull = register_rigid(outline, moving_outline, centred_start(fixed, moving), folder)
@@ -60,6 +60,26 @@ def register_to_reference(
             if other_score > score:
                 pull, score, overlap = other, other_score, mask_overlap(fixed, moving, other)
     return pull, {"similarity": round(score, 4), "mask_overlap": round(overlap, 4), "restarted": restarted}
+
+
+def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
+    """Give the figures of a transform that was found elsewhere.
+
+    Parameters
+    ----------
+    fixed, moving : Volume
+        `fixed` with its mask.
+    pull : numpy.ndarray, shape (4, 4)
+
+    Returns
+    -------
+    dict
+        As of :func:`register_to_anchor`.
+    """
+    fixed, moving = _coarse(fixed), moving.coarse()
+    overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
+    score = round(similarity(fixed, moving, pull), 4)
+    return {"similarity": score, "mask_overlap": overlap, "restarted": False}
 
 
 def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -84,8 +104,13 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
     qc : dict
         ``similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
     """
-    fixed, moving = anchor.coarse().cropped(MARGIN), scan.coarse()
+    fixed, moving = _coarse(anchor), scan.coarse()
     starts = [np.eye(4), centred_start(fixed, moving)]
     pull, score = register_best(fixed, moving, starts, folder)
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
     return pull, {"similarity": round(score, 4), "mask_overlap": overlap, "restarted": False}
+
+
+def _coarse(brain: Volume) -> Volume:
+    """A brain on the voxels it is registered on, without most of the black around it."""
+    return brain.coarse().cropped(MARGIN)

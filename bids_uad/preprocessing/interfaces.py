@@ -21,7 +21,7 @@ from bids_uad.errors import InputError
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import is_skull_stripped, read_scan, read_volume
-from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
+from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import field_of_view, resample, resample_mask
@@ -57,6 +57,7 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template = File(exists=True, mandatory=True, desc="skull-stripped reference image")
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
+    given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
 
 
 class _BrainMaskOutputSpec(TraitedSpec):
@@ -65,7 +66,7 @@ class _BrainMaskOutputSpec(TraitedSpec):
 
 
 class BrainMask(SimpleInterface):
-    """Mask the brain of an anchor: its own background if it is skull-stripped, else the template's mask."""
+    """Mask the brain of an anchor: as given, its background if it is skull-stripped, or extracted."""
 
     input_spec = _BrainMaskInputSpec
     output_spec = _BrainMaskOutputSpec
@@ -73,7 +74,9 @@ class BrainMask(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file)
         stripped = _stripped(self.inputs.skull_stripped, scan)
-        if stripped:
+        if isdefined(self.inputs.given_mask):
+            mask = _on_grid_of(scan, self.inputs.given_mask)
+        elif stripped:
             mask = mask_of_stripped(scan.data)
         else:
             template = _volume(self.inputs.template, self.inputs.template_mask)
@@ -90,6 +93,7 @@ class BrainMask(SimpleInterface):
 class _CorrectBiasInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed scan")
     mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
+    corrected = traits.Bool(False, usedefault=True, desc="whether another pipeline has done so already")
 
 
 class _CorrectBiasOutputSpec(TraitedSpec):
@@ -98,14 +102,15 @@ class _CorrectBiasOutputSpec(TraitedSpec):
 
 
 class CorrectBias(SimpleInterface):
-    """Correct the bias field with N4, estimated in the brain."""
+    """Correct the bias field with N4, estimated in the brain, unless that is done."""
 
     input_spec = _CorrectBiasInputSpec
     output_spec = _CorrectBiasOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file, self.inputs.mask)
-        corrected = correct_bias(scan.data, scan.affine, scan.mask)
+        done = self.inputs.corrected
+        corrected = scan.data if done else correct_bias(scan.data, scan.affine, scan.mask)
         self._results["out_file"] = _save(runtime, "corrected.nii.gz", corrected, scan.affine, np.float32)
         brain = np.where(scan.mask, corrected, 0.0)
         self._results["out_brain"] = _save(runtime, "brain.nii.gz", brain, scan.affine, np.float32)
@@ -117,6 +122,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     mask = File(exists=True, mandatory=True, desc="its mask")
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
+    given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
 
 
 class _RegisterToReferenceOutputSpec(TraitedSpec):
@@ -126,18 +132,20 @@ class _RegisterToReferenceOutputSpec(TraitedSpec):
 
 
 class RegisterToReference(SimpleInterface):
-    """Register the anchor's brain rigidly (6 degrees of freedom) to the reference image."""
+    """Register the anchor's brain rigidly (6 degrees of freedom) to the reference, unless that is done."""
 
     input_spec = _RegisterToReferenceInputSpec
     output_spec = _RegisterToReferenceOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         folder = Path(runtime.cwd)
-        pull, qc = register_to_reference(
-            _volume(self.inputs.reference, self.inputs.reference_mask),
-            _volume(self.inputs.in_file, self.inputs.mask),
-            folder,
-        )
+        reference = _volume(self.inputs.reference, self.inputs.reference_mask)
+        brain = _volume(self.inputs.in_file, self.inputs.mask)
+        if isdefined(self.inputs.given_xfm):
+            pull = read_itk(self.inputs.given_xfm)
+            qc = measure(reference, brain, pull)
+        else:
+            pull, qc = register_to_reference(reference, brain, folder)
         self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", pull))
         self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(pull)))
         self._results["qc"] = qc
@@ -150,6 +158,8 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     anchor_mask = File(exists=True, mandatory=True, desc="brain mask of the anchor")
     anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform that resamples the anchor to SRI24")
     skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
+    aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
+    given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
@@ -172,7 +182,14 @@ class RegisterToAnchor(SimpleInterface):
         anchor = _volume(self.inputs.anchor, self.inputs.anchor_mask)
         stripped = _stripped(self.inputs.skull_stripped, scan)
         own_mask = mask_of_stripped(scan.data) if stripped else None
-        pull, qc = register_to_anchor(anchor, Volume(scan.data, scan.affine, own_mask), folder)
+        anchor_xfm = read_itk(self.inputs.anchor_xfm)
+        moving = Volume(scan.data, scan.affine, own_mask)
+        if self.inputs.aligned or isdefined(self.inputs.given_xfm):
+            given = None if self.inputs.aligned else read_itk(self.inputs.given_xfm)
+            pull = np.eye(4) if given is None else given @ np.linalg.inv(anchor_xfm)
+            qc = measure(anchor, moving, pull)
+        else:
+            pull, qc = register_to_anchor(anchor, moving, folder)
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
         if own_mask is not None:
             mask &= own_mask
@@ -182,12 +199,51 @@ class RegisterToAnchor(SimpleInterface):
                 "the scan does not overlap its T1w scan",
                 "check that both show one session",
             )
-        to_sri24 = pull @ read_itk(self.inputs.anchor_xfm)
+        to_sri24 = pull @ anchor_xfm
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
         self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", to_sri24))
         self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(to_sri24)))
         self._results["skull_stripped"] = stripped
         self._results["qc"] = qc
+        return runtime
+
+
+class _RelateToRawInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="conformed scan that another pipeline has made")
+    mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples it on the SRI24 grid")
+    raw = File(exists=True, mandatory=True, desc="raw scan it was made of")
+    from_raw = File(exists=True, desc="ITK transform that resamples the raw scan on it; found if not given")
+
+
+class _RelateToRawOutputSpec(TraitedSpec):
+    out_mask = File(exists=True, desc="brain mask on the grid of the raw scan")
+    to_sri24 = File(exists=True, desc="ITK transform that resamples the raw scan on the SRI24 grid")
+    from_sri24 = File(exists=True, desc="its inverse")
+
+
+class RelateToRaw(SimpleInterface):
+    """Find the way from SRI24 to the raw scan, where another pipeline's image is what was registered.
+
+    Results go back to the raw scan's grid. The two images show the same head; without a transform they are
+    registered rigidly, starting from the same place.
+    """
+
+    input_spec = _RelateToRawInputSpec
+    output_spec = _RelateToRawOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        folder = Path(runtime.cwd)
+        scan, raw = _volume(self.inputs.in_file, self.inputs.mask), Volume(*read_scan(self.inputs.raw))
+        if isdefined(self.inputs.from_raw):
+            pull = read_itk(self.inputs.from_raw)
+        else:
+            pull, _ = register_to_anchor(scan, raw, folder)
+        to_sri24 = pull @ read_itk(self.inputs.to_sri24)
+        mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
+        self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)
+        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", to_sri24))
+        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(to_sri24)))
         return runtime
 
 
@@ -305,6 +361,12 @@ def _volume(path: str, mask: str | None = None) -> Volume:
 def _mask(path: str) -> Volume:
     data, affine = read_volume(path)
     return Volume(data > 0, affine)
+
+
+def _on_grid_of(scan: Volume, mask: str) -> np.ndarray:
+    """Read a mask on the grid of a scan, whatever order its voxels are stored in."""
+    data, affine = read_volume(mask)
+    return resample(data > 0, affine, scan.data.shape, scan.affine, order=0) > 0
 
 
 def _stripped(stated: Any, scan: Volume) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from nipype.interfaces import utility as niu
@@ -15,13 +16,58 @@ from bids_uad.preprocessing.interfaces import (
     CorrectBias,
     RegisterToAnchor,
     RegisterToReference,
+    RelateToRaw,
     ResampleLesion,
     ResampleToSRI24,
 )
 from bids_uad.preprocessing.reference import Reference
 
-INPUTS = ("in_file", "anchor_file", "anchor_mask", "anchor_xfm", "lesion_mask")
-OUTPUTS = ("preproc", "brain_mask", "native_mask", "brain", "to_sri24", "from_sri24", "lesion", "qc")
+INPUTS = (
+    "in_file",
+    "anchor_file",
+    "anchor_mask",
+    "anchor_xfm",
+    "lesion_mask",
+    "given_mask",
+    "given_xfm",
+    "raw_file",
+    "from_raw",
+)
+OUTPUTS = (
+    "preproc",
+    "brain_mask",
+    "own_mask",
+    "brain",
+    "xfm",
+    "native_mask",
+    "to_sri24",
+    "from_sri24",
+    "lesion",
+    "qc",
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What another pipeline has already done for a scan.
+
+    Parameters
+    ----------
+    image : bool
+        The scan comes from it, bias-corrected, and stands for a raw scan.
+    mask, xfm : bool
+        Its brain mask, its way to SRI24.
+    aligned : bool
+        The scan lies on its anchor already.
+    """
+
+    image: bool = False
+    mask: bool = False
+    xfm: bool = False
+    aligned: bool = False
+
+
+NOTHING = Given()
 
 
 def init_preproc_wf(
@@ -32,6 +78,8 @@ def init_preproc_wf(
     skull_stripped: bool | None,
     omp_nthreads: int,
     reference: Reference,
+    given: Given = NOTHING,
+    lesion_on_raw: bool = True,
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
@@ -70,20 +118,28 @@ def init_preproc_wf(
         bit for bit; the number is what the scheduler reserves at most.
     reference : bids_uad.preprocessing.reference.Reference
         Reference images on the SRI24 grid.
+    given : Given
+        What another pipeline has done for the scan.
+    lesion_on_raw : bool
+        Whether the lesion mask lies on the raw scan and not on the image of another pipeline.
 
     Inputs
     ------
     in_file
-        Raw scan.
+        Scan: the raw one, or another pipeline's.
     anchor_file
         Bias-corrected brain of the anchor in its native space (output ``brain`` of the anchor's workflow).
         Not used by an anchor, as the next two.
     anchor_mask
-        Brain mask of the anchor in its native space (its ``native_mask``).
+        Brain mask of the anchor on the same grid (its ``own_mask``).
     anchor_xfm
-        ITK transform of the anchor to SRI24 (its ``to_sri24``).
+        ITK transform of the anchor to SRI24 (its ``xfm``).
     lesion_mask
-        Manual lesion mask in the space of the scan. Optional.
+        Manual lesion mask. Optional.
+    given_mask, given_xfm
+        Brain mask on the grid of the scan, and ITK transform of the scan to SRI24, where they are given.
+    raw_file, from_raw
+        Where an image is given: the raw scan, and the ITK transform between the two, if there is one.
 
     Outputs
     -------
@@ -91,12 +147,16 @@ def init_preproc_wf(
         Scan on the SRI24 grid, float32, the 99.5th percentile of the brain at 1 and 0 outside.
     brain_mask
         Brain mask on the SRI24 grid, within the field of view of the scan.
-    native_mask
+    own_mask
         Brain mask on the grid of the scan.
     brain
         Bias-corrected brain on the grid of the scan.
+    xfm
+        ITK text file: one rigid transform that resamples the scan to SRI24.
+    native_mask
+        Brain mask on the grid of the raw scan.
     to_sri24, from_sri24
-        ITK text files, one rigid transform each.
+        ITK text files, one rigid transform each, between the raw scan and SRI24.
     lesion
         Lesion mask on the SRI24 grid; undefined without ``lesion_mask``.
     qc
@@ -114,21 +174,27 @@ def init_preproc_wf(
     if modality not in ("T1w", "T2w"):
         raise ValueError(f"modality must be T1w or T2w, not {modality!r}")
     workflow = LiterateWorkflow(name=name)
-    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference)
+    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference, given)
     inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
-    correct_bias = pe.Node(CorrectBias(), name="correct_bias", mem_gb=1.0)
+    correct_bias = pe.Node(CorrectBias(corrected=given.image), name="correct_bias", mem_gb=1.0)
     resample = pe.Node(ResampleToSRI24(), name="resample", mem_gb=1.0)
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
     quality = pe.Node(Assess(reference_mask=str(reference.brain_mask)), name="quality", mem_gb=0.3)
     if is_anchor:
         mask, register = _connect_anchor(workflow, correct_bias, modality, reference)
     else:
-        mask = register = _connect_to_anchor(workflow, inputnode)
+        mask = register = _connect_to_anchor(workflow, inputnode, aligned=given.aligned)
         workflow.connect([
             (inputnode, resample, [("anchor_mask", "brain_mask"), ("anchor_xfm", "brain_xfm")]),
         ])  # fmt: skip
+    if given.mask and is_anchor:
+        workflow.connect(inputnode, "given_mask", mask, "given_mask")
+    if given.xfm:
+        workflow.connect(inputnode, "given_xfm", register, "given_xfm")
+    native = _connect_to_raw(workflow, inputnode, conform, mask, register) if given.image else None
+    workflow.connect((native if native and lesion_on_raw else register), "to_sri24", lesion, "to_sri24")
     if skull_stripped is not None:
         mask.inputs.skull_stripped = skull_stripped
     workflow.connect([
@@ -140,15 +206,16 @@ def init_preproc_wf(
         (correct_bias, resample, [("out_file", "in_file")]),
         (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
         (register, resample, [("to_sri24", "to_sri24")]),
-        (register, lesion, [("to_sri24", "to_sri24")]),
         (register, quality, [("qc", "registration")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
         (resample, quality, [("out_mask", "brain_mask")]),
         (lesion, quality, [("out_file", "lesion")]),
         (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
-        (mask, outputnode, [("out_mask", "native_mask")]),
+        (mask, outputnode, [("out_mask", "own_mask")]),
         (correct_bias, outputnode, [("out_brain", "brain")]),
-        (register, outputnode, [("to_sri24", "to_sri24"), ("from_sri24", "from_sri24")]),
+        (register, outputnode, [("to_sri24", "xfm")]),
+        (native or mask, outputnode, [("out_mask", "native_mask")]),
+        (native or register, outputnode, [("to_sri24", "to_sri24"), ("from_sri24", "from_sri24")]),
         (lesion, outputnode, [("out_file", "lesion")]),
         (quality, outputnode, [("qc", "qc")]),
     ])  # fmt: skip
@@ -179,8 +246,21 @@ def _connect_anchor(
     return mask, register
 
 
-def _connect_to_anchor(workflow: LiterateWorkflow, inputnode: pe.Node) -> pe.Node:
-    register = pe.Node(RegisterToAnchor(), name="register", mem_gb=1.0)
+def _connect_to_raw(
+    workflow: LiterateWorkflow, inputnode: pe.Node, conform: pe.Node, mask: pe.Node, register: pe.Node
+) -> pe.Node:
+    native = pe.Node(RelateToRaw(), name="native", mem_gb=0.7)
+    workflow.connect([
+        (inputnode, native, [("raw_file", "raw"), ("from_raw", "from_raw")]),
+        (conform, native, [("out_file", "in_file")]),
+        (mask, native, [("out_mask", "mask")]),
+        (register, native, [("to_sri24", "to_sri24")]),
+    ])  # fmt: skip
+    return native
+
+
+def _connect_to_anchor(workflow: LiterateWorkflow, inputnode: pe.Node, *, aligned: bool) -> pe.Node:
+    register = pe.Node(RegisterToAnchor(aligned=aligned), name="register", mem_gb=1.0)
     workflow.connect([
         (inputnode, register, [
             ("anchor_file", "anchor"),
@@ -195,37 +275,64 @@ def _target(modality: str, reference: Reference) -> Path:
     return reference.t2w if modality == "T2w" and reference.t2w is not None else reference.t1w
 
 
-def _description(modality: str, is_anchor: bool, skull_stripped: bool | None, reference: Reference) -> str:
+def _description(
+    modality: str, is_anchor: bool, skull_stripped: bool | None, reference: Reference, given: Given
+) -> str:
     """Write the methods text of one scan, fMRIPrep-style, with citation keys."""
+    corrected = (
+        "corrected for intensity non-uniformity inside the brain mask with N4 [@n4], distributed with ANTs "
+        "[@ants]"
+    )
+    if given.image:
+        corrected = "taken as an earlier pipeline had corrected it"
+    once = (
+        "The image was resampled once, with linear interpolation to the SRI24 grid (240 x 240 x 155 voxels "
+        "of 1 mm), and its intensities were divided by their 99.5th percentile in the brain."
+    )
     if not is_anchor:
+        registered = "was registered rigidly to the T1w image of the same session (mutual information inside "
+        registered += "the T1w brain mask)"
+        if given.aligned:
+            registered = "lay on the grid of the T1w image of the same session"
+        elif given.xfm:
+            registered = "was brought to the T1w image of the same session by a transform that was given"
         return (
-            f"The {modality} image was registered rigidly to the T1w image of the same session (mutual "
-            "information inside the T1w brain mask), whose brain mask was carried over, and corrected for "
-            "intensity non-uniformity with N4 [@n4]. The transform was composed with that of the T1w image, "
-            "so that it too was resampled once; intensities were scaled in the same way.\n"
+            f"The {modality} image {registered}, whose brain mask was carried over, and was {corrected}. The "
+            "transform was composed with that of the T1w image, so that it too was resampled once; "
+            "intensities were scaled in the same way.\n"
         )
+    atlas = _atlas(modality, reference)
+    registration = f"registered rigidly (six degrees of freedom, mutual information) to {atlas}"
+    if given.xfm:
+        registration = f"brought to {atlas} by a rigid transform that was given"
+    return (
+        f"{_extraction(skull_stripped, given)} The {modality} image was {corrected}. The brain was "
+        f"{registration}. {once} The steps are nodes of a Nipype [@nipype1; @nipype2] workflow built with "
+        "niworkflows [@niworkflows].\n"
+    )
+
+
+def _extraction(skull_stripped: bool | None, given: Given) -> str:
+    """Say where the brain mask comes from."""
+    if given.mask:
+        return "The brain mask was that of an earlier pipeline."
+    carried = (
+        "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
+        "and carrying its brain mask back."
+    )
+    return {
+        True: "The image was skull-stripped already; its background gave the brain mask.",
+        False: f"T{carried[1:]}",
+        None: f"Unless the image was skull-stripped already, {carried}",
+    }[skull_stripped]
+
+
+def _atlas(modality: str, reference: Reference) -> str:
+    """Name the image that the brain was registered to."""
     atlas = "the SRI24 atlas [@sri24]"
     if reference.metadata.get("StandIn", False):
         atlas = (
             "the ICBM152 template [@icbm152] as distributed with nilearn [@nilearn], brought to the grid of "
             "the SRI24 atlas [@sri24] by an affine transform"
         )
-    if modality == "T2w" and reference.t2w is not None:
-        atlas += ", T2w channel"
-    carried = (
-        "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
-        "and carrying its brain mask back."
-    )
-    extraction = {
-        True: "The image was skull-stripped already; its background gave the brain mask.",
-        False: f"T{carried[1:]}",
-        None: f"Unless the image was skull-stripped already, {carried}",
-    }[skull_stripped]
-    return (
-        f"{extraction} The {modality} image was corrected for intensity non-uniformity inside the brain mask "
-        "with N4 [@n4], distributed with ANTs [@ants]. The brain was registered rigidly (six degrees of "
-        f"freedom, mutual information) to {atlas}. The image was resampled once, with linear interpolation "
-        "to the SRI24 grid (240 x 240 x 155 voxels of 1 mm), and its intensities were divided by their "
-        "99.5th percentile in the brain. The steps are nodes of a Nipype "
-        "[@nipype1; @nipype2] workflow built with niworkflows [@niworkflows].\n"
-    )
+    return f"{atlas}, T2w channel" if modality == "T2w" and reference.t2w is not None else atlas

@@ -27,9 +27,8 @@ from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.transforms import write_itk
+from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
-INPUTS = ("in_file", "anchor_file", "anchor_mask", "anchor_xfm", "lesion_mask")
-OUTPUTS = ("preproc", "brain_mask", "native_mask", "brain", "to_sri24", "from_sri24", "lesion", "qc")
 THRESHOLD = 0.5
 
 
@@ -46,13 +45,19 @@ class _FakePreprocInputSpec(BaseInterfaceInputSpec):
     anchor_mask = File(exists=True)
     anchor_xfm = File(exists=True)
     lesion_mask = File(exists=True)
+    given_mask = File(exists=True)
+    given_xfm = File(exists=True)
+    raw_file = File(exists=True)
+    from_raw = File(exists=True)
 
 
 class _FakePreprocOutputSpec(TraitedSpec):
     preproc = File(exists=True)
     brain_mask = File(exists=True)
+    own_mask = File(exists=True)
     native_mask = File(exists=True)
     brain = File(exists=True)
+    xfm = File(exists=True)
     to_sri24 = File(exists=True)
     from_sri24 = File(exists=True)
     lesion = File(exists=True)
@@ -89,6 +94,7 @@ class FakePreproc(SimpleInterface):
             self._results[transform] = str(folder / f"{transform}.txt")
         for output in ("native_mask", "brain", "brain_mask", "preproc"):
             self._results[output] = str(folder / f"{output}.nii.gz")
+        self._results |= {"own_mask": self._results["native_mask"], "xfm": self._results["to_sri24"]}
         if isdefined(self.inputs.lesion_mask):
             lesion = np.zeros(space.SHAPE, np.uint8)
             lesion[110:115, 110:115, 70:75] = 1
@@ -99,13 +105,15 @@ class FakePreproc(SimpleInterface):
         return runtime
 
 
-def init_fake_preproc_wf(*, name, modality, is_anchor, skull_stripped, omp_nthreads, reference):
+def init_fake_preproc_wf(
+    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, given, lesion_on_raw
+):
     """Same door as `preprocessing.workflow.init_preproc_wf`."""
     workflow = LiterateWorkflow(name=name)
     inputnode = Node(IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = Node(IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     work = Node(FakePreproc(), name="work")
-    connected = INPUTS if not is_anchor else ("in_file", "lesion_mask")
+    connected = INPUTS if not is_anchor else [field for field in INPUTS if not field.startswith("anchor_")]
     workflow.connect([(inputnode, work, [(field, field) for field in connected])])
     workflow.connect([(work, outputnode, [(field, field) for field in OUTPUTS])])
     return workflow

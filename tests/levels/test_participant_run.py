@@ -15,7 +15,7 @@ from bids_uad.cli.main import main
 from bids_uad.dataset.identity import by_content
 from bids_uad.levels.participant import run, workflow, writing
 from bids_uad.levels.participant.records import sha256_of
-from tests.dataset.skeleton import write_dataset, write_mask
+from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf
 
 
@@ -386,3 +386,32 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     assert main([str(bench.raw), str(bench.out), "group"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "disyre for T1w has met sub-01 in training" in said
+
+
+def test_images_of_another_pipeline_are_worked_on_instead(bench):
+    bench.dataset(T1W, T2W)
+    earlier = bench.folder / "fmriprep"
+    image = write_image(earlier / "sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")
+    mask = write_mask(earlier / "sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    description = {"Name": "fMRIPrep", "BIDSVersion": "1.9.0", "DatasetType": "derivative"}
+    (earlier / "dataset_description.json").write_text(json.dumps(description))
+    chained = ("-d", f"fmriprep={earlier}")
+    assert bench.run(*chained) == 0
+    assert [call for call in bench.take_calls() if call.startswith("preproc")] == [
+        "preproc sub-01_T2w.nii.gz",
+        f"preproc {image.name}",
+    ]
+    sidecar = json.loads((bench.out / "sub-01/anat/sub-01_space-SRI24_desc-preproc_T1w.json").read_text())
+    assert sidecar["Sources"] == [
+        f"bids:raw:{T1W}",
+        "bids:fmriprep:sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
+        "bids:fmriprep:sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+    ]
+    assert bench.run(*chained) == 0
+    assert bench.take_calls() == []
+
+    write_mask(mask, shape=(22, 24, 24))
+    assert bench.run(*chained) == 66  # the mask fits no grid any more
+    mask.unlink()
+    assert bench.run(*chained) == 0
+    assert len(bench.take_calls()) == 4

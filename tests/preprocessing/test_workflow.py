@@ -41,13 +41,16 @@ def run(workflow, base: Path, **inputs: object) -> SimpleNamespace:
     graph = workflow.run()
     nodes = {node.name: node.result.outputs for node in graph.nodes()}
     mask = nodes.get("brain_mask", nodes["register"])
+    native = nodes.get("native", nodes["register"])
     return SimpleNamespace(
         preproc=nodes["resample"].out_file,
         brain_mask=nodes["resample"].out_mask,
-        native_mask=mask.out_mask,
+        own_mask=mask.out_mask,
+        native_mask=nodes.get("native", mask).out_mask,
         brain=nodes["correct_bias"].out_brain,
-        to_sri24=nodes["register"].to_sri24,
-        from_sri24=nodes["register"].from_sri24,
+        xfm=nodes["register"].to_sri24,
+        to_sri24=native.to_sri24,
+        from_sri24=native.from_sri24,
         lesion=nodes["lesion"].out_file,
         qc=nodes["quality"].qc,
     )

@@ -85,10 +85,17 @@ def make_fingerprint(
         "input_sha256": sha256_of(unit.path),
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
         "lesion_sha256": None if lesion is None else sha256_of(lesion),
+        "prepared_sha256": _prepared(unit),
+        "anchor_prepared_sha256": None if unit.anchor is None else _prepared(unit.anchor),
         "skull_stripped": unit.skull_stripped,
         "reference_sha256": reference_sha256,
         "random_seed": random_seed,
     }
+
+
+def _prepared(unit: ImageUnit) -> list[str]:
+    """Checksums of what another pipeline has done for an image."""
+    return [sha256_of(path) for path in unit.prepared.files]
 
 
 def is_whole(record: Record, output_dir: Path) -> bool:

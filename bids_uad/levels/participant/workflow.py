@@ -13,10 +13,10 @@ from bids_uad.levels.participant.detection import AlignMask
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.plan import Task, with_support
 from bids_uad.levels.participant.writing import init_writing_wf
-from bids_uad.preprocessing.workflow import init_preproc_wf
+from bids_uad.preprocessing.workflow import Given, init_preproc_wf
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
-FROM_ANCHOR = {"brain": "anchor_file", "native_mask": "anchor_mask", "to_sri24": "anchor_xfm"}
+FROM_ANCHOR = {"brain": "anchor_file", "own_mask": "anchor_mask", "xfm": "anchor_xfm"}
 
 _PARTS = ("_preproc_wf", "_writing_wf", "_lesion")
 
@@ -111,15 +111,35 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
 
 def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow:
     """Build the preprocessing of one image."""
+    unit, prepared = task.unit, task.unit.prepared
+    # A transform to another reference image leads elsewhere.
+    xfm = prepared.to_sri24 if prepared.reference_sha256 == means.reference.sha256 else None
+    given = Given(
+        image=prepared.image is not None,
+        mask=prepared.brain_mask is not None,
+        xfm=xfm is not None,
+        aligned=prepared.aligned,
+    )
     workflow = init_preproc_wf(
         name=name,
-        modality=task.unit.modality,
-        is_anchor=task.unit.is_anchor,
-        skull_stripped=task.unit.skull_stripped,
+        modality=unit.modality,
+        is_anchor=unit.is_anchor,
+        skull_stripped=unit.skull_stripped if prepared.image is None else None,
         omp_nthreads=means.config.omp_nthreads,
         reference=means.reference,
+        given=given,
+        lesion_on_raw=task.lesion is None or not task.lesion.on_prepared,
     )
-    workflow.inputs.inputnode.in_file = str(task.unit.path)
+    files = {
+        "in_file": unit.image,
+        "raw_file": unit.path if given.image else None,
+        "from_raw": prepared.from_raw,
+        "given_mask": prepared.brain_mask,
+        "given_xfm": xfm,
+    }
+    for field, path in files.items():
+        if path is not None:
+            setattr(workflow.inputs.inputnode, field, str(path))
     return workflow
 
 

@@ -1,0 +1,154 @@
+"""What other pipelines have already done for an image: found by name in the derivative datasets of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.grids import Grid, grid_of, same_grid
+from bids_uad.dataset.naming import entities_of
+from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Prepared, Problem
+from bids_uad.errors import InputError
+
+LESIONS = "lesions"
+"""Name of the derivative dataset that holds ground truth and nothing else."""
+REFERENCE_SIDECAR = Path("tpl-SRI24", "anat", "tpl-SRI24_desc-brain_T1w.json")
+
+_SUFFIX = re.compile(r"_([0-9a-zA-Z]+)\.(?:nii|nii\.gz|txt)$")
+_IDENTIFYING = {key: name for name, key in PREFIX_ENTITIES}
+
+
+def attach_prepared(
+    units: Sequence[ImageUnit], derivatives: Mapping[str, Path]
+) -> tuple[list[ImageUnit], list[Problem]]:
+    """Give every image what the derivative datasets of the run hold about it.
+
+    Read are fMRIPrep's names and our own: ``desc-preproc_T1w`` and ``_T2w`` in native space, the brain
+    mask on that image's grid or on the raw one's, ``from-orig_to-T1w``, and ``from-T1w_to-SRI24``. A file
+    that names fewer entities than the image (fMRIPrep merges runs) is taken for the first image it fits.
+
+    Parameters
+    ----------
+    units : sequence of ImageUnit
+        A participant's anchors before what is registered to them.
+    derivatives : mapping of str to pathlib.Path
+        Datasets by name; the first that has something about an image is used. That of the lesion masks
+        is left out.
+
+    Returns
+    -------
+    units : list of ImageUnit
+    problems : list of Problem
+        Images whose brain mask fits no grid. They are left out, and what is registered to them, too.
+    """
+    sources = {name: root for name, root in derivatives.items() if name != LESIONS}
+    taken: set[Path] = set()
+    done: dict[str, ImageUnit] = {}
+    problems: list[Problem] = []
+    for unit in units:
+        if unit.anchor is not None:
+            if unit.anchor.key not in done:
+                problems.append(Problem(unit.subject, f"{unit.path}: its T1w image cannot be used", unit.key))
+                continue
+            unit = replace(unit, anchor=done[unit.anchor.key])
+        try:
+            for name, root in sources.items():
+                prepared = _find(name, root, unit, taken)
+                if prepared.files:
+                    taken |= {prepared.image, prepared.brain_mask} - {None}
+                    unit = replace(unit, prepared=prepared)
+                    break
+        except InputError as error:
+            problems.append(Problem(unit.subject, str(error), unit.key))
+            continue
+        done[unit.key] = unit
+    return list(done.values()), problems
+
+
+def _find(dataset: str, root: Path, unit: ImageUnit, taken: set[Path]) -> Prepared:
+    """Collect what one dataset holds about an image."""
+    files = [path for path in _files(root, unit) if path not in taken]
+    image = _best(files, unit, suffix=unit.modality, spaces=(None, "T1w"), desc=("preproc",))
+    grid = grid_of(unit.path if image is None else image)
+    mask = _mask(files, unit, grid)
+    if image is None and mask is None:
+        return Prepared()
+    origin = "orig" if unit.modality == "T1w" else unit.modality
+    return Prepared(
+        dataset=dataset,
+        root=root,
+        image=image,
+        brain_mask=mask,
+        from_raw=None if image is None else _transform(files, unit, origin, "T1w"),
+        to_sri24=_transform(files, unit, unit.modality, "SRI24"),
+        reference_sha256=read_json(root / REFERENCE_SIDECAR).get("ReferenceSHA256"),
+        aligned=image is not None and unit.anchor is not None and same_grid(grid, _grid_used(unit.anchor)),
+    )
+
+
+def _grid_used(unit: ImageUnit) -> Grid:
+    """Grid of the image that stands for a unit."""
+    return grid_of(unit.image)
+
+
+def _mask(files: list[Path], unit: ImageUnit, grid: Grid) -> Path | None:
+    """Find the brain mask of an image; one that is there but fits no grid is refused."""
+    descs = ("brain",) if unit.is_anchor else (f"{unit.modality}Brain",)
+    wanted = [
+        path
+        for space in (None, unit.modality, "orig")
+        for path in _matching(files, unit, suffix="mask", spaces=(space,), desc=descs)
+    ]
+    for path in wanted:
+        if same_grid(grid_of(path), grid):
+            return path
+    if wanted and unit.modality == "T1w":
+        raise InputError(
+            wanted[0],
+            f"brain mask that is not on the grid of {unit.path.name}",
+            "give the preprocessed image it belongs to as well, or leave the mask out",
+        )
+    return None
+
+
+def _transform(files: list[Path], unit: ImageUnit, origin: str, target: str) -> Path | None:
+    for path in _matching(files, unit, suffix="xfm", spaces=(None,), desc=(None,)):
+        ends = entities_of(path).get("from"), entities_of(path).get("to")
+        if ends == (origin, target) and path.suffix == ".txt":
+            return path
+    return None
+
+
+def _best(files: list[Path], unit: ImageUnit, **named: Sequence[str | None]) -> Path | None:
+    return next(_matching(files, unit, **named), None)
+
+
+def _matching(
+    files: list[Path],
+    unit: ImageUnit,
+    *,
+    suffix: str,
+    spaces: Sequence[str | None],
+    desc: Sequence[str | None],
+) -> Iterator[Path]:
+    """Files about an image, those that name most of its entities first."""
+    own = {key: unit.entities[name] for key, name in _IDENTIFYING.items() if name in unit.entities}
+    fitting = []
+    for path in files:
+        found, ending = entities_of(path), _SUFFIX.search(path.name)
+        named = {key: value for key, value in found.items() if key in _IDENTIFYING}
+        if ending is None or ending[1] != suffix or not named.items() <= own.items():
+            continue
+        if found.get("space") in spaces and found.get("desc") in desc:
+            fitting.append((-len(named), path.name, path))
+    return iter([path for _, _, path in sorted(fitting)])
+
+
+def _files(root: Path, unit: ImageUnit) -> list[Path]:
+    """Files of a participant that may be about an image: of its session, or of none."""
+    folder = root / f"sub-{unit.subject}"
+    places = [folder / "anat"] + ([folder / f"ses-{unit.session}" / "anat"] if unit.session else [])
+    return [path for place in places if place.is_dir() for path in sorted(place.iterdir())]
