@@ -36,6 +36,7 @@ BIDSIGNORE = (
     "*_anomalymap.*",
     "*_metrics.*",
     "*_histogram.*",
+    "*_qc.*",
 )
 
 README = f"""# Anomaly maps made by bids_uad

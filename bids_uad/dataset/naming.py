@@ -37,7 +37,7 @@ _PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name,
 PATTERNS = [
     _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
     _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of our outputs."""
 
@@ -99,6 +99,11 @@ def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:
         "to_sri24": output_path(unit, suffix="xfm", extension=".txt", **forward),
         "from_sri24": output_path(unit, suffix="xfm", extension=".txt", **inverse),
     }
+
+
+def quality_output(unit: ImageUnit) -> Path:
+    """Name the table of an image's quality."""
+    return output_path(unit, space=NAME, desc=f"{unit.modality}Preproc", suffix="qc", extension=".tsv")
 
 
 def lesion_output(unit: ImageUnit) -> Path:

@@ -52,6 +52,42 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 
+_AS_MRIQC = "as in MRIQC, tissues by intensity"
+QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
+    "source_image": {"Description": "Raw image, as BIDS URI"},
+    "modality": {"Description": "Suffix of the raw image"},
+    "exclude": {
+        "Description": "Whether the group level leaves the image out; may be changed by hand",
+        "Levels": {"yes": "Something failed, or looks as if it had", "no": "Nothing did"},
+    },
+    "exclude_reasons": {"Description": "Why, in words"},
+    "snr_csf": {"Description": f"Signal-to-noise ratio of cerebrospinal fluid, {_AS_MRIQC}"},
+    "snr_gm": {"Description": f"Signal-to-noise ratio of grey matter, {_AS_MRIQC}"},
+    "snr_wm": {"Description": f"Signal-to-noise ratio of white matter, {_AS_MRIQC}"},
+    "snr_total": {"Description": "Mean of the three"},
+    "cnr": {
+        "Description": f"Contrast-to-noise ratio of white and grey matter, {_AS_MRIQC}; the noise of the air "
+        "counts as 0 in skull-stripped images"
+    },
+    "cjv": {"Description": f"Coefficient of joint variation of white and grey matter, {_AS_MRIQC}"},
+    "efc": {"Description": "Entropy focus criterion, as in MRIQC; lower in skull-stripped images"},
+    "wm2max": {"Description": "Median of white matter / 99.95th percentile of the image, as in MRIQC"},
+    "icvs_csf": {"Description": "Share of cerebrospinal fluid in the brain mask"},
+    "icvs_gm": {"Description": "Share of grey matter"},
+    "icvs_wm": {"Description": "Share of white matter"},
+    "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
+    "native_brain_volume_mm3": {"Description": "Volume of the brain mask in native space", "Units": "mm^3"},
+    "kept_share": {"Description": "Share of the brain mask that lies on the grid and in the field of view"},
+    "mask_overlap": {"Description": "Dice of the brain mask with that of the reference image"},
+    "similarity": {
+        "Description": "Normalised mutual information with the image it was registered to: 0 none, 1 full"
+    },
+    "rotation_degrees": {"Description": "Angle between the scan and the atlas", "Units": "degree"},
+    "restarted": {"Description": "Whether the registration had to start again from rotated positions"},
+    "skull_stripped": {"Description": "Whether the image came skull-stripped"},
+}
+
+
 def raw_uri(unit: ImageUnit, bids_dir: Path) -> str:
     """Give the BIDS URI of a raw image."""
     return f"bids:raw:{unit.path.relative_to(bids_dir).as_posix()}"
@@ -103,6 +139,17 @@ def preprocessing_sidecars(
             "SpatialReference": "orig",
             "Sources": sources,
         },
+    }
+
+
+def quality_sidecar(preproc: Path, brain_mask: Path) -> dict[str, Any]:
+    """Describe the table of an image's quality; the paths are relative to the dataset."""
+    return {
+        "Description": "Quality of an image and of its preprocessing",
+        **QUALITY_COLUMNS,
+        "Sources": [own_uri(preproc), own_uri(brain_mask)],
+        "SpatialReference": SPATIAL_REFERENCE,
+        "SoftwareVersion": __version__,
     }
 
 

@@ -16,11 +16,13 @@ from bids_uad.evaluation.absences import Absence, find_absences
 from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
 from bids_uad.evaluation.consistency import ConsistencyCheck
 from bids_uad.evaluation.curves import Curves
+from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK, subject_row
 from bids_uad.evaluation.tables import read_unit
 
 ALL = "all"
+EXCLUDED = "left out by quality control: "
 
 _CI = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
 _FEW = f"n/a with fewer than {MIN_SUBJECTS} participants"
@@ -53,6 +55,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
     "n_missing_participants": {"Description": "Known participants without any such score table"},
     "n_failed_scans": {"Description": "Preprocessed images without a readable score table"},
+    "n_excluded_scans": {"Description": "Images that quality control leaves out (exclude in the qc tables)"},
     "n_empty_mask": {"Description": "Lesion scans whose lesion mask is empty"},
     "n_both_empty": {"Description": "Lesion scans with an empty mask and an empty prediction (Dice 1)"},
     "prevalence": {"Description": "Lesion share of the brain voxels of all lesion scans"},
@@ -177,7 +180,9 @@ def evaluate(
     curves: dict[tuple[str, str, str], Curves] = {}
     rows: list[dict[str, Any]] = []
     present: list[tuple[str, str, str]] = []
-    unreadable: list[str] = []
+    exclusions, unreadable = find_exclusions(root, only)
+    unreadable = [text.replace(f"{root}/", "") for text in unreadable]
+    excluded: list[Absence] = []
     contradictions: set[str] = set()
     for path in paths:
         try:
@@ -189,10 +194,15 @@ def evaluate(
         finally:
             if progress is not None:
                 progress()
+        present.append((unit.prefix, unit.modality, unit.detector))
+        reason = exclusions.get((unit.prefix, unit.modality))
+        if reason is not None:
+            which = (unit.subject, unit.prefix, unit.modality, unit.detector)
+            excluded.append(Absence(*which, EXCLUDED + reason))
+            continue
         consistency.check(unit)
         has_report = (root / f"{unit.subject}.html").is_file()
         rows.append(row | {"report": f"{unit.subject}.html" if has_report else None})
-        present.append((unit.prefix, unit.modality, unit.detector))
         if unit.healthy and unit.has_lesion_mask and unit.n_lesion.any():
             contradictions.add(unit.subject)
         for cohort in (ALL, unit.cohort):
@@ -203,7 +213,9 @@ def evaluate(
     subjects = subjects.sort_values(
         ["modality", "detector", "participant_id", "source_image"], ignore_index=True
     )
-    absences = find_absences(root, participants, present, only)
+    absences = sorted(
+        [*find_absences(root, participants, present, only), *excluded], key=lambda absence: absence.subject
+    )
     expected = set(participants.labels) | {absence.subject for absence in absences}
     cohorts = {
         subject: cohort_of(participants.row(subject)) for subject in (expected & only if only else expected)
@@ -229,17 +241,20 @@ def _benchmark(
         for cohort in names:
             chosen = scans if cohort == ALL else scans[scans["cohort"] == cohort]
             members = {who for who, what in known.items() if cohort in (ALL, what)}
-            failed = sum(
-                absence.modality == modality
+            absent = [
+                absence
+                for absence in absences
+                if absence.modality == modality
                 and absence.detector in (detector, None)
                 and absence.subject in members
-                for absence in absences
-            )
+            ]
+            ruled_out = [absence for absence in absent if absence.reason.startswith(EXCLUDED)]
             curve = curves[detector, modality, cohort]
             row = {"detector": detector, "modality": modality, "cohort": cohort}
             row |= _row(chosen, curve, seed, f"{detector} {modality} {cohort}")
-            row["n_missing_participants"] = len(members - seen)
-            row["n_failed_scans"] = failed
+            row["n_missing_participants"] = len(members - seen - {each.subject for each in ruled_out})
+            row["n_failed_scans"] = len(absent) - len(ruled_out)
+            row["n_excluded_scans"] = len(ruled_out)
             rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

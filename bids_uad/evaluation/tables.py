@@ -174,7 +174,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     name = _NAME.match(path.name)
     if name is None:
         raise InputError(path, "not a name that this app writes", "move it out of the derivatives")
-    row = _read_metrics(path)
+    row = read_row(path, _METRICS_COLUMNS)
     written = (name["modality"], name["detector"].lower())
     if (row["modality"], row["detector"].lower()) != written:
         raise InputError(path, "modality or detector differ from the file name", _REMEDY)
@@ -228,9 +228,25 @@ def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: list(columns.get(name, ())) for name in names}
 
 
-def _read_metrics(path: Path) -> dict[str, str]:
-    columns = _read_columns(path, _METRICS_COLUMNS)
-    n_rows = len(columns["modality"])
+def read_row(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Read the named columns of a table that has one row, as text.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    names : sequence of str
+
+    Returns
+    -------
+    dict of str to str
+
+    Raises
+    ------
+    InputError
+        If the table or a column is missing, or there is not one whole row.
+    """
+    columns = _read_columns(path, names)
+    n_rows = len(columns[names[0]])
     if n_rows != 1:
         raise InputError(path, f"{n_rows} rows instead of one", _REMEDY)
     return {name: values[0] for name, values in columns.items()}

@@ -30,6 +30,7 @@ UPWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
 STARTS = 2
 SCALP_MM = (9.0, 14.0)
 AIR_MM = 20.0
+AIR_SPACING = 3.0
 VAULT_FROM = 0.4
 """Share of the brain's height above which the template is given a skull: face and neck have none."""
 CORE_VOXELS = 4
@@ -91,6 +92,24 @@ def extract_brain(head: Volume, template: Volume, folder: Path) -> np.ndarray:
     mask = resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
     mask = _refine(mask, coarse.data)
     return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
+
+
+def air_around(head: Volume) -> np.ndarray:
+    """Find the air around a head, well away from the skin.
+
+    Parameters
+    ----------
+    head : Volume
+        Whole-head scan.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        On its grid.
+    """
+    coarse = head.coarse(AIR_SPACING)
+    tissue = ndimage.binary_dilation(_foreground(coarse.data), iterations=3)
+    return resample(tissue, coarse.affine, head.data.shape, head.affine, order=0, extend=True) < 0.5
 
 
 def _with_skull(brain: Volume) -> Volume:

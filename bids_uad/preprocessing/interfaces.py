@@ -19,13 +19,15 @@ from nipype.interfaces.base import (
 from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
+from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import is_skull_stripped, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
+from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
+from bids_uad.preprocessing.quality import assess
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import field_of_view, resample, resample_mask
-from bids_uad.preprocessing.transforms import read_itk, write_itk
+from bids_uad.preprocessing.transforms import read_itk, rotation_angle, write_itk
 
 
 class _ConformInputSpec(BaseInterfaceInputSpec):
@@ -319,7 +321,10 @@ class ResampleLesion(SimpleInterface):
 
 
 class _AssessInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
+    modality = traits.Enum("T1w", "T2w", mandatory=True)
     registration = traits.Dict(mandatory=True, desc="figures of the registration")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
     skull_stripped = traits.Bool(mandatory=True)
     brain_mask = File(exists=True, mandatory=True, desc="brain mask on the SRI24 grid")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
@@ -338,17 +343,19 @@ class Assess(SimpleInterface):
     output_spec = _AssessOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_uad.preprocessing.quality import assess
-
-        native = _mask(self.inputs.native_mask)
+        native = _volume(self.inputs.in_file, self.inputs.native_mask)
+        stripped = self.inputs.skull_stripped
+        air = np.zeros_like(native.mask) if stripped else air_around(native)
         voxel = float(abs(np.linalg.det(native.affine[:3, :3])))
         self._results["qc"] = assess(
             registration=self.inputs.registration,
-            skull_stripped=self.inputs.skull_stripped,
+            skull_stripped=stripped,
+            rotation=rotation_angle(read_itk(self.inputs.to_sri24)),
             brain=_mask(self.inputs.brain_mask).data,
-            native_volume_mm3=float(native.data.sum()) * voxel,
+            native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
+            image=measure_image(native.data, native.mask, air, self.inputs.modality),
         )
         return runtime
 

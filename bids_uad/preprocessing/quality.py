@@ -1,4 +1,4 @@
-"""Quality figures of a preprocessed scan, and what a person should be told about them."""
+"""Quality figures of a preprocessed scan, what a person should be told about them, and what rules it out."""
 
 from __future__ import annotations
 
@@ -6,75 +6,92 @@ from typing import Any
 
 import numpy as np
 
-LOW_OVERLAP = 0.80
-LOW_COVERAGE = 0.85
-BRAIN_VOLUME_RANGE_ML = (900.0, 1900.0)
+LOW_OVERLAP, FAILED_OVERLAP = 0.80, 0.70
+LOW_COVERAGE, FAILED_COVERAGE = 0.85, 0.60
+USUAL_VOLUME_ML, POSSIBLE_VOLUME_ML = (900.0, 1900.0), (600.0, 2300.0)
+LARGE_ROTATION = 60.0
 LOW_LESION_SHARE = 0.5
 
 
 def assess(
     registration: dict[str, Any],
     skull_stripped: bool,
+    rotation: float,
     brain: np.ndarray,
     native_volume_mm3: float,
     reference: np.ndarray,
     lesion: np.ndarray | None,
+    image: dict[str, float],
 ) -> dict[str, Any]:
-    """Collect the figures of one scan.
+    """Collect the figures of one scan and judge them.
 
     Parameters
     ----------
     registration : dict
         ``similarity``, ``mask_overlap`` and ``restarted`` of the registration.
     skull_stripped : bool
+    rotation : float
+        Degrees by which the scan was turned to lie on the atlas.
     brain, reference : numpy.ndarray of bool, shape (240, 240, 155)
         Brain masks of the scan and of the reference image.
     native_volume_mm3 : float
         Volume of the brain mask in native space.
     lesion : numpy.ndarray of bool or None
         Manual lesion mask on the same grid.
+    image : dict
+        Metrics of :func:`bids_uad.preprocessing.image_quality.measure_image`.
 
     Returns
     -------
     dict
-        ``similarity``, ``registration_overlap``, ``restarted``, ``skull_stripped``, ``mask_overlap`` (Dice of
-        the brain with the reference brain), ``brain_volume_mm3`` (on the SRI24 grid),
-        ``native_brain_volume_mm3``, ``kept_share`` (of the native brain volume on the SRI24 grid), and
-        ``warnings``, a list of sentences.
+        ``similarity``, ``registration_overlap``, ``restarted``, ``rotation_degrees``, ``skull_stripped``,
+        ``mask_overlap`` (Dice of the brain with the reference brain), ``brain_volume_mm3`` (on the SRI24
+        grid), ``native_brain_volume_mm3``, ``kept_share`` (of the native brain volume on the SRI24 grid), the
+        metrics of `image`; ``warnings``, a list of sentences, and ``failures``, those of them for which the
+        scan is to be left out of a benchmark.
     """
     volume = float(brain.sum())
-    total = volume + float(reference.sum())
-    overlap = 2.0 * float((brain & reference).sum()) / total
+    overlap = 2.0 * float((brain & reference).sum()) / (volume + float(reference.sum()))
     kept = volume / native_volume_mm3
-    warnings = []
-    if overlap < LOW_OVERLAP:
-        warnings.append(
-            f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration."
-        )
-    if not BRAIN_VOLUME_RANGE_ML[0] <= volume / 1000 <= BRAIN_VOLUME_RANGE_ML[1]:
-        warnings.append(
-            f"The brain mask holds {volume / 1000:.0f} mL, unusual for an adult: check the brain mask."
-        )
-    if kept < LOW_COVERAGE:
-        warnings.append(
-            f"Only {100 * kept:.0f} % of the brain mask lies on the SRI24 grid and in the field of view."
-        )
-    if registration["restarted"]:
-        warnings.append("The registration had to be restarted from rotated positions: check the orientation.")
+    doubts = {
+        f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (
+            overlap < LOW_OVERLAP,
+            overlap < FAILED_OVERLAP,
+        ),
+        f"The brain mask holds {volume / 1000:.0f} mL, unusual for an adult: check the brain mask.": (
+            not _within(volume / 1000, USUAL_VOLUME_ML),
+            not _within(volume / 1000, POSSIBLE_VOLUME_ML),
+        ),
+        f"Only {100 * kept:.0f} % of the brain mask lies on the SRI24 grid and in the field of view.": (
+            kept < LOW_COVERAGE,
+            kept < FAILED_COVERAGE,
+        ),
+        f"The head was turned by {rotation:.0f} degrees to lie on the atlas: its header is most likely "
+        "wrong, and left and right may be swapped.": (rotation > LARGE_ROTATION,) * 2,
+        "The registration had to be restarted from rotated positions: check the orientation.": (
+            registration["restarted"],
+            False,
+        ),
+    }
     if lesion is not None and lesion.any():
         share = float((lesion & brain).sum() / lesion.sum())
-        if share < LOW_LESION_SHARE:
-            warnings.append(
-                f"Only {100 * share:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
-            )
+        text = f"Only {100 * share:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
+        doubts[text] = (share < LOW_LESION_SHARE, False)
     return {
         "similarity": registration["similarity"],
         "registration_overlap": registration["mask_overlap"],
         "restarted": registration["restarted"],
+        "rotation_degrees": round(rotation, 1),
         "skull_stripped": skull_stripped,
         "mask_overlap": round(overlap, 4),
         "brain_volume_mm3": volume,
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
         "kept_share": round(kept, 4),
-        "warnings": warnings,
+        **{name: round(value, 4) for name, value in image.items()},
+        "warnings": [text for text, (doubtful, _) in doubts.items() if doubtful],
+        "failures": [text for text, (_, failed) in doubts.items() if failed],
     }
+
+
+def _within(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]

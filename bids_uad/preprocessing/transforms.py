@@ -143,6 +143,12 @@ def rotation_about(point: np.ndarray, degrees_xyz: tuple[float, float, float]) -
     return matrix
 
 
+def rotation_angle(matrix: np.ndarray) -> float:
+    """Angle of a rigid transform's rotation, degrees."""
+    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
+
+
 def translation(vector: np.ndarray) -> np.ndarray:
     """Make the 4 x 4 matrix that adds `vector` (mm)."""
     matrix = np.eye(4)

@@ -181,7 +181,8 @@ def init_preproc_wf(
     correct_bias = pe.Node(CorrectBias(corrected=given.image), name="correct_bias", mem_gb=1.0)
     resample = pe.Node(ResampleToSRI24(), name="resample", mem_gb=1.0)
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
-    quality = pe.Node(Assess(reference_mask=str(reference.brain_mask)), name="quality", mem_gb=0.3)
+    assess = Assess(reference_mask=str(reference.brain_mask), modality=modality)
+    quality = pe.Node(assess, name="quality", mem_gb=1.0)
     if is_anchor:
         mask, register = _connect_anchor(workflow, correct_bias, modality, reference)
     else:
@@ -206,7 +207,8 @@ def init_preproc_wf(
         (correct_bias, resample, [("out_file", "in_file")]),
         (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
         (register, resample, [("to_sri24", "to_sri24")]),
-        (register, quality, [("qc", "registration")]),
+        (correct_bias, quality, [("out_file", "in_file")]),
+        (register, quality, [("qc", "registration"), ("to_sri24", "to_sri24")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
         (resample, quality, [("out_mask", "brain_mask")]),
         (lesion, quality, [("out_file", "lesion")]),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score
 
@@ -165,6 +166,38 @@ def test_absences_have_reasons(cohort):
     assert found["sub-8"].crash_files == ("sub-8/log/run/crash-detect.txt",)
     row = run(cohort).benchmark.iloc[0]
     assert (row["n_missing_participants"], row["n_failed_scans"]) == (2, 1)
+
+
+def write_quality(root, subject, exclude, reason="n/a"):
+    path = root / f"sub-{subject}" / "anat" / f"sub-{subject}_space-SRI24_desc-T1wPreproc_qc.tsv"
+    path.write_text(f"exclude\texclude_reasons\n{exclude}\t{reason}\n")
+
+
+def test_images_that_quality_control_rules_out_are_left_out_and_counted(cohort):
+    before = run(cohort)
+    write_quality(cohort, "1", "yes", "The head was turned.")
+    write_quality(cohort, "2", "no")
+    write_quality(cohort, "3", "Yes")
+    result = run(cohort)
+    left_out = {"sub-1", "sub-3"}
+    kept = before.subjects[~before.subjects["participant_id"].isin(left_out)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.subjects, kept)
+    row = result.benchmark.iloc[0]
+    assert (row["n_scans"], row["n_excluded_scans"]) == (before.benchmark.iloc[0]["n_scans"] - 2, 2)
+    assert (row["n_missing_participants"], row["n_failed_scans"]) == (0, 0)
+    assert row["dice_mean"] == pytest.approx(kept["dice"].mean())
+    assert {absence.subject: absence.reason for absence in result.absences} == {
+        "sub-1": "left out by quality control: The head was turned.",
+        "sub-3": "left out by quality control: no reason given",
+    }
+
+
+def test_a_damaged_quality_table_is_named(cohort):
+    write_quality(cohort, "1", "no\tno")
+    result = run(cohort)
+    assert len(result.unreadable) == 1
+    assert "sub-1/anat/sub-1_space-SRI24_desc-T1wPreproc_qc.tsv: rows of different" in result.unreadable[0]
+    assert result.benchmark.iloc[0]["n_excluded_scans"] == 0
 
 
 def test_cohorts_by_pathology(tmp_path):

@@ -154,6 +154,11 @@ def test_outputs_hold_what_the_map_says(finished):
         assert sidecar["Scaling"]["upper"] == 99.5
     assert (anat / "sub-01_desc-T2wBrain_mask.nii.gz").is_file()
     assert (anat / "sub-01_space-SRI24_label-lesion_desc-manual_mask.nii.gz").is_file()
+    quality = pd.read_csv(anat / "sub-01_space-SRI24_desc-T2wPreproc_qc.tsv", sep="\t").iloc[0]
+    assert (quality["exclude"], quality["modality"]) == ("no", "T2w")
+    assert quality["source_image"] == "bids:raw:sub-01/anat/sub-01_T2w.nii.gz"
+    described = json.loads((anat / "sub-01_space-SRI24_desc-T2wPreproc_qc.json").read_text())
+    assert set(quality.index) <= set(described)
     preproc = json.loads((anat / "sub-01_space-SRI24_desc-preproc_T2w.json").read_text())
     assert preproc["PreprocessingQuality"]["warnings"] == ["look at sub-01_T2w.nii.gz"]
 

@@ -251,26 +251,3 @@ class AlignMask(SimpleInterface):
         write_image(nib.orientations.apply_orientation(data, order) > 0, np.uint8, target)
         self._results["out_file"] = str(target)
         return runtime
-
-
-class _AddQualityInputSpec(BaseInterfaceInputSpec):
-    metadata = traits.Dict(mandatory=True, desc="metadata of the preprocessed image")
-    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
-
-
-class _AddQualityOutputSpec(TraitedSpec):
-    metadata = traits.Dict(desc="both")
-
-
-class AddQuality(SimpleInterface):
-    """Put what preprocessing measured into the sidecar of the preprocessed image."""
-
-    input_spec = _AddQualityInputSpec
-    output_spec = _AddQualityOutputSpec
-
-    def _run_interface(self, runtime):
-        self._results["metadata"] = {
-            **self.inputs.metadata,
-            "PreprocessingQuality": dict(self.inputs.quality),
-        }
-        return runtime

@@ -167,6 +167,8 @@ def _describe(config: RunConfig, bundles: Sequence[Bundle], reference: Reference
         "preproc": "Skull-stripped and bias-corrected image in SRI24 space, 99.5th percentile at 1",
         "brain": "Brain mask",
         "T2wBrain": "Brain mask of a T2w image that is registered to a T1w image",
+        "T1wPreproc": "Quality of the preprocessed T1w image",
+        "T2wPreproc": "Quality of the preprocessed T2w image",
         "manual": "Lesion mask given by the user",
     }
     for bundle in bundles:

@@ -16,10 +16,11 @@ from bids_uad.dataset import naming, sidecars
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
 from bids_uad.engine.bundle import Bundle
-from bids_uad.levels.participant.detection import AddQuality, Detect, Postprocess
+from bids_uad.levels.participant.detection import Detect, Postprocess
 from bids_uad.levels.participant.means import Means
 from bids_uad.levels.participant.overlap import model_has_met
 from bids_uad.levels.participant.plan import Task, model_identity
+from bids_uad.levels.participant.quality import AddQuality, WriteQuality
 from bids_uad.levels.participant.records import Record, record_path, write_record
 from bids_uad.space import NAME
 
@@ -61,6 +62,9 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         if field == "preproc":
             workflow.connect(quality, "metadata", sink, "meta_dict")
         written.append((sink, "out_file"))
+    table = Node(_quality_table(task, means), name="quality_table", run_without_submitting=True)
+    workflow.connect(inputs, "qc", table, "quality")
+    written.append((table, "out_file"))
     if task.provides_lesion:
         entities = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask"}
         source = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
@@ -72,6 +76,17 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         written += _connect_detection(workflow, task, means, inputs)
     _connect_record(workflow, task, means, written)
     return workflow
+
+
+def _quality_table(task: Task, means: Means) -> WriteQuality:
+    """Make the interface that writes the quality of an image."""
+    outputs = naming.preprocessing_outputs(task.unit)
+    raw = sidecars.raw_uri(task.unit, means.config.bids_dir)
+    return WriteQuality(
+        facts={"source_image": raw, "modality": task.unit.modality},
+        sidecar=sidecars.quality_sidecar(outputs["preproc"], outputs["brain_mask"]),
+        target=str(means.config.output_dir / naming.quality_output(task.unit)),
+    )
 
 
 def _connect_record(

@@ -1,0 +1,64 @@
+"""What is doubted, and what is ruled out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bids_uad.preprocessing.quality import assess
+from bids_uad.space import SHAPE
+
+REGISTRATION = {"similarity": 0.3, "mask_overlap": 0.95, "restarted": False}
+
+
+def box(low: int, high: int) -> np.ndarray:
+    """A cube of (high - low)^3 mm3."""
+    mask = np.zeros(SHAPE, bool)
+    mask[low:high, low:high, 20 : 20 + high - low] = True
+    return mask
+
+
+REFERENCE = box(60, 172)  # 1.4 L
+
+
+def judged(**changes):
+    inputs = {
+        "registration": REGISTRATION,
+        "skull_stripped": True,
+        "rotation": 8.0,
+        "brain": REFERENCE,
+        "reference": REFERENCE,
+        "lesion": None,
+        "image": {"cjv": 0.43219},
+    }
+    inputs |= {"native_volume_mm3": float(changes.get("brain", REFERENCE).sum())}
+    return assess(**inputs | changes)
+
+
+def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
+    found = judged()
+    assert (found["warnings"], found["failures"]) == ([], [])
+    assert found["mask_overlap"] == 1.0
+    assert found["brain_volume_mm3"] == 112**3
+    assert found["cjv"] == 0.4322
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "failed"),
+    [
+        ({"brain": np.roll(REFERENCE, 25, axis=0)}, "only 0.78 (Dice)", False),  # 87 / 112 by hand
+        ({"brain": np.roll(REFERENCE, 40, axis=0)}, "check the registration", True),
+        ({"brain": box(70, 164)}, "831 mL", False),
+        ({"brain": box(76, 152)}, "439 mL", True),
+        ({"native_volume_mm3": 1.25 * REFERENCE.sum()}, "Only 80 %", False),
+        ({"native_volume_mm3": 2.0 * REFERENCE.sum()}, "Only 50 %", True),
+        ({"rotation": 95.0}, "turned by 95 degrees", True),
+        ({"registration": REGISTRATION | {"restarted": True}}, "restarted", False),
+        ({"lesion": ~REFERENCE}, "of the lesion mask", False),
+    ],
+)
+def test_doubts_are_told_and_failures_ruled_out(changes, word: str, failed: bool) -> None:
+    found = judged(**changes)
+    assert any(word in text for text in found["warnings"])
+    assert bool(found["failures"]) == failed
+    assert set(found["failures"]) <= set(found["warnings"])
