@@ -18,6 +18,8 @@ TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
 CERTAIN = 0.9
 """Posterior above which a voxel counts as a tissue's: partial volumes would pass for noise."""
 FITTED_VOXELS = 50_000
+FEWEST_VOXELS = 10
+"""Of a tissue; with fewer there is none to speak of."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,12 @@ def measure_image(image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality
     -------
     dict
         ``snr_csf``, ``snr_gm``, ``snr_wm``, ``snr_total`` (their mean), ``cnr``, ``cjv``, ``efc``,
-        ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``.
+        ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``; ``efc`` alone if no three tissues can be told
+        apart.
     """
     tissues = tissue_intensities(image[mask], modality)
+    if min(len(tissues.csf), len(tissues.gm), len(tissues.wm)) < FEWEST_VOXELS:
+        return {"efc": efc(image)}
     ratios = {f"snr_{name}": snr(getattr(tissues, name)) for name in TISSUES["T1w"]}
     return {
         **ratios,

@@ -83,3 +83,9 @@ def test_noise_lowers_the_ratios_and_raises_the_joint_variation(modality: str) -
         np.where(mask, levels, 0) + rng.normal(0, 20, mask.shape) * mask, mask, none, modality
     )
     assert stripped["cnr"] > quiet["cnr"]
+
+
+def test_an_image_without_three_tissues_has_no_ratios() -> None:
+    image = np.zeros((20, 20, 20))
+    image[5:-5, 5:-5, 5:-5] = 100 + np.random.default_rng(4).normal(0, 1e-3, (10, 10, 10))
+    assert set(measure_image(image, image > 0, np.zeros_like(image, bool), "T1w")) == {"efc"}
