@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.filters import EXTENSIONS, read_queries
-from bids_uad.dataset.lesions import LesionMask, find_mask, match_mask
-from bids_uad.dataset.prepared import attach_prepared
+from bids_uad.dataset.lesions import LesionMask, find_mask, find_transforms, match_mask, other_images
+from bids_uad.dataset.prepared import LESIONS, attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
 from bids_uad.errors import ConfigError, InputError
 
@@ -107,7 +107,7 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     units, unfitting = attach_prepared(set_anchors(raw, config.modalities), config.derivatives)
     problems += unfitting
 
-    lesions, units, refused = _attach_lesions(config.derivatives.get("lesions"), units)
+    lesions, units, refused = _attach_lesions(config.derivatives, units)
     problems += refused
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
@@ -260,19 +260,24 @@ def _refuse_unusable(
 
 
 def _attach_lesions(
-    root: Path | None, units: list[ImageUnit]
+    derivatives: Mapping[str, Path], units: list[ImageUnit]
 ) -> tuple[dict[Session, LesionMask], list[ImageUnit], list[Problem]]:
     """Give each session's lesion mask to the image on whose grid it lies."""
     lesions: dict[Session, LesionMask] = {}
     problems: list[Problem] = []
-    if root is None:
+    if LESIONS not in derivatives:
         return lesions, units, problems
     by_session = defaultdict(list)
     for unit in units:
         by_session[unit.subject, unit.session].append(unit)
     for (subject, session), own in by_session.items():
         try:
-            lesion = match_mask(find_mask(root, subject, session), own)
+            lesion = match_mask(
+                find_mask(derivatives[LESIONS], subject, session),
+                own,
+                other_images(own),
+                find_transforms(derivatives.values(), own[0]),
+            )
         except InputError as error:
             problems.append(Problem(subject, str(error)))
             continue

@@ -26,7 +26,12 @@ from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.quality import assess
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import field_of_view, resample, resample_mask
+from bids_uad.preprocessing.resampling import (
+    field_of_view,
+    resample,
+    resample_mask,
+    resample_mask_through,
+)
 from bids_uad.preprocessing.transforms import read_itk, rotation_angle, write_itk
 
 
@@ -296,8 +301,9 @@ class ResampleToSRI24(SimpleInterface):
 
 
 class _ResampleLesionInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, desc="lesion mask in native space; without one nothing is done")
-    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
+    in_file = File(exists=True, desc="lesion mask; without one nothing is done")
+    xfm = File(exists=True, desc="ITK transform that resamples its space to the scan's, if they differ")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples the scan to SRI24")
 
 
 class _ResampleLesionOutputSpec(TraitedSpec):
@@ -305,7 +311,10 @@ class _ResampleLesionOutputSpec(TraitedSpec):
 
 
 class ResampleLesion(SimpleInterface):
-    """Bring a manual lesion mask to SRI24, if there is one. Any non-zero label is lesion."""
+    """Bring a manual lesion mask to SRI24 in one interpolation, if there is one.
+
+    Any non-zero label is lesion.
+    """
 
     input_spec = _ResampleLesionInputSpec
     output_spec = _ResampleLesionOutputSpec
@@ -313,9 +322,12 @@ class ResampleLesion(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         if isdefined(self.inputs.in_file):
             lesion = _mask(self.inputs.in_file)
-            moved = resample_mask(
-                lesion.data, lesion.affine, space.SHAPE, space.AFFINE, read_itk(self.inputs.to_sri24)
-            )
+            grid = (space.SHAPE, space.AFFINE)
+            if isdefined(self.inputs.xfm):
+                chain = [self.inputs.to_sri24, self.inputs.xfm]
+                moved = resample_mask_through(lesion.data, lesion.affine, *grid, chain)
+            else:
+                moved = resample_mask(lesion.data, lesion.affine, *grid, read_itk(self.inputs.to_sri24))
             self._results["out_file"] = _save_sri24(runtime, "lesion_mask.nii.gz", moved, np.uint8)
         return runtime
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
+
+from bids_uad.preprocessing.antspy import load_ants, to_ants
 
 
 def resample(
@@ -77,6 +81,38 @@ def resample_mask(
     numpy.ndarray of bool, of `shape`
     """
     return resample(mask, affine, shape, target_affine, pull) > 0.5
+
+
+def resample_mask_through(
+    mask: np.ndarray,
+    affine: np.ndarray,
+    shape: tuple[int, int, int],
+    target_affine: np.ndarray,
+    transforms: Sequence[str],
+) -> np.ndarray:
+    """Resample a binary mask as :func:`resample_mask` does, through a chain of ITK transforms of any kind.
+
+    Parameters
+    ----------
+    mask, affine, shape, target_affine
+        As in :func:`resample`; `mask` is boolean.
+    transforms : sequence of str
+        Files. The first takes points of the result, each other points that the one before gives.
+
+    Returns
+    -------
+    numpy.ndarray of bool, of `shape`
+    """
+    ants = load_ants()
+    moved = ants.apply_transforms(
+        fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),
+        moving=to_ants(mask.astype(np.float32), affine),
+        transformlist=list(transforms),
+        # Otherwise an affine that stands alone or last is inverted.
+        whichtoinvert=[False] * len(transforms),
+        interpolator="linear",
+    )
+    return moved.numpy() > 0.5
 
 
 def field_of_view(

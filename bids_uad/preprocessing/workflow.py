@@ -28,6 +28,7 @@ INPUTS = (
     "anchor_mask",
     "anchor_xfm",
     "lesion_mask",
+    "lesion_xfm",
     "given_mask",
     "given_xfm",
     "raw_file",
@@ -134,8 +135,9 @@ def init_preproc_wf(
         Brain mask of the anchor on the same grid (its ``own_mask``).
     anchor_xfm
         ITK transform of the anchor to SRI24 (its ``xfm``).
-    lesion_mask
-        Manual lesion mask. Optional.
+    lesion_mask, lesion_xfm
+        Manual lesion mask, and the ITK transform that resamples its space to the scan's, if they differ.
+        Optional.
     given_mask, given_xfm
         Brain mask on the grid of the scan, and ITK transform of the scan to SRI24, where they are given.
     raw_file, from_raw
@@ -200,7 +202,7 @@ def init_preproc_wf(
         mask.inputs.skull_stripped = skull_stripped
     workflow.connect([
         (inputnode, conform, [("in_file", "in_file")]),
-        (inputnode, lesion, [("lesion_mask", "in_file")]),
+        (inputnode, lesion, [("lesion_mask", "in_file"), ("lesion_xfm", "xfm")]),
         (conform, mask, [("out_file", "in_file")]),
         (conform, correct_bias, [("out_file", "in_file")]),
         (mask, correct_bias, [("out_mask", "mask")]),
@@ -220,6 +222,63 @@ def init_preproc_wf(
         (native or register, outputnode, [("to_sri24", "to_sri24"), ("from_sri24", "from_sri24")]),
         (lesion, outputnode, [("out_file", "lesion")]),
         (quality, outputnode, [("qc", "qc")]),
+    ])  # fmt: skip
+    return workflow
+
+
+def init_lesion_wf(*, name: str) -> LiterateWorkflow:
+    """Build the way of a lesion mask that was drawn on an image that is not looked at, such as a FLAIR.
+
+    The image is registered to a scan that is, and the mask resampled once through both transforms.
+
+    Workflow Graph
+        .. workflow::
+            :graph2use: orig
+            :simple_form: yes
+
+            from bids_uad.preprocessing.workflow import init_lesion_wf
+            wf = init_lesion_wf(name="lesion_wf")
+
+    Parameters
+    ----------
+    name : str
+        Name of the workflow.
+
+    Inputs
+    ------
+    in_file
+        The image.
+    lesion_mask
+        Lesion mask on its grid.
+    anchor_file, anchor_mask, anchor_xfm
+        As for :func:`init_preproc_wf`, of the scan.
+
+    Outputs
+    -------
+    lesion
+        Lesion mask on the SRI24 grid.
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+    """
+    workflow = LiterateWorkflow(name=name)
+    workflow.__desc__ = (
+        "The image that the lesion mask was drawn on was registered rigidly to the scan (mutual information "
+        "inside the brain mask), and the mask resampled once through both transforms.\n"
+    )
+    fields = ["in_file", "lesion_mask", "anchor_file", "anchor_mask", "anchor_xfm"]
+    inputnode = pe.Node(niu.IdentityInterface(fields=fields), name="inputnode")
+    outputnode = pe.Node(niu.IdentityInterface(fields=["lesion"]), name="outputnode")
+    conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
+    register = _connect_to_anchor(workflow, inputnode, aligned=False)
+    lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
+    workflow.connect([
+        (inputnode, conform, [("in_file", "in_file")]),
+        (conform, register, [("out_file", "in_file")]),
+        (register, lesion, [("to_sri24", "to_sri24")]),
+        (inputnode, lesion, [("lesion_mask", "in_file")]),
+        (lesion, outputnode, [("out_file", "lesion")]),
     ])  # fmt: skip
     return workflow
 

@@ -180,13 +180,16 @@ OTHER = AFFINE + np.array([[0, 0, 0, 3.0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0,
 def lesions(tmp_path, make):
     """Give a function that writes masks (name: affine or (affine, shape)) and collects one participant."""
 
-    def run(masks, files=("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz")):
+    def run(
+        masks, files=("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"), write=lambda _: None
+    ):
         root = tmp_path / "lesions"
         (root / "sub-01").mkdir(parents=True)
         for name, (affine, shape) in masks.items():
             write_mask(root / name, affine, shape)
         config = make(files, derivatives={"lesions": root})
         write_image(config.bids_dir / "sub-01/anat/sub-01_T2w.nii.gz", OTHER)
+        write(config)
         return collect(config)
 
     return run
@@ -242,6 +245,34 @@ def test_mask_on_no_known_grid_is_refused_by_name(lesions, grid):
     assert not found.lesions
     assert len(found.units) == 2
     assert "sub-01_label-lesion_mask.nii.gz" in found.problems[0].message
+
+
+def test_mask_on_another_image_of_the_session_comes_with_that_image(lesions):
+    flair = np.diag([4.0, 4.0, 8.0, 1.0])
+
+    def write(config):
+        write_image(config.bids_dir / "sub-01/anat/sub-01_FLAIR.nii.gz", flair)
+
+    found = lesions({"sub-01/anat/sub-01_space-FLAIR_label-lesion_mask.nii.gz": (flair, SHAPE)}, write=write)
+    lesion = found.lesions["01", None]
+    assert lesion.unit.key == "sub-01_T1w"
+    assert lesion.other.name == "sub-01_FLAIR.nii.gz"
+    assert lesion.transform is None
+
+
+def test_mask_in_a_space_that_a_given_transform_leads_from(lesions):
+    name = "sub-01/anat/sub-01_space-MNI152NLin2009cAsym_label-lesion_mask.nii.gz"
+
+    def write(config):
+        folder = config.derivatives["lesions"] / "sub-01" / "anat"
+        for ends in ("from-MNI152NLin2009cAsym_to-T1w", "from-T1w_to-MNI152NLin2009cAsym", "from-X_to-T1w"):
+            (folder / f"sub-01_{ends}_mode-image_xfm.h5").touch()
+
+    found = lesions({name: (np.eye(4), SHAPE)}, write=write)
+    lesion = found.lesions["01", None]
+    assert lesion.unit.key == "sub-01_T1w"
+    assert lesion.transform.name == "sub-01_from-MNI152NLin2009cAsym_to-T1w_mode-image_xfm.h5"
+    assert len(lesion.files) == 2
 
 
 def test_mask_named_for_sri24_must_be_on_its_grid(lesions):

@@ -45,6 +45,7 @@ class _FakePreprocInputSpec(BaseInterfaceInputSpec):
     anchor_mask = File(exists=True)
     anchor_xfm = File(exists=True)
     lesion_mask = File(exists=True)
+    lesion_xfm = File(exists=True)
     given_mask = File(exists=True)
     given_xfm = File(exists=True)
     raw_file = File(exists=True)

@@ -8,7 +8,13 @@ import pytest
 
 from bids_uad.preprocessing import transforms
 from bids_uad.preprocessing.antspy import load_ants, to_ants
-from bids_uad.preprocessing.resampling import field_of_view, isotropic, resample, resample_mask
+from bids_uad.preprocessing.resampling import (
+    field_of_view,
+    isotropic,
+    resample,
+    resample_mask,
+    resample_mask_through,
+)
 
 from .conftest import NATIVE_AFFINE, known_move
 
@@ -119,3 +125,24 @@ def test_resample_mask_keeps_the_volume_of_a_ball() -> None:
 def test_native_affine_of_the_phantom_is_left_handed() -> None:
     # Guards the other tests: a radiological grid is where a sign error would show.
     assert np.linalg.det(NATIVE_AFFINE[:3, :3]) < 0
+
+
+def test_a_chain_of_files_is_one_resampling_through_their_product(tmp_path: Path) -> None:
+    i, j, k = np.ogrid[:60, :60, :60]
+    ball = (i - 25) ** 2 + (j - 30) ** 2 + (k - 33) ** 2 < 12**2
+    affine, grid = np.diag([1.5, 1.5, 1.5, 1.0]), np.eye(4)
+    first = transforms.translation(np.array([5.0, -4.0, 3.0])) @ transforms.rotation_about(
+        np.array([40.0, 40, 40]), (20.0, 0, 30.0)
+    )
+    second = transforms.translation(np.array([-2.0, 6.0, 1.0])) @ transforms.rotation_about(
+        np.array([30.0, 50, 40]), (0, 25.0, 0)
+    )
+    files = [
+        str(transforms.write_itk(tmp_path / f"{n}.txt", m)) for n, m in (("first", first), ("second", second))
+    ]
+    chained = resample_mask_through(ball, affine, (90, 90, 90), grid, files)
+    direct = resample_mask(ball, affine, (90, 90, 90), grid, second @ first)
+    assert direct.sum() == pytest.approx(ball.sum() * 1.5**3, rel=0.02)
+    assert (chained != direct).sum() <= 1e-3 * direct.sum()
+    other_order = resample_mask(ball, affine, (90, 90, 90), grid, first @ second)
+    assert (chained & other_order).sum() < 0.9 * direct.sum()

@@ -13,8 +13,8 @@ from bids_uad.preprocessing.native import map_to_native
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import resample_mask
-from bids_uad.preprocessing.transforms import read_itk, rotation_about
-from bids_uad.preprocessing.workflow import init_preproc_wf
+from bids_uad.preprocessing.transforms import read_itk, rotation_about, translation
+from bids_uad.preprocessing.workflow import init_lesion_wf, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 
@@ -132,6 +132,27 @@ def test_each_scan_has_one_rigid_transform_and_its_inverse(session, which: str) 
 
 def test_the_lesion_comes_along(session) -> None:
     assert dice(load(session.anchor.lesion) > 0, lesion_ball()) > 0.85
+
+
+def test_a_lesion_drawn_on_another_image_comes_along(
+    session, reference_volume: Volume, tmp_path: Path
+) -> None:
+    motion = translation(np.array([3.0, -2.0, 4.0])) @ known_move()
+    flair = t2w_like(draw(reference_volume, motion, T2W_SHAPE, T2W_AFFINE))
+    lesion = resample_mask(lesion_ball(), space.AFFINE, T2W_SHAPE, T2W_AFFINE, np.linalg.inv(motion))
+    workflow = init_lesion_wf(name="lesion_wf")
+    workflow.base_dir = str(tmp_path)
+    inputs = {
+        "in_file": save(tmp_path / "FLAIR.nii.gz", flair, T2W_AFFINE),
+        "lesion_mask": save(tmp_path / "lesion.nii.gz", lesion.astype(np.uint8), T2W_AFFINE),
+        "anchor_file": session.anchor.brain,
+        "anchor_mask": session.anchor.own_mask,
+        "anchor_xfm": session.anchor.xfm,
+    }
+    for field, path in inputs.items():
+        setattr(workflow.inputs.inputnode, field, str(path))
+    nodes = {node.name: node.result.outputs for node in workflow.run().nodes()}
+    assert dice(load(nodes["lesion"].out_file) > 0, lesion_ball()) > 0.85
 
 
 def test_the_mask_of_the_t2w_lies_on_its_own_grid(session) -> None:

@@ -105,7 +105,7 @@ def make_plan(
         lead = session_lead(unit, collection.units)
         fingerprint = make_fingerprint(
             unit,
-            None if lesion is None else lesion.path,
+            () if lesion is None else lesion.files,
             reference_sha256=reference_sha256,
             random_seed=random_seed,
         )

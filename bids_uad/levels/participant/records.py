@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def make_fingerprint(
-    unit: ImageUnit, lesion: Path | None, *, reference_sha256: str, random_seed: int
+    unit: ImageUnit, lesion: Sequence[Path], *, reference_sha256: str, random_seed: int
 ) -> dict[str, Any]:
     """List what the outputs of an image depend on, models apart.
 
@@ -70,8 +71,8 @@ def make_fingerprint(
     Parameters
     ----------
     unit : ImageUnit
-    lesion : pathlib.Path, optional
-        The session's lesion mask.
+    lesion : sequence of pathlib.Path
+        The session's lesion mask and what its place on the atlas depends on; empty without one.
     reference_sha256 : str
     random_seed : int
 
@@ -84,7 +85,7 @@ def make_fingerprint(
         "app_version": __version__,
         "input_sha256": sha256_of(unit.path),
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
-        "lesion_sha256": None if lesion is None else sha256_of(lesion),
+        "lesion_sha256": [sha256_of(path) for path in lesion],
         "prepared_sha256": _prepared(unit),
         "anchor_prepared_sha256": None if unit.anchor is None else _prepared(unit.anchor),
         "skull_stripped": unit.skull_stripped,

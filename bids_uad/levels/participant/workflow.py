@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import __version__
+from bids_uad.dataset.lesions import LesionMask
 from bids_uad.levels.participant.detection import AlignMask
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.plan import Task, with_support
 from bids_uad.levels.participant.writing import init_writing_wf
-from bids_uad.preprocessing.workflow import Given, init_preproc_wf
+from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
 FROM_ANCHOR = {"brain": "anchor_file", "own_mask": "anchor_mask", "xfm": "anchor_xfm"}
 
-_PARTS = ("_preproc_wf", "_writing_wf", "_lesion")
+_PARTS = ("_preproc_wf", "_writing_wf", "_lesion_wf", "_lesion")
 
 
 def workflow_name() -> str:
@@ -91,22 +92,41 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
         workflow.add_nodes([preprocessed[key]])
         if not task.provides_lesion:
             continue
-        if task.lesion.unit is None:
-            lesions[key] = (Node(AlignMask(in_file=str(task.lesion.path)), name=f"{name}_lesion"), "out_file")
-        else:
-            preprocessed[key].inputs.inputnode.lesion_mask = str(task.lesion.path)
-            lesions[key] = (preprocessed[key], "outputnode.lesion")
+        lesions[key] = _connect_lesion(workflow, task.lesion, preprocessed[key], name)
     for task in (*to_do, *support):
         if task.unit.anchor is not None:
-            fields = [(f"outputnode.{ours}", f"inputnode.{theirs}") for ours, theirs in FROM_ANCHOR.items()]
-            workflow.connect([(preprocessed[task.unit.anchor.key], preprocessed[task.unit.key], fields)])
+            anchor = preprocessed[task.unit.anchor.key]
+            workflow.connect([(anchor, preprocessed[task.unit.key], _fields(FROM_ANCHOR))])
     for task in to_do:
         writing = init_writing_wf(task, means, name=f"{_identifier(task.unit.key)}_writing_wf")
-        fields = [(f"outputnode.{field}", f"inputnode.{field}") for field in FROM_PREPROCESSING]
-        workflow.connect([(preprocessed[task.unit.key], writing, fields)])
+        fields = {field: field for field in FROM_PREPROCESSING}
+        workflow.connect([(preprocessed[task.unit.key], writing, _fields(fields))])
         if task.lesion_provider is not None:
             workflow.connect(*lesions[task.lesion_provider], writing, "inputnode.lesion")
     return workflow
+
+
+def _connect_lesion(
+    workflow: LiterateWorkflow, lesion: LesionMask, provider: LiterateWorkflow, name: str
+) -> tuple[Node | LiterateWorkflow, str]:
+    """Bring a session's lesion mask to SRI24; give what holds it and the name of its output."""
+    if lesion.unit is None:
+        return Node(AlignMask(in_file=str(lesion.path)), name=f"{name}_lesion"), "out_file"
+    if lesion.other is not None:
+        own = init_lesion_wf(name=f"{name}_lesion_wf")
+        own.inputs.inputnode.in_file = str(lesion.other)
+        own.inputs.inputnode.lesion_mask = str(lesion.path)
+        workflow.connect([(provider, own, _fields(FROM_ANCHOR))])
+        return own, "outputnode.lesion"
+    provider.inputs.inputnode.lesion_mask = str(lesion.path)
+    if lesion.transform is not None:
+        provider.inputs.inputnode.lesion_xfm = str(lesion.transform)
+    return provider, "outputnode.lesion"
+
+
+def _fields(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Connections between an output node and an input node."""
+    return [(f"outputnode.{ours}", f"inputnode.{theirs}") for ours, theirs in pairs.items()]
 
 
 def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow:
