@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,11 @@ def lesion_sidecar(mask_uri: str, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def detection_sidecars(
-    files: dict[str, Path], inputs: dict[str, Path], model: dict[str, Any], run: dict[str, Any]
+    files: dict[str, Path],
+    inputs: dict[str, Path],
+    model: dict[str, Any],
+    run: dict[str, Any],
+    parcellations: Iterable[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Describe what one detector writes for an image.
 
@@ -197,6 +202,8 @@ def detection_sidecars(
         Keys to repeat in every sidecar: `Model`, `ModelSHA256`, `Threshold` and so on.
     run : dict
         Keys to repeat in every sidecar: `Device`, `RandomSeed` and so on.
+    parcellations : iterable of str
+        Those that the table of components has a column for.
 
     Returns
     -------
@@ -212,6 +219,10 @@ def detection_sidecars(
     components = {
         "Description": "26-connected components of the anomaly mask, largest first",
         **COMPONENT_COLUMNS,
+        **{
+            name.lower(): {"Description": f"Region of {name} that holds most of the component; n/a in none"}
+            for name in parcellations
+        },
         **derived,
     }
     return {

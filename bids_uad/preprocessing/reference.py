@@ -47,6 +47,8 @@ class Reference:
         Of the bytes of the T1w image's voxels and affine, so that it does not depend on compression.
     metadata : dict
         What the sidecars and the run record repeat.
+    parcellations : dict of str to pathlib.Path
+        Label images of the atlas by name, each with a ``.tsv`` of `index` and `name` beside it.
     """
 
     t1w: Path
@@ -57,6 +59,7 @@ class Reference:
     licence: str
     sha256: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    parcellations: dict[str, Path] = field(default_factory=dict)
 
 
 def resolve_reference(
@@ -156,7 +159,7 @@ def _from_atlas(root: Path) -> Reference:
     data = {key: _read_on_grid(path) for key, path in found.items() if path is not None}
     description = _description(folder)
     licence = str(description.get("License", "not stated"))
-    digest = _digest(data["t1w"])
+    checksum = digest(data["t1w"])
     name = str(description.get("Name", "SRI24"))
     return Reference(
         t1w=found["t1w"],
@@ -165,9 +168,21 @@ def _from_atlas(root: Path) -> Reference:
         name=name,
         source="TemplateFlow archive, tpl-SRI24",
         licence=licence,
-        sha256=digest,
-        metadata={"Name": name, "License": licence, "SHA256": digest, "StandIn": False},
+        sha256=checksum,
+        metadata={"Name": name, "License": licence, "SHA256": checksum, "StandIn": False},
+        parcellations=_parcellations(folder),
     )
+
+
+def _parcellations(folder: Path) -> dict[str, Path]:
+    """List the label images of an atlas whose labels have names."""
+    found = {}
+    for table in sorted(folder.glob("tpl-SRI24_*atlas-*_dseg.tsv")):
+        image = table.with_suffix(".nii.gz")
+        if image.is_file():
+            _read_on_grid(image)
+            found[table.name.split("_atlas-")[1].split("_")[0]] = image
+    return found
 
 
 def _query(root: Path, suffix: str, desc: str) -> Path | None:
@@ -231,7 +246,7 @@ def _stand_in(cache_dir: Path) -> Reference:
         brain = resample(data > 0, affine, space.SHAPE, space.AFFINE, pull) > 0.5
         _save(mask, brain, np.uint8)
         _save(t1w, np.rint(head * brain * (1000.0 / head.max())), np.int16)
-    digest = _digest(_read_on_grid(t1w))
+    checksum = digest(_read_on_grid(t1w))
     return Reference(
         t1w=t1w,
         t2w=None,
@@ -239,12 +254,22 @@ def _stand_in(cache_dir: Path) -> Reference:
         name=STAND_IN,
         source="ICBM 2009a Nonlinear Symmetric T1w template as carried by nilearn, by a 12-parameter affine",
         licence=_ICBM_LICENCE,
-        sha256=digest,
-        metadata={"Name": STAND_IN, "License": _ICBM_LICENCE, "SHA256": digest, "StandIn": True},
+        sha256=checksum,
+        metadata={"Name": STAND_IN, "License": _ICBM_LICENCE, "SHA256": checksum, "StandIn": True},
     )
 
 
-def _digest(data: np.ndarray) -> str:
+def digest(data: np.ndarray) -> str:
+    """SHA-256 of the voxels of an image on the SRI24 grid, as float32 in C order.
+
+    Parameters
+    ----------
+    data : numpy.ndarray, shape (240, 240, 155)
+
+    Returns
+    -------
+    str
+    """
     return hashlib.sha256(np.ascontiguousarray(data, dtype="<f4").tobytes()).hexdigest()
 
 

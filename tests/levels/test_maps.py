@@ -154,3 +154,22 @@ def test_a_hair_above_the_threshold_is_above_one_half():
         scores[k:] = np.nextafter(scores[k:], np.float32(1))
     scores = np.append(scores, np.nextafter(np.float32(threshold), np.float32(0)))
     np.testing.assert_array_equal(maps.squash(scores, threshold) > 0.5, scores > np.float64(threshold))
+
+
+def test_regions_are_those_with_most_voxels(random):
+    labels = maps.label_components(random.random((14, 14, 14)) < 0.08)
+    parcellation = (random.integers(0, 4, (14, 14, 14)) * (random.random((14, 14, 14)) < 0.7)).astype(
+        np.uint8
+    )
+    names = {1: "cortex", 2: "thalamus"}
+    found = maps.regions(labels, parcellation, names)
+    assert len(found) == labels.max()
+    assert {"cortex", "thalamus", "3", None} == set(found)
+    for number, name in enumerate(found, start=1):
+        counts = np.bincount(parcellation[labels == number], minlength=4)[1:]
+        best = 1 + int(np.argmax(counts))
+        assert name == (names.get(best, str(best)) if counts.any() else None)
+
+
+def test_nothing_found_lies_in_no_region():
+    assert maps.regions(np.zeros((3, 3, 3), np.int32), np.ones((3, 3, 3), np.uint8), {1: "a"}) == []

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     facts = traits.Dict(mandatory=True, desc="where the numbers come from: columns of the metrics table")
     files = traits.Dict(mandatory=True, desc="final place of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
+    parcellations = traits.Dict(desc="label image of each parcellation of the atlas, by name")
 
 
 class _PostprocessOutputSpec(TraitedSpec):
@@ -143,6 +145,7 @@ class Postprocess(SimpleInterface):
             edges=load_bundle(self.inputs.bundle).bin_edges,
             facts=dict(self.inputs.facts),
             files=files,
+            parcellations=self.inputs.parcellations or {},
         )
         native = map_to_native(read_on_grid(files["mask"]), self.inputs.native_ref, self.inputs.from_sri24)
         with atomic_path(files["native_mask"]) as temporary:
@@ -161,6 +164,7 @@ def write_detection(
     edges: np.ndarray,
     facts: dict[str, Any],
     files: dict[str, Path],
+    parcellations: Mapping[str, str],
 ) -> None:
     """Write the images and tables of one map in SRI24 space.
 
@@ -177,8 +181,11 @@ def write_detection(
         Columns of the metrics table that say where the numbers come from.
     files : dict of str to pathlib.Path
         Targets by kind (see `dataset.naming.detection_outputs`).
+    parcellations : mapping of str to str
+        Label images on the same grid by name, each with its table of names beside it.
     """
     import numpy as np
+    import pandas as pd
 
     from bids_uad.calibration.histogram import score_counts
     from bids_uad.levels.participant import maps
@@ -189,7 +196,11 @@ def write_detection(
     write_image(maps.squash(scores, threshold), np.float32, files["probseg"])
     write_image(mask, np.uint8, files["mask"])
     write_image(labels, np.int32, files["dseg"])
-    write_tsv(files["components"], maps.component_table(labels, scores))
+    components = maps.component_table(labels, scores)
+    for name, path in parcellations.items():
+        names = pd.read_csv(path.replace(".nii.gz", ".tsv"), sep="\t").set_index("index")["name"].to_dict()
+        components[name.lower()] = maps.regions(labels, read_on_grid(path), names)
+    write_tsv(files["components"], components)
     counts = score_counts(scores, brain, lesion, edges)
     write_tsv(files["histogram"], maps.histogram_table(edges, *counts))
     write_tsv(files["metrics"], maps.metrics_row(facts, labels, brain, lesion))

@@ -138,6 +138,32 @@ def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray =
     )
 
 
+def regions(labels: np.ndarray, parcellation: np.ndarray, names: dict[int, str]) -> list[str | None]:
+    """Name the region of an atlas that holds most of each component.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray of int, shape (x, y, z)
+        Components 1..n.
+    parcellation : numpy.ndarray of int, same shape
+        Regions, 0 where there is none.
+    names : dict of int to str
+
+    Returns
+    -------
+    list of str or None
+        One for each component; None if it lies outside all regions. A region without a name is given by its
+        number.
+    """
+    inside = (labels > 0) & (parcellation > 0)
+    owner, region = labels[inside], parcellation[inside].astype(np.int64)
+    votes = pd.Series(region).groupby(owner).agg(lambda own: own.value_counts().sort_index().idxmax())
+    return [
+        names.get(int(votes[k]), str(votes[k])) if k in votes.index else None
+        for k in range(1, int(labels.max(initial=0)) + 1)
+    ]
+
+
 @dataclass(frozen=True)
 class LesionHits:
     """Lesion-wise agreement of an anomaly mask with the truth.

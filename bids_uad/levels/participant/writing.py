@@ -201,7 +201,8 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             "model_has_met": model_has_met(bundle, unit, config.bids_dir),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
-        sidecars=sidecars.detection_sidecars(files, inputs, model, run),
+        sidecars=sidecars.detection_sidecars(files, inputs, model, run, means.reference.parcellations),
+        parcellations={name: str(path) for name, path in means.reference.parcellations.items()},
     )
 
 
