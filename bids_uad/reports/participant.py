@@ -25,7 +25,16 @@ from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
 from bids_uad.reports.group_text import detector_name
-from bids_uad.reports.participant_findings import Finding, component_rows, summarise, summary_row, tiles
+from bids_uad.reports.participant_findings import (
+    PARCELLATIONS,
+    Finding,
+    component_rows,
+    summarise,
+    summary_row,
+    tiles,
+)
+from bids_uad.reports.participant_quality import COLUMNS as QUALITY_COLUMNS
+from bids_uad.reports.participant_quality import quality_row
 from bids_uad.reports.participant_spec import anchor, expand_outline
 from bids_uad.space import NAME
 
@@ -203,6 +212,7 @@ def _write_detection(
             "components",
             rows=component_rows(table, labels, lesion),
             total=len(table),
+            regions=any(name in table.columns for name in PARCELLATIONS),
             truth=labels is not None and lesion is not None,
             file=detection.component_table.name,
         )
@@ -228,7 +238,7 @@ def _summary(
     errors: Sequence[str],
     run_info: Mapping[str, Any],
 ) -> str:
-    rows = []
+    rows, qualities = [], []
     for image, found in findings:
         sources = {
             str(detection.metrics["source_image"])
@@ -237,12 +247,15 @@ def _summary(
         }
         sidecar = {} if image.preproc is None else read_sidecar(image.preproc)
         sources = sources or set(sidecar.get("Sources", [])[:1])
-        warnings = [*sidecar.get("PreprocessingQuality", {}).get("warnings", []), *_meetings(found)]
+        quality = sidecar.get("PreprocessingQuality", {})
+        warnings = [*quality.get("warnings", []), *_meetings(found)]
+        status = "left out of the group" if quality.get("failures") else "processed"
+        qualities.append({"name": image.name, "values": quality_row(quality)})
         rows.append(
             {
                 "name": image.name,
-                "status": "processed" if image.preproc is not None else "incomplete",
-                "good": image.preproc is not None,
+                "status": status if image.preproc is not None else "incomplete",
+                "good": image.preproc is not None and not quality.get("failures"),
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
                 "truth": "none given" if image.lesion is None else "yes",
@@ -282,6 +295,8 @@ def _summary(
         images=rows,
         findings=found_rows,
         any_truth=any_truth,
+        qualities=qualities,
+        quality_columns=list(QUALITY_COLUMNS.values()),
         n_errors=len(errors),
         facts=[(name, value) for name, value in facts if value],
     )

@@ -13,6 +13,8 @@ from bids_uad.reports.derivatives import Detection
 from bids_uad.reports.figures.display import side
 from bids_uad.space import VOXEL_MM3
 
+PARCELLATIONS = ("lpba40", "tzo116plus")
+"""Columns of a table of components that name regions, where the atlas has them."""
 MAX_COMPONENTS = 20
 UNKNOWN = "\N{EN DASH}"
 TAU = "\N{GREEK SMALL LETTER TAU}"
@@ -157,11 +159,13 @@ def component_rows(
     list of dict
         `MAX_COMPONENTS` at most.
     """
+    named = [name for name in PARCELLATIONS if name in table.columns]
     hits = set() if labels is None or lesion is None else set(np.unique(labels[lesion]).tolist())
     largest = table.sort_values(["volume_mm3", "index"], ascending=[False, True]).head(MAX_COMPONENTS)
     rows = []
     for row in largest.itertuples(index=False):
         centroid = (row.centroid_x, row.centroid_y, row.centroid_z)
+        regions = [getattr(row, name) for name in named]
         rows.append(
             {
                 "index": int(row.index),
@@ -170,6 +174,7 @@ def component_rows(
                 "peak": _score(row.peak_score),
                 "mean": _score(row.mean_score),
                 "centroid": ", ".join(f"{value:.0f}".replace("-", "\N{MINUS SIGN}") for value in centroid),
+                "regions": ", ".join(region for region in regions if pd.notna(region)),
                 "hit": int(row.index) in hits,
             }
         )

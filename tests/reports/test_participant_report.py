@@ -14,6 +14,7 @@ from bids_uad import space
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.reports.derivatives import find_images
 from bids_uad.reports.participant import write_subject_report
+from bids_uad.reports.participant_findings import component_rows
 
 TAU = 0.5
 P = "sub-01_space-SRI24"
@@ -261,6 +262,36 @@ def test_doubts_of_the_preprocessing_are_told(bare):
     sidecar = bare / f"sub-01/anat/{P}_desc-preproc_T1w.json"
     write_json(sidecar, {"PreprocessingQuality": {"warnings": [warning]}})
     assert f"<td>{warning.replace('&', '&amp;')}</td>" in write_subject_report(bare, "01").read_text()
+
+
+def test_a_scan_that_failed_says_so_with_its_figures(bare):
+    quality = {
+        "warnings": ["Turned."],
+        "failures": ["Turned."],
+        "cnr": 2.3,
+        "brain_volume_mm3": 1_234_567.0,
+    }
+    write_json(bare / f"sub-01/anat/{P}_desc-preproc_T1w.json", {"PreprocessingQuality": quality})
+    page = write_subject_report(bare, "01").read_text()
+    assert '<span class="status bad">left out of the group</span>' in page
+    assert '<td class="n">2.30</td>' in page
+    assert '<td class="n">1,235</td>' in page
+
+
+def test_components_tell_their_region_where_the_atlas_has_one(tmp_path):
+    table = pd.DataFrame(
+        {
+            **{name: [1.0, 2.0] for name in ("volume_mm3", "peak_score", "mean_score")},
+            **{f"centroid_{axis}": [0.0, 0.0] for axis in "xyz"},
+            "index": [1, 2],
+            "lpba40": ["left insular cortex", None],
+            "tzo116plus": ["Insula_L", "Insula_R"],
+        }
+    )
+    assert [row["regions"] for row in component_rows(table, None, None)] == [
+        "Insula_R",
+        "left insular cortex, Insula_L",
+    ]
 
 
 def test_subject_with_failed_images_only_gets_its_errors(tmp_path):
