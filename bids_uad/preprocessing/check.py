@@ -24,6 +24,7 @@ STRIPPED_VOLUME_MM3 = (600_000.0, 2_100_000.0)
 STRIPPED_BORDER_SHARE = 0.98
 STRIPPED_BACKGROUND_SHARE = 0.3
 MAX_SHEAR = 1e-2
+FORMS_APART_MM = 1.0
 
 
 def check_image(path: str | PathLike[str]) -> None:
@@ -138,6 +139,35 @@ def background(data: np.ndarray) -> float:
     """Return the commonest value on the six faces of a volume."""
     values, counts = np.unique(_border(data), return_counts=True)
     return float(values[np.argmax(counts)])
+
+
+def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
+    """Tell where the two orientations of a header contradict each other; the sform is the one that is used.
+
+    Parameters
+    ----------
+    path : path-like
+        A readable NIfTI file.
+
+    Returns
+    -------
+    dict
+        Sentences, and whether they are so grave that the scan cannot be relied on.
+    """
+    image = nib.load(path)
+    sform, sform_code = image.get_sform(coded=True)
+    qform, qform_code = image.get_qform(coded=True)
+    if not (sform_code and qform_code):
+        return {}
+    if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        return {"The header's sform and qform disagree about what is left and what is right.": True}
+    size = np.array(image.shape[:3]) - 1
+    corners = np.array(np.meshgrid(*[(0, n) for n in size])).reshape(3, -1).T
+    apart = nib.affines.apply_affine(sform, corners) - nib.affines.apply_affine(qform, corners)
+    distance = float(np.linalg.norm(apart, axis=1).max())
+    if distance < FORMS_APART_MM:
+        return {}
+    return {f"The header's sform and qform are up to {distance:.0f} mm apart; the sform was used.": False}
 
 
 _COPY_AGAIN = "copy or download the file again"

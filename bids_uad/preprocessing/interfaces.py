@@ -20,7 +20,7 @@ from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
-from bids_uad.preprocessing.check import is_skull_stripped, read_scan, read_volume
+from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
@@ -41,6 +41,7 @@ class _ConformInputSpec(BaseInterfaceInputSpec):
 
 class _ConformOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="three-dimensional float32 scan on the same grid")
+    doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
 
 
 class Conform(SimpleInterface):
@@ -56,6 +57,7 @@ class Conform(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         data, affine = read_scan(self.inputs.in_file)
         self._results["out_file"] = _save(runtime, "conformed.nii.gz", data, affine, np.float32)
+        self._results["doubts"] = header_doubts(self.inputs.in_file)
         return runtime
 
 
@@ -342,6 +344,7 @@ class _AssessInputSpec(BaseInterfaceInputSpec):
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
     lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
+    doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
 
 
 class _AssessOutputSpec(TraitedSpec):
@@ -367,6 +370,7 @@ class Assess(SimpleInterface):
             native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
+            doubts=self.inputs.doubts or {},
             image=measure_image(native.data, native.mask, air, self.inputs.modality),
         )
         return runtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def assess(
     reference: np.ndarray,
     lesion: np.ndarray | None,
     image: dict[str, float],
+    doubts: Mapping[str, bool],
 ) -> dict[str, Any]:
     """Collect the figures of one scan and judge them.
 
@@ -40,6 +42,8 @@ def assess(
         Manual lesion mask on the same grid.
     image : dict
         Metrics of :func:`bids_uad.preprocessing.image_quality.measure_image`.
+    doubts : mapping of str to bool
+        Further sentences, and whether the scan fails by them.
 
     Returns
     -------
@@ -53,7 +57,7 @@ def assess(
     volume = float(brain.sum())
     overlap = 2.0 * float((brain & reference).sum()) / (volume + float(reference.sum()))
     kept = volume / native_volume_mm3
-    doubts = {
+    judged = {
         f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (
             overlap < LOW_OVERLAP,
             overlap < FAILED_OVERLAP,
@@ -76,7 +80,7 @@ def assess(
     if lesion is not None and lesion.any():
         share = float((lesion & brain).sum() / lesion.sum())
         text = f"Only {100 * share:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
-        doubts[text] = (share < LOW_LESION_SHARE, False)
+        judged[text] = (share < LOW_LESION_SHARE, False)
     return {
         "similarity": registration["similarity"],
         "registration_overlap": registration["mask_overlap"],
@@ -88,8 +92,11 @@ def assess(
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
         "kept_share": round(kept, 4),
         **{name: round(value, 4) for name, value in image.items()},
-        "warnings": [text for text, (doubtful, _) in doubts.items() if doubtful],
-        "failures": [text for text, (_, failed) in doubts.items() if failed],
+        "warnings": [*doubts, *(text for text, (doubtful, _) in judged.items() if doubtful)],
+        "failures": [
+            *(text for text, grave in doubts.items() if grave),
+            *(text for text, (_, failed) in judged.items() if failed),
+        ],
     }
 
 

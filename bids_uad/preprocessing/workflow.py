@@ -209,6 +209,7 @@ def init_preproc_wf(
         (correct_bias, resample, [("out_file", "in_file")]),
         (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
         (register, resample, [("to_sri24", "to_sri24")]),
+        (conform, quality, [("doubts", "doubts")]),
         (correct_bias, quality, [("out_file", "in_file")]),
         (register, quality, [("qc", "registration"), ("to_sri24", "to_sri24")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),

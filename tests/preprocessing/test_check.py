@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.preprocessing.check import check_image, is_skull_stripped
+from bids_uad.preprocessing.check import check_image, header_doubts, is_skull_stripped
 
 from .conftest import REAL_DATA, save
 
@@ -160,6 +160,29 @@ def test_each_defect_is_one_line_that_names_the_file(tmp_path: Path, make, probl
         check_image(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def two_forms(folder: Path, sform: np.ndarray, qform: np.ndarray, codes: tuple[int, int] = (1, 1)) -> Path:
+    image = nib.Nifti1Image(head(), None)
+    image.set_sform(sform, code=codes[0])
+    image.set_qform(qform, code=codes[1])
+    image.to_filename(folder / "sub-01_T1w.nii.gz")
+    return folder / "sub-01_T1w.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("qform", "codes", "sentence", "grave"),
+    [
+        (AFFINE, (1, 1), None, False),
+        (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 1), "disagree about what is left", True),
+        (AFFINE + np.array([[0, 0, 0, 7.0]] + [[0] * 4] * 3), (2, 1), "up to 7 mm apart", False),
+        (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 0), None, False),
+    ],
+)
+def test_contradictions_in_a_header_are_told(tmp_path: Path, qform, codes, sentence, grave) -> None:
+    found = header_doubts(two_forms(tmp_path, AFFINE, qform, codes))
+    assert list(found.values()) == ([] if sentence is None else [grave])
+    assert all(sentence in text for text in found)
 
 
 def ball(litres: float, noise: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,7 @@ def judged(**changes):
         "reference": REFERENCE,
         "lesion": None,
         "image": {"cjv": 0.43219},
+        "doubts": {},
     }
     inputs |= {"native_volume_mm3": float(changes.get("brain", REFERENCE).sum())}
     return assess(**inputs | changes)
@@ -55,6 +56,8 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"rotation": 95.0}, "turned by 95 degrees", True),
         ({"registration": REGISTRATION | {"restarted": True}}, "restarted", False),
         ({"lesion": ~REFERENCE}, "of the lesion mask", False),
+        ({"doubts": {"The forms disagree.": False}}, "forms disagree", False),
+        ({"doubts": {"Left is right.": True}}, "Left is right", True),
     ],
 )
 def test_doubts_are_told_and_failures_ruled_out(changes, word: str, failed: bool) -> None:
