@@ -127,33 +127,34 @@ def sheared(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("make", "problem"),
-    [
-        (truncated_gzip, "cannot be read"),
-        (truncated_plain, "read"),
-        (corrupt_header, "not a readable image"),
-        (corrupt_dimensions, "no volume|not a readable image|cannot be read"),
-        (not_an_image, "not a readable image"),
-        (empty, "empty"),
-        (broken_link, "datalad get"),
-        (lambda folder: folder / "none.nii.gz", "no such file"),
-        (lambda folder: good(folder, np.zeros((50, 50, 50), np.float32)), "every voxel has the value 0"),
-        (lambda folder: good(folder, np.full((50, 50, 50), 7, np.float32)), "every voxel has the value 7"),
-        (with_values(np.nan), "NaN"),
-        (with_values(np.inf), "infinite"),
-        (lambda folder: good(folder, np.stack([head()] * 2, axis=-1)), "4 dimensions"),
-        (lambda folder: good(folder, head()[:, :, 25]), "no volume"),
-        (lambda folder: good(folder, head()[:, :, 25:26]), "no volume"),
-        (lambda folder: good(folder, affine=np.diag([4000.0, 4000.0, 4000.0, 1.0])), "voxel size"),
-        (lambda folder: good(folder, affine=np.diag([0.3, 0.3, 0.3, 1.0])), "field of view"),
-        (lambda folder: good(folder, (head() - 100) * (head() > 0)), "negative"),
-        (almost_empty, "only 1.7 mL"),
-        (no_orientation, "no orientation"),
-        (zero_affine, "singular"),
-        (sheared, "sheared"),
-    ],
-)
+DEFECTS = [
+    (truncated_gzip, "cannot be read"),
+    (truncated_plain, "read"),
+    (corrupt_header, "not a readable image"),
+    (corrupt_dimensions, "no volume|not a readable image|cannot be read"),
+    (not_an_image, "not a readable image"),
+    (empty, "empty"),
+    (broken_link, "datalad get"),
+    (lambda folder: folder / "none.nii.gz", "no such file"),
+    (lambda folder: good(folder, np.zeros((50, 50, 50), np.float32)), "every voxel has the value 0"),
+    (lambda folder: good(folder, np.full((50, 50, 50), 7, np.float32)), "every voxel has the value 7"),
+    (with_values(np.nan), "NaN"),
+    (with_values(np.inf), "infinite"),
+    (lambda folder: good(folder, np.stack([head()] * 2, axis=-1)), "4 dimensions"),
+    (lambda folder: good(folder, head()[:, :, 25]), "no volume"),
+    (lambda folder: good(folder, head()[:, :, 25:26]), "no volume"),
+    (lambda folder: good(folder, affine=np.diag([4000.0, 4000.0, 4000.0, 1.0])), "voxel size"),
+    (lambda folder: good(folder, affine=np.diag([0.3, 0.3, 0.3, 1.0])), "field of view"),
+    (lambda folder: good(folder, (head() - 100) * (head() > 0)), "negative"),
+    (almost_empty, "only 1.7 mL"),
+    (no_orientation, "no orientation"),
+    (zero_affine, "singular"),
+    (sheared, "sheared"),
+]
+"""How a scan is spoilt, and what is said about it."""
+
+
+@pytest.mark.parametrize(("make", "problem"), DEFECTS)
 def test_each_defect_is_one_line_that_names_the_file(tmp_path: Path, make, problem: str) -> None:
     path = make(tmp_path)
     with pytest.raises(InputError, match=problem) as caught:
