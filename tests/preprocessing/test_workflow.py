@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.preprocessing.native import map_to_native
@@ -47,6 +48,7 @@ def run(workflow, base: Path, **inputs: object) -> SimpleNamespace:
         brain_mask=nodes["resample"].out_mask,
         own_mask=mask.out_mask,
         native_mask=nodes.get("native", mask).out_mask,
+        corrected=nodes["correct_bias"].out_file,
         brain=nodes["correct_bias"].out_brain,
         xfm=nodes["register"].to_sri24,
         to_sri24=native.to_sri24,
@@ -83,7 +85,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, reference: Reference, refe
         anchor_mask=anchor.native_mask,
         anchor_xfm=anchor.to_sri24,
     )
-    return SimpleNamespace(t1w=t1w_file, t2w=t2w_file, anchor=anchor, other=other)
+    return SimpleNamespace(t1w=t1w_file, t2w=t2w_file, lesion=lesion_file, anchor=anchor, other=other)
 
 
 def load(path: str) -> np.ndarray:
@@ -96,6 +98,30 @@ def load(path: str) -> np.ndarray:
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+def interpolated(path: str, xfm: str) -> np.ndarray:
+    """Read an image at the voxels of the SRI24 grid through one transform, by SciPy alone."""
+    image = nib.load(path)
+    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in space.SHAPE], indexing="ij"), -1)[::3, ::3, ::3]
+    to_voxel = np.linalg.inv(image.affine) @ read_itk(xfm) @ space.AFFINE
+    places = nib.affines.apply_affine(to_voxel, voxels.astype(float))
+    data = np.asarray(image.dataobj, dtype=np.float64)
+    return ndimage.map_coordinates(data, np.moveaxis(places, -1, 0), order=1, mode="nearest")
+
+
+@pytest.mark.parametrize("which", ["anchor", "other"])
+def test_each_scan_is_interpolated_once(session, which: str) -> None:
+    result = getattr(session, which)
+    once = interpolated(result.corrected, result.to_sri24)
+    brain = load(result.brain_mask)[::3, ::3, ::3] > 0
+    ratio = once[brain] / load(result.preproc)[::3, ::3, ::3][brain]
+    assert np.ptp(ratio) < 1e-3 * ratio.mean()
+
+
+def test_the_lesion_is_interpolated_once(session) -> None:
+    once = interpolated(session.lesion, session.anchor.to_sri24) > 0.5
+    assert (once != (load(session.anchor.lesion)[::3, ::3, ::3] > 0)).sum() <= 1
 
 
 @pytest.mark.parametrize("which", ["anchor", "other"])
