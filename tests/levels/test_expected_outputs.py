@@ -1,0 +1,50 @@
+"""The files that each kind of input leaves behind, compared with stored lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.dataset.skeleton import write_image, write_mask
+from tests.levels.test_participant_run import Bench, reference, stand_ins  # noqa: F401
+
+EXPECTED = Path(__file__).parent / "expected"
+T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
+RAW = {
+    "t1w": [T1W],
+    "t2w": [T2W],
+    "both": [T1W, T2W],
+    "sessions_and_runs": [
+        "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_acq-thick_rec-norm_T2w.nii.gz",
+    ],
+    "lesions": [T1W, T2W],
+    "fmriprep": [T1W, T2W],
+}
+
+
+def derivatives(kind: str, folder: Path) -> list[str]:
+    """Write what comes with a kind of input; give the option that names it."""
+    root = folder / kind
+    if kind == "lesions":
+        write_mask(root / "sub-01/anat/sub-01_label-lesion_mask.nii.gz")
+    elif kind == "fmriprep":
+        write_image(root / "sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")
+        write_mask(root / "sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+        write_image(root / "sub-01/anat/sub-01_desc-preproc_T2w.nii.gz")
+    else:
+        return []
+    return ["-d", f"{kind}={root}"]
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_files_are_those_of_the_list(kind, tmp_path):
+    bench = Bench(tmp_path)
+    bench.dataset(*RAW[kind])
+    assert bench.run(*derivatives(kind, tmp_path)) == 0
+    found = {path.relative_to(bench.out).as_posix() for path in bench.out.rglob("*") if path.is_file()}
+    kept = sorted(name for name in found if not name.startswith("logs/") and "/log/" not in name)
+    assert kept == (EXPECTED / f"{kind}.txt").read_text().splitlines()
