@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     pick.add_argument(
         "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
-        help="other derivative datasets: 'lesions=PATH' gives lesion masks to compare with, any other (such as "
-        "'fmriprep=PATH') preprocessed images, brain masks and transforms to take over",
+        help="other derivative datasets: 'lesions=PATH' gives lesion masks to compare with, any other (such "
+        "as 'fmriprep=PATH') preprocessed images, brain masks and transforms to take over",
     )  # fmt: skip
     pick.add_argument(
         "--modalities",

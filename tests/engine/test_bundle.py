@@ -14,6 +14,7 @@ from bids_uad.engine import bundle as bundles
 from bids_uad.engine.bundle import load_bundle, load_detector, packaged_bundles, resolve_bundles, save_bundle
 from bids_uad.errors import ModelError
 from bids_uad.methods.patchcore import PatchCore
+from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.backbones import BackboneConfig
 
 TINY = replace(PatchCore.presets["lite"], backbone=BackboneConfig(widths=(4, 8, 8, 16)), bank=16)
@@ -151,14 +152,36 @@ def test_resolving(folder, tmp_path):
         resolve_bundles([str(folder), str(twin)], ["T1w"])
 
 
-def test_packaged_bundles_are_sound():
-    """Every packaged bundle loads, is calibrated, stays below 5 MB and covers T1w and T2w."""
-    names = packaged_bundles()
-    assert {"disyre-T1w-lite", "disyre-T2w-lite", "patchcore-T1w-lite", "patchcore-T2w-lite"} <= set(names)
-    for found in resolve_bundles(None, ["T1w", "T2w"]):
-        load_detector(found)
-        assert set(found.thresholds) == {"max_dice", "fpr_1pct", "fpr_5pct"}
-        assert set(found.thresholds.values()) <= set(found.bin_edges.tolist())
-        assert found.calibration["weights_sha256"] == found.sha256
-        assert sum(path.stat().st_size for path in found.folder.iterdir()) < 5e6
-        assert "not for clinical use" in (found.folder / "MODEL_CARD.md").read_text()
+ALL_PACKAGED = [f"{detector}-{modality}-lite" for detector in DETECTORS for modality in ("T1w", "T2w")]
+
+
+def test_every_detector_is_packaged():
+    """Nine detectors and the baseline, T1w and T2w, in at most 40 MB."""
+    assert sorted(packaged_bundles()) == sorted(ALL_PACKAGED)
+    files = [path for found in resolve_bundles(None, ["T1w", "T2w"]) for path in found.folder.iterdir()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+
+
+@pytest.mark.parametrize("name", ALL_PACKAGED)
+def test_a_packaged_bundle_is_sound(name):
+    """It loads, was calibrated as it is, on other subjects than it has learnt from, and has a card."""
+    (found,) = resolve_bundles([name], [name.split("-")[1]])
+    load_detector(found)
+    assert set(found.thresholds) == {"max_dice", "fpr_1pct", "fpr_5pct"}
+    assert set(found.thresholds.values()) <= set(found.bin_edges.tolist())
+    assert found.calibration["weights_sha256"] == found.sha256
+    learnt, calibrated = (
+        set(part["subjects"]) for part in (found.info["training"], found.calibration["cohort"])
+    )
+    assert learnt
+    assert calibrated
+    assert not learnt & calibrated
+    card = (found.folder / "MODEL_CARD.md").read_text()
+    for chapter in (
+        "not for clinical use",
+        "Licence",
+        "## Training",
+        "## Make it again",
+        "## Known failures",
+    ):
+        assert chapter in card
