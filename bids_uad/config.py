@@ -55,6 +55,10 @@ class RunConfig:
         Names of packaged bundles or paths; empty means all packaged ones, `("none",)` preprocessing only.
     atlas_dir : pathlib.Path, optional
         Where `tpl-SRI24` lies.
+    brain_extraction : str
+        `template`, or the program that finds brains in whole heads: `synthstrip` or `hd-bet`.
+    extraction_weights : pathlib.Path, optional
+        Weights of that program.
     device : str
         `auto`, `cpu`, `cuda` or `cuda:N`.
     precision : str
@@ -96,6 +100,8 @@ class RunConfig:
     modalities: tuple[str, ...] = MODALITIES
     models: tuple[str, ...] = ()
     atlas_dir: Path | None = None
+    brain_extraction: str = "template"
+    extraction_weights: Path | None = None
     device: str = "auto"
     precision: str = "auto"
     batch_size: int | None = None

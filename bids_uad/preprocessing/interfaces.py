@@ -22,6 +22,7 @@ from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
+from bids_uad.preprocessing.external import BUILT_IN, PROGRAMS, extract_with
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.quality import assess
@@ -67,6 +68,8 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
     given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
+    program = traits.Enum(BUILT_IN, *PROGRAMS, usedefault=True, desc="what extracts the brain")
+    weights = traits.Str(desc="weights of that program")
 
 
 class _BrainMaskOutputSpec(TraitedSpec):
@@ -87,6 +90,10 @@ class BrainMask(SimpleInterface):
             mask = _on_grid_of(scan, self.inputs.given_mask)
         elif stripped:
             mask = mask_of_stripped(scan.data)
+        elif self.inputs.program != BUILT_IN:
+            weights, folder = Path(self.inputs.weights), Path(runtime.cwd)
+            found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
+            mask = _on_grid_of(scan, str(found))
         else:
             template = _volume(self.inputs.template, self.inputs.template_mask)
             mask = extract_brain(scan, template, Path(runtime.cwd))

@@ -9,6 +9,7 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
+from bids_uad.preprocessing.external import BUILT_IN, PROGRAMS
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -71,6 +72,25 @@ class Given:
 NOTHING = Given()
 
 
+@dataclass(frozen=True)
+class Extraction:
+    """What finds the brain in a whole head.
+
+    Parameters
+    ----------
+    program : str
+        Key of :data:`bids_uad.preprocessing.external.PROGRAMS`, or ``template``.
+    weights : pathlib.Path, optional
+        Of the program.
+    """
+
+    program: str = BUILT_IN
+    weights: Path | None = None
+
+
+TEMPLATE = Extraction()
+
+
 def init_preproc_wf(
     *,
     name: str,
@@ -81,6 +101,7 @@ def init_preproc_wf(
     reference: Reference,
     given: Given = NOTHING,
     lesion_on_raw: bool = True,
+    extraction: Extraction = TEMPLATE,
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
@@ -123,6 +144,8 @@ def init_preproc_wf(
         What another pipeline has done for the scan.
     lesion_on_raw : bool
         Whether the lesion mask lies on the raw scan and not on the image of another pipeline.
+    extraction : Extraction
+        What finds the brain in a whole head.
 
     Inputs
     ------
@@ -176,7 +199,7 @@ def init_preproc_wf(
     if modality not in ("T1w", "T2w"):
         raise ValueError(f"modality must be T1w or T2w, not {modality!r}")
     workflow = LiterateWorkflow(name=name)
-    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference, given)
+    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference, given, extraction)
     inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
@@ -187,6 +210,9 @@ def init_preproc_wf(
     quality = pe.Node(assess, name="quality", mem_gb=1.0)
     if is_anchor:
         mask, register = _connect_anchor(workflow, correct_bias, modality, reference)
+        mask.inputs.program = extraction.program
+        if extraction.weights is not None:
+            mask.inputs.weights = str(extraction.weights)
     else:
         mask = register = _connect_to_anchor(workflow, inputnode, aligned=given.aligned)
         workflow.connect([
@@ -338,7 +364,12 @@ def _target(modality: str, reference: Reference) -> Path:
 
 
 def _description(
-    modality: str, is_anchor: bool, skull_stripped: bool | None, reference: Reference, given: Given
+    modality: str,
+    is_anchor: bool,
+    skull_stripped: bool | None,
+    reference: Reference,
+    given: Given,
+    extraction: Extraction,
 ) -> str:
     """Write the methods text of one scan, fMRIPrep-style, with citation keys."""
     corrected = (
@@ -367,14 +398,15 @@ def _description(
     registration = f"registered rigidly (six degrees of freedom, mutual information) to {atlas}"
     if given.xfm:
         registration = f"brought to {atlas} by a rigid transform that was given"
+    extracted = _extraction(skull_stripped, given, extraction.program)
     return (
-        f"{_extraction(skull_stripped, given)} The {modality} image was {corrected}. The brain was "
+        f"{extracted} The {modality} image was {corrected}. The brain was "
         f"{registration}. {once} The steps are nodes of a Nipype [@nipype1; @nipype2] workflow built with "
         "niworkflows [@niworkflows].\n"
     )
 
 
-def _extraction(skull_stripped: bool | None, given: Given) -> str:
+def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
     """Say where the brain mask comes from."""
     if given.mask:
         return "The brain mask was that of an earlier pipeline."
@@ -382,6 +414,9 @@ def _extraction(skull_stripped: bool | None, given: Given) -> str:
         "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
         "and carrying its brain mask back."
     )
+    if program != BUILT_IN:
+        tool = PROGRAMS[program]
+        carried = f"the brain was extracted by {tool.title} [@{tool.citation}]."
     return {
         True: "The image was skull-stripped already; its background gave the brain mask.",
         False: f"T{carried[1:]}",

@@ -107,7 +107,7 @@ class FakePreproc(SimpleInterface):
 
 
 def init_fake_preproc_wf(
-    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, given, lesion_on_raw
+    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, given, lesion_on_raw, extraction
 ):
     """Same door as `preprocessing.workflow.init_preproc_wf`."""
     workflow = LiterateWorkflow(name=name)

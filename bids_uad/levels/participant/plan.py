@@ -78,6 +78,7 @@ def make_plan(
     reference_sha256: str,
     random_seed: int,
     precision: str,
+    brain_extraction: str,
 ) -> list[Task]:
     """Compare every image with its record.
 
@@ -93,6 +94,8 @@ def make_plan(
     random_seed : int
     precision : str
         As asked for: `auto`, `fp32` or `bf16`.
+    brain_extraction : str
+        What finds brains in whole heads.
 
     Returns
     -------
@@ -108,6 +111,7 @@ def make_plan(
             () if lesion is None else lesion.files,
             reference_sha256=reference_sha256,
             random_seed=random_seed,
+            brain_extraction=brain_extraction,
         )
         wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
         earlier = read_record(record_path(output_dir, unit))

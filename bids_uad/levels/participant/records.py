@@ -62,7 +62,12 @@ def read_record(path: Path) -> Record | None:
 
 
 def make_fingerprint(
-    unit: ImageUnit, lesion: Sequence[Path], *, reference_sha256: str, random_seed: int
+    unit: ImageUnit,
+    lesion: Sequence[Path],
+    *,
+    reference_sha256: str,
+    random_seed: int,
+    brain_extraction: str,
 ) -> dict[str, Any]:
     """List what the outputs of an image depend on, models apart.
 
@@ -75,6 +80,8 @@ def make_fingerprint(
         The session's lesion mask and what its place on the atlas depends on; empty without one.
     reference_sha256 : str
     random_seed : int
+    brain_extraction : str
+        What finds brains in whole heads.
 
     Returns
     -------
@@ -91,6 +98,7 @@ def make_fingerprint(
         "skull_stripped": unit.skull_stripped,
         "reference_sha256": reference_sha256,
         "random_seed": random_seed,
+        "brain_extraction": brain_extraction,
     }
 
 
