@@ -117,8 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     control = parser.add_argument_group("run control")
     control.add_argument("-w", "--work-dir", type=Path, metavar="PATH", help="scratch space (./work)")
     control.add_argument(
-        "--clean-workdir", action="store_true", help="empty the scratch space before the run"
-    )
+        "--clean-workdir", action="store_true",
+        help="empty the scratch space before the run, and after it if all went well",
+    )  # fmt: skip
     control.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop at the first failure instead of going on"
     )

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from bids_uad import space
+from bids_uad.preprocessing.transforms import read_itk
 from tests.integration.conftest import DETECTORS, bids_uad
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -143,7 +144,7 @@ def test_the_same_command_does_nothing_twice(run):
     before = {path: path.stat().st_mtime_ns for path in run.out.rglob("sub-*/**/*") if path.is_file()}
     again = bids_uad(
         run.data, run.out, "participant", "-w", run.out.parent / "work",
-        "-d", f"lesions={run.data / 'derivatives' / 'lesions'}",
+        "-d", f"lesions={run.data / 'derivatives' / 'lesions'}", "--models", *DETECTORS,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert "up to date" in again.stdout + again.stderr
@@ -162,3 +163,24 @@ def test_group_reads_only_the_output(run, tmp_path):
     done = bids_uad(data, out, "group")
     assert done.returncode == 0, done.stderr
     assert (out / "group_benchmark.tsv").read_text() == (run.out / "group_benchmark.tsv").read_text()
+
+
+def test_its_own_output_is_input_that_leaves_nothing_to_do(run, tmp_path):
+    """Mask and transform of an earlier run are taken over, and the images come out the same."""
+    done = bids_uad(
+        run.data, tmp_path / "again", "participant", "--participant-label", "001", "--models", "none",
+        "-w", tmp_path / "work", "--nprocs", "2", "-d", f"earlier={run.out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for modality in ("T1w", "T2w"):
+        name = f"sub-001_from-{modality}_to-SRI24_mode-image_xfm.txt"
+        one, other = (
+            read_itk(folder / "sub-001" / "anat" / name) for folder in (run.out, tmp_path / "again")
+        )
+        np.testing.assert_allclose(one, other, atol=1e-9)
+        name = f"sub-001_space-SRI24_desc-preproc_{modality}.nii.gz"
+        one, other = (
+            nib.load(folder / "sub-001" / "anat" / name) for folder in (run.out, tmp_path / "again")
+        )
+        difference = np.abs(one.get_fdata() - other.get_fdata())
+        assert (difference > 1e-4).mean() < 1e-5

@@ -124,7 +124,11 @@ def run_participant(config: RunConfig) -> int:
         LOGGER.warning(line)
     for line in [outcome.message for outcome in outcomes if not outcome.good] + unwritten:
         LOGGER.error(line)
-    return OK if not unwritten and all(outcome.good for outcome in outcomes) else FAILED
+    if unwritten or not all(outcome.good for outcome in outcomes):
+        return FAILED
+    if config.clean_workdir:
+        _clean(config.work_dir)
+    return OK
 
 
 def _check(unit: ImageUnit, output_dir: Path) -> None:
