@@ -83,6 +83,10 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "similarity": {
         "Description": "Normalised mutual information with the image it was registered to: 0 none, 1 full"
     },
+    "mirrored_similarity": {
+        "Description": "The same with the mirror image: higher if left and right are swapped; n/a where the "
+        "reference is symmetric"
+    },
     "rotation_degrees": {"Description": "Angle between the scan and the atlas", "Units": "degree"},
     "restarted": {"Description": "Whether the registration had to start again from rotated positions"},
     "skull_stripped": {"Description": "Whether the image came skull-stripped"},

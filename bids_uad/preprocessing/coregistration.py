@@ -25,7 +25,7 @@ MARGIN = 6
 
 
 def register_to_reference(
-    reference: Volume, brain: Volume, folder: Path
+    reference: Volume, brain: Volume, folder: Path, *, asymmetric: bool = False
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Register a brain rigidly to the reference image.
 
@@ -38,13 +38,16 @@ def register_to_reference(
         Both with masks, 0 outside them.
     folder : pathlib.Path
         Where ANTs leaves its files.
+    asymmetric : bool
+        Whether the reference is a brain with a left and a right, so that its mirror image is worth a try.
 
     Returns
     -------
     pull : numpy.ndarray, shape (4, 4)
         RAS+ matrix from reference points to scan points.
     qc : dict
-        ``similarity``, ``mask_overlap``, ``restarted``.
+        ``similarity``, ``mirrored_similarity`` (None for a symmetric reference), ``mask_overlap``,
+        ``restarted``.
     """
     fixed, moving = _coarse(reference), _coarse(brain)
     # Unmasked: both are brains on black, and the outline of the brain is good evidence.
@@ -59,7 +62,12 @@ def register_to_reference(
             other_score = similarity(fixed, moving, other)
             if other_score > score:
                 pull, score, overlap = other, other_score, mask_overlap(fixed, moving, other)
-    return pull, {"similarity": round(score, 4), "mask_overlap": round(overlap, 4), "restarted": restarted}
+    return pull, {
+        "similarity": round(score, 4),
+        "mirrored_similarity": _mirrored(fixed, moving, pull, folder) if asymmetric else None,
+        "mask_overlap": round(overlap, 4),
+        "restarted": restarted,
+    }
 
 
 def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
     fixed, moving = _coarse(fixed), moving.coarse()
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
     score = round(similarity(fixed, moving, pull), 4)
-    return {"similarity": score, "mask_overlap": overlap, "restarted": False}
+    return {"similarity": score, "mirrored_similarity": None, "mask_overlap": overlap, "restarted": False}
 
 
 def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -87,7 +95,8 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
 
     Similarity counts inside the anchor's brain only, so the T2w scan may be a whole head, and may cover a
     part of the brain. Starts from the scanner's coordinates, which one session shares, and from the two
-    centres; the more similar result is kept.
+    centres; the more similar result is kept. The anchor's mirror image is registered as well: two scans of
+    one head agree better as they are, unless left and right are swapped in one of them.
 
     Parameters
     ----------
@@ -102,13 +111,29 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
     pull : numpy.ndarray, shape (4, 4)
         RAS+ matrix from anchor points to scan points.
     qc : dict
-        ``similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
+        ``similarity``, ``mirrored_similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
     """
     fixed, moving = _coarse(anchor), scan.coarse()
     starts = [np.eye(4), centred_start(fixed, moving)]
     pull, score = register_best(fixed, moving, starts, folder)
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
-    return pull, {"similarity": round(score, 4), "mask_overlap": overlap, "restarted": False}
+    return pull, {
+        "similarity": round(score, 4),
+        "mirrored_similarity": _mirrored(fixed, moving, pull, folder),
+        "mask_overlap": overlap,
+        "restarted": False,
+    }
+
+
+def mirror_image(brain: Volume) -> Volume:
+    """Swap left and right of a brain, about the middle of its grid."""
+    sideways = int(np.argmax(np.abs(brain.affine[0, :3])))
+    return Volume(np.flip(brain.data, sideways), brain.affine, np.flip(brain.mask, sideways))
+
+
+def _mirrored(fixed: Volume, moving: Volume, pull: np.ndarray, folder: Path) -> float:
+    """Similarity of the mirror image of `fixed`, registered from where `fixed` itself came to lie."""
+    return round(register_best(mirror_image(fixed), moving, [pull], folder)[1], 4)
 
 
 def _coarse(brain: Volume) -> Volume:

@@ -139,6 +139,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
     given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference has a left and a right")
 
 
 class _RegisterToReferenceOutputSpec(TraitedSpec):
@@ -161,7 +162,8 @@ class RegisterToReference(SimpleInterface):
             pull = read_itk(self.inputs.given_xfm)
             qc = measure(reference, brain, pull)
         else:
-            pull, qc = register_to_reference(reference, brain, folder)
+            sided = self.inputs.asymmetric
+            pull, qc = register_to_reference(reference, brain, folder, asymmetric=sided)
         self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", pull))
         self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(pull)))
         self._results["qc"] = qc

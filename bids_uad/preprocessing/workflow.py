@@ -323,7 +323,12 @@ def _connect_anchor(
         mem_gb=1.5,
     )
     register = pe.Node(
-        RegisterToReference(reference=str(target), reference_mask=str(reference.brain_mask)),
+        RegisterToReference(
+            reference=str(target),
+            reference_mask=str(reference.brain_mask),
+            # The stand-in is the symmetric ICBM152: it cannot tell left from right.
+            asymmetric=not reference.metadata.get("StandIn", False),
+        ),
         name="register",
         mem_gb=0.7,
     )

@@ -8,7 +8,7 @@ import pytest
 from bids_uad.preprocessing.quality import assess
 from bids_uad.space import SHAPE
 
-REGISTRATION = {"similarity": 0.3, "mask_overlap": 0.95, "restarted": False}
+REGISTRATION = {"similarity": 0.3, "mirrored_similarity": 0.29, "mask_overlap": 0.95, "restarted": False}
 
 
 def box(low: int, high: int) -> np.ndarray:
@@ -56,6 +56,8 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"rotation": 95.0}, "turned by 95 degrees", True),
         ({"registration": REGISTRATION | {"restarted": True}}, "restarted", False),
         ({"lesion": ~REFERENCE}, "of the lesion mask", False),
+        ({"registration": REGISTRATION | {"mirrored_similarity": 0.33}}, "left and right swapped", False),
+        ({"registration": REGISTRATION | {"mirrored_similarity": 0.6}}, "left and right swapped", True),
         ({"doubts": {"The forms disagree.": False}}, "forms disagree", False),
         ({"doubts": {"Left is right.": True}}, "Left is right", True),
     ],

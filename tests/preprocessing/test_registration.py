@@ -61,6 +61,23 @@ def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Vol
     assert qc["mask_overlap"] is None
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_t2w_with_left_and_right_swapped_fits_the_mirror_image(
+    scan: Volume, tmp_path: Path, swapped: bool
+) -> None:
+    # The template is symmetric: a large bright region makes one side differ from the other.
+    middle = np.array(scan.data.shape) // 2
+    blob = np.zeros(scan.data.shape, bool)
+    blob[middle[0] + 4 : middle[0] + 18, middle[1] - 12 : middle[1] + 12, middle[2] - 8 : middle[2] + 14] = (
+        True
+    )
+    data = np.where(blob & scan.mask, 1.6 * scan.data.max() - scan.data, scan.data)
+    anchor = Volume(data, scan.affine, scan.mask)
+    t2w = t2w_like(data)
+    _, qc = register_to_anchor(anchor, Volume(t2w[::-1] if swapped else t2w, scan.affine), tmp_path)
+    assert (qc["mirrored_similarity"] > 1.3 * qc["similarity"]) == swapped
+
+
 def test_a_brain_that_lies_on_its_side_is_found_again(reference_volume: Volume, scan: Volume) -> None:
     fixed = reference_volume.coarse(8.0)
     turned = Volume(scan.data, rotation_about(scan.centre(), (0.0, 0.0, 90.0)) @ scan.affine, scan.mask)
