@@ -21,6 +21,7 @@ from bids_uad.levels.participant.plan import Task
 from bids_uad.levels.participant.plugin import NodeFailure
 from bids_uad.levels.participant.records import read_record, record_path
 from bids_uad.levels.participant.workflow import place_of_node, place_of_unit
+from bids_uad.reports.group_text import detector_name
 
 DONE, UP_TO_DATE, FAILED, NOT_RUN, UNUSABLE = "done", "up to date", "failed", "not run", "unusable"
 
@@ -204,7 +205,7 @@ def _measure(output_dir: Path, unit: Any, detector: str) -> tuple[str, str]:
     """Give brain volume, and detector with anomaly volume and Dice, as text."""
     files = detection_outputs(unit, detector)
     row = pd.read_csv(output_dir / files["metrics"], sep="\t", na_values="n/a").iloc[0]
-    text = f"{detector} {row['anomaly_volume_mm3'] / 1000:.1f}"
+    text = f"{detector_name(detector.lower())} {row['anomaly_volume_mm3'] / 1000:.1f}"
     if pd.notna(row["lesion_volume_mm3"]):
         text += f" ({dice_of(output_dir / files['histogram'], row):.3f})"
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
