@@ -56,9 +56,9 @@ class RunConfig:
     atlas_dir : pathlib.Path, optional
         Where `tpl-SRI24` lies.
     brain_extraction : str
-        `template`, or the program that finds brains in whole heads: `synthstrip` or `hd-bet`.
+        What finds brains in whole heads: `template`, `network`, or a program, `synthstrip` or `hd-bet`.
     extraction_weights : pathlib.Path, optional
-        Weights of that program.
+        Weights of that network or program.
     device : str
         `auto`, `cpu`, `cuda` or `cuda:N`.
     precision : str

@@ -12,7 +12,7 @@ from bids_uad import __version__
 from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
 from bids_uad.config import LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
 from bids_uad.errors import ConfigError
-from bids_uad.preprocessing.external import BUILT_IN, PROGRAMS
+from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE
 
 _LABEL = re.compile(r"^[0-9a-zA-Z]+$")
 _DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
@@ -73,13 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(
-        "--brain-extraction", choices=(BUILT_IN, *PROGRAMS),
-        help="what finds the brain in whole heads without a brain mask: the built-in template, or a program "
-        "that you have installed (default: template)",
+        "--brain-extraction", choices=(TEMPLATE, NETWORK, *PROGRAMS),
+        help="what finds the brain in whole heads without a brain mask: registration of the template, a "
+        "network that you have trained, or a program that you have installed (default: template)",
     )  # fmt: skip
     pick.add_argument(
         "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
-        help="its weights: SynthStrip's file, or HD-BET's folder hd-bet_params",
+        help="its weights: the file that python -m bids_uad.extraction wrote, SynthStrip's file, or HD-BET's "
+        "folder hd-bet_params",
     )  # fmt: skip
 
     means = parser.add_argument_group("means")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bids_uad.errors import InputError, UnavailableError
 
-BUILT_IN = "template"
+TEMPLATE, NETWORK = "template", "network"
+"""Built in: registration of the template, and the network of :mod:`bids_uad.extraction`."""
 HD_BET_FOLDER = "hd-bet_params"  # in HOME: where the program looks for its weights
 
 
@@ -60,7 +61,7 @@ def check_program(name: str, weights: Path | None) -> None:
     Parameters
     ----------
     name : str
-        Key of `PROGRAMS`, or `BUILT_IN`.
+        Key of `PROGRAMS`, or what is built in.
     weights : pathlib.Path, optional
 
     Raises
@@ -68,9 +69,10 @@ def check_program(name: str, weights: Path | None) -> None:
     UnavailableError
         If the program is not installed, or its weights are not named or not there.
     """
-    if name == BUILT_IN:
+    if name == TEMPLATE:
         return
-    PROGRAMS[name].find()
+    if name in PROGRAMS:
+        PROGRAMS[name].find()
     if weights is None:
         raise UnavailableError(
             f"--brain-extraction {name} needs --brain-extraction-weights, since nothing is downloaded at run "

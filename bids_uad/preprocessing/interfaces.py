@@ -18,11 +18,12 @@ from nipype.interfaces.base import (
 
 from bids_uad import space
 from bids_uad.errors import InputError
+from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
-from bids_uad.preprocessing.external import BUILT_IN, PROGRAMS, extract_with
+from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE, extract_with
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.quality import assess
@@ -68,8 +69,8 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
     given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
-    program = traits.Enum(BUILT_IN, *PROGRAMS, usedefault=True, desc="what extracts the brain")
-    weights = traits.Str(desc="weights of that program")
+    program = traits.Enum(TEMPLATE, NETWORK, *PROGRAMS, usedefault=True, desc="what extracts the brain")
+    weights = traits.Str(desc="weights of that network or program")
 
 
 class _BrainMaskOutputSpec(TraitedSpec):
@@ -90,7 +91,9 @@ class BrainMask(SimpleInterface):
             mask = _on_grid_of(scan, self.inputs.given_mask)
         elif stripped:
             mask = mask_of_stripped(scan.data)
-        elif self.inputs.program != BUILT_IN:
+        elif self.inputs.program == NETWORK:
+            mask = find_brain(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
+        elif self.inputs.program in PROGRAMS:
             weights, folder = Path(self.inputs.weights), Path(runtime.cwd)
             found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
             mask = _on_grid_of(scan, str(found))

@@ -9,7 +9,7 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_uad.preprocessing.external import BUILT_IN, PROGRAMS
+from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -79,16 +79,16 @@ class Extraction:
     Parameters
     ----------
     program : str
-        Key of :data:`bids_uad.preprocessing.external.PROGRAMS`, or ``template``.
+        ``template``, ``network`` or a key of :data:`bids_uad.preprocessing.external.PROGRAMS`.
     weights : pathlib.Path, optional
         Of the program.
     """
 
-    program: str = BUILT_IN
+    program: str = TEMPLATE
     weights: Path | None = None
 
 
-TEMPLATE = Extraction()
+BY_TEMPLATE = Extraction()
 
 
 def init_preproc_wf(
@@ -101,7 +101,7 @@ def init_preproc_wf(
     reference: Reference,
     given: Given = NOTHING,
     lesion_on_raw: bool = True,
-    extraction: Extraction = TEMPLATE,
+    extraction: Extraction = BY_TEMPLATE,
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
@@ -419,7 +419,12 @@ def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
         "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
         "and carrying its brain mask back."
     )
-    if program != BUILT_IN:
+    if program == NETWORK:
+        carried = (
+            "the brain was found by a convolutional network that has learnt from synthetic heads of random "
+            "contrast, after SynthStrip [@synthstrip]."
+        )
+    elif program in PROGRAMS:
         tool = PROGRAMS[program]
         carried = f"the brain was extracted by {tool.title} [@{tool.citation}]."
     return {

@@ -97,6 +97,9 @@ def test_what_is_not_there_is_told_before_anything_is_done(programs, tmp_path: P
     check_program("template", None)
     with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
         check_program("synthstrip", None)
+    with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
+        check_program("network", None)
+    check_program("network", programs["synthstrip"])
     with pytest.raises(UnavailableError, match="does not exist"):
         check_program("synthstrip", tmp_path / "none.pt")
     with pytest.raises(UnavailableError, match=HD_BET_FOLDER):
