@@ -15,8 +15,6 @@ from sklearn.mixture import GaussianMixture
 
 TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
 """From dark to bright."""
-CERTAIN = 0.9
-"""Posterior above which a voxel counts as a tissue's: partial volumes would pass for noise."""
 FITTED_VOXELS = 50_000
 FEWEST_VOXELS = 10
 """Of a tissue; with fewer there is none to speak of."""
@@ -29,7 +27,7 @@ class Intensities:
     Attributes
     ----------
     csf, gm, wm : numpy.ndarray, one-dimensional
-        Intensities of certain voxels of cerebrospinal fluid, grey and white matter.
+        Intensities of the voxels that are most likely cerebrospinal fluid, grey and white matter.
     shares : dict
         Share of each tissue in the brain.
     """
@@ -66,9 +64,10 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Inte
     order = np.argsort(mixture.means_[:, 0])
     posterior = mixture.predict_proba(kept[:, None])[:, order]
     names = TISSUES[modality]
-    certain = {name: kept[posterior[:, k] > CERTAIN] for k, name in enumerate(names)}
+    likeliest = posterior.argmax(axis=1)
+    tissues = {name: kept[likeliest == k] for k, name in enumerate(names)}
     shares = {name: float(posterior[:, k].mean()) for k, name in enumerate(names)}
-    return Intensities(**certain, shares=shares)
+    return Intensities(**tissues, shares=shares)
 
 
 def snr(tissue: np.ndarray) -> float:
