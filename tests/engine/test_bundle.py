@@ -179,7 +179,7 @@ def test_a_packaged_bundle_is_sound(name):
     card = (found.folder / "MODEL_CARD.md").read_text()
     for chapter in (
         "not for clinical use",
-        "Licence",
+        "licence of the scans",
         "## Training",
         "## Make it again",
         "## Known failures",
