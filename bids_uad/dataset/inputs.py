@@ -14,7 +14,7 @@ from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.filters import EXTENSIONS, read_queries
-from bids_uad.dataset.lesions import LesionMask, find_mask, find_transforms, match_mask, other_images
+from bids_uad.dataset.lesions import LesionMask, find_mask, match_mask
 from bids_uad.dataset.prepared import LESIONS, attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
 from bids_uad.errors import ConfigError, InputError
@@ -272,12 +272,8 @@ def _attach_lesions(
         by_session[unit.subject, unit.session].append(unit)
     for (subject, session), own in by_session.items():
         try:
-            lesion = match_mask(
-                find_mask(derivatives[LESIONS], subject, session),
-                own,
-                other_images(own),
-                find_transforms(derivatives.values(), own[0]),
-            )
+            masks = find_mask(derivatives[LESIONS], subject, session)
+            lesion = match_mask(masks, own, derivatives.values())
         except InputError as error:
             problems.append(Problem(subject, str(error)))
             continue

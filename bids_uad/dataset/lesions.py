@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from bids_uad.dataset.grids import grid_of, same_grid
 from bids_uad.dataset.naming import entities_of
@@ -114,8 +113,7 @@ def other_images(units: Sequence[ImageUnit]) -> list[Path]:
 def match_mask(
     masks: Sequence[Path],
     units: Sequence[ImageUnit],
-    others: Sequence[Path] = (),
-    transforms: Mapping[str, Path] = MappingProxyType({}),
+    roots: Iterable[Path],
 ) -> LesionMask | None:
     """Decide which mask of a session is used.
 
@@ -129,10 +127,8 @@ def match_mask(
         Candidates, best first.
     units : sequence of ImageUnit
         The session's images, T1w first.
-    others : sequence of pathlib.Path
-        Other raw images of the session.
-    transforms : mapping of str to pathlib.Path
-        From spaces to the session's first image.
+    roots : iterable of pathlib.Path
+        Derivative datasets that may hold transforms from other spaces.
 
     Returns
     -------
@@ -156,11 +152,14 @@ def match_mask(
     for path in masks:
         if entities_of(path).get("space") == NAME and same_grid(grids[path], (SHAPE, AFFINE)):
             return LesionMask(path, None)
+    # Looked for only now: folders of other pipelines may be large, and most masks lie on a known grid.
+    transforms = find_transforms(roots, units[0])
     for path in masks:
         transform = transforms.get(entities_of(path).get("space", ""))
         if transform is not None:
             prepared = _same_tree(transform, units[0])
             return LesionMask(path, units[0], on_prepared=prepared, transform=transform)
+    others = other_images(units)
     for path in masks:
         for other in others:
             if same_grid(grids[path], grid_of(other)):

@@ -85,13 +85,8 @@ def _find(dataset: str, root: Path, unit: ImageUnit, taken: set[Path]) -> Prepar
         from_raw=None if image is None else _transform(files, unit, origin, "T1w"),
         to_sri24=_transform(files, unit, unit.modality, "SRI24"),
         reference_sha256=read_json(root / REFERENCE_SIDECAR).get("ReferenceSHA256"),
-        aligned=image is not None and unit.anchor is not None and same_grid(grid, _grid_used(unit.anchor)),
+        aligned=image is not None and unit.anchor is not None and same_grid(grid, grid_of(unit.anchor.image)),
     )
-
-
-def _grid_used(unit: ImageUnit) -> Grid:
-    """Grid of the image that stands for a unit."""
-    return grid_of(unit.image)
 
 
 def _mask(files: list[Path], unit: ImageUnit, grid: Grid) -> Path | None:

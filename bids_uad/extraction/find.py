@@ -13,7 +13,8 @@ from scipy import ndimage
 from bids_uad.errors import InputError
 from bids_uad.extraction.grid import SHAPE, SPACING, grid_around, scale
 from bids_uad.extraction.network import BrainNet
-from bids_uad.preprocessing.resampling import resample
+from bids_uad.preprocessing.brain import largest_piece
+from bids_uad.preprocessing.resampling import resample, smoothed
 
 PASSES = 2
 MARGIN_VOXELS = 2
@@ -64,10 +65,7 @@ def find_brain(data: np.ndarray, affine: np.ndarray, network: BrainNet) -> np.nd
     numpy.ndarray of bool, of the shape of `data`
         Empty if there is none.
     """
-    zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    widths = np.sqrt(np.maximum(SPACING**2 - zooms**2, 0.0)) / zooms / np.sqrt(8 * np.log(2))
-    smooth = ndimage.gaussian_filter(np.asarray(data, dtype=np.float32), widths, mode="nearest")
-    smooth = np.maximum(smooth, 0.0)
+    smooth = np.maximum(smoothed(data, affine, SPACING), 0.0)
     middle = np.array(ndimage.center_of_mass(np.minimum(smooth, np.percentile(smooth, 99))))
     centre = affine[:3, :3] @ middle + affine[:3, 3]
     for _ in range(PASSES):
@@ -75,18 +73,10 @@ def find_brain(data: np.ndarray, affine: np.ndarray, network: BrainNet) -> np.nd
         scan = scale(torch.from_numpy(resample(smooth, affine, SHAPE, grid)))
         with torch.inference_mode():
             likely = torch.sigmoid(network(scan[None, None]))[0, 0].numpy()
-        brain = largest(likely > 0.5)
+        brain = largest_piece(likely > 0.5)
         if not brain.any():
             return np.zeros(data.shape, dtype=bool)
         centre = grid[:3, :3] @ np.array(ndimage.center_of_mass(brain)) + grid[:3, 3]
     likely[~ndimage.binary_dilation(brain, iterations=MARGIN_VOXELS)] = 0.0
     found = resample(likely, grid, data.shape, affine) > 0.5
-    return ndimage.binary_fill_holes(largest(found))
-
-
-def largest(mask: np.ndarray) -> np.ndarray:
-    """Largest connected piece of a mask."""
-    labels, count = ndimage.label(mask)
-    if count <= 1:
-        return mask
-    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    return ndimage.binary_fill_holes(largest_piece(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.training import CLIP_NORM, rate
 from bids_uad.extraction.heads import Head, draw_head
 from bids_uad.extraction.network import BrainNet
 
 LEARNING_RATE = 2e-3
-WARM_UP = 50
 EMA_DECAY = 0.99
 
 Report = Callable[[int, float], None]
@@ -54,25 +54,22 @@ def train(
     """
     torch.manual_seed(seed)
     network = BrainNet()
-    average = {name: value.clone() for name, value in network.state_dict().items()}
+    average = MovingAverage(network, EMA_DECAY)
     optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         scan, brain = draw_head(heads[int(rng.integers(len(heads)))], rng)
-        rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * rate
+            group["lr"] = LEARNING_RATE * rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = network(scan[None, None])
         loss = loss_of(logits.float(), brain[None, None])
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
         optimiser.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        for name, value in network.state_dict().items():
-            average[name].lerp_(value, 1 - decay)
+        average.update(network)
         if report is not None:
             report(step + 1, loss.item())
-    network.load_state_dict(average)
+    average.apply_to(network)
     return network.eval()

@@ -54,7 +54,7 @@ def mask_of_stripped(data: np.ndarray) -> np.ndarray:
     numpy.ndarray of bool
         Largest connected piece that is not background, holes filled: fluid that happens to be zero is inside.
     """
-    return ndimage.binary_fill_holes(_largest(data != background(data)))
+    return ndimage.binary_fill_holes(largest_piece(data != background(data)))
 
 
 def extract_brain(head: Volume, template: Volume, folder: Path) -> np.ndarray:
@@ -175,11 +175,11 @@ def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
     """
     core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
     if not core.any():
-        return ndimage.binary_fill_holes(_largest(mask))
+        return ndimage.binary_fill_holes(largest_piece(mask))
     typical = float(np.median(data[core]))
     added = ndimage.binary_dilation(mask, iterations=1) & (data < BRIGHT_SHARE * typical)
     follow = ((mask | added) & (data > DARK_SHARE * typical)) | core
-    follow = _largest(ndimage.binary_opening(follow, _ball(2))) | core
+    follow = largest_piece(ndimage.binary_opening(follow, _ball(2))) | core
     margin = 4
     closed = ndimage.binary_closing(np.pad(follow, margin), _ball(3))
     inner = (slice(margin, -margin),) * 3
@@ -204,7 +204,7 @@ def _foreground(data: np.ndarray) -> np.ndarray:
     """Separate the head from air: Otsu's threshold, loosened, largest piece, holes filled."""
     values = np.clip(data, *np.percentile(data, [0.5, 99.0]))
     mask = values > 0.5 * _otsu(values)
-    mask = _largest(ndimage.binary_opening(mask, iterations=1))
+    mask = largest_piece(ndimage.binary_opening(mask, iterations=1))
     return ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=2))
 
 
@@ -219,7 +219,8 @@ def _otsu(values: np.ndarray, bins: int = 256) -> float:
     return float(centres[np.nanargmax(between)])
 
 
-def _largest(mask: np.ndarray) -> np.ndarray:
+def largest_piece(mask: np.ndarray) -> np.ndarray:
+    """Keep the largest connected piece of a mask; one that is empty stays so."""
     labels, count = ndimage.label(mask)
     if count == 0:
         return mask

@@ -114,8 +114,7 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
         ``similarity``, ``mirrored_similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
     """
     fixed, moving = _coarse(anchor), scan.coarse()
-    starts = [np.eye(4), centred_start(fixed, moving)]
-    pull, score = register_best(fixed, moving, starts, folder)
+    pull, score = _register_same_head(fixed, moving, folder)
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
     return pull, {
         "similarity": round(score, 4),
@@ -123,6 +122,27 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
         "mask_overlap": overlap,
         "restarted": False,
     }
+
+
+def register_same_head(anchor: Volume, scan: Volume, folder: Path) -> np.ndarray:
+    """Find the way of :func:`register_to_anchor` alone, for scans whose agreement is not judged.
+
+    Parameters
+    ----------
+    anchor, scan, folder
+        As there.
+
+    Returns
+    -------
+    numpy.ndarray, shape (4, 4)
+        RAS+ matrix from anchor points to scan points.
+    """
+    return _register_same_head(_coarse(anchor), scan.coarse(), folder)[0]
+
+
+def _register_same_head(fixed: Volume, moving: Volume, folder: Path) -> tuple[np.ndarray, float]:
+    starts = [np.eye(4), centred_start(fixed, moving)]
+    return register_best(fixed, moving, starts, folder)
 
 
 def mirror_image(brain: Volume) -> Volume:

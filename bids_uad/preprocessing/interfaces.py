@@ -22,7 +22,12 @@ from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
-from bids_uad.preprocessing.coregistration import measure, register_to_anchor, register_to_reference
+from bids_uad.preprocessing.coregistration import (
+    measure,
+    register_same_head,
+    register_to_anchor,
+    register_to_reference,
+)
 from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE, extract_with
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
@@ -167,8 +172,7 @@ class RegisterToReference(SimpleInterface):
         else:
             sided = self.inputs.asymmetric
             pull, qc = register_to_reference(reference, brain, folder, asymmetric=sided)
-        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", pull))
-        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(pull)))
+        self._results |= _both_ways(folder, pull)
         self._results["qc"] = qc
         return runtime
 
@@ -222,8 +226,7 @@ class RegisterToAnchor(SimpleInterface):
             )
         to_sri24 = pull @ anchor_xfm
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
-        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", to_sri24))
-        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(to_sri24)))
+        self._results |= _both_ways(folder, to_sri24)
         self._results["skull_stripped"] = stripped
         self._results["qc"] = qc
         return runtime
@@ -259,12 +262,11 @@ class RelateToRaw(SimpleInterface):
         if isdefined(self.inputs.from_raw):
             pull = read_itk(self.inputs.from_raw)
         else:
-            pull, _ = register_to_anchor(scan, raw, folder)
+            pull = register_same_head(scan, raw, folder)
         to_sri24 = pull @ read_itk(self.inputs.to_sri24)
         mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)
-        self._results["to_sri24"] = str(write_itk(folder / "to_sri24.txt", to_sri24))
-        self._results["from_sri24"] = str(write_itk(folder / "from_sri24.txt", np.linalg.inv(to_sri24)))
+        self._results |= _both_ways(folder, to_sri24)
         return runtime
 
 
@@ -396,6 +398,12 @@ def _volume(path: str, mask: str | None = None) -> Volume:
 def _mask(path: str) -> Volume:
     data, affine = read_volume(path)
     return Volume(data > 0, affine)
+
+
+def _both_ways(folder: Path, to_sri24: np.ndarray) -> dict[str, str]:
+    """Write a transform to SRI24 and its inverse; give the files by output field."""
+    ways = {"to_sri24": to_sri24, "from_sri24": np.linalg.inv(to_sri24)}
+    return {name: str(write_itk(folder / f"{name}.txt", pull)) for name, pull in ways.items()}
 
 
 def _on_grid_of(scan: Volume, mask: str) -> np.ndarray:

@@ -155,16 +155,33 @@ def isotropic(volume: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[n
         The corner of the first voxel stays where it was.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    widths = np.sqrt(np.maximum(spacing**2 - zooms**2, 0.0)) / zooms
-    smooth = ndimage.gaussian_filter(
-        np.asarray(volume, dtype=np.float32), widths / np.sqrt(8 * np.log(2)), mode="nearest"
-    )
+    smooth = smoothed(volume, affine, spacing)
     shape = tuple(int(n) for n in np.maximum(np.ceil(np.array(volume.shape) * zooms / spacing - 1e-3), 1))
     step = spacing / zooms
     to_old = np.diag([*step, 1.0])
     to_old[:3, 3] = step / 2 - 0.5
     coarse_affine = affine @ to_old
     return resample(smooth, affine, shape, coarse_affine), coarse_affine
+
+
+def smoothed(volume: np.ndarray, affine: np.ndarray, spacing: float) -> np.ndarray:
+    """Smooth a volume as far as voxels of `spacing` mm would, along each axis that is finer.
+
+    Parameters
+    ----------
+    volume : numpy.ndarray, three-dimensional
+    affine : numpy.ndarray, shape (4, 4)
+    spacing : float
+
+    Returns
+    -------
+    numpy.ndarray of float32
+    """
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    widths = np.sqrt(np.maximum(spacing**2 - zooms**2, 0.0)) / zooms
+    return ndimage.gaussian_filter(
+        np.asarray(volume, dtype=np.float32), widths / np.sqrt(8 * np.log(2)), mode="nearest"
+    )
 
 
 def _voxel_matrix(affine: np.ndarray, target_affine: np.ndarray, pull: np.ndarray | None) -> np.ndarray:

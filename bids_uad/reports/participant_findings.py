@@ -107,12 +107,12 @@ def agreement(mask: np.ndarray, lesion: np.ndarray, brain: np.ndarray | None) ->
 
 def tiles(finding: Finding) -> list[tuple[str, str]]:
     """Numbers to show first, each with its label."""
-    share = _written(finding.share, "{:.2%}")
+    share = written(finding.share, "{:.2%}")
     shown = [
-        (_written(finding.threshold, "{:.3g}"), f"fixed threshold {TAU}: {finding.threshold_source}"),
-        (_written(finding.volume_ml, "{:,.1f} ml"), f"above {TAU} ({share} of the brain)"),
-        (_written(finding.n_components, "{:,}"), "components"),
-        (_written(finding.peak_ratio, f"{{:.2f}} \N{MULTIPLICATION SIGN} {TAU}"), "highest score"),
+        (written(finding.threshold, "{:.3g}"), f"fixed threshold {TAU}: {finding.threshold_source}"),
+        (written(finding.volume_ml, "{:,.1f} ml"), f"above {TAU} ({share} of the brain)"),
+        (written(finding.n_components, "{:,}"), "components"),
+        (written(finding.peak_ratio, f"{{:.2f}} \N{MULTIPLICATION SIGN} {TAU}"), "highest score"),
     ]
     if finding.agreement is not None:
         shown += [
@@ -122,20 +122,20 @@ def tiles(finding: Finding) -> list[tuple[str, str]]:
         ]
         shown = [(UNKNOWN if value.startswith("nan") else value, label) for value, label in shown]
     if finding.n_lesions is not None:
-        shown.append((f"{_written(finding.n_lesions_found, '{}')} of {finding.n_lesions}", "lesions found"))
-        shown.append((_written(finding.n_false_components, "{:,}"), "false components"))
+        shown.append((f"{written(finding.n_lesions_found, '{}')} of {finding.n_lesions}", "lesions found"))
+        shown.append((written(finding.n_false_components, "{:,}"), "false components"))
     return shown
 
 
 def summary_row(finding: Finding) -> dict[str, str]:
     """Numbers of a detection for the table of all detectors."""
     return {
-        "threshold": _written(finding.threshold, "{:.3g}"),
+        "threshold": written(finding.threshold, "{:.3g}"),
         "threshold_source": finding.threshold_source,
-        "volume": _written(finding.volume_ml, "{:,.1f}"),
-        "share": _written(finding.share, "{:.2%}"),
-        "components": _written(finding.n_components, "{:,}"),
-        "peak": _written(finding.peak_ratio, "{:.2f}"),
+        "volume": written(finding.volume_ml, "{:,.1f}"),
+        "share": written(finding.share, "{:.2%}"),
+        "components": written(finding.n_components, "{:,}"),
+        "peak": written(finding.peak_ratio, "{:.2f}"),
         "dice": UNKNOWN if finding.agreement is None else f"{finding.agreement.dice:.3f}",
     }
 
@@ -185,7 +185,8 @@ def _count(metrics: dict[str, object], name: str) -> int | None:
     return int(metrics[name]) if name in metrics else None
 
 
-def _written(value: float | None, pattern: str) -> str:
+def written(value: float | None, pattern: str) -> str:
+    """Write a number, or a dash where there is none."""
     return UNKNOWN if value is None else pattern.format(value)
 
 

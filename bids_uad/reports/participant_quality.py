@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-UNKNOWN = "\N{EN DASH}"
+from bids_uad.reports.participant_findings import written
 
 COLUMNS = {
     "snr_total": "SNR",
@@ -18,7 +18,7 @@ COLUMNS = {
     "rotation_degrees": "Turned by, degrees",
 }
 """Keys of ``PreprocessingQuality`` and what they are called."""
-_PATTERNS = {"snr_total": "{:.1f}", "rotation_degrees": "{:.0f}"}
+_PATTERNS = {"snr_total": "{:.1f}", "brain_volume_mm3": "{:,.0f}", "rotation_degrees": "{:.0f}"}
 
 
 def quality_row(quality: Mapping[str, Any]) -> list[str]:
@@ -34,12 +34,7 @@ def quality_row(quality: Mapping[str, Any]) -> list[str]:
     list of str
         In the order of `COLUMNS`.
     """
-    return [_written(name, quality.get(name)) for name in COLUMNS]
-
-
-def _written(name: str, value: float | None) -> str:
-    if value is None:
-        return UNKNOWN
-    if name == "brain_volume_mm3":
-        return f"{value / 1000:,.0f}"
-    return _PATTERNS.get(name, "{:.2f}").format(value)
+    shown = dict(quality)
+    if "brain_volume_mm3" in shown:
+        shown["brain_volume_mm3"] /= 1000  # ml
+    return [written(shown.get(name), _PATTERNS.get(name, "{:.2f}")) for name in COLUMNS]
