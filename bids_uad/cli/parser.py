@@ -12,7 +12,7 @@ from bids_uad import __version__
 from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
 from bids_uad.config import LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
 from bids_uad.errors import ConfigError
-from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE
+from bids_uad.preprocessing.extraction import EXTRACTIONS
 
 _LABEL = re.compile(r"^[0-9a-zA-Z]+$")
 _DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(
-        "--brain-extraction", choices=(TEMPLATE, NETWORK, *PROGRAMS),
+        "--brain-extraction", choices=EXTRACTIONS,
         help="what finds the brain in whole heads without a brain mask: registration of the template, a "
         "network that you have trained, or a program that you have installed (default: template)",
     )  # fmt: skip

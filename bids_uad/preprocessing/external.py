@@ -10,8 +10,6 @@ from pathlib import Path
 
 from bids_uad.errors import InputError, UnavailableError
 
-TEMPLATE, NETWORK = "template", "network"
-"""Built in: registration of the template, and the network of :mod:`bids_uad.extraction`."""
 HD_BET_FOLDER = "hd-bet_params"  # in HOME: where the program looks for its weights
 
 
@@ -53,37 +51,6 @@ PROGRAMS = {
     "synthstrip": Program(("mri_synthstrip", "nipreps-synthstrip"), "synthstrip", "SynthStrip"),
     "hd-bet": Program(("hd-bet",), "hdbet", "HD-BET"),
 }
-
-
-def check_program(name: str, weights: Path | None) -> None:
-    """Refuse a program that cannot be run, before any scan is touched.
-
-    Parameters
-    ----------
-    name : str
-        Key of `PROGRAMS`, or what is built in.
-    weights : pathlib.Path, optional
-
-    Raises
-    ------
-    UnavailableError
-        If the program is not installed, or its weights are not named or not there.
-    """
-    if name == TEMPLATE:
-        return
-    if name in PROGRAMS:
-        PROGRAMS[name].find()
-    if weights is None:
-        raise UnavailableError(
-            f"--brain-extraction {name} needs --brain-extraction-weights, since nothing is downloaded at run "
-            "time"
-        )
-    if name == "hd-bet" and not (weights.is_dir() and weights.name == HD_BET_FOLDER):
-        raise UnavailableError(
-            f"--brain-extraction-weights {weights}: HD-BET wants its folder {HD_BET_FOLDER}"
-        )
-    if not weights.exists():
-        raise UnavailableError(f"--brain-extraction-weights {weights} does not exist")
 
 
 def extract_with(name: str, weights: Path, image: Path, folder: Path) -> Path:

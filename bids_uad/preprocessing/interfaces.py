@@ -28,7 +28,8 @@ from bids_uad.preprocessing.coregistration import (
     register_to_anchor,
     register_to_reference,
 )
-from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE, extract_with
+from bids_uad.preprocessing.external import PROGRAMS, extract_with
+from bids_uad.preprocessing.extraction import EXTRACTIONS, NETWORK
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.quality import assess
@@ -74,7 +75,7 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
     given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
-    program = traits.Enum(TEMPLATE, NETWORK, *PROGRAMS, usedefault=True, desc="what extracts the brain")
+    program = traits.Enum(*EXTRACTIONS, usedefault=True, desc="what extracts the brain")
     weights = traits.Str(desc="weights of that network or program")
 
 
@@ -184,6 +185,7 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform that resamples the anchor to SRI24")
     skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
     aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
+    judged = traits.Bool(True, usedefault=True, desc="whether the agreement of the two is measured")
     given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
 
 
@@ -213,8 +215,10 @@ class RegisterToAnchor(SimpleInterface):
             given = None if self.inputs.aligned else read_itk(self.inputs.given_xfm)
             pull = np.eye(4) if given is None else given @ np.linalg.inv(anchor_xfm)
             qc = measure(anchor, moving, pull)
-        else:
+        elif self.inputs.judged:
             pull, qc = register_to_anchor(anchor, moving, folder)
+        else:
+            pull, qc = register_same_head(anchor, moving, folder), {}
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
         if own_mask is not None:
             mask &= own_mask

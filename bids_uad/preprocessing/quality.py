@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 LOW_OVERLAP, FAILED_OVERLAP = 0.80, 0.70
+LOW_SIMILARITY, FAILED_SIMILARITY = 0.022, 0.016
 LOW_COVERAGE, FAILED_COVERAGE = 0.85, 0.60
 USUAL_VOLUME_ML, POSSIBLE_VOLUME_ML = (900.0, 1900.0), (600.0, 2300.0)
 LARGE_ROTATION = 60.0
@@ -64,6 +65,11 @@ def assess(
         f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (
             overlap < LOW_OVERLAP,
             overlap < FAILED_OVERLAP,
+        ),
+        f"The scan resembles what it was registered to by only {registration['similarity']:.3f} (normalised "
+        "mutual information): check the registration.": (
+            registration["similarity"] < LOW_SIMILARITY,
+            registration["similarity"] < FAILED_SIMILARITY,
         ),
         f"The brain mask holds {volume / 1000:.0f} mL, unusual for an adult: check the brain mask.": (
             not _within(volume / 1000, USUAL_VOLUME_ML),

@@ -9,7 +9,8 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_uad.preprocessing.external import NETWORK, PROGRAMS, TEMPLATE
+from bids_uad.preprocessing.external import PROGRAMS
+from bids_uad.preprocessing.extraction import BY_TEMPLATE, NETWORK, Extraction
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -70,25 +71,6 @@ class Given:
 
 
 NOTHING = Given()
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What finds the brain in a whole head.
-
-    Parameters
-    ----------
-    program : str
-        ``template``, ``network`` or a key of :data:`bids_uad.preprocessing.external.PROGRAMS`.
-    weights : pathlib.Path, optional
-        Of the program.
-    """
-
-    program: str = TEMPLATE
-    weights: Path | None = None
-
-
-BY_TEMPLATE = Extraction()
 
 
 def init_preproc_wf(
@@ -299,6 +281,7 @@ def init_lesion_wf(*, name: str) -> LiterateWorkflow:
     outputnode = pe.Node(niu.IdentityInterface(fields=["lesion"]), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
     register = _connect_to_anchor(workflow, inputnode, aligned=False)
+    register.inputs.judged = False
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
     workflow.connect([
         (inputnode, conform, [("in_file", "in_file")]),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError, UnavailableError
-from bids_uad.preprocessing.external import HD_BET_FOLDER, check_program, extract_with
+from bids_uad.preprocessing.external import HD_BET_FOLDER, extract_with
+from bids_uad.preprocessing.extraction import BY_TEMPLATE, Extraction, resolve_extraction
 from bids_uad.preprocessing.interfaces import BrainMask
 from bids_uad.preprocessing.reference import Reference
 
@@ -68,7 +69,9 @@ def test_the_mask_of_a_program_is_taken(
     name: str, programs, tmp_path: Path, reference: Reference, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check_program(name, programs[name])
+    extraction = resolve_extraction(name, programs[name])
+    assert extraction.weights == programs[name]
+    assert all(path.is_file() for path in extraction.files)
     found = (
         BrainMask(
             in_file=str(head(tmp_path)),
@@ -94,16 +97,15 @@ def test_a_failure_names_the_scan_and_repeats_what_was_said(programs, tmp_path: 
 
 
 def test_what_is_not_there_is_told_before_anything_is_done(programs, tmp_path: Path, monkeypatch) -> None:
-    check_program("template", None)
+    assert resolve_extraction("template", None) == BY_TEMPLATE
     with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
-        check_program("synthstrip", None)
-    with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
-        check_program("network", None)
-    check_program("network", programs["synthstrip"])
+        resolve_extraction("synthstrip", None)
+    own = programs["synthstrip"]
+    assert resolve_extraction("network", own) == Extraction("network", own)
     with pytest.raises(UnavailableError, match="does not exist"):
-        check_program("synthstrip", tmp_path / "none.pt")
+        resolve_extraction("synthstrip", tmp_path / "none.pt")
     with pytest.raises(UnavailableError, match=HD_BET_FOLDER):
-        check_program("hd-bet", tmp_path)
+        resolve_extraction("hd-bet", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UnavailableError, match="mri_synthstrip or nipreps-synthstrip is not on the PATH"):
-        check_program("synthstrip", programs["synthstrip"])
+        resolve_extraction("synthstrip", programs["synthstrip"])

@@ -56,6 +56,16 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"rotation": 95.0}, "turned by 95 degrees", True),
         ({"registration": REGISTRATION | {"restarted": True}}, "restarted", False),
         ({"lesion": ~REFERENCE}, "of the lesion mask", False),
+        (
+            {"registration": REGISTRATION | {"similarity": 0.02, "mirrored_similarity": None}},
+            "by only 0.020",
+            False,
+        ),
+        (
+            {"registration": REGISTRATION | {"similarity": 0.01, "mirrored_similarity": None}},
+            "by only 0.010",
+            True,
+        ),
         ({"registration": REGISTRATION | {"mirrored_similarity": 0.33}}, "left and right swapped", False),
         ({"registration": REGISTRATION | {"mirrored_similarity": 0.6}}, "left and right swapped", True),
         ({"doubts": {"The forms disagree.": False}}, "forms disagree", False),

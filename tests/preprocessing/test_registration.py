@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
-from bids_uad.preprocessing.registration import Volume, register_rigid, rotated_starts, similarity
+from bids_uad.preprocessing.coregistration import POOR_OVERLAP, register_to_anchor, register_to_reference
+from bids_uad.preprocessing.registration import (
+    Volume,
+    centred_start,
+    mask_overlap,
+    register_rigid,
+    rotated_starts,
+    similarity,
+)
 from bids_uad.preprocessing.transforms import rotation_about
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, t2w_like
@@ -76,6 +83,22 @@ def test_a_t2w_with_left_and_right_swapped_fits_the_mirror_image(
     t2w = t2w_like(data)
     _, qc = register_to_anchor(anchor, Volume(t2w[::-1] if swapped else t2w, scan.affine), tmp_path)
     assert (qc["mirrored_similarity"] > 1.3 * qc["similarity"]) == swapped
+
+
+def test_a_brain_back_to_front_overlaps_well_and_is_found_out_by_its_similarity(
+    reference_volume: Volume, scan: Volume, tmp_path: Path
+) -> None:
+    turn = rotation_about(scan.centre(), (0.0, 0.0, 180.0))
+    turned = Volume(scan.data, turn @ scan.affine, scan.mask)
+    fixed, moving = reference_volume.coarse().cropped(6), turned.coarse().cropped(6)
+    outlines = Volume(fixed.data, fixed.affine), Volume(moving.data, moving.affine)
+    first = register_rigid(*outlines, centred_start(fixed, moving), tmp_path)
+    truth = turn @ known_move()
+    assert target_error(first, truth, reference_volume) > 20
+    assert mask_overlap(fixed, moving, first) > POOR_OVERLAP
+    pull, qc = register_to_reference(reference_volume, turned, tmp_path)
+    assert qc["restarted"] is True
+    assert target_error(pull, truth, reference_volume) < 0.7
 
 
 def test_a_brain_that_lies_on_its_side_is_found_again(reference_volume: Volume, scan: Volume) -> None:

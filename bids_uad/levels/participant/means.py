@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bids_uad.config import RunConfig
+from bids_uad.preprocessing.extraction import Extraction
 from bids_uad.preprocessing.reference import Reference
 
 MAX_DETECTION_THREADS = 4
@@ -13,12 +14,13 @@ MAX_DETECTION_THREADS = 4
 
 @dataclass(frozen=True)
 class Means:
-    """Options, reference image and device of a run.
+    """Options, reference image, brain extraction and device of a run.
 
     Parameters
     ----------
     config : RunConfig
     reference : Reference
+    extraction : Extraction
     device : str
         Resolved: `cpu`, `cuda` or `cuda:N`.
     precision : str
@@ -27,6 +29,7 @@ class Means:
 
     config: RunConfig
     reference: Reference
+    extraction: Extraction
     device: str
     precision: str = "fp32"
 

@@ -12,6 +12,7 @@ from bids_uad.dataset.lesions import LesionMask
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.records import Record, is_whole, make_fingerprint, read_record, record_path
+from bids_uad.preprocessing.extraction import Extraction
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -78,7 +79,7 @@ def make_plan(
     reference_sha256: str,
     random_seed: int,
     precision: str,
-    brain_extraction: str,
+    extraction: Extraction,
 ) -> list[Task]:
     """Compare every image with its record.
 
@@ -94,7 +95,7 @@ def make_plan(
     random_seed : int
     precision : str
         As asked for: `auto`, `fp32` or `bf16`.
-    brain_extraction : str
+    extraction : Extraction
         What finds brains in whole heads.
 
     Returns
@@ -111,7 +112,7 @@ def make_plan(
             () if lesion is None else lesion.files,
             reference_sha256=reference_sha256,
             random_seed=random_seed,
-            brain_extraction=brain_extraction,
+            extraction=extraction,
         )
         wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
         earlier = read_record(record_path(output_dir, unit))

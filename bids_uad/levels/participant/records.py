@@ -13,6 +13,7 @@ from typing import Any
 from bids_uad import __version__
 from bids_uad.atomic import write_json
 from bids_uad.dataset.units import ImageUnit
+from bids_uad.preprocessing.extraction import Extraction
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def make_fingerprint(
     *,
     reference_sha256: str,
     random_seed: int,
-    brain_extraction: str,
+    extraction: Extraction,
 ) -> dict[str, Any]:
     """List what the outputs of an image depend on, models apart.
 
@@ -80,7 +81,7 @@ def make_fingerprint(
         The session's lesion mask and what its place on the atlas depends on; empty without one.
     reference_sha256 : str
     random_seed : int
-    brain_extraction : str
+    extraction : Extraction
         What finds brains in whole heads.
 
     Returns
@@ -98,7 +99,7 @@ def make_fingerprint(
         "skull_stripped": unit.skull_stripped,
         "reference_sha256": reference_sha256,
         "random_seed": random_seed,
-        "brain_extraction": brain_extraction,
+        "brain_extraction": [extraction.program, *map(sha256_of, extraction.files)],
     }
 
 

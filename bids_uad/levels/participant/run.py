@@ -39,7 +39,7 @@ from bids_uad.levels.participant.records import read_record, record_path, sha256
 from bids_uad.levels.participant.reporting import remember, write_reports
 from bids_uad.levels.participant.workflow import build_workflow, workflow_name
 from bids_uad.preprocessing.check import check_image
-from bids_uad.preprocessing.external import check_program
+from bids_uad.preprocessing.extraction import resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
 
@@ -74,7 +74,7 @@ def run_participant(config: RunConfig) -> int:
         return _rebuild_reports(config)
     if config.device.startswith("cuda"):
         probe_device(config.device, config.precision)
-    check_program(config.brain_extraction, config.extraction_weights)
+    extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
     if config.clean_workdir and not config.dry_run:
         _clean(config.work_dir)
@@ -95,7 +95,7 @@ def run_participant(config: RunConfig) -> int:
         reference_sha256=reference.sha256,
         random_seed=config.random_seed,
         precision=config.precision,
-        brain_extraction=config.brain_extraction,
+        extraction=extraction,
     )
     met = overlaps(bundles, collection.units, config.bids_dir)
     for line in met:
@@ -113,7 +113,8 @@ def run_participant(config: RunConfig) -> int:
     failures = []
     if pending:
         _describe(config, bundles, reference)
-        failures = _process(config, tasks, bundles, Means(config, reference, device, precision), stopwatch)
+        means = Means(config, reference, extraction, device, precision)
+        failures = _process(config, tasks, bundles, means, stopwatch)
         _describe(config, bundles, reference)
     outcomes = collect_outcomes(
         tasks, collection.problems, failures, stopwatch, output_dir=config.output_dir, run_id=config.run_id

@@ -14,7 +14,7 @@ from bids_uad.levels.participant.detection import AlignMask
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.plan import Task, with_support
 from bids_uad.levels.participant.writing import init_writing_wf
-from bids_uad.preprocessing.workflow import Extraction, Given, init_lesion_wf, init_preproc_wf
+from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
 FROM_ANCHOR = {"brain": "anchor_file", "own_mask": "anchor_mask", "xfm": "anchor_xfm"}
@@ -149,7 +149,7 @@ def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow
         reference=means.reference,
         given=given,
         lesion_on_raw=task.lesion is None or not task.lesion.on_prepared,
-        extraction=Extraction(means.config.brain_extraction, means.config.extraction_weights),
+        extraction=means.extraction,
     )
     files = {
         "in_file": unit.image,
