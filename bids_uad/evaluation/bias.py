@@ -1,0 +1,489 @@
+"""How false alarms in healthy brains, and Dice on lesions, depend on who was scanned and where."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from scipy import stats
+from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
+
+from bids_uad.evaluation.comparison import corrected
+from bids_uad.evaluation.subjects import HEALTHY, LESION
+
+ROLES = {"fpr": HEALTHY, "dice": LESION}
+PRIOR_VOXELS = 50.0
+"""Voxels added to both sides of the odds: what is less than 0.05 mL is not told from nothing."""
+MIN_PARTICIPANTS = 20
+MIN_PER_COEFFICIENT = 5
+MIN_PER_LEVEL = 5
+MIN_RANDOM_LEVELS = 6
+"""With fewer scanners their spread cannot be estimated, and each gets a coefficient."""
+MAX_EXPLAINED = 0.9
+"""Share of a covariate's variance that the others may explain (a variance inflation of ten)."""
+CONFIDENCE = 0.95
+SEXES = {"m": 0.5, "male": 0.5, "f": -0.5, "female": -0.5}
+
+LINEAR = "linear, HC3"
+MIXED = "mixed, random scanner"
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "detector": {"Description": "Anomaly detector"},
+    "modality": {"Description": "Modality of the images"},
+    "outcome": {
+        "Description": "What is explained",
+        "Levels": {
+            "fpr": "Log odds of a healthy brain voxel being called anomalous at the fixed threshold "
+            f"({PRIOR_VOXELS:g} voxels added to both sides)",
+            "dice": "Dice at the fixed threshold, lesion scans",
+        },
+    },
+    "term": {"Description": "Covariate; for a scanner the difference from the mean of all scanners"},
+    "unit": {"Description": "Change of the covariate that the estimate belongs to"},
+    "n_participants": {
+        "Description": "Participants in the model (images of one on one scanner are averaged)"
+    },
+    "model": {
+        "Description": "How it was fitted",
+        "Levels": {
+            LINEAR: "Ordinary least squares, heteroscedasticity-robust (HC3) intervals, t distribution",
+            MIXED: "Mixed model with a random intercept for each scanner (REML)",
+        },
+    },
+    "estimate": {
+        "Description": "Coefficient, all other covariates held; for the term 'scanner (spread)' the standard "
+        "deviation between scanners"
+    },
+    "ci_low": {"Description": "Lower end of its 95 % confidence interval"},
+    "ci_high": {"Description": "Upper end of the same"},
+    "odds_ratio": {"Description": "exp(estimate): factor on the odds of a false positive; n/a for Dice"},
+    "p": {"Description": "Two-sided p value; for the spread the F test of a coefficient for each scanner"},
+    "p_fdr": {"Description": "The same, corrected over the whole table (Benjamini and Hochberg)"},
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One covariate against the outcome, all others held at their means.
+
+    Parameters
+    ----------
+    detector, modality, outcome, term : str
+        Where it belongs in the table.
+    values : numpy.ndarray, shape (n,)
+        The covariate, in its own units.
+    partial : numpy.ndarray, shape (n,)
+        Outcome of each participant on its own scale (a share), as it would be at the means of the others.
+    line : numpy.ndarray, shape (m, 4)
+        Covariate, expected outcome, and the 95 % band around it.
+    """
+
+    detector: str
+    modality: str
+    outcome: str
+    term: str
+    values: np.ndarray
+    partial: np.ndarray
+    line: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What the models say.
+
+    Parameters
+    ----------
+    coefficients : pandas.DataFrame
+        Columns of `COLUMNS`.
+    effects : list of Effect
+    remarks : list of str
+        What was not modelled, and why.
+    """
+
+    coefficients: pd.DataFrame
+    effects: list[Effect]
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Covariate:
+    """A column of the design.
+
+    Parameters
+    ----------
+    name, unit : str
+    column : str
+        Where it comes from.
+    step : float
+        What one unit of the design is in units of the column.
+    """
+
+    name: str
+    unit: str
+    column: str
+    step: float = 1.0
+
+
+AGE = Covariate("age", "10 years", "age", 10.0)
+SEX = Covariate("sex", "male against female", "sex")
+BRAIN_VOLUME = Covariate("brain volume", "100 mL", "brain_volume_mm3", 1e5)
+LESION_VOLUME = Covariate("lesion volume", "tenfold", "lesion_volume_mm3")
+COVARIATES = {
+    "fpr": (AGE, SEX, BRAIN_VOLUME),
+    "dice": (AGE, SEX, BRAIN_VOLUME, LESION_VOLUME),
+}
+
+
+def model_bias(subjects: pd.DataFrame) -> Bias:
+    """Model false-positive rate and Dice for every detector and modality.
+
+    Parameters
+    ----------
+    subjects : pandas.DataFrame
+        One row per image and detector: columns of :data:`bids_uad.evaluation.subjects.COLUMNS` and those of
+        participants.tsv; `age`, `sex` and `scanner` are used where they are there.
+
+    Returns
+    -------
+    Bias
+    """
+    rows: list[dict[str, Any]] = []
+    effects: list[Effect] = []
+    remarks: dict[str, list[str]] = {}
+    for (detector, modality), scans in subjects.groupby(["detector", "modality"], sort=True):
+        for outcome, role in ROLES.items():
+            chosen = scans[(scans["role"] == role) & scans[outcome].notna()]
+            if chosen.empty:
+                continue
+            labels = {"detector": str(detector), "modality": str(modality), "outcome": outcome}
+            try:
+                design = make_design(chosen, outcome)
+            except NotModelledError as reason:
+                remarks.setdefault(str(reason), []).append(f"{detector} {modality}")
+                continue
+            for remark in design.remarks:
+                remarks.setdefault(remark, []).append(f"{detector} {modality}")
+            found, drawn = fit(design)
+            rows += [labels | row for row in found]
+            effects += [Effect(**labels, **effect) for effect in drawn]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["p_fdr"] = corrected(table["p"], "fdr_bh")
+    return Bias(table, effects, [f"{text} ({', '.join(who)})" for text, who in remarks.items()])
+
+
+class NotModelledError(Exception):
+    """Why there is no model."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A table ready to be fitted.
+
+    Parameters
+    ----------
+    outcome : str
+        `fpr` or `dice`.
+    y : numpy.ndarray, shape (n,)
+        Outcome on the scale of the model.
+    x : pandas.DataFrame, shape (n, k)
+        Centred covariates, one column each.
+    means : mapping of str to float
+        What was taken off.
+    covariates : sequence of Covariate
+        In the order of the columns of `x`.
+    scanners : pandas.Series or None
+        Scanner of each row; None where there are not two.
+    remarks : list of str
+    """
+
+    outcome: str
+    y: np.ndarray
+    x: pd.DataFrame
+    means: Mapping[str, float]
+    covariates: Sequence[Covariate]
+    scanners: pd.Series | None
+    remarks: list[str]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are scanners enough for a random effect."""
+        return self.scanners is not None and self.scanners.nunique() >= MIN_RANDOM_LEVELS
+
+
+def make_design(scans: pd.DataFrame, outcome: str) -> Design:
+    """Bring scans into the shape of a regression.
+
+    Parameters
+    ----------
+    scans : pandas.DataFrame
+        Images of one detector and modality.
+    outcome : {"fpr", "dice"}
+
+    Returns
+    -------
+    Design
+
+    Raises
+    ------
+    NotModelledError
+        If there are too few participants, or covariates that cannot be told apart.
+    """
+    what = "False alarms" if outcome == "fpr" else "Dice"
+    table = _numbers(scans, outcome)
+    _refuse_few(len(table), MIN_PARTICIPANTS, what)
+    remarks, used = [], []
+    for covariate in COVARIATES[outcome]:
+        known = table[covariate.name].notna()
+        if known.sum() < MIN_PARTICIPANTS or table.loc[known, covariate.name].nunique() < 2:
+            if known.any() or covariate.column not in scans:
+                remarks.append(
+                    f"{what}: {covariate.name} is not in the model, since it is not known or does not vary."
+                )
+            continue
+        used.append(covariate)
+    names = [covariate.name for covariate in used]
+    if "scanner" in table and table["scanner"].nunique() > 1:
+        sizes = table.dropna(subset=names).groupby("scanner").size()
+        small = sorted(sizes[sizes < MIN_PER_LEVEL].index)
+        if small:
+            remarks.append(
+                f"{what}: scanners with fewer than {MIN_PER_LEVEL} participants left out: {', '.join(small)}."
+            )
+        table = table[table["scanner"].isin(sizes.index.difference(small))]
+    table = table.dropna(subset=names)
+    scanners = None
+    if "scanner" in table and table["scanner"].nunique() > 1:
+        scanners = table["scanner"].reset_index(drop=True)
+    elif not len(names):
+        raise NotModelledError(
+            f"{what} are not modelled: neither age, sex, brain volume nor scanner is known or varies."
+        )
+    fixed_levels = (
+        0 if scanners is None or scanners.nunique() >= MIN_RANDOM_LEVELS else scanners.nunique() - 1
+    )
+    wanted = max(MIN_PARTICIPANTS, MIN_PER_COEFFICIENT * (1 + len(names) + fixed_levels))
+    _refuse_few(len(table), wanted, what)
+    means = {name: float(table[name].mean()) for name in names}
+    x = (table[names] - pd.Series(means, dtype=float)).reset_index(drop=True)
+    _refuse_confounded(x, scanners, what)
+    return Design(outcome, table["y"].to_numpy(float), x, means, used, scanners, remarks)
+
+
+def _refuse_few(found: int, wanted: int, what: str) -> None:
+    if found < wanted:
+        raise NotModelledError(
+            f"{what} are not modelled: {found} participants are too few, {wanted} are needed."
+        )
+
+
+def _numbers(scans: pd.DataFrame, outcome: str) -> pd.DataFrame:
+    """Outcome and covariates of each participant (on each scanner), in the units of the model."""
+    table = pd.DataFrame({"participant": scans["participant_id"]})
+    if outcome == "fpr":
+        voxels = scans["n_brain_voxels"] - scans["n_lesion_voxels"].fillna(0)
+        found = scans["fpr"] * voxels
+        table["y"] = np.log((found + PRIOR_VOXELS) / (voxels - found + PRIOR_VOXELS))
+    else:
+        table["y"] = scans["dice"].astype(float)
+    for covariate in COVARIATES[outcome]:
+        table[covariate.name] = _column(scans, covariate)
+    keys = ["participant"]
+    if "scanner" in scans:
+        table["scanner"] = scans["scanner"]
+        keys.append("scanner")
+    return table.groupby(keys, dropna=False, sort=True).mean().reset_index()
+
+
+def _column(scans: pd.DataFrame, covariate: Covariate) -> pd.Series:
+    if covariate.column not in scans:
+        return pd.Series(np.nan, index=scans.index)
+    values = scans[covariate.column]
+    if covariate is SEX:
+        return values.astype("string").str.strip().str.lower().map(SEXES).astype(float)
+    values = pd.to_numeric(values, errors="coerce")
+    if covariate is LESION_VOLUME:
+        return np.log10(values.where(values > 0))
+    return values / covariate.step
+
+
+def _refuse_confounded(x: pd.DataFrame, scanners: pd.Series | None, what: str) -> None:
+    """Compare each covariate with all others together."""
+    dummies = pd.DataFrame(index=x.index)
+    if scanners is not None:
+        dummies = pd.get_dummies(scanners, drop_first=True, dtype=float)
+    for name in x:
+        others = pd.concat([x.drop(columns=name), dummies], axis=1)
+        if others.shape[1] == 0:
+            continue
+        explained = sm.OLS(x[name].to_numpy(), sm.add_constant(others.to_numpy())).fit().rsquared
+        if explained > MAX_EXPLAINED:
+            of = ", ".join([*x.columns.drop(name), *([] if scanners is None else ["scanner"])])
+            raise NotModelledError(
+                f"{what} are not modelled: {name} cannot be told from the other covariates ({of}), which "
+                f"explain {explained:.0%} of it; the cohort would need to mix them."
+            )
+
+
+def fit(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Fit the model of a design.
+
+    Parameters
+    ----------
+    design : Design
+
+    Returns
+    -------
+    rows : list of dict
+        Columns of `COLUMNS` from `term` on, `p_fdr` apart.
+    effects : list of dict
+        Fields of `Effect` from `term` on.
+    """
+    return _fit_mixed(design) if design.mixed else _fit_linear(design)
+
+
+def _fit_linear(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    codes, levels = _sum_coded(design.scanners, len(design.y))
+    matrix = np.column_stack([np.ones(len(design.y)), design.x.to_numpy(), codes])
+    result = sm.OLS(design.y, matrix).fit(cov_type="HC3", use_t=True)
+    first = 1 + design.x.shape[1]
+    contrasts = {
+        covariate.name: np.eye(matrix.shape[1])[1 + k] for k, covariate in enumerate(design.covariates)
+    }
+    for k, level in enumerate(levels):
+        contrast = np.zeros(matrix.shape[1])
+        contrast[first:] = -1.0 if k == len(levels) - 1 else np.eye(len(levels) - 1)[k]
+        contrasts[f"scanner: {level}"] = contrast
+    units = {covariate.name: covariate.unit for covariate in design.covariates}
+    rows = []
+    for term, contrast in contrasts.items():
+        test = result.t_test(contrast)
+        low, high = test.conf_int(1 - CONFIDENCE)[0]
+        rows.append(
+            _row(
+                design,
+                term,
+                units.get(term, "against the mean scanner"),
+                LINEAR,
+                float(test.effect[0]),
+                low,
+                high,
+                float(test.pvalue),
+            )
+        )
+    residuals = design.y - matrix @ result.params
+    margin = stats.t.ppf(0.5 + CONFIDENCE / 2, result.df_resid)
+    covariance = result.cov_params()[:first, :first]
+    return rows, _effects(design, result.params[:first], covariance, margin, residuals)
+
+
+def _fit_mixed(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    matrix = np.column_stack([np.ones(len(design.y)), design.x.to_numpy()])
+    model = sm.MixedLM(design.y, matrix, groups=design.scanners.to_numpy())
+    with warnings.catch_warnings():
+        # Scanners that do not differ have a spread of zero, the edge of what it can be.
+        warnings.simplefilter("ignore", (ConvergenceWarning, SingularMatrixWarning))
+        result = model.fit(reml=True)
+    first = matrix.shape[1]
+    covariance = np.asarray(result.cov_params())[:first, :first]
+    rows = []
+    for k, covariate in enumerate(design.covariates, start=1):
+        low, high = np.asarray(result.conf_int(1 - CONFIDENCE))[k]
+        rows.append(
+            _row(
+                design,
+                covariate.name,
+                covariate.unit,
+                MIXED,
+                result.fe_params[k],
+                low,
+                high,
+                result.pvalues[k],
+            )
+        )
+    spread = float(np.sqrt(max(np.asarray(result.cov_re)[0, 0], 0.0)))
+    rows.append(
+        _row(
+            design,
+            "scanner (spread)",
+            "standard deviation",
+            MIXED,
+            spread,
+            np.nan,
+            np.nan,
+            _spread_p(design, matrix),
+        )
+    )
+    residuals = design.y - matrix @ np.asarray(result.fe_params)
+    margin = stats.norm.ppf(0.5 + CONFIDENCE / 2)
+    return rows, _effects(design, np.asarray(result.fe_params), covariance, margin, residuals)
+
+
+def _spread_p(design: Design, matrix: np.ndarray) -> float:
+    """Test whether scanners differ at all: F test of a coefficient for each against none."""
+    codes, _ = _sum_coded(design.scanners, len(design.y))
+    without = sm.OLS(design.y, matrix).fit()
+    return float(sm.OLS(design.y, np.column_stack([matrix, codes])).fit().compare_f_test(without)[1])
+
+
+def _sum_coded(scanners: pd.Series | None, n: int) -> tuple[np.ndarray, list[str]]:
+    """Code scanners so that coefficients are differences from the unweighted mean of all scanners."""
+    if scanners is None:
+        return np.empty((n, 0)), []
+    levels = sorted(scanners.unique())
+    codes = pd.get_dummies(scanners, dtype=float)[levels].to_numpy()
+    return codes[:, :-1] - codes[:, -1:], levels
+
+
+def _row(
+    design: Design, term: str, unit: str, model: str, estimate: float, low: float, high: float, p: float
+) -> dict[str, Any]:
+    ratio = design.outcome == "fpr" and term != "scanner (spread)"
+    return {
+        "term": term,
+        "unit": unit,
+        "n_participants": len(design.y),
+        "model": model,
+        "estimate": estimate,
+        "ci_low": low,
+        "ci_high": high,
+        "odds_ratio": np.exp(estimate) if ratio else np.nan,
+        "p": p,
+    }
+
+
+def _effects(
+    design: Design, params: np.ndarray, covariance: np.ndarray, margin: float, residuals: np.ndarray
+) -> list[dict[str, Any]]:
+    effects = []
+    for k, covariate in enumerate(design.covariates, start=1):
+        x = design.x[covariate.name].to_numpy()
+        grid = np.linspace(x.min(), x.max(), 2 if covariate is SEX else 50)
+        rows = np.zeros((len(grid), len(params)))
+        rows[:, 0], rows[:, k] = 1.0, grid
+        expected = rows @ params
+        error = margin * np.sqrt(np.einsum("ij,jk,ik->i", rows, covariance, rows))
+        scale = _share if design.outcome == "fpr" else np.asarray
+        line = [_own(design, covariate, grid), *(scale(expected + sign * error) for sign in (0, -1, 1))]
+        effects.append(
+            {
+                "term": covariate.name,
+                "values": _own(design, covariate, x),
+                "partial": scale(params[0] + params[k] * x + residuals),
+                "line": np.column_stack(line),
+            }
+        )
+    return effects
+
+
+def _own(design: Design, covariate: Covariate, x: np.ndarray) -> np.ndarray:
+    """Give a centred covariate in the units of its column."""
+    return (x + design.means[covariate.name]) * covariate.step
+
+
+def _share(log_odds: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-log_odds))

@@ -1,0 +1,206 @@
+"""The bias model finds what was put in, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.formula.api as smf
+
+from bids_uad.evaluation.bias import LINEAR, MIXED, PRIOR_VOXELS, model_bias
+
+VOXELS = 1_400_000
+SLOPE, GAP, DEVIATION = 0.30, 0.40, 0.6  # log odds: per decade, male against female, one scanner
+
+
+def cohort(
+    seed: int,
+    *,
+    n: int = 200,
+    scanners: int = 4,
+    slope: float = SLOPE,
+    gap: float = GAP,
+    deviation: float = DEVIATION,
+    detectors: int = 1,
+) -> pd.DataFrame:
+    """Healthy scans whose share of false positives follows from age, sex and scanner."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    age = rng.uniform(20, 85, n)
+    male = rng.random(n) < 0.5
+    scanner = rng.integers(0, scanners, n)
+    volume = rng.normal(1.3e6, 1e5, n) + 1e5 * male
+    for detector in range(detectors):
+        odds = -5 + slope * (age - 50) / 10 + gap * (male - 0.5) + deviation * (scanner == 0)
+        odds = odds + rng.normal(0, 0.5, n)
+        found = rng.binomial(VOXELS, 1 / (1 + np.exp(-odds)))
+        for i in range(n):
+            rows.append(
+                {
+                    "participant_id": f"sub-{i:03d}",
+                    "modality": "T1w",
+                    "detector": f"made{detector}",
+                    "role": "healthy",
+                    "fpr": found[i] / VOXELS,
+                    "dice": np.nan,
+                    "n_brain_voxels": VOXELS,
+                    "n_lesion_voxels": np.nan,
+                    "brain_volume_mm3": volume[i],
+                    "lesion_volume_mm3": np.nan,
+                    "age": f"{age[i]:.2f}",
+                    "sex": "M" if male[i] else "F",
+                    "scanner": "ABCDEFGHIJ"[scanner[i]],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def truth(scanners: int = 4) -> dict[str, float]:
+    """Coefficients that were put in; a scanner's is its distance from the mean of all."""
+    known = {"age": SLOPE, "sex": GAP, "brain volume": 0.0}
+    for k in range(scanners):
+        known[f"scanner: {'ABCDEFGHIJ'[k]}"] = DEVIATION * ((k == 0) - 1 / scanners)
+    return known
+
+
+def by_hand(scans: pd.DataFrame) -> pd.DataFrame:
+    """Write out what the formula needs."""
+    found = scans["fpr"] * VOXELS
+    return pd.DataFrame(
+        {
+            "y": np.log((found + PRIOR_VOXELS) / (VOXELS - found + PRIOR_VOXELS)),
+            "decades": scans["age"].astype(float) / 10,
+            "male": (scans["sex"] == "M").astype(float),
+            "volume": scans["brain_volume_mm3"] / 1e5,
+            "scanner": scans["scanner"],
+        }
+    )
+
+
+def test_the_linear_model_is_that_of_a_formula() -> None:
+    scans = cohort(0)
+    table = model_bias(scans).coefficients.set_index("term")
+    assert (table["model"] == LINEAR).all()
+    fitted = smf.ols("y ~ decades + male + volume + C(scanner, Sum)", by_hand(scans)).fit(
+        cov_type="HC3", use_t=True
+    )
+    for term, name in {
+        "age": "decades",
+        "sex": "male",
+        "brain volume": "volume",
+        "scanner: A": "C(scanner, Sum)[S.A]",
+        "scanner: C": "C(scanner, Sum)[S.C]",
+    }.items():
+        row = table.loc[term]
+        assert row["estimate"] == pytest.approx(fitted.params[name], abs=1e-8)
+        assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(fitted.conf_int().loc[name]), abs=1e-8)
+        assert row["p"] == pytest.approx(fitted.pvalues[name], rel=1e-6, abs=1e-12)
+        assert row["odds_ratio"] == pytest.approx(np.exp(row["estimate"]))
+    scanners = table[table.index.str.startswith("scanner")]["estimate"]
+    assert scanners.sum() == pytest.approx(0, abs=1e-9)
+    assert len(scanners) == 4
+    # Benjamini and Hochberg by hand: the smallest of p * m / rank over this and all larger p.
+    p = table["p"].sort_values()
+    adjusted = (p * len(p) / np.arange(1, len(p) + 1))[::-1].cummin()
+    pd.testing.assert_series_equal(table.loc[adjusted.index, "p_fdr"], adjusted, check_names=False)
+
+
+def test_many_scanners_make_a_random_effect() -> None:
+    scans = cohort(1, scanners=8, n=240)
+    table = model_bias(scans).coefficients.set_index("term")
+    assert (table["model"] == MIXED).all()
+    fitted = smf.mixedlm("y ~ decades + male + volume", by_hand(scans), groups="scanner").fit(reml=True)
+    for term, name in {"age": "decades", "sex": "male", "brain volume": "volume"}.items():
+        assert table.loc[term, "estimate"] == pytest.approx(fitted.params[name], abs=1e-4)
+        assert table.loc[term, "ci_low"] == pytest.approx(fitted.conf_int().loc[name, 0], abs=1e-3)
+    spread = table.loc["scanner (spread)"]
+    assert spread["estimate"] == pytest.approx(np.sqrt(fitted.cov_re.iloc[0, 0]), rel=1e-2)
+    assert spread["p"] < 1e-3
+
+
+def test_scanners_that_do_not_differ_have_no_spread() -> None:
+    scans = cohort(2, scanners=8, deviation=0)
+    table = model_bias(scans).coefficients.set_index("term")
+    linear = smf.ols("y ~ decades + male + volume", by_hand(scans)).fit()
+    with_scanners = smf.ols("y ~ decades + male + volume + C(scanner)", by_hand(scans)).fit()
+    assert table.loc["scanner (spread)", "p"] == pytest.approx(with_scanners.compare_f_test(linear)[1])
+    assert table.loc["scanner (spread)", "p"] > 0.05
+    assert table.loc["scanner (spread)", "estimate"] < 0.1
+    assert table.loc["age", "estimate"] == pytest.approx(linear.params["decades"], abs=0.01)
+
+
+def test_what_was_injected_is_found_and_nothing_else() -> None:
+    covered = missed = alarms = quiet = 0
+    for seed in range(20):
+        table = model_bias(cohort(100 + seed)).coefficients.set_index("term")
+        for term, value in truth().items():
+            row = table.loc[term]
+            covered += row["ci_low"] <= value <= row["ci_high"]
+            missed += value > 0.2 and row["p_fdr"] > 0.05
+        nothing = model_bias(cohort(200 + seed, slope=0, gap=0, deviation=0)).coefficients
+        alarms += (nothing["p_fdr"] < 0.05).any()
+        quiet += 1
+    assert covered >= 0.9 * 20 * len(truth())
+    assert missed <= 2
+    assert alarms <= 0.1 * quiet
+
+
+def test_a_confounded_design_is_told_in_words() -> None:
+    scans = cohort(3)
+    scans["age"] = scans["scanner"].map({"A": 25, "B": 45, "C": 65, "D": 80}) + np.arange(len(scans)) % 3
+    bias = model_bias(scans)
+    assert bias.coefficients.empty
+    assert len(bias.remarks) == 1
+    assert "age cannot be told from the other covariates" in bias.remarks[0]
+    assert "made0 T1w" in bias.remarks[0]
+
+
+def test_too_few_are_told_in_words() -> None:
+    bias = model_bias(cohort(4, n=15, scanners=1))
+    assert bias.coefficients.empty
+    assert "15 participants are too few, 20 are needed" in bias.remarks[0]
+
+
+def test_what_is_not_known_is_left_out_and_told() -> None:
+    bias = model_bias(cohort(5).drop(columns=["sex"]))
+    assert "sex" not in set(bias.coefficients["term"])
+    assert any("sex is not in the model" in text for text in bias.remarks)
+
+
+def test_scans_of_one_participant_count_once() -> None:
+    scans = cohort(6)
+    twice = pd.concat([scans, scans], ignore_index=True)
+    columns = ["n_participants", "estimate", "ci_low"]
+    pd.testing.assert_frame_equal(
+        model_bias(scans).coefficients[columns], model_bias(twice).coefficients[columns]
+    )
+
+
+def test_the_line_of_an_effect_goes_through_its_dots() -> None:
+    effects = {effect.term: effect for effect in model_bias(cohort(7)).effects}
+    assert set(effects) == {"age", "sex", "brain volume"}
+    age = effects["age"]
+    assert 20 <= age.values.min() < age.values.max() <= 85
+    # Log odds of the dots against age have the slope of the line.
+    dots = np.polyfit(age.values, np.log(age.partial / (1 - age.partial)), 1)[0]
+    line = np.polyfit(age.line[:, 0], np.log(age.line[:, 1] / (1 - age.line[:, 1])), 1)[0]
+    assert dots == pytest.approx(line, rel=0.02)
+    assert (age.line[:, 2] < age.line[:, 1]).all()
+    assert (age.line[:, 1] < age.line[:, 3]).all()
+    assert sorted(set(np.round(effects["sex"].values, 6))) == [-0.5, 0.5]
+
+
+def test_dice_is_modelled_with_the_size_of_the_lesion() -> None:
+    rng = np.random.default_rng(80)
+    scans = cohort(8)
+    size = 10 ** rng.uniform(2, 5, len(scans))
+    scans["role"], scans["fpr"] = "lesion", np.nan
+    scans["lesion_volume_mm3"] = size
+    scans["dice"] = (
+        0.1 * np.log10(size) - 0.02 * scans["age"].astype(float) / 10 + rng.normal(0, 0.05, len(scans))
+    )
+    table = model_bias(scans).coefficients.set_index("term")
+    assert set(table["outcome"]) == {"dice"}
+    assert table.loc["lesion volume", "estimate"] == pytest.approx(0.1, abs=0.01)
+    assert table.loc["age", "estimate"] == pytest.approx(-0.02, abs=0.006)
+    assert table["odds_ratio"].isna().all()
