@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench models models-T1w models-T2w models-tested lint format clean
+.PHONY: demo test test-slow bench models models-T1w models-T2w models-tested extraction lint format clean
 
 # torch first and by its exact version, so that nothing pulls another build in.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -57,6 +57,11 @@ models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/vali
 	    $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector --modality $* \
 	        --preset lite --nprocs 1 || exit 1; \
 	done
+
+# The network that finds brains (45 minutes of one core).
+extraction: $(VENV)/installed
+	$(BIN)/python -m bids_uad.extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
+	    --steps 3000
 
 models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested

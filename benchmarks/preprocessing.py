@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bids_uad.atomic import write_json
+from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import is_skull_stripped, read_volume
 from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
+from bids_uad.preprocessing.extraction import packaged_weights, resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference
 from bids_uad.preprocessing.registration import Volume, register_rigid
 from bids_uad.preprocessing.resampling import resample
@@ -97,6 +99,12 @@ def brain_of(scan: Volume, mask: np.ndarray) -> Volume:
     return Volume(np.where(mask, corrected, 0.0), scan.affine, mask)
 
 
+def brain_mask(head: Volume, template: Volume, scratch: Path) -> np.ndarray:
+    """Find the brain in a whole head, as the workflow does."""
+    seen = find_brain(head.data, head.affine, load_network(packaged_weights()))
+    return extract_brain(head, template, scratch, seen)[0]
+
+
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Overlap of two masks."""
     return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
@@ -114,7 +122,7 @@ def brain_masks(brains: Path, reference: Reference, scratch: Path) -> list[dict[
     rows = []
     for head in heads(brains):
         scan = volume(head.image)
-        found = extract_brain(scan, target(reference, head.modality), scratch)
+        found = brain_mask(scan, target(reference, head.modality), scratch)
         row: dict[str, Any] = {"scan": head.name, "modality": head.modality}
         if head.brain is not None:
             truth = read_volume(head.brain)[0] > 0.5
@@ -137,7 +145,7 @@ def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[
         done = volume(result)
         done = Volume(done.data, done.affine, mask_of_stripped(done.data))
         if anchor is None:
-            mask = extract_brain(head, target(reference, "T1w"), scratch)
+            mask = brain_mask(head, target(reference, "T1w"), scratch)
             anchor = brain_of(head, mask)
             to_anchor = ours = register_to_reference(target(reference, "T1w"), anchor, scratch)[0]
             brain = anchor
@@ -193,6 +201,7 @@ def node_times(t1w: Path, t2w: Path, reference: Reference, scratch: Path) -> dic
             skull_stripped=None,
             omp_nthreads=1,
             reference=reference,
+            extraction=resolve_extraction("combined", None),
         )
         workflow.base_dir = str(scratch)
         for field, value in {**inputs, "in_file": str(path)}.items():

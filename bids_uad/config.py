@@ -56,7 +56,7 @@ class RunConfig:
     atlas_dir : pathlib.Path, optional
         Where `tpl-SRI24` lies.
     brain_extraction : str
-        What finds brains in whole heads: `template`, `network`, or a program, `synthstrip` or `hd-bet`.
+        What finds brains in whole heads: `combined`, `template`, `network`, `synthstrip` or `hd-bet`.
     extraction_weights : pathlib.Path, optional
         Weights of that network or program.
     device : str
@@ -100,7 +100,7 @@ class RunConfig:
     modalities: tuple[str, ...] = MODALITIES
     models: tuple[str, ...] = ()
     atlas_dir: Path | None = None
-    brain_extraction: str = "template"
+    brain_extraction: str = "combined"
     extraction_weights: Path | None = None
     device: str = "auto"
     precision: str = "auto"

@@ -75,12 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     pick.add_argument(
         "--brain-extraction", choices=EXTRACTIONS,
         help="what finds the brain in whole heads without a brain mask: registration of the template, a "
-        "network that you have trained, or a program that you have installed (default: template)",
+        "network, both, or a program that you have installed (default: combined)",
     )  # fmt: skip
     pick.add_argument(
         "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
-        help="its weights: the file that python -m bids_uad.extraction wrote, SynthStrip's file, or HD-BET's "
-        "folder hd-bet_params",
+        help="its weights, where they are not packaged: the file that python -m bids_uad.extraction wrote, "
+        "SynthStrip's file, or HD-BET's folder hd-bet_params",
     )  # fmt: skip
 
     means = parser.add_argument_group("means")

@@ -1,4 +1,4 @@
-"""Which voxels are brain: read off a skull-stripped scan, or found in a whole head with the template."""
+"""Which voxels are brain: read off a skull-stripped scan, or found in a whole head by two witnesses."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ DARK_SHARE = 0.45
 """Share of the brain's median intensity below which a voxel near its surface is not brain."""
 BRIGHT_SHARE = 1.25
 """And above which a voxel just outside the warped mask is not taken in."""
+AGREEMENT = 0.9
+"""Dice of the two masks below which they contradict each other."""
+GENEROUS_MM = 1.0
+"""How far the mean of two masks is widened: a lesion at the edge must not be lost."""
 POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
 SHAPE = Schedule((300, 150, 40))
 
@@ -57,31 +61,65 @@ def mask_of_stripped(data: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(largest_piece(data != background(data)))
 
 
-def extract_brain(head: Volume, template: Volume, folder: Path) -> np.ndarray:
-    """Find the brain in a whole-head scan by registering the skull-stripped template to it.
+def extract_brain(
+    head: Volume, template: Volume | None, folder: Path, seen: np.ndarray | None = None
+) -> tuple[np.ndarray, float | None]:
+    """Find the brain in a whole-head scan.
 
-    The template is first given what it lacks, a dark skull, a bright scalp and dark air around the vault:
-    without them nothing keeps a brain from being stretched over the whole head. Rigid (after a search over
-    the pitch and place of the head), then affine, then deformable inside the brain, on 2 mm voxels; the mask
-    of the template comes back through both and is refined by intensity.
+    The template, a network, or both say where it is, and intensities refine the surface. Of two masks that
+    agree the mean is taken, somewhat widened. If they contradict each other the network's is taken: a
+    template that was stretched over a skull is far off.
 
     Parameters
     ----------
     head : Volume
         Scan in native space, T1w or T2w.
-    template : Volume
-        Reference image with its brain mask.
+    template : Volume or None
+        Reference image with its brain mask; None to go by the network alone.
     folder : pathlib.Path
         Where ANTs leaves its files.
+    seen : numpy.ndarray of bool, optional
+        What the network took for the brain, on the grid of `head`.
 
     Returns
     -------
-    numpy.ndarray of bool
+    mask : numpy.ndarray of bool
         On the grid of `head`.
+    agreement : float or None
+        Dice of the two masks; None where there is only one.
     """
     coarse = head.coarse(SPACING)
     tissue = _foreground(coarse.data)
     coarse = Volume(correct_bias(coarse.data, coarse.affine, tissue, (30, 30)), coarse.affine)
+    masks = []
+    if template is not None:
+        masks.append(_by_template(coarse, tissue, template, folder))
+    if seen is not None:
+        masks.append(resample(seen, head.affine, coarse.data.shape, coarse.affine) > 0.5)
+    mask, *others = [_refine(mask, coarse.data) for mask in masks]
+    agreement = None
+    if others:
+        agreement = 2.0 * float((masks[0] & masks[1]).sum()) / max(1, int(masks[0].sum() + masks[1].sum()))
+        mask = _agreed(mask, others[0]) if agreement >= AGREEMENT else (others[0] if seen.any() else mask)
+    return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5, agreement
+
+
+def _agreed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Take the surface halfway between two masks, and go out a little."""
+    depth = [
+        ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask) for mask in (one, other)
+    ]
+    return (depth[0] + depth[1]) / 2 > -GENEROUS_MM / SPACING
+
+
+def _by_template(coarse: Volume, tissue: np.ndarray, template: Volume, folder: Path) -> np.ndarray:
+    """Register the skull-stripped template to a head and bring its mask along.
+
+    The template is first given what it lacks, a dark skull, a bright scalp and dark air around the vault:
+    without them nothing keeps a brain from being stretched over the whole head. Rigid (after a search over
+    the pitch and place of the head), then affine, then deformable inside the brain, on 2 mm voxels; the mask
+    of the template comes back through both.
+    """
     brain = _padded(template.coarse(SPACING).cropped(0), int(AIR_MM / SPACING) + 2)
     vault = _with_skull(brain)
     shift = translation(_brain_centre(tissue, coarse.affine) - brain.centre())
@@ -89,9 +127,7 @@ def extract_brain(head: Volume, template: Volume, folder: Path) -> np.ndarray:
     affine = register_affine(vault, coarse, start, folder, SHAPE)
     likely, likely_affine = _deform(brain, coarse, affine, folder)
     back = np.linalg.inv(affine)
-    mask = resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
-    mask = _refine(mask, coarse.data)
-    return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
+    return resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
 
 
 def air_around(head: Volume) -> np.ndarray:

@@ -9,9 +9,9 @@ from pathlib import Path
 from bids_uad.errors import UnavailableError
 from bids_uad.preprocessing.external import HD_BET_FOLDER, PROGRAMS
 
-TEMPLATE, NETWORK = "template", "network"
-"""Built in: registration of the template, and the network of :mod:`bids_uad.extraction`."""
-EXTRACTIONS = (TEMPLATE, NETWORK, *PROGRAMS)
+COMBINED, TEMPLATE, NETWORK = "combined", "template", "network"
+"""Built in: registration of the template, the network of :mod:`bids_uad.extraction`, or both."""
+EXTRACTIONS = (COMBINED, TEMPLATE, NETWORK, *PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Extraction:
         File, or HD-BET's folder.
     """
 
-    program: str = TEMPLATE
+    program: str
     weights: Path | None = None
 
     @property
@@ -37,9 +37,6 @@ class Extraction:
         if self.weights.is_dir():
             return sorted(path for path in self.weights.rglob("*") if path.is_file())
         return [self.weights]
-
-
-BY_TEMPLATE = Extraction()
 
 
 def packaged_weights() -> Path:
@@ -67,8 +64,8 @@ def resolve_extraction(program: str, weights: Path | None) -> Extraction:
         If the program is not installed, or its weights are not named or not there.
     """
     if program == TEMPLATE:
-        return BY_TEMPLATE
-    if program == NETWORK and weights is None:
+        return Extraction(TEMPLATE)
+    if program in (COMBINED, NETWORK) and weights is None:
         weights = packaged_weights()
     if program in PROGRAMS:
         PROGRAMS[program].find()

@@ -20,7 +20,7 @@ from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import air_around, extract_brain, mask_of_stripped
+from bids_uad.preprocessing.brain import AGREEMENT, air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import (
     measure,
@@ -29,7 +29,7 @@ from bids_uad.preprocessing.coregistration import (
     register_to_reference,
 )
 from bids_uad.preprocessing.external import PROGRAMS, extract_with
-from bids_uad.preprocessing.extraction import EXTRACTIONS, NETWORK
+from bids_uad.preprocessing.extraction import COMBINED, EXTRACTIONS, NETWORK, TEMPLATE
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
 from bids_uad.preprocessing.quality import assess
@@ -75,13 +75,14 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
     given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
-    program = traits.Enum(*EXTRACTIONS, usedefault=True, desc="what extracts the brain")
-    weights = traits.Str(desc="weights of that network or program")
+    program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="what extracts the brain")
+    weights = traits.Str(desc="weights of the network or program")
 
 
 class _BrainMaskOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the scan")
     skull_stripped = traits.Bool(desc="what was found")
+    doubts = traits.Dict(desc="doubts about the mask, and whether they are grave")
 
 
 class BrainMask(SimpleInterface):
@@ -97,15 +98,12 @@ class BrainMask(SimpleInterface):
             mask = _on_grid_of(scan, self.inputs.given_mask)
         elif stripped:
             mask = mask_of_stripped(scan.data)
-        elif self.inputs.program == NETWORK:
-            mask = find_brain(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
         elif self.inputs.program in PROGRAMS:
             weights, folder = Path(self.inputs.weights), Path(runtime.cwd)
             found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
             mask = _on_grid_of(scan, str(found))
         else:
-            template = _volume(self.inputs.template, self.inputs.template_mask)
-            mask = extract_brain(scan, template, Path(runtime.cwd))
+            mask = self._extract(scan, Path(runtime.cwd))
         if not mask.any():
             raise InputError(
                 self.inputs.in_file, "no brain was found", "give a brain mask or a skull-stripped scan"
@@ -113,6 +111,21 @@ class BrainMask(SimpleInterface):
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
         self._results["skull_stripped"] = stripped
         return runtime
+
+    def _extract(self, scan: Volume, folder: Path) -> np.ndarray:
+        template = seen = None
+        if self.inputs.program in (COMBINED, TEMPLATE):
+            template = _volume(self.inputs.template, self.inputs.template_mask)
+        if self.inputs.program in (COMBINED, NETWORK):
+            seen = find_brain(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
+        mask, agreement = extract_brain(scan, template, folder, seen)
+        if agreement is not None and agreement < AGREEMENT:
+            text = (
+                f"The template and the network disagree about the brain (Dice {agreement:.2f}); the "
+                "network was believed: check the brain mask."
+            )
+            self._results["doubts"] = {text: False}
+        return mask
 
 
 class _CorrectBiasInputSpec(BaseInterfaceInputSpec):
@@ -363,6 +376,7 @@ class _AssessInputSpec(BaseInterfaceInputSpec):
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
     lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
     doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
+    mask_doubts = traits.Dict(desc="doubts about the brain mask, likewise")
 
 
 class _AssessOutputSpec(TraitedSpec):
@@ -388,7 +402,7 @@ class Assess(SimpleInterface):
             native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
-            doubts=self.inputs.doubts or {},
+            doubts=(self.inputs.doubts or {}) | (self.inputs.mask_doubts or {}),
             image=measure_image(native.data, native.mask, air, self.inputs.modality),
         )
         return runtime

@@ -10,7 +10,7 @@ from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad.preprocessing.external import PROGRAMS
-from bids_uad.preprocessing.extraction import BY_TEMPLATE, NETWORK, Extraction
+from bids_uad.preprocessing.extraction import COMBINED, NETWORK, Extraction
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -83,7 +83,7 @@ def init_preproc_wf(
     reference: Reference,
     given: Given = NOTHING,
     lesion_on_raw: bool = True,
-    extraction: Extraction = BY_TEMPLATE,
+    extraction: Extraction,
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
@@ -96,6 +96,7 @@ def init_preproc_wf(
             :graph2use: orig
             :simple_form: yes
 
+            from bids_uad.preprocessing.extraction import resolve_extraction
             from bids_uad.preprocessing.reference import resolve_reference
             from bids_uad.preprocessing.workflow import init_preproc_wf
             wf = init_preproc_wf(
@@ -105,6 +106,7 @@ def init_preproc_wf(
                 skull_stripped=None,
                 omp_nthreads=1,
                 reference=resolve_reference(None, "."),
+                extraction=resolve_extraction("combined", None),
             )
 
     Parameters
@@ -195,6 +197,7 @@ def init_preproc_wf(
         mask.inputs.program = extraction.program
         if extraction.weights is not None:
             mask.inputs.weights = str(extraction.weights)
+        workflow.connect(mask, "doubts", quality, "mask_doubts")
     else:
         mask = register = _connect_to_anchor(workflow, inputnode, aligned=given.aligned)
         workflow.connect([
@@ -402,10 +405,17 @@ def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
         "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
         "and carrying its brain mask back."
     )
+    network = (
+        "a convolutional network that has learnt from synthetic heads of random contrast, after SynthStrip "
+    )
+    network += "[@synthstrip]"
     if program == NETWORK:
+        carried = f"the brain was found by {network}."
+    elif program == COMBINED:
         carried = (
-            "the brain was found by a convolutional network that has learnt from synthetic heads of random "
-            "contrast, after SynthStrip [@synthstrip]."
+            "the brain was extracted twice, by registering the skull-stripped template to the head (SyN) "
+            f"[@ants_syn] and carrying its brain mask back, and by {network}; the surface halfway between "
+            "the two masks was taken, or the network's where they contradicted each other."
         )
     elif program in PROGRAMS:
         tool = PROGRAMS[program]

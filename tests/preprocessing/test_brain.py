@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import read_scan, read_volume
+from bids_uad.preprocessing.extraction import packaged_weights
 from bids_uad.preprocessing.registration import Volume
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, REAL_DATA, draw, known_move
@@ -44,29 +46,65 @@ def head_around(brain: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 def test_a_brain_is_found_in_a_head(reference_volume: Volume, tmp_path: Path) -> None:
     brain = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
-    found = extract_brain(Volume(head_around(brain), NATIVE_AFFINE), reference_volume, tmp_path)
+    head = Volume(head_around(brain), NATIVE_AFFINE)
+    found, agreement = extract_brain(head, reference_volume, tmp_path)
+    assert agreement is None
     assert dice(found, brain > 0) > 0.95
+
+
+@pytest.fixture
+def witnesses(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
+    """A head with a ball for a brain, of which the template sees 2 mm too high."""
+    grid = np.indices((80, 80, 80)) - 39.5
+    ball = (grid**2).sum(axis=0) < 25**2
+    data = np.where(ball, 100.0, 0.0) + np.where((grid**2).sum(axis=0) < 34**2, 8.0, 0.0)
+    monkeypatch.setattr("bids_uad.preprocessing.brain._by_template", lambda *_: np.roll(ball, 1, axis=2))
+    monkeypatch.setattr("bids_uad.preprocessing.brain._refine", lambda mask, _: mask)
+    monkeypatch.setattr("bids_uad.preprocessing.brain.correct_bias", lambda data, *_: data)
+    return Volume(data.astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])), ball
+
+
+def test_two_masks_that_agree_meet_halfway_and_a_millimetre_outside(witnesses, tmp_path: Path) -> None:
+    head, ball = witnesses
+    mask, agreement = extract_brain(head, head, tmp_path, np.roll(ball, -1, axis=2))
+    assert agreement == pytest.approx(dice(np.roll(ball, 1, axis=2), np.roll(ball, -1, axis=2)))
+    assert ball[mask].mean() < 1
+    assert mask[ball].mean() > 0.999  # halfway between the two is the ball itself
+    along = np.flatnonzero(mask[40, 40]).min(), np.flatnonzero(mask[40, 40]).max()
+    assert along[1] - along[0] + 1 in (50, 51, 52)  # 50 voxels of 2 mm, a millimetre more on each side
+
+
+def test_of_two_that_contradict_each_other_the_network_is_believed(witnesses, tmp_path: Path) -> None:
+    head, ball = witnesses
+    far = np.roll(ball, -10, axis=2)
+    mask, agreement = extract_brain(head, head, tmp_path, far)
+    assert agreement < 0.9
+    np.testing.assert_array_equal(mask, far)
+    mask, agreement = extract_brain(head, head, tmp_path, np.zeros_like(ball))
+    assert agreement == 0.0
+    np.testing.assert_array_equal(mask, np.roll(ball, 1, axis=2))
+    mask, agreement = extract_brain(head, None, tmp_path, far)
+    assert agreement is None
+    np.testing.assert_array_equal(mask, far)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (REAL_DATA / "brains").is_dir(), reason="real scans are not here")
 @pytest.mark.parametrize(
-    ("scan", "mask"),
+    ("scan", "least"),
     [
-        (
-            "sub-tcgafg6692/anat/sub-tcgafg6692_T1w.nii.gz",
-            "sub-tcgafg6692/anat/sub-tcgafg6692_space-T1w_desc-brain_mask.nii.gz",
-        ),
-        (
-            "sub-umcllg01/ses-1/anat/sub-umcllg01_ses-1_T1w.nii.gz",
-            "sub-umcllg01/ses-1/anat/sub-umcllg01_ses-1_space-T1w_desc-brain_mask.nii.gz",
-        ),
+        ("sub-tcgafg6692/anat/sub-tcgafg6692_{}T1w{}", 0.95),
+        ("sub-tcgafg6692/anat/sub-tcgafg6692_{}T2w{}", 0.92),
+        ("sub-umcllg01/ses-1/anat/sub-umcllg01_ses-1_{}T1w{}", 0.95),
+        ("sub-umcllg01/ses-1/anat/sub-umcllg01_ses-1_{}T2w{}", 0.94),
     ],
 )
 def test_a_brain_is_found_in_real_heads(
-    scan: str, mask: str, reference_volume: Volume, tmp_path: Path
+    scan: str, least: float, reference_volume: Volume, tmp_path: Path
 ) -> None:
-    data, affine = read_scan(REAL_DATA / "brains" / scan)
+    data, affine = read_scan(REAL_DATA / "brains" / scan.format("", ".nii.gz"))
+    mask = scan.format("space-", "_desc-brain_mask.nii.gz")
     truth = read_volume(REAL_DATA / "brains" / "derivatives" / "brainmasks" / mask)[0] > 0
-    found = extract_brain(Volume(data, affine), reference_volume, tmp_path)
-    assert dice(found, truth) > 0.94
+    seen = find_brain(data, affine, load_network(packaged_weights()))
+    found, _ = extract_brain(Volume(data, affine), reference_volume, tmp_path, seen)
+    assert dice(found, truth) > least

@@ -11,7 +11,7 @@ import pytest
 
 from bids_uad.errors import InputError, UnavailableError
 from bids_uad.preprocessing.external import HD_BET_FOLDER, extract_with
-from bids_uad.preprocessing.extraction import BY_TEMPLATE, Extraction, resolve_extraction
+from bids_uad.preprocessing.extraction import Extraction, resolve_extraction
 from bids_uad.preprocessing.interfaces import BrainMask
 from bids_uad.preprocessing.reference import Reference
 
@@ -97,9 +97,12 @@ def test_a_failure_names_the_scan_and_repeats_what_was_said(programs, tmp_path: 
 
 
 def test_what_is_not_there_is_told_before_anything_is_done(programs, tmp_path: Path, monkeypatch) -> None:
-    assert resolve_extraction("template", None) == BY_TEMPLATE
+    assert resolve_extraction("template", None) == Extraction("template")
     with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
         resolve_extraction("synthstrip", None)
+    packaged = resolve_extraction("combined", None)
+    assert packaged.files == [packaged.weights]
+    assert packaged.weights.is_file()
     own = programs["synthstrip"]
     assert resolve_extraction("network", own) == Extraction("network", own)
     with pytest.raises(UnavailableError, match="does not exist"):

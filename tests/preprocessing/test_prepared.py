@@ -16,7 +16,7 @@ from bids_uad.preprocessing.transforms import read_itk, translation, write_itk
 from bids_uad.preprocessing.workflow import Given, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
-from .test_workflow import T2W_AFFINE, T2W_SHAPE, dice, run
+from .test_workflow import BY_TEMPLATE, T2W_AFFINE, T2W_SHAPE, dice, run
 
 BRAIN_CENTRE = np.array([-119.0, 116.0, 76.0, 1.0])
 EARLIER_SHIFT = translation(np.array([4.0, -3.0, 6.0]))
@@ -38,7 +38,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, reference: Reference, refe
     files["t1w"] = save(folder / "T1w.nii.gz", moved, NATIVE_AFFINE)
     files["t2w"] = save(folder / "T2w.nii.gz", t2w_like(moved), NATIVE_AFFINE)
     files["mask"] = save(folder / "mask.nii.gz", (moved > 0).astype(np.uint8), NATIVE_AFFINE)
-    common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference}
+    common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference, "extraction": BY_TEMPLATE}
     given = Given(image=True, mask=True)
     anchor = run(
         init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, given=given, **common),
@@ -102,6 +102,7 @@ def test_a_given_transform_is_taken_as_it_is(earlier, reference: Reference, tmp_
             skull_stripped=None,
             omp_nthreads=1,
             reference=reference,
+            extraction=BY_TEMPLATE,
             given=Given(mask=True, xfm=True),
         ),
         tmp_path,
@@ -123,6 +124,7 @@ def test_the_text_says_what_was_not_done(reference: Reference) -> None:
         skull_stripped=None,
         omp_nthreads=1,
         reference=reference,
+        extraction=BY_TEMPLATE,
         given=given,
     ).visit_desc()
     assert "brain mask was that of an earlier pipeline" in text

@@ -10,6 +10,7 @@ import pytest
 from scipy import ndimage
 
 from bids_uad import space
+from bids_uad.preprocessing.extraction import Extraction
 from bids_uad.preprocessing.native import map_to_native
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume
@@ -19,6 +20,7 @@ from bids_uad.preprocessing.workflow import init_lesion_wf, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 
+BY_TEMPLATE = Extraction("template")
 LESION_CENTRE = np.array([-100.0, 120.0, 90.0])
 T2W_SHAPE = (60, 70, 24)
 T2W_AFFINE = rotation_about(np.array([90.0, 100.0, 70.0]), (4.0, 5.0, -6.0)) @ np.array(
@@ -70,7 +72,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, reference: Reference, refe
     lesion_file = save(folder / "lesion.nii.gz", lesion.astype(np.uint8), NATIVE_AFFINE)
     t2w = t2w_like(draw(reference_volume, known_move(), T2W_SHAPE, T2W_AFFINE))
     t2w_file = save(folder / "T2w.nii.gz", t2w, T2W_AFFINE)
-    common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference}
+    common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference, "extraction": BY_TEMPLATE}
     anchor = run(
         init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, **common),
         folder,
@@ -224,6 +226,7 @@ def test_the_description_cites_what_is_done(reference: Reference, modality: str,
         skull_stripped=False,
         omp_nthreads=1,
         reference=reference,
+        extraction=BY_TEMPLATE,
     )
     text = workflow.visit_desc()
     assert "[@n4]" in text
@@ -240,4 +243,5 @@ def test_flair_is_refused(reference: Reference) -> None:
             skull_stripped=None,
             omp_nthreads=1,
             reference=reference,
+            extraction=BY_TEMPLATE,
         )
