@@ -12,6 +12,7 @@ from typing import Any
 
 from bids_uad.errors import ConfigError
 
+DEFAULT_STRATA = ("sex", "age", "scanner", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
 """Analysis levels in the order they run when several are asked for in one call."""
 
@@ -75,6 +76,8 @@ class RunConfig:
         Memory that may be used, in GB.
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
+    strata : tuple of str
+        What `group` divides the cohort by: columns of participants.tsv, and `lesion load`.
     train_fraction : float
         Share of the training subjects that is learnt from.
     synthetic : int
@@ -120,6 +123,7 @@ class RunConfig:
     modality: str | None = None
     steps: int | None = None
     hyper: tuple[str, ...] = ()
+    strata: tuple[str, ...] = DEFAULT_STRATA
     train_fraction: float = 1.0
     synthetic: int = 0
     label_maps: tuple[str, ...] = ()

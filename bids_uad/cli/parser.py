@@ -134,6 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     control.add_argument("--notrack", action="store_true", help=argparse.SUPPRESS)
 
+    study = parser.add_argument_group("group")
+    study.add_argument(
+        "--strata", nargs="+", metavar="COLUMN",
+        help="columns of participants.tsv that divide the cohort (default: sex age scanner 'lesion load')",
+    )  # fmt: skip
+
     models = parser.add_argument_group("train and calibrate")
     models.add_argument("--detector", metavar="NAME", help="detector to train")
     models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
@@ -194,7 +200,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     given.pop("notrack", None)
     config_file = given.pop("config_file", None)
     values = {} if config_file is None else _earlier(config_file)
-    for name in ("participants", "sessions", "modalities", "models", "hyper", "label_maps"):
+    for name in ("participants", "sessions", "modalities", "models", "hyper", "label_maps", "strata"):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
     if "derivatives" in given:

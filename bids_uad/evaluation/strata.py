@@ -18,7 +18,6 @@ QUARTILES = ("1st quarter", "2nd quarter", "3rd quarter", "4th quarter")
 MAX_LEVELS = 8
 """A column of numbers with more values than this is cut at its quartiles, the lowest first."""
 MIN_PARTICIPANTS = 3
-DEFAULT_FACTORS = ("sex", "age", "scanner", "lesion load")
 CONFIDENCE = 0.95
 
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bids_uad.atomic import write_json, write_tsv
+from bids_uad.config import DEFAULT_STRATA
 from bids_uad.dataset.participants import derivative_participants, read_participants
 from bids_uad.evaluation.absences import subject_folders
+from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.group import write_group_report
@@ -33,13 +36,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
-    of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects` and `participants`
-    (each .tsv and .json), `group.html` and `group/figures`.
+    of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
+    `group_strata`, `group_disparities`, `group_bias` and `participants` (each .tsv and .json), `group.html`
+    and `group/figures`.
 
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants` and `random_seed` are used.
+        `bids_dir`, `output_dir`, `participants`, `strata` and `random_seed` are used.
     console : rich.console.Console, optional
         Where the benchmark is printed; the terminal by default.
 
@@ -88,7 +92,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     write_tsv(output_dir / "group_benchmark.tsv", evaluation.benchmark)
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
     _write_columns(output_dir / "group_benchmark.json", what, BENCHMARK_COLUMNS)
-    report = write_group_report(output_dir, evaluation, participants)
+    for factor in config.strata:
+        if config.strata != DEFAULT_STRATA and levels_of(subjects, factor) is None:
+            LOGGER.warning("--strata %s: participants.tsv has no such column", factor)
+    analyses = analyse(subjects, config.strata, seed=config.random_seed)
+    for name, (table, what, columns) in analyses.tables.items():
+        write_tsv(output_dir / f"group_{name}.tsv", table)
+        _write_columns(output_dir / f"group_{name}.json", what, columns)
+    report = write_group_report(output_dir, evaluation, analyses, participants)
 
     console.print(benchmark_table(evaluation.benchmark))
     for text in (*evaluation.unreadable, *evaluation.warnings):

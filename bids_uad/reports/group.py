@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
@@ -15,17 +16,22 @@ import bids_uad
 from bids_uad.atomic import write_text
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.absences import Absence
+from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
+from bids_uad.reports.group_analyses import ALPHA, analysis_figures
 from bids_uad.reports.group_figures import detector_colours, group_figures
 from bids_uad.reports.group_text import detector_name, fixed, interval
 
+OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
 MAX_SCAN_ROWS = 1000
 """Rows of the table of scans; the rest is in group_subjects.tsv only."""
 
 
-def write_group_report(out_dir: str | Path, evaluation: Evaluation, participants: Participants) -> Path:
+def write_group_report(
+    out_dir: str | Path, evaluation: Evaluation, analyses: Analyses, participants: Participants
+) -> Path:
     """Write `group.html` and the single figures in `group/figures`.
 
     Parameters
@@ -34,6 +40,8 @@ def write_group_report(out_dir: str | Path, evaluation: Evaluation, participants
         Root of the derivatives.
     evaluation : Evaluation
         The numbers.
+    analyses : Analyses
+        What more was asked.
     participants : Participants
         Who was expected.
 
@@ -44,7 +52,9 @@ def write_group_report(out_dir: str | Path, evaluation: Evaluation, participants
     """
     root = Path(out_dir)
     folder = root / "group" / "figures"
-    alone = group_figures(evaluation, link_prefix="../../")
+    colours = detector_colours(evaluation)
+    further = analysis_figures(evaluation.subjects, analyses, colours)
+    alone = [*further, *group_figures(evaluation, link_prefix="../../")]
     for figure in alone:
         write_text(folder / f"{figure.name}.svg", figure.svg + "\n")
     for stale in set(folder.glob("*.svg")) - {folder / f"{figure.name}.svg" for figure in alone}:
@@ -58,12 +68,20 @@ def write_group_report(out_dir: str | Path, evaluation: Evaluation, participants
     template = resources.files(bids_uad).joinpath("data/reports/group.html.j2")
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
         version=bids_uad.__version__,
-        colours=detector_colours(evaluation),
-        figures=group_figures(evaluation),
+        colours=colours,
+        figures=[*further, *group_figures(evaluation)],
         overview=_overview(evaluation, participants),
         benchmark=_records(overall),
         cohorts=_records(cohorts.sort_values(["cohort", "modality", "detector"])),
         best=_best(overall),
+        comparison=_records(analyses.comparison),
+        n_different=int((analyses.comparison["p_holm"] < ALPHA).sum()),
+        strata=_records(analyses.strata),
+        disparities=_records(analyses.disparities),
+        bias=_bias(analyses.bias.coefficients),
+        remarks=analyses.bias.remarks,
+        tables=list(analyses.tables),
+        outcomes=OUTCOMES,
         scans=_records(evaluation.subjects.head(MAX_SCAN_ROWS)),
         n_scan_rows=len(evaluation.subjects),
         roles={LESION: "lesion", HEALTHY: "healthy", MISSING_MASK: "no mask"},
@@ -79,6 +97,16 @@ def write_group_report(out_dir: str | Path, evaluation: Evaluation, participants
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return table.to_dict(orient="records")
+
+
+def _bias(coefficients: pd.DataFrame) -> list[dict[str, Any]]:
+    """Write coefficients as factors on the odds where they are log odds."""
+    shown = coefficients.copy()
+    ratio = shown["odds_ratio"].notna()
+    for name, source in {"shown": "estimate", "shown_ci_low": "ci_low", "shown_ci_high": "ci_high"}.items():
+        values = shown[source].astype(float)
+        shown[name] = np.where(ratio, np.exp(values), values)
+    return _records(shown)
 
 
 def _overview(evaluation: Evaluation, participants: Participants) -> dict[str, Any]:

@@ -387,7 +387,7 @@ def _score_scale(curve: Curves, start: float, stop: float) -> Scale:
     return Linear(float(curve.edges[0]), high, start, stop)
 
 
-def _grid(
+def panel_grid(
     keys: Sequence[tuple[str, str]],
     height: float,
     title: str,
@@ -439,7 +439,7 @@ def dice_by_threshold(evaluation: Evaluation) -> Figure | None:
         svg.text(left + 221, top + 41, text, size=12, colour=MUTED)
 
     keys = sorted(curves, key=lambda key: key[::-1])
-    svg = _grid(keys, 272, "Mean Dice at every threshold", draw)
+    svg = panel_grid(keys, 272, "Mean Dice at every threshold", draw)
     return Figure(
         "dice_by_threshold",
         "Dice at every threshold",
@@ -490,7 +490,7 @@ def score_histograms(evaluation: Evaluation) -> Figure | None:
         svg.text(left, top + 38, text, size=11.5, colour=MUTED)
 
     keys = sorted(curves, key=lambda key: key[::-1])
-    svg = _grid(keys, 282, "Histograms of anomaly scores", draw, extra=22)
+    svg = panel_grid(keys, 282, "Histograms of anomaly scores", draw, extra=22)
     place = WIDTH / 2 - 330
     labels = (
         (_HEALTHY, "", "brains of healthy participants", 230),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.group import write_group_report
 from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures
@@ -27,7 +29,7 @@ def study(tmp_path_factory):
     write_cohort(root, root, n_voxels=20_000)
     (root / "sub-01.html").write_text("report")
     evaluation, people = assess(root)
-    write_group_report(root, evaluation, people)
+    write_group_report(root, evaluation, analyse(evaluation.subjects, (), seed=0), people)
     return root
 
 
@@ -61,7 +63,8 @@ def test_the_page_is_whole_and_alone(study):
     for anchor in anchors:
         assert f'id="{anchor}"' in page
     files = {link for link in parser.links if not link.startswith("#")}
-    assert files == {"sub-01.html", "group_benchmark.tsv", "group_subjects.tsv"}
+    names = ("benchmark", "subjects", "comparison", "strata", "disparities", "bias")
+    assert files == {"sub-01.html", *(f"group_{name}.tsv" for name in names)}
 
 
 def test_the_page_says_what_it_must(study):
@@ -116,7 +119,9 @@ def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
     stale = tmp_path / "group" / "figures" / "dice.svg"
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier run")
-    page = write_group_report(tmp_path, evaluation, people).read_text()
+    page = write_group_report(
+        tmp_path, evaluation, analyse(evaluation.subjects, (), seed=0), people
+    ).read_text()
     assert 'id="dice"' not in page
     assert not stale.exists()
 
@@ -125,7 +130,9 @@ def test_nobody_usable_still_gives_a_page(tmp_path):
     Scan("1").write(tmp_path)
     Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
     evaluation, people = assess(tmp_path)
-    page = write_group_report(tmp_path, evaluation, people).read_text()
+    page = write_group_report(
+        tmp_path, evaluation, analyse(evaluation.subjects, (), seed=0), people
+    ).read_text()
     assert "There is no participants.tsv" in page
     assert "no scan with a lesion" in page
 
@@ -134,7 +141,10 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     write_cohort(tmp_path, tmp_path, n_voxels=5_000)
     table = tmp_path / "participants.tsv"
     table.write_text(table.read_text().replace("stroke", "<script>alert(1)</script>"))
-    page = write_group_report(tmp_path, *assess(tmp_path)).read_text()
+    evaluation, people = assess(tmp_path)
+    subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
+    analyses = analyse(subjects, ["pathology"], seed=0)
+    page = write_group_report(tmp_path, evaluation, analyses, people).read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
 

@@ -1,0 +1,65 @@
+"""What is asked of a cohort beyond the benchmark: which detector is better, for whom, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.evaluation.bias import COLUMNS as BIAS_COLUMNS
+from bids_uad.evaluation.bias import Bias, model_bias
+from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
+from bids_uad.evaluation.comparison import compare_detectors
+from bids_uad.evaluation.strata import COLUMNS as STRATA_COLUMNS
+from bids_uad.evaluation.strata import DISPARITY_COLUMNS, stratify
+
+
+@dataclass(frozen=True)
+class Analyses:
+    """Answers as tables.
+
+    Parameters
+    ----------
+    comparison : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.comparison.compare_detectors`.
+    strata, disparities : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.strata.stratify`.
+    bias : Bias
+    """
+
+    comparison: pd.DataFrame
+    strata: pd.DataFrame
+    disparities: pd.DataFrame
+    bias: Bias
+
+    @property
+    def tables(self) -> dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]:
+        """Each table by name, with what it is and what its columns are."""
+        return {
+            "comparison": (self.comparison, "Paired comparisons of detectors", COMPARISON_COLUMNS),
+            "strata": (self.strata, "Numbers for parts of the cohort", STRATA_COLUMNS),
+            "disparities": (self.disparities, "Largest gaps between parts of the cohort", DISPARITY_COLUMNS),
+            "bias": (self.bias.coefficients, "Models of bias", BIAS_COLUMNS),
+        }
+
+
+def analyse(subjects: pd.DataFrame, factors: Sequence[str], *, seed: int) -> Analyses:
+    """Ask all of it.
+
+    Parameters
+    ----------
+    subjects : pandas.DataFrame
+        One row per image and detector, with the columns of participants.tsv.
+    factors : sequence of str
+        What divides the cohort, see :func:`bids_uad.evaluation.strata.levels_of`.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    Analyses
+    """
+    strata, disparities = stratify(subjects, factors, seed=seed)
+    return Analyses(compare_detectors(subjects, seed=seed), strata, disparities, model_bias(subjects))

@@ -1,0 +1,152 @@
+"""The figures of comparison and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from bids_uad.evaluation.analyses import Analyses
+from bids_uad.evaluation.bias import Effect
+from bids_uad.evaluation.comparison import mean_ranks, participant_scores
+from bids_uad.reports.group_figures import WIDTH, Figure, panel_grid
+from bids_uad.reports.group_svg import INK, MUTED, Linear, Svg, number, round_up
+from bids_uad.reports.group_text import detector_name
+
+ALPHA = 0.05
+MIN_DETECTORS = 3
+"""Two detectors are compared by one number; ranks say nothing more."""
+
+
+def analysis_figures(subjects: pd.DataFrame, analyses: Analyses, colours: dict[str, str]) -> list[Figure]:
+    """Draw every figure that the cohort has data for.
+
+    Parameters
+    ----------
+    subjects : pandas.DataFrame
+        One row per image and detector.
+    analyses : Analyses
+    colours : dict of str to str
+        Colour of each detector.
+
+    Returns
+    -------
+    list of Figure
+    """
+    figures = [rank_plot(subjects, analyses.comparison, colours), age_effects(analyses.bias.effects, colours)]
+    return [figure for figure in figures if figure is not None]
+
+
+def rank_plot(subjects: pd.DataFrame, comparison: pd.DataFrame, colours: dict[str, str]) -> Figure | None:
+    """Draw mean ranks by Dice, bars joining detectors that do not differ; None with fewer than three."""
+    ranks = {
+        modality: mean_ranks(participant_scores(subjects, modality, "dice"), "dice")
+        for modality in sorted(subjects["modality"].unique())
+    }
+    ranks = {modality: found for modality, found in ranks.items() if len(found) >= MIN_DETECTORS}
+    if not ranks:
+        return None
+    row, head, gap = 24, 62, 30
+    heights = {modality: head + row * len(found) + gap for modality, found in ranks.items()}
+    svg = Svg(WIDTH, sum(heights.values()), "Mean rank of each detector by Dice")
+    top = 0.0
+    for modality, found in ranks.items():
+        x = Linear(1, len(found), 250, WIDTH - 330)
+        svg.text(24, top + 26, modality, size=14, weight=600)
+        for value in range(1, len(found) + 1):
+            svg.line(x(value), top + head - 12, x(value), top + head + row * len(found) - 8)
+            svg.text(x(value), top + head - 18, str(value), size=11, colour=MUTED, anchor="middle")
+        for place, (detector, rank) in enumerate(found.items()):
+            y = top + head + row * place + 4
+            svg.text(230, y + 4, detector_name(detector), size=13, anchor="end")
+            svg.dot(x(rank), y, 6, colours[detector], tip=f"{detector_name(detector)}: mean rank {rank:.2f}")
+            svg.text(x(rank) + 12, y + 4, f"{rank:.2f}", size=11.5, colour=MUTED)
+        pairs = comparison[(comparison["modality"] == modality) & (comparison["outcome"] == "dice")]
+        left = WIDTH - 270
+        for k, (first, last) in enumerate(cliques(list(found.index), pairs)):
+            bar = left + 14 * k
+            start, stop = (top + head + row * place + 4 for place in (first, last))
+            svg.line(bar, start - 7, bar, stop + 7, INK, 4)
+        top += heights[modality]
+    return Figure(
+        "ranks",
+        "Mean ranks by Dice",
+        "Detectors are ranked within each participant with a lesion; rank 1 is best. A black bar on the "
+        "right joins detectors of which no two differ (Wilcoxon signed-rank test, Holm-corrected, 0.05).",
+        svg.render(),
+    )
+
+
+def cliques(ranked: Sequence[str], pairs: pd.DataFrame) -> list[tuple[int, int]]:
+    """Find the runs of neighbours in rank of which no two differ.
+
+    Parameters
+    ----------
+    ranked : sequence of str
+        Detectors, best first.
+    pairs : pandas.DataFrame
+        `detector_a`, `detector_b` and `p_holm`; a pair that is missing or NaN does not differ.
+
+    Returns
+    -------
+    list of (int, int)
+        First and last place of each longest run, of at least two.
+    """
+    differ = {
+        frozenset((pair.detector_a, pair.detector_b)) for pair in pairs.itertuples() if pair.p_holm < ALPHA
+    }
+    runs: list[tuple[int, int]] = []
+    for first in range(len(ranked)):
+        last = first
+        while last + 1 < len(ranked) and all(
+            frozenset((ranked[last + 1], other)) not in differ for other in ranked[first : last + 1]
+        ):
+            last += 1
+        if last > first and (not runs or last > runs[-1][1]):
+            runs.append((first, last))
+    return runs
+
+
+def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Figure | None:
+    """Draw false positives against age with all else held; None where age was not modelled."""
+    shown = {
+        (effect.detector, effect.modality): effect
+        for effect in effects
+        if effect.outcome == "fpr" and effect.term == "age"
+    }
+    if not shown:
+        return None
+
+    def draw(svg: Svg, key: tuple[str, str], left: float, right: float, top: float) -> None:
+        effect = shown[key]
+        low, high = effect.values.min(), effect.values.max()
+        limit = 100 * max(np.quantile(effect.partial, 0.98), effect.line[:, 3].max())
+        x, y = Linear(low - 1, high + 1, left, right), Linear(0, round_up(limit), top + 216, top + 34)
+        svg.axes(x, y, xlabel="age, years", ylabel="FPR, %", yticks=4)
+        for age, share in zip(effect.values, effect.partial, strict=True):
+            if 100 * share <= y.high:
+                svg.dot(x(age), y(100 * share), 2.4, colours[effect.detector], opacity=0.45)
+        upper = [(x(age), y(100 * share)) for age, share in effect.line[:, [0, 3]]]
+        lower = [(x(age), y(100 * share)) for age, share in effect.line[::-1][:, [0, 2]]]
+        svg.path([*upper, *lower], "none", fill=INK, opacity=0.15)
+        svg.path([(x(age), y(100 * share)) for age, share in effect.line[:, [0, 1]]], INK, 2)
+        ends = effect.line[[0, -1], 1] * 100
+        svg.text(
+            right,
+            top + 20,
+            f"{number(ends[0], 2)} to {number(ends[1], 2)} %",
+            size=12,
+            colour=MUTED,
+            anchor="end",
+        )
+
+    svg = panel_grid(sorted(shown, key=lambda key: key[::-1]), 272, "False positives and age", draw)
+    return Figure(
+        "bias_age",
+        "False positives and age",
+        "Healthy brains: share of voxels above the fixed threshold against age, as the model of bias has it "
+        "when sex, brain volume and scanner are held at their means. Band: 95 % confidence. A dot is a "
+        "participant; the highest fiftieth may lie beyond the top.",
+        svg.render(),
+    )
