@@ -249,7 +249,9 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
     names = [covariate.name for covariate in used]
     if "scanner" in table and table["scanner"].nunique() > 1:
         sizes = table.dropna(subset=names).groupby("scanner").size()
-        small = sorted(sizes[sizes < MIN_PER_LEVEL].index)
+        # Scanners enough for a random effect may be small, for they lend each other strength.
+        random = (sizes > 1).sum() >= MIN_RANDOM_LEVELS
+        small = [] if random else sorted(sizes[sizes < MIN_PER_LEVEL].index)
         if small:
             remarks.append(
                 f"{what}: scanners with fewer than {MIN_PER_LEVEL} participants left out: {', '.join(small)}."

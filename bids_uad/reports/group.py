@@ -78,6 +78,8 @@ def write_group_report(
         n_different=int((analyses.comparison["p_holm"] < ALPHA).sum()),
         strata=_records(analyses.strata),
         disparities=_records(analyses.disparities),
+        n_gaps=int((analyses.disparities["gap_ci_low"] > 0).sum()),
+        n_biased=int((analyses.bias.coefficients["p_fdr"] < ALPHA).sum()),
         bias=_bias(analyses.bias.coefficients),
         remarks=analyses.bias.remarks,
         tables=list(analyses.tables),

@@ -28,7 +28,8 @@ from bids_uad.reports.group_text import detector_name, with_interval
 WIDTH = 1080
 # Okabe and Ito's palette, which colour-blind readers can tell apart; no yellow, which paper swallows.
 _PALETTE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#8C564B", "#7A5FB5"
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
+    "#56B4E9", "#4D4D4D", "#8C564B", "#7A5FB5", "#9AA60A",
 )  # fmt: skip
 _HEALTHY, _LESION = "#0072B2", "#D55E00"
 _NAMED_DOTS = 12  # up to this many participants every dot carries its name

@@ -118,6 +118,19 @@ def test_many_scanners_make_a_random_effect() -> None:
     assert spread["p"] < 1e-3
 
 
+def test_small_scanners_are_left_out_unless_there_are_many() -> None:
+    few = cohort(9, n=100, scanners=3)
+    few.loc[few.index[:3], "scanner"] = "J"
+    bias = model_bias(few)
+    assert not bias.coefficients["term"].str.contains("J").any()
+    assert any("participants left out: J" in text for text in bias.remarks)
+    many = cohort(10, n=40, scanners=10)
+    assert many.groupby("scanner").size().min() < 5
+    bias = model_bias(many)
+    assert (bias.coefficients["n_participants"] == 40).all()
+    assert bias.remarks == []
+
+
 def test_scanners_that_do_not_differ_have_no_spread() -> None:
     scans = cohort(2, scanners=8, deviation=0)
     table = model_bias(scans).coefficients.set_index("term")
