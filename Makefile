@@ -35,6 +35,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.detectors
 	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.training
+	$(if $(DATA),$(BIN)/python -m benchmarks.preprocessing $(DATA))
 
 # How the packaged models were made, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS holds
 # SynthSeg's training maps: ten to learn from, three to calibrate on, three to test on. LESIONS holds masks of real lesions

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     data = parser.parse_args().data
+    logging.getLogger("nipype.workflow").setLevel(logging.WARNING)
     brains, console = data / "brains", Console()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

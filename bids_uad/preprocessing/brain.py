@@ -98,9 +98,12 @@ def extract_brain(
         masks.append(resample(seen, head.affine, coarse.data.shape, coarse.affine) > 0.5)
     mask, *others = [_refine(mask, coarse.data) for mask in masks]
     agreement = None
-    if others:
-        agreement = 2.0 * float((masks[0] & masks[1]).sum()) / max(1, int(masks[0].sum() + masks[1].sum()))
-        mask = _agreed(mask, others[0]) if agreement >= AGREEMENT else (others[0] if seen.any() else mask)
+    for other in others:
+        agreement = 2.0 * float((mask & other).sum()) / max(1, int(mask.sum() + other.sum()))
+        if agreement >= AGREEMENT:
+            mask = _agreed(mask, other)
+        elif other.any():
+            mask = other
     return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5, agreement
 
 
