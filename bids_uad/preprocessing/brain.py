@@ -104,7 +104,8 @@ def extract_brain(
             mask = _agreed(mask, other)
         elif other.any():
             mask = other
-    return resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5, agreement
+    mask = resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
+    return ndimage.binary_fill_holes(largest_piece(mask)), agreement
 
 
 def _agreed(one: np.ndarray, other: np.ndarray) -> np.ndarray:

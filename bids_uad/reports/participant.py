@@ -156,7 +156,7 @@ def _write_image(figures: Path, image: Image, reference: Reference) -> list[tupl
                 load_ras(reference.images[contrast]),
                 reference.brain.data,
                 scan_name=image.name,
-                reference_name=f"{reference.name}, {contrast}",
+                reference_name=f"{contrast} of {reference.name}",
             )
         draw_brain_mask(
             figures / f"{start}brain_{image.modality}.svg",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from bids_uad.reports.figures.svg import Canvas
 from bids_uad.reports.figures.tiles import MUTED, Grid, lay_out
 
 WIDTH = 1280
+HINT = 310
+"""Pixels at the right for the hint; the title must end before."""
+TITLE_LENGTH = 84
 # A brain is longer than it is wide: these fill the three rows about equally.
 SLICES_PER_ROW = {"axial": 8, "coronal": 8, "sagittal": 6}
 REFERENCE_COLOUR = "#56b4e9"
@@ -64,9 +68,10 @@ def draw_registration(
     canvas = Canvas(WIDTH, grid.bottom + 34, f"Registration of {scan_name} to {reference_name}", _FLICKER)
     upper = float(np.percentile(fixed.data[outline], 99.5)) if outline.any() else float(fixed.data.max())
     canvas.grey(grid.picture(to_grey(fixed.data, upper)), grid.x, grid.y, grid.scale)
-    canvas.text(20, 32, f"Reference: {reference_name}", 19, attributes='font-weight="bold"')
+    words = shorten(f"Reference: {reference_name}", TITLE_LENGTH, placeholder=" …")
+    canvas.text(20, 32, words, 19, attributes='font-weight="bold"')
     canvas.open_group('class="moving"')
-    canvas.raw(f'<rect x="0" y="8" width="{WIDTH // 2}" height="36" fill="#000"/>')
+    canvas.raw(f'<rect x="0" y="8" width="{WIDTH - HINT}" height="36" fill="#000"/>')
     canvas.grey(grid.picture(to_grey(moving.data, 1.0)), grid.x, grid.y, grid.scale)
     canvas.text(20, 32, f"Scan: {scan_name}", 19, attributes='font-weight="bold"')
     canvas.close_group()
