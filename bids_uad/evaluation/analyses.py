@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ from bids_uad.evaluation.bias import COLUMNS as BIAS_COLUMNS
 from bids_uad.evaluation.bias import Bias, model_bias
 from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
 from bids_uad.evaluation.comparison import compare_detectors
+from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.strata import COLUMNS as STRATA_COLUMNS
 from bids_uad.evaluation.strata import DISPARITY_COLUMNS, stratify
+from bids_uad.evaluation.thresholds import COLUMNS as THRESHOLD_COLUMNS
+from bids_uad.evaluation.thresholds import transfer_thresholds
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,15 @@ class Analyses:
     strata, disparities : pandas.DataFrame
         Of :func:`bids_uad.evaluation.strata.stratify`.
     bias : Bias
+    thresholds : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.thresholds.transfer_thresholds`.
     """
 
     comparison: pd.DataFrame
     strata: pd.DataFrame
     disparities: pd.DataFrame
     bias: Bias
+    thresholds: pd.DataFrame
 
     @property
     def tables(self) -> dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]:
@@ -41,17 +47,26 @@ class Analyses:
             "comparison": (self.comparison, "Paired comparisons of detectors", COMPARISON_COLUMNS),
             "strata": (self.strata, "Numbers for parts of the cohort", STRATA_COLUMNS),
             "disparities": (self.disparities, "Largest gaps between parts of the cohort", DISPARITY_COLUMNS),
+            "thresholds": (self.thresholds, "Thresholds of one cohort on another", THRESHOLD_COLUMNS),
             "bias": (self.bias.coefficients, "Models of bias", BIAS_COLUMNS),
         }
 
 
-def analyse(subjects: pd.DataFrame, factors: Sequence[str], *, seed: int) -> Analyses:
+def analyse(
+    subjects: pd.DataFrame,
+    curves: Mapping[tuple[str, str, str], Curves],
+    factors: Sequence[str],
+    *,
+    seed: int,
+) -> Analyses:
     """Ask all of it.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
         One row per image and detector, with the columns of participants.tsv.
+    curves : mapping
+        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
     factors : sequence of str
         What divides the cohort, see :func:`bids_uad.evaluation.strata.levels_of`.
     seed : int
@@ -62,4 +77,10 @@ def analyse(subjects: pd.DataFrame, factors: Sequence[str], *, seed: int) -> Ana
     Analyses
     """
     strata, disparities = stratify(subjects, factors, seed=seed)
-    return Analyses(compare_detectors(subjects, seed=seed), strata, disparities, model_bias(subjects))
+    return Analyses(
+        comparison=compare_detectors(subjects, seed=seed),
+        strata=strata,
+        disparities=disparities,
+        bias=model_bias(subjects),
+        thresholds=transfer_thresholds(curves),
+    )

@@ -120,6 +120,8 @@ class Evaluation:
         One row per detector, modality and cohort, columns of `benchmark.COLUMNS`.
     curves : dict
         (detector, modality) -> `Curves` over all scans.
+    cohort_curves : dict
+        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
     absences : list of Absence
         Participants and images without a score table.
     unreadable : list of str
@@ -131,6 +133,7 @@ class Evaluation:
     subjects: pd.DataFrame
     benchmark: pd.DataFrame
     curves: dict[tuple[str, str], Curves]
+    cohort_curves: dict[tuple[str, str, str], Curves]
     absences: list[Absence]
     unreadable: list[str]
     warnings: list[str]
@@ -223,7 +226,8 @@ def evaluate(
     benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
     warnings = consistency.warnings() + _warnings(subjects, participants, contradictions)
     overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
-    return Evaluation(subjects, benchmark, overall, absences, unreadable, warnings)
+    parts = {key: value for key, value in curves.items() if key[2] != ALL}
+    return Evaluation(subjects, benchmark, overall, parts, absences, unreadable, warnings)
 
 
 def _benchmark(

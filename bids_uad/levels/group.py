@@ -37,8 +37,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
 
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
     of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
-    `group_strata`, `group_disparities`, `group_bias` and `participants` (each .tsv and .json), `group.html`
-    and `group/figures`.
+    `group_strata`, `group_disparities`, `group_thresholds`, `group_bias` and `participants` (each .tsv and
+    .json), `group.html` and `group/figures`.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     for factor in config.strata:
         if config.strata != DEFAULT_STRATA and levels_of(subjects, factor) is None:
             LOGGER.warning("--strata %s: participants.tsv has no such column", factor)
-    analyses = analyse(subjects, config.strata, seed=config.random_seed)
+    analyses = analyse(subjects, evaluation.cohort_curves, config.strata, seed=config.random_seed)
     for name, (table, what, columns) in analyses.tables.items():
         write_tsv(output_dir / f"group_{name}.tsv", table)
         _write_columns(output_dir / f"group_{name}.json", what, columns)

@@ -10,11 +10,13 @@ import pandas as pd
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.bias import Effect
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
+from bids_uad.evaluation.thresholds import VALIDATION
 from bids_uad.reports.group_figures import WIDTH, Figure, panel_grid
 from bids_uad.reports.group_svg import INK, MUTED, Linear, Svg, number, round_up
 from bids_uad.reports.group_text import detector_name
 
 ALPHA = 0.05
+SHADE = "#56B4E9"
 MIN_DETECTORS = 3
 """Two detectors are compared by one number; ranks say nothing more."""
 
@@ -34,7 +36,11 @@ def analysis_figures(subjects: pd.DataFrame, analyses: Analyses, colours: dict[s
     -------
     list of Figure
     """
-    figures = [rank_plot(subjects, analyses.comparison, colours), age_effects(analyses.bias.effects, colours)]
+    figures = [
+        rank_plot(subjects, analyses.comparison, colours),
+        threshold_matrix(analyses.thresholds),
+        age_effects(analyses.bias.effects, colours),
+    ]
     return [figure for figure in figures if figure is not None]
 
 
@@ -106,6 +112,52 @@ def cliques(ranked: Sequence[str], pairs: pd.DataFrame) -> list[tuple[int, int]]
         if last > first and (not runs or last > runs[-1][1]):
             runs.append((first, last))
     return runs
+
+
+def threshold_matrix(thresholds: pd.DataFrame) -> Figure | None:
+    """Draw what the thresholds of one cohort are worth on the others; None with fewer than two cohorts."""
+    if thresholds.empty:
+        return None
+    matrices = {
+        key: rows.pivot(index="fixed_on", columns="tested_on", values="dice_mean")
+        for key, rows in thresholds.groupby(["detector", "modality"])
+    }
+    most = max(float(matrix.max(axis=None)) for matrix in matrices.values())
+    rows_of = {key: [VALIDATION, *matrix.columns] for key, matrix in matrices.items()}
+    height = 64 + 24 * max(len(rows) for rows in rows_of.values()) + 20
+
+    def draw(svg: Svg, key: tuple[str, str], left: float, right: float, top: float) -> None:
+        matrix, rows = matrices[key], rows_of[key]
+        start = left + 96
+        width = (right - start) / len(matrix.columns)
+        for column, cohort in enumerate(matrix.columns):
+            middle = start + width * (column + 0.5)
+            svg.text(middle, top + 50, _short(cohort), size=10.5, colour=MUTED, anchor="middle")
+            for row, source in enumerate(rows):
+                value = matrix.loc[source, cohort]
+                y = top + 58 + 24 * row
+                share = value / most if most > 0 else 0.0
+                svg.rect(start + width * column + 1, y, width - 2, 22, SHADE, 0.08 + 0.72 * share, 2)
+                weight = 700 if source == cohort else 400
+                svg.text(middle, y + 15, f"{value:.3f}", size=11.5, anchor="middle", weight=weight)
+        for row, source in enumerate(rows):
+            svg.text(start - 8, top + 73 + 24 * row, _short(source), size=10.5, colour=MUTED, anchor="end")
+
+    svg = panel_grid(sorted(matrices, key=lambda key: key[::-1]), height, "Thresholds between cohorts", draw)
+    return Figure(
+        "thresholds",
+        "Thresholds between cohorts",
+        "Mean Dice of a cohort (column) at a threshold (row): the model's own, fixed on validation data, or "
+        "the best of one cohort here. Bold: a cohort's own best, which looks at the answers. Columns that "
+        "vary little from top to bottom stand for thresholds that generalise.",
+        svg.render(),
+    )
+
+
+def _short(cohort: str) -> str:
+    """Abbreviate a name of several words, for which a cell has no room."""
+    words = cohort.split()
+    return cohort if len(cohort) <= 14 else "".join(word[0].upper() for word in words)
 
 
 def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Figure | None:

@@ -32,7 +32,7 @@ def test_bars_join_what_does_not_differ() -> None:
 
 def test_ranks_are_drawn_for_three_detectors_and_not_for_two() -> None:
     subjects = scans().assign(source_image="x", lesion_volume_mm3=np.nan)
-    analyses = analyse(subjects.assign(n_brain_voxels=1e6, n_lesion_voxels=0), [], seed=0)
+    analyses = analyse(subjects.assign(n_brain_voxels=1e6, n_lesion_voxels=0), {}, [], seed=0)
     figure = rank_plot(subjects, analyses.comparison, COLOURS)
     svg = ET.fromstring(figure.svg)  # noqa: S314
     circles = [element for element in svg.iter() if element.tag.endswith("circle")]
@@ -45,7 +45,7 @@ def test_ranks_are_drawn_for_three_detectors_and_not_for_two() -> None:
 
 def test_ages_are_drawn_where_they_were_modelled() -> None:
     subjects = cohort(0).assign(source_image=[f"{k}" for k in range(200)], auprc=np.nan, sensitivity=np.nan)
-    analyses = analyse(subjects, ["sex", "age"], seed=0)
+    analyses = analyse(subjects, {}, ["sex", "age"], seed=0)
     assert set(analyses.disparities["factor"]) == {"sex", "age"}
     (figure,) = analysis_figures(subjects, analyses, COLOURS)
     assert figure.name == "bias_age"

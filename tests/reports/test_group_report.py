@@ -29,7 +29,9 @@ def study(tmp_path_factory):
     write_cohort(root, root, n_voxels=20_000)
     (root / "sub-01.html").write_text("report")
     evaluation, people = assess(root)
-    write_group_report(root, evaluation, analyse(evaluation.subjects, (), seed=0), people)
+    write_group_report(
+        root, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
+    )
     return root
 
 
@@ -63,7 +65,7 @@ def test_the_page_is_whole_and_alone(study):
     for anchor in anchors:
         assert f'id="{anchor}"' in page
     files = {link for link in parser.links if not link.startswith("#")}
-    names = ("benchmark", "subjects", "comparison", "strata", "disparities", "bias")
+    names = ("benchmark", "subjects", "comparison", "strata", "disparities", "thresholds", "bias")
     assert files == {"sub-01.html", *(f"group_{name}.tsv" for name in names)}
 
 
@@ -86,6 +88,7 @@ def test_figures_are_valid_svg_with_working_links(study):
         "fpr_healthy",
         "precision_recall",
         "score_histograms",
+        "thresholds",
     ]
     for figure in figures:
         root = ET.fromstring(figure.read_text())  # noqa: S314
@@ -120,7 +123,7 @@ def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier run")
     page = write_group_report(
-        tmp_path, evaluation, analyse(evaluation.subjects, (), seed=0), people
+        tmp_path, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
     ).read_text()
     assert 'id="dice"' not in page
     assert not stale.exists()
@@ -131,7 +134,7 @@ def test_nobody_usable_still_gives_a_page(tmp_path):
     Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
     evaluation, people = assess(tmp_path)
     page = write_group_report(
-        tmp_path, evaluation, analyse(evaluation.subjects, (), seed=0), people
+        tmp_path, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
     ).read_text()
     assert "There is no participants.tsv" in page
     assert "no scan with a lesion" in page
@@ -143,7 +146,7 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     table.write_text(table.read_text().replace("stroke", "<script>alert(1)</script>"))
     evaluation, people = assess(tmp_path)
     subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
-    analyses = analyse(subjects, ["pathology"], seed=0)
+    analyses = analyse(subjects, evaluation.cohort_curves, ["pathology"], seed=0)
     page = write_group_report(tmp_path, evaluation, analyses, people).read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
