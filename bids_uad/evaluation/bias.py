@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ MIN_PER_COEFFICIENT = 5
 MIN_PER_LEVEL = 5
 MIN_RANDOM_LEVELS = 6
 """With fewer scanners their spread cannot be estimated, and each gets a coefficient."""
+NO_SPREAD = 2e-3
+"""Variance between scanners, as a share of that within, below which there is none."""
 MAX_EXPLAINED = 0.9
 """Share of a covariate's variance that the others may explain (a variance inflation of ten)."""
 CONFIDENCE = 0.95
@@ -51,7 +53,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "model": {
         "Description": "How it was fitted",
         "Levels": {
-            LINEAR: "Ordinary least squares, heteroscedasticity-robust (HC3) intervals, t distribution",
+            LINEAR: "Ordinary least squares, heteroscedasticity-robust (HC3) intervals, t distribution; also "
+            "where many scanners show no spread",
             MIXED: "Mixed model with a random intercept for each scanner (REML)",
         },
     },
@@ -390,6 +393,15 @@ def _fit_mixed(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any
         # Scanners that do not differ have a spread of zero, the edge of what it can be.
         warnings.simplefilter("ignore", (ConvergenceWarning, SingularMatrixWarning))
         result = model.fit(reml=True)
+    variance = max(float(np.asarray(result.cov_re)[0, 0]), 0.0)
+    p = _spread_p(design, matrix)
+    spread = _row(
+        design, "scanner (spread)", "standard deviation", MIXED, np.sqrt(variance), np.nan, np.nan, p
+    )
+    if variance < NO_SPREAD * result.scale:
+        # The likelihood has no curvature to take intervals from, and there is nothing to allow for.
+        rows, effects = _fit_linear(replace(design, scanners=None))
+        return [*rows, spread], effects
     first = matrix.shape[1]
     covariance = np.asarray(result.cov_params())[:first, :first]
     rows = []
@@ -407,19 +419,7 @@ def _fit_mixed(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any
                 result.pvalues[k],
             )
         )
-    spread = float(np.sqrt(max(np.asarray(result.cov_re)[0, 0], 0.0)))
-    rows.append(
-        _row(
-            design,
-            "scanner (spread)",
-            "standard deviation",
-            MIXED,
-            spread,
-            np.nan,
-            np.nan,
-            _spread_p(design, matrix),
-        )
-    )
+    rows.append(spread)
     residuals = design.y - matrix @ np.asarray(result.fe_params)
     margin = stats.norm.ppf(0.5 + CONFIDENCE / 2)
     return rows, _effects(design, np.asarray(result.fe_params), covariance, margin, residuals)

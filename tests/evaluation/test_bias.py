@@ -139,7 +139,11 @@ def test_scanners_that_do_not_differ_have_no_spread() -> None:
     assert table.loc["scanner (spread)", "p"] == pytest.approx(with_scanners.compare_f_test(linear)[1])
     assert table.loc["scanner (spread)", "p"] > 0.05
     assert table.loc["scanner (spread)", "estimate"] < 0.1
-    assert table.loc["age", "estimate"] == pytest.approx(linear.params["decades"], abs=0.01)
+    robust = smf.ols("y ~ decades + male + volume", by_hand(scans)).fit(cov_type="HC3", use_t=True)
+    row = table.loc["age"]
+    assert row["model"] == LINEAR
+    assert row["estimate"] == pytest.approx(robust.params["decades"])
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(robust.conf_int().loc["decades"]))
 
 
 def test_what_was_injected_is_found_and_nothing_else() -> None:
