@@ -18,7 +18,7 @@ from bids_uad.simulation.__main__ import main as simulate
 
 CPU = torch.device("cpu")
 TRAINING_SUBJECTS, TEST_SUBJECTS, VOLUMES = 4, 2, 10
-STEPS = {"rd": 600, "uniad": 600, "fae": 900}  # what learns to restore deep features needs longer
+STEPS = {"rd": 600, "uniad": 600}  # a student of three maps and a transformer need longer
 OTHER_STEPS = 300
 SLAB = 12  # slices scored on either side of what was planted
 
