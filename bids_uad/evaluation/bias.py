@@ -13,6 +13,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
+from bids_uad.evaluation.bootstrap import CONFIDENCE
 from bids_uad.evaluation.comparison import corrected
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 
@@ -28,7 +29,6 @@ NO_SPREAD = 2e-3
 """Variance between scanners, as a share of that within, below which there is none."""
 MAX_EXPLAINED = 0.9
 """Share of a covariate's variance that the others may explain (a variance inflation of ten)."""
-CONFIDENCE = 0.95
 SEXES = {"m": 0.5, "male": 0.5, "f": -0.5, "female": -0.5}
 
 LINEAR = "linear, HC3"
@@ -212,11 +212,6 @@ class Design:
     scanners: pd.Series | None
     remarks: list[str]
 
-    @property
-    def mixed(self) -> bool:
-        """Whether there are scanners enough for a random effect."""
-        return self.scanners is not None and self.scanners.nunique() >= MIN_RANDOM_LEVELS
-
 
 def make_design(scans: pd.DataFrame, outcome: str) -> Design:
     """Bring scans into the shape of a regression.
@@ -268,15 +263,18 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
         raise NotModelledError(
             f"{what} are not modelled: neither age, sex, brain volume nor scanner is known or varies."
         )
-    fixed_levels = (
-        0 if scanners is None or scanners.nunique() >= MIN_RANDOM_LEVELS else scanners.nunique() - 1
-    )
+    fixed_levels = 0 if scanners is None or _enough(scanners) else scanners.nunique() - 1
     wanted = max(MIN_PARTICIPANTS, MIN_PER_COEFFICIENT * (1 + len(names) + fixed_levels))
     _refuse_few(len(table), wanted, what)
     means = {name: float(table[name].mean()) for name in names}
     x = (table[names] - pd.Series(means, dtype=float)).reset_index(drop=True)
     _refuse_confounded(x, scanners, what)
     return Design(outcome, table["y"].to_numpy(float), x, means, used, scanners, remarks)
+
+
+def _enough(scanners: pd.Series) -> bool:
+    """Say whether there are scanners enough for a random effect."""
+    return scanners.nunique() >= MIN_RANDOM_LEVELS
 
 
 def _refuse_few(found: int, wanted: int, what: str) -> None:
@@ -348,7 +346,8 @@ def fit(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     effects : list of dict
         Fields of `Effect` from `term` on.
     """
-    return _fit_mixed(design) if design.mixed else _fit_linear(design)
+    mixed = design.scanners is not None and _enough(design.scanners)
+    return _fit_mixed(design) if mixed else _fit_linear(design)
 
 
 def _fit_linear(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bids_uad.evaluation.bootstrap import bootstrap_interval
+from bids_uad.evaluation.bootstrap import CONFIDENCE, bootstrap_interval
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 
 OUTCOMES = {"fpr": HEALTHY, "dice": LESION, "sensitivity": LESION}
@@ -18,7 +18,6 @@ QUARTILES = ("1st quarter", "2nd quarter", "3rd quarter", "4th quarter")
 MAX_LEVELS = 8
 """A column of numbers with more values than this is cut at its quartiles, the lowest first."""
 MIN_PARTICIPANTS = 3
-CONFIDENCE = 0.95
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
