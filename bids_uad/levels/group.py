@@ -20,8 +20,10 @@ from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.reports.boilerplate import write_citation
 from bids_uad.reports.group import write_group_report
 from bids_uad.reports.group_console import benchmark_table
+from bids_uad.reports.group_methods import group_methods_text
 
 if TYPE_CHECKING:
     from bids_uad.config import RunConfig
@@ -38,7 +40,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
     of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
     `group_strata`, `group_disparities`, `group_thresholds`, `group_bias` and `participants` (each .tsv and
-    .json), `group.html` and `group/figures`.
+    .json), `group.html`, `group/figures` and `logs/CITATION_group`.
 
     Parameters
     ----------
@@ -99,6 +101,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     for name, (table, what, columns) in analyses.tables.items():
         write_tsv(output_dir / f"group_{name}.tsv", table)
         _write_columns(output_dir / f"group_{name}.json", what, columns)
+    methods = group_methods_text(evaluation, analyses, seed=config.random_seed)
+    write_citation(output_dir, methods, "CITATION_group")
     report = write_group_report(output_dir, evaluation, analyses, participants)
 
     console.print(benchmark_table(evaluation.benchmark))

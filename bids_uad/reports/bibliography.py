@@ -10,7 +10,7 @@ _FIELD = re.compile(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", re.MULTILINE)
 # [@key], [@one; @two] or [words; @key]; and a bare @key.
 _CITATION = re.compile(r"\[([^\[\]]*@[\w:-]+[^\[\]]*)\]|(?<![\w.])@([A-Za-z][\w:-]*)")
 _KEY = re.compile(r"@([\w:-]+)")
-_ACCENTS = {r"{\"e}": "ë", r"{\"o}": "ö", r"{\u{a}}": "ă"}
+_ACCENTS = {r"{\"e}": "ë", r"{\"o}": "ö", r"{\'e}": "é", r"{\u{a}}": "ă", r"{\v{c}}": "č", r"{\v{s}}": "š"}
 
 
 def read_entries(bibtex: str) -> dict[str, dict[str, str]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from bids_uad import __version__
 from bids_uad.atomic import write_text
+from bids_uad.reports.bibliography import read_entries
 from bids_uad.reports.group_text import detector_name
 
 THRESHOLD_NAMES = {
@@ -20,7 +22,10 @@ THRESHOLD_NAMES = {
     "fpr_1pct": "1 % false positives in healthy validation brains",
     "fpr_5pct": "5 % false positives in healthy validation brains",
 }
-_PANDOC_SECONDS = 30
+REGION_SOURCES = {"LPBA40": "LPBA40 [@lpba40]", "TZO116": "TZO116 [@tzo116]"}
+SYNTHSEG_MAPS = "training_seg_"
+"""What the label maps of SynthSeg's training are called."""
+_PANDOC_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class UsedModel:
         The fixed threshold.
     threshold_name : str
         How it was fixed, such as ``max_dice``.
+    training : mapping
+        Cohort it has learnt from: `training` of its ``bundle.json``.
     """
 
     detector: str
@@ -42,6 +49,7 @@ class UsedModel:
     preset: str
     threshold: float
     threshold_name: str
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def assets() -> Traversable:
@@ -59,6 +67,11 @@ def assets() -> Traversable:
     raise FileNotFoundError("the methods text's fragments are not installed with bids_uad")
 
 
+def bibliography() -> dict[str, dict[str, str]]:
+    """Read ``bids_uad.bib``: fields by citation key."""
+    return read_entries((assets() / "bids_uad.bib").read_text(encoding="utf-8"))
+
+
 def threshold_words(name: str) -> str:
     """Say how a threshold was fixed."""
     return THRESHOLD_NAMES.get(name, name)
@@ -70,6 +83,7 @@ def methods_text(
     stand_in: bool,
     preprocessing: str | None = None,
     ground_truth: bool = False,
+    parcellations: Sequence[str] = (),
     version: str = __version__,
 ) -> str:
     """Write the methods section of a run.
@@ -85,6 +99,8 @@ def methods_text(
         summary.
     ground_truth : bool
         Whether lesion masks were given.
+    parcellations : sequence of str
+        Of the atlas, by whose regions components are named.
     version : str
         Version of bids_uad.
 
@@ -93,24 +109,46 @@ def methods_text(
     str
         Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``.
     """
-    parts = [_fragment("introduction", version=version)]
+    parts = [fragment("introduction", version=version)]
     told = (preprocessing or "").strip()
-    parts.append(f"**Preprocessing.** {told}" if told else _fragment("preprocessing"))
-    parts.append(_fragment("reference_standin" if stand_in else "reference_atlas"))
+    parts.append(f"**Preprocessing.** {told}" if told else fragment("preprocessing"))
+    parts.append(fragment("reference_standin" if stand_in else "reference_atlas"))
+    parts.append(fragment("quality"))
     if models:
         names = list(dict.fromkeys(model.detector for model in models))
-        parts.append(_fragment("detection", detectors=_detector_list(models)))
+        parts.append(fragment("detection", detectors=_detector_list(models)))
         protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
-        parts.extend(_fragment(f"protocol_{name}") for name in sorted(protocols))
+        parts.extend(fragment(f"protocol_{name}") for name in sorted(protocols))
         parts.extend(_detector_fragment(name) for name in names)
-        parts.append(_fragment("thresholds", thresholds=_threshold_list(models)))
+        parts.extend(_training(models))
+        parts.append(fragment("thresholds", thresholds=threshold_list(models)))
+        if parcellations:
+            sources = [REGION_SOURCES.get(name, name) for name in parcellations]
+            parts.append(fragment("regions", parcellations=" and ".join(sources)))
     if ground_truth:
-        parts.append(_fragment("ground_truth"))
-    parts.append(_fragment("software"))
+        parts.append(fragment("ground_truth"))
+    parts += [fragment("software"), fragment("copyright")]
     return "\n\n".join(parts) + "\n"
 
 
-def write_citation(out_dir: Path, text: str) -> list[Path]:
+def fragment(name: str, /, **values: str) -> str:
+    """Read a piece of methods text and fill it in.
+
+    Parameters
+    ----------
+    name : str
+        File in ``boilerplate/methods``.
+    **values : str
+        What stands for each ``$name``; a name that is not given is that of a package, whose version it is.
+    """
+    template = Template((assets() / "methods" / f"{name}.md").read_text(encoding="utf-8"))
+    versions = {
+        package: metadata.version(package) for package in template.get_identifiers() if package not in values
+    }
+    return template.substitute(values | versions).strip()
+
+
+def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Path]:
     """Write the methods text into ``logs/``, beside its bibliography.
 
     Parameters
@@ -119,51 +157,59 @@ def write_citation(out_dir: Path, text: str) -> list[Path]:
         Root of the derivative dataset.
     text : str
         From `methods_text`.
+    name : str
+        Of the files; the bibliography is ``CITATION.bib`` for all of them.
 
     Returns
     -------
     list of pathlib.Path
-        ``CITATION.md``, ``CITATION.bib`` and, where pandoc is installed and works, ``CITATION.html``.
+        ``CITATION.md``, ``CITATION.bib`` and, where pandoc is installed and works, ``CITATION.html`` and
+        ``CITATION.tex``.
     """
     logs = Path(out_dir) / "logs"
-    bibliography = write_text(logs / "CITATION.bib", (assets() / "bids_uad.bib").read_text(encoding="utf-8"))
-    written = [write_text(logs / "CITATION.md", text), bibliography]
-    page = logs / "CITATION.html"
-    # A page of an earlier run must not stay beside a newer text.
-    page.unlink(missing_ok=True)
-    html = _pandoc(text, bibliography)
-    if html is not None:
-        written.append(write_text(page, html))
+    references = write_text(logs / "CITATION.bib", (assets() / "bids_uad.bib").read_text(encoding="utf-8"))
+    written = [write_text(logs / f"{name}.md", text), references]
+    for kind in ("html", "tex"):
+        page = logs / f"{name}.{kind}"
+        # A page of an earlier run must not stay beside a newer text.
+        page.unlink(missing_ok=True)
+        content = _pandoc(text, kind, references)
+        if content is not None:
+            written.append(write_text(page, content))
     return written
 
 
-def _pandoc(text: str, bibliography: Path) -> str | None:
+def _pandoc(text: str, kind: str, references: Path) -> str | None:
     """Let pandoc make a page; None unless it is installed and gives a whole one."""
     pandoc = shutil.which("pandoc")
     if pandoc is None:
         return None
-    command = [pandoc, "--standalone", "--citeproc", "--bibliography", str(bibliography)]
-    command += ["--metadata", "pagetitle=bids_uad methods", "--from", "markdown", "--to", "html"]
+    style, to, end = {
+        "html": ("--citeproc", "html", "</body>"),
+        "tex": ("--natbib", "latex", r"\end{document}"),
+    }[kind]
+    command = [pandoc, "--standalone", style, "--bibliography", references.name]
+    command += ["--metadata", "pagetitle=bids_uad methods", "--from", "markdown", "--to", to]
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=_PANDOC_SECONDS, check=False
+            command,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=_PANDOC_SECONDS,
+            check=False,
+            cwd=references.parent,
         )
     except subprocess.TimeoutExpired:
         return None
     # Report assemblers look for the body and fall over a fragment.
-    whole = done.returncode == 0 and "<body" in done.stdout and "</body>" in done.stdout
-    return done.stdout if whole else None
-
-
-def _fragment(name: str, /, **values: str) -> str:
-    text = (assets() / "methods" / f"{name}.md").read_text(encoding="utf-8")
-    return Template(text).substitute(values).strip()
+    return done.stdout if done.returncode == 0 and end in done.stdout else None
 
 
 def _detector_fragment(detector: str) -> str:
     if (assets() / "methods" / f"{detector}.md").is_file():
-        return _fragment(detector)
-    return _fragment("other_detector", name=detector_name(detector))
+        return fragment(detector)
+    return fragment("other_detector", name=detector_name(detector))
 
 
 def _detector_list(models: Sequence[UsedModel]) -> str:
@@ -174,7 +220,28 @@ def _detector_list(models: Sequence[UsedModel]) -> str:
     return f"The following {noun} applied: {', '.join(used)}"
 
 
-def _threshold_list(models: Sequence[UsedModel]) -> str:
+def _training(models: Sequence[UsedModel]) -> list[str]:
+    """Say whom the models have learnt from, those with the same cohort together."""
+    told: dict[str, list[str]] = {}
+    anatomies: set[str] = set()
+    for model in models:
+        if not model.training:
+            continue
+        cohort = model.training
+        words = f"{cohort['n_scans']} scans of {cohort['n_subjects']} people ({cohort['source']})"
+        told.setdefault(words, []).append(f"{detector_name(model.detector)} on {model.modality}")
+        anatomies.update(cohort["anatomies"] or ())
+    if not told:
+        return []
+    cohorts = "; ".join(f"{words}: {', '.join(who)}" for words, who in told.items())
+    parts = [fragment("training", cohorts=cohorts)]
+    if any(name.startswith(SYNTHSEG_MAPS) for name in anatomies):
+        parts.append(fragment("training_synthseg"))
+    return parts
+
+
+def threshold_list(models: Sequence[UsedModel]) -> str:
+    """Name each model's threshold and how it was fixed."""
     return "; ".join(
         f"{detector_name(model.detector)} on {model.modality}: {model.threshold:.4g} "
         f"({threshold_words(model.threshold_name)})"

@@ -20,6 +20,8 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
+from bids_uad.reports.bibliography import methods_html
+from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.group_analyses import ALPHA, analysis_figures
 from bids_uad.reports.group_figures import detector_colours, group_figures
 from bids_uad.reports.group_text import detector_name, fixed, interval
@@ -32,7 +34,7 @@ MAX_SCAN_ROWS = 1000
 def write_group_report(
     out_dir: str | Path, evaluation: Evaluation, analyses: Analyses, participants: Participants
 ) -> Path:
-    """Write `group.html` and the single figures in `group/figures`.
+    """Write `group.html` and the single figures in `group/figures`; the methods text is taken from `logs`.
 
     Parameters
     ----------
@@ -52,6 +54,7 @@ def write_group_report(
     """
     root = Path(out_dir)
     folder = root / "group" / "figures"
+    text = root / "logs" / "CITATION_group.md"
     colours = detector_colours(evaluation)
     further = analysis_figures(evaluation.subjects, analyses, colours)
     alone = [*further, *group_figures(evaluation, link_prefix="../../")]
@@ -93,6 +96,7 @@ def write_group_report(
         definitions=[
             (name, column["Description"]) for name, column in BENCHMARK_COLUMNS.items() if "_ci_" not in name
         ],
+        methods=methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
     )
     return write_text(root / "group.html", page + "\n")
 

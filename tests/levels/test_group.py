@@ -61,6 +61,8 @@ def test_writes_tables_that_describe_themselves(study):
     assert "group.html" in text
     assert max(map(len, text.splitlines()[:20])) <= 80
     assert {path.suffix for path in (out / "group" / "figures").iterdir()} == {".svg"}
+    assert "[@bootstrap]" in (out / "logs" / "CITATION_group.md").read_text()
+    assert 'id="ref-bootstrap"' in (out / "group.html").read_text()
     assert not list(out.rglob(".*"))
 
 

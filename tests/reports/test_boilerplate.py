@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
+from dataclasses import replace
+from importlib import metadata, resources
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from bids_uad.dataset.participants import read_participants
+from bids_uad.engine.bundle import PACKAGED, load_bundle
+from bids_uad.evaluation.analyses import analyse
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.bias import LINEAR, MIXED, Bias
+from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.preprocessing.external import PROGRAMS
 from bids_uad.reports import boilerplate
 from bids_uad.reports.bibliography import cited_keys, entry_html, methods_html, read_entries
-from bids_uad.reports.boilerplate import UsedModel, assets, methods_text, write_citation
+from bids_uad.reports.boilerplate import UsedModel, assets, bibliography, methods_text, write_citation
+from bids_uad.reports.group_methods import group_methods_text
+from tests.evaluation.fake_tables import write_cohort
 
+WITHOUT_DOI = {"niworkflows", "nireports", "sklearn", "holm", "demsar"}
 MODELS = [
     UsedModel("disyre", "T1w", "lite", 0.03125, "max_dice"),
     UsedModel("patchcore", "T2w", "lite", 0.84, "fpr_1pct"),
@@ -19,14 +31,11 @@ MODELS = [
 ]
 
 
-def entries():
-    return read_entries((assets() / "bids_uad.bib").read_text(encoding="utf-8"))
-
-
 def test_every_entry_is_read_whole():
     text = (assets() / "bids_uad.bib").read_text(encoding="utf-8")
-    found = entries()
+    found = bibliography()
     assert len(found) == len(re.findall(r"^@\w+\{", text, re.MULTILINE)) == len(set(found))
+    assert {key for key, entry in found.items() if "doi" not in entry} == WITHOUT_DOI
     for key, entry in found.items():
         assert {"author", "title", "year"} <= set(entry), key
         assert re.fullmatch(r"10\.\d{4,}/\S+", entry["doi"]) if "doi" in entry else "url" in entry, key
@@ -36,7 +45,7 @@ def test_every_entry_is_read_whole():
 @pytest.mark.parametrize("stand_in", [True, False])
 def test_all_citations_of_the_methods_text_resolve(stand_in):
     text = methods_text(MODELS, stand_in=stand_in, ground_truth=True)
-    assert set(cited_keys(text)) <= set(entries())
+    assert set(cited_keys(text)) <= set(bibliography())
     assert ("icbm152" in cited_keys(text)) == stand_in
     assert "$" not in text
 
@@ -47,8 +56,11 @@ def test_all_citations_in_the_package_resolve():
     cited = set(cited_keys("\n".join(re.findall(r"\[[^\[\]\n]*@[^\[\]\n]*\]", text))))
     for source in (package / "methods").glob("*.py"):
         cited |= set(re.findall(r'citation: ClassVar\[str\] = "(\w+)"', source.read_text(encoding="utf-8")))
-    assert cited
-    assert cited <= set(entries())
+    for source in (Path(str(assets())) / "methods").glob("*.md"):
+        cited |= set(cited_keys(source.read_text(encoding="utf-8")))
+    cited |= set(cited_keys(" ".join(boilerplate.REGION_SOURCES.values())))
+    cited |= {program.citation for program in PROGRAMS.values()}
+    assert cited == set(bibliography())
 
 
 def test_methods_text_names_models_and_thresholds():
@@ -68,6 +80,61 @@ def test_methods_text_tells_the_published_protocol_from_ours():
     assert "4 x 4 x 4 voxels" in text
     assert "3 x 3 x 3" not in text
     assert "3 x 3 x 3" in methods_text([paper, *MODELS], stand_in=False)
+
+
+def test_methods_text_names_versions_training_and_regions():
+    bundle = load_bundle(PACKAGED / "disyre-T1w-lite")
+    models = [
+        UsedModel(name, "T1w", "lite", 0.1, "max_dice", bundle.info["training"]) for name in ("disyre", "rd")
+    ]
+    text = methods_text(models, stand_in=False, parcellations=["LPBA40", "Own"])
+    assert "80 scans of 80 people (Synthetic brains, seed 1): Disyre on T1w, RD on T1w." in text
+    assert "[@synthseg]" in text
+    assert "regions of LPBA40 [@lpba40] and Own that" in text
+    for package in ("nipype", "torch", "antspyx", "scipy"):
+        assert f" {metadata.version(package)} [@" in text
+    bare = methods_text(MODELS, stand_in=False)
+    assert "Training" not in bare
+    assert "regions of" not in bare
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cohort")
+    write_cohort(root, root, n_voxels=20_000)
+    return evaluate(root, find_metrics_tables(root), read_participants(root), seed=0)
+
+
+def test_group_text_tells_what_was_asked(cohort):
+    analyses = analyse(cohort.subjects, cohort.cohort_curves, ("lesion load",), seed=3)
+    text = group_methods_text(cohort, analyses, seed=3)
+    assert set(cited_keys(text)) <= set(bibliography())
+    assert "$" not in text
+    images = cohort.subjects["source_image"].nunique()
+    assert f"{images} images of {cohort.subjects['participant_id'].nunique()} participants" in text
+    assert "(2000 resamples, seed 3)" in text
+    assert "@wilcoxon" in text
+    assert "Disyre on T1w: " in text
+    # Too few participants for a model, and no strata asked for.
+    assert "@statsmodels" not in text
+    assert "@hedges" not in text
+
+
+def test_group_text_tells_which_models_of_bias_there_were(cohort):
+    analyses = analyse(cohort.subjects, cohort.cohort_curves, (), seed=0)
+    rows = [
+        {"term": term, "model": model}
+        for term, model in (("age", LINEAR), ("scanner: A", LINEAR), ("scanner (spread)", MIXED))
+    ]
+    strata = pd.DataFrame({"factor": ["sex", "age", "sex", "scanner"]})
+    asked = replace(analyses, strata=strata, bias=Bias(pd.DataFrame(rows), [], []))
+    text = group_methods_text(cohort, asked, seed=0)
+    assert "divided by sex, age and scanner," in text
+    assert "modelled by age and scanner," in text
+    assert {"hc3", "mixed", "hedges", "statsmodels"} <= set(cited_keys(text))
+    assert "mixed" not in cited_keys(
+        group_methods_text(cohort, replace(asked, bias=Bias(pd.DataFrame(rows[:2]), [], [])), seed=0)
+    )
 
 
 def test_preprocessing_tells_its_own_story_where_it_can():
@@ -102,6 +169,8 @@ def test_citation_files_are_written(tmp_path, monkeypatch):
 
     written = write_citation(tmp_path, "Text [@n4].\n")
 
+    write_citation(tmp_path, "Text of the group.\n", "CITATION_group")
+    (tmp_path / "logs" / "CITATION_group.md").unlink()
     assert sorted(path.name for path in written) == ["CITATION.bib", "CITATION.md"]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["CITATION.bib", "CITATION.md"]
     assert (tmp_path / "logs" / "CITATION.md").read_text() == "Text [@n4].\n"
@@ -111,9 +180,9 @@ def test_citation_files_are_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "made"),
     [
-        ("cat >/dev/null; echo '<html><body>whole</body></html>'", True),
+        ("cat >/dev/null; echo '<html><body>whole</body></html> \\\\end{document}'", True),
         ("cat >/dev/null; echo '<p>a fragment</p>'", False),
-        ("cat >/dev/null; echo '<html><body></body></html>'; exit 3", False),
+        ("cat >/dev/null; echo '<html><body></body></html> \\\\end{document}'; exit 3", False),
     ],
 )
 def test_page_is_written_only_if_pandoc_makes_a_whole_one(tmp_path, monkeypatch, script, made):
@@ -122,7 +191,8 @@ def test_page_is_written_only_if_pandoc_makes_a_whole_one(tmp_path, monkeypatch,
     pandoc.chmod(0o755)
     monkeypatch.setattr(boilerplate.shutil, "which", lambda name: str(pandoc))
     write_citation(tmp_path, "Text\n")
-    assert (tmp_path / "logs" / "CITATION.html").is_file() == made
+    for kind in ("html", "tex"):
+        assert (tmp_path / "logs" / f"CITATION.{kind}").is_file() == made
 
 
 def test_assets_are_found_inside_the_package_first(tmp_path, monkeypatch):

@@ -252,6 +252,7 @@ def _methods(
             preset=bundle.preset,
             threshold=bundle.default_threshold[1],
             threshold_name=bundle.default_threshold[0],
+            training=bundle.info["training"],
         )
         for bundle in bundles
     ]
@@ -260,6 +261,7 @@ def _methods(
         stand_in=bool(reference.metadata.get("StandIn")),
         preprocessing=preprocessing,
         ground_truth=any(task.lesion is not None for task in tasks),
+        parcellations=list(reference.parcellations),
     )
 
 

@@ -1,0 +1,83 @@
+"""The methods text of a group analysis: what was asked of this cohort, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from bids_uad import __version__
+from bids_uad.evaluation.analyses import Analyses
+from bids_uad.evaluation.benchmark import ALL, Evaluation
+from bids_uad.evaluation.bias import LINEAR, MIXED, PRIOR_VOXELS
+from bids_uad.evaluation.bootstrap import N_RESAMPLES
+from bids_uad.evaluation.subjects import HEALTHY, LESION
+from bids_uad.reports.boilerplate import UsedModel, fragment, threshold_list
+
+
+def group_methods_text(evaluation: Evaluation, analyses: Analyses, *, seed: int) -> str:
+    """Write the methods section of a group analysis.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    analyses : Analyses
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    str
+        Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``. Only what the cohort had data
+        for is told.
+    """
+    images = evaluation.subjects.drop_duplicates("source_image")
+    roles = images["role"].value_counts()
+    parts = [
+        fragment(
+            "group_introduction",
+            version=__version__,
+            images=str(len(images)),
+            participants=str(images["participant_id"].nunique()),
+            lesion=str(roles.get(LESION, 0)),
+            healthy=str(roles.get(HEALTHY, 0)),
+        ),
+        fragment(
+            "group_benchmark",
+            thresholds=threshold_list(_models(evaluation.benchmark)),
+            resamples=f"{N_RESAMPLES}",
+            seed=str(seed),
+        ),
+    ]
+    if len(analyses.comparison):
+        parts.append(fragment("group_comparison"))
+    if len(analyses.strata):
+        factors = list(dict.fromkeys(analyses.strata["factor"]))
+        parts.append(fragment("group_strata", factors=_and(factors)))
+    if len(analyses.thresholds):
+        parts.append(fragment("group_thresholds"))
+    parts += _bias(analyses.bias.coefficients)
+    parts += [fragment("group_software"), fragment("copyright")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models(benchmark: pd.DataFrame) -> list[UsedModel]:
+    overall = benchmark[benchmark["cohort"] == ALL]
+    names = ["detector", "modality", "preset", "threshold", "threshold_name"]
+    return [UsedModel(**row) for row in overall[names].to_dict(orient="records")]
+
+
+def _bias(coefficients: pd.DataFrame) -> list[str]:
+    if coefficients.empty:
+        return []
+    # 'scanner: A' and 'scanner (spread)' are both the scanner.
+    covariates = list(dict.fromkeys(coefficients["term"].str.replace(r"^scanner\b.*", "scanner", regex=True)))
+    parts = [fragment("group_bias", prior=f"{PRIOR_VOXELS:g}", covariates=_and(covariates))]
+    for model, name in ((LINEAR, "group_bias_linear"), (MIXED, "group_bias_mixed")):
+        if (coefficients["model"] == model).any():
+            parts.append(fragment(name))
+    return parts
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
