@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from itertools import chain, permutations, product
+
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
 from bids_uad.calibration.histogram import score_counts
@@ -69,27 +72,69 @@ def test_nothing_there_and_nothing_found_is_dice_one_and_reported():
     assert confusion(*counts, 1).dice == 0
 
 
-def test_average_precision_is_scikit_learns_on_bin_values():
-    generator = np.random.default_rng(0)
-    edges = np.linspace(0, 1, 12)
-    truth = generator.random(4000) < 0.05
-    scores = generator.choice(edges[1:], 4000) * np.where(truth, 1, generator.random(4000) < 0.6)
-    values = edges[np.maximum(np.searchsorted(edges, scores, side="left") - 1, 0)]
-    found = average_precision(*binned(scores, truth, edges))
-    assert found == pytest.approx(average_precision_score(truth, values), abs=1e-12)
+def test_average_precision_is_the_mean_over_all_orders_within_bins():
+    n_lesion, n_nonlesion = np.array([1, 2, 1, 2]), np.array([2, 2, 0, 1])
+    bins = [[True] * k + [False] * rest for k, rest in zip(n_lesion, n_nonlesion, strict=True)]
+    found = []
+    for orders in product(*(set(permutations(truth)) for truth in bins[1:])):
+        truth = [*bins[0], *chain.from_iterable(orders)]
+        # The lowest bin is tied, all others are strictly ordered.
+        scores = [0.0] * len(bins[0]) + list(range(1, len(truth) - len(bins[0]) + 1))
+        found.append(average_precision_score(truth, scores))
+    assert len(found) == 6 * 1 * 3
+    assert average_precision(n_nonlesion, n_lesion) == pytest.approx(np.mean(found), abs=1e-12)
 
 
-def test_the_bins_of_a_bundle_give_average_precision_of_the_continuous_scores():
-    generator = np.random.default_rng(1)
-    truth = generator.random(60_000) < 0.02
-    scores = np.where(truth, generator.beta(4, 6, 60_000), generator.beta(1.2, 9, 60_000))
+def test_average_precision_of_one_voxel_per_bin_is_scikit_learns():
+    truth = np.random.default_rng(0).random(300) < 0.2
+    expected = average_precision_score(truth, np.arange(300))
+    assert average_precision((~truth).astype(int), truth.astype(int)) == pytest.approx(expected, abs=1e-12)
+
+
+def score_field(seed, size, contrast, floor):
+    """A median-filtered map as detectors make it: smooth noise, bright edges, a lesion of uneven scores."""
+    generator = np.random.default_rng(seed)
+    shape = (48, 48, 48)
+    noise = ndimage.gaussian_filter(generator.normal(size=shape), 1.5) * 6
+    edges = ndimage.gaussian_gradient_magnitude(ndimage.gaussian_filter(generator.normal(size=shape), 6), 1)
+    distance = ndimage.gaussian_filter(generator.normal(size=shape), 3) * 8
+    distance += np.linalg.norm(np.indices(shape) - generator.integers(16, 32, (3, 1, 1, 1)), axis=0)
+    lesion = distance <= np.sort(distance, axis=None)[size - 1]
+    raised = lesion * contrast * generator.gamma(2, 0.5, shape)
+    scores = np.exp(0.7 * noise + edges / edges.std() / 4 + raised) / 20
+    return ndimage.median_filter(np.maximum(scores - floor, 0).astype(np.float32), 3), lesion
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.15], ids=["no zeros", "mostly zeros"])
+def test_bins_of_a_bundle_give_the_numbers_of_single_voxels(floor):
+    """Within 1e-3 of scikit-learn and of a loop over thresholds, on scans calibration has not seen."""
     estimator = ThresholdEstimator()
-    estimator.add(scores[:20_000], np.ones(20_000, bool), truth[:20_000])
+    for seed in range(3):
+        healthy, _ = score_field(seed, 10, 0.0, floor)
+        estimator.add(healthy, np.ones(healthy.shape, bool), None)
+        scores, lesion = score_field(10 + seed, 1500, 1.0 + seed / 2, floor)
+        estimator.add(scores, np.ones(scores.shape, bool), lesion)
     edges = estimator.bin_edges()[:-1]
-    found = average_precision(*binned(scores, truth, edges))
-    # Voxels of a bin are tied, which can only cost precision.
-    reference = average_precision_score(truth, scores)
-    assert reference - 2e-3 < found < reference
+    fixed = estimator.thresholds()["max_dice"]
+    maps = [
+        score_field(20 + k, *how, floor) for k, how in enumerate([(3000, 1.6), (6000, 1.4), (12000, 1.2)])
+    ]
+    assert (floor > 0) == (np.mean([np.mean(scores == 0) for scores, _ in maps]) > 0.5)
+    counts = [binned(*volume, edges) for volume in maps]
+    for (scores, lesion), count in zip(maps, counts, strict=True):
+        expected = average_precision_score(lesion.ravel(), scores.ravel())
+        assert 0.05 < expected < 0.95
+        assert average_precision(*count) == pytest.approx(expected, abs=1e-3)
+        found = confusion(*count, edge_index(edges, fixed)).dice
+        assert found == pytest.approx(f1_score(lesion.ravel(), scores.ravel() > fixed), abs=1e-12)
+    candidates = np.unique(np.concatenate([scores[lesion] for scores, lesion in maps]))
+    literal = [
+        np.mean([2 * ((s > t) & m).sum() / ((s > t).sum() + m.sum()) for s, m in maps])
+        for t in candidates[:: max(1, len(candidates) // 300)]
+    ]
+    best = max(literal)
+    assert 0.1 < best < 0.95
+    assert np.mean([dice_curve(*count) for count in counts], axis=0).max() == pytest.approx(best, abs=1e-3)
 
 
 def test_precision_recall_is_scikit_learns():
