@@ -255,7 +255,7 @@ def _benchmark(
             ruled_out = [absence for absence in absent if absence.reason.startswith(EXCLUDED)]
             curve = curves[detector, modality, cohort]
             row = {"detector": detector, "modality": modality, "cohort": cohort}
-            row |= _row(chosen, curve, seed, f"{detector} {modality} {cohort}")
+            row |= _row(chosen, curve, seed)
             row["n_missing_participants"] = len(members - seen - {each.subject for each in ruled_out})
             row["n_failed_scans"] = len(absent) - len(ruled_out)
             row["n_excluded_scans"] = len(ruled_out)
@@ -263,7 +263,7 @@ def _benchmark(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _row(scans: pd.DataFrame, curve: Curves, seed: int, key: str) -> dict[str, Any]:
+def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
     lesion = scans[scans["role"] == LESION]
     healthy = scans[scans["role"] == HEALTHY]
     first = scans.iloc[0]
@@ -309,9 +309,7 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int, key: str) -> dict[str, A
     }
 
     def interval(name: str, table: pd.DataFrame, values: pd.Series, **options: Any) -> None:
-        low, high = bootstrap_interval(
-            values, table["participant_id"], seed=seed, key=f"{key} {name}", **options
-        )
+        low, high = bootstrap_interval(values, table["participant_id"], seed=seed, **options)
         row[f"{name}_ci_low"], row[f"{name}_ci_high"] = low, high
 
     for name, (column, table, source) in means.items():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
 MIN_SUBJECTS = 3
-# Resamples are drawn in blocks, so that memory does not grow with their number times the images.
-_BLOCK = 2_000_000
+# Resamples are worked through in blocks, so that memory does not grow with their number times the images.
+_BLOCK = 500_000
 
 Interval = tuple[float, float]
 
@@ -22,7 +23,6 @@ def bootstrap_interval(
     subjects: Sequence[str],
     *,
     seed: int,
-    key: str,
     statistic: Literal["mean", "median"] = "mean",
     weights: Sequence[float] | None = None,
     n_resamples: int = N_RESAMPLES,
@@ -30,7 +30,9 @@ def bootstrap_interval(
 ) -> Interval:
     """Compute a percentile bootstrap confidence interval by resampling subjects.
 
-    A subject is drawn with all its images: two sessions of one person are not two people.
+    A subject is drawn with all its images: two sessions of one person are not two people. Numbers of equally
+    many people share their resamples: the draw costs more than its use, and detectors on the same people
+    are then compared on the same draws. An interval does not depend on what else is computed.
 
     Parameters
     ----------
@@ -40,9 +42,6 @@ def bootstrap_interval(
         The subject of each image.
     seed : int
         Seed of the whole run.
-    key : str
-        Name of this number. Each has its own random stream, so that adding a detector does not
-        change the intervals of the others.
     statistic : {"mean", "median"}
         What to compute of the images drawn.
     weights : sequence of float, optional
@@ -62,32 +61,46 @@ def bootstrap_interval(
     weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
     kept = np.isfinite(value) & (weight > 0)
     value, weight = value[kept], weight[kept]
-    names = np.asarray(subjects, dtype=object)[kept].astype(str)
-    labels, cluster = np.unique(names, return_inverse=True)
+    cluster, labels = pd.factorize(np.asarray(subjects, dtype=object)[kept], sort=True)
     if len(labels) < MIN_SUBJECTS:
         return float("nan"), float("nan")
 
-    order = np.argsort(value, kind="stable")
-    value, weight, cluster = value[order], weight[order], cluster[order]
-    generator = np.random.default_rng([seed, zlib.crc32(key.encode())])
-    chance = np.full(len(labels), 1 / len(labels))
-    block = max(1, _BLOCK // len(value))
-    statistics = []
-    for start in range(0, n_resamples, block):
-        size = min(block, n_resamples - start)
-        drawn = generator.multinomial(len(labels), chance, size=size)[:, cluster]
-        if statistic == "mean":
-            statistics.append((drawn @ (value * weight)) / (drawn @ weight))
-        else:
-            statistics.append(_median_of_repeats(value, drawn))
+    drawn = _resamples(seed, len(labels), n_resamples)
+    if statistic == "mean":
+        totals = np.column_stack(
+            [np.bincount(cluster, weight * value, len(labels)), np.bincount(cluster, weight, len(labels))]
+        )
+        sums = np.concatenate([part.astype(np.float64) @ totals for part in _blocks(drawn, len(labels))])
+        statistics = sums[:, 0] / sums[:, 1]
+    else:
+        order = np.argsort(value, kind="stable")
+        repeats = (part[:, cluster[order]] for part in _blocks(drawn, len(value)))
+        statistics = np.concatenate([_median_of_repeats(value[order], part) for part in repeats])
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(statistics), [tail, 1 - tail])
+    low, high = np.quantile(statistics, [tail, 1 - tail])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _resamples(seed: int, n_people: int, n_resamples: int) -> np.ndarray:
+    """How often each person is drawn, uint8, (n_resamples, n_people); nobody is ever drawn 256 times."""
+    generator = np.random.default_rng([seed, n_people])
+    drawn = np.empty((n_resamples, n_people), np.uint8)
+    for row in drawn:
+        row[:] = np.bincount(generator.integers(n_people, size=n_people), minlength=n_people)
+    drawn.flags.writeable = False
+    return drawn
+
+
+def _blocks(drawn: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    """Cut resamples into blocks that, at `width` numbers a row, stay small."""
+    size = max(1, _BLOCK // width)
+    return (drawn[start : start + size] for start in range(0, len(drawn), size))
 
 
 def _median_of_repeats(value: np.ndarray, repeats: np.ndarray) -> np.ndarray:
     """Median of sorted `value` (n,), each taken `repeats` (b, n) times, for each of the b rows."""
-    cumulative = np.cumsum(repeats, axis=1)
+    cumulative = np.cumsum(repeats, axis=1, dtype=np.int32)
     total = cumulative[:, -1:]
     lower = np.argmax(cumulative > (total - 1) // 2, axis=1)
     upper = np.argmax(cumulative > total // 2, axis=1)

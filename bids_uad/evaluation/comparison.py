@@ -109,7 +109,7 @@ def compare_detectors(subjects: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             scores = participant_scores(subjects, modality, outcome)
             rows = [
                 {"modality": modality, "outcome": outcome, "detector_a": a, "detector_b": b}
-                | _compare(scores[[a, b]].dropna(), seed, f"{modality} {outcome} {a} {b}")
+                | _compare(scores[[a, b]].dropna(), seed)
                 for a, b in combinations(scores.columns, 2)
             ]
             table = pd.DataFrame([row for row in rows if row["n_participants"] >= MIN_SUBJECTS])
@@ -143,9 +143,9 @@ def corrected(p: pd.Series, method: str) -> np.ndarray:
     return result
 
 
-def _compare(pair: pd.DataFrame, seed: int, key: str) -> dict[str, Any]:
+def _compare(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
     difference = pair.iloc[:, 0] - pair.iloc[:, 1]
-    low, high = bootstrap_interval(difference.to_numpy(), list(pair.index), seed=seed, key=key)
+    low, high = bootstrap_interval(difference.to_numpy(), list(pair.index), seed=seed)
     statistic = p = np.nan
     if len(pair) >= MIN_PARTICIPANTS and (difference != 0).any():
         statistic, p = stats.wilcoxon(difference.to_numpy(), zero_method="pratt")

@@ -139,7 +139,7 @@ def stratify(
                 if len(parts) < 2:
                     continue
                 labels = {"detector": detector, "modality": modality, "outcome": outcome, "factor": factor}
-                strata += [labels | _stratum(name, parts, seed, labels) for name in sorted(parts)]
+                strata += [labels | _stratum(name, parts, seed) for name in sorted(parts)]
                 disparities.append(labels | _disparity(parts))
     return (
         pd.DataFrame(strata, columns=list(COLUMNS)),
@@ -147,12 +147,10 @@ def stratify(
     )
 
 
-def _stratum(name: str, parts: dict[str, pd.Series], seed: int, labels: dict[str, str]) -> dict[str, Any]:
+def _stratum(name: str, parts: dict[str, pd.Series], seed: int) -> dict[str, Any]:
     part = parts[name]
     others = pd.concat([values for other, values in parts.items() if other != name])
-    low, high = bootstrap_interval(
-        part.to_numpy(), list(part.index), seed=seed, key=" ".join([*labels.values(), name])
-    )
+    low, high = bootstrap_interval(part.to_numpy(), list(part.index), seed=seed)
     difference, difference_low, difference_high = _welch(part, others)
     g, g_low, g_high = hedges_g(part.to_numpy(), others.to_numpy())
     return {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bids_uad.evaluation.bootstrap import _median_of_repeats, bootstrap_interval
+from bids_uad.evaluation.bootstrap import _median_of_repeats, _resamples, bootstrap_interval
 
 
 def names(count, repeats=1):
@@ -13,10 +13,8 @@ def names(count, repeats=1):
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 def test_agrees_with_scipy(statistic):
-    values = np.random.default_rng(0).beta(2, 5, 60)
-    low, high = bootstrap_interval(
-        values, names(60), seed=1, key="x", statistic=statistic, n_resamples=20_000
-    )
+    values = np.random.default_rng(0).beta(2, 5, 301)
+    low, high = bootstrap_interval(values, names(301), seed=1, statistic=statistic, n_resamples=20_000)
     reference = stats.bootstrap(
         (values,),
         getattr(np, statistic),
@@ -31,10 +29,10 @@ def test_agrees_with_scipy(statistic):
 
 def test_a_second_identical_image_of_everyone_adds_no_certainty():
     values = np.random.default_rng(0).normal(size=40)
-    once = bootstrap_interval(values, names(40), seed=0, key="x")
-    twice = bootstrap_interval(np.repeat(values, 2), names(40, 2), seed=0, key="x")
+    once = bootstrap_interval(values, names(40), seed=0)
+    twice = bootstrap_interval(np.repeat(values, 2), names(40, 2), seed=0)
     assert twice == pytest.approx(once)
-    as_if_independent = bootstrap_interval(np.repeat(values, 2), names(80), seed=0, key="x")
+    as_if_independent = bootstrap_interval(np.repeat(values, 2), names(80), seed=0)
     assert as_if_independent[1] - as_if_independent[0] < 0.85 * (once[1] - once[0])
 
 
@@ -42,9 +40,7 @@ def test_weights_make_a_ratio_of_totals():
     generator = np.random.default_rng(0)
     total = generator.integers(1, 30, 50)
     found = generator.binomial(total, 0.4)
-    low, high = bootstrap_interval(
-        found / total, names(50), weights=total, seed=0, key="x", n_resamples=20_000
-    )
+    low, high = bootstrap_interval(found / total, names(50), weights=total, seed=0, n_resamples=20_000)
     reference = stats.bootstrap(
         (found, total),
         lambda part, whole, axis=-1: part.sum(axis) / whole.sum(axis),
@@ -57,21 +53,22 @@ def test_weights_make_a_ratio_of_totals():
     assert high == pytest.approx(reference.high, abs=0.005)
 
 
-def test_seed_and_name_decide_the_draw():
+def test_seed_and_people_decide_the_draw():
     values = np.random.default_rng(0).normal(size=20)
-    first = bootstrap_interval(values, names(20), seed=0, key="dice")
-    assert first == bootstrap_interval(values, names(20), seed=0, key="dice")
-    assert first != bootstrap_interval(values, names(20), seed=1, key="dice")
-    assert first != bootstrap_interval(values, names(20), seed=0, key="fpr")
-    backwards = bootstrap_interval(values[::-1], names(20)[::-1], seed=0, key="dice")
+    first = bootstrap_interval(values, names(20), seed=0)
+    assert first == bootstrap_interval(values, names(20), seed=0)
+    assert first != bootstrap_interval(values, names(20), seed=1)
+    doubled = bootstrap_interval(2 * values, names(20), seed=0)
+    assert doubled == pytest.approx(2 * np.array(first))
+    backwards = bootstrap_interval(values[::-1], names(20)[::-1], seed=0)
     assert backwards == pytest.approx(first)
 
 
 def test_too_few_people_have_no_interval():
-    assert np.isnan(bootstrap_interval([], [], seed=0, key="x")).all()
-    assert np.isnan(bootstrap_interval([1, 2, 3], names(1, 3), seed=0, key="x")).all()
-    assert np.isnan(bootstrap_interval([1, np.nan, 3], names(3), seed=0, key="x")).all()
-    assert not np.isnan(bootstrap_interval([1, 2, 3], names(3), seed=0, key="x")).any()
+    assert np.isnan(bootstrap_interval([], [], seed=0)).all()
+    assert np.isnan(bootstrap_interval([1, 2, 3], names(1, 3), seed=0)).all()
+    assert np.isnan(bootstrap_interval([1, np.nan, 3], names(3), seed=0)).all()
+    assert not np.isnan(bootstrap_interval([1, 2, 3], names(3), seed=0)).any()
 
 
 def test_median_of_repeats_is_numpys():
@@ -81,3 +78,28 @@ def test_median_of_repeats_is_numpys():
     repeats[::2, 0] += 1  # even and odd totals
     expected = [np.median(np.repeat(value, row)) for row in repeats]
     np.testing.assert_allclose(_median_of_repeats(value, repeats), expected)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_agrees_with_a_literal_bootstrap_of_people_with_several_images(statistic):
+    generator = np.random.default_rng(4)
+    images = generator.integers(1, 4, 30)
+    people = np.repeat(names(30), images)
+    values = generator.gamma(1, size=30).repeat(images) + generator.normal(0, 0.1, images.sum())
+    found = bootstrap_interval(values, people, seed=0, statistic=statistic, n_resamples=20_000)
+    literal = []
+    for _ in range(4000):
+        drawn = []
+        for person in generator.choice(names(30), 30):
+            drawn += list(values[people == person])
+        literal.append(getattr(np, statistic)(drawn))
+    reference = np.quantile(literal, [0.025, 0.975])
+    np.testing.assert_allclose(found, reference, atol=0.08 * (reference[1] - reference[0]))
+
+
+def test_resamples_are_draws_with_replacement():
+    drawn = _resamples(0, 50, 4000)
+    assert (drawn.sum(axis=1) == 50).all()
+    np.testing.assert_allclose(drawn.mean(axis=0), 1, atol=0.08)
+    shares = [(drawn == times).mean() for times in range(4)]
+    np.testing.assert_allclose(shares, stats.binom.pmf(range(4), 50, 1 / 50), atol=0.005)
