@@ -8,6 +8,7 @@ from typing import Any
 
 from bids.layout.writing import build_path
 
+from bids_uad.dataset.published import detector_desc
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit
 from bids_uad.space import NAME
 
@@ -80,11 +81,6 @@ def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **e
 def brain_desc(unit: ImageUnit) -> str:
     """Give the `desc-` of an image's brain mask: a T2w beside a T1w has its own, named apart."""
     return "brain" if unit.is_anchor else f"{unit.modality}Brain"
-
-
-def detector_desc(modality: str, detector: str) -> str:
-    """Give the `desc-` of a detector's outputs: modality and detector, as in `T1wPatchcore`."""
-    return f"{modality}{detector.capitalize()}"
 
 
 def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:

@@ -93,6 +93,31 @@ class Bundle:
         """Edges of the score histogram, float64, from 0 to infinity."""
         return np.array([*self._calibrated()["bin_edges"], np.inf])
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the model has learnt from and how it differs from its preset, as its maps' sidecars tell.
+
+        Returns
+        -------
+        dict
+            `TrainingSubjects` (those set aside do not count), `TrainingFraction`, `TrainingSteps` (of all
+            stages), `TrainingSource`, `ThresholdCohort`, each None where the bundle does not say, and
+            `HyperParameters`, those that were changed by hand.
+        """
+        training = self.info.get("training", {})
+        subjects = training.get("n_subjects")
+        if subjects is not None:
+            subjects -= training.get("n_held_out_subjects", 0)
+        steps = [stage["steps"] for stage in training.get("stages", ()) if "steps" in stage]
+        return {
+            "TrainingSubjects": subjects,
+            "TrainingFraction": training.get("train_fraction"),
+            "TrainingSteps": sum(steps) if steps else None,
+            "TrainingSource": training.get("source"),
+            "HyperParameters": {name: self.info["hyper"][name] for name in self.info.get("changed", ())},
+            "ThresholdCohort": self._calibrated().get("cohort", {}).get("source"),
+        }
+
     def has_met(self, hashes: set[str]) -> list[str]:
         """Cohorts of this model, ``training`` and ``validation``, that hold a subject.
 
@@ -112,12 +137,13 @@ class Bundle:
         ValueError
             If there is no such hyper-parameter, or the value is of another type.
         """
-        from bids_uad.methods.hyper import change_hyper, hyper_from_values
+        from bids_uad.methods.hyper import change_hyper, hyper_from_values, names_of
         from bids_uad.methods.registry import preset_of
 
         kind = type(preset_of(self.detector, self.preset))
         hyper = change_hyper(hyper_from_values(kind, self.info["hyper"]), changes)
-        return Bundle(self.folder, {**self.info, "hyper": asdict(hyper)}, None)
+        changed = sorted({*self.info.get("changed", ()), *names_of(changes)})
+        return Bundle(self.folder, {**self.info, "hyper": asdict(hyper), "changed": changed}, None)
 
     def _calibrated(self) -> dict[str, Any]:
         if self.calibration is None:
@@ -268,7 +294,14 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
 
 
 def save_bundle(
-    folder: Path, detector: Detector, *, preset: str, modality: str, training: dict[str, Any], card: str
+    folder: Path,
+    detector: Detector,
+    *,
+    preset: str,
+    modality: str,
+    training: dict[str, Any],
+    card: str,
+    changed: Sequence[str] = (),
 ) -> Bundle:
     """Write a trained detector as a bundle.
 
@@ -285,6 +318,8 @@ def save_bundle(
         The training cohort and schedule, kept in ``bundle.json``.
     card : str
         Text of ``MODEL_CARD.md``.
+    changed : sequence of str
+        Names of the hyper-parameters that differ from the preset's by the user's wish.
 
     Returns
     -------
@@ -314,6 +349,7 @@ def save_bundle(
             "preset": preset,
             "modality": modality,
             "hyper": detector.describe(),
+            "changed": sorted(changed),
             "input": protocol_of(preset).input_contract,
             "training": training,
             "code_version": __version__,

@@ -17,11 +17,12 @@ from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.boilerplate import write_citation
-from bids_uad.reports.group import write_group_report
+from bids_uad.reports.group import Provenance, write_group_report
 from bids_uad.reports.group_console import benchmark_table
 from bids_uad.reports.group_methods import group_methods_text
 
@@ -103,13 +104,32 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         _write_columns(output_dir / f"group_{name}.json", what, columns)
     methods = group_methods_text(evaluation, analyses, seed=config.random_seed)
     write_citation(output_dir, methods, "CITATION_group")
-    report = write_group_report(output_dir, evaluation, analyses, participants)
+    provenance = Provenance(_command(config), _date(config), read_origins(output_dir, evaluation.subjects))
+    report = write_group_report(output_dir, evaluation, analyses, participants, provenance)
 
     console.print(benchmark_table(evaluation.benchmark))
     for text in (*evaluation.unreadable, *evaluation.warnings):
         LOGGER.warning(text)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return EXIT_FAILED if evaluation.unreadable else EXIT_OK
+
+
+def _command(config: RunConfig) -> tuple[str, ...]:
+    """Write the command line that asks for the same page."""
+    command = ["bids_uad", str(config.bids_dir), str(config.output_dir), "group"]
+    if config.participants:
+        command += ["--participant-label", *config.participants]
+    if config.strata != DEFAULT_STRATA:
+        command += ["--strata", *config.strata]
+    if config.random_seed:
+        command += ["--random-seed", str(config.random_seed)]
+    return tuple(command)
+
+
+def _date(config: RunConfig) -> str:
+    """Read the day from the name of the run."""
+    day = config.run_id[:8]
+    return f"{day[:4]}-{day[4:6]}-{day[6:]}"
 
 
 def _write_columns(path: Path, description: str, columns: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import model_card
 from bids_uad.levels.synthetic import synthetic_cohort
 from bids_uad.methods.base import Detector, GradientStage
-from bids_uad.methods.hyper import change_hyper
+from bids_uad.methods.hyper import change_hyper, names_of
 from bids_uad.methods.registry import build_detector, preset_of
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,13 @@ def run_train(config: RunConfig) -> int:
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     card = model_card(config, training, parameters)
     bundle = save_bundle(
-        folder, detector, preset=config.preset, modality=config.modality, training=training, card=card
+        folder,
+        detector,
+        preset=config.preset,
+        modality=config.modality,
+        training=training,
+        card=card,
+        changed=names_of(config.hyper),
     )
     logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
     return 0

@@ -24,8 +24,10 @@ from bids_uad.methods.base import (
     Stage,
 )
 from bids_uad.networks.corruptions import (
+    COMPONENTS,
     AnomalyConfig,
     AugmentationConfig,
+    check_components,
     cut_windows,
     paint_anomalies,
     vary_intensity,
@@ -63,6 +65,8 @@ class DisyreHyper:
     codebook_size : int
         Tissue intensities of the anomaly generator.
     anomaly : AnomalyConfig
+    anomalies : tuple of str
+        What synthetic anomalies are made of, see `bids_uad.networks.corruptions.COMPONENTS`; for ablations.
     augmentation : AugmentationConfig
     steps, batch_size, learning_rate
         Training schedule.
@@ -77,10 +81,14 @@ class DisyreHyper:
     predict_change: bool = False
     codebook_size: int = 5
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
+    anomalies: tuple[str, ...] = COMPONENTS
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     steps: int = 100_000
     batch_size: int = 64
     learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_components(self.anomalies)
 
 
 def severity_table() -> Tensor:
@@ -175,7 +183,9 @@ class Disyre(Detector):
         hyper = self.hyper
         clean, brain = cut_windows(batch.slices, batch.brain, hyper.window, hyper.augmentation, generator)
         clean = vary_intensity(clean, brain, hyper.augmentation, generator)
-        corrupted, severity = paint_anomalies(clean, brain, self.codebook, hyper.anomaly, generator)
+        corrupted, severity = paint_anomalies(
+            clean, brain, self.codebook, hyper.anomaly, generator, hyper.anomalies
+        )
         restored = self.restore(2 * corrupted - 1, self.severity_label(severity))
         return (restored - (2 * clean - 1)).square().mean()
 

@@ -83,3 +83,8 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
             raise ValueError(f"{name} is {now!r}, so {text!r} is of another type")
         found[name] = value
     return replace(hyper, **found)
+
+
+def names_of(changes: Sequence[str]) -> list[str]:
+    """Give the names of the hyper-parameters that ``NAME=VALUE`` items change."""
+    return [change.partition("=")[0] for change in changes]

@@ -8,11 +8,16 @@ draws from the generator it is handed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+SHAPES = ("rectangle", "disc", "blobs")
+COMPONENTS = (*SHAPES, "texture", "bias", "blur")
+"""What synthetic anomalies are made of: kinds of shape, foreign texture, intensity bias, soft edges."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,28 @@ def random_centres(brain: Tensor, generator: Generator) -> Tensor:
     return torch.stack([index // width, index % width], dim=1).float()
 
 
+def check_components(components: Sequence[str]) -> None:
+    """Refuse components of which no anomaly can be made.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown, or there is no shape, or nothing to fill it with.
+    """
+    unknown = sorted(set(components) - set(COMPONENTS))
+    if unknown:
+        raise ValueError(f"no component {', '.join(unknown)} of anomalies; there are {', '.join(COMPONENTS)}")
+    if not set(components) & set(SHAPES) or not set(components) & {"texture", "bias"}:
+        raise ValueError(f"anomalies need one of {', '.join(SHAPES)}, and texture or bias")
+
+
 def random_shapes(
-    centres: Tensor, height: int, width: int, config: AnomalyConfig, generator: Generator
+    centres: Tensor,
+    height: int,
+    width: int,
+    config: AnomalyConfig,
+    generator: Generator,
+    kinds: Sequence[str] = SHAPES,
 ) -> Tensor:
     """Draw one binary shape per image: a rectangle, a disc or a cloud of blobs.
 
@@ -110,6 +135,8 @@ def random_shapes(
     ----------
     centres : Tensor, shape (B, 2)
     height, width : int
+    kinds : sequence of str
+        Those of `SHAPES` to draw from.
 
     Returns
     -------
@@ -138,7 +165,9 @@ def random_shapes(
     field = F.grid_sample(field, grid, mode="bicubic", padding_mode="border", align_corners=True)[:, 0]
     radius = (u**2 + v**2).sqrt()
     blobs = (field + 0.8 - radius**2 > 0.4) & (radius <= 1.6)
-    kind = torch.randint(0, 3, (batch,), generator=generator, device=device)[:, None, None]
+    places = torch.tensor([SHAPES.index(kind) for kind in SHAPES if kind in kinds], device=device)
+    drawn = torch.randint(0, len(places), (batch,), generator=generator, device=device)
+    kind = places[drawn][:, None, None]
     shape = torch.where(kind == 0, rectangle, torch.where(kind == 1, disc, blobs))
     return shape[:, None].float()
 
@@ -171,6 +200,7 @@ def paint_anomalies(
     codebook: Tensor,
     config: AnomalyConfig,
     generator: Generator,
+    components: Sequence[str] = COMPONENTS,
 ) -> tuple[Tensor, Tensor]:
     """Corrupt healthy slices with one synthetic anomaly each, of one or several shapes.
 
@@ -183,6 +213,9 @@ def paint_anomalies(
         Tissue intensities (k-means centres) that split a slice into classes for the intensity bias.
     config : AnomalyConfig
     generator : torch.Generator
+    components : sequence of str
+        Those of `COMPONENTS` that anomalies are made of. One that is switched off is still drawn, so that
+        the rest stays the same.
 
     Returns
     -------
@@ -196,16 +229,18 @@ def paint_anomalies(
     """
     batch, _, height, width = images.shape
     device = images.device
-    mask = random_shapes(random_centres(brain, generator), height, width, config, generator)
+    kinds = [kind for kind in SHAPES if kind in components]
+    mask = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
     count = torch.randint(1, config.max_shapes + 1, (batch, 1, 1, 1), generator=generator, device=device)
     for number in range(2, config.max_shapes + 1):
-        shape = random_shapes(random_centres(brain, generator), height, width, config, generator)
+        shape = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
         mask = torch.maximum(mask, shape * (number <= count))
     soft = torch.rand((batch,), generator=generator, device=device) < config.blur_probability
+    soft = soft & ("blur" in components)
     mask = gaussian_blur(mask, uniform((batch,), 0.0, config.max_blur, generator) * soft)
     mask = mask * brain
 
-    opacity = uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
+    opacity = uniform((batch, 1, 1, 1), 0.0, 1.0, generator) * ("texture" in components)
     other = torch.randperm(batch, generator=generator, device=device)
     shift = torch.randint(-40, 41, (2,), generator=generator, device=device).tolist()
     texture = _matched(torch.roll(images[other].flip(-2), shift, (-2, -1)), images, mask, config.matching)
@@ -213,7 +248,7 @@ def paint_anomalies(
     changed = (textured != images).flatten(1).any(1)
     opacity = opacity.flatten() * changed
 
-    bias = uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
+    bias = uniform((batch, 1, 1, 1), 0.0, 1.0, generator) * ("bias" in components)
     sign = torch.randint(0, 2, (batch, 1, 1, 1), generator=generator, device=device) * 2 - 1
     classes = (textured - codebook.view(1, -1, 1, 1)).abs().argmin(1, keepdim=True)
     members = classes == torch.arange(len(codebook), device=device).view(1, -1, 1, 1)

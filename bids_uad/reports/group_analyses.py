@@ -11,7 +11,7 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.bias import Effect
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.thresholds import VALIDATION
-from bids_uad.reports.group_figures import WIDTH, Figure, panel_grid
+from bids_uad.reports.group_figures import WIDTH, Figure, of_modality, panel_grid
 from bids_uad.reports.group_svg import INK, MUTED, Linear, Svg, number, round_up
 from bids_uad.reports.group_text import detector_name
 
@@ -36,11 +36,14 @@ def analysis_figures(subjects: pd.DataFrame, analyses: Analyses, colours: dict[s
     -------
     list of Figure
     """
-    figures = [
-        rank_plot(subjects, analyses.comparison, colours),
-        threshold_matrix(analyses.thresholds),
-        age_effects(analyses.bias.effects, colours),
-    ]
+    figures = [rank_plot(subjects, analyses.comparison, colours)]
+    for modality in sorted(subjects["modality"].unique()):
+        thresholds = analyses.thresholds[analyses.thresholds["modality"] == modality]
+        effects = [effect for effect in analyses.bias.effects if effect.modality == modality]
+        figures += [
+            of_modality(figure, modality)
+            for figure in (threshold_matrix(thresholds), age_effects(effects, colours))
+        ]
     return [figure for figure in figures if figure is not None]
 
 

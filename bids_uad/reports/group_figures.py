@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from bids_uad.reports.group_svg import (
     quartiles,
     round_up,
 )
-from bids_uad.reports.group_text import detector_name, with_interval
+from bids_uad.reports.group_text import DETECTOR_NAMES, detector_name, with_interval
 
 WIDTH = 1080
 # Okabe and Ito's palette, which colour-blind readers can tell apart; no yellow, which paper swallows.
@@ -47,9 +47,13 @@ class Figure:
 
 
 def detector_colours(evaluation: Evaluation) -> dict[str, str]:
-    """Give every detector of a cohort its colour, the same in all figures."""
-    detectors = sorted({detector for detector, _ in evaluation.curves})
-    return {detector: _PALETTE[i % len(_PALETTE)] for i, detector in enumerate(detectors)}
+    """Give every detector of a cohort its colour, the same in all figures and all cohorts."""
+    others = sorted({detector for detector, _ in evaluation.curves} - set(DETECTOR_NAMES))
+    order = [*DETECTOR_NAMES, *others]
+    return {
+        detector: _PALETTE[order.index(detector) % len(_PALETTE)]
+        for detector in sorted({detector for detector, _ in evaluation.curves})
+    }
 
 
 def group_figures(evaluation: Evaluation, link_prefix: str = "") -> list[Figure]:
@@ -65,17 +69,33 @@ def group_figures(evaluation: Evaluation, link_prefix: str = "") -> list[Figure]
     Returns
     -------
     list of Figure
-        In the order in which they are read.
+        Those that have a row or panel for each detector come once for each modality, so that ten detectors
+        fit a printed page.
     """
-    figures = [
-        dice_strip(evaluation, link_prefix),
-        fpr_strip(evaluation, link_prefix),
-        dice_by_volume(evaluation, link_prefix),
-        precision_recall_curves(evaluation),
-        dice_by_threshold(evaluation),
-        score_histograms(evaluation),
-    ]
+    figures = [dice_by_volume(evaluation, link_prefix), precision_recall_curves(evaluation)]
+    for modality in sorted({modality for _, modality in evaluation.curves}):
+        part = replace(
+            evaluation,
+            subjects=evaluation.subjects[evaluation.subjects["modality"] == modality],
+            curves={key: curves for key, curves in evaluation.curves.items() if key[1] == modality},
+        )
+        figures += [
+            of_modality(figure, modality)
+            for figure in (
+                dice_strip(part, link_prefix),
+                fpr_strip(part, link_prefix),
+                dice_by_threshold(part),
+                score_histograms(part),
+            )
+        ]
     return [figure for figure in figures if figure is not None]
+
+
+def of_modality(figure: Figure | None, modality: str) -> Figure | None:
+    """Say in name and title which modality a figure is of."""
+    if figure is None:
+        return None
+    return replace(figure, name=f"{figure.name}_{modality}", title=f"{figure.title}: {modality}")
 
 
 def dice_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:

@@ -25,7 +25,7 @@ def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float =
     return f"{fixed(row[column], scale, digits)} {interval(row, name, scale, digits)}".strip()
 
 
-_NAMES = {
+DETECTOR_NAMES = {
     "ddpmpp": "DDPM++",
     "andi": "ANDi",
     "itermask": "IterMask",
@@ -35,9 +35,11 @@ _NAMES = {
     "rd": "RD",
     "patchcore": "PatchCore",
     "fae": "FAE",
+    "intensity": "Intensity",
 }
+"""The detectors as their papers write them, in the order of the palette."""
 
 
 def detector_name(detector: str) -> str:
     """Return the name of a detector as its paper writes it."""
-    return _NAMES.get(detector, detector.capitalize())
+    return DETECTOR_NAMES.get(detector, detector.capitalize())

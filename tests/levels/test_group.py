@@ -78,10 +78,12 @@ def test_needs_no_images_and_no_raw_dataset(study):
 
 
 def test_same_input_same_tables(study):
-    group(study)
+    day = "20260102-030405_x"
+    group(study, run_id=day)
     first = (study / "out" / "group_benchmark.tsv").read_bytes()
     page = (study / "out" / "group.html").read_bytes()
-    group(study)
+    assert b"2026-01-02" in page
+    group(study, run_id=day)
     assert (study / "out" / "group_benchmark.tsv").read_bytes() == first
     assert (study / "out" / "group.html").read_bytes() == page
     group(study, random_seed=1)

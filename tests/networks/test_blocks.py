@@ -10,8 +10,10 @@ from sklearn.cluster import KMeans
 
 from bids_uad.networks.coreset import farthest_points
 from bids_uad.networks.corruptions import (
+    COMPONENTS,
     AnomalyConfig,
     AugmentationConfig,
+    check_components,
     cut_windows,
     gaussian_blur,
     paint_anomalies,
@@ -130,6 +132,46 @@ def test_anomalies_stay_in_the_brain_and_know_their_severity(healthy):
     assert (change.flatten(1).amax(1) > 0).float().mean() > 0.8
     # Texture opacity and bias each change a pixel by at most their strength.
     assert (change.flatten(1).amax(1) <= 2 * severity + 1e-6).all()
+
+
+def paint(images, brain, components):
+    codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
+    config = AnomalyConfig(blur_probability=1.0)
+    generator = torch.Generator().manual_seed(3)
+    return paint_anomalies(images, brain, codebook, config, generator, components)
+
+
+def test_components_of_anomalies_are_switched_off_one_by_one(healthy):
+    images, brain = healthy
+    whole, severity = paint(images, brain, COMPONENTS)
+    texture, opacity = paint(images, brain, ("rectangle", "disc", "blobs", "texture", "blur"))
+    bias, strength = paint(images, brain, ("rectangle", "disc", "blobs", "bias", "blur"))
+    # The whole severity is the larger of the two, since what is left is drawn as before.
+    assert torch.equal(severity >= opacity, torch.ones(len(images), dtype=torch.bool))
+    assert (opacity < severity).any()
+    # Texture mixes two images of a range: it leaves the values within. A bias does not.
+    assert texture.max() <= images.max() + 1e-6
+    assert bias.max() > images.max() + 0.1
+    assert not torch.equal(whole, texture)
+    torch.testing.assert_close(strength, (bias - images).abs().flatten(1).amax(1))
+
+
+def test_edges_and_shapes_are_switched_off(healthy):
+    images, brain = healthy
+    sharp, _ = paint(images, brain, ("rectangle", "texture"))
+    soft, _ = paint(images, brain, ("rectangle", "texture", "blur"))
+    assert (sharp != images).sum() < (soft != images).sum()
+    centres = torch.full((60, 2), 48.0)
+    config = AnomalyConfig(size=(30, 30.001))
+    for kind, area in (("rectangle", 900), ("disc", np.pi * 15**2)):
+        shapes = random_shapes(centres, 96, 96, config, torch.Generator().manual_seed(0), (kind,))
+        torch.testing.assert_close(shapes.sum((1, 2, 3)), torch.full((60,), float(area)), rtol=0.08, atol=0.0)
+
+
+@pytest.mark.parametrize("components", [("rectangle", "haze"), ("texture", "bias"), ("disc", "blur"), ()])
+def test_anomalies_of_nothing_are_refused(components):
+    with pytest.raises(ValueError, match="anomalies"):
+        check_components(components)
 
 
 def test_painting_repeats_with_its_generator(healthy):

@@ -48,7 +48,7 @@ def test_ages_are_drawn_where_they_were_modelled() -> None:
     analyses = analyse(subjects, {}, ["sex", "age"], seed=0)
     assert set(analyses.disparities["factor"]) == {"sex", "age"}
     (figure,) = analysis_figures(subjects, analyses, COLOURS)
-    assert figure.name == "bias_age"
+    assert figure.name == "bias_age_T1w"
     svg = ET.fromstring(figure.svg)  # noqa: S314
     circles = [element for element in svg.iter() if element.tag.endswith("circle")]
     assert 190 <= len(circles) <= 200

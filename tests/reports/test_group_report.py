@@ -10,9 +10,10 @@ import pytest
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.reports.group import write_group_report
+from bids_uad.reports.group import CHAPTERS, Provenance, write_group_report
 from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures
 from bids_uad.reports.group_svg import Linear, Log, number, quartiles, round_up
 from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
@@ -23,15 +24,20 @@ def assess(root):
     return evaluate(root, find_metrics_tables(root), people, seed=0), people
 
 
+def write_page(root, evaluation, people, analyses=None):
+    analyses = analyses or analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0)
+    origins = read_origins(root, evaluation.subjects)
+    provenance = Provenance(("bids_uad", "a b", str(root), "group"), "2026-11-25", origins)
+    return write_group_report(root, evaluation, analyses, people, provenance)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     write_cohort(root, root, n_voxels=20_000)
     (root / "sub-01.html").write_text("report")
     evaluation, people = assess(root)
-    write_group_report(
-        root, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
-    )
+    write_page(root, evaluation, people)
     return root
 
 
@@ -76,20 +82,26 @@ def test_the_page_says_what_it_must(study):
     assert "max_dice" in page
     assert "Every expected participant" in page
     for column in ("dice_optimal", "auprc_pooled", "fpr_healthy_mean", "n_both_empty"):
-        assert f"<dt>{column}</dt>" in page
+        assert f'<dt class="name">{column}</dt>' in page
 
 
 def test_figures_are_valid_svg_with_working_links(study):
     figures = sorted((study / "group" / "figures").glob("*.svg"))
     assert [figure.stem for figure in figures] == [
-        "dice",
-        "dice_by_threshold",
+        "dice_T1w",
+        "dice_T2w",
+        "dice_by_threshold_T1w",
+        "dice_by_threshold_T2w",
         "dice_by_volume",
-        "fpr_healthy",
+        "fpr_healthy_T1w",
+        "fpr_healthy_T2w",
         "precision_recall",
-        "score_histograms",
-        "thresholds",
+        "score_histograms_T1w",
+        "score_histograms_T2w",
+        "thresholds_T1w",
+        "thresholds_T2w",
     ]
+    assert {figure.stem.removesuffix("_T1w").removesuffix("_T2w") for figure in figures} <= set(CHAPTERS)
     for figure in figures:
         root = ET.fromstring(figure.read_text())  # noqa: S314
         assert root.tag.endswith("svg")
@@ -100,9 +112,9 @@ def test_figures_are_valid_svg_with_working_links(study):
 
 def test_dots_are_where_the_numbers_are(study):
     evaluation, _ = assess(study)
-    dice = next(figure for figure in group_figures(evaluation) if figure.name == "dice")
+    dice = next(figure for figure in group_figures(evaluation) if figure.name == "dice_T1w")
     tips = re.findall(r"cx=\"([\d.]+)\"[^>]*><title>(sub-\d+): ([\d.]+)</title>", dice.svg)
-    scans = evaluation.subjects
+    scans = evaluation.subjects[evaluation.subjects["modality"] == "T1w"]
     assert len(tips) == (scans["role"] == "lesion").sum()
     places = np.array([float(place) for place, _, _ in tips])
     values = np.array([float(value) for _, _, value in tips])
@@ -118,14 +130,12 @@ def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
         Scan(who, n_nonlesion=beta_counts(generator, 5000, 1, 9)).write(tmp_path)
     evaluation, people = assess(tmp_path)
     names = [figure.name for figure in group_figures(evaluation)]
-    assert names == ["fpr_healthy", "score_histograms"]
-    stale = tmp_path / "group" / "figures" / "dice.svg"
+    assert names == ["fpr_healthy_T1w", "score_histograms_T1w"]
+    stale = tmp_path / "group" / "figures" / "dice_T1w.svg"
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier run")
-    page = write_group_report(
-        tmp_path, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
-    ).read_text()
-    assert 'id="dice"' not in page
+    page = write_page(tmp_path, evaluation, people).read_text()
+    assert 'id="dice_' not in page
     assert not stale.exists()
 
 
@@ -133,9 +143,7 @@ def test_nobody_usable_still_gives_a_page(tmp_path):
     Scan("1").write(tmp_path)
     Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
     evaluation, people = assess(tmp_path)
-    page = write_group_report(
-        tmp_path, evaluation, analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0), people
-    ).read_text()
+    page = write_page(tmp_path, evaluation, people).read_text()
     assert "There is no participants.tsv" in page
     assert "no scan with a lesion" in page
 
@@ -147,7 +155,7 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     evaluation, people = assess(tmp_path)
     subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
     analyses = analyse(subjects, evaluation.cohort_curves, ["pathology"], seed=0)
-    page = write_group_report(tmp_path, evaluation, analyses, people).read_text()
+    page = write_page(tmp_path, evaluation, people, analyses).read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
 

@@ -179,6 +179,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "ThresholdSource": "fixed on validation scans when the model was calibrated, not on this dataset",
         "Scaling": bundle.protocol.scaling,
         "PostProcessing": bundle.protocol.filtering,
+        **bundle.origin,
     }
     run = {
         "Device": means.device,

@@ -1,0 +1,142 @@
+"""The sentences on top of the group report, for cohorts of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.analyses import analyse
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.subjects import add_participant_columns
+from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.reports.group_summary import count, listed, summarise
+from tests.evaluation.fake_tables import EDGES, Scan, write_cohort, write_participants
+
+NOTHING = np.zeros(len(EDGES), int)
+
+
+def told(root):
+    people = read_participants(root)
+    evaluation = evaluate(root, find_metrics_tables(root), people, seed=0)
+    subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
+    return dict(summarise(evaluation, analyse(subjects, evaluation.cohort_curves, ("sex",), seed=0)))
+
+
+def counts(edge, n=1000):
+    """Voxels that all have the same score."""
+    found = NOTHING.copy()
+    found[edge] = n
+    return found
+
+
+def test_a_whole_cohort(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_lesion=12, n_healthy=10, n_voxels=20_000)
+    text = told(tmp_path)
+    assert text["Who"] == (
+        "2 detectors scored 44 scans (T1w and T2w) of 22 people: "
+        "12 with a lesion mask, 10 known to be healthy."
+    )
+    for modality in ("T1w", "T2w"):
+        assert text[f"Lesions in {modality}"].startswith("Disyre finds most: its mean Dice is 0.")
+        assert "12 people with lesions" in text[f"Lesions in {modality}"]
+        assert text[f"Lesions in {modality}"].endswith("The difference between the two is told from chance.")
+    assert text["Left out"] == "Nothing."
+    assert "How sure" not in text
+
+
+def test_few_people_are_called_few(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_lesion=4, n_healthy=2, n_voxels=20_000)
+    text = told(tmp_path)
+    assert "only 4 people with a lesion mask and 2 people known to be healthy" in text["How sure"]
+    assert "cannot be told from so few people" in text["Lesions in T1w"]
+    assert text["Bias"].startswith("Could not be modelled")
+
+
+def test_one_detector_and_one_person(tmp_path):
+    Scan("1", n_nonlesion=counts(100), n_lesion=counts(350)).write(tmp_path)
+    write_participants(tmp_path, [{"participant_id": "sub-1", "group": "patient"}])
+    text = told(tmp_path)
+    assert text["Who"] == (
+        "1 detector scored 1 scan (T1w) of 1 person: 1 with a lesion mask, 0 known to be healthy."
+    )
+    assert text["Lesions in T1w"] == (
+        "Disyre was tried alone: its mean Dice is 1.000 "
+        "(too few people for an interval; 1 person with lesions)."
+    )
+    assert text["False alarms in T1w"].startswith("No scan is known to be of a healthy person")
+    assert "only 1 person with a lesion mask:" in text["How sure"]
+
+
+def test_healthy_people_alone(tmp_path):
+    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "hc"} for k in range(3)])
+    for k in range(3):
+        Scan(str(k), n_nonlesion=counts(100, 980) + counts(350, 20)).write(tmp_path)
+    text = told(tmp_path)
+    assert text["Lesions in T1w"] == (
+        "No scan has a lesion in its mask, so nothing is known about finding lesions."
+    )
+    assert text["False alarms in T1w"] == "Disyre marks 2 % of the brain on average over 3 healthy people."
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.02, 0.03, 0.04), "it marks more, by more than chance."),
+        ((0.0, 0.001, 0.04), "it marks more, not by more than chance."),
+        ((0.0, 0.001, 0.004), "it keeps to that."),
+    ],
+)
+def test_what_a_threshold_promised(tmp_path, shares, words):
+    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "hc"} for k in range(3)])
+    for k, share in enumerate(shares):
+        found = round(10_000 * share)
+        path = Scan(str(k), n_nonlesion=counts(100, 10_000 - found) + counts(350, found)).write(tmp_path)
+        path.write_text(path.read_text().replace("max_dice", "fpr_1pct"))
+    text = told(tmp_path)["False alarms in T1w"]
+    assert text.endswith(f"Its threshold promised 1 % on validation data: {words}")
+
+
+def test_nothing_found_and_nothing_known(tmp_path):
+    Scan("1", n_nonlesion=counts(100), n_lesion=counts(200)).write(tmp_path)
+    Scan("2").write(tmp_path)
+    text = told(tmp_path)
+    assert text["Lesions in T1w"] == (
+        "Disyre does not mark any lesion voxel of 1 person at the fixed threshold."
+    )
+    assert text["Who"].endswith("1 with a lesion mask, 0 known to be healthy, 1 neither.")
+    assert text["Left out"] == "1 scan without a lesion mask of people not known to be healthy."
+
+
+def test_who_is_missing_is_counted(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_voxels=5_000)
+    table = tmp_path / "participants.tsv"
+    table.write_text(table.read_text() + "sub-98\tn/a\tn/a\tpatient\tn/a\nsub-99\tn/a\tn/a\tpatient\tn/a\n")
+    next(tmp_path.glob("sub-01/anat/*T1wDisyre_histogram.tsv")).unlink()
+    assert told(tmp_path)["Left out"] == "2 people without any preprocessed scan and 1 table not readable."
+
+
+def test_dependence_is_told_by_model_and_its_absence_is_no_proof(tmp_path):
+    """Ages drive the false alarms of one detector, and nothing drives those of the other."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for k in range(60):
+        age = 20 + k
+        rows.append({"participant_id": f"sub-{k:02d}", "group": "hc", "age": age, "sex": "MF"[k % 2]})
+        for detector, rate in (("disyre", 0.002 * np.exp(0.04 * k)), ("patchcore", 0.01)):
+            found = round(100_000 * rate * np.exp(generator.normal(0, 0.1)))
+            counted = counts(100, 100_000 + int(generator.integers(5000)) - found) + counts(350, found)
+            Scan(f"{k:02d}", detector=detector, n_nonlesion=counted).write(tmp_path)
+    write_participants(tmp_path, rows)
+    assert told(tmp_path)["Bias"] == "False alarms in healthy brains depend on age in 1 of 2 models."
+    for path in tmp_path.glob("sub-*/anat/*Disyre_*"):
+        path.unlink()
+    assert "which does not prove that there is none" in told(tmp_path)["Bias"]
+
+
+def test_words():
+    assert count(1, "scan") == "1 scan"
+    assert count(2, "person", "people") == "2 people"
+    assert listed([]) == ""
+    assert listed("a") == "a"
+    assert listed("abc") == "a, b and c"
