@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,15 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.dataset.participants import Participants, cohort_of
-from bids_uad.errors import InputError
 from bids_uad.evaluation.absences import Absence, find_absences
 from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
-from bids_uad.evaluation.consistency import ConsistencyCheck
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.exclusions import find_exclusions
+from bids_uad.evaluation.reading import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
-from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK, subject_row
-from bids_uad.evaluation.tables import read_unit
+from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 
 ALL = "all"
-EXCLUDED = "left out by quality control: "
 
 _CI = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
 _FEW = f"n/a with fewer than {MIN_SUBJECTS} participants"
@@ -141,32 +138,32 @@ class Evaluation:
 
 def evaluate(
     output_dir: str | Path,
-    paths: Iterable[Path],
+    paths: Sequence[Path],
     participants: Participants,
     *,
     seed: int,
     only: frozenset[str] = frozenset(),
-    progress: Callable[[], None] | None = None,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Go once through the score tables of a cohort and make the benchmark.
-
-    Only one histogram is held at a time; what stays are sums over images and one row of scalars
-    for each image.
 
     Parameters
     ----------
     output_dir : path-like
         Root of the derivatives.
-    paths : iterable of pathlib.Path
-        The metrics tables.
+    paths : sequence of pathlib.Path
+        The metrics tables, sorted.
     participants : Participants
         Who is who.
     seed : int
         Seed of the bootstrap.
     only : frozenset of str
         The `sub-<label>` that are expected to have tables; empty means everybody.
+    processes : int
+        How many read the tables.
     progress : callable, optional
-        Called after each table.
+        Called now and then with the number of tables that have been read since.
 
     Returns
     -------
@@ -179,55 +176,38 @@ def evaluate(
         If the tables of one detector and modality come from different models.
     """
     root = Path(output_dir)
-    consistency = ConsistencyCheck()
-    curves: dict[tuple[str, str, str], Curves] = {}
-    rows: list[dict[str, Any]] = []
-    present: list[tuple[str, str, str]] = []
     exclusions, unreadable = find_exclusions(root, only)
-    unreadable = [text.replace(f"{root}/", "") for text in unreadable]
-    excluded: list[Absence] = []
-    contradictions: set[str] = set()
-    for path in paths:
-        try:
-            unit = read_unit(path, participants)
-            row = subject_row(unit)
-        except InputError as error:
-            unreadable.append(str(error).replace(f"{root}/", ""))
-            continue
-        finally:
-            if progress is not None:
-                progress()
-        present.append((unit.prefix, unit.modality, unit.detector))
-        reason = exclusions.get((unit.prefix, unit.modality))
-        if reason is not None:
-            which = (unit.subject, unit.prefix, unit.modality, unit.detector)
-            excluded.append(Absence(*which, EXCLUDED + reason))
-            continue
-        consistency.check(unit)
-        has_report = (root / f"{unit.subject}.html").is_file()
-        rows.append(row | {"report": f"{unit.subject}.html" if has_report else None})
-        if unit.healthy and unit.has_lesion_mask and unit.n_lesion.any():
-            contradictions.add(unit.subject)
-        for cohort in (ALL, unit.cohort):
-            key = (unit.detector, unit.modality, cohort)
-            curves.setdefault(key, Curves(unit.edges, unit.threshold)).add(unit)
-
-    subjects = pd.DataFrame(rows, columns=list(SUBJECT_COLUMNS))
+    scores = read_scores(paths, participants, exclusions, processes=processes, progress=progress)
+    unreadable = [text.replace(f"{root}/", "") for text in (*unreadable, *scores.unreadable)]
+    reports = {path.name for path in root.glob("sub-*.html")}
+    subjects = scores.rows.reindex(columns=list(SUBJECT_COLUMNS))
+    report = subjects["participant_id"] + ".html"
+    subjects["report"] = report.where(report.isin(reports), None)
     subjects = subjects.sort_values(
         ["modality", "detector", "participant_id", "source_image"], ignore_index=True
     )
     absences = sorted(
-        [*find_absences(root, participants, present, only), *excluded], key=lambda absence: absence.subject
+        [*find_absences(root, participants, scores.present, only), *scores.excluded],
+        key=lambda absence: absence.subject,
     )
     expected = set(participants.labels) | {absence.subject for absence in absences}
     cohorts = {
         subject: cohort_of(participants.row(subject)) for subject in (expected & only if only else expected)
     }
+    curves = _whole(scores.curves) | scores.curves
     benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
-    warnings = consistency.warnings() + _warnings(subjects, participants, contradictions)
+    warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)
     overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
-    parts = {key: value for key, value in curves.items() if key[2] != ALL}
-    return Evaluation(subjects, benchmark, overall, parts, absences, unreadable, warnings)
+    return Evaluation(subjects, benchmark, overall, scores.curves, absences, unreadable, warnings)
+
+
+def _whole(curves: Mapping[tuple[str, str, str], Curves]) -> dict[tuple[str, str, str], Curves]:
+    """Add up the cohorts of each detector and modality."""
+    whole: dict[tuple[str, str, str], Curves] = {}
+    for (detector, modality, _), part in sorted(curves.items()):
+        empty = Curves(part.edges, part.threshold)
+        whole.setdefault((detector, modality, ALL), empty).include(part)
+    return whole
 
 
 def _benchmark(

@@ -29,6 +29,22 @@ class ConsistencyCheck:
             If its model bundle, its bin edges or its threshold differ from those before.
         """
         self._versions.setdefault(unit.app_version, set()).add(unit.subject)
+        self._compare(unit)
+
+    def include(self, other: ConsistencyCheck) -> None:
+        """Take over what another check has seen, as if its units had been checked here.
+
+        Raises
+        ------
+        InputError
+            If it has seen another model.
+        """
+        for version, subjects in other._versions.items():
+            self._versions.setdefault(version, set()).update(subjects)
+        for unit in other._first.values():
+            self._compare(unit)
+
+    def _compare(self, unit: UnitScores) -> None:
         first = self._first.setdefault((unit.detector, unit.modality), unit)
         what = None
         if not np.array_equal(first.edges, unit.edges):

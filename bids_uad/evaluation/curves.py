@@ -61,6 +61,14 @@ class Curves:
                 self.dice_sum += dice_curve(unit.n_nonlesion, unit.n_lesion)
                 self.n_with_lesion += 1
 
+    def include(self, other: Curves) -> None:
+        """Add the sums of other images of the same detector and modality."""
+        self.lesion += other.lesion
+        self.nonlesion += other.nonlesion
+        self.healthy += other.healthy
+        self.dice_sum += other.dice_sum
+        self.n_with_lesion += other.n_with_lesion
+
     @property
     def threshold_edge(self) -> int:
         """Index of the fixed threshold among the edges."""

@@ -80,7 +80,7 @@ def edge_index(edges: np.ndarray, threshold: float) -> int:
         If the threshold lies between two edges: counts per bin then cannot answer.
     """
     nearest = int(np.argmin(np.abs(edges - threshold)))
-    if not np.isclose(edges[nearest], threshold, rtol=_EDGE_RTOL, atol=0.0):
+    if abs(edges[nearest] - threshold) > _EDGE_RTOL * abs(threshold):
         raise ValueError(f"threshold {threshold:g} is not one of the score bin edges")
     return nearest
 

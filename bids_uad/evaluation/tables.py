@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -217,15 +218,16 @@ def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
         raise InputError(path, "is missing", _REMEDY) from error
     except UnicodeDecodeError as error:
         raise InputError(path, f"not a text file ({error})", _REMEDY) from error
-    cells = [line.split("\t") for line in lines if line]
-    header = cells[0] if cells else []
+    lines = list(filter(None, lines))
+    header = lines[0].split("\t") if lines else []
     missing = [name for name in names if name not in header]
     if missing:
         raise InputError(path, f"no column {', '.join(missing)}", _REMEDY)
-    if any(len(row) != len(header) for row in cells):
+    width = len(header)
+    if any(line.count("\t") != width - 1 for line in lines):
         raise InputError(path, "rows of different length", _REMEDY)
-    columns = dict(zip(header, zip(*cells[1:], strict=True), strict=False))
-    return {name: list(columns.get(name, ())) for name in names}
+    cells = "\t".join(lines[1:]).split("\t") if lines[1:] else []
+    return {name: cells[header.index(name) :: width] for name in names}
 
 
 def read_row(path: Path, names: Sequence[str]) -> dict[str, str]:
@@ -264,19 +266,33 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
 def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return lower edges (float64), non-lesion and lesion counts (int64), each (n_bins,)."""
     columns = _read_columns(path, _HISTOGRAM_COLUMNS)
-    unmasked = all(value in _MISSING for value in columns["n_lesion"])
+    lower, upper, nonlesion, lesion = (columns[name] for name in _HISTOGRAM_COLUMNS)
+    unmasked = _MISSING.issuperset(lesion)
     try:
-        lower, upper, nonlesion, lesion = (
-            np.array([] if unmasked and name == "n_lesion" else columns[name], dtype=np.float64)
-            for name in _HISTOGRAM_COLUMNS
-        )
+        edges = _edges(tuple(lower), tuple(upper))
+        counts = [np.array(list(map(float, values))) for values in (nonlesion, () if unmasked else lesion)]
+    except _NoBinsError as error:
+        raise InputError(path, str(error), _REMEDY) from error
     except ValueError as error:
         raise InputError(path, f"not only numbers ({error})", _REMEDY) from error
-    if len(lower) == 0 or not np.all(np.diff(lower) > 0) or not np.isposinf(upper[-1]):
-        raise InputError(path, "score bins do not increase to infinity", _REMEDY)
-    if not np.array_equal(upper[:-1], lower[1:]):
-        raise InputError(path, "gaps or overlaps between the score bins", _REMEDY)
-    for counts in (nonlesion, lesion):
-        if not np.all((counts >= 0) & (counts == np.floor(counts))):
+    for values in counts:
+        if not np.all((values >= 0) & (values == np.floor(values))):
             raise InputError(path, "voxel counts are not whole numbers", _REMEDY)
-    return lower, nonlesion.astype(np.int64), None if unmasked else lesion.astype(np.int64)
+    n_nonlesion, n_lesion = (values.astype(np.int64) for values in counts)
+    return edges, n_nonlesion, None if unmasked else n_lesion
+
+
+class _NoBinsError(Exception):
+    """Why edges make no bins."""
+
+
+@lru_cache(maxsize=64)
+def _edges(lower: tuple[str, ...], upper: tuple[str, ...]) -> np.ndarray:
+    """Lower edges, float64, (n_bins,); the tables of one model all have the same, which is read once."""
+    below, above = (np.array(list(map(float, texts))) for texts in (lower, upper))
+    if len(below) == 0 or not np.all(np.diff(below) > 0) or not np.isposinf(above[-1]):
+        raise _NoBinsError("score bins do not increase to infinity")
+    if not np.array_equal(above[:-1], below[1:]):
+        raise _NoBinsError("gaps or overlaps between the score bins")
+    below.flags.writeable = False
+    return below

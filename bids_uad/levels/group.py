@@ -46,7 +46,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants`, `strata` and `random_seed` are used.
+        `bids_dir`, `output_dir`, `participants`, `strata`, `nprocs` and `random_seed` are used.
     console : rich.console.Console, optional
         Where the benchmark is printed; the terminal by default.
 
@@ -81,7 +81,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
             participants,
             seed=config.random_seed,
             only=only,
-            progress=lambda: progress.advance(task),
+            processes=config.nprocs,
+            progress=lambda read: progress.advance(task, read),
         )
 
     people, people_columns = derivative_participants(participants, subject_folders(output_dir))

@@ -1,0 +1,166 @@
+"""Score tables of a cohort, read in parts by several processes and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+
+from bids_uad.dataset.participants import Participants
+from bids_uad.errors import InputError
+from bids_uad.evaluation.absences import Absence
+from bids_uad.evaluation.consistency import ConsistencyCheck
+from bids_uad.evaluation.curves import Curves
+from bids_uad.evaluation.subjects import subject_row
+from bids_uad.evaluation.tables import read_unit
+
+EXCLUDED = "left out by quality control: "
+PARTICIPANTS_AT_ONCE = 100
+"""The parts do not depend on the number of processes, so neither does a sum of floats."""
+
+
+@dataclass
+class Scores:
+    """What is kept of the score tables that were read.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        One row per image and detector, columns of `subjects.COLUMNS` but `report`.
+    curves : dict
+        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
+    present : list of (str, str, str)
+        Image prefix, modality and detector of each table that could be read.
+    excluded : list of Absence
+        Tables of images that quality control leaves out.
+    unreadable : list of str
+        One message for each table that could not be read.
+    contradictions : set of str
+        Healthy participants with a lesion in a lesion mask.
+    consistency : ConsistencyCheck
+        Has seen every table in `rows`.
+    """
+
+    rows: pd.DataFrame = field(default_factory=pd.DataFrame)
+    curves: dict[tuple[str, str, str], Curves] = field(default_factory=dict)
+    present: list[tuple[str, str, str]] = field(default_factory=list)
+    excluded: list[Absence] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    contradictions: set[str] = field(default_factory=set)
+    consistency: ConsistencyCheck = field(default_factory=ConsistencyCheck)
+
+
+def read_scores(
+    paths: Sequence[Path],
+    participants: Participants,
+    exclusions: Mapping[tuple[str, str], str],
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Read score tables, each once, and add them up.
+
+    Only sums and one row of scalars for each table stay; a process holds one histogram at a time.
+
+    Parameters
+    ----------
+    paths : sequence of pathlib.Path
+        The metrics tables, those of a participant side by side.
+    participants : Participants
+        Who is who.
+    exclusions : mapping
+        (image prefix, modality) -> why quality control leaves the image out.
+    processes : int
+        How many read. The result does not depend on it.
+    progress : callable, optional
+        Called with the number of tables after each part.
+
+    Returns
+    -------
+    Scores
+
+    Raises
+    ------
+    InputError
+        If the tables of one detector and modality come from different models.
+    """
+    parts = list(_parts(paths))
+    people = [_only(participants, part) for part in parts]
+    read = partial(_read_part, exclusions=exclusions)
+    total, rows = Scores(), []
+    if min(processes, len(parts)) > 1:
+        # Not forked, for whoever calls may have threads.
+        pool = ProcessPoolExecutor(min(processes, len(parts)), get_context("spawn"))
+        results = pool.map(read, parts, people)
+    else:
+        pool, results = nullcontext(), map(read, parts, people)
+    with pool:
+        for part, scores in zip(parts, results, strict=True):
+            _add(total, scores)
+            rows.append(scores.rows)
+            if progress is not None:
+                progress(len(part))
+    rows = [table for table in rows if len(table)]
+    return replace(total, rows=pd.concat(rows, ignore_index=True) if rows else pd.DataFrame())
+
+
+def _subject(path: Path) -> str:
+    return path.name.split("_", 1)[0]
+
+
+def _parts(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Cut the tables into parts of `PARTICIPANTS_AT_ONCE`."""
+    people = [list(tables) for _, tables in groupby(paths, _subject)]
+    for start in range(0, len(people), PARTICIPANTS_AT_ONCE):
+        yield [path for tables in people[start : start + PARTICIPANTS_AT_ONCE] for path in tables]
+
+
+def _only(participants: Participants, paths: Sequence[Path]) -> Participants:
+    """What is known of those whose tables these are."""
+    wanted = {_subject(path) for path in paths}
+    table = participants.table
+    return replace(participants, table=table[table["participant_id"].isin(wanted)])
+
+
+def _read_part(
+    paths: Sequence[Path], participants: Participants, exclusions: Mapping[tuple[str, str], str]
+) -> Scores:
+    scores, rows = Scores(), []
+    for path in paths:
+        try:
+            unit = read_unit(path, participants)
+            row = subject_row(unit)
+        except InputError as error:
+            scores.unreadable.append(str(error))
+            continue
+        scores.present.append((unit.prefix, unit.modality, unit.detector))
+        reason = exclusions.get((unit.prefix, unit.modality))
+        if reason is not None:
+            which = (unit.subject, unit.prefix, unit.modality, unit.detector)
+            scores.excluded.append(Absence(*which, EXCLUDED + reason))
+            continue
+        scores.consistency.check(unit)
+        rows.append(row)
+        if unit.healthy and unit.has_lesion_mask and unit.n_lesion.any():
+            scores.contradictions.add(unit.subject)
+        key = (unit.detector, unit.modality, unit.cohort)
+        scores.curves.setdefault(key, Curves(unit.edges, unit.threshold)).add(unit)
+    return replace(scores, rows=pd.DataFrame(rows))
+
+
+def _add(total: Scores, part: Scores) -> None:
+    """Add a part to the sums, its rows apart."""
+    total.consistency.include(part.consistency)
+    for key, curves in part.curves.items():
+        total.curves.setdefault(key, Curves(curves.edges, curves.threshold)).include(curves)
+    total.present += part.present
+    total.excluded += part.excluded
+    total.unreadable += part.unreadable
+    total.contradictions |= part.contradictions
