@@ -76,6 +76,8 @@ class RunConfig:
         Memory that may be used, in GB.
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
+    experiments : dict of str to pathlib.Path
+        Outputs of other models on the same images, by name, that `group` compares with its own.
     strata : tuple of str
         What `group` divides the cohort by: columns of participants.tsv, and `lesion load`.
     train_fraction : float
@@ -123,6 +125,7 @@ class RunConfig:
     modality: str | None = None
     steps: int | None = None
     hyper: tuple[str, ...] = ()
+    experiments: dict[str, Path] = field(default_factory=dict)
     strata: tuple[str, ...] = DEFAULT_STRATA
     train_fraction: float = 1.0
     synthetic: int = 0

@@ -14,6 +14,8 @@ from bids_uad.config import LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunCon
 from bids_uad.errors import ConfigError
 from bids_uad.preprocessing.extraction import EXTRACTIONS
 
+FOLDERS = ("derivatives", "experiments")
+"""Options that name folders, `NAME=PATH`."""
 _LABEL = re.compile(r"^[0-9a-zA-Z]+$")
 _DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
 
@@ -140,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="columns of participants.tsv that divide the cohort (default: sex age scanner 'lesion load')",
     )  # fmt: skip
 
+    study.add_argument(
+        "--experiments", nargs="+", action="extend", metavar="NAME=PATH",
+        help="outputs of other models on the same images (fewer training subjects, other hyper-parameters) "
+        "to compare with those in OUTPUT_DIR",
+    )  # fmt: skip
+
     models = parser.add_argument_group("train and calibrate")
     models.add_argument("--detector", metavar="NAME", help="detector to train")
     models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
@@ -203,8 +211,9 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     for name in ("participants", "sessions", "modalities", "models", "hyper", "label_maps", "strata"):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
-    if "derivatives" in given:
-        given["derivatives"] = parse_derivatives(given["derivatives"])
+    for name in FOLDERS:
+        if name in given:
+            given[name] = parse_folders(given[name], f"--{name}")
     given["levels"] = tuple(level for level in LEVELS if level in given["levels"])
     values.update(given)
     values.setdefault("work_dir", Path("work"))
@@ -213,15 +222,14 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     for item in dataclasses.fields(RunConfig):
         if isinstance(values.get(item.name), Path):
             values[item.name] = values[item.name].expanduser().resolve()
-    values["derivatives"] = {
-        name: path.expanduser().resolve() for name, path in values.get("derivatives", {}).items()
-    }
+    for name in FOLDERS:
+        values[name] = {key: path.expanduser().resolve() for key, path in values.get(name, {}).items()}
     config = RunConfig(**values)
     check(config)
     return config
 
 
-def parse_derivatives(items: Sequence[str]) -> dict[str, Path]:
+def parse_folders(items: Sequence[str], flag: str) -> dict[str, Path]:
     """Read `NAME=PATH` items; a bare path is named after its folder.
 
     Parameters
@@ -229,6 +237,8 @@ def parse_derivatives(items: Sequence[str]) -> dict[str, Path]:
     items : sequence of str
         Only the first `=` separates, and only when a plain name stands before it, so that paths may
         hold the sign.
+    flag : str
+        Where they were given.
 
     Returns
     -------
@@ -246,9 +256,9 @@ def parse_derivatives(items: Sequence[str]) -> dict[str, Path]:
             path = item
             name = Path(item).resolve().name
         if not path:
-            raise ConfigError(f"--derivatives {item}: no path after the '='")
+            raise ConfigError(f"{flag} {item}: no path after the '='")
         if name in found:
-            raise ConfigError(f"--derivatives gives '{name}' twice; name them apart: NAME=PATH")
+            raise ConfigError(f"{flag} gives '{name}' twice; name them apart: NAME=PATH")
         found[name] = Path(path)
     return found
 
@@ -294,9 +304,12 @@ def check(config: RunConfig) -> None:
     ):
         if path is not None and not path.exists():
             raise ConfigError(f"{flag} {path} does not exist")
-    for name, path in config.derivatives.items():
-        if not path.is_dir():
-            raise ConfigError(f"--derivatives {name}={path}: no such folder")
+    for flag in FOLDERS:
+        for name, path in getattr(config, flag).items():
+            if not path.is_dir():
+                raise ConfigError(f"--{flag} {name}={path}: no such folder")
+    if config.output_dir in config.experiments.values():
+        raise ConfigError(f"--experiments names the output folder itself ({config.output_dir})")
 
 
 def _earlier(config_file: Path) -> dict:

@@ -109,7 +109,7 @@ def compare_detectors(subjects: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             scores = participant_scores(subjects, modality, outcome)
             rows = [
                 {"modality": modality, "outcome": outcome, "detector_a": a, "detector_b": b}
-                | _compare(scores[[a, b]].dropna(), seed)
+                | compare_pair(scores[[a, b]].dropna(), seed)
                 for a, b in combinations(scores.columns, 2)
             ]
             table = pd.DataFrame([row for row in rows if row["n_participants"] >= MIN_SUBJECTS])
@@ -143,7 +143,22 @@ def corrected(p: pd.Series, method: str) -> np.ndarray:
     return result
 
 
-def _compare(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
+def compare_pair(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Compare two columns of numbers of the same participants.
+
+    Parameters
+    ----------
+    pair : pandas.DataFrame
+        Index: participants; two columns without missing values.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict
+        `n_participants`, `difference` with its interval (first minus second), `statistic` and `p`, as
+        `COLUMNS` has them.
+    """
     difference = pair.iloc[:, 0] - pair.iloc[:, 1]
     low, high = bootstrap_interval(difference.to_numpy(), list(pair.index), seed=seed)
     statistic = p = np.nan

@@ -13,10 +13,13 @@ from rich.progress import Progress
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
 from bids_uad.dataset.participants import derivative_participants, read_participants
+from bids_uad.errors import InputError
 from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
+from bids_uad.evaluation.experiments import REFERENCE, Variant, compare_variants
 from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import add_participant_columns
@@ -27,7 +30,12 @@ from bids_uad.reports.group_console import benchmark_table
 from bids_uad.reports.group_methods import group_methods_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from bids_uad.config import RunConfig
+    from bids_uad.dataset.participants import Participants
+    from bids_uad.evaluation.benchmark import Evaluation
+    from bids_uad.evaluation.origins import Origin
 
 LOGGER = logging.getLogger(__name__)
 
@@ -39,14 +47,16 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
-    of `output_dir`), and no image. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
+    of `output_dir`). Writes `group_benchmark`, `group_subjects`, `group_comparison`,
     `group_strata`, `group_disparities`, `group_thresholds`, `group_bias` and `participants` (each .tsv and
-    .json), `group.html`, `group/figures` and `logs/CITATION_group`.
+    .json), `group.html`, `group/figures` and `logs/CITATION_group`; with `experiments` also
+    `group_experiments`. A few scans are read for pictures, where they are there.
 
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants`, `strata`, `nprocs` and `random_seed` are used.
+        `bids_dir`, `output_dir`, `participants`, `experiments`, `strata`, `nprocs` and `random_seed` are
+        used.
     console : rich.console.Console, optional
         Where the benchmark is printed; the terminal by default.
 
@@ -99,14 +109,23 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     for factor in config.strata:
         if config.strata != DEFAULT_STRATA and levels_of(subjects, factor) is None:
             LOGGER.warning("--strata %s: participants.tsv has no such column", factor)
+    origins = read_origins(output_dir, evaluation.subjects)
     analyses = analyse(subjects, evaluation.cohort_curves, config.strata, seed=config.random_seed)
     for name, (table, what, columns) in analyses.tables.items():
         write_tsv(output_dir / f"group_{name}.tsv", table)
         _write_columns(output_dir / f"group_{name}.json", what, columns)
+    experiments = _experiments(config, participants, evaluation, origins)
+    if experiments is None:
+        for suffix in ("tsv", "json"):  # of an earlier run
+            (output_dir / f"group_experiments.{suffix}").unlink(missing_ok=True)
+    else:
+        write_tsv(output_dir / "group_experiments.tsv", experiments)
+        what = "Models that differ from those of these outputs, on the same images"
+        _write_columns(output_dir / "group_experiments.json", what, EXPERIMENT_COLUMNS)
     methods = group_methods_text(evaluation, analyses, seed=config.random_seed)
     write_citation(output_dir, methods, "CITATION_group")
-    provenance = Provenance(_command(config), _date(config), read_origins(output_dir, evaluation.subjects))
-    report = write_group_report(output_dir, evaluation, analyses, participants, provenance)
+    provenance = Provenance(_command(config), _date(config), origins)
+    report = write_group_report(output_dir, evaluation, analyses, participants, provenance, experiments)
 
     console.print(benchmark_table(evaluation.benchmark))
     for text in (*evaluation.unreadable, *evaluation.warnings):
@@ -115,11 +134,43 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     return EXIT_FAILED if evaluation.unreadable else EXIT_OK
 
 
+def _experiments(
+    config: RunConfig,
+    participants: Participants,
+    evaluation: Evaluation,
+    origins: dict[tuple[str, str], Origin],
+) -> pd.DataFrame | None:
+    """Compare other models with those of these outputs; None if there are none to compare with.
+
+    Raises
+    ------
+    InputError
+        If an output of another model has no score tables.
+    """
+    if not config.experiments:
+        return None
+    only = frozenset(f"sub-{label}" for label in config.participants)
+    variants = [Variant(REFERENCE, evaluation.subjects, origins)]
+    for name, folder in config.experiments.items():
+        paths = find_metrics_tables(folder, only)
+        if not paths:
+            raise InputError(folder, "no score tables (sub-*/**/*_metrics.tsv)", "run the participant level")
+        found = evaluate(
+            folder, paths, participants, seed=config.random_seed, only=only, processes=config.nprocs
+        )
+        for text in found.unreadable:
+            LOGGER.warning("%s: %s", name, text)
+        variants.append(Variant(name, found.subjects, read_origins(folder, found.subjects)))
+    return compare_variants(variants, seed=config.random_seed)
+
+
 def _command(config: RunConfig) -> tuple[str, ...]:
     """Write the command line that asks for the same page."""
     command = ["bids_uad", str(config.bids_dir), str(config.output_dir), "group"]
     if config.participants:
         command += ["--participant-label", *config.participants]
+    if config.experiments:
+        command += ["--experiments", *(f"{name}={path}" for name, path in config.experiments.items())]
     if config.strata != DEFAULT_STRATA:
         command += ["--strata", *config.strata]
     if config.random_seed:

@@ -21,13 +21,16 @@ from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
+from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.origins import Origin
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.group_analyses import analysis_figures
+from bids_uad.reports.group_experiments import experiment_figures
 from bids_uad.reports.group_figures import Figure, detector_colours, group_figures
+from bids_uad.reports.group_panel import example_figures
 from bids_uad.reports.group_summary import count, summarise
 from bids_uad.reports.group_text import detector_name, fixed, interval
 
@@ -45,6 +48,7 @@ CONTENTS = {
     "thresholds": "Thresholds and scores",
     "strata": "Parts of the cohort",
     "bias": "Bias",
+    "experiments": "Experiments",
     "further": "Further figures",
     "scans": "Scans",
     "problems": "Problems",
@@ -56,12 +60,15 @@ CHAPTERS = {
     "dice": "benchmark",
     "dice_by_volume": "benchmark",
     "precision_recall": "benchmark",
+    "examples": "examples",
     "fpr_healthy": "false_alarms",
     "ranks": "comparison",
     "dice_by_threshold": "thresholds",
     "thresholds": "thresholds",
     "score_histograms": "thresholds",
     "bias_age": "bias",
+    "scaling": "experiments",
+    "ablation": "experiments",
 }
 """Where each figure is shown, by its name without the modality."""
 
@@ -91,6 +98,7 @@ def write_group_report(
     analyses: Analyses,
     participants: Participants,
     provenance: Provenance,
+    experiments: pd.DataFrame | None = None,
 ) -> Path:
     """Write `group.html` and the single figures in `group/figures`; the methods text is taken from `logs`.
 
@@ -106,6 +114,8 @@ def write_group_report(
         Who was expected.
     provenance : Provenance
         How the page came about.
+    experiments : pandas.DataFrame, optional
+        Of :func:`bids_uad.evaluation.experiments.compare_variants`.
 
     Returns
     -------
@@ -114,7 +124,13 @@ def write_group_report(
     """
     root = Path(out_dir)
     colours = detector_colours(evaluation)
-    figures = [*analysis_figures(evaluation.subjects, analyses, colours), *group_figures(evaluation)]
+    examples, no_examples = example_figures(root, evaluation.subjects)
+    figures = [
+        *analysis_figures(evaluation.subjects, analyses, colours),
+        *group_figures(evaluation),
+        *examples,
+        *(() if experiments is None else experiment_figures(experiments, colours)),
+    ]
     _write_alone(root / "group" / "figures", figures)
     chapters: dict[str, list[Figure]] = {chapter: [] for chapter in CONTENTS}
     for figure in sorted(figures, key=_place):
@@ -127,6 +143,8 @@ def write_group_report(
         "subjects": ("Numbers of each image and detector", SUBJECT_COLUMNS),
         **{name: (what, columns) for name, (_, what, columns) in analyses.tables.items()},
     }
+    if experiments is not None:
+        tables["experiments"] = ("Models compared on the same images", EXPERIMENT_COLUMNS)
     environment = Environment(
         loader=PackageLoader("bids_uad", "data/reports"),
         autoescape=True,
@@ -139,7 +157,8 @@ def write_group_report(
         "figures": chapters,
         "comparison": _parts(analyses.comparison, ["modality", "outcome"]),
         "disparities": _parts(analyses.disparities, ["modality", "factor"]),
-        "no_examples": "",
+        "experiments": [] if experiments is None else _parts(experiments, ["modality", "detector"]),
+        "no_examples": no_examples,
         "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
     }
     page = environment.get_template("group.html.j2").render(
@@ -202,7 +221,7 @@ def _without_modality(name: str) -> str:
 
 def _has(chapter: str, content: dict[str, Any]) -> bool:
     """Say whether a chapter has something to show."""
-    if chapter in ("comparison", "methods"):
+    if chapter in ("comparison", "experiments", "methods"):
         return bool(content[chapter])
     if chapter == "strata":
         return bool(content["disparities"])

@@ -10,6 +10,7 @@ import pandas as pd
 from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, EXCLUDED, Evaluation
+from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.group_analyses import ALPHA
 from bids_uad.reports.group_text import detector_name
@@ -115,9 +116,11 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
     text = f"{name} {verb} mean Dice is {_number(best['dice_mean'])} ({interval}; {people} with lesions)."
     if len(ranked) == 1:
         return text
-    text += (
-        f" Next is {detector_name(ranked.iloc[1]['detector'])} with {_number(ranked.iloc[1]['dice_mean'])}."
-    )
+    second = ranked.iloc[1]
+    text += f" Next is {detector_name(second['detector'])} with {_number(second['dice_mean'])}."
+    first = mean_ranks(participant_scores(lesions, lesions["modality"].iloc[0], "dice"), "dice")
+    if len(first) and first.index[0] != best["detector"]:
+        text += f" Ranked within each person, {detector_name(first.index[0])} comes first."
     return f"{text} {_differences(best['detector'], pairs)}"
 
 
@@ -131,14 +134,15 @@ def _differences(best: str, pairs: pd.DataFrame) -> str:
         detector_name(row.detector_b if row.detector_a == best else row.detector_a)
         for row in alike.itertuples()
     ]
+    name = detector_name(best)
     if len(own) == 1:
         return f"The difference between the two is {'not ' if others else ''}told from chance."
     if not others:
-        text = f"It differs from all {len(own)} others by more than chance."
+        text = f"{name} differs from all {len(own)} others by more than chance."
     elif len(others) == len(own):
-        text = "It differs from none of the others by more than chance."
+        text = f"{name} differs from none of the others by more than chance."
     else:
-        text = f"It differs from {len(own) - len(others)} of {len(own)} others by more than chance"
+        text = f"{name} differs from {len(own) - len(others)} of {len(own)} others by more than chance"
         text += f", but not from {listed(others)}." if len(others) <= 3 else "."
     told = int((tested["p_holm"] < ALPHA).sum())
     return f"{text} Of all {len(tested)} pairs of detectors {told} differ so."
@@ -165,13 +169,16 @@ def _false_alarms(rows: pd.DataFrame, scans: pd.DataFrame) -> str:
     for promise, kept in known.groupby(promises):
         above = kept[kept["fpr_healthy_mean"] > promise / 100]
         surely = above[above["fpr_healthy_mean_ci_low"] > promise / 100]
-        text += f" {_promise(promise, len(kept), len(above), len(surely))}"
+        text += f" {_promise(promise, len(kept), len(known), len(above), len(surely))}"
     return text
 
 
-def _promise(percent: float, n: int, n_above: int, n_surely: int) -> str:
-    threshold = "Its threshold" if n == 1 else f"The thresholds of {n} of them"
-    start = f"{threshold} promised {percent:g} % on validation data:"
+def _promise(percent: float, n: int, n_detectors: int, n_above: int, n_surely: int) -> str:
+    if n == n_detectors:
+        whose = "Its threshold" if n == 1 else "Their thresholds"
+    else:
+        whose = f"The threshold{'s' if n > 1 else ''} of {n} of them"
+    start = f"{whose} promised {percent:g} % on validation data:"
     surely = f"{n_surely} by more than chance" if n_surely else "none by more than chance"
     if n_above == 0:
         return f"{start} {'it keeps' if n == 1 else 'all keep'} to that."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -202,13 +203,40 @@ class Svg:
         anchor: str = "start",
         weight: int = 400,
         rotate: float = 0,
+        href: str = "",
     ) -> None:
-        """Write one line of text; `y` is its baseline."""
+        """Write one line of text, with a link if asked for; `y` is its baseline."""
         turn = f' transform="rotate({rotate} {x:.1f} {y:.1f})"' if rotate else ""
-        self._parts.append(
+        words = (
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" '
             f'text-anchor="{anchor}" font-weight="{weight}"{turn}>{escape(text)}</text>'
         )
+        self._parts.append(f'<a href="{escape(href)}">{words}</a>' if href else words)
+
+    def image(self, x: float, y: float, width: float, height: float, data: bytes, kind: str) -> None:
+        """Embed a picture; `kind` is `png` or `jpeg`."""
+        coded = base64.b64encode(data).decode("ascii")
+        self._parts.append(
+            f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'href="data:image/{kind};base64,{coded}"/>'
+        )
+
+    def outline(self, path: str, colour: str, width: float) -> None:
+        """Stroke path data with a dark rim, so that it reads on bright and on dark; nothing if empty."""
+        if path:
+            common = f'd="{path}" fill="none" stroke-linejoin="round"'
+            rim = f'stroke="#000" stroke-opacity="0.55" stroke-width="{2.1 * width:.2f}"'
+            self._parts.append(
+                f'<path {common} {rim}/><path {common} stroke="{colour}" stroke-width="{width}"/>'
+            )
+
+    def open(self, tag: str) -> None:
+        """Begin an element; `tag` is its name and attributes."""
+        self._parts.append(f"<{tag}>")
+
+    def close(self, name: str) -> None:
+        """End the element that was begun last."""
+        self._parts.append(f"</{name}>")
 
     def axes(
         self,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import parse_args, parse_derivatives
+from bids_uad.cli.parser import parse_args, parse_folders
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError
 
@@ -102,7 +102,7 @@ def test_version_and_help_succeed(capsys):
 
 
 def test_derivatives_split_at_the_first_sign_only():
-    found = parse_derivatives(["lesions=/a/b=c/d", "/data/x=y/masks", "/plain/fmriprep"])
+    found = parse_folders(["lesions=/a/b=c/d", "/data/x=y/masks", "/plain/fmriprep"], "--derivatives")
     assert found == {
         "lesions": Path("/a/b=c/d"),
         "masks": Path("/data/x=y/masks"),
@@ -113,7 +113,7 @@ def test_derivatives_split_at_the_first_sign_only():
 @pytest.mark.parametrize("items", [["a=/x", "a=/y"], ["/x/a", "/y/a"], ["a="]])
 def test_ambiguous_derivatives_are_refused(items):
     with pytest.raises(ConfigError, match="--derivatives"):
-        parse_derivatives(items)
+        parse_folders(items, "--derivatives")
 
 
 def test_derivatives_may_come_in_two_flags(parse, tmp_path):

@@ -134,6 +134,19 @@ def test_dependence_is_told_by_model_and_its_absence_is_no_proof(tmp_path):
     assert "which does not prove that there is none" in told(tmp_path)["Bias"]
 
 
+def test_best_on_average_need_not_be_best_for_most(tmp_path):
+    """One perfect scan outweighs two that another detector finds better."""
+    overlaps = {"disyre": (900, 10, 10), "patchcore": (20, 20, 20)}
+    for detector, found in overlaps.items():
+        for k, n in enumerate(found):
+            lesion = counts(350, n) + counts(100, 1000 - n)
+            Scan(str(k), detector=detector, n_nonlesion=counts(100), n_lesion=lesion).write(tmp_path)
+    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "patient"} for k in range(3)])
+    text = told(tmp_path)["Lesions in T1w"]
+    assert text.startswith("Disyre finds most: its mean Dice is 0.3")
+    assert "Ranked within each person, PatchCore comes first." in text
+
+
 def test_words():
     assert count(1, "scan") == "1 scan"
     assert count(2, "person", "people") == "2 people"

@@ -1,0 +1,134 @@
+"""Examples in the group report: which, and that what is drawn is what is on disk."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bids_uad import space
+from bids_uad.errors import InputError
+from bids_uad.reports.group_panel import choose_cases, example_figures, read_slice
+
+STEM = "sub-{}_space-SRI24_{}"
+
+
+def scans(dice, voxels=None, **columns):
+    n = len(dice)
+    table = pd.DataFrame(
+        {
+            "participant_id": [f"sub-{k}" for k in range(n)],
+            "session_id": None,
+            "source_image": [f"bids:raw:sub-{k}/anat/sub-{k}_T1w.nii.gz" for k in range(n)],
+            "dice": dice,
+            "n_lesion_voxels": voxels or [10] * n,
+        }
+    )
+    fixed = {"role": "lesion", "detector": "disyre", "modality": "T1w", "report": None}
+    return table.assign(**fixed | columns)
+
+
+def chosen(table):
+    return {case.which: case.scan["participant_id"] for case in choose_cases(table)}
+
+
+def test_best_median_and_worst():
+    assert chosen(scans([0.3, 0.9, 0.1, 0.5, 0.2])) == {"best": "sub-1", "median": "sub-0", "worst": "sub-2"}
+    assert chosen(scans([0.3, 0.9, 0.1, 0.5])) == {"best": "sub-1", "median": "sub-0", "worst": "sub-2"}
+    assert chosen(scans([0.3, 0.9])) == {"best": "sub-1", "worst": "sub-0"}
+    assert chosen(scans([0.3])) == {"only": "sub-0"}
+    assert chosen(scans([0.0, 0.0, 0.0], [5, 9, 7])) == {"best": "sub-0", "median": "sub-2", "worst": "sub-1"}
+
+
+def test_empty_masks_and_healthy_people_are_no_examples():
+    table = scans([1.0, 0.5, 0.4], [0, 5, 5])
+    table.loc[2, "role"] = "healthy"
+    assert chosen(table) == {"only": "sub-1"}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """One scan: a brain that is brighter to the left, the mask in front, the lesion behind."""
+    anat = tmp_path / "sub-0" / "anat"
+    anat.mkdir(parents=True)
+    brain = np.zeros(space.SHAPE, np.float32)
+    brain[60:180, 40:200, 20:130] = 0.3
+    world = nib.affines.apply_affine(space.AFFINE, np.argwhere(brain > 0))
+    brain[brain > 0] = np.where(world[:, 0] < -119.5, 0.9, 0.3)
+    found, lesion = np.zeros(space.SHAPE, np.uint8), np.zeros(space.SHAPE, np.uint8)
+    found[100:120, 50:60, 60:100] = 1
+    lesion[100:120, 150:190, 85:95] = 1
+    lesion[100:140, 150:190, 90] = 1
+    nib.save(space.to_image(brain), anat / STEM.format(0, "desc-preproc_T1w.nii.gz"))
+    nib.save(
+        space.to_image(found, np.uint8), anat / STEM.format(0, "label-anomaly_desc-T1wDisyre_mask.nii.gz")
+    )
+    nib.save(space.to_image(lesion, np.uint8), anat / STEM.format(0, "label-lesion_desc-manual_mask.nii.gz"))
+    return tmp_path
+
+
+def test_the_slice_with_most_lesion_is_shown_the_right_way_round(study):
+    row = scans([0.5]).to_dict(orient="records")[0]
+    part = read_slice(study, row)
+    assert part.place == "z = 90"
+    assert part.lesion.sum() == 40 * 40
+    assert part.found.sum() == 20 * 10
+    # Left of the subject on the left of the picture, front on top: voxel j grows to the back in SRI24.
+    assert part.grey[80, 20] > part.grey[80, -20] > 0
+    rows_found, rows_lesion = (np.flatnonzero(mask.any(1)).mean() for mask in (part.found, part.lesion))
+    assert rows_found < rows_lesion
+
+
+def test_pictures_hold_the_scan_and_the_mask(study):
+    table = scans([0.5], report="sub-0.html")
+    (figure,), absent = example_figures(study, table)
+    assert absent == ""
+    assert figure.name == "examples_T1w"
+    assert '<a href="sub-0.html">' in figure.svg
+    assert "only: Dice 0.500" in figure.svg
+    jpeg, png = (
+        Image.open(io.BytesIO(base64.b64decode(code)))
+        for code in re.findall(r"base64,([A-Za-z0-9+/=]+)", figure.svg)
+    )
+    part = read_slice(study, table.to_dict(orient="records")[0])
+    assert np.abs(np.asarray(jpeg, float) - part.grey).mean() < 2
+    np.testing.assert_array_equal(np.asarray(png.convert("RGBA"))[..., 3] > 0, part.found)
+    assert len(figure.svg) < 30_000
+
+
+def test_the_lesion_mask_may_bear_another_images_name(study):
+    anat = study / "sub-0" / "anat"
+    own = anat / STEM.format(0, "label-lesion_desc-manual_mask.nii.gz")
+    own.rename(anat / "sub-0_run-1_space-SRI24_label-lesion_desc-manual_mask.nii.gz")
+    row = scans([0.5]).to_dict(orient="records")[0]
+    with pytest.raises(InputError, match="is missing"):
+        read_slice(study, row)
+    sources = ["bids::sub-0/anat/sub-0_run-1_space-SRI24_label-lesion_desc-manual_mask.nii.gz"]
+    sidecar = anat / STEM.format(0, "desc-T1wDisyre_metrics.json")
+    sidecar.write_text(json.dumps({"Sources": ["bids::x_anomalymap.nii.gz", *sources]}))
+    assert read_slice(study, row).lesion.any()
+
+
+def test_what_is_not_there_is_said(study, tmp_path):
+    figures, absent = example_figures(study, scans([0.5, 0.4]))
+    assert "not on disk" in figures[0].svg
+    assert absent.startswith("1 of 2 examples cannot be shown. The first: sub-1/anat/sub-1_space-SRI24_label")
+    figures, absent = example_figures(study / "nowhere", scans([0.5]))
+    assert figures == []
+    assert "is missing" in absent
+    damaged = study / "sub-0" / "anat" / STEM.format(0, "desc-preproc_T1w.nii.gz")
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    figures, absent = example_figures(study, scans([0.5]))
+    assert figures == []
+    assert "cannot be read" in absent
+
+
+def test_nobody_with_a_lesion_has_no_examples(tmp_path):
+    assert example_figures(tmp_path, scans([np.nan], role="healthy")) == ([], "")
