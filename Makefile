@@ -35,6 +35,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.detectors
 	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.group
 	$(if $(DATA),$(BIN)/python -m benchmarks.preprocessing $(DATA))
 
 # How the packaged models were made, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS holds

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
     if missing:
         raise InputError(path, f"no column {', '.join(missing)}", _REMEDY)
     width = len(header)
-    if any(line.count("\t") != width - 1 for line in lines):
+    if {*map(str.count, lines, repeat("\t"))} != {width - 1}:
         raise InputError(path, "rows of different length", _REMEDY)
     cells = "\t".join(lines[1:]).split("\t") if lines[1:] else []
     return {name: cells[header.index(name) :: width] for name in names}

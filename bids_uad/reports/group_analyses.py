@@ -11,7 +11,7 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.bias import Effect
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.thresholds import VALIDATION
-from bids_uad.reports.group_figures import WIDTH, Figure, of_modality, panel_grid
+from bids_uad.reports.group_figures import MAX_DOTS, WIDTH, Figure, of_modality, panel_grid
 from bids_uad.reports.group_svg import INK, MUTED, Linear, Svg, number, round_up
 from bids_uad.reports.group_text import detector_name
 
@@ -179,7 +179,8 @@ def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Figure | 
         limit = 100 * max(np.quantile(effect.partial, 0.98), effect.line[:, 3].max())
         x, y = Linear(low - 1, high + 1, left, right), Linear(0, round_up(limit), top + 216, top + 34)
         svg.axes(x, y, xlabel="age, years", ylabel="FPR, %", yticks=4)
-        for age, share in zip(effect.values, effect.partial, strict=True):
+        order = np.random.default_rng(0).permutation(len(effect.values))[:MAX_DOTS]
+        for age, share in zip(effect.values[order], effect.partial[order], strict=True):
             if 100 * share <= y.high:
                 svg.dot(x(age), y(100 * share), 2.4, colours[effect.detector], opacity=0.45)
         upper = [(x(age), y(100 * share)) for age, share in effect.line[:, [0, 3]]]
@@ -202,6 +203,7 @@ def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Figure | 
         "False positives and age",
         "Healthy brains: share of voxels above the fixed threshold against age, as the model of bias has it "
         "when sex, brain volume and scanner are held at their means. Band: 95 % confidence. A dot is a "
-        "participant; the highest fiftieth may lie beyond the top.",
+        f"participant, {MAX_DOTS} drawn by lot where there are more; the highest fiftieth may lie beyond the "
+        "top.",
         svg.render(),
     )

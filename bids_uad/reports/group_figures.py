@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter1d
 
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.curves import Curves
@@ -34,6 +35,9 @@ _PALETTE = (
 _HEALTHY, _LESION = "#0072B2", "#D55E00"
 _NAMED_DOTS = 12  # up to this many participants every dot carries its name
 _DISPLAY_BINS = 72
+MAX_DOTS = 300
+"""Scans of one detector that are drawn one by one."""
+_VOLUME_GROUPS = 20
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ def dice_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
     return Figure(
         "dice",
         "Dice at the fixed threshold",
-        "One dot per lesion scan. Box: quartiles and median; whiskers: within 1.5 interquartile "
-        "ranges; diamond and bar: mean and 95 % interval over participants.",
+        f"One dot per lesion scan, or, where a detector has more than {MAX_DOTS}, their density. Box: "
+        "quartiles and median; whiskers: within 1.5 interquartile ranges; diamond and bar: mean and 95 % "
+        "interval over participants.",
         svg,
     )
 
@@ -137,7 +142,8 @@ def fpr_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
     return Figure(
         "fpr_healthy",
         "False positives in healthy brains",
-        "One dot per healthy scan: share of its brain voxels above the fixed threshold. Lower is better.",
+        f"One dot per healthy scan, or, where a detector has more than {MAX_DOTS}, their density: share of "
+        "the brain voxels above the fixed threshold. Lower is better.",
         svg,
     )
 
@@ -186,9 +192,12 @@ def _strip(
         svg.text(left - 16, y - 1, detector_name(detector), size=14, weight=600, anchor="end")
         svg.text(left - 16, y + 15, modality, size=11.5, colour=MUTED, anchor="end")
         values = group[column].to_numpy(float) * scale
+        if len(group) > MAX_DOTS:
+            _density(svg, x, y, values, colour)
         _box(svg, x, y, values, colour)
+        if len(group) <= MAX_DOTS:
+            _dots(svg, x, y, group, values, colour, unit, link_prefix, named)
         row = rows[modality, detector]
-        _dots(svg, x, y, group, values, colour, unit, link_prefix, named)
         low, top_value = row[f"{interval}_ci_low"] * scale, row[f"{interval}_ci_high"] * scale
         ymean = y + 24
         if np.isfinite(low):
@@ -213,6 +222,17 @@ def _box(svg: Svg, x: Scale, y: float, values: np.ndarray, colour: str) -> None:
     svg.line(x(high), y, x(top), y, colour, 1.4)
     svg.rect(x(low), y - 13, max(x(high) - x(low), 1), 26, colour, 0.16, 3)
     svg.line(x(middle), y - 13, x(middle), y + 13, colour, 2.6)
+
+
+def _density(svg: Svg, x: Linear, y: float, values: np.ndarray, colour: str) -> None:
+    """Draw how many scans lie where, as the width of a shape about the row's middle."""
+    counts, edges = np.histogram(values, bins=200, range=(x.low, x.high))
+    smooth = gaussian_filter1d(counts.astype(float), 2, mode="reflect")
+    places = [x(value) for value in (edges[:-1] + edges[1:]) / 2]
+    half = 20 * smooth / smooth.max()
+    upper = list(zip(places, y - half, strict=True))
+    lower = list(zip(places, y + half, strict=True))
+    svg.path([*upper, *lower[::-1]], "none", fill=colour, opacity=0.35)
 
 
 def _dots(
@@ -279,6 +299,11 @@ def dice_by_volume(evaluation: Evaluation, link_prefix: str = "") -> Figure | No
         x, y = Log(low, high, left, right), Linear(0, limit, 330, 40)
         svg.axes(x, y, xlabel="lesion volume, mL (log scale)", ylabel="Dice")
         chosen = scans[scans["modality"] == modality]
+        sizes = chosen["detector"].value_counts()
+        for detector in sizes.index[sizes > MAX_DOTS]:
+            line = _medians_by_volume(chosen[chosen["detector"] == detector])
+            svg.path([(x(volume / 1000), y(dice)) for volume, dice in line], colours[detector], 2.2)
+        chosen = chosen[chosen["detector"].map(sizes) <= MAX_DOTS]
         radius = 4.2 if len(chosen) <= 60 else 2.8
         for row in chosen.sample(frac=1, random_state=0).to_dict(orient="records"):
             millilitres = row["lesion_volume_mm3"] / 1000
@@ -300,10 +325,19 @@ def dice_by_volume(evaluation: Evaluation, link_prefix: str = "") -> Figure | No
     return Figure(
         "dice_by_volume",
         "Dice and lesion size",
-        "One dot per lesion scan and detector, at the fixed threshold. Small lesions are harder: "
-        "cohorts with other lesion sizes are not comparable by their mean Dice.",
+        "One dot per lesion scan and detector, at the fixed threshold; where a detector has more than "
+        f"{MAX_DOTS}, a line through the medians of {_VOLUME_GROUPS} groups of equally many, from small to "
+        "large lesions. Small lesions are harder: cohorts with other lesion sizes are not comparable by "
+        "their mean Dice.",
         svg.render(),
     )
+
+
+def _medians_by_volume(scans: pd.DataFrame) -> list[tuple[float, float]]:
+    """Median lesion volume (mm3) and median Dice of `_VOLUME_GROUPS` groups from small to large lesions."""
+    ordered = scans.sort_values("lesion_volume_mm3", kind="stable")[["lesion_volume_mm3", "dice"]]
+    groups = np.array_split(ordered.to_numpy(float), _VOLUME_GROUPS)
+    return [tuple(np.median(group, axis=0)) for group in groups]
 
 
 def _modality_panels(

@@ -13,9 +13,10 @@ from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.reports import group_figures as group_figures_module
 from bids_uad.reports.group import CHAPTERS, Provenance, write_group_report
 from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures
-from bids_uad.reports.group_svg import Linear, Log, number, quartiles, round_up
+from bids_uad.reports.group_svg import Linear, Log, Svg, number, quartiles, round_up
 from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
 
 
@@ -121,6 +122,33 @@ def test_dots_are_where_the_numbers_are(study):
     slope, offset = np.polyfit(values, places, 1)
     np.testing.assert_allclose(places, slope * values + offset, atol=0.7)
     assert slope > 0
+
+
+def test_many_scans_are_drawn_as_a_whole(study, monkeypatch):
+    monkeypatch.setattr(group_figures_module, "MAX_DOTS", 3)
+    monkeypatch.setattr(group_figures_module, "_VOLUME_GROUPS", 2)
+    evaluation, _ = assess(study)
+    figures = {figure.name: figure.svg for figure in group_figures(evaluation)}
+    assert "<title>sub-" not in figures["dice_T1w"]  # four lesion scans
+    assert figures["dice_T1w"].count('fill-opacity="0.35"') == 2
+    assert "<title>sub-" in figures["fpr_healthy_T1w"]  # two healthy scans
+    assert "<title>sub-" not in figures["dice_by_volume"]
+    scans = evaluation.subjects.query("detector == 'disyre' and modality == 'T1w' and role == 'lesion'")
+    small = scans.nsmallest(2, "lesion_volume_mm3")
+    expected = (small["lesion_volume_mm3"].mean(), small["dice"].mean())
+    assert group_figures_module._medians_by_volume(scans)[0] == pytest.approx(expected)
+
+
+def test_a_density_is_widest_where_most_scans_are():
+    values = np.random.default_rng(0).normal(0.3, 0.05, 5000)
+    svg = Svg(600, 100, "density")
+    group_figures_module._density(svg, Linear(0, 1, 100, 500), 50, values, "#000000")
+    points = [tuple(map(float, pair.split(","))) for pair in re.findall(r"[\d.]+,[\d.]+", svg.render())]
+    place, width = max(((x, 2 * abs(y - 50)) for x, y in points), key=lambda point: point[1])
+    assert place == pytest.approx(100 + 400 * 0.3, abs=10)
+    assert width == pytest.approx(40, abs=0.2)
+    half = [x for x, y in points if 2 * abs(y - 50) > width / 2]
+    assert (max(half) - min(half)) / 400 == pytest.approx(2.355 * 0.05, abs=0.02)
 
 
 def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
