@@ -70,6 +70,11 @@ def write_cohort(root: Path, participants: int) -> int:
     return len(bundles)
 
 
+def shares(places: np.ndarray) -> np.ndarray:
+    """Share of each bin of a log-normal score; `places` are those of the inner edges."""
+    return np.diff(ndtr(np.concatenate([[-np.inf], places, [np.inf]])))
+
+
 def write_scores(
     folder: Path, subject: str, bundle: Bundle, size: int | None, rng: np.random.Generator
 ) -> None:
@@ -77,12 +82,8 @@ def write_scores(
     edges = bundle.bin_edges
     name, threshold = "fpr_1pct", bundle.thresholds["fpr_1pct"]
     place = np.log(np.maximum(edges[1:-1], 1e-6) / threshold)
-    spread = rng.uniform(0.8, 1.1)
-    shares = np.diff(ndtr(np.concatenate([[-np.inf], place / spread + 2.3, [np.inf]])))
-    healthy = rng.multinomial(VOXELS, shares)
-    lesion = None
-    if size is not None:
-        lesion = rng.multinomial(size, np.diff(ndtr(np.concatenate([[-np.inf], place, [np.inf]]))))
+    healthy = rng.multinomial(VOXELS, shares(place + 2.3 + rng.normal(0, 0.2)))
+    lesion = None if size is None else rng.multinomial(size, shares(place + rng.normal(0, 0.5)))
     found = healthy[edges[:-1] >= threshold].sum()
     if lesion is not None:
         found += lesion[edges[:-1] >= threshold].sum()
