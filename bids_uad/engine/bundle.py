@@ -115,7 +115,7 @@ class Bundle:
             "TrainingSteps": sum(steps) if steps else None,
             "TrainingSource": training.get("source"),
             "HyperParameters": {name: self.info["hyper"][name] for name in self.info.get("changed", ())},
-            "ThresholdCohort": self._calibrated().get("cohort", {}).get("source"),
+            "ThresholdCohort": (self.calibration or {}).get("cohort", {}).get("source"),
         }
 
     def has_met(self, hashes: set[str]) -> list[str]:
@@ -230,7 +230,7 @@ def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bun
         if model in known:
             folders = [PACKAGED / model]
         elif Path(model).is_dir():
-            folders = [Path(model)]
+            folders = [Path(model).resolve()]  # detection runs in a folder of its own
         else:
             folders = [PACKAGED / name for name in known if name.split("-")[0] == model]
             if not folders:

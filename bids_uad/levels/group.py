@@ -13,7 +13,7 @@ from rich.progress import Progress
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
 from bids_uad.dataset.participants import derivative_participants, read_participants
-from bids_uad.errors import InputError
+from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
@@ -144,11 +144,17 @@ def _experiments(
 
     Raises
     ------
+    ConfigError
+        If one is called as these outputs are.
     InputError
         If an output of another model has no score tables.
     """
     if not config.experiments:
         return None
+    if REFERENCE in config.experiments:
+        raise ConfigError(
+            f"--experiments {REFERENCE}=...: that is what these outputs are called; name it apart"
+        )
     only = frozenset(f"sub-{label}" for label in config.participants)
     variants = [Variant(REFERENCE, evaluation.subjects, origins)]
     for name, folder in config.experiments.items():

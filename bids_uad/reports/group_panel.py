@@ -180,7 +180,8 @@ def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Figu
     if not problems:
         return figures, ""
     first = str(problems[0]).replace(f"{root}/", "")
-    return figures, f"{len(problems)} of {total} examples cannot be shown. The first: {first}"
+    start = f"{len(problems)} of {total} examples cannot be shown" if figures else "No example can be shown"
+    return figures, f"{start}. The first: {first}."
 
 
 def _try(root: Path, case: Case, problems: list[InputError]) -> Slice | None:

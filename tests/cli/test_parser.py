@@ -116,6 +116,17 @@ def test_ambiguous_derivatives_are_refused(items):
         parse_folders(items, "--derivatives")
 
 
+def test_experiments_are_folders_of_their_own(parse, tmp_path):
+    (tmp_path / "tenth").mkdir()
+    config = parse("--experiments", str(tmp_path / "tenth"), f"again={tmp_path / 'tenth'}")
+    assert set(config.experiments) == {"tenth", "again"}
+    with pytest.raises(ConfigError, match="no such folder"):
+        parse("--experiments", f"x={tmp_path / 'nowhere'}")
+    config.output_dir.mkdir()
+    with pytest.raises(ConfigError, match="the output folder itself"):
+        parse("--experiments", f"x={config.output_dir}")
+
+
 def test_derivatives_may_come_in_two_flags(parse, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -140,8 +140,10 @@ def test_nothing_is_unpickled(folder):
         load_detector(load_bundle(folder))
 
 
-def test_resolving(folder, tmp_path):
+def test_resolving(folder, tmp_path, monkeypatch):
     assert [bundle.name for bundle in resolve_bundles([str(folder)], ["T1w"])] == [folder.name]
+    monkeypatch.chdir(tmp_path)
+    assert [bundle.folder for bundle in resolve_bundles([folder.name], ["T1w"])] == [folder]
     with pytest.raises(ModelError, match="no model bundle for T2w"):
         resolve_bundles([str(folder)], ["T1w", "T2w"])
     with pytest.raises(ModelError, match="no model bundle 'nonesuch'"):

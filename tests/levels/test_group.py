@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import BIDSIGNORE
+from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.benchmark import COLUMNS
 from bids_uad.levels.group import run_group
 from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
@@ -175,3 +176,44 @@ def test_healthy_participants_file_with_other_columns_is_kept(tmp_path):
     subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
     assert subjects.loc[0, "participants_dice"] == "six"
     assert subjects.loc[0, "role"] == "healthy"
+
+
+def test_other_models_are_compared_on_the_same_people(study):
+    write_cohort(study / "tenth", study / "raw", n_voxels=20_000, seed=0)
+    for path in (study / "tenth").rglob("*Patchcore_*"):
+        path.unlink()
+    sidecar = study / "tenth/sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.json"
+    told = {"TrainingSubjects": 8, "TrainingFraction": 0.1, "HyperParameters": {"stride": 4}}
+    sidecar.write_text(json.dumps(told))
+    out = study / "out"
+    assert group(study, experiments={"tenth": study / "tenth"})[0] == 0
+    table = pd.read_csv(out / "group_experiments.tsv", sep="\t")
+    columns = json.loads((out / "group_experiments.json").read_text())
+    assert columns.pop("Description")
+    assert list(columns) == list(table.columns)
+    tenth = table[table["variant"] == "tenth"].set_index(["detector", "modality", "outcome"])
+    assert set(tenth.index.get_level_values("detector")) == {"disyre"}
+    assert tenth.loc[("disyre", "T1w", "dice"), ["n_training_subjects", "changes"]].tolist() == [
+        8,
+        "stride=4",
+    ]
+    assert (tenth["difference"] == 0).all()
+    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t")
+    everyone = benchmark[benchmark["cohort"] == "all"].set_index(["detector", "modality"])
+    own = table[(table["variant"] == "reference") & (table["outcome"] == "dice")]
+    own = own.set_index(["detector", "modality"])["mean"]
+    assert own.to_dict() == pytest.approx(everyone["dice_mean"].to_dict())
+    page = (out / "group.html").read_text()
+    assert 'id="experiments"' in page
+    assert f"--experiments tenth={study / 'tenth'}" in page
+    assert group(study)[0] == 0
+    assert not list(out.glob("group_experiments*"))
+    assert 'id="experiments"' not in (out / "group.html").read_text()
+
+
+def test_experiments_without_tables_are_refused(study):
+    (study / "empty").mkdir()
+    with pytest.raises(InputError, match="no score tables"):
+        group(study, experiments={"empty": study / "empty"})
+    with pytest.raises(ConfigError, match="reference"):
+        group(study, experiments={"reference": study / "out"})

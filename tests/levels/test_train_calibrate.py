@@ -138,6 +138,9 @@ def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
     assert call(scans, models, "calibrate", "andi", "--hyper", "stride=25") == 0
     changed = load_bundle(folder)
     assert changed.info["hyper"]["stride"] == 25
+    assert changed.origin["HyperParameters"] == {"stride": 25}
+    assert changed.origin["TrainingSteps"] == 1
+    assert changed.origin["ThresholdCohort"] == "Thirty slices"
     assert changed.sha256 == weights
     assert changed.thresholds
     assert call(scans, models, "calibrate", "andi", "--hyper", "strides=5") == 2
@@ -177,9 +180,24 @@ def test_a_share_of_the_subjects_is_learnt_from(scans, tmp_path, share, code):
             call(scans, tmp_path, "train", "intensity", *arguments)
         return
     assert call(scans, tmp_path, "train", "intensity", *arguments) == 0
-    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
-    assert training["n_subjects"] == 1
-    assert training["train_fraction"] == 0.5
+    bundle = load_bundle(tmp_path / "intensity-T2w-lite")
+    assert bundle.info["training"]["n_subjects"] == 1
+    assert bundle.info["training"]["train_fraction"] == 0.5
+    assert bundle.origin["TrainingSubjects"] == 1
+    assert bundle.origin["TrainingFraction"] == 0.5
+    assert bundle.origin["TrainingSteps"] is None
+
+
+def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
+    quick = ["--steps", "1", "--batch-size", "2"]
+    parts = ["rectangle", "disc", "texture"]
+    models = tmp_path / "models"
+    assert call(scans, models, "train", "disyre", *quick, "--hyper", f"anomalies={json.dumps(parts)}") == 0
+    bundle = load_bundle(models / "disyre-T2w-lite")
+    assert load_detector(bundle).hyper.anomalies == tuple(parts)
+    assert bundle.origin["HyperParameters"] == {"anomalies": parts}
+    assert call(scans, models, "train", "disyre", *quick, "--hyper", 'anomalies=["haze"]') == 2
+    assert "no component haze" in capsys.readouterr().err
 
 
 def test_a_bundle_knows_whom_it_has_met(models):

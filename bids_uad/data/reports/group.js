@@ -1,8 +1,11 @@
 for (const head of document.querySelectorAll("th[data-sort]")) {
-  const button = document.createElement("button");
-  button.type = "button";
+  // Not a <button>: browsers do not paint those where a printed page repeats the head of a table.
+  const button = document.createElement("span");
+  button.tabIndex = 0;
+  button.setAttribute("role", "button");
   button.append(...head.childNodes);
   head.append(button);
+  button.addEventListener("keydown", event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); button.click(); } });
   button.addEventListener("click", () => {
     const table = head.closest("table"), up = head.getAttribute("aria-sort") === "descending" || !(head.hasAttribute("aria-sort") || head.classList.contains("n"));
     for (const other of table.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
