@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 
@@ -25,12 +25,16 @@ def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
     Raises
     ------
     ValueError
-        If a value is missing or unknown: a bundle says everything about its detector.
+        If a value is unknown, or one without a default is missing. The default of an option stands for what
+        was done before it came, which is what older bundles mean.
     """
     hints = get_type_hints(kind)
     names = {entry.name for entry in fields(kind)}
-    if names != set(values):
-        odd = sorted(names.symmetric_difference(values))
+    needed = {
+        entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING
+    }
+    odd = sorted((set(values) - names) | (needed - set(values)))
+    if odd:
         raise ValueError(f"hyper-parameters of {kind.__name__} do not match: {', '.join(odd)}")
 
     def rebuilt(name: str, value: Any) -> Any:

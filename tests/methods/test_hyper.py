@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import pytest
 
 from bids_uad.methods.andi import ANDi
 from bids_uad.methods.disyre import Disyre
-from bids_uad.methods.hyper import change_hyper
+from bids_uad.methods.hyper import change_hyper, hyper_from_values
+
+
+@dataclass(frozen=True)
+class Needy:
+    """Hyper-parameters of which one has no default."""
+
+    depth: int
+    width: int = 3
+
 
 LITE = ANDi.presets["lite"]
 
@@ -34,3 +45,13 @@ def test_values_take_the_type_they_replace():
 def test_what_cannot_be_is_said(change, words):
     with pytest.raises(ValueError, match=words):
         change_hyper(LITE, [change])
+
+
+def test_options_that_came_after_a_model_have_their_default():
+    values = asdict(Disyre.presets["lite"])
+    del values["anomalies"]
+    assert hyper_from_values(type(Disyre.presets["lite"]), values) == Disyre.presets["lite"]
+    with pytest.raises(ValueError, match="depth"):
+        hyper_from_values(Needy, {"width": 4})
+    with pytest.raises(ValueError, match="height"):
+        hyper_from_values(Needy, {"depth": 1, "height": 4})
