@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 
 ALL = "all"
+MOST_NAMED = 20
+"""Participants that a warning names; the rest is counted."""
 
 _CI = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
 _FEW = f"n/a with fewer than {MIN_SUBJECTS} participants"
@@ -304,12 +306,19 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
     return row
 
 
+def _names(people: Iterable[str]) -> str:
+    """Name participants, the first `MOST_NAMED` of them."""
+    names = sorted(set(people))
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _meetings(subjects: pd.DataFrame) -> list[str]:
     """Warn of participants that a model has met before."""
     known = subjects[subjects["model_has_met"] != "no"]
     groups = known.groupby(["detector", "modality", "model_has_met"], sort=True)["participant_id"]
     return [
-        f"The model of {detector} for {modality} has met {', '.join(sorted(set(people)))} in {where}: its "
+        f"The model of {detector} for {modality} has met {_names(people)} in {where}: its "
         "numbers on them say nothing about others."
         for (detector, modality, where), people in groups
     ]
@@ -332,28 +341,26 @@ def _warnings(subjects: pd.DataFrame, participants: Participants, contradictions
             "There is no scan with a lesion in a lesion mask: Dice, AUPRC and lesion-wise numbers "
             "cannot be computed."
         )
-    unlisted = sorted(set(subjects["participant_id"]) - set(participants.labels))
+    unlisted = set(subjects["participant_id"]) - set(participants.labels)
     if participants.path is not None and unlisted:
-        warnings.append(f"Not in participants.tsv, so not known to be healthy: {', '.join(unlisted)}.")
+        warnings.append(f"Not in participants.tsv, so not known to be healthy: {_names(unlisted)}.")
     if contradictions:
         warnings.append(
             "Healthy by participants.tsv and yet with a lesion in the lesion mask: "
-            f"{', '.join(sorted(contradictions))}. They count as healthy; the masked voxels are "
+            f"{_names(contradictions)}. They count as healthy; the masked voxels are "
             "left out of their false-positive rate."
         )
     empty = subjects[(subjects["role"] == LESION) & (subjects["n_lesion_voxels"] == 0)]
     if len(empty):
         warnings.append(
             "The lesion mask is empty inside the brain: "
-            f"{', '.join(sorted(set(empty['participant_id'])))}. They count in Dice (1 if nothing "
+            f"{_names(empty['participant_id'])}. They count in Dice (1 if nothing "
             "is found, else 0), but not in [Dice] and in the curves."
         )
     masked = subjects[subjects["role"] == MISSING_MASK]
     if len(masked):
-        names = sorted(set(masked["participant_id"]))
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         warnings.append(
             "No lesion mask, and not known to be healthy, so used for nothing (a missing mask is "
-            f"missing, never healthy): {shown}."
+            f"missing, never healthy): {_names(masked['participant_id'])}."
         )
     return warnings

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
@@ -43,6 +44,8 @@ EXIT_OK, EXIT_FAILED = 0, 1
 EXIT_NO_INPUT = os.EX_NOINPUT
 
 
+# The matrices are small: threads would wait for each other more than they work.
+@threadpool_limits.wrap(limits=1)
 def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
-from bids_uad.evaluation.benchmark import COLUMNS, evaluate
+from bids_uad.evaluation.benchmark import COLUMNS, _names, evaluate
 from bids_uad.evaluation.reading import read_scores
 from bids_uad.evaluation.tables import find_metrics_tables
 from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
@@ -135,6 +135,12 @@ def test_other_bundles_do_not_mix(cohort):
     for file in (cohort / "sub-7").rglob("*Disyre*"):
         file.unlink()
     assert len(run(cohort).benchmark) == 2
+
+
+def test_warnings_name_some_and_count_the_rest():
+    people = [f"sub-{number:02d}" for number in range(25)]
+    assert _names(reversed(people[:3])) == "sub-00, sub-01, sub-02"
+    assert _names([*people, "sub-00"]).endswith(", sub-18, sub-19 and 5 more")
 
 
 def test_versions_that_differ_are_a_warning(cohort):
