@@ -183,7 +183,7 @@ def evaluate(
     unreadable = [text.replace(f"{root}/", "") for text in (*unreadable, *scores.unreadable)]
     reports = {path.name for path in root.glob("sub-*.html")}
     subjects = scores.rows.reindex(columns=list(SUBJECT_COLUMNS))
-    report = subjects["participant_id"] + ".html"
+    report = subjects["participant_id"].astype(str) + ".html"
     subjects["report"] = report.where(report.isin(reports), None)
     subjects = subjects.sort_values(
         ["modality", "detector", "participant_id", "source_image"], ignore_index=True

@@ -86,13 +86,12 @@ def choose_cases(scans: pd.DataFrame) -> list[Case]:
         counts as the worse. Of an even number the lower of the two in the middle is the median.
     """
     judged = scans[(scans["role"] == LESION) & (scans["n_lesion_voxels"] > 0)]
-    ordered = judged.sort_values(
-        ["dice", "n_lesion_voxels", "source_image"], ascending=[True, False, True]
-    ).to_dict(orient="records")
-    if len(ordered) < 2:
-        return [Case("only", scan) for scan in ordered]
-    middle = [Case("median", ordered[(len(ordered) - 1) // 2])] if len(ordered) > 2 else []
-    return [Case("best", ordered[-1]), *middle, Case("worst", ordered[0])]
+    ordered = judged.sort_values(["dice", "n_lesion_voxels", "source_image"], ascending=[True, False, True])
+    last = len(ordered) - 1
+    places = {"best": last, "median": last // 2, "worst": 0}
+    if last < 2:
+        places = {"best": 1, "worst": 0} if last == 1 else {"only": 0} if last == 0 else {}
+    return [Case(which, ordered.iloc[place].to_dict()) for which, place in places.items()]
 
 
 def read_slice(root: Path, scan: dict[str, Any]) -> Slice:

@@ -113,6 +113,16 @@ def test_an_unreadable_table_is_told_and_counted(study, caplog):
     ]
 
 
+def test_everybody_is_left_out(tmp_path):
+    Scan("01").write(tmp_path / "out")
+    quality = tmp_path / "out/sub-01/anat/sub-01_space-SRI24_desc-T1wPreproc_qc.tsv"
+    quality.write_text("exclude\texclude_reasons\nyes\tblurred\n")
+    assert group(tmp_path)[0] == 0
+    page = (tmp_path / "out" / "group.html").read_text()
+    assert "No image could be used." in page
+    assert "1 scan by quality control." in page
+
+
 def test_a_single_participant(tmp_path):
     Scan("01").write(tmp_path / "out")
     assert group(tmp_path)[0] == 0
