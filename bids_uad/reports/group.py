@@ -165,7 +165,7 @@ def write_group_report(
         **content,
         version=bids_uad.__version__,
         contents=[(name, title) for name, title in CONTENTS.items() if _has(name, content)],
-        summary=summarise(evaluation, analyses),
+        summary=summarise(evaluation, analyses, experiments),
         overview=_overview(evaluation, participants),
         benchmark=_by_modality(_ranked(evaluation.benchmark[whole])),
         cohorts=_cohorts(evaluation.benchmark[~whole]),

@@ -11,6 +11,7 @@ from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, EXCLUDED, Evaluation
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
+from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.group_analyses import ALPHA
 from bids_uad.reports.group_text import detector_name
@@ -20,13 +21,17 @@ FEW = 10
 _PROMISE = re.compile(r"fpr_(\d+)pct")
 
 
-def summarise(evaluation: Evaluation, analyses: Analyses) -> list[tuple[str, str]]:
+def summarise(
+    evaluation: Evaluation, analyses: Analyses, experiments: pd.DataFrame | None = None
+) -> list[tuple[str, str]]:
     """Say what came out.
 
     Parameters
     ----------
     evaluation : Evaluation
     analyses : Analyses
+    experiments : pandas.DataFrame, optional
+        Of :func:`bids_uad.evaluation.experiments.compare_variants`.
 
     Returns
     -------
@@ -45,6 +50,8 @@ def summarise(evaluation: Evaluation, analyses: Analyses) -> list[tuple[str, str
         told.append((f"Lesions in {modality}", _lesions(rows, scans, pairs[pairs["outcome"] == "dice"])))
         told.append((f"False alarms in {modality}", _false_alarms(rows, scans)))
     told.append(("Bias", _bias(analyses)))
+    if experiments is not None:
+        told.append(("Experiments", _experiments(experiments)))
     told.append(("Left out", _left_out(evaluation.subjects, evaluation.absences, len(evaluation.unreadable))))
     few = [
         f"{count(people[role], 'person', 'people')} {words}"
@@ -212,6 +219,22 @@ def _bias(analyses: Analyses) -> str:
                 f"{people} people, which does not prove that there is none."
             )
     return " ".join(texts)
+
+
+def _experiments(experiments: pd.DataFrame) -> str:
+    others = experiments[experiments["variant"] != REFERENCE]
+    if others.empty:
+        return "The other outputs have no scan of a detector and modality of these."
+    names = [detector_name(detector) for detector in sorted(others["detector"].unique())]
+    text = f"{count(others['variant'].nunique(), 'variant')} of {listed(names)} scored the same images."
+    tested = others[others["p_holm"].notna()]
+    if tested.empty:
+        return f"{text} Whether they differ by more than chance cannot be told from so few people."
+    told = int((tested["p_holm"] < ALPHA).sum())
+    return (
+        f"{text} Of {count(len(tested), 'comparison')} with the models of this page (Dice, AUPRC, "
+        f"false alarms) {told} differ{'s' if told == 1 else ''} by more than chance."
+    )
 
 
 def _left_out(scans: pd.DataFrame, absences: list[Absence], n_unreadable: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bids_uad.dataset.participants import read_participants
@@ -145,6 +146,27 @@ def test_best_on_average_need_not_be_best_for_most(tmp_path):
     text = told(tmp_path)["Lesions in T1w"]
     assert text.startswith("Disyre finds most: its mean Dice is 0.3")
     assert "Ranked within each person, PatchCore comes first." in text
+
+
+@pytest.mark.parametrize(
+    ("p", "words"),
+    [
+        ([0.01, 0.2, np.nan], "Of 2 comparisons with the models of this page"),
+        ([0.01, 0.2, np.nan], "false alarms) 1 differs by more than chance."),
+        ([np.nan] * 3, "Whether they differ by more than chance cannot be told from so few people."),
+    ],
+)
+def test_experiments_are_counted(tmp_path, p, words):
+    Scan("1").write(tmp_path)
+    evaluation = evaluate(tmp_path, find_metrics_tables(tmp_path), read_participants(tmp_path), seed=0)
+    analyses = analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0)
+    rows = [{"variant": "reference", "detector": "disyre", "p_holm": np.nan}]
+    rows += [{"variant": f"v{k}", "detector": "disyre", "p_holm": value} for k, value in enumerate(p)]
+    text = dict(summarise(evaluation, analyses, pd.DataFrame(rows)))["Experiments"]
+    assert text.startswith("3 variants of Disyre scored the same images.")
+    assert words in text
+    alone = summarise(evaluation, analyses, pd.DataFrame(rows[:1]))
+    assert dict(alone)["Experiments"].startswith("The other outputs have no scan")
 
 
 def test_words():

@@ -252,7 +252,7 @@ def _methods(
             preset=bundle.preset,
             threshold=bundle.default_threshold[1],
             threshold_name=bundle.default_threshold[0],
-            training=bundle.info["training"],
+            training=bundle.info.get("training", {}),
         )
         for bundle in bundles
     ]
