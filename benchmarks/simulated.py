@@ -20,13 +20,15 @@ from bids_uad import __version__
 from bids_uad.atomic import write_tsv
 from bids_uad.calibration.histogram import score_counts
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.dataset.identity import identities
+from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.participants import read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.metrics import edge_index
 from bids_uad.levels.participant.maps import anomaly_mask, histogram_table, label_components, metrics_row
+from bids_uad.levels.participant.overlap import scanner_seen
 from bids_uad.methods.base import Detector
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +53,9 @@ def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, 
     return folder / f"{stem}_metrics.tsv", folder / f"{stem}_histogram.tsv"
 
 
-def score(scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[str], out: Path) -> None:
+def score(
+    scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[str], seen: str | None, out: Path
+) -> None:
     """Score a scan and write its tables."""
     metrics, histogram = tables_of(scan, bundle, out)
     volume, brain = read(scan.image), read(scan.brain) > 0
@@ -70,6 +74,7 @@ def score(scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[
         "threshold": repr(threshold),
         "threshold_name": name,
         "model_has_met": " and ".join(met) or "no",
+        "scanner_seen": seen,
     }
     write_tsv(
         histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
@@ -109,6 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     bundles = resolve_bundles(args.models, args.modalities)
+    people = read_participants(args.test)
     rates = []
     for bundle in bundles:
         scans = find_preprocessed(args.test, bundle.modality)
@@ -116,7 +122,9 @@ def main() -> None:
         detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
             met = bundle.has_met(identities(args.test, [scan.subject]))
-            score(scan, bundle, detector, met, args.out)
+            scanner = people.row(scan.subject).get("scanner")
+            seen = scanner_seen(bundle, scanner, source_name(args.test))
+            score(scan, bundle, detector, met, seen, args.out)
         rates.append(
             {
                 "detector": bundle.detector,

@@ -12,7 +12,7 @@ from typing import Any
 
 from bids_uad.errors import ConfigError
 
-DEFAULT_STRATA = ("sex", "age", "scanner", "lesion load")
+DEFAULT_STRATA = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
 """Analysis levels in the order they run when several are asked for in one call."""
 
@@ -78,8 +78,11 @@ class RunConfig:
         What `train` and `calibrate` work on.
     experiments : dict of str to pathlib.Path
         Outputs of other models on the same images, by name, that `group` compares with its own.
+    cohort : str, optional
+        Column of participants.tsv whose values are the cohorts of `group`; `pathology` if not given.
     strata : tuple of str
-        What `group` divides the cohort by: columns of participants.tsv, and `lesion load`.
+        What `group` divides the cohort by: columns of participants.tsv, sessions.tsv or scans.tsv, fields of
+        the raw images' sidecars, and `lesion load`.
     train_fraction : float
         Share of the training subjects that is learnt from.
     synthetic : int
@@ -126,6 +129,7 @@ class RunConfig:
     steps: int | None = None
     hyper: tuple[str, ...] = ()
     experiments: dict[str, Path] = field(default_factory=dict)
+    cohort: str | None = None
     strata: tuple[str, ...] = DEFAULT_STRATA
     train_fraction: float = 1.0
     synthetic: int = 0

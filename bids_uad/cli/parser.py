@@ -138,8 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     study = parser.add_argument_group("group")
     study.add_argument(
+        "--cohort", metavar="COLUMN",
+        help="column of participants.tsv whose values are the cohorts of the benchmark (default: pathology)",
+    )  # fmt: skip
+    study.add_argument(
         "--strata", nargs="+", metavar="COLUMN",
-        help="columns of participants.tsv that divide the cohort (default: sex age scanner 'lesion load')",
+        help="what divides the cohort: columns of participants.tsv, sessions.tsv or scans.tsv, fields of the "
+        "raw images' sidecars, and 'lesion load' (default: sex age scanner scanner_seen 'lesion load')",
     )  # fmt: skip
 
     study.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ class Participants:
         Where it was read; None when there is no such file.
     descriptions : dict
         The column dictionary of the file's JSON sidecar (empty without one).
+    cohort_column : str
+        Column that names the cohorts of those who are not healthy.
     """
 
     table: pd.DataFrame
     path: Path | None = None
     descriptions: dict[str, Any] = field(default_factory=dict)
+    cohort_column: str = COHORT_COLUMN
     _rows: dict[str, dict[str, str]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,26 @@ class Participants:
     def row(self, subject: str) -> dict[str, str]:
         """Return what is known of `sub-<label>`, without missing values (empty if unknown)."""
         return self._rows.get(subject, {})
+
+    def cohort(self, subject: str) -> str:
+        """Return the benchmark cohort of `sub-<label>`, see :func:`cohort_of`."""
+        return cohort_of(self.row(subject), self.cohort_column)
+
+    def divided_by(self, column: str) -> Participants:
+        """Name cohorts by another column.
+
+        Raises
+        ------
+        InputError
+            If there is no such column.
+        """
+        if column not in self.columns:
+            raise InputError(
+                self.path or "participants.tsv",
+                f"no column {column} to name cohorts by",
+                f"choose one of {', '.join(self.columns)}" if self.columns else "add it",
+            )
+        return replace(self, cohort_column=column)
 
 
 def read_participants(*folders: str | Path | None) -> Participants:
@@ -156,23 +179,25 @@ def healthy_flag(row: Mapping[str, str]) -> bool | None:
     return None
 
 
-def cohort_of(row: Mapping[str, str]) -> str:
+def cohort_of(row: Mapping[str, str], column: str = COHORT_COLUMN) -> str:
     """Return the benchmark cohort of a participant.
 
     Parameters
     ----------
     row : mapping
         The participant's row.
+    column : str
+        Name of a column, in any case.
 
     Returns
     -------
     str
-        `healthy`, else the value of the column `pathology`, else `unspecified`.
+        `healthy`, else the value of the column, else `unspecified`.
     """
     if healthy_flag(row):
         return "healthy"
     by_name = {key.lower(): value for key, value in row.items()}
-    return by_name.get(COHORT_COLUMN, "unspecified")
+    return by_name.get(column.lower(), "unspecified")
 
 
 def derivative_participants(

@@ -31,6 +31,11 @@ HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {
     "n_lesion": {"Description": "Brain voxels in the bin inside the lesion mask; n/a without a mask"},
 }
 
+SCANNER_SEEN_LEVELS = {
+    "seen": "A scanner of that name in a dataset of that name is among those it has learnt from",
+    "name seen elsewhere": "A scanner of that name is, in a dataset of another name",
+    "unseen": "None of that name is",
+}
 METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "source_image": {"Description": "Raw image, as BIDS URI"},
     "modality": {"Description": "Suffix of the raw image"},
@@ -40,6 +45,11 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "app_version": {"Description": "Version of bids_uad"},
     "model_has_met": {
         "Description": "Cohorts of the model that the subject was in: training, validation, both, or no"
+    },
+    "scanner_seen": {
+        "Description": "Whether the model has learnt from the subject's scanner (column scanner of "
+        "participants.tsv); n/a where the scanner, or those of the training, are not known",
+        "Levels": SCANNER_SEEN_LEVELS,
     },
     "threshold": {"Description": "Score above which a voxel is called anomalous"},
     "threshold_name": {"Description": "How the threshold was fixed on validation data"},

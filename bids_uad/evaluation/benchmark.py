@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bids_uad.dataset.participants import Participants, cohort_of
+from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.absences import Absence, find_absences
 from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
 from bids_uad.evaluation.curves import Curves
@@ -38,8 +38,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "cohort": {
-        "Description": "all, or the lesion scans of one pathology (participants.tsv) when there "
-        "are several; false positives on healthy scans are in the row 'all' only"
+        "Description": "all, or the lesion scans of one cohort (by the column pathology of participants.tsv, "
+        "or the one that --cohort names) when there are several; false positives on healthy scans are in the "
+        "row 'all' only"
     },
     "preset": {"Description": "Preset of the detector's model bundle"},
     "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
@@ -193,9 +194,7 @@ def evaluate(
         key=lambda absence: absence.subject,
     )
     expected = set(participants.labels) | {absence.subject for absence in absences}
-    cohorts = {
-        subject: cohort_of(participants.row(subject)) for subject in (expected & only if only else expected)
-    }
+    cohorts = {subject: participants.cohort(subject) for subject in (expected & only if only else expected)}
     curves = _whole(scores.curves) | scores.curves
     benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
     warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)

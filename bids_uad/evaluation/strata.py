@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from bids_uad.evaluation.bootstrap import CONFIDENCE, bootstrap_interval
-from bids_uad.evaluation.subjects import HEALTHY, LESION
+from bids_uad.evaluation.subjects import HEALTHY, LESION, LESION_LOAD
 
 OUTCOMES = {"fpr": HEALTHY, "dice": LESION, "sensitivity": LESION}
 AGE_BANDS = {"0 to 39": 40.0, "40 to 59": 60.0, "60 and above": np.inf}
@@ -65,7 +65,7 @@ def levels_of(subjects: pd.DataFrame, factor: str) -> pd.Series | None:
     Parameters
     ----------
     subjects : pandas.DataFrame
-        One row per image and detector, with the columns of participants.tsv.
+        One row per image and detector, with the columns of participants.tsv and others asked for.
     factor : str
         A column; `age` is cut into `AGE_BANDS`, `lesion load` is the quartile of the lesion volume, and any
         other column of more than `MAX_LEVELS` numbers is cut at its quartiles.
@@ -75,7 +75,7 @@ def levels_of(subjects: pd.DataFrame, factor: str) -> pd.Series | None:
     pandas.Series or None
         Text, missing where nothing is known; None without such a column.
     """
-    if factor == "lesion load":
+    if factor == LESION_LOAD:
         volume = subjects["lesion_volume_mm3"].where(subjects["role"] == LESION)
         return _quartiles(volume.where(volume > 0), subjects["source_image"])
     if factor not in subjects:

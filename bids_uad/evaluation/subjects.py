@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from bids_uad.dataset.factors import image_columns
+from bids_uad.dataset.sidecars import SCANNER_SEEN_LEVELS
 from bids_uad.errors import InputError
 from bids_uad.evaluation.metrics import average_precision, confusion, edge_index
 from bids_uad.evaluation.tables import UnitScores
 
+LESION_LOAD = "lesion load"
+"""A factor that is no column: the quartile of an image's lesion volume."""
 LESION, HEALTHY, MISSING_MASK = "lesion", "healthy", "missing_mask"
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -20,7 +26,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "preset": {"Description": "Preset of the detector's model bundle"},
     "cohort": {
-        "Description": "healthy, else the participant's pathology, else unspecified (participants.tsv)"
+        "Description": "healthy, else the participant's pathology (or what --cohort names), else unspecified"
     },
     "role": {
         "Description": "What the image is used for",
@@ -34,6 +40,11 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
     "model_has_met": {
         "Description": "Cohorts of the model that the participant was in: training, validation, both, or no"
+    },
+    "scanner_seen": {
+        "Description": "Whether the model has learnt from the participant's scanner (column scanner of "
+        "participants.tsv)",
+        "Levels": SCANNER_SEEN_LEVELS,
     },
     "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
     "n_brain_voxels": {"Description": "Voxels of the brain mask in SRI24 space", "Units": "voxel"},
@@ -112,6 +123,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "role": role,
         "threshold_name": unit.threshold_name,
         "model_has_met": unit.model_has_met,
+        "scanner_seen": unit.scanner_seen,
         "threshold": unit.threshold,
         "n_brain_voxels": n_brain_voxels,
         "n_lesion_voxels": n_lesion_voxels if unit.has_lesion_mask else nan,
@@ -163,3 +175,37 @@ def add_participant_columns(
     merged = table.merge(people.rename(columns=names), on="participant_id", how="left")
     own = {column: COLUMNS[column] for column in table.columns}
     return merged, own | {new: descriptions[old] for old, new in names.items()}
+
+
+def add_image_columns(
+    table: pd.DataFrame, descriptions: dict[str, Any], factors: Sequence[str], bids_dir: Path
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Put what the raw dataset says about each image behind the numbers, for factors that have no column.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row per image and detector.
+    descriptions : dict
+        Its column dictionary.
+    factors : sequence of str
+        What the cohort is to be divided by.
+    bids_dir : pathlib.Path
+        The raw dataset.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        With a column for each factor that sessions.tsv, scans.tsv or a sidecar knows.
+    descriptions : dict
+        Column dictionary of the whole table.
+    """
+    unknown = [factor for factor in factors if factor not in table and factor != LESION_LOAD]
+    if not unknown:
+        return table, descriptions
+    found = image_columns(bids_dir, table["source_image"], unknown)
+    told = {
+        name: {"Description": f"{name}, as sessions.tsv, scans.tsv or the sidecar of the raw image says"}
+        for name in found
+    }
+    return table.join(found, on="source_image"), descriptions | told

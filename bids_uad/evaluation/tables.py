@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag
+from bids_uad.dataset.participants import Participants, healthy_flag
 from bids_uad.errors import InputError
 
 _NAME = re.compile(
@@ -37,6 +37,8 @@ _METRICS_COLUMNS = (
     "n_lesions_detected",
     "n_false_components",
 )
+_OPTIONAL_COLUMNS = ("scanner_seen",)
+"""Columns that tables of earlier versions lack."""
 _TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "model_has_met")
 _MISSING = frozenset({"n/a", "nan", ""})
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
@@ -60,6 +62,8 @@ class UnitScores:
         The row of participants.tsv, without missing values.
     healthy : bool or None
         As participants.tsv says; None when it says nothing.
+    cohort : str
+        `healthy`, the value of the column that names cohorts, or `unspecified`.
     edges : numpy.ndarray
         Lower edges of the score bins, float64, shape (n_bins,).
     n_nonlesion : numpy.ndarray
@@ -73,6 +77,8 @@ class UnitScores:
         Where the numbers come from.
     model_has_met : str
         Cohorts of the model that the participant was in: `training`, `validation`, both, or `no`.
+    scanner_seen : str or None
+        `seen`, `name seen elsewhere` or `unseen` in the training of the model; None if not known.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
     n_components, n_lesions, n_lesions_detected, n_false_components : float
@@ -87,6 +93,7 @@ class UnitScores:
     preset: str
     participant: dict[str, str]
     healthy: bool | None
+    cohort: str
     edges: np.ndarray
     n_nonlesion: np.ndarray
     n_lesion: np.ndarray | None
@@ -96,6 +103,7 @@ class UnitScores:
     app_version: str
     source_image: str
     model_has_met: str
+    scanner_seen: str | None
     brain_volume_mm3: float
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
@@ -118,11 +126,6 @@ class UnitScores:
     def has_lesion_mask(self) -> bool:
         """Whether the truth is known for this image."""
         return self.n_lesion is not None
-
-    @property
-    def cohort(self) -> str:
-        """`healthy`, a pathology, or `unspecified`."""
-        return cohort_of(self.participant)
 
 
 def find_metrics_tables(output_dir: str | Path, only: frozenset[str] = frozenset()) -> list[Path]:
@@ -176,7 +179,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     name = _NAME.match(path.name)
     if name is None:
         raise InputError(path, "not a name that this app writes", "move it out of the derivatives")
-    row = read_row(path, _METRICS_COLUMNS)
+    row = read_row(path, _METRICS_COLUMNS, _OPTIONAL_COLUMNS)
     written = (name["modality"], name["detector"].lower())
     if (row["modality"], row["detector"].lower()) != written:
         raise InputError(path, "modality or detector differ from the file name", _REMEDY)
@@ -199,17 +202,19 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         detector=name["detector"].lower(),
         participant=participant,
         healthy=healthy_flag(participant),
+        cohort=participants.cohort(f"sub-{entities['sub']}"),
         edges=edges,
         n_nonlesion=n_nonlesion,
         n_lesion=n_lesion,
         threshold=threshold,
+        scanner_seen=None if row["scanner_seen"] in _MISSING else row["scanner_seen"],
         **texts,
         **numbers,
     )
 
 
-def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """Read the named columns of a tab-separated table as text.
+def _read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Read the named columns of a tab-separated table as text, optional ones as n/a where they lack.
 
     Tables are many and small: parsing them here is several times faster than pandas.
     """
@@ -228,16 +233,19 @@ def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
     if {*map(str.count, lines, repeat("\t"))} != {width - 1}:
         raise InputError(path, "rows of different length", _REMEDY)
     cells = "\t".join(lines[1:]).split("\t") if lines[1:] else []
-    return {name: cells[header.index(name) :: width] for name in names}
+    columns = {name: cells[header.index(name) :: width] for name in (*names, *optional) if name in header}
+    return dict.fromkeys(optional, ["n/a"] * (len(lines) - 1)) | columns
 
 
-def read_row(path: Path, names: Sequence[str]) -> dict[str, str]:
+def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
     """Read the named columns of a table that has one row, as text.
 
     Parameters
     ----------
     path : pathlib.Path
     names : sequence of str
+    optional : sequence of str
+        Columns that may lack, and are `n/a` then.
 
     Returns
     -------
@@ -248,7 +256,7 @@ def read_row(path: Path, names: Sequence[str]) -> dict[str, str]:
     InputError
         If the table or a column is missing, or there is not one whole row.
     """
-    columns = _read_columns(path, names)
+    columns = _read_columns(path, names, optional)
     n_rows = len(columns[names[0]])
     if n_rows != 1:
         raise InputError(path, f"{n_rows} rows instead of one", _REMEDY)

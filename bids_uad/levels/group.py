@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.experiments import REFERENCE, Variant, compare_variants
 from bids_uad.evaluation.origins import read_origins
-from bids_uad.evaluation.strata import levels_of
-from bids_uad.evaluation.subjects import add_participant_columns
+from bids_uad.evaluation.strata import MIN_PARTICIPANTS
+from bids_uad.evaluation.subjects import LESION_LOAD, add_image_columns, add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.boilerplate import write_citation
 from bids_uad.reports.group import Provenance, write_group_report
@@ -31,6 +32,8 @@ from bids_uad.reports.group_console import benchmark_table
 from bids_uad.reports.group_methods import group_methods_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from bids_uad.config import RunConfig
@@ -50,7 +53,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
-    of `output_dir`). Writes `group_benchmark`, `group_subjects`, `group_comparison`,
+    of `output_dir`), where `strata` asks for it also sessions.tsv, scans.tsv and sidecars of
+    `bids_dir`. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
     `group_strata`, `group_disparities`, `group_thresholds`, `group_bias` and `participants` (each .tsv and
     .json), `group.html`, `group/figures` and `logs/CITATION_group`; with `experiments` also
     `group_experiments`. A few scans are read for pictures, where they are there.
@@ -58,8 +62,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants`, `experiments`, `strata`, `nprocs` and `random_seed` are
-        used.
+        `bids_dir`, `output_dir`, `participants`, `experiments`, `cohort`, `strata`, `nprocs` and
+        `random_seed` are used.
     console : rich.console.Console, optional
         Where the benchmark is printed; the terminal by default.
 
@@ -71,12 +75,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Raises
     ------
     InputError
-        If participants.tsv is damaged, or the tables of one detector and modality come from
-        different models.
+        If participants.tsv is damaged or lacks the column for cohorts, another file that was asked
+        for is damaged, or the tables of one detector and modality come from different models.
     """
     console = console or Console()
     output_dir = Path(config.output_dir)
     participants = read_participants(config.bids_dir, output_dir)
+    if config.cohort is not None:
+        participants = participants.divided_by(config.cohort)
     only = frozenset(f"sub-{label}" for label in config.participants)
     paths = find_metrics_tables(output_dir, only)
     if not paths:
@@ -103,17 +109,18 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     what = "Participants of the source dataset and of this one"
     _write_columns(output_dir / "participants.json", what, people_columns)
     subjects, subject_columns = add_participant_columns(evaluation.subjects, people, people_columns)
+    asked = () if config.strata == DEFAULT_STRATA else config.strata
+    subjects, subject_columns = add_image_columns(subjects, subject_columns, asked, config.bids_dir)
     write_tsv(output_dir / "group_subjects.tsv", subjects)
     what = "Numbers of each image and detector"
     _write_columns(output_dir / "group_subjects.json", what, subject_columns)
     write_tsv(output_dir / "group_benchmark.tsv", evaluation.benchmark)
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
     _write_columns(output_dir / "group_benchmark.json", what, BENCHMARK_COLUMNS)
-    for factor in config.strata:
-        if config.strata != DEFAULT_STRATA and levels_of(subjects, factor) is None:
-            LOGGER.warning("--strata %s: participants.tsv has no such column", factor)
     origins = read_origins(output_dir, evaluation.subjects)
     analyses = analyse(subjects, evaluation.cohort_curves, config.strata, seed=config.random_seed)
+    useless = _useless(asked, subjects, analyses.strata["factor"])
+    evaluation = replace(evaluation, warnings=[*evaluation.warnings, *useless])
     for name, (table, what, columns) in analyses.tables.items():
         write_tsv(output_dir / f"group_{name}.tsv", table)
         _write_columns(output_dir / f"group_{name}.json", what, columns)
@@ -180,6 +187,8 @@ def _command(config: RunConfig) -> tuple[str, ...]:
         command += ["--participant-label", *config.participants]
     if config.experiments:
         command += ["--experiments", *(f"{name}={path}" for name, path in config.experiments.items())]
+    if config.cohort is not None:
+        command += ["--cohort", config.cohort]
     if config.strata != DEFAULT_STRATA:
         command += ["--strata", *config.strata]
     if config.random_seed:
@@ -191,6 +200,22 @@ def _date(config: RunConfig) -> str:
     """Read the day from the name of the run."""
     day = config.run_id[:8]
     return f"{day[:4]}-{day[4:6]}-{day[6:]}"
+
+
+def _useless(asked: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> list[str]:
+    """Say which factors that were asked for divide nothing, and why."""
+    lines = []
+    for factor in asked:
+        if factor not in subjects and factor != LESION_LOAD:
+            lines.append(
+                f"--strata {factor}: no such column in participants.tsv, sessions.tsv or scans.tsv, and no "
+                "such field in the sidecars of the raw images."
+            )
+        elif factor not in set(used):
+            lines.append(
+                f"--strata {factor}: no two parts of the cohort have {MIN_PARTICIPANTS} participants each."
+            )
+    return lines
 
 
 def _write_columns(path: Path, description: str, columns: dict[str, Any]) -> None:

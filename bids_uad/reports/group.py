@@ -169,6 +169,7 @@ def write_group_report(
         overview=_overview(evaluation, participants),
         benchmark=_by_modality(_ranked(evaluation.benchmark[whole])),
         cohorts=_cohorts(evaluation.benchmark[~whole]),
+        cohort_column=participants.cohort_column,
         best=_best(evaluation.benchmark[whole]),
         strata=_by_modality(analyses.strata),
         bias=_parts(_odds(analyses.bias.coefficients), ["modality", "outcome"]),

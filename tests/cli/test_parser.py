@@ -197,3 +197,12 @@ def test_bad_configuration_files_are_refused(parse, tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse("--config-file", str(file))
+
+
+def test_cohorts_and_strata(parse, tmp_path):
+    (tmp_path / "out").mkdir()
+    config = parse(levels=("group",))
+    assert config.cohort is None
+    assert config.strata == ("sex", "age", "scanner", "scanner_seen", "lesion load")
+    config = parse("--cohort", "site", "--strata", "Manufacturer", "age", levels=("group",))
+    assert (config.cohort, config.strata) == ("site", ("Manufacturer", "age"))

@@ -29,6 +29,7 @@ class Scan:
     sha256: str | None = None
     version: str = "0.1.0"
     met: str = "no"
+    seen: str | None = "unseen"
     n_components: float = 3
     n_lesions: float = 2
     n_lesions_detected: float = 1
@@ -68,6 +69,7 @@ class Scan:
             "threshold": threshold,
             "threshold_name": "max_dice",
             "model_has_met": self.met,
+            "scanner_seen": self.seen,
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
             "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,

@@ -53,7 +53,7 @@ def test_finds_sessions_entities_and_only_those_asked_for(tmp_path):
     [
         ("disyre", "riad", "differ from the file name"),
         ("threshold_name", "other", "no column threshold_name"),
-        ("max_dice\tno\t", "max_dice\tno\tmany", "not a number"),
+        ("\tunseen\t", "\tunseen\tmany", "not a number"),
     ],
 )
 def test_damaged_metrics_are_refused(tmp_path, old, new, problem):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from bids_uad.dataset.describe import BIDSIGNORE
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.benchmark import COLUMNS
 from bids_uad.levels.group import run_group
-from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
+from tests.evaluation.fake_tables import Scan, beta_counts, write_cohort, write_participants
 
 
 def config(root, **options):
@@ -227,3 +228,80 @@ def test_experiments_without_tables_are_refused(study):
         group(study, experiments={"empty": study / "empty"})
     with pytest.raises(ConfigError, match="reference"):
         group(study, experiments={"reference": study / "out"})
+
+
+def test_cohorts_are_those_of_the_column_that_was_asked_for(study):
+    people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t")
+    people["site"] = ["north", "south", "north", "south", "north", "south"]
+    people.to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
+    assert group(study, cohort="site")[0] == 0
+    benchmark = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
+    rows = benchmark[benchmark["detector"] == "disyre"].drop_duplicates("cohort")
+    assert rows.set_index("cohort")["n_lesion_scans"].to_dict() == {"all": 4, "north": 2, "south": 2}
+    subjects = pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")
+    assert set(subjects["cohort"]) == {"healthy", "north", "south"}
+    page = (study / "out" / "group.html").read_text()
+    assert "By site" in page
+    with pytest.raises(InputError, match="no column hospital to name cohorts by; choose one of age, sex"):
+        group(study, cohort="hospital")
+
+
+def test_strata_come_from_scans_and_sidecars_too(study, caplog):
+    people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t")
+    anat = None
+    for k, who in enumerate(people["participant_id"]):
+        anat = study / "raw" / who / "anat"
+        anat.mkdir(parents=True)
+        field = {"Manufacturer": "ABC"[k // 3], "Only": "one"}
+        (anat / f"{who}_T1w.json").write_text(json.dumps(field))
+        (anat / f"{who}_T2w.json").write_text(json.dumps(field))
+        (anat.parent / f"{who}_scans.tsv").write_text(
+            f"filename\toperator\nanat/{who}_T1w.nii.gz\t{'kim' if k % 2 else 'lee'}\n"
+            f"anat/{who}_T2w.nii.gz\tn/a\n"
+        )
+    people["group"] = "control"
+    people.to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
+    assert group(study, strata=("Manufacturer", "operator", "Only", "shoe size"))[0] == 0
+    subjects = pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")
+    first = subjects["participant_id"] <= "sub-03"
+    assert set(subjects.loc[first, "Manufacturer"]) == {"A"}
+    assert set(subjects.loc[~first, "Manufacturer"]) == {"B"}
+    strata = pd.read_csv(study / "out" / "group_strata.tsv", sep="\t")
+    assert set(strata["factor"]) == {"Manufacturer", "operator"}
+    operators = strata[strata["factor"] == "operator"]
+    assert set(operators["modality"]) == {"T1w"}
+    assert set(operators["n_participants"]) == {3}
+    fpr = subjects[(subjects["detector"] == "disyre") & (subjects["modality"] == "T1w")]
+    row = operators[(operators["level"] == "kim") & (operators["detector"] == "disyre")].iloc[0]
+    assert row["mean"] == pytest.approx(fpr.loc[fpr["operator"] == "kim", "fpr"].mean())
+    columns = json.loads((study / "out" / "group_subjects.json").read_text())
+    assert "sidecar of the raw image" in columns["Manufacturer"]["Description"]
+    assert "--strata shoe size: no such column" in caplog.text
+    assert "--strata Only: no two parts" in caplog.text
+    assert "--strata shoe size: no such column" in (study / "out" / "group.html").read_text()
+
+
+def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
+    rows = []
+    for k in range(9):
+        seen = ("seen", "unseen", None)[k // 3]
+        counts = beta_counts(np.random.default_rng(k), 20_000, 1.1, 14 if seen == "seen" else 8)
+        Scan(f"{k}", n_nonlesion=counts, seen=seen).write(tmp_path / "out")
+        rows.append({"participant_id": f"sub-{k}", "group": "control"})
+    write_participants(tmp_path / "raw", rows)
+    assert group(tmp_path)[0] == 0
+    strata = pd.read_csv(tmp_path / "out" / "group_strata.tsv", sep="\t").set_index("level")
+    assert set(strata["factor"]) == {"scanner_seen"}
+    assert strata["n_participants"].to_dict() == {"seen": 3, "unseen": 3}
+    subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
+    means = subjects.groupby("scanner_seen")["fpr"].mean()
+    assert strata["mean"].to_dict() == pytest.approx(means.to_dict())
+    assert strata.loc["unseen", "hedges_g_ci_low"] > 0
+
+
+def test_tables_of_earlier_versions_say_nothing_about_scanners(study):
+    for path in (study / "out").rglob("*_metrics.tsv"):
+        table = pd.read_csv(path, sep="\t").drop(columns="scanner_seen")
+        table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    assert group(study)[0] == 0
+    assert pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")["scanner_seen"].isna().all()

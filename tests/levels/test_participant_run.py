@@ -376,8 +376,13 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz")
     bundle = Path(bench.models[0])
     info = json.loads((bundle / "bundle.json").read_text())
-    info["training"] = {"subjects": [by_content(sha256_of.__wrapped__(bench.raw / T1W))]}
+    info["training"] = {
+        "subjects": [by_content(sha256_of.__wrapped__(bench.raw / T1W))],
+        "source": "Others; Phantoms",
+        "scanners": ["A"],
+    }
     (bundle / "bundle.json").write_text(json.dumps(info))
+    (bench.raw / "participants.tsv").write_text("participant_id\tscanner\nsub-01\tA\nsub-02\tB\n")
     assert bench.run() == 0
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("disyre-T1w has met sub-01 in training") == 2  # before and after
@@ -385,9 +390,11 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     assert "disyre-T2w has met" not in said
     tables = list(bench.out.rglob("*_metrics.tsv"))
     names = [f"{path.name.split('_')[0]} {path.name.split('desc-')[1][:3]}" for path in tables]
-    met = {
-        name: pd.read_csv(path, sep="\t").model_has_met[0] for name, path in zip(names, tables, strict=True)
-    }
+    rows = {name: pd.read_csv(path, sep="\t").iloc[0] for name, path in zip(names, tables, strict=True)}
+    seen = {name: row["scanner_seen"] for name, row in rows.items()}
+    assert pd.isna(seen.pop("sub-01 T2w"))  # that model does not say where it has learnt
+    assert seen == {"sub-01 T1w": "seen", "sub-02 T1w": "unseen"}
+    met = {name: row["model_has_met"] for name, row in rows.items()}
     assert met == {"sub-01 T1w": "training", "sub-01 T2w": "no", "sub-02 T1w": "no"}
     assert main([str(bench.raw), str(bench.out), "group"]) == 0
     said = " ".join(capsys.readouterr().err.split())

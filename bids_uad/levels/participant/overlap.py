@@ -1,16 +1,18 @@
-"""Subjects that a model has met before: what it says about them is no test of it."""
+"""Subjects and scanners that a model has met before: what it says of them holds for no others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from bids_uad.dataset import sidecars
 from bids_uad.dataset.identity import by_content, by_name, source_name
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.records import sha256_of
 
 STRANGER = "no"
+SEEN, NAME_SEEN, UNSEEN = sidecars.SCANNER_SEEN_LEVELS
 
 
 def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
@@ -35,6 +37,34 @@ def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
     if dataset:
         hashes.add(by_name(dataset, f"sub-{unit.subject}"))
     return " and ".join(bundle.has_met(hashes)) or STRANGER
+
+
+def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> str | None:
+    """Say whether a model has learnt from a scanner.
+
+    A name tells a scanner only within a dataset: what is called `1` in one is another machine elsewhere.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Its training cohort names its sources and scanners.
+    scanner : str, optional
+        As participants.tsv names it.
+    dataset : str, optional
+        Name of the raw dataset.
+
+    Returns
+    -------
+    str or None
+        One of :data:`bids_uad.dataset.sidecars.SCANNER_SEEN_LEVELS`; None where the scanner, or those of the
+        training, are not known.
+    """
+    training = bundle.info.get("training", {})
+    if scanner is None or not training.get("scanners"):
+        return None
+    if scanner not in training["scanners"]:
+        return UNSEEN
+    return SEEN if dataset in training["source"].split("; ") else NAME_SEEN
 
 
 def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[str]:

@@ -14,11 +14,12 @@ from niworkflows.engine.workflows import LiterateWorkflow
 from bids_uad import __version__
 from bids_uad.dataset import naming, sidecars
 from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.identity import source_name
 from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.detection import Detect, Postprocess
 from bids_uad.levels.participant.means import Means
-from bids_uad.levels.participant.overlap import model_has_met
+from bids_uad.levels.participant.overlap import model_has_met, scanner_seen
 from bids_uad.levels.participant.plan import Task, model_identity
 from bids_uad.levels.participant.quality import AddQuality, WriteQuality
 from bids_uad.levels.participant.records import Record, record_path, write_record
@@ -200,6 +201,11 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
             "model_has_met": model_has_met(bundle, unit, config.bids_dir),
+            "scanner_seen": scanner_seen(
+                bundle,
+                means.participants.row(f"sub-{unit.subject}").get("scanner"),
+                source_name(config.bids_dir),
+            ),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
         sidecars=sidecars.detection_sidecars(files, inputs, model, run, means.reference.parcellations),

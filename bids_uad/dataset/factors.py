@@ -1,0 +1,131 @@
+"""What a raw dataset says about its images beyond participants.tsv: sessions.tsv, scans.tsv and sidecars."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from bids_uad.errors import InputError
+
+_MISSING = frozenset({"n/a", "nan", "NaN", ""})
+
+
+def image_columns(root: Path, images: Iterable[str], names: Sequence[str]) -> pd.DataFrame:
+    """Look facts up that images have, each where it is first found: sessions.tsv, scans.tsv, the sidecar.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        The raw dataset.
+    images : iterable of str
+        As the score tables name them: BIDS URIs, or paths below `root`.
+    names : sequence of str
+        Columns or sidecar fields.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each image (the index), a column of text for each name that is known of any image; missing
+        where it is not.
+
+    Raises
+    ------
+    InputError
+        If a file that could tell cannot be read.
+    """
+    facts = _Facts(root)
+    rows = {}
+    for image in dict.fromkeys(images):
+        path = PurePosixPath(image.rsplit(":", 1)[-1])
+        told = (facts.session(path), facts.scan(path), facts.sidecar(path))
+        rows[image] = {name: next((own[name] for own in told if name in own), None) for name in names}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(names), dtype="string")
+    return table.dropna(axis="columns", how="all")
+
+
+class _Facts:
+    """The small files of one dataset; what several images share is read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._table = cache(_read_table)
+        self._json = cache(_read_json)
+        self._sidecars = cache(lambda folder: sorted(folder.glob("*.json")))
+
+    def session(self, image: PurePosixPath) -> dict[str, str]:
+        """Row of an image's session."""
+        subject, session = image.parts[0], image.parts[1]
+        table = self._table(self.root / subject / f"{subject}_sessions.tsv", "session_id")
+        return table.get(session, {})
+
+    def scan(self, image: PurePosixPath) -> dict[str, str]:
+        """Row of an image in the list of its session's scans."""
+        folder = image.parent.parent  # of the session, or of the participant
+        table = self._table(self.root / folder / f"{'_'.join(folder.parts)}_scans.tsv", "filename")
+        return table.get(str(image.relative_to(folder)), {})
+
+    def sidecar(self, image: PurePosixPath) -> dict[str, str]:
+        """Fields of an image's sidecars, by BIDS's inheritance principle: the nearest file counts."""
+        entities, suffix = _split(image.name)
+        fields: dict[str, str] = {}
+        for folder in reversed(image.parents):
+            own = [
+                (len(found), path)
+                for path in self._sidecars(self.root / folder)
+                for found, kind in [_split(path.name)]
+                if kind == suffix and found <= entities
+            ]
+            for _, path in sorted(own):
+                fields |= self._json(path)
+        return fields
+
+
+def _split(name: str) -> tuple[frozenset[str], str]:
+    """Split a file name into its entities and its suffix."""
+    *entities, suffix = name.split(".", 1)[0].split("_")
+    return frozenset(entities), suffix
+
+
+def _read_table(path: Path, key: str) -> dict[str, dict[str, str]]:
+    """Read the rows of a table by one of its columns; a missing file has none."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except FileNotFoundError:
+        return {}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(path, f"not a tab-separated table ({error})", "repair it") from error
+    if rows and key not in rows[0]:
+        raise InputError(path, f"no column {key}", "add it, or separate columns by tabs")
+    return {
+        row[key]: {
+            name: value.strip()
+            for name, value in row.items()
+            if isinstance(value, str) and value.strip() not in _MISSING
+        }
+        for row in rows
+    }
+
+
+def _read_json(path: Path) -> dict[str, str]:
+    """Read the fields of a sidecar as text."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise InputError(path, f"not valid JSON ({error})", "repair it") from error
+    if not isinstance(content, dict):
+        raise InputError(path, "not a JSON object", "repair it")
+    return {name: _text(value) for name, value in content.items() if value not in (None, "")}
+
+
+def _text(value: Any) -> str:
+    """Write a value so that 3 and 3.0 tesla are the same."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
