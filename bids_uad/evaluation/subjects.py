@@ -54,7 +54,10 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "both_empty": {"Description": "1 if mask and prediction are both empty, else 0"},
     "sensitivity": {"Description": "Lesion voxels above the threshold / lesion voxels"},
     "precision": {"Description": "Lesion voxels above the threshold / voxels above it"},
-    "auprc": {"Description": "Average precision over the brain voxels of the image"},
+    "auprc": {
+        "Description": "Average precision over the brain voxels of the image, from counts per score bin: the "
+        "mean over all orders of the voxels in a bin, those of score zero tied"
+    },
     "fpr": {
         "Description": "Non-lesion brain voxels above the threshold / non-lesion brain voxels; "
         "n/a when the lesions are not known"
