@@ -6,14 +6,14 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench models models-T1w models-T2w models-tested extraction lint format clean
+.PHONY: demo test test-slow bench models models-T1w models-T2w models-tested extraction docs descriptor lint format clean
 
 # torch first and by its exact version, so that nothing pulls another build in.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"bids_uad needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; call make with PYTHON=python3.12 or the like")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -78,6 +78,13 @@ $(MODELS)/validation/participants.tsv: | $(VENV)/installed
 $(MODELS)/test/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(SICK) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
 
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/build
+	@echo "Documentation: docs/build/index.html"
+
+descriptor: $(VENV)/installed
+	$(BIN)/python -m bids_uad.cli.boutiques > boutiques/descriptor.json
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,4 +94,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist
+	rm -rf $(VENV) $(DEMO) build dist docs/build

@@ -132,7 +132,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         write_tsv(output_dir / "group_experiments.tsv", experiments)
         what = "Models that differ from those of these outputs, on the same images"
         _write_columns(output_dir / "group_experiments.json", what, EXPERIMENT_COLUMNS)
-    methods = group_methods_text(evaluation, analyses, seed=config.random_seed)
+    methods = group_methods_text(evaluation, analyses, experiments, seed=config.random_seed)
     write_citation(output_dir, methods, "CITATION_group")
     provenance = Provenance(_command(config), _date(config), origins)
     report = write_group_report(output_dir, evaluation, analyses, participants, provenance, experiments)

@@ -11,17 +11,22 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.bias import LINEAR, MIXED, PRIOR_VOXELS
 from bids_uad.evaluation.bootstrap import N_RESAMPLES
+from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 from bids_uad.reports.boilerplate import UsedModel, fragment, threshold_list
 
 
-def group_methods_text(evaluation: Evaluation, analyses: Analyses, *, seed: int) -> str:
+def group_methods_text(
+    evaluation: Evaluation, analyses: Analyses, experiments: pd.DataFrame | None = None, *, seed: int
+) -> str:
     """Write the methods section of a group analysis.
 
     Parameters
     ----------
     evaluation : Evaluation
     analyses : Analyses
+    experiments : pandas.DataFrame, optional
+        Columns of :data:`bids_uad.evaluation.experiments.COLUMNS`.
     seed : int
         Seed of the bootstrap.
 
@@ -56,6 +61,9 @@ def group_methods_text(evaluation: Evaluation, analyses: Analyses, *, seed: int)
         parts.append(fragment("group_strata", factors=_and(factors)))
     if len(analyses.thresholds):
         parts.append(fragment("group_thresholds"))
+    if experiments is not None and len(experiments):
+        variants = [name for name in dict.fromkeys(experiments["variant"]) if name != REFERENCE]
+        parts.append(fragment("group_experiments", variants=_and(variants)))
     parts += _bias(analyses.bias.coefficients)
     parts += [fragment("group_software"), fragment("copyright")]
     return "\n\n".join(parts) + "\n"

@@ -118,6 +118,9 @@ def test_group_text_tells_what_was_asked(cohort):
     # Too few participants for a model, and no strata asked for.
     assert "@statsmodels" not in text
     assert "@hedges" not in text
+    assert "Other models" not in text
+    variants = pd.DataFrame({"variant": ["reference", "tenth", "third", "tenth"]})
+    assert "otherwise (tenth and third)" in group_methods_text(cohort, analyses, variants, seed=3)
 
 
 def test_group_text_tells_which_models_of_bias_there_were(cohort):

@@ -1,0 +1,80 @@
+"""The documentation builds without a warning, says all that the code says, and needs no network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from bids_uad.cli.parser import build_parser
+from bids_uad.dataset.sidecars import METRICS_COLUMNS, QUALITY_COLUMNS
+from bids_uad.methods.registry import DETECTORS
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPECTED = ROOT / "tests" / "integration" / "expected_outputs.txt"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-b", "html"]
+    command += ["-d", str(folder / "doctrees"), str(ROOT / "docs"), str(folder / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def words(page: Path) -> str:
+    """What a reader sees of a page."""
+    text = page.read_text(encoding="utf-8")
+    return unescape(re.sub(r"<[^>]+>", "", text[text.index("<article") :]))
+
+
+def test_no_page_asks_another_host_for_anything(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text)
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preload)"[^>]*href="([^"]+)"', text)
+        assert [source for source in loaded if source.startswith(("http", "//"))] == [], page.name
+
+
+def test_formulas_are_drawn_by_the_browser(site):
+    text = (site / "detectors.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 30
+    assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
+
+
+def test_every_option_is_explained(site):
+    text = words(site / "command_line.html")
+    spellings = [
+        name
+        for action in build_parser()._actions
+        for name in action.option_strings
+        if "_" not in name.lstrip("-") and name != "--notrack"
+    ]
+    assert [name for name in spellings if name not in text] == []
+
+
+def test_every_file_and_column_is_explained(site):
+    text = words(site / "outputs.html")
+    assert [name for name in (*QUALITY_COLUMNS, *METRICS_COLUMNS) if name not in text] == []
+    for path in map(Path, EXPECTED.read_text().split()):
+        name = re.sub(r"^sub-\d+(?=_)", "*", path.name)
+        name = name.replace("Patchcore", "Disyre").replace("Intensity", "Disyre").replace("T2w", "T1w")
+        if path.suffix == ".json" or "T1wBrain" in name:
+            continue
+        if path.parts[0].startswith("tpl"):
+            name = "tpl-SRI24"
+        assert re.sub(r"^sub-\d+\.html", "sub-01.html", name) in text, path
+
+
+def test_every_detector_has_a_section(site):
+    text = (site / "detectors.html").read_text(encoding="utf-8")
+    for detector in DETECTORS.values():
+        assert re.search(rf"<h2>{re.escape(detector.title)}<", text), detector.name
