@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bids_uad.preprocessing.refinement import refine_rigid
 from bids_uad.preprocessing.registration import (
     Volume,
     centred_start,
@@ -35,7 +36,8 @@ def register_to_reference(
     """Register a brain rigidly to the reference image.
 
     Starts from the two centres of mass; if the images are not alike then, or the masks overlap poorly (head
-    tilted far back, header with the wrong orientation), from the best rotations of a coarse grid as well.
+    tilted far back, header with the wrong orientation), from the best rotations of a coarse grid as well. The
+    most similar result is refined.
 
     Parameters
     ----------
@@ -58,19 +60,19 @@ def register_to_reference(
     # Unmasked: both are brains on black, and the outline of the brain is good evidence.
     outline, moving_outline = Volume(fixed.data, fixed.affine), Volume(moving.data, moving.affine)
     pull = register_rigid(outline, moving_outline, centred_start(fixed, moving), folder)
-    overlap = mask_overlap(fixed, moving, pull)
     score = similarity(fixed, moving, pull)
-    restarted = overlap < POOR_OVERLAP or score < POOR_SIMILARITY
+    restarted = mask_overlap(fixed, moving, pull) < POOR_OVERLAP or score < POOR_SIMILARITY
     if restarted:
         for start in rotated_starts(fixed, moving, RESTARTS):
             other = register_rigid(outline, moving_outline, start, folder)
             other_score = similarity(fixed, moving, other)
             if other_score > score:
-                pull, score, overlap = other, other_score, mask_overlap(fixed, moving, other)
+                pull, score = other, other_score
+    pull = refine_rigid(fixed, moving, pull)
     return pull, {
-        "similarity": round(score, 4),
+        "similarity": round(similarity(fixed, moving, pull), 4),
         "mirrored_similarity": _mirrored(fixed, moving, pull, folder) if asymmetric else None,
-        "mask_overlap": round(overlap, 4),
+        "mask_overlap": round(mask_overlap(fixed, moving, pull), 4),
         "restarted": restarted,
     }
 

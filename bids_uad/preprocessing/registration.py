@@ -186,7 +186,23 @@ def similarity(fixed: Volume, moving: Volume, pull: np.ndarray) -> float:
     region = np.ones(shape, dtype=bool) if fixed.mask is None else fixed.mask
     if moving.mask is not None:
         region = region | (resample(moving.mask, moving.affine, shape, fixed.affine, pull) > 0.5)
-    joint, _, _ = np.histogram2d(_binned(fixed.data[region]), _binned(values[region]), bins=BINS)
+    joint, _, _ = np.histogram2d(binned(fixed.data[region]), binned(values[region]), bins=BINS)
+    return mutual_information(joint)
+
+
+def mutual_information(joint: np.ndarray) -> float:
+    """Normalise the mutual information of two images; see :func:`similarity`.
+
+    Parameters
+    ----------
+    joint : numpy.ndarray, shape (bins, bins)
+        Their joint histogram.
+
+    Returns
+    -------
+    float
+        0 where both are constant.
+    """
     p = joint / joint.sum()
     together = _entropy(p)
     if together == 0.0:
@@ -238,7 +254,8 @@ def rotated_starts(fixed: Volume, moving: Volume, keep: int) -> list[np.ndarray]
     return [candidates[i] for i in np.argsort(scores)[::-1][:keep]]
 
 
-def _binned(values: np.ndarray) -> np.ndarray:
+def binned(values: np.ndarray) -> np.ndarray:
+    """Scale values to [0, 1] between their 0.5th and 99.5th percentile; constant values become 0."""
     low, high = np.percentile(values, [0.5, 99.5])
     if high <= low:
         return np.zeros(values.shape)

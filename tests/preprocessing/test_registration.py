@@ -7,15 +7,18 @@ import pytest
 
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.coregistration import POOR_OVERLAP, register_to_anchor, register_to_reference
+from bids_uad.preprocessing.refinement import refine_rigid
 from bids_uad.preprocessing.registration import (
+    BINS,
     Volume,
+    binned,
     centred_start,
     mask_overlap,
     register_rigid,
     rotated_starts,
     similarity,
 )
-from bids_uad.preprocessing.transforms import rotation_about
+from bids_uad.preprocessing.transforms import rotation_about, translation
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, t2w_like
 
@@ -115,6 +118,34 @@ def test_similarity_is_one_for_itself_and_zero_for_noise(scan: Volume) -> None:
     rng = np.random.default_rng(0)
     noise = Volume(rng.random(scan.data.shape).astype(np.float32), scan.affine)
     assert similarity(scan, noise, np.eye(4)) < 0.01
+
+
+def test_similarity_is_mutual_information_over_joint_entropy(scan: Volume) -> None:
+    from sklearn.metrics import mutual_info_score
+
+    small = scan.coarse(6.0)
+    moved = Volume(t2w_like(small.data), small.affine, small.mask)
+    one, other = (
+        np.histogram_bin_edges([0.0, 1.0], BINS)
+        .searchsorted(binned(volume.data[small.mask]), side="right")
+        .clip(1, BINS)
+        for volume in (small, moved)
+    )
+    pairs = np.unique(np.stack([one, other]), axis=1, return_counts=True)[1] / small.mask.sum()
+    expected = mutual_info_score(one, other) / -(pairs * np.log(pairs)).sum()
+    assert similarity(small, moved, np.eye(4)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_refinement_ends_in_the_same_place_from_anywhere_near(reference_volume: Volume, scan: Volume) -> None:
+    fixed, moving = reference_volume.coarse(3.0).cropped(4), scan.coarse(3.0).cropped(4)
+    found = []
+    for aside in ((2.0, -2.0, 1.0), (-1.0, 2.0, -2.0)):
+        start = known_move() @ translation(np.array(aside)) @ rotation_about(fixed.centre(), aside)
+        assert target_error(start, known_move(), fixed) > 2
+        found.append(refine_rigid(fixed, moving, start))
+        np.testing.assert_allclose(found[-1][:3, :3] @ found[-1][:3, :3].T, np.eye(3), atol=1e-12)
+    assert target_error(found[0], found[1], fixed) < 0.05
+    assert target_error(found[0], known_move(), fixed) < 0.5  # a sixth of a voxel
 
 
 def test_bias_correction_removes_a_known_field(reference_volume: Volume) -> None:
