@@ -61,9 +61,9 @@ def group_methods_text(
         parts.append(fragment("group_strata", factors=_and(factors)))
     if len(analyses.thresholds):
         parts.append(fragment("group_thresholds"))
-    if experiments is not None and len(experiments):
+    if experiments is not None:
         variants = [name for name in dict.fromkeys(experiments["variant"]) if name != REFERENCE]
-        parts.append(fragment("group_experiments", variants=_and(variants)))
+        parts += [fragment("group_experiments", variants=_and(variants))] if variants else []
     parts += _bias(analyses.bias.coefficients)
     parts += [fragment("group_software"), fragment("copyright")]
     return "\n\n".join(parts) + "\n"

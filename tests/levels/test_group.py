@@ -217,9 +217,18 @@ def test_other_models_are_compared_on_the_same_people(study):
     page = (out / "group.html").read_text()
     assert 'id="experiments"' in page
     assert f"--experiments tenth={study / 'tenth'}" in page
+    methods = (out / "logs" / "CITATION_group.md").read_text()
+    assert "learnt otherwise (tenth)" in methods
     assert group(study)[0] == 0
     assert not list(out.glob("group_experiments*"))
     assert 'id="experiments"' not in (out / "group.html").read_text()
+
+
+def test_models_of_other_detectors_leave_nothing_to_compare(study):
+    Scan("01", modality="T2w", detector="fae", sha256="f" * 64).write(study / "fae")
+    assert group(study, experiments={"fae": study / "fae"})[0] == 0
+    page = (study / "out" / "group.html").read_text()
+    assert "The other outputs have no scan of a detector and modality of these." in page
 
 
 def test_experiments_without_tables_are_refused(study):

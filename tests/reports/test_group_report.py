@@ -84,6 +84,17 @@ def test_the_page_says_what_it_must(study):
     assert "Every expected participant" in page
     for column in ("dice_optimal", "auprc_pooled", "fpr_healthy_mean", "n_both_empty"):
         assert f'<dt class="name">{column}</dt>' in page
+    for text in ("In short", "Disyre finds most", "@media print", "2026-11-25", "bids_uad &#39;a b&#39;"):
+        assert text in page
+
+
+def test_headings_explain_and_sort_their_columns(study):
+    page = (study / "group.html").read_text()
+    heads = re.findall(r'<th scope="col"[^>]*data-sort[^>]*>', page)
+    told = [head for head in heads if re.search(r'title="[^"]{5,}"', head)]
+    # Only the names of cohorts stand for themselves: three and the modality, twice.
+    assert len(heads) - len(told) == 8
+    assert 'title="Mean Dice at the fixed threshold over the lesion scans"' in page
 
 
 def test_figures_are_valid_svg_with_working_links(study):
