@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.evaluation.experiments import REFERENCE
-from bids_uad.reports.group_figures import WIDTH, Figure, of_modality
+from bids_uad.reports.group_figures import WIDTH, Figure, legend, of_modality
 from bids_uad.reports.group_svg import INK, MUTED, Linear, Log, Svg, number, round_up
 from bids_uad.reports.group_text import detector_name
 
@@ -80,11 +80,7 @@ def scaling(rows: pd.DataFrame, colours: dict[str, str]) -> Figure | None:
                 svg.dot(place, height, 4.4, colours[detector], tip=tip)
 
     svg = _panels(rows, draw, 316, "Numbers against training subjects")
-    place = 62.0
-    for detector in sorted(rows["detector"].unique()):
-        svg.dot(place + 6, svg.height - 12, 5, colours[detector])
-        svg.text(place + 17, svg.height - 8, detector_name(detector), size=12.5)
-        place += 34 + 8.8 * len(detector_name(detector))
+    legend(svg, sorted(rows["detector"].unique()), colours)
     return Figure(
         "scaling",
         "More training subjects",

@@ -60,15 +60,13 @@ def detector_colours(evaluation: Evaluation) -> dict[str, str]:
     }
 
 
-def group_figures(evaluation: Evaluation, link_prefix: str = "") -> list[Figure]:
+def group_figures(evaluation: Evaluation) -> list[Figure]:
     """Draw every figure that the cohort has data for.
 
     Parameters
     ----------
     evaluation : Evaluation
         The cohort.
-    link_prefix : str
-        From where the figure is shown to the root of the derivatives, for links to participants.
 
     Returns
     -------
@@ -76,7 +74,7 @@ def group_figures(evaluation: Evaluation, link_prefix: str = "") -> list[Figure]
         Those that have a row or panel for each detector come once for each modality, so that ten detectors
         fit a printed page.
     """
-    figures = [dice_by_volume(evaluation, link_prefix), precision_recall_curves(evaluation)]
+    figures = [dice_by_volume(evaluation), precision_recall_curves(evaluation)]
     for modality in sorted({modality for _, modality in evaluation.curves}):
         part = replace(
             evaluation,
@@ -86,8 +84,8 @@ def group_figures(evaluation: Evaluation, link_prefix: str = "") -> list[Figure]
         figures += [
             of_modality(figure, modality)
             for figure in (
-                dice_strip(part, link_prefix),
-                fpr_strip(part, link_prefix),
+                dice_strip(part),
+                fpr_strip(part),
                 dice_by_threshold(part),
                 score_histograms(part),
             )
@@ -102,7 +100,7 @@ def of_modality(figure: Figure | None, modality: str) -> Figure | None:
     return replace(figure, name=f"{figure.name}_{modality}", title=f"{figure.title}: {modality}")
 
 
-def dice_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
+def dice_strip(evaluation: Evaluation) -> Figure | None:
     """Draw the Dice of every lesion scan at the fixed threshold; None without lesion scans."""
     svg = _strip(
         evaluation,
@@ -111,7 +109,6 @@ def dice_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
         mean="dice_mean",
         interval="dice",
         label="Dice at the fixed threshold",
-        link_prefix=link_prefix,
     )
     if svg is None:
         return None
@@ -125,7 +122,7 @@ def dice_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
     )
 
 
-def fpr_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
+def fpr_strip(evaluation: Evaluation) -> Figure | None:
     """Draw the false-positive rate of every healthy scan; None without healthy scans."""
     svg = _strip(
         evaluation,
@@ -134,7 +131,6 @@ def fpr_strip(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
         mean="fpr_healthy_mean",
         interval="fpr_healthy_mean",
         label="brain voxels called anomalous, %",
-        link_prefix=link_prefix,
         percent=True,
     )
     if svg is None:
@@ -156,7 +152,6 @@ def _strip(
     mean: str,
     interval: str,
     label: str,
-    link_prefix: str,
     percent: bool = False,
 ) -> str | None:
     scans = evaluation.subjects
@@ -196,7 +191,7 @@ def _strip(
             _density(svg, x, y, values, colour)
         _box(svg, x, y, values, colour)
         if len(group) <= MAX_DOTS:
-            _dots(svg, x, y, group, values, colour, unit, link_prefix, named)
+            _dots(svg, x, y, group, values, colour, unit, named)
         row = rows[modality, detector]
         low, top_value = row[f"{interval}_ci_low"] * scale, row[f"{interval}_ci_high"] * scale
         ymean = y + 24
@@ -243,7 +238,6 @@ def _dots(
     values: np.ndarray,
     colour: str,
     unit: str,
-    link_prefix: str,
     named: bool,
 ) -> None:
     radius = 4.2 if named else 2.6
@@ -257,8 +251,7 @@ def _dots(
         place = x(values[index])
         tip = f"{names.iloc[index]}: {number(values[index])}{unit}"
         report = reports.iloc[index]
-        href = f"{link_prefix}{report}" if report else ""
-        svg.dot(place, y + offsets[index], radius, colour, opacity=opacity, tip=tip, href=href)
+        svg.dot(place, y + offsets[index], radius, colour, opacity=opacity, tip=tip, href=report)
         if named:
             name = names.iloc[index].removeprefix("sub-")
             half = 3.2 * len(name) + 3
@@ -284,7 +277,7 @@ def _swarm(places: Sequence[float], radius: float) -> list[float]:
     return offsets
 
 
-def dice_by_volume(evaluation: Evaluation, link_prefix: str = "") -> Figure | None:
+def dice_by_volume(evaluation: Evaluation) -> Figure | None:
     """Draw Dice against lesion volume; None when no lesion has a volume."""
     scans = evaluation.subjects
     scans = scans[(scans["role"] == LESION) & (scans["lesion_volume_mm3"] > 0)]
@@ -309,7 +302,7 @@ def dice_by_volume(evaluation: Evaluation, link_prefix: str = "") -> Figure | No
             millilitres = row["lesion_volume_mm3"] / 1000
             detector = detector_name(row["detector"])
             tip = f"{row['participant_id']} {detector}: {row['dice']:.3f}, {millilitres:.3g} mL"
-            href = f"{link_prefix}{row['report']}" if isinstance(row["report"], str) else ""
+            href = row["report"] if isinstance(row["report"], str) else ""
             svg.dot(
                 x(millilitres),
                 y(row["dice"]),
@@ -321,7 +314,7 @@ def dice_by_volume(evaluation: Evaluation, link_prefix: str = "") -> Figure | No
             )
 
     svg = _modality_panels(sorted(set(scans["modality"])), draw, "Dice against lesion volume", 404)
-    _legend(svg, sorted(set(scans["detector"])), colours)
+    legend(svg, sorted(set(scans["detector"])), colours)
     return Figure(
         "dice_by_volume",
         "Dice and lesion size",
@@ -357,7 +350,8 @@ def _modality_panels(
     return svg
 
 
-def _legend(svg: Svg, detectors: Sequence[str], colours: dict[str, str]) -> None:
+def legend(svg: Svg, detectors: Sequence[str], colours: dict[str, str]) -> None:
+    """Say at the bottom which colour is which detector."""
     widths = [34 + 8.8 * len(detector_name(detector)) for detector in detectors]
     place = (svg.width - sum(widths)) / 2
     for detector, width in zip(detectors, widths, strict=True):
