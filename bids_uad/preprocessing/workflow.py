@@ -386,7 +386,10 @@ def _description(
             "intensities were scaled in the same way.\n"
         )
     atlas = _atlas(modality, reference)
-    registration = f"registered rigidly (six degrees of freedom, mutual information) to {atlas}"
+    registration = (
+        f"registered rigidly (six degrees of freedom, mutual information) to {atlas}, and the transform refined "
+        "over all voxels by Powell's method [@powell]"
+    )
     if given.xfm:
         registration = f"brought to {atlas} by a rigid transform that was given"
     extracted = _extraction(skull_stripped, given, extraction.program)
