@@ -387,8 +387,8 @@ def _description(
         )
     atlas = _atlas(modality, reference)
     registration = (
-        f"registered rigidly (six degrees of freedom, mutual information) to {atlas}, and the transform refined "
-        "over all voxels by Powell's method [@powell]"
+        f"registered rigidly (six degrees of freedom, mutual information) to {atlas}, and the transform "
+        "refined over all voxels by Powell's method [@powell]"
     )
     if given.xfm:
         registration = f"brought to {atlas} by a rigid transform that was given"
