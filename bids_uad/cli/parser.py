@@ -20,6 +20,16 @@ _LABEL = re.compile(r"^[0-9a-zA-Z]+$")
 _DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
 
 
+class _Help(argparse.HelpFormatter):
+    """Names the value of an option once, and leaves out the spellings with underscores."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "_" not in name]
+        return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser; every flag in it does something, except the hidden `--notrack`."""
     parser = argparse.ArgumentParser(
@@ -31,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work "
         "on, 69 GPU, model or atlas not available, 70 the workflow could not be built.",
         argument_default=argparse.SUPPRESS,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
@@ -75,9 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(
-        "--brain-extraction", choices=EXTRACTIONS,
-        help="what finds the brain in whole heads without a brain mask: registration of the template, a "
-        "network, both, or a program that you have installed (default: combined)",
+        "--brain-extraction", choices=EXTRACTIONS, metavar="NAME",
+        help="what finds the brain in whole heads without a brain mask: registration of the 'template', a "
+        "'network', both ('combined', the default), or 'synthstrip' or 'hd-bet' that you have installed",
     )  # fmt: skip
     pick.add_argument(
         "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import parse_args, parse_folders
+from bids_uad.cli.parser import build_parser, parse_args, parse_folders
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError
 
@@ -91,6 +91,14 @@ def test_unknown_level_is_a_usage_error(parse):
     with pytest.raises(SystemExit) as stop:
         parse(levels=("session",))
     assert stop.value.code == 2
+
+
+def test_help_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = build_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "--participant-label LABEL [LABEL ...]" in text
+    assert "--participant_label" not in text.split("what to work on:")[1]
 
 
 def test_version_and_help_succeed(capsys):
