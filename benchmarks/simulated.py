@@ -27,6 +27,7 @@ from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.metrics import edge_index
+from bids_uad.levels.participant.lesions import lesion_table
 from bids_uad.levels.participant.maps import anomaly_mask, histogram_table, label_components, metrics_row
 from bids_uad.levels.participant.overlap import scanner_seen
 from bids_uad.methods.base import Detector
@@ -63,7 +64,8 @@ def score(
     lesion = read(scan.lesion) > 0 if scan.lesion else None
     scores = anomaly_map(detector, volume, brain, key=scan.key, protocol=bundle.protocol)
     name, threshold = bundle.default_threshold
-    labels = label_components(anomaly_mask(scores, brain, threshold))
+    mask = anomaly_mask(scores, brain, threshold)
+    labels = label_components(mask)
     facts = {
         "source_image": f"{scan.subject}/anat/{scan.image.name}",
         "modality": bundle.modality,
@@ -80,6 +82,9 @@ def score(
         histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
     )
     write_tsv(metrics, metrics_row(facts, labels, brain, lesion))
+    if lesion is not None:
+        lesions = metrics.with_name(metrics.name.replace("_metrics.", "_lesions."))
+        write_tsv(lesions, lesion_table(lesion, mask, volume, brain))
 
 
 def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> float:

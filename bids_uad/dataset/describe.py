@@ -36,6 +36,7 @@ BIDSIGNORE = (
     "*_anomalymap.*",
     "*_metrics.*",
     "*_histogram.*",
+    "*_lesions.*",
     "*_qc.*",
 )
 
@@ -56,6 +57,7 @@ What there is for each image (`<T1w|T2w><Detector>` names the image and the dete
 | `*_label-anomaly_*_mask.nii.gz` | score above the threshold, also on the own grid (`space-orig`) |
 | `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask and a table of them |
 | `*_histogram.tsv`, `*_metrics.tsv` | score counts and volumes, which the group level reads |
+| `*_lesions.tsv` | what was found of each lesion of the user's mask, its volume and contrast |
 | `*_label-lesion_desc-manual_mask.nii.gz` | the user's lesion mask in SRI24 space |
 | `sub-*.html`, `group.html` | reports to look at |
 

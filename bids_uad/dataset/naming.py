@@ -38,7 +38,7 @@ _PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name,
 PATTERNS = [
     _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
     _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of our outputs."""
 
@@ -107,12 +107,14 @@ def lesion_output(unit: ImageUnit) -> Path:
     return output_path(unit, space=NAME, label="lesion", desc="manual", suffix="mask")
 
 
-def detection_outputs(unit: ImageUnit, detector: str) -> dict[str, Path]:
-    """Name what one detector writes for an image, by kind."""
+def detection_outputs(unit: ImageUnit, detector: str, *, with_truth: bool = False) -> dict[str, Path]:
+    """Name what one detector writes for an image, by kind; `lesions` only with ground truth."""
     desc = detector_desc(unit.modality, detector)
     in_space = {"space": NAME, "desc": desc}
     components = {"space": NAME, "segmentation": desc, "suffix": "dseg"}
+    lesions = {"lesions": output_path(unit, **in_space, suffix="lesions", extension=".tsv")}
     return {
+        **(lesions if with_truth else {}),
         "anomalymap": output_path(unit, **in_space, suffix="anomalymap"),
         "probseg": output_path(unit, **in_space, label="anomaly", suffix="probseg"),
         "mask": output_path(unit, **in_space, label="anomaly", suffix="mask"),

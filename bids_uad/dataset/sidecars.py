@@ -31,6 +31,21 @@ HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {
     "n_lesion": {"Description": "Brain voxels in the bin inside the lesion mask; n/a without a mask"},
 }
 
+LESION_COLUMNS: dict[str, dict[str, Any]] = {
+    "lesion": {"Description": "Number of the lesion, largest first; the same for all detectors"},
+    "volume_mm3": {"Description": "Volume inside the brain mask, SRI24 space", "Units": "mm^3"},
+    "found_share": {"Description": "Share of its voxels above the fixed threshold"},
+    "detected": {"Description": "1 if any of its voxels is above the threshold, else 0"},
+    "contrast": {
+        "Description": "Mean intensity of the preprocessed image in the lesion minus that of the brain "
+        "around it (up to 6 mm away, more than 2 mm from any lesion), divided by the standard deviation "
+        "there; n/a where there are fewer than 20 such voxels"
+    },
+    "centroid_x": {"Description": "Centre of mass, left to right, SRI24 space", "Units": "mm"},
+    "centroid_y": {"Description": "Centre of mass, posterior to anterior, SRI24 space", "Units": "mm"},
+    "centroid_z": {"Description": "Centre of mass, inferior to superior, SRI24 space", "Units": "mm"},
+}
+
 SCANNER_SEEN_LEVELS = {
     "seen": "A scanner of that name in a dataset of that name is among those it has learnt from",
     "name seen elsewhere": "A scanner of that name is, in a dataset of another name",
@@ -239,7 +254,18 @@ def detection_sidecars(
         },
         **derived,
     }
+    lesions = {
+        "lesions": {
+            "Description": "26-connected lesions of the lesion mask inside the brain, and what the detector "
+            "found of each",
+            **LESION_COLUMNS,
+            **in_space,
+            "Sources": [own_uri(inputs["preproc"]), *counted],
+            **common,
+        }
+    }
     return {
+        **(lesions if "lesions" in files else {}),
         "anomalymap": {
             "Description": "Anomaly score of every brain voxel, unbounded, 0 outside the brain; "
             "not a probability",

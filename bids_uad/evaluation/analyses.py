@@ -13,6 +13,8 @@ from bids_uad.evaluation.bias import Bias, model_bias
 from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
 from bids_uad.evaluation.comparison import compare_detectors
 from bids_uad.evaluation.curves import Curves
+from bids_uad.evaluation.lesions import COLUMNS as LESION_COLUMNS
+from bids_uad.evaluation.lesions import MISSED_COLUMNS, Lesions, lesion_sensitivity, missed_by_all
 from bids_uad.evaluation.strata import COLUMNS as STRATA_COLUMNS
 from bids_uad.evaluation.strata import DISPARITY_COLUMNS, stratify
 from bids_uad.evaluation.thresholds import COLUMNS as THRESHOLD_COLUMNS
@@ -32,6 +34,10 @@ class Analyses:
     bias : Bias
     thresholds : pandas.DataFrame
         Of :func:`bids_uad.evaluation.thresholds.transfer_thresholds`.
+    lesions : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.lesions.lesion_sensitivity`.
+    missed : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.lesions.missed_by_all`.
     """
 
     comparison: pd.DataFrame
@@ -39,6 +45,8 @@ class Analyses:
     disparities: pd.DataFrame
     bias: Bias
     thresholds: pd.DataFrame
+    lesions: pd.DataFrame
+    missed: pd.DataFrame
 
     @property
     def tables(self) -> dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]:
@@ -48,6 +56,8 @@ class Analyses:
             "strata": (self.strata, "Numbers for parts of the cohort", STRATA_COLUMNS),
             "disparities": (self.disparities, "Largest gaps between parts of the cohort", DISPARITY_COLUMNS),
             "thresholds": (self.thresholds, "Thresholds of one cohort on another", THRESHOLD_COLUMNS),
+            "lesions": (self.lesions, "Lesions found, by size and contrast", LESION_COLUMNS),
+            "missed": (self.missed, "Lesions that every detector misses", MISSED_COLUMNS),
             "bias": (self.bias.coefficients, "Models of bias", BIAS_COLUMNS),
         }
 
@@ -58,6 +68,7 @@ def analyse(
     factors: Sequence[str],
     *,
     seed: int,
+    lesions: Lesions | None = None,
 ) -> Analyses:
     """Ask all of it.
 
@@ -71,11 +82,14 @@ def analyse(
         What divides the cohort, see :func:`bids_uad.evaluation.strata.levels_of`.
     seed : int
         Seed of the bootstrap.
+    lesions : Lesions, optional
+        What was measured of each lesion.
 
     Returns
     -------
     Analyses
     """
+    table = (lesions or Lesions()).table
     strata, disparities = stratify(subjects, factors, seed=seed)
     return Analyses(
         comparison=compare_detectors(subjects, seed=seed),
@@ -83,4 +97,6 @@ def analyse(
         disparities=disparities,
         bias=model_bias(subjects),
         thresholds=transfer_thresholds(curves),
+        lesions=lesion_sensitivity(table, subjects, seed=seed),
+        missed=missed_by_all(table, seed=seed),
     )

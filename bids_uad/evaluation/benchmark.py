@@ -15,6 +15,7 @@ from bids_uad.evaluation.absences import Absence, find_absences
 from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.exclusions import find_exclusions
+from bids_uad.evaluation.lesions import Lesions
 from bids_uad.evaluation.reading import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
@@ -128,6 +129,8 @@ class Evaluation:
         Tables that could not be read, one message each.
     warnings : list of str
         What a reader of the numbers has to know.
+    lesions : Lesions
+        What was measured of each lesion.
     """
 
     subjects: pd.DataFrame
@@ -137,6 +140,7 @@ class Evaluation:
     absences: list[Absence]
     unreadable: list[str]
     warnings: list[str]
+    lesions: Lesions
 
 
 def evaluate(
@@ -199,7 +203,9 @@ def evaluate(
     benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
     warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)
     overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
-    return Evaluation(subjects, benchmark, overall, scores.curves, absences, unreadable, warnings)
+    return Evaluation(
+        subjects, benchmark, overall, scores.curves, absences, unreadable, warnings, scores.lesions
+    )
 
 
 def _whole(curves: Mapping[tuple[str, str, str], Curves]) -> dict[tuple[str, str, str], Curves]:

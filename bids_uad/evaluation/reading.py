@@ -18,7 +18,8 @@ from bids_uad.errors import InputError
 from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.consistency import ConsistencyCheck
 from bids_uad.evaluation.curves import Curves
-from bids_uad.evaluation.subjects import subject_row
+from bids_uad.evaluation.lesions import Lesions
+from bids_uad.evaluation.subjects import LESION, subject_row
 from bids_uad.evaluation.tables import read_unit
 
 EXCLUDED = "left out by quality control: "
@@ -46,6 +47,8 @@ class Scores:
         Healthy participants with a lesion in a lesion mask.
     consistency : ConsistencyCheck
         Has seen every table in `rows`.
+    lesions : Lesions
+        The lesion tables beside those in `rows`.
     """
 
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -55,6 +58,7 @@ class Scores:
     unreadable: list[str] = field(default_factory=list)
     contradictions: set[str] = field(default_factory=set)
     consistency: ConsistencyCheck = field(default_factory=ConsistencyCheck)
+    lesions: Lesions = field(default_factory=Lesions)
 
 
 def read_scores(
@@ -146,6 +150,11 @@ def _read_part(
             which = (unit.subject, unit.prefix, unit.modality, unit.detector)
             scores.excluded.append(Absence(*which, EXCLUDED + reason))
             continue
+        if row["role"] == LESION:
+            try:
+                scores.lesions.add(unit)
+            except InputError as error:
+                scores.unreadable.append(str(error))
         scores.consistency.check(unit)
         rows.append(row)
         if unit.healthy and unit.has_lesion_mask and unit.n_lesion.any():
@@ -158,6 +167,7 @@ def _read_part(
 def _add(total: Scores, part: Scores) -> None:
     """Add a part to the sums, its rows apart."""
     total.consistency.include(part.consistency)
+    total.lesions.include(part.lesions)
     for key, curves in part.curves.items():
         total.curves.setdefault(key, Curves(curves.edges, curves.threshold)).include(curves)
     total.present += part.present

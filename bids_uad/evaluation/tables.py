@@ -263,6 +263,33 @@ def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
     return {name: values[0] for name, values in columns.items()}
 
 
+def read_numbers(path: Path, names: Sequence[str]) -> np.ndarray:
+    """Read the named columns of a table as numbers.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    names : sequence of str
+
+    Returns
+    -------
+    numpy.ndarray of float64, shape (rows, columns)
+        NaN where a value is missing.
+
+    Raises
+    ------
+    InputError
+        If the table or a column is missing, or holds something else.
+    """
+    columns = _read_columns(path, names)
+    try:
+        return np.array(
+            [[float("nan") if text in _MISSING else float(text) for text in columns[name]] for name in names]
+        ).T
+    except ValueError as error:
+        raise InputError(path, f"not only numbers ({error})", _REMEDY) from error
+
+
 def _number(path: Path, row: dict[str, str], column: str) -> float:
     if row[column] in _MISSING:
         return float("nan")

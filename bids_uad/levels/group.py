@@ -55,7 +55,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
     of `output_dir`), where `strata` asks for it also sessions.tsv, scans.tsv and sidecars of
     `bids_dir`. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
-    `group_strata`, `group_disparities`, `group_thresholds`, `group_bias` and `participants` (each .tsv and
+    `group_strata`, `group_disparities`, `group_thresholds`, `group_lesions`, `group_missed`,
+    `group_bias` and `participants` (each .tsv and
     .json), `group.html`, `group/figures` and `logs/CITATION_group`; with `experiments` also
     `group_experiments`. A few scans are read for pictures, where they are there.
 
@@ -118,7 +119,13 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
     _write_columns(output_dir / "group_benchmark.json", what, BENCHMARK_COLUMNS)
     origins = read_origins(output_dir, evaluation.subjects)
-    analyses = analyse(subjects, evaluation.cohort_curves, config.strata, seed=config.random_seed)
+    analyses = analyse(
+        subjects,
+        evaluation.cohort_curves,
+        config.strata,
+        seed=config.random_seed,
+        lesions=evaluation.lesions,
+    )
     useless = _useless(asked, subjects, analyses.strata["factor"])
     evaluation = replace(evaluation, warnings=[*evaluation.warnings, *useless])
     for name, (table, what, columns) in analyses.tables.items():

@@ -46,6 +46,7 @@ CONTENTS = {
     "false_alarms": "False alarms",
     "comparison": "Comparison of detectors",
     "thresholds": "Thresholds and scores",
+    "lesions": "Size and contrast of lesions",
     "strata": "Parts of the cohort",
     "bias": "Bias",
     "experiments": "Experiments",
@@ -66,6 +67,7 @@ CHAPTERS = {
     "dice_by_threshold": "thresholds",
     "thresholds": "thresholds",
     "score_histograms": "thresholds",
+    "lesion_size": "lesions",
     "bias_age": "bias",
     "scaling": "experiments",
     "ablation": "experiments",
@@ -158,6 +160,8 @@ def write_group_report(
         "comparison": _parts(analyses.comparison, ["modality", "outcome"]),
         "disparities": _parts(analyses.disparities, ["modality", "factor"]),
         "experiments": [] if experiments is None else _parts(experiments, ["modality", "detector"]),
+        "lesions": _parts(analyses.lesions, ["modality", "factor"]),
+        "lesions_untold": evaluation.lesions.without,
         "no_examples": no_examples,
         "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
     }
@@ -171,6 +175,7 @@ def write_group_report(
         cohorts=_cohorts(evaluation.benchmark[~whole]),
         cohort_column=participants.cohort_column,
         best=_best(evaluation.benchmark[whole]),
+        missed=_records(analyses.missed),
         strata=_by_modality(analyses.strata),
         bias=_parts(_odds(analyses.bias.coefficients), ["modality", "outcome"]),
         remarks=analyses.bias.remarks,
@@ -226,6 +231,8 @@ def _has(chapter: str, content: dict[str, Any]) -> bool:
         return bool(content[chapter])
     if chapter == "strata":
         return bool(content["disparities"])
+    if chapter == "lesions":
+        return bool(content[chapter] or content["lesions_untold"])
     if chapter == "examples":
         return bool(content["figures"][chapter] or content["no_examples"])
     if chapter in ("false_alarms", "thresholds", "further"):

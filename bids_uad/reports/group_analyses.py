@@ -10,8 +10,9 @@ import pandas as pd
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.bias import Effect
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
+from bids_uad.evaluation.lesions import CONTRAST, CONTRASTS, VOLUME, VOLUMES
 from bids_uad.evaluation.thresholds import VALIDATION
-from bids_uad.reports.group_figures import MAX_DOTS, WIDTH, Figure, of_modality, panel_grid
+from bids_uad.reports.group_figures import MAX_DOTS, WIDTH, Figure, legend, of_modality, panel_grid
 from bids_uad.reports.group_svg import INK, MUTED, Linear, Svg, number, round_up
 from bids_uad.reports.group_text import detector_name
 
@@ -44,6 +45,8 @@ def analysis_figures(subjects: pd.DataFrame, analyses: Analyses, colours: dict[s
             of_modality(figure, modality)
             for figure in (threshold_matrix(thresholds), age_effects(effects, colours))
         ]
+        lesions = analyses.lesions[analyses.lesions["modality"] == modality]
+        figures.append(of_modality(lesion_sizes(lesions, colours), modality))
     return [figure for figure in figures if figure is not None]
 
 
@@ -161,6 +164,63 @@ def _short(cohort: str) -> str:
     """Abbreviate a name of several words, for which a cell has no room."""
     words = cohort.split()
     return cohort if len(cohort) <= 14 else "".join(word[0].upper() for word in words)
+
+
+def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Figure | None:
+    """Draw the share of lesions found by volume and by contrast, for one modality; None without lesions."""
+    panels = {VOLUME: list(VOLUMES), CONTRAST: list(CONTRASTS)}
+    shown = {factor: lesions[lesions["factor"] == factor] for factor in panels}
+    if all(table.empty for table in shown.values()):
+        return None
+    detectors = sorted(lesions["detector"].unique())
+    height, bottom = 380.0, 296.0
+    svg = Svg(WIDTH, height, "Share of lesions found, by volume and contrast")
+    for place, (factor, levels) in enumerate(panels.items()):
+        table = shown[factor]
+        counts = table.groupby("level", observed=True)["n_lesions"].max()
+        levels = [level for level in levels if level in counts.index]
+        left, right = place * WIDTH / 2 + 62, (place + 1) * WIDTH / 2 - 22
+        y = Linear(0, 100, bottom, 40)
+        svg.text(left, 22, f"By {factor}", size=14, weight=600)
+        for tick in y.ticks(4):
+            svg.line(left, y(tick), right, y(tick))
+            svg.text(left - 7, y(tick) + 4, number(tick), size=11, colour=MUTED, anchor="end")
+        svg.text(
+            left - 44,
+            (bottom + 40) / 2,
+            "lesions found, %",
+            size=12,
+            colour=MUTED,
+            anchor="middle",
+            rotate=-90,
+        )
+        width = (right - left) / max(len(levels), 1)
+        for column, level in enumerate(levels):
+            middle = left + width * (column + 0.5)
+            svg.text(middle, bottom + 18, level, size=11, colour=MUTED, anchor="middle")
+            svg.text(middle, bottom + 34, f"n = {counts[level]:,}", size=11, colour=MUTED, anchor="middle")
+            rows = table[table["level"] == level].set_index("detector")
+            for k, detector in enumerate(detectors):
+                if detector not in rows.index:
+                    continue
+                row = rows.loc[detector]
+                x = middle + 0.74 * width * ((k + 0.5) / len(detectors) - 0.5)
+                share, low, high = (
+                    100 * row[f"lesion_sensitivity{end}"] for end in ("", "_ci_low", "_ci_high")
+                )
+                if np.isfinite(low):
+                    svg.line(x, y(low), x, y(high), colours[detector], 1.6)
+                tip = f"{detector_name(detector)}: {share:.0f} % of {row['n_lesions']} lesions"
+                svg.dot(x, y(share), 4, colours[detector], tip=tip)
+    legend(svg, detectors, colours)
+    return Figure(
+        "lesion_size",
+        "Lesions found by size and contrast",
+        "Share of the 26-connected lesions that the prediction touches at the fixed threshold, with the 95 % "
+        "interval over participants (none with fewer than three). n: lesions. Contrast: how far the lesion "
+        "is from the brain around it, in standard deviations of that tissue, dark or bright.",
+        svg.render(),
+    )
 
 
 def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Figure | None:

@@ -56,6 +56,8 @@ def group_methods_text(
     ]
     if len(analyses.comparison):
         parts.append(fragment("group_comparison"))
+    if len(analyses.lesions):
+        parts.append(fragment("group_lesions"))
     if len(analyses.strata):
         factors = list(dict.fromkeys(analyses.strata["factor"]))
         parts.append(fragment("group_strata", factors=_and(factors)))

@@ -38,6 +38,9 @@ def test_names():
         "histogram": "_space-SRI24_desc-T2wPatchcore_histogram.tsv",
         "metrics": "_space-SRI24_desc-T2wPatchcore_metrics.tsv",
     }
+    with_truth = naming.detection_outputs(UNIT, "patchcore", with_truth=True)
+    assert str(with_truth.pop("lesions")) == f"{START}_space-SRI24_desc-T2wPatchcore_lesions.tsv"
+    assert with_truth == names
     assert (
         str(naming.preprocessing_outputs(UNIT)["to_sri24"]) == f"{START}_from-T2w_to-SRI24_mode-image_xfm.txt"
     )

@@ -34,6 +34,7 @@ class Scan:
     n_lesions: float = 2
     n_lesions_detected: float = 1
     n_false_components: float = 2
+    lesions: pd.DataFrame | None = None
 
     def write(self, root: Path) -> Path:
         """Write the two tables as the participant level does; return the metrics table."""
@@ -80,6 +81,9 @@ class Scan:
         }
         path = folder / f"{name}_metrics.tsv"
         pd.DataFrame([row]).to_csv(path, sep="\t", index=False, na_rep="n/a")
+        if self.lesions is not None:
+            target = folder / f"{name}_lesions.tsv"
+            self.lesions.to_csv(target, sep="\t", index=False, na_rep="n/a")
         return path
 
 
@@ -131,6 +135,16 @@ def write_cohort(
                 strength *= (1.25 if modality == "T2w" else 1.0) * np.exp(skill)
                 noise = 14 * np.exp(generator.normal(0, 0.12))
                 n_found = int(generator.integers(0, 4))
+                volumes = np.array([size - size // 3 - size // 10, size // 3, size // 10])
+                lesions = pd.DataFrame(
+                    {
+                        "lesion": [1, 2, 3],
+                        "volume_mm3": volumes,
+                        "found_share": np.where(np.arange(3) < n_found, 0.5, 0.0),
+                        "detected": (np.arange(3) < n_found).astype(int),
+                        "contrast": [1.5, -0.7, 0.2 * index],
+                    }
+                )
                 Scan(
                     subject,
                     modality,
@@ -142,5 +156,6 @@ def write_cohort(
                     n_lesions=3,
                     n_lesions_detected=n_found,
                     n_false_components=int(generator.poisson(2)),
+                    lesions=None if healthy else lesions,
                 ).write(root)
     write_participants(bids_dir, rows)

@@ -314,3 +314,36 @@ def test_tables_of_earlier_versions_say_nothing_about_scanners(study):
         table.to_csv(path, sep="\t", index=False, na_rep="n/a")
     assert group(study)[0] == 0
     assert pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")["scanner_seen"].isna().all()
+
+
+def test_lesions_are_told_by_size_where_their_tables_are_there(study):
+    assert group(study)[0] == 0
+    out = study / "out"
+    for name in ("lesions", "missed"):
+        table = pd.read_csv(out / f"group_{name}.tsv", sep="\t")
+        columns = json.loads((out / f"group_{name}.json").read_text())
+        assert columns.pop("Description")
+        assert list(columns) == list(table.columns)
+        assert len(table)
+    everything = pd.read_csv(out / "group_lesions.tsv", sep="\t").query("factor == 'all lesions'")
+    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t").query("cohort == 'all'")
+    keys, columns = ["detector", "modality"], ["n_lesions", "lesion_sensitivity", "lesion_sensitivity_ci_low"]
+    pd.testing.assert_frame_equal(
+        everything.set_index(keys)[columns].sort_index(),
+        benchmark.set_index(keys)[columns].sort_index(),
+        check_dtype=False,
+    )
+    page = (out / "group.html").read_text()
+    assert 'id="lesions"' in page
+    assert 'id="lesion_size_T1w"' in page
+    assert "without a lesion table" not in page
+    first, *others = out.glob("sub-*/anat/*_lesions.tsv")
+    first.unlink()
+    assert group(study)[0] == 0
+    assert "left out here: 1. Score these images again to see them" in (out / "group.html").read_text()
+    for path in others:
+        path.unlink()
+    assert group(study)[0] == 0
+    page = (out / "group.html").read_text()
+    assert "left out here: 16. Score these images again to see this chapter" in page
+    assert 'id="lesion_size_T1w"' not in page

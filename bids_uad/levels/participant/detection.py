@@ -99,6 +99,7 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     score_map = File(exists=True, mandatory=True, desc="anomaly map, SRI24")
     brain_mask = File(exists=True, mandatory=True, desc="brain mask, SRI24")
     lesion = File(exists=True, desc="ground truth, SRI24")
+    image = File(exists=True, desc="preprocessed image, SRI24; needed with ground truth")
     native_ref = File(exists=True, mandatory=True, desc="raw image")
     from_sri24 = File(exists=True, mandatory=True, desc="transform back to the raw image, ITK text")
     bundle = traits.Str(mandatory=True, desc="model bundle folder")
@@ -127,6 +128,7 @@ class Postprocess(SimpleInterface):
         import numpy as np
 
         from bids_uad.engine.bundle import load_bundle
+        from bids_uad.levels.participant.lesions import lesion_table
         from bids_uad.preprocessing.native import map_to_native
 
         brain = read_on_grid(self.inputs.brain_mask) > 0
@@ -147,6 +149,9 @@ class Postprocess(SimpleInterface):
             files=files,
             parcellations=self.inputs.parcellations or {},
         )
+        if lesion is not None:
+            image = read_on_grid(self.inputs.image)
+            write_tsv(files["lesions"], lesion_table(lesion, read_on_grid(files["mask"]) > 0, image, brain))
         native = map_to_native(read_on_grid(files["mask"]), self.inputs.native_ref, self.inputs.from_sri24)
         with atomic_path(files["native_mask"]) as temporary:
             nib.save(native, temporary)

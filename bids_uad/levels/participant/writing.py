@@ -149,7 +149,7 @@ def _connect_detection(
         workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
         workflow.connect([(inputs, post, [("brain_mask", "brain_mask"), ("from_sri24", "from_sri24")])])
         if task.lesion_provider is not None:
-            workflow.connect(inputs, "lesion", post, "lesion")
+            workflow.connect([(inputs, post, [("lesion", "lesion"), ("preproc", "image")])])
         written.append((post, "out_files"))
     return written
 
@@ -158,7 +158,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
     """Make the interface that writes what one model found."""
     unit, config = task.unit, means.config
     threshold_name, threshold = bundle.default_threshold
-    files = naming.detection_outputs(unit, bundle.detector)
+    files = naming.detection_outputs(unit, bundle.detector, with_truth=task.lesion is not None)
     preprocessed = naming.preprocessing_outputs(unit)
     raw = sidecars.raw_uri(unit, config.bids_dir)
     inputs: dict[str, Any] = {

@@ -1,0 +1,174 @@
+"""Lesions of a cohort, against sums by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.lesions import (
+    ALL,
+    COLUMNS,
+    MISSED_COLUMNS,
+    SMALLEST,
+    lesion_sensitivity,
+    missed_by_all,
+)
+from bids_uad.evaluation.tables import find_metrics_tables
+from tests.evaluation.fake_tables import Scan, beta_counts, write_participants
+
+DETECTORS = ("disyre", "patchcore")
+
+
+@pytest.fixture
+def drawn(tmp_path) -> pd.DataFrame:
+    """Write lesion tables of eight patients; return all lesions."""
+    rng = np.random.default_rng(7)
+    people, frames = [], []
+    for k in range(8):
+        who = f"{k:02d}"
+        people.append({"participant_id": f"sub-{who}", "group": "patient"})
+        n = int(rng.integers(2, 6))
+        volume = np.sort(np.round(10 ** rng.uniform(0, 4.5, n)))[::-1]
+        contrast = rng.normal(0, 1.5, n)
+        contrast[0] = np.nan
+        for detector in DETECTORS:
+            found = np.where(rng.random(n) < 0.5, 0, np.round(rng.random(n) * volume) / volume)
+            Scan(
+                who,
+                detector=detector,
+                n_lesion=beta_counts(rng, int(volume.sum()), 3, 9),
+                n_lesions=n,
+                n_lesions_detected=int((found > 0).sum()),
+                lesions=pd.DataFrame(
+                    {
+                        "lesion": np.arange(1, n + 1),
+                        "volume_mm3": volume,
+                        "found_share": found,
+                        "detected": (found > 0).astype(int),
+                        "contrast": contrast,
+                    }
+                ),
+            ).write(tmp_path)
+            frames.append(
+                pd.DataFrame(
+                    {"who": who, "detector": detector, "k": range(n), "volume": volume}
+                    | {"found": found, "contrast": contrast}
+                )
+            )
+    write_participants(tmp_path, people)
+    return pd.concat(frames, ignore_index=True)
+
+
+def read(root):
+    return evaluate(root, find_metrics_tables(root), read_participants(root), seed=0)
+
+
+def test_shares_are_those_of_sums_by_hand(tmp_path, drawn):
+    evaluation = read(tmp_path)
+    table = lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0)
+    assert list(table) == list(COLUMNS)
+    load = drawn[drawn["detector"] == "disyre"].groupby("who")["volume"].sum()
+    cuts = np.quantile(load, [0.25, 0.5, 0.75])
+    quarter = load.map(lambda volume: f"{(volume > cuts).sum() + 1}")
+    ends = [0, 10, 100, 1000, 10_000, np.inf]
+    for row in table.itertuples():
+        own = drawn[drawn["detector"] == row.detector]
+        if row.factor == "lesion volume":
+            k = list(dict.fromkeys(table.loc[table["factor"] == row.factor, "level"])).index(row.level)
+            present = [
+                (low, high)
+                for low, high in pairwise(ends)
+                if ((drawn["volume"] >= low) & (drawn["volume"] < high)).any()
+            ]
+            low, high = present[k]
+            own = own[(own["volume"] >= low) & (own["volume"] < high)]
+        elif row.factor == "lesion contrast":
+            low, high = {
+                "below 0.5": (0, 0.5),
+                "0.5 to 1": (0.5, 1),
+                "1 to 2": (1, 2),
+                "2 and above": (2, 99),
+            }[row.level]
+            own = own[(own["contrast"].abs() >= low) & (own["contrast"].abs() < high)]
+        elif row.factor == "lesion load":
+            own = own[own["who"].map(quarter) == row.level[0]]
+        assert row.n_lesions == len(own)
+        assert row.n_participants == own["who"].nunique()
+        assert row.lesion_sensitivity == pytest.approx((own["found"] > 0).mean())
+        voxels = (own["found"] * own["volume"]).sum() / own["volume"].sum()
+        assert row.voxel_sensitivity == pytest.approx(voxels)
+        if row.n_participants >= 3:
+            assert row.lesion_sensitivity_ci_low <= row.lesion_sensitivity <= row.lesion_sensitivity_ci_high
+        else:
+            assert np.isnan(row.lesion_sensitivity_ci_low)
+    assert table["factor"].value_counts().to_dict() == {
+        "all lesions": 2,
+        "lesion volume": 10,
+        "lesion contrast": 8,
+        "lesion load": 8,
+    }
+
+
+def test_intervals_agree_with_resampling_people_one_by_one(tmp_path, drawn):
+    evaluation = read(tmp_path)
+    table = lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0)
+    row = table[(table["factor"] == ALL) & (table["detector"] == "disyre")].iloc[0]
+    own = drawn[drawn["detector"] == "disyre"]
+    people = dict(list(own.groupby("who")))
+    rng = np.random.default_rng(1)
+    shares = []
+    for _ in range(3000):
+        chosen = pd.concat([people[who] for who in rng.choice(list(people), len(people))])
+        shares.append((chosen["found"] > 0).mean())
+    low, high = np.quantile(shares, [0.025, 0.975])
+    assert row["lesion_sensitivity_ci_low"] == pytest.approx(low, abs=0.02)
+    assert row["lesion_sensitivity_ci_high"] == pytest.approx(high, abs=0.02)
+
+
+def test_lesions_that_nobody_finds(tmp_path, drawn):
+    table = missed_by_all(read(tmp_path).lesions.table, seed=0).set_index("lesions")
+    assert {"lesions", *table} == set(MISSED_COLUMNS)
+    both = drawn.groupby(["who", "k"]).agg(volume=("volume", "first"), best=("found", "max"))
+    assert table.loc[ALL, "n_lesions"] == len(both)
+    assert table.loc[ALL, "missed_share"] == pytest.approx((both["best"] == 0).mean())
+    limit = np.quantile(both["volume"], 0.25)
+    small = both[both["volume"] <= limit]
+    row = table.loc[SMALLEST]
+    assert row["n_lesions"] == len(small)
+    assert row["missed_share"] == pytest.approx((small["best"] == 0).mean())
+    assert row["volume_limit_mm3"] == small["volume"].max()
+    assert row["n_detectors"] == 2
+
+
+def test_images_that_a_detector_has_not_scored_are_no_miss(tmp_path, drawn):
+    for path in (tmp_path / "sub-00").rglob("*Patchcore_*"):
+        path.unlink()
+    table = missed_by_all(read(tmp_path).lesions.table, seed=0).set_index("lesions")
+    others = drawn[drawn["who"] != "00"].groupby(["who", "k"])["found"].max()
+    assert table.loc[ALL, "n_lesions"] == len(others)
+    assert table.loc[ALL, "missed_share"] == pytest.approx((others == 0).mean())
+
+
+def test_outputs_of_earlier_versions_have_no_lesion_tables(tmp_path, drawn):
+    for path in tmp_path.rglob("*_lesions.tsv"):
+        path.unlink()
+    evaluation = read(tmp_path)
+    assert evaluation.unreadable == []
+    assert evaluation.lesions.without == 16
+    assert lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0).empty
+    assert missed_by_all(evaluation.lesions.table, seed=0).empty
+
+
+def test_damaged_lesion_tables_are_told(tmp_path, drawn):
+    first, second = sorted(tmp_path.rglob("*_lesions.tsv"))[:2]
+    first.write_text("\n".join(first.read_text().splitlines()[:-1]) + "\n")
+    second.write_text(second.read_text().replace("\n1\t", "\none\t"))
+    told = read(tmp_path).unreadable
+    assert len(told) == 2
+    assert "in the metrics table" in told[0]
+    assert "not only numbers" in told[1]
