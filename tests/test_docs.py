@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bids_uad.cli.parser import build_parser
-from bids_uad.dataset.sidecars import METRICS_COLUMNS, QUALITY_COLUMNS
+from bids_uad.dataset.sidecars import LESION_COLUMNS, METRICS_COLUMNS, QUALITY_COLUMNS
 from bids_uad.methods.registry import DETECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_every_option_is_explained(site):
 
 def test_every_file_and_column_is_explained(site):
     text = words(site / "outputs.html")
-    assert [name for name in (*QUALITY_COLUMNS, *METRICS_COLUMNS) if name not in text] == []
+    assert [name for name in (*QUALITY_COLUMNS, *METRICS_COLUMNS, *LESION_COLUMNS) if name not in text] == []
     for path in map(Path, EXPECTED.read_text().split()):
         name = re.sub(r"^sub-\d+(?=_)", "*", path.name)
         name = name.replace("Patchcore", "Disyre").replace("Intensity", "Disyre").replace("T2w", "T1w")

@@ -158,7 +158,7 @@ def output_files() -> Iterator[tuple[Path, str]]:
     preproc = naming.preprocessing_outputs(UNIT)["preproc"]
     yield naming.quality_output(UNIT), sidecars.quality_sidecar(preproc, preproc)["Description"]
     yield naming.lesion_output(UNIT), sidecars.lesion_sidecar("", {})["Description"]
-    files = naming.detection_outputs(UNIT, "disyre")
+    files = naming.detection_outputs(UNIT, "disyre", with_truth=True)
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
     described = sidecars.detection_sidecars(files, inputs, {}, {})
     for kind, path in files.items():
