@@ -379,6 +379,9 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     info["training"] = {
         "subjects": [by_content(sha256_of.__wrapped__(bench.raw / T1W))],
         "source": "Others; Phantoms",
+        "n_scans": 1,
+        "n_subjects": 1,
+        "anatomies": None,
         "scanners": ["A"],
     }
     (bundle / "bundle.json").write_text(json.dumps(info))
