@@ -20,6 +20,9 @@ MODALITIES = ("T1w", "T2w")
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
+DEVIATIONS = ("none", "normative")
+"""Scores as they are, or their deviation from healthy people of the same age and sex."""
+
 RUN_SPECIFIC = frozenset(
     {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
 )
@@ -54,6 +57,8 @@ class RunConfig:
         Image suffixes that anomalies are looked for in.
     models : tuple of str
         Names of packaged bundles or paths; empty means all packaged ones, `("none",)` preprocessing only.
+    deviations : tuple of str
+        Any of `DEVIATIONS`: what maps are made of.
     atlas_dir : pathlib.Path, optional
         Where `tpl-SRI24` lies.
     brain_extraction : str
@@ -107,6 +112,7 @@ class RunConfig:
     derivatives: dict[str, Path] = field(default_factory=dict)
     modalities: tuple[str, ...] = MODALITIES
     models: tuple[str, ...] = ()
+    deviations: tuple[str, ...] = ("none",)
     atlas_dir: Path | None = None
     brain_extraction: str = "combined"
     extraction_weights: Path | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bids_uad import __version__
 from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
-from bids_uad.config import LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
+from bids_uad.config import DEVIATIONS, LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
 from bids_uad.errors import ConfigError
 from bids_uad.preprocessing.extraction import EXTRACTIONS
 
@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     pick.add_argument(
         "--models", nargs="+", metavar="NAME|PATH",
         help="model bundles, by packaged name or path (default: all packaged ones; 'none': only preprocess)",
+    )  # fmt: skip
+    pick.add_argument(
+        "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
+        help="make maps of the scores themselves ('none'), of their deviation from what healthy people of "
+        "the same age and sex (participants.tsv) have at that place ('normative'), or both (default: none)",
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(
@@ -224,7 +229,16 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     given.pop("notrack", None)
     config_file = given.pop("config_file", None)
     values = {} if config_file is None else _earlier(config_file)
-    for name in ("participants", "sessions", "modalities", "models", "hyper", "label_maps", "strata"):
+    for name in (
+        "participants",
+        "sessions",
+        "modalities",
+        "models",
+        "deviations",
+        "hyper",
+        "label_maps",
+        "strata",
+    ):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
     for name in FOLDERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from bids_uad.errors import InputError
 HEALTHY_COLUMNS = ("group", "diagnosis")
 HEALTHY_VALUES = frozenset({"control", "controls", "healthy", "hc", "cn", "normal"})
 COHORT_COLUMN = "pathology"
+SEXES = {"m": 0.5, "male": 0.5, "f": -0.5, "female": -0.5}
+"""Sexes as numbers that sum to zero; others are not told."""
 
 _DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "participant_id": {"Description": "Unique participant identifier"},
@@ -198,6 +201,30 @@ def cohort_of(row: Mapping[str, str], column: str = COHORT_COLUMN) -> str:
         return "healthy"
     by_name = {key.lower(): value for key, value in row.items()}
     return by_name.get(column.lower(), "unspecified")
+
+
+def age_and_sex(row: Mapping[str, str]) -> dict[str, float | None]:
+    """Return what models of healthy people ask about a participant.
+
+    Parameters
+    ----------
+    row : mapping
+        The participant's row.
+
+    Returns
+    -------
+    dict
+        `age` in years (`89+` is 89) and `sex` as in `SEXES`; None where it is not known.
+    """
+    by_name = {key.lower(): value for key, value in row.items()}
+    try:
+        age = float(by_name.get("age", "nan").rstrip("+"))
+    except ValueError:
+        age = math.nan
+    return {
+        "age": age if math.isfinite(age) else None,
+        "sex": SEXES.get(by_name.get("sex", "").lower()),
+    }
 
 
 def derivative_participants(

@@ -11,8 +11,8 @@ _LABEL = re.compile(r"(?P<entity>sub|ses)-(?P<label>[A-Za-z0-9+]+)(?=_)")
 
 
 def detector_desc(modality: str, detector: str) -> str:
-    """Give the `desc-` of a detector's outputs: modality and detector, as in `T1wPatchcore`."""
-    return f"{modality}{detector.capitalize()}"
+    """Give the `desc-` of a detector's outputs: `T1wPatchcore`, or `T1wPatchcoreNormative` of deviations."""
+    return modality + "".join(part[:1].upper() + part[1:] for part in detector.split("+"))
 
 
 def published(source_image: str, modality: str, rest: str) -> Path:

@@ -11,6 +11,11 @@ from bids_uad.dataset.units import ImageUnit
 from bids_uad.space import NAME
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
+ANOMALY_MAP = "Anomaly score of every brain voxel, unbounded, 0 outside the brain; not a probability"
+DEVIATION_MAP = (
+    "How far the anomaly score of every brain voxel lies above that of healthy people of the same age, sex "
+    "and brain volume at the same place, in standard deviations; 0 where it does not, and outside the brain"
+)
 PROBSEG_FORMULA = "score / (score + Threshold)"
 NOT_CLINICAL = "Research software, not for clinical use."
 
@@ -267,8 +272,7 @@ def detection_sidecars(
     return {
         **(lesions if "lesions" in files else {}),
         "anomalymap": {
-            "Description": "Anomaly score of every brain voxel, unbounded, 0 outside the brain; "
-            "not a probability",
+            "Description": DEVIATION_MAP if "Deviation" in model else ANOMALY_MAP,
             **scored,
         },
         "probseg": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
+NORMATIVE = "normative"
+"""Deviation from healthy people, and what its part of ``calibration.json`` is called."""
+NORMATIVE_FILE = "normative.nii.gz"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class Bundle:
         ``bundle.json``.
     calibration : dict or None
         ``calibration.json``; None before ``calibrate``.
+    deviation : str
+        What thresholds and bin edges belong to: ``none``, the scores themselves, or ``normative``, their
+        deviation from healthy people.
     """
 
     folder: Path
     info: dict[str, Any] = field(repr=False)
     calibration: dict[str, Any] | None = field(repr=False)
+    deviation: str = "none"
 
     @property
     def detector(self) -> str:
@@ -68,6 +75,16 @@ class Bundle:
         return self.folder.name
 
     @property
+    def scored_as(self) -> str:
+        """What its scores go by in tables: the detector, and the deviation where there is one."""
+        return self.detector if self.deviation == "none" else f"{self.detector}+{self.deviation}"
+
+    @property
+    def label(self) -> str:
+        """Folder name, and the deviation where there is one."""
+        return self.name if self.deviation == "none" else f"{self.name}+{self.deviation}"
+
+    @property
     def sha256(self) -> str:
         """Checksum of the weights, the identity of a trained detector."""
         return self.info["sha256"]["weights.safetensors"]
@@ -75,23 +92,51 @@ class Bundle:
     @cached_property
     def calibration_sha256(self) -> str:
         """Checksum of ``calibration.json``, the identity of its thresholds."""
-        return _sha256(self.folder / "calibration.json")
+        return file_sha256(self.folder / "calibration.json")
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Fixed thresholds by name."""
-        return self._calibrated()["thresholds"]
+        return self._fixed()["thresholds"]
 
     @property
     def default_threshold(self) -> tuple[str, float]:
         """Name and value of the threshold that makes masks."""
-        name = self._calibrated()["default_threshold"]
+        name = self._fixed()["default_threshold"]
         return name, self.thresholds[name]
 
     @property
     def bin_edges(self) -> np.ndarray:
         """Edges of the score histogram, float64, from 0 to infinity."""
-        return np.array([*self._calibrated()["bin_edges"], np.inf])
+        return np.array([*self._fixed()["bin_edges"], np.inf])
+
+    @property
+    def normative(self) -> dict[str, Any]:
+        """What ``calibration.json`` says about the normative reference.
+
+        Raises
+        ------
+        ModelError
+            If the bundle has none.
+        """
+        if NORMATIVE not in self._calibrated():
+            raise ModelError(
+                f"model bundle {self.folder} has no normative reference; run `calibrate` on it with healthy "
+                "subjects enough, or leave --deviation normative out"
+            )
+        return self._calibrated()[NORMATIVE]
+
+    def with_deviation(self, deviation: str) -> Bundle:
+        """Give the same model with the thresholds of ``none`` or ``normative``.
+
+        Raises
+        ------
+        ModelError
+            If it has none.
+        """
+        changed = replace(self, deviation=deviation)
+        changed.default_threshold  # noqa: B018 - refused here if it has none
+        return changed
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -145,13 +190,18 @@ class Bundle:
         changed = sorted({*self.info.get("changed", ()), *names_of(changes)})
         return Bundle(self.folder, {**self.info, "hyper": asdict(hyper), "changed": changed}, None)
 
+    def _fixed(self) -> dict[str, Any]:
+        """Thresholds and bin edges of the deviation."""
+        return self._calibrated() if self.deviation == "none" else self.normative
+
     def _calibrated(self) -> dict[str, Any]:
         if self.calibration is None:
             raise ModelError(f"model bundle {self.folder} has no thresholds yet; run `calibrate` on it")
         return self.calibration
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -186,15 +236,23 @@ def load_bundle(folder: str | Path) -> Bundle:
     if lacking:
         raise ModelError(f"model bundle {folder}: bundle.json lacks {', '.join(sorted(lacking))}")
     for name, expected in info["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ModelError(f"model bundle {folder}: {name} is missing; copy the bundle again")
-        if _sha256(path) != expected:
-            raise ModelError(f"model bundle {folder}: {name} differs from its sha256; copy the bundle again")
+        _check_file(folder, name, expected)
     if info["input"] != protocol_of(info["preset"]).input_contract:
         raise ModelError(f"model bundle {folder} was made for other inputs than SRI24 scans of this version")
-    calibration = folder / "calibration.json"
-    return Bundle(folder, info, _read_json(calibration, folder) if calibration.exists() else None)
+    path = folder / "calibration.json"
+    calibration = _read_json(path, folder) if path.exists() else None
+    if calibration is not None and NORMATIVE in calibration:
+        _check_file(folder, NORMATIVE_FILE, calibration[NORMATIVE]["sha256"])
+    return Bundle(folder, info, calibration)
+
+
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    """Refuse a bundle's file that is missing or altered."""
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(f"model bundle {folder}: {name} is missing; copy the bundle again")
+    if file_sha256(path) != expected:
+        raise ModelError(f"model bundle {folder}: {name} differs from its sha256; copy the bundle again")
 
 
 def packaged_bundles() -> list[str]:
@@ -202,7 +260,9 @@ def packaged_bundles() -> list[str]:
     return sorted(path.parent.name for path in PACKAGED.glob("*/bundle.json"))
 
 
-def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bundle]:
+def resolve_bundles(
+    models: list[str] | None, modalities: list[str], deviations: Sequence[str] = ("none",)
+) -> list[Bundle]:
     """Find, check and choose bundles.
 
     Parameters
@@ -212,17 +272,19 @@ def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bun
         None takes every packaged bundle.
     modalities : list of str
         Modalities to be scored; packaged bundles of others are left out.
+    deviations : sequence of str
+        What maps are made of, see `Bundle.deviation`.
 
     Returns
     -------
     list of Bundle
-        Calibrated, ordered by detector and modality.
+        Calibrated, ordered by detector and modality, one for each deviation.
 
     Raises
     ------
     ModelError
-        If a name is unknown, a bundle is refused, two bundles would write the same files, or a
-        modality has no bundle.
+        If a name is unknown, a bundle is refused, two bundles would write the same files, a modality has
+        no bundle, or a bundle has no normative reference that is asked for.
     """
     known = packaged_bundles()
     chosen: list[Bundle] = []
@@ -255,7 +317,7 @@ def resolve_bundles(models: list[str] | None, modalities: list[str]) -> list[Bun
             raise ModelError(
                 f"no model bundle for {modality}; name one with --models or leave the modality out"
             )
-    return [seen[key] for key in sorted(seen)]
+    return [seen[key].with_deviation(deviation) for key in sorted(seen) for deviation in deviations]
 
 
 def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
@@ -336,7 +398,8 @@ def save_bundle(
     if preset == "lite":
         tensors = {key: _halved(key, value) for key, value in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "calibration.json").unlink(missing_ok=True)
+    for name in ("calibration.json", NORMATIVE_FILE):
+        (folder / name).unlink(missing_ok=True)
     weights = folder / "weights.safetensors"
     with atomic_path(weights) as temporary:
         save_file(tensors, temporary)
@@ -353,7 +416,7 @@ def save_bundle(
             "input": protocol_of(preset).input_contract,
             "training": training,
             "code_version": __version__,
-            "sha256": {weights.name: _sha256(weights)},
+            "sha256": {weights.name: file_sha256(weights)},
         },
     )
     return load_bundle(folder)

@@ -13,6 +13,8 @@ from bids_uad.evaluation.bias import Bias, model_bias
 from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
 from bids_uad.evaluation.comparison import compare_detectors
 from bids_uad.evaluation.curves import Curves
+from bids_uad.evaluation.deviations import COLUMNS as DEVIATION_COLUMNS
+from bids_uad.evaluation.deviations import compare_deviations
 from bids_uad.evaluation.lesions import COLUMNS as LESION_COLUMNS
 from bids_uad.evaluation.lesions import MISSED_COLUMNS, Lesions, lesion_sensitivity, missed_by_all
 from bids_uad.evaluation.strata import COLUMNS as STRATA_COLUMNS
@@ -38,6 +40,8 @@ class Analyses:
         Of :func:`bids_uad.evaluation.lesions.lesion_sensitivity`.
     missed : pandas.DataFrame
         Of :func:`bids_uad.evaluation.lesions.missed_by_all`.
+    deviations : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.deviations.compare_deviations`.
     """
 
     comparison: pd.DataFrame
@@ -47,6 +51,7 @@ class Analyses:
     thresholds: pd.DataFrame
     lesions: pd.DataFrame
     missed: pd.DataFrame
+    deviations: pd.DataFrame
 
     @property
     def tables(self) -> dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]:
@@ -59,6 +64,7 @@ class Analyses:
             "lesions": (self.lesions, "Lesions found, by size and contrast", LESION_COLUMNS),
             "missed": (self.missed, "Lesions that every detector misses", MISSED_COLUMNS),
             "bias": (self.bias.coefficients, "Models of bias", BIAS_COLUMNS),
+            "deviations": (self.deviations, "Scores beside their normative deviation", DEVIATION_COLUMNS),
         }
 
 
@@ -91,12 +97,14 @@ def analyse(
     """
     table = (lesions or Lesions()).table
     strata, disparities = stratify(subjects, factors, seed=seed)
+    bias = model_bias(subjects)
     return Analyses(
         comparison=compare_detectors(subjects, seed=seed),
         strata=strata,
         disparities=disparities,
-        bias=model_bias(subjects),
+        bias=bias,
         thresholds=transfer_thresholds(curves),
         lesions=lesion_sensitivity(table, subjects, seed=seed),
         missed=missed_by_all(table, seed=seed),
+        deviations=compare_deviations(subjects, bias.coefficients),
     )

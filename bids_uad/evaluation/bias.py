@@ -13,6 +13,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
+from bids_uad.dataset.participants import SEXES
 from bids_uad.evaluation.bootstrap import CONFIDENCE
 from bids_uad.evaluation.comparison import corrected
 from bids_uad.evaluation.subjects import HEALTHY, LESION
@@ -29,7 +30,6 @@ NO_SPREAD = 2e-3
 """Variance between scanners, as a share of that within, below which there is none."""
 MAX_EXPLAINED = 0.9
 """Share of a covariate's variance that the others may explain (a variance inflation of ten)."""
-SEXES = {"m": 0.5, "male": 0.5, "f": -0.5, "female": -0.5}
 
 LINEAR = "linear, HC3"
 MIXED = "mixed, random scanner"

@@ -57,7 +57,8 @@ class UnitScores:
     entities : dict
         The same, by key.
     modality, detector, preset : str
-        `T1w` or `T2w`; registry name; preset of the bundle.
+        `T1w` or `T2w`; registry name, and the deviation that its scores are (`disyre+normative`); preset
+        of the bundle.
     participant : dict
         The row of participants.tsv, without missing values.
     healthy : bool or None
@@ -180,8 +181,9 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     if name is None:
         raise InputError(path, "not a name that this app writes", "move it out of the derivatives")
     row = read_row(path, _METRICS_COLUMNS, _OPTIONAL_COLUMNS)
-    written = (name["modality"], name["detector"].lower())
-    if (row["modality"], row["detector"].lower()) != written:
+    # A detector's name with a deviation (`disyre+normative`) loses its sign in file names.
+    detector = row["detector"].lower()
+    if (row["modality"], detector.replace("+", "")) != (name["modality"], name["detector"].lower()):
         raise InputError(path, "modality or detector differ from the file name", _REMEDY)
     histogram = path.with_name(path.name.replace("_metrics.tsv", "_histogram.tsv"))
     edges, n_nonlesion, n_lesion = _read_histogram(histogram)
@@ -199,7 +201,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         prefix=name["prefix"],
         entities=entities,
         modality=name["modality"],
-        detector=name["detector"].lower(),
+        detector=detector,
         participant=participant,
         healthy=healthy_flag(participant),
         cohort=participants.cohort(f"sub-{entities['sub']}"),

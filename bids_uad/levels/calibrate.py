@@ -1,20 +1,30 @@
 """The `calibrate` level: fix a bundle's thresholds on validation scans.
 
 ``bids_uad VALIDATION MODELS calibrate --detector disyre --modality T2w --preset lite`` writes
-``MODELS/disyre-T2w-lite/calibration.json``.
+``MODELS/disyre-T2w-lite/calibration.json`` and, with healthy people enough, ``normative.nii.gz`` beside it.
 """
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nibabel as nib
 import numpy as np
 
 from bids_uad.atomic import write_json, write_text
+from bids_uad.calibration.deviation import DeviationCalibrator
+from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort
 from bids_uad.config import RunConfig
-from bids_uad.dataset.participants import cohort_of, healthy_flag, read_participants
-from bids_uad.dataset.preprocessed import find_preprocessed
+from bids_uad.dataset.participants import (
+    Participants,
+    age_and_sex,
+    cohort_of,
+    healthy_flag,
+    read_participants,
+)
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.cohort import Cohort, describe
 from bids_uad.levels.model_card import add_validation
@@ -29,7 +39,8 @@ def run_calibrate(config: RunConfig) -> int:
     Hyper-parameters that are changed (`config.hyper`) are kept in the bundle, too; the weights must fit them.
 
     Healthy scans (by participants.tsv) give the false-positive thresholds, scans with a lesion mask the
-    Dice threshold. A scan that is neither is left out: a missing mask does not mean healthy.
+    Dice threshold. A scan that is neither is left out: a missing mask does not mean healthy. With
+    `MIN_SUBJECTS` healthy people or more, a normative reference of their scores is fitted, too.
 
     Parameters
     ----------
@@ -54,7 +65,7 @@ def run_calibrate(config: RunConfig) -> int:
     from rich.progress import track
 
     from bids_uad.calibration.thresholds import ThresholdEstimator
-    from bids_uad.engine.bundle import load_bundle, load_detector
+    from bids_uad.engine.bundle import NORMATIVE, NORMATIVE_FILE, file_sha256, load_bundle, load_detector
     from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
     from bids_uad.engine.inference import anomaly_map
 
@@ -81,30 +92,66 @@ def run_calibrate(config: RunConfig) -> int:
     execution = Execution(resolve_precision(config.precision, device), config.batch_size, config.compiled)
     detector = execution.prepare(load_detector(bundle, str(device)))
     estimator = ThresholdEstimator()
-    for scan in track(scans, description=f"Scoring with {bundle.name}"):
-        volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
-        brain = np.asarray(nib.load(scan.brain).dataobj) > 0
-        lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
-        scores = anomaly_map(
-            detector,
-            volume,
-            brain,
-            key=scan.key,
-            seed=config.random_seed,
-            protocol=bundle.protocol,
-            execution=execution,
-        )
-        estimator.add(scores, brain, lesion, cohort_of(people.row(scan.subject)))
-    calibration = estimator.summary()
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="calibrate-", dir=config.work_dir) as waiting:
+        deviations = _deviations(scans, people, Path(waiting))
+        for scan in track(scans, description=f"Scoring with {bundle.name}"):
+            volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
+            brain = np.asarray(nib.load(scan.brain).dataobj) > 0
+            lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
+            scores = anomaly_map(
+                detector,
+                volume,
+                brain,
+                key=scan.key,
+                seed=config.random_seed,
+                protocol=bundle.protocol,
+                execution=execution,
+            )
+            row = people.row(scan.subject)
+            kind = cohort_of(row)
+            estimator.add(scores, brain, lesion, kind)
+            if deviations is not None:
+                person = age_and_sex(row)
+                deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
+        # Thresholds of an earlier calibration must not stand beside what follows.
+        for name in ("calibration.json", NORMATIVE_FILE):
+            (bundle.folder / name).unlink(missing_ok=True)
+        calibration = estimator.summary()
+        if deviations is not None:
+            reference, thresholds = deviations.finish()
+            reference.write(bundle.folder / NORMATIVE_FILE)
+            calibration[NORMATIVE] = thresholds.summary() | {
+                "reference": reference.describe(),
+                "n_healthy_subjects": len({scan.subject for scan in scans if scan.lesion is None}),
+                "sha256": file_sha256(bundle.folder / NORMATIVE_FILE),
+            }
     calibration["cohort"] = describe([Cohort(config.bids_dir, tuple(scans))])
     calibration["weights_sha256"] = bundle.sha256
     if config.hyper:
-        # Thresholds of other hyper-parameters must not stand beside these.
-        (bundle.folder / "calibration.json").unlink(missing_ok=True)
         write_json(bundle.folder / "bundle.json", bundle.info)
     write_json(bundle.folder / "calibration.json", calibration)
     card = bundle.folder / "MODEL_CARD.md"
     write_text(card, add_validation(card.read_text(encoding="utf-8"), calibration))
     for name, value in calibration["thresholds"].items():
         logger.info("%s: %s = %.5g", bundle.name, name, value)
+    for name, value in calibration.get(NORMATIVE, {"thresholds": {}})["thresholds"].items():
+        logger.info("%s, deviation: %s = %.5g", bundle.name, name, value)
     return 0
+
+
+def _deviations(
+    scans: list[PreprocessedScan], people: Participants, waiting: Path
+) -> DeviationCalibrator | None:
+    """Prepare a normative reference; None where there are too few healthy people for one."""
+    healthy = sorted({scan.subject for scan in scans if scan.lesion is None})
+    if len(healthy) < MIN_SUBJECTS:
+        logger.warning(
+            "%d healthy people are too few for a normative reference (%d are needed): --deviation normative "
+            "will not be possible with this model",
+            len(healthy),
+            MIN_SUBJECTS,
+        )
+        return None
+    cohort = HealthyCohort.of([age_and_sex(people.row(subject)) for subject in healthy])
+    return DeviationCalibrator(cohort, waiting)

@@ -56,9 +56,9 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     of `output_dir`), where `strata` asks for it also sessions.tsv, scans.tsv and sidecars of
     `bids_dir`. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
     `group_strata`, `group_disparities`, `group_thresholds`, `group_lesions`, `group_missed`,
-    `group_bias` and `participants` (each .tsv and
-    .json), `group.html`, `group/figures` and `logs/CITATION_group`; with `experiments` also
-    `group_experiments`. A few scans are read for pictures, where they are there.
+    `group_bias`, `group_deviations` and `participants` (each .tsv and .json), `group.html`,
+    `group/figures` and `logs/CITATION_group`; with `experiments` also `group_experiments`. A few scans
+    are read for pictures, where they are there.
 
     Parameters
     ----------

@@ -14,6 +14,7 @@ from typing import Any
 
 from bids_uad import __version__
 from bids_uad.atomic import write_text
+from bids_uad.calibration.normative import FWHM
 from bids_uad.reports.bibliography import read_entries
 from bids_uad.reports.group_text import detector_name
 
@@ -115,12 +116,14 @@ def methods_text(
     parts.append(fragment("reference_standin" if stand_in else "reference_atlas"))
     parts.append(fragment("quality"))
     if models:
-        names = list(dict.fromkeys(model.detector for model in models))
+        names = list(dict.fromkeys(model.detector.split("+")[0] for model in models))
         parts.append(fragment("detection", detectors=_detector_list(models)))
         protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
         parts.extend(fragment(f"protocol_{name}") for name in sorted(protocols))
         parts.extend(_detector_fragment(name) for name in names)
         parts.extend(_training(models))
+        if any("+" in model.detector for model in models):
+            parts.append(fragment("normative", fwhm=f"{FWHM:g}"))
         parts.append(fragment("thresholds", thresholds=threshold_list(models)))
         if parcellations:
             sources = [REGION_SOURCES.get(name, name) for name in parcellations]

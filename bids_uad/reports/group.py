@@ -178,6 +178,7 @@ def write_group_report(
         missed=_records(analyses.missed),
         strata=_by_modality(analyses.strata),
         bias=_parts(_odds(analyses.bias.coefficients), ["modality", "outcome"]),
+        deviations=_by_modality(_factors(analyses.deviations)),
         remarks=analyses.bias.remarks,
         outcomes=OUTCOMES,
         scans=_records(evaluation.subjects.head(MAX_SCAN_ROWS)),
@@ -251,6 +252,12 @@ def _parts(table: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[str, ...], 
 
 def _by_modality(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     return {modality: _records(rows) for modality, rows in table.groupby("modality", sort=True)}
+
+
+def _factors(deviations: pd.DataFrame) -> pd.DataFrame:
+    """Write log odds as factors on the odds."""
+    effects = [column for column in deviations if column.startswith(("age_", "sex_"))]
+    return deviations.assign(**{column: np.exp(deviations[column].astype(float)) for column in effects})
 
 
 def _ranked(benchmark: pd.DataFrame) -> pd.DataFrame:

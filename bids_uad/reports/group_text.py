@@ -41,5 +41,13 @@ DETECTOR_NAMES = {
 
 
 def detector_name(detector: str) -> str:
-    """Return the name of a detector as its paper writes it."""
-    return DETECTOR_NAMES.get(detector, detector.capitalize())
+    """Return the name of a detector as its paper writes it, and whether its scores are deviations.
+
+    Parameters
+    ----------
+    detector : str
+        As in tables (`disyre+normative`) or, in lower case, in file names (`disyrenormative`).
+    """
+    plain = detector.removesuffix("normative").rstrip("+")
+    name = DETECTOR_NAMES.get(plain, plain.capitalize())
+    return name if plain == detector else f"{name}, normative"

@@ -134,7 +134,7 @@ def test_nothing_is_unpickled(folder):
     """A torch checkpoint under our name fails; it is never executed."""
     torch.save({"bank": torch.zeros(1)}, folder / "weights.safetensors")
     info = json.loads((folder / "bundle.json").read_text())
-    digest = bundles._sha256(folder / "weights.safetensors")
+    digest = bundles.file_sha256(folder / "weights.safetensors")
     edit(folder / "bundle.json", sha256={**info["sha256"], "weights.safetensors": digest})
     with pytest.raises(ModelError, match="weights"):
         load_detector(load_bundle(folder))

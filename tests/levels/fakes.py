@@ -23,6 +23,7 @@ from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import space
+from bids_uad.calibration.normative import GRID, TERMS, HealthyCohort, NormativeReference
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.reference import Reference
@@ -200,3 +201,23 @@ def fake_bundle(folder: Path, detector: str, modality: str, threshold: float = T
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))
     return folder
+
+
+def add_reference(bundle: Path) -> None:
+    """Give a fake bundle a reference: scores of 0.25 + 0.01 (age - 50) with a spread of 0.1 everywhere."""
+    coefficients = np.zeros((len(TERMS), *GRID), np.float32)
+    coefficients[0], coefficients[1] = 0.25, 0.1
+    cohort = HealthyCohort(age_mean=50.0, age_range=(30.0, 60.0), sex_mean=0.0)
+    flat = np.zeros(GRID, np.float32)
+    reference = NormativeReference(cohort, coefficients, flat + np.float32(0.1), flat)
+    reference.write(bundle / "normative.nii.gz")
+    calibration = json.loads((bundle / "calibration.json").read_text())
+    calibration["normative"] = {
+        "thresholds": {"max_dice": 4.0},
+        "default_threshold": "max_dice",
+        "bin_edges": [0.0, 2.0, 4.0, 10.0],
+        "reference": reference.describe(),
+        "n_healthy_subjects": 40,
+        "sha256": hashlib.sha256((bundle / "normative.nii.gz").read_bytes()).hexdigest(),
+    }
+    (bundle / "calibration.json").write_text(json.dumps(calibration))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cli.main import main
 from bids_uad.dataset.identity import by_name
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
+from bids_uad.errors import ModelError
+from bids_uad.levels import calibrate
 from bids_uad.networks.resnet import resnet18
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
@@ -305,3 +308,26 @@ def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
     assert call(scans, tmp_path, "train", "intensity") == 0
     assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(intensity)) == 66
     assert "another backbone" in capsys.readouterr().err
+
+
+def test_healthy_people_enough_make_a_normative_reference(scans, models, tmp_path, monkeypatch):
+    own = tmp_path / "models"
+    shutil.copytree(models / "intensity-T2w-lite", own / "intensity-T2w-lite")
+    folder = own / "intensity-T2w-lite"
+    assert call(scans, own, "calibrate") == 0
+    assert not (folder / "normative.nii.gz").exists()
+    with pytest.raises(ModelError, match="no normative reference"):
+        resolve_bundles([str(folder)], ["T2w"], ["none", "normative"])
+
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
+    assert call(scans, own, "calibrate") == 0
+    raw, deviating = resolve_bundles([str(folder)], ["T2w"], ["none", "normative"])
+    assert (raw.scored_as, deviating.scored_as) == ("intensity", "intensity+normative")
+    assert raw.thresholds != deviating.thresholds
+    assert deviating.default_threshold[1] in deviating.bin_edges
+    told = deviating.normative
+    assert told["n_healthy_subjects"] == 2
+    assert told["reference"]["covariates"]["age_range"] == [30, 61]
+    assert told["validation"]["n_healthy"] == 2
+    assert told["validation"]["n_lesion"] == 1
+    assert not list((own / "scratch").iterdir())  # maps that waited are gone

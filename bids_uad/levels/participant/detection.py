@@ -103,6 +103,8 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     native_ref = File(exists=True, mandatory=True, desc="raw image")
     from_sri24 = File(exists=True, mandatory=True, desc="transform back to the raw image, ITK text")
     bundle = traits.Str(mandatory=True, desc="model bundle folder")
+    deviation = traits.Enum("none", "normative", usedefault=True, desc="what is written about")
+    person = traits.Dict(desc="age and sex of the participant, None where they are not known")
     facts = traits.Dict(mandatory=True, desc="where the numbers come from: columns of the metrics table")
     files = traits.Dict(mandatory=True, desc="final place of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
@@ -127,24 +129,31 @@ class Postprocess(SimpleInterface):
         import nibabel as nib
         import numpy as np
 
-        from bids_uad.engine.bundle import load_bundle
+        from bids_uad.calibration.normative import NormativeReference
+        from bids_uad.engine.bundle import NORMATIVE_FILE, load_bundle
         from bids_uad.levels.participant.lesions import lesion_table
         from bids_uad.preprocessing.native import map_to_native
+
+        bundle = load_bundle(self.inputs.bundle).with_deviation(self.inputs.deviation)
 
         brain = read_on_grid(self.inputs.brain_mask) > 0
         scores = read_on_grid(self.inputs.score_map).astype(np.float32)
         if not np.isfinite(scores).all():
             raise ValueError(f"{self.inputs.score_map}: the detector gave NaN or infinite scores")
+        scores = np.where(brain, scores, np.float32(0))
+        if bundle.deviation != "none":
+            reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
+            scores = reference.deviations(scores, brain, **self.inputs.person)
         lesion = read_on_grid(self.inputs.lesion) > 0 if isdefined(self.inputs.lesion) else None
         files = {kind: Path(path) for kind, path in self.inputs.files.items()}
         for kind, path in files.items():
             write_json(sidecar_of(path), self.inputs.sidecars[kind])
         write_detection(
-            np.where(brain, scores, np.float32(0)),
+            scores,
             brain,
             lesion,
             threshold=float(self.inputs.facts["threshold"]),
-            edges=load_bundle(self.inputs.bundle).bin_edges,
+            edges=bundle.bin_edges,
             facts=dict(self.inputs.facts),
             files=files,
             parcellations=self.inputs.parcellations or {},

@@ -88,4 +88,4 @@ def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Pa
             "nothing about others"
             for where, subjects in sorted(met.items())
         ]
-    return lines
+    return list(dict.fromkeys(lines))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bids_uad.dataset.inputs import Collection
 from bids_uad.dataset.lesions import LesionMask
+from bids_uad.dataset.participants import Participants, age_and_sex
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.records import Record, is_whole, make_fingerprint, read_record, record_path
@@ -25,7 +26,9 @@ class Task:
     ----------
     unit : ImageUnit
     bundles : tuple of Bundle
-        Models whose outputs are missing.
+        Models whose outputs are missing, one for each deviation.
+    person : mapping of str to float or None
+        `age` and `sex` of the participant.
     lead : ImageUnit
         First image of the session: the session's lesion mask is named after it.
     lesion : LesionMask, optional
@@ -42,6 +45,7 @@ class Task:
 
     unit: ImageUnit
     bundles: tuple[Bundle, ...]
+    person: Mapping[str, float | None]
     lead: ImageUnit
     lesion: LesionMask | None
     fingerprint: dict
@@ -62,17 +66,19 @@ class Task:
         return (self.lesion.unit or self.lead).key
 
 
-def model_identity(bundle: Bundle, precision: str) -> str:
+def model_identity(bundle: Bundle, precision: str, person: Mapping[str, float | None]) -> str:
     """Give what tells one trained and calibrated model from another, and how precisely it was asked to run.
 
-    A precision of ``auto`` holds wherever the run goes on.
+    A precision of ``auto`` holds wherever the run goes on. Deviations also depend on age and sex.
     """
-    return f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}"
+    identity = f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}"
+    return identity if bundle.deviation == "none" else f"{identity}+{person['age']}+{person['sex']}"
 
 
 def make_plan(
     collection: Collection,
     bundles: Sequence[Bundle],
+    participants: Participants,
     *,
     output_dir: Path,
     modalities: Sequence[str],
@@ -88,6 +94,7 @@ def make_plan(
     collection : Collection
     bundles : sequence of Bundle
         Models of this run.
+    participants : Participants
     output_dir : pathlib.Path
     modalities : sequence of str
         Images that anomalies are looked for in; an anchor of another kind is only preprocessed.
@@ -122,11 +129,13 @@ def make_plan(
         if earlier is not None and not is_whole(earlier, output_dir):
             earlier = None
         known = {} if earlier is None else earlier.models
-        missing = tuple(b for b in wanted if known.get(b.name) != model_identity(b, precision))
+        person = age_and_sex(participants.row(f"sub-{unit.subject}"))
+        missing = tuple(b for b in wanted if known.get(b.label) != model_identity(b, precision, person))
         tasks.append(
             Task(
                 unit=unit,
                 bundles=missing,
+                person=person,
                 lead=lead,
                 lesion=lesion,
                 fingerprint=fingerprint,

@@ -63,6 +63,7 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
         "device": device,
         "random_seed": config.random_seed,
         "models": list(config.models) or ["all packaged"],
+        "deviations": list(config.deviations),
         "modalities": list(config.modalities),
         "nprocs": config.nprocs,
         "omp_nthreads": config.omp_nthreads,

@@ -18,9 +18,11 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
 from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.participants import read_participants
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import ConfigError, InputError, UnavailableError, UserError
+from bids_uad.levels.participant.assumptions import assumptions
 from bids_uad.levels.participant.device import probe_device
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.outcome import (
@@ -90,6 +92,7 @@ def run_participant(config: RunConfig) -> int:
     tasks = make_plan(
         collection,
         bundles,
+        read_participants(config.bids_dir),
         output_dir=config.output_dir,
         modalities=config.modalities,
         reference_sha256=reference.sha256,
@@ -98,6 +101,7 @@ def run_participant(config: RunConfig) -> int:
         extraction=extraction,
     )
     met = overlaps(bundles, collection.units, config.bids_dir)
+    met += assumptions(tasks)
     for line in met:
         LOGGER.warning(line)
     if config.dry_run:
@@ -149,7 +153,7 @@ def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
         return []
     present = {unit.modality for unit in collection.units}
     modalities = [modality for modality in config.modalities if modality in present]
-    return resolve_bundles(list(config.models) or None, modalities)
+    return resolve_bundles(list(config.models) or None, modalities, config.deviations)
 
 
 def _find_reference(config: RunConfig) -> Reference:
@@ -181,7 +185,9 @@ def _describe(config: RunConfig, bundles: Sequence[Bundle], reference: Reference
     }
     for bundle in bundles:
         text = f"What {bundle.detector} (preset {bundle.preset}) found in the {bundle.modality} image"
-        descriptions[detector_desc(bundle.modality, bundle.detector)] = text
+        if bundle.deviation != "none":
+            text += ", as deviation from healthy people of the same age and sex"
+        descriptions[detector_desc(bundle.modality, bundle.scored_as)] = text
     describe_dataset(config.output_dir, config.bids_dir, config.derivatives, models, descriptions)
     write_template(reference, config.output_dir)
 
@@ -247,7 +253,7 @@ def _methods(
     """Write the methods text of the run."""
     models = [
         UsedModel(
-            detector=bundle.detector,
+            detector=bundle.scored_as,
             modality=bundle.modality,
             preset=bundle.preset,
             threshold=bundle.default_threshold[1],
@@ -320,7 +326,7 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
         table.add_row(
             task.unit.key,
             "up to date" if task.done else f"to do{again}",
-            ", ".join(bundle.name for bundle in task.bundles) or "-",
+            ", ".join(bundle.label for bundle in task.bundles) or "-",
             task.unit.anchor.key if task.unit.anchor else "SRI24",
             task.lesion.path.name if task.lesion else "-",
         )

@@ -17,6 +17,7 @@ from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.identity import source_name
 from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
 from bids_uad.engine.bundle import Bundle
+from bids_uad.levels.participant.assumptions import deviation_sidecar
 from bids_uad.levels.participant.detection import Detect, Postprocess
 from bids_uad.levels.participant.means import Means
 from bids_uad.levels.participant.overlap import model_has_met, scanner_seen
@@ -105,7 +106,9 @@ def _connect_record(
             key=unit.key,
             run_id=config.run_id,
             fingerprint=task.fingerprint,
-            models={bundle.name: model_identity(bundle, config.precision) for bundle in task.bundles},
+            models={
+                bundle.label: model_identity(bundle, config.precision, task.person) for bundle in task.bundles
+            },
             earlier_models={} if task.earlier is None else task.earlier.models,
             earlier_outputs=[] if task.earlier is None else task.earlier.outputs,
         ),
@@ -124,12 +127,14 @@ def _connect_detection(
     """Connect one detection process and, for each model, what is made of its map."""
     unit, config = task.unit, means.config
     threads = means.detection_threads
+    # Scores and their deviation come from one scoring.
+    models = {bundle.name: bundle for bundle in task.bundles}
     detect = Node(
         Detect(
             key=unit.key,
             seed=config.random_seed,
-            bundles=[str(bundle.folder) for bundle in task.bundles],
-            sha256=[bundle.sha256 for bundle in task.bundles],
+            bundles=[str(bundle.folder) for bundle in models.values()],
+            sha256=[bundle.sha256 for bundle in models.values()],
             device=means.device,
             precision=means.precision,
             batch_size=config.batch_size or 0,
@@ -144,8 +149,10 @@ def _connect_detection(
     )
     workflow.connect([(inputs, detect, [("preproc", "image"), ("brain_mask", "brain")])])
     written = []
-    for position, bundle in enumerate(task.bundles):
-        post = Node(_postprocess(task, bundle, means), name=f"post_{bundle.detector}", mem_gb=POSTPROCESS_GB)
+    for bundle in task.bundles:
+        name = f"post_{bundle.scored_as.replace('+', '_')}"
+        post = Node(_postprocess(task, bundle, means), name=name, mem_gb=POSTPROCESS_GB)
+        position = list(models).index(bundle.name)
         workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
         workflow.connect([(inputs, post, [("brain_mask", "brain_mask"), ("from_sri24", "from_sri24")])])
         if task.lesion_provider is not None:
@@ -158,7 +165,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
     """Make the interface that writes what one model found."""
     unit, config = task.unit, means.config
     threshold_name, threshold = bundle.default_threshold
-    files = naming.detection_outputs(unit, bundle.detector, with_truth=task.lesion is not None)
+    files = naming.detection_outputs(unit, bundle.scored_as, with_truth=task.lesion is not None)
     preprocessed = naming.preprocessing_outputs(unit)
     raw = sidecars.raw_uri(unit, config.bids_dir)
     inputs: dict[str, Any] = {
@@ -188,13 +195,17 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "TorchVersion": version("torch"),
         "RandomSeed": config.random_seed,
     }
+    if bundle.deviation != "none":
+        model |= deviation_sidecar(bundle.normative, **task.person)
     return Postprocess(
         native_ref=str(unit.path),
         bundle=str(bundle.folder),
+        deviation=bundle.deviation,
+        person=dict(task.person),
         facts={
             "source_image": raw,
             "modality": unit.modality,
-            "detector": bundle.detector,
+            "detector": bundle.scored_as,
             "preset": bundle.preset,
             "model_sha256": bundle.sha256,
             "app_version": __version__,

@@ -1,0 +1,129 @@
+"""Maps of deviation from a normative reference, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.levels.fakes import add_reference
+from tests.levels.test_participant_run import Bench, reference, stand_ins  # noqa: F401
+
+T1W = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_T1w.nii.gz"]
+BOTH = ["--deviation", "none", "normative"]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    found = Bench(tmp_path)
+    found.dataset(*T1W)
+    add_reference(Path(found.models[0]))
+    people(found, {"sub-01": ("50", "F"), "sub-02": ("n/a", "M"), "sub-03": ("75", "n/a")})
+    return found
+
+
+def people(bench, ages):
+    rows = [f"{subject}\t{age}\t{sex}\n" for subject, (age, sex) in ages.items()]
+    (bench.raw / "participants.tsv").write_text("participant_id\tage\tsex\n" + "".join(rows))
+
+
+def z_map(bench, subject):
+    path = bench.out / subject / "anat" / f"{subject}_space-SRI24_desc-T1wDisyreNormative_anomalymap.nii.gz"
+    return nib.load(path).get_fdata(), json.loads(Path(str(path).replace(".nii.gz", ".json")).read_text())
+
+
+def test_scores_and_deviations_come_from_one_scoring(bench, capfd):
+    assert bench.run(*BOTH) == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "deviation of sub-02: age is not known: the mean of the reference (50 years) stands for it" in told
+    assert "deviation of sub-03: age is outside the reference (30 to 60 years)" in told
+    assert "deviation of sub-03: sex is not known" in told
+    assert sum(call.startswith("detect") for call in bench.take_calls()) == 3
+
+    # The scores are 0, 0.75 and 1.5; those of people of 50, of 50 for want of an age, and of 60 for 75.
+    for subject, location in (("sub-01", 0.25), ("sub-02", 0.25), ("sub-03", 0.35)):
+        z, sidecar = z_map(bench, subject)
+        expected = [0, (0.75 - location) / 0.1, (1.5 - location) / 0.1]
+        np.testing.assert_allclose(np.unique(z.round(3)), np.round(expected, 3), atol=0.01)
+        assert z[5, 5, 5] == 0
+        assert sidecar["Deviation"] == "normative"
+        assert sidecar["Threshold"] == 4.0
+        assert "standard deviations" in sidecar["Description"]
+    assert sidecar["NormativeAge"] == 60
+    assert len(sidecar["NormativeRemarks"]) == 2
+    anat = bench.out / "sub-01" / "anat"
+    for name, key, above in (("Disyre", "disyre", 0.5), ("DisyreNormative", "disyre+normative", 4.0)):
+        row = pd.read_csv(anat / f"sub-01_space-SRI24_desc-T1w{name}_metrics.tsv", sep="\t").iloc[0]
+        assert (row["detector"], row["threshold"]) == (key, above)
+        assert row["anomaly_volume_mm3"] == 250 + 8
+    descriptions = pd.read_csv(bench.out / "descriptions.tsv", sep="\t")["desc_id"].tolist()
+    assert {"desc-T1wDisyre", "desc-T1wDisyreNormative"} <= set(descriptions)
+    assert "normative" in (bench.out / "logs" / "CITATION.md").read_text()
+
+    assert bench.run(*BOTH) == 0
+    assert bench.take_calls() == []
+
+
+def test_the_outputs_pass_the_validator(bench):
+    validator = shutil.which(
+        "bids-validator-deno", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
+    assert bench.run(*BOTH, "--participant-label", "01") == 0
+    command = [validator, "--format", "json", str(bench.out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [(i["severity"], i["code"], i.get("location")) for i in issues] == []
+
+
+def test_another_age_makes_other_deviations_but_scores_nothing_again(bench):
+    assert bench.run(*BOTH, "--participant-label", "01") == 0
+    bench.take_calls()
+    before, _ = z_map(bench, "sub-01")
+    people(bench, {"sub-01": ("40", "F")})
+    assert bench.run(*BOTH, "--participant-label", "01") == 0
+    assert bench.take_calls() == []
+    after, _ = z_map(bench, "sub-01")
+    assert after.max() == pytest.approx(before.max() + 1, abs=0.01)
+
+
+def test_group_puts_both_side_by_side(bench):
+    assert bench.run(*BOTH) == 0
+    from bids_uad.cli.main import main
+
+    assert main([str(bench.raw), str(bench.out), "group"]) == 0
+    benchmark = pd.read_csv(bench.out / "group_benchmark.tsv", sep="\t")
+    assert sorted(benchmark["detector"]) == ["disyre", "disyre+normative"]
+    pairs = pd.read_csv(bench.out / "group_deviations.tsv", sep="\t")
+    assert pairs["deviation"].tolist() == ["none", "normative"]
+    page = (bench.out / "group.html").read_text()
+    assert "With and without the normative reference" in page
+    assert "Disyre, normative" in page
+
+
+def test_a_bundle_without_a_reference_is_refused_before_anything_is_touched(bench, capsys):
+    bench.dataset("sub-04/anat/sub-04_T2w.nii.gz")
+    assert bench.run("--deviation", "normative") == 69
+    told = " ".join(capsys.readouterr().err.split())
+    assert "disyre-T2w has no normative reference" in told
+    assert not bench.out.exists()
+    assert bench.take_calls() == []
+
+
+def test_an_altered_reference_is_refused(bench, capsys):
+    path = Path(bench.models[0]) / "normative.nii.gz"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert bench.run() == 69
+    assert "normative.nii.gz differs from its sha256" in " ".join(capsys.readouterr().err.split())
+    path.unlink()
+    assert bench.run() == 69
+    assert "normative.nii.gz is missing" in " ".join(capsys.readouterr().err.split())
