@@ -49,7 +49,7 @@ COLUMNS = {
 
 def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, Path]:
     """Say where the score tables of a scan lie: metrics and histogram."""
-    stem = scan.image.name.split("_desc-")[0] + f"_desc-{detector_desc(bundle.modality, bundle.detector)}"
+    stem = scan.image.name.split("_desc-")[0] + f"_desc-{detector_desc(bundle.modality, bundle.scored_as)}"
     folder = out / scan.subject / "anat"
     return folder / f"{stem}_metrics.tsv", folder / f"{stem}_histogram.tsv"
 
@@ -58,18 +58,31 @@ def score(
     scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[str], seen: str | None, out: Path
 ) -> None:
     """Score a scan and write its tables."""
+    brain = read(scan.brain) > 0
+    scores = anomaly_map(detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol)
+    write_tables(scan, bundle, scores, brain, met, seen, out)
+
+
+def write_tables(
+    scan: PreprocessedScan,
+    bundle: Bundle,
+    scores: np.ndarray,
+    brain: np.ndarray,
+    met: list[str],
+    seen: str | None,
+    out: Path,
+) -> None:
+    """Write the score tables of a map."""
     metrics, histogram = tables_of(scan, bundle, out)
-    volume, brain = read(scan.image), read(scan.brain) > 0
     # Whoever is not healthy has a mask; a healthy brain has none.
     lesion = read(scan.lesion) > 0 if scan.lesion else None
-    scores = anomaly_map(detector, volume, brain, key=scan.key, protocol=bundle.protocol)
     name, threshold = bundle.default_threshold
     mask = anomaly_mask(scores, brain, threshold)
     labels = label_components(mask)
     facts = {
         "source_image": f"{scan.subject}/anat/{scan.image.name}",
         "modality": bundle.modality,
-        "detector": bundle.detector,
+        "detector": bundle.scored_as,
         "preset": bundle.preset,
         "model_sha256": bundle.sha256,
         "app_version": __version__,

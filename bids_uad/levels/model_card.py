@@ -45,7 +45,7 @@ trained numbers. It has only seen healthy brains.
 
 - Source: {training["source"]}; licence of the scans: {training["licence"]}
 - {training["n_scans"]} scans of {training["n_subjects"]} subjects, {training["n_slices"]} slices
-- Age: {f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"}
+- Age: {_years(ages)}
 - Sex: {sexes or "not given"}
 - Scanners: {", ".join(training["scanners"] or ["not given"])}
 - Anatomies of synthetic scans: {", ".join(training["anatomies"] or ["none is synthetic"])}
@@ -76,6 +76,26 @@ def _failures(calibration: dict[str, Any]) -> str:
         "- What is rare and harmless (large perivascular spaces, cysts, remnants of skull) scores high, too.",
     ]
     return "\n".join([*missed, *always])
+
+
+def _deviations(calibration: dict[str, Any]) -> str:
+    """What is known of the deviations from a normative reference, where there is one."""
+    if "normative" not in calibration:
+        return ""
+    normative = calibration["normative"]
+    ages = normative["reference"]["covariates"]["age_range"]
+    default = normative["default_threshold"]
+    rate = normative["validation"]["healthy_fpr"][default]
+    return f"""
+A normative reference of {normative["n_healthy_subjects"]} healthy people (age {_years(ages)}) turns scores
+into deviations (`--deviation normative`). Their threshold `{default}` is
+{normative["thresholds"][default]:.4g}; above it are {100 * rate:.2f} % of healthy voxels, each person judged
+by the others.
+"""
+
+
+def _years(ages: list[float] | None) -> str:
+    return f"{ages[0]:.0f} to {ages[1]:.0f} years" if ages else "not given"
 
 
 def add_validation(card: str, calibration: dict[str, Any]) -> str:
@@ -111,7 +131,7 @@ lesions. The thresholds were fixed on these very scans.
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|
 {rows}
-
+{_deviations(calibration)}
 ## Known failures
 
 {_failures(calibration)}

@@ -168,7 +168,7 @@ def test_a_spread_that_grows_with_age_is_allowed_for():
         # The variance grows by a quarter of that at 50 in ten years.
         noise = np.random.default_rng(seed).normal(0, 0.1, (32, 32, 32))
         scores = np.zeros(SHAPE)
-        scores[PLACE] = 1 + noise * np.sqrt(1 + (age - 50) / 30)
+        scores[PLACE] = 1 + noise * np.sqrt(1 + (age - 50) / 40)
         return scores
 
     for number, person in enumerate(people):

@@ -1,0 +1,90 @@
+"""What the normative references of the packaged models do to bias and Dice on simulated scans.
+
+``python -m benchmarks.normative TEST OUT`` scores the preprocessed scans of TEST with every packaged model
+that has a reference, leaves the tables of scores and of deviations in OUT (what is there is not made again),
+runs the group level on them, and writes ``benchmarks/results/normative.tsv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import track
+
+from benchmarks.scan import read
+from benchmarks.simulated import RESULTS, markdown, tables_of, write_tables
+from bids_uad.atomic import write_tsv
+from bids_uad.calibration.normative import NormativeReference
+from bids_uad.cli.main import main as bids_uad
+from bids_uad.dataset.identity import identities
+from bids_uad.dataset.participants import age_and_sex, read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import (
+    NORMATIVE,
+    NORMATIVE_FILE,
+    PACKAGED,
+    Bundle,
+    load_bundle,
+    load_detector,
+    packaged_bundles,
+)
+from bids_uad.engine.inference import anomaly_map
+
+
+def with_reference() -> list[Bundle]:
+    """Packaged bundles that have a normative reference."""
+    bundles = [load_bundle(PACKAGED / name) for name in packaged_bundles()]
+    return [bundle for bundle in bundles if NORMATIVE in (bundle.calibration or {})]
+
+
+def scorer(bundle: Bundle) -> Callable[[PreprocessedScan, np.ndarray], np.ndarray]:
+    """Load a model; give what makes a map of a scan and its brain mask."""
+    detector = load_detector(bundle)
+    return lambda scan, brain: anomaly_map(
+        detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol
+    )
+
+
+def score_both(bundle: Bundle, test: Path, out: Path) -> None:
+    """Score every scan that lacks a table, and judge its scores by the reference."""
+    deviating = bundle.with_deviation(NORMATIVE)
+    scans = find_preprocessed(test, bundle.modality)
+    missing = [scan for scan in scans if not tables_of(scan, deviating, out)[0].is_file()]
+    if not missing:
+        return
+    score = scorer(bundle)
+    reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
+    people = read_participants(test)
+    for scan in track(missing, description=bundle.name):
+        met = bundle.has_met(identities(test, [scan.subject]))
+        brain = read(scan.brain) > 0
+        scores = score(scan, brain)
+        write_tables(scan, bundle, scores, brain, met, None, out)
+        z = reference.deviations(scores, brain, **age_and_sex(people.row(scan.subject)))
+        write_tables(scan, deviating, z, brain, met, None, out)
+
+
+def main() -> None:
+    """Score, group, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for bundle in with_reference():
+        score_both(bundle, args.test, args.out)
+    if bids_uad([str(args.test), str(args.out), "group"]):
+        raise SystemExit("the group level failed")
+    table = pd.read_csv(args.out / "group_deviations.tsv", sep="\t")
+    numbers = table.select_dtypes(np.number).columns
+    write_tsv(RESULTS / "normative.tsv", table.round(dict.fromkeys(numbers, 4)))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
