@@ -97,7 +97,7 @@ def write_tables(
     write_tsv(metrics, metrics_row(facts, labels, brain, lesion))
     if lesion is not None:
         lesions = metrics.with_name(metrics.name.replace("_metrics.", "_lesions."))
-        write_tsv(lesions, lesion_table(lesion, mask, volume, brain))
+        write_tsv(lesions, lesion_table(lesion, mask, read(scan.image), brain))
 
 
 def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> float:
