@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import re
 import uuid
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LOGGER = logging.getLogger("bids_uad")
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\..")
 
@@ -42,6 +46,24 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes, also on other hosts, wait for.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file for this purpose only; made if it is not there, and left there, since others may wait for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            LOGGER.warning("%s cannot be locked (%s); let jobs not start in the same second", path, error)
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:

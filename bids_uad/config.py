@@ -79,6 +79,10 @@ class RunConfig:
         Processes in all, and threads of one process.
     mem_gb : float
         Memory that may be used, in GB.
+    n_gpu_procs : int
+        Detections at a time on GPUs.
+    plugin_file : pathlib.Path, optional
+        YAML that names a nipype plugin and its arguments.
     detector, preset, modality, steps
         What `train` and `calibrate` work on.
     experiments : dict of str to pathlib.Path
@@ -124,6 +128,8 @@ class RunConfig:
     nprocs: int = 1
     omp_nthreads: int = 1
     mem_gb: float = 8.0
+    n_gpu_procs: int = 1
+    plugin_file: Path | None = None
     clean_workdir: bool = False
     stop_on_first_crash: bool = False
     reports_only: bool = False

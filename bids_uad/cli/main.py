@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError, InputError, ModelError, UnavailableError, UserError
 
 OK, FAILED, USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE = 0, 1, 2, 66, 69, 70
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 _DOORS = {
     "participant": ("bids_uad.levels.participant.run", "run_participant"),
@@ -22,6 +23,10 @@ _DOORS = {
     "calibrate": ("bids_uad.levels.calibrate", "run_calibrate"),
     "group": ("bids_uad.levels.group", "run_group"),
 }
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and container engines send before they kill."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work on, 69 a GPU,
-        model or atlas is not available, 70 the workflow could not be built, 130 interrupted.
+        model or atlas is not available, 70 the workflow could not be built, 130 interrupted,
+        143 ended by SIGTERM.
     """
     verbosity = 0
     try:
@@ -49,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"bids_uad: {error}", file=sys.stderr)
         return exit_code(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         print("bids_uad: interrupted; the same command goes on where this run stopped", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(end, _Terminated) else INTERRUPTED
 
 
 def exit_code(error: UserError) -> int:
@@ -82,6 +88,8 @@ def _set_up_process(config: RunConfig) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
+    # The first process of a container would ignore it, and jobs of a cluster would go on.
+    signal.signal(signal.SIGTERM, _terminate)
     threads = str(config.omp_nthreads)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)
@@ -93,3 +101,7 @@ def _set_up_process(config: RunConfig) -> None:
     ]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if config.verbosity else logging.INFO)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated

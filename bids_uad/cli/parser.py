@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser; every flag in it does something, except the hidden `--notrack`."""
     parser = argparse.ArgumentParser(
         prog="bids_uad",
+        usage="%(prog)s BIDS_DIR OUTPUT_DIR LEVEL [LEVEL ...] [options]",
         description=(
             "Find what does not belong in a brain MRI with models that have only learnt what healthy "
             "looks like. Research software, not for clinical use."
@@ -130,6 +131,14 @@ def build_parser() -> argparse.ArgumentParser:
     means.add_argument(
         "--compile", dest="compiled", action="store_true",
         help="compile the networks (torch.compile); the first scan waits a minute for it",
+    )  # fmt: skip
+    means.add_argument(
+        "--n-gpu-procs", "--n_gpu_procs", type=_positive, metavar="N",
+        help="images at a time on the GPU (default: 1)",
+    )  # fmt: skip
+    means.add_argument(
+        "--use-plugin", "--nipype-plugin-file", dest="plugin_file", type=Path, metavar="FILE",
+        help="YAML with a nipype plugin (MultiProc, SLURM or SLURMGraph) and its plugin_args",
     )  # fmt: skip
     means.add_argument("--random-seed", "--seed", type=int, metavar="N", help="seed (default: 0)")
 
@@ -329,6 +338,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"there is nothing to group: {config.output_dir} does not exist")
     for path, flag in (
         (config.filter_file, "--bids-filter-file"),
+        (config.plugin_file, "--use-plugin"),
         (config.atlas_dir, "--atlas-dir"),
         (config.backbone_weights, "--backbone-weights"),
     ):

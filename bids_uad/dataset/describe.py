@@ -1,7 +1,7 @@
 """The files that make a folder a BIDS derivative dataset.
 
 Several participants may be processed at once into one folder, by jobs that know nothing of each other: every
-file here is written atomically, and what earlier runs put there is kept.
+file here is written atomically, by one job after the other, and what earlier runs put there is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from bids_uad import __version__
-from bids_uad.atomic import write_json, write_text, write_tsv
+from bids_uad.atomic import locked, write_json, write_text, write_tsv
 from bids_uad.dataset.sidecars import NOT_CLINICAL
 from bids_uad.errors import ConfigError
 
@@ -112,16 +112,18 @@ def describe_dataset(
         If the folder holds another kind of dataset.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    target = output_dir / "dataset_description.json"
-    earlier = read_json(target)
-    refuse_foreign(output_dir)
-    _write_if_new(target, _description(output_dir, bids_dir, derivatives, models, earlier))
-    text = output_dir / "README.md"
-    if not text.exists():
-        write_text(text, README)
-    _complete_changes(output_dir / "CHANGES")
-    _complete_bidsignore(output_dir / ".bidsignore")
-    _complete_descriptions(output_dir, descriptions)
+    # What is added to what is there must not be read before, and written after, another job adds something.
+    with locked(output_dir / "logs" / "dataset.lock"):
+        target = output_dir / "dataset_description.json"
+        earlier = read_json(target)
+        refuse_foreign(output_dir)
+        _write_if_new(target, _description(output_dir, bids_dir, derivatives, models, earlier))
+        text = output_dir / "README.md"
+        if not text.exists():
+            write_text(text, README)
+        _complete_changes(output_dir / "CHANGES")
+        _complete_bidsignore(output_dir / ".bidsignore")
+        _complete_descriptions(output_dir, descriptions)
 
 
 def refuse_foreign(output_dir: Path) -> None:

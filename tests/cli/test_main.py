@@ -1,5 +1,9 @@
+import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,3 +102,17 @@ def test_module_runs_and_starts_light():
     )
     assert done.returncode == 2
     assert "does not exist" in done.stderr
+
+
+def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
+    def run(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(run_participant=run))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main([*arguments, "participant"]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "goes on where this run stopped" in capsys.readouterr().err

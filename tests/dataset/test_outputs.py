@@ -94,7 +94,7 @@ def test_description_is_repeatable_and_keeps_what_earlier_runs_wrote(tmp_path):
 
     def describe(*models, **descriptions):
         describe_dataset(out, raw, {}, [ModelEntry(name, "0.1.0", "a" * 64) for name in models], descriptions)
-        return {path.name: path.read_bytes() for path in out.iterdir()}
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
     first = describe("one", preproc="image")
     stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

@@ -31,6 +31,8 @@ from bids_uad.preprocessing.transforms import write_itk
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
 THRESHOLD = 0.5
+HUNGER = 3 << 30
+"""Bytes."""
 
 
 def note(folder: str, line: str) -> None:
@@ -67,7 +69,7 @@ class _FakePreprocOutputSpec(TraitedSpec):
 
 
 class FakePreproc(SimpleInterface):
-    """Write plausible files; fail for participants named crash, killed and refused."""
+    """Write plausible files; fail for participants named crash, killed, hungry and refused."""
 
     input_spec = _FakePreprocInputSpec
     output_spec = _FakePreprocOutputSpec
@@ -80,6 +82,8 @@ class FakePreproc(SimpleInterface):
             raise InputError(self.inputs.in_file, "no brain was found", "give a brain mask")
         if name.startswith("sub-killed"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if name.startswith("sub-hungry"):
+            b"a" * HUNGER
         folder = Path(runtime.cwd)
         native = nib.load(self.inputs.in_file)
         mask = nib.Nifti1Image(np.ones(native.shape, np.uint8), native.affine)

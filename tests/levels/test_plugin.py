@@ -114,15 +114,15 @@ def is_running(process_id):
 
 
 def test_deaths_in_words():
-    assert "memory" in describe_death(-signal.SIGKILL)
-    assert "SIGSEGV" in describe_death(-signal.SIGSEGV)
-    assert "exit code 3" in describe_death(3)
+    assert "memory" in describe_death(-signal.SIGKILL, 0)
+    assert "SIGSEGV" in describe_death(-signal.SIGSEGV, 0)
+    assert "exit code 3" in describe_death(3, 0)
 
 
 def test_engine_failures_in_words():
-    assert "memory ran out" in explain(-signal.SIGKILL, "")
-    assert "--device cpu" in explain(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried")
-    assert explain(69, "model bundle x: y\n") == "model bundle x: y (exit code 69)"
+    assert "memory ran out" in explain(-signal.SIGKILL, "", 0)
+    assert "--device cpu" in explain(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried", 0)
+    assert explain(69, "model bundle x: y\n", 0) == "model bundle x: y (exit code 69)"
 
 
 @pytest.mark.parametrize(

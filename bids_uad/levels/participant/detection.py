@@ -20,6 +20,7 @@ from nipype.interfaces.base import (
 )
 
 from bids_uad.atomic import atomic_path, write_json, write_tsv
+from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.dataset.outputs import sidecar_of
 
 if TYPE_CHECKING:
@@ -66,14 +67,15 @@ class Detect(SimpleInterface):
             command += ["--job", bundle, str(target)]
         threads = str(self.inputs.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        kills = oom_kills()
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
-            raise RuntimeError(f"detection failed: {explain(done.returncode, done.stderr)}")
+            raise RuntimeError(f"detection failed: {explain(done.returncode, done.stderr, kills)}")
         self._results["out_files"] = [str(path) for path in maps]
         return runtime
 
 
-def explain(returncode: int, stderr: str) -> str:
+def explain(returncode: int, stderr: str, oom_kills_before: int) -> str:
     """Say in one line why the engine process ended.
 
     Parameters
@@ -81,13 +83,15 @@ def explain(returncode: int, stderr: str) -> str:
     returncode : int
         Negative for a signal.
     stderr : str
+    oom_kills_before : int
+        Processes that the kernel had killed for memory when it started.
 
     Returns
     -------
     str
     """
     if returncode == -signal.SIGKILL:
-        return "the process was killed, most likely because memory ran out; give the job more memory"
+        return f"the process was killed {why_killed(oom_kills_before)}"
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "it said nothing"
     if "out of memory" in stderr.lower():

@@ -18,6 +18,8 @@ from typing import Any
 
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
+from bids_uad.cgroups import oom_kills, why_killed
+
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
 
@@ -40,23 +42,36 @@ class NodeFailure:
     crash_file: str
 
 
-class IsolatedPlugin(MultiProcPlugin):
+class FailureLog:
+    """A nipype plugin that remembers what failed, in order.
+
+    Attributes
+    ----------
+    failures : list of NodeFailure
+    """
+
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
+        self.failures: list[NodeFailure] = []
+        super().__init__(plugin_args=plugin_args)
+
+    def _report_crash(self, node, result=None):
+        crash_file = super()._report_crash(node, result=result)
+        lines = (result or {}).get("traceback") or ""
+        self.failures.append(NodeFailure(node.fullname, "".join(lines), str(crash_file)))
+        return crash_file
+
+
+class IsolatedPlugin(FailureLog, MultiProcPlugin):
     """MultiProc with one pipe per worker process.
 
     Parameters
     ----------
     plugin_args : dict
         As for MultiProc (`n_procs`, `memory_gb`, `n_gpu_procs`, `raise_insufficient`, `status_callback`).
-
-    Attributes
-    ----------
-    failures : list of NodeFailure
-        What went wrong, in order.
     """
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
-        super().__init__(plugin_args=plugin_args)
-        self.failures: list[NodeFailure] = []
+        super().__init__(plugin_args)
         self._context = mp.get_context(START_METHOD)
         # Imported once, in the process that workers are forked from; nothing here starts threads or CUDA.
         self._context.set_forkserver_preload(list(PRELOADED))
@@ -90,12 +105,6 @@ class IsolatedPlugin(MultiProcPlugin):
     def _clear_task(self, taskid):
         """Nothing to clear: the worker was released with its result."""
 
-    def _report_crash(self, node, result=None):
-        crash_file = super()._report_crash(node, result=result)
-        lines = (result or {}).get("traceback") or ""
-        self.failures.append(NodeFailure(node.fullname, "".join(lines), str(crash_file)))
-        return crash_file
-
     def _postrun_check(self):
         self.close()
 
@@ -107,6 +116,7 @@ class _Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(Path.cwd())), daemon=True)
         self._process.start()
+        self._oom_kills = oom_kills()
         theirs.close()
 
     @property
@@ -129,7 +139,7 @@ class _Worker:
             self._process.join()
         if self._process.is_alive():
             return None
-        return {"result": None, "traceback": [describe_death(self._process.exitcode)]}
+        return {"result": None, "traceback": [describe_death(self._process.exitcode, self._oom_kills)]}
 
     def kill(self) -> None:
         self._process.kill()
@@ -137,13 +147,15 @@ class _Worker:
         self._pipe.close()
 
 
-def describe_death(exitcode: int | None) -> str:
+def describe_death(exitcode: int | None, oom_kills_before: int) -> str:
     """Say why a worker process is gone.
 
     Parameters
     ----------
     exitcode : int or None
         Negative for a signal, as :mod:`multiprocessing` has it.
+    oom_kills_before : int
+        Processes that the kernel had killed for memory when it started.
 
     Returns
     -------
@@ -153,10 +165,7 @@ def describe_death(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         if name == "SIGKILL":
-            return (
-                "ProcessKilled: the step was killed (SIGKILL), most likely because memory ran out; "
-                "give the job more memory or lower --nprocs"
-            )
+            return f"ProcessKilled: the step was killed {why_killed(oom_kills_before)}"
         return f"ProcessKilled: the step died of {name}"
     return f"ProcessKilled: the step's process ended by itself with exit code {exitcode}"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bids_uad import __version__
 from bids_uad.atomic import write_json
+from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
 from bids_uad.levels.participant.outcome import Outcome
@@ -35,11 +36,12 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     if not subjects:
         return []
     failed = []
+    kills = oom_kills()
     workers = min(config.nprocs, len(subjects))
     with ProcessPoolExecutor(workers, mp_context=mp.get_context(START_METHOD)) as pool:
         jobs = {subject: pool.submit(_write, config.output_dir, subject) for subject in subjects}
         for subject, job in jobs.items():
-            reason = _outcome(job)
+            reason = _outcome(job, kills)
             if reason:
                 failed.append(f"sub-{subject}: its derivatives are complete, but not its report: {reason}")
     return failed
@@ -89,12 +91,12 @@ def _write(output_dir: Path, subject: str) -> None:
     write_subject_report(output_dir, subject, errors=errors, run_info=told)
 
 
-def _outcome(job: Future) -> str:
+def _outcome(job: Future, kills: int) -> str:
     """Wait for a report; give the reason if it failed."""
     try:
         job.result()
     except BrokenProcessPool:
-        return "its process was killed, most likely because memory ran out"
+        return f"its process was killed {why_killed(kills)}"
     except Exception as error:  # whatever a report runs into must not cost the other reports
         LOGGER.debug("report failed", exc_info=error)
         return f"{type(error).__name__}: {error}"

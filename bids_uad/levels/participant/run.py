@@ -35,11 +35,12 @@ from bids_uad.levels.participant.outcome import (
 )
 from bids_uad.levels.participant.overlap import overlaps
 from bids_uad.levels.participant.plan import Task, make_plan
-from bids_uad.levels.participant.plugin import IsolatedPlugin, NodeFailure, quieten
+from bids_uad.levels.participant.plugin import NodeFailure, quieten
 from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
 from bids_uad.levels.participant.reporting import remember, write_reports
-from bids_uad.levels.participant.workflow import build_workflow, workflow_name
+from bids_uad.levels.participant.scheduling import make_plugin
+from bids_uad.levels.participant.workflow import build_workflow, place_of_unit, workflow_name
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.extraction import resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
@@ -78,10 +79,9 @@ def run_participant(config: RunConfig) -> int:
         probe_device(config.device, config.precision)
     extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
-    if config.clean_workdir and not config.dry_run:
-        _clean(config.work_dir)
-
     collection = collect(config, check=lambda unit: _check(unit, config.output_dir))
+    if config.clean_workdir and not config.dry_run:
+        _clean(config.work_dir, collection.subjects)
     _tell_collection(collection)
     if not collection.units:
         for problem in collection.problems:
@@ -132,7 +132,7 @@ def run_participant(config: RunConfig) -> int:
     if unwritten or not all(outcome.good for outcome in outcomes):
         return FAILED
     if config.clean_workdir:
-        _clean(config.work_dir)
+        _clean(config.work_dir, collection.subjects)
     return OK
 
 
@@ -201,6 +201,8 @@ def _process(
         {
             "execution": {
                 "check_version": "false",
+                # Pages about the graph, which jobs that share a work folder would write over each other.
+                "create_report": "false",
                 "crashfile_format": "txt",
                 "poll_sleep_duration": "0.1",
                 "stop_on_first_crash": str(config.stop_on_first_crash).lower(),
@@ -227,15 +229,7 @@ def _process(
         stopwatch(node, status)
         progress(node, status)
 
-    plugin = IsolatedPlugin(
-        {
-            "n_procs": config.nprocs,
-            "memory_gb": config.mem_gb,
-            "n_gpu_procs": 1,
-            "raise_insufficient": False,
-            "status_callback": watch,
-        }
-    )
+    plugin = make_plugin(config, watch)
     try:
         workflow.run(plugin=plugin)
     except RuntimeError:
@@ -337,8 +331,10 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
         console.print(problem.message, style="red", highlight=False, soft_wrap=True)
 
 
-def _clean(work_dir: Path) -> None:
-    """Remove what we put into the working folder, and nothing else."""
-    for path in (work_dir / workflow_name(), work_dir / "reference"):
-        if path.is_dir():
-            shutil.rmtree(path)
+def _clean(work_dir: Path, subjects: Sequence[str]) -> None:
+    """Remove what we put into the working folder for some participants; others' jobs may work beside us."""
+    folder = work_dir / workflow_name()
+    for subject in subjects:
+        shutil.rmtree(folder / place_of_unit(subject, "")[0], ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,65 @@
+# The image of bids_uad: `docker build -t bids_uad .`, or containers/build.sh (containers/README.md tells more).
+ARG BASE_IMAGE=debian:bookworm-slim
+
+
+FROM ${BASE_IMAGE} AS python
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb
+
+
+FROM python AS builder
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
+# Packages come from containers/wheels where they lie there, else from pip's index. PIP_NO_INDEX=1 keeps to the former.
+ARG PIP_NO_INDEX= PIP_EXTRA_INDEX_URL=
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_DEPS=1
+WORKDIR /build
+
+COPY containers/requirements-build.txt ./
+RUN --mount=type=bind,source=containers/wheels,target=/wheels \
+    python3 -m venv tools \
+    && tools/bin/pip install --require-hashes --find-links /wheels --requirement requirements-build.txt
+
+ARG DEVICE=cpu
+COPY containers/requirements-${DEVICE}.txt requirements.txt
+RUN --mount=type=bind,source=containers/wheels,target=/wheels \
+    python3 -m venv /opt/bids_uad \
+    && /opt/bids_uad/bin/pip install --require-hashes --no-build-isolation --find-links /wheels \
+        --requirement requirements.txt
+
+COPY pyproject.toml README.md LICENSE ./
+COPY boilerplate boilerplate
+COPY bids_uad bids_uad
+RUN tools/bin/pip wheel --no-build-isolation --wheel-dir dist . && /opt/bids_uad/bin/pip install dist/*.whl
+
+# A TemplateFlow archive: empty but for a note (so that nothing is unpacked into it), or with the SRI24 atlas.
+ARG SRI24_URL= SRI24_SHA256=
+RUN --mount=type=bind,source=containers,target=/containers \
+    /opt/bids_uad/bin/python /containers/bake_atlas.py /containers/atlas /opt/templateflow
+
+
+FROM python
+COPY --from=builder /opt/templateflow /opt/templateflow
+COPY --from=builder /opt/bids_uad /opt/bids_uad
+
+ARG VERSION= REVISION= CREATED= BASE_IMAGE
+# Nothing is written to the image or to HOME: caches go to /tmp, bytecode is there already, nothing is downloaded.
+ENV PATH=/opt/bids_uad/bin:/usr/local/bin:/usr/bin:/bin \
+    LANG=C.UTF-8 \
+    PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 \
+    TEMPLATEFLOW_HOME=/opt/templateflow TEMPLATEFLOW_AUTOUPDATE=0 TEMPLATEFLOW_USE_DATALAD=0 \
+    MPLCONFIGDIR=/tmp/bids_uad-cache/matplotlib XDG_CACHE_HOME=/tmp/bids_uad-cache \
+    NIPYPE_NO_ET=1 NO_ET=1 \
+    BIDS_UAD_CONTAINER_TYPE=docker BIDS_UAD_CONTAINER_TAG=bids_uad${VERSION:+:${VERSION}}
+LABEL org.opencontainers.image.title="bids_uad" \
+    org.opencontainers.image.description="A BIDS App that finds anomalies in brain MRI. Not for clinical use." \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.created="${CREATED}" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.base.name="${BASE_IMAGE}"
+
+COPY containers/smoke_test.py /opt/bids_uad/smoke_test.py
+RUN python /opt/bids_uad/smoke_test.py && rm -rf /tmp/*
+WORKDIR /tmp
+ENTRYPOINT ["/opt/bids_uad/bin/bids_uad"]

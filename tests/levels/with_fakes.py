@@ -1,0 +1,29 @@
+"""The program with stand-ins for preprocessing and detection: `python -m tests.levels.with_fakes ARGUMENTS`.
+
+REFERENCE names the folder of :func:`tests.levels.fakes.fake_reference`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from bids_uad.cli.main import main
+from bids_uad.levels.participant import run, workflow, writing
+from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
+
+
+def write_pages(config, subjects):
+    """Stand in for the reports."""
+    for subject in subjects:
+        (config.output_dir / f"sub-{subject}.html").write_text("report")
+    return []
+
+
+if __name__ == "__main__":
+    workflow.init_preproc_wf = init_fake_preproc_wf
+    writing.Detect = FakeDetect
+    run.resolve_reference = lambda atlas, cache: fake_reference(Path(os.environ["REFERENCE"]))
+    run.write_reports = write_pages
+    sys.exit(main())
