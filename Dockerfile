@@ -11,7 +11,8 @@ RUN apt-get update \
 FROM python AS builder
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
 # Packages come from containers/wheels where they lie there, else from pip's index. PIP_NO_INDEX=1 keeps to the former.
-ARG PIP_NO_INDEX= PIP_EXTRA_INDEX_URL=
+ARG PIP_NO_INDEX=
+ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_DEPS=1
 WORKDIR /build
 
@@ -33,7 +34,8 @@ COPY bids_uad bids_uad
 RUN tools/bin/pip wheel --no-build-isolation --wheel-dir dist . && /opt/bids_uad/bin/pip install dist/*.whl
 
 # A TemplateFlow archive: empty but for a note (so that nothing is unpacked into it), or with the SRI24 atlas.
-ARG SRI24_URL= SRI24_SHA256=
+ARG SRI24_URL=
+ARG SRI24_SHA256=
 RUN --mount=type=bind,source=containers,target=/containers \
     /opt/bids_uad/bin/python /containers/bake_atlas.py /containers/atlas /opt/templateflow
 
@@ -42,7 +44,10 @@ FROM python
 COPY --from=builder /opt/templateflow /opt/templateflow
 COPY --from=builder /opt/bids_uad /opt/bids_uad
 
-ARG VERSION= REVISION= CREATED= BASE_IMAGE
+ARG VERSION=
+ARG REVISION=
+ARG CREATED=
+ARG BASE_IMAGE
 # Nothing is written to the image or to HOME: caches go to /tmp, bytecode is there already, nothing is downloaded.
 ENV PATH=/opt/bids_uad/bin:/usr/local/bin:/usr/bin:/bin \
     LANG=C.UTF-8 \
