@@ -41,7 +41,7 @@ DETECTOR_NAMES = {
 
 
 def detector_name(detector: str) -> str:
-    """Return the name of a detector as its paper writes it, and whether its scores are deviations.
+    """Return the name of a detector as its paper writes it, with `(Z)` where its scores are deviations.
 
     Parameters
     ----------
@@ -50,4 +50,4 @@ def detector_name(detector: str) -> str:
     """
     plain = detector.removesuffix("normative").rstrip("+")
     name = DETECTOR_NAMES.get(plain, plain.capitalize())
-    return name if plain == detector else f"{name}, normative"
+    return name if plain == detector else f"{name} (Z)"

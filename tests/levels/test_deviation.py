@@ -107,7 +107,7 @@ def test_group_puts_both_side_by_side(bench):
     assert pairs["deviation"].tolist() == ["none", "normative"]
     page = (bench.out / "group.html").read_text()
     assert "With and without the normative reference" in page
-    assert "Disyre, normative" in page
+    assert "Disyre (Z)" in page
 
 
 def test_a_bundle_without_a_reference_is_refused_before_anything_is_touched(bench, capsys):
