@@ -34,9 +34,9 @@ def start(raw: Path, out: Path, work: Path, models: list[Path], *labels: str) ->
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file that does not carry the run's identity."""
+    """Every file that does not carry the run's identity; where it lies, which a report tells, taken out."""
     return {
-        path.relative_to(out).as_posix(): path.read_bytes()
+        path.relative_to(out).as_posix(): path.read_bytes().replace(bytes(out.parent), b"HERE")
         for path in sorted(out.rglob("*"))
         if path.is_file() and not {"log", "dataset.lock"} & set(path.parts) and path.suffix != ".toml"
     }
