@@ -46,7 +46,8 @@ if [ "$BASE_IMAGE" = debootstrap ]; then
 fi
 
 # A clean environment: in a chroot, settings such as the path of a certificate file would leak into the build.
-env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} "${build[@]}" --tag "$image" \
+env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} \
+    ${STORAGE_DRIVER:+STORAGE_DRIVER="$STORAGE_DRIVER"} "${build[@]}" --tag "$image" \
     --build-arg BASE_IMAGE="$BASE_IMAGE" --build-arg DEVICE="$DEVICE" --build-arg PIP_NO_INDEX=1 \
     --build-arg VERSION="$version" --build-arg REVISION="$(git rev-parse HEAD)" \
     --build-arg CREATED="$(git show --no-patch --format=%cI HEAD)" \
