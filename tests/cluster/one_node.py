@@ -131,8 +131,8 @@ class OneNode:
         return re.findall(r"\bJobState=(\w+)", self.ask("scontrol", "--oneliner", "show", "job", job))
 
     def _start(self, *command: str) -> None:
-        log = (self.folder / f"{command[0]}.out").open("w")
-        self._daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.environment))
+        with (self.folder / f"{command[0]}.out").open("w") as log:
+            self._daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.environment))
 
     def _logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))

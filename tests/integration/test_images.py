@@ -75,16 +75,18 @@ def call(command: list[str]) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def folder(data, tmp_path):
+def folder(data, tmp_path, tmp_path_factory):
     """The dataset, and folders that the user of the container may write to."""
     shutil.copytree(data, tmp_path / "data")
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
-            parent.chmod(0o711)
-    tmp_path.chmod(0o711)
+    # pytest keeps its folders to itself.
+    base = tmp_path_factory.getbasetemp()
+    for each in (
+        (base.parent, base, tmp_path) if base.parent.name.startswith("pytest-of-") else (base, tmp_path)
+    ):
+        each.chmod(0o711)
     return tmp_path
 
 
