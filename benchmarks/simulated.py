@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--models", nargs="+", help="packaged names or paths (default: all packaged)")
+    parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
     parser.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
     parser.add_argument("--only-score", action="store_true", help="leave the tables to another run")
     args = parser.parse_args()

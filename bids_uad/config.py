@@ -56,7 +56,8 @@ class RunConfig:
     modalities : tuple of str
         Image suffixes that anomalies are looked for in.
     models : tuple of str
-        Names of packaged bundles or paths; empty means all packaged ones, `("none",)` preprocessing only.
+        Names of packaged bundles or paths; empty means the best packaged ones, `("all",)` every
+        packaged one, `("none",)` preprocessing only.
     deviations : tuple of str
         Any of `DEVIATIONS`: what maps are made of.
     atlas_dir : pathlib.Path, optional

@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pick.add_argument(
         "--models", nargs="+", metavar="NAME|PATH",
-        help="model bundles, by packaged name or path (default: all packaged ones; 'none': only preprocess)",
+        help="model bundles, by packaged name or path (default: the best packaged ones; 'all': all of them; "
+        "'none': only preprocess)",
     )  # fmt: skip
     pick.add_argument(
         "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from bids_uad.methods.base import Detector
 
+ALL = "all"
+DEFAULT_DETECTORS = ("fpi",)
+"""Those that found most in scans they had not met (see the README's tables)."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from healthy people, and what its part of ``calibration.json`` is called."""
@@ -269,7 +272,7 @@ def resolve_bundles(
     ----------
     models : list of str, optional
         Names of packaged bundles, detector names (all packaged bundles of that detector), or paths.
-        None takes every packaged bundle.
+        None takes the packaged bundles of `DEFAULT_DETECTORS`, ``["all"]`` every packaged one.
     modalities : list of str
         Modalities to be scored; packaged bundles of others are left out.
     deviations : sequence of str
@@ -288,7 +291,9 @@ def resolve_bundles(
     """
     known = packaged_bundles()
     chosen: list[Bundle] = []
-    for model in known if models is None else models:
+    if models == [ALL]:
+        models = known
+    for model in DEFAULT_DETECTORS if models is None else models:
         if model in known:
             folders = [PACKAGED / model]
         elif Path(model).is_dir():

@@ -18,6 +18,25 @@ from bids_uad.methods.base import Batch, Detector, FitStage, Stage
 from bids_uad.networks.keyed import SliceGenerator
 
 
+def fluid_polarity(batches: Iterator[Batch]) -> Tensor:
+    """Sign of fluid's contrast.
+
+    Fluid is the tail of the healthy histogram: bright if it is skewed upwards, dark if downwards.
+
+    Parameters
+    ----------
+    batches : iterator of Batch
+        Of healthy slices.
+
+    Returns
+    -------
+    Tensor, scalar
+        1 where fluid is bright, -1 where it is dark.
+    """
+    values = torch.cat([batch.slices[batch.brain] for batch in batches]).double()
+    return (values - values.mean()).pow(3).mean().sign()
+
+
 @dataclass(frozen=True)
 class IntensityHyper:
     """Hyper-parameters of the baseline: how many slices settle the polarity."""
@@ -47,9 +66,8 @@ class Intensity(Detector):
         return [FitStage("polarity", self.fit_polarity, slices=self.hyper.slices, batch_size=64)]
 
     def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Fluid is the tail of the healthy histogram: bright if skewed upwards, dark if downwards."""
-        values = torch.cat([batch.slices[batch.brain] for batch in batches]).double()
-        self.polarity.copy_((values - values.mean()).pow(3).mean().sign())
+        """Learn whether fluid is bright or dark."""
+        self.polarity.copy_(fluid_polarity(batches))
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Intensity, or one minus it where fluid is dark."""

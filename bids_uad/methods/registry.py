@@ -9,6 +9,7 @@ from bids_uad.methods.base import Detector
 from bids_uad.methods.ddpmpp import PartialDiffusion
 from bids_uad.methods.disyre import Disyre
 from bids_uad.methods.fae import FAE
+from bids_uad.methods.fpi import FPI
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.itermask import IterMask
 from bids_uad.methods.patchcore import PatchCore
@@ -28,6 +29,7 @@ DETECTORS: dict[str, type[Detector]] = {
         ReverseDistillation,
         PatchCore,
         FAE,
+        FPI,
         Intensity,
     )
 }

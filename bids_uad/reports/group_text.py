@@ -36,6 +36,7 @@ DETECTOR_NAMES = {
     "patchcore": "PatchCore",
     "fae": "FAE",
     "intensity": "Intensity",
+    "fpi": "FPI",
 }
 """The detectors as their papers write them, in the order of the palette."""
 

@@ -64,7 +64,7 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
         "version": __version__,
         "device": device,
         "random_seed": config.random_seed,
-        "models": list(config.models) or ["all packaged"],
+        "models": list(config.models) or ["default"],
         "deviations": list(config.deviations),
         "modalities": list(config.modalities),
         "nprocs": config.nprocs,

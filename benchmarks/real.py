@@ -1,0 +1,192 @@
+"""The benchmark of the packaged models on real scans.
+
+``python -m benchmarks.real DATA OUT`` takes the participants of a BIDS dataset who have a lesion mask in
+``DATA/derivatives/lesions``, and some healthy ones, runs the participant and the group level on them (what
+is there is not made again), and writes ``benchmarks/results/real.tsv``: a row for each detector, modality and
+pathology. Beside the detectors stands the floor: the scan's own intensity, median-filtered, cut at the
+threshold that suits each scan best.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import median_filter
+
+from benchmarks.scan import read
+from benchmarks.simulated import markdown
+from bids_uad.atomic import write_tsv
+from bids_uad.cli.main import main as bids_uad
+from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag, read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.evaluation.metrics import counts_above
+from bids_uad.evaluation.subjects import HEALTHY, LESION, unit_role
+from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
+
+RESULTS = Path(__file__).parent / "results"
+MODALITIES = ("T1w", "T2w")
+FLOOR = "floor"
+COLUMNS = {
+    "detector": "detector",
+    "modality": "modality",
+    "cohort": "pathology",
+    "n_lesion_scans": "scans",
+    "threshold_name": "threshold",
+    "dice_mean": "Dice, fixed threshold",
+    "dice_optimal": "best threshold",
+    "dice_each": "best of each scan",
+    "auprc_mean": "AUPRC",
+    "lesion_sensitivity": "lesions found",
+    "fpr_lesion_mean": "FPR beside lesions",
+    "n_healthy": "healthy scans",
+    "fpr_healthy_median": "healthy FPR, median",
+}
+
+
+def choose(data: Path, people: Participants, healthy: int) -> list[str]:
+    """Choose who is scored: all with a lesion mask, and healthy ones of every site in turn.
+
+    Parameters
+    ----------
+    data : pathlib.Path
+    people : Participants
+        Those of `data`.
+    healthy : int
+        How many healthy ones.
+
+    Returns
+    -------
+    list of str
+        ``sub-<label>``.
+    """
+    masks = (data / "derivatives" / "lesions").glob("sub-*/**/*_label-lesion_*mask.nii.gz")
+    masked = {path.name.split("_")[0] for path in masks}
+    sites: dict[str, list[str]] = {}
+    for name in people.labels:
+        if healthy_flag(people.row(name)):
+            sites.setdefault(people.row(name).get("site", ""), []).append(name)
+    queues = [list(names) for names in sites.values()]
+    controls = []
+    while len(controls) < healthy and any(queues):
+        controls += [queue.pop(0) for queue in queues if queue]
+    return [name for name in people.labels if name in masked or name in controls[:healthy]]
+
+
+def best_dice(nonlesion: np.ndarray, lesion: np.ndarray) -> float:
+    """Dice at the threshold that suits a scan best, from counts per ascending score bin."""
+    found = counts_above(lesion)
+    return float((2 * found / (found + counts_above(nonlesion) + lesion.sum())).max())
+
+
+def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality: str) -> tuple[float, float]:
+    """Best Dice and average precision of the scan's own intensity, median of 3 x 3 x 3 voxels.
+
+    Parameters
+    ----------
+    volume : numpy.ndarray of float
+    brain, lesion : numpy.ndarray of bool
+    modality : str
+        Lesions are bright in T2w and dark in T1w.
+    """
+    scores = median_filter(volume, 3)[brain] * (1 if modality == "T2w" else -1)
+    _, bins = np.unique(scores, return_inverse=True)
+    inside, rest = np.bincount(bins, lesion[brain]), np.bincount(bins, ~lesion[brain])
+    found = counts_above(inside)
+    precision = found / (found + counts_above(rest))
+    return best_dice(rest, inside), float((precision * inside).sum() / inside.sum())
+
+
+def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -> Iterator[dict]:
+    """Give the rows of the floor: one for each pathology and one for all."""
+    rows = []
+    for scan in scans:
+        if scan.lesion is not None and not healthy_flag(people.row(scan.subject)):
+            brain = read(scan.brain) > 0
+            numbers = floor_of(read(scan.image), brain, read(scan.lesion) > 0, modality)
+            rows.append((cohort_of(people.row(scan.subject)), *numbers))
+    table = pd.DataFrame(rows, columns=["cohort", "dice_each", "auprc_mean"])
+    for cohort in ("all", *sorted(set(table["cohort"]))):
+        of_cohort = table if cohort == "all" else table[table["cohort"] == cohort]
+        means = of_cohort[["dice_each", "auprc_mean"]].mean().to_dict()
+        yield {
+            "detector": FLOOR,
+            "modality": modality,
+            "cohort": cohort,
+            "n_lesion_scans": len(of_cohort),
+            **means,
+        }
+
+
+def details(units: list[UnitScores]) -> pd.DataFrame:
+    """What the group level does not tell: each scan's best Dice, and the median FPR of healthy scans."""
+    rows = []
+    for detector, modality in sorted({(unit.detector, unit.modality) for unit in units}):
+        of_model = [unit for unit in units if (unit.detector, unit.modality) == (detector, modality)]
+        shares = [
+            unit.n_nonlesion[unit.edges >= unit.threshold].sum() / unit.n_nonlesion.sum()
+            for unit in of_model
+            if unit_role(unit) == HEALTHY
+        ]
+        judged = [unit for unit in of_model if unit_role(unit) == LESION]
+        for cohort in ("all", *sorted({unit.cohort for unit in judged})):
+            best = [
+                best_dice(unit.n_nonlesion, unit.n_lesion)
+                for unit in judged
+                if cohort in ("all", unit.cohort)
+            ]
+            rows.append(
+                {
+                    "detector": detector,
+                    "modality": modality,
+                    "cohort": cohort,
+                    "dice_each": np.mean(best) if best else np.nan,
+                    "n_healthy": len(shares),
+                    "fpr_healthy_median": np.median(shares) if shares else np.nan,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def table_of(out: Path, people: Participants, modalities: tuple[str, ...]) -> pd.DataFrame:
+    """Make the table of what the participant and group levels left in `out`."""
+    units = [read_unit(path, people) for path in find_metrics_tables(out)]
+    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t").drop(columns="fpr_healthy_median")
+    table = benchmark.merge(details(units), how="left")
+    floor = [
+        row for modality in modalities for row in floors(find_preprocessed(out, modality), people, modality)
+    ]
+    table = pd.concat([table, pd.DataFrame(floor)])
+    table = table.sort_values(["modality", "cohort", "detector"])
+    return table[list(COLUMNS)].rename(columns=COLUMNS)
+
+
+def main() -> None:
+    """Run both levels, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--healthy", type=int, default=6, help="how many healthy participants (default 6)")
+    parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
+    parser.add_argument("--work-dir", type=Path, help="scratch space (default: OUT/work)")
+    parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
+    args = parser.parse_args()
+    people = read_participants(args.data)
+    chosen = [name.removeprefix("sub-") for name in choose(args.data, people, args.healthy)]
+    datasets = [str(args.data), str(args.out)]
+    options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work"), "--nprocs", "1"]
+    options += ["-d", f"lesions={args.data / 'derivatives' / 'lesions'}", "--models", *args.models]
+    if args.atlas_dir:
+        options += ["--atlas-dir", str(args.atlas_dir)]
+    if bids_uad([*datasets, "participant", *options]) or bids_uad([*datasets, "group"]):
+        raise SystemExit("bids_uad failed; see above")
+    table = table_of(args.out, people, MODALITIES)
+    write_tsv(RESULTS / "real.tsv", table.round(4))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""FPI: a network that has learnt to see foreign tissue, on tissue that was made foreign.
+
+Tan et al. 2022 ("Detecting outliers with foreign patch interpolation"): patches are blended into healthy
+slices, and a network learns to say of every pixel how strongly. Here the patches are blemishes of many looks
+(:mod:`bids_uad.networks.blemishes`), and the slices vary as scanners do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.methods.intensity import fluid_polarity
+from bids_uad.networks.blemishes import BlemishConfig, bend_contrast, paint_blemishes, shade, shrink_rim
+from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
+
+
+@dataclass(frozen=True)
+class FPIHyper:
+    """Hyper-parameters of FPI.
+
+    Parameters
+    ----------
+    network : DDPMppConfig
+    field_of_view : tuple of int
+        Height and width in pixels of what the network sees.
+    blemish : BlemishConfig
+    augmentation : AugmentationConfig
+    visible : float
+        Change of grey value, of 1 in all, that counts as wholly foreign; smaller ones count in proportion.
+    steps, batch_size, learning_rate
+        Training schedule.
+    """
+
+    network: DDPMppConfig = field(default_factory=lambda: LITE_NETWORK)
+    field_of_view: tuple[int, int] = BRAIN_FIELD
+    blemish: BlemishConfig = field(default_factory=BlemishConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    visible: float = 0.15
+    steps: int = 3_000
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+
+
+class FPI(Detector):
+    """Foreign patch interpolation.
+
+    Parameters
+    ----------
+    hyper : FPIHyper
+    """
+
+    name: ClassVar[str] = "fpi"
+    title: ClassVar[str] = "FPI"
+    citation: ClassVar[str] = "fpi"
+    presets: ClassVar[dict[str, FPIHyper]] = {
+        "lite": FPIHyper(
+            network=replace(
+                LITE_NETWORK,
+                size=192,
+                width=12,
+                multipliers=(1, 2, 4, 8),
+                blocks=(0, 1, 1, 1),
+                time_embedding=False,
+                fold=2,
+            ),
+            augmentation=AugmentationConfig(
+                spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.4
+            ),
+        ),
+    }
+
+    def __init__(self, hyper: FPIHyper) -> None:
+        super().__init__(hyper)
+        self.network = DDPMpp(hyper.network)
+        self.register_buffer("polarity", torch.ones(()))
+
+    def stages(self) -> list[Stage]:
+        """First whether fluid is bright, then the network."""
+        return [
+            FitStage("polarity", self.fit_polarity, slices=256, batch_size=64),
+            GradientStage.scheduled("blemishes", self.network, self.loss, self.hyper),
+        ]
+
+    def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:
+        """Learn from the healthy histogram whether fluid is bright or dark."""
+        self.polarity.copy_(fluid_polarity(batches))
+
+    def loss(self, batch: Batch, generator: Generator) -> Tensor:
+        """Cross-entropy of how foreign each brain pixel looks, averaged over the brain."""
+        hyper = self.hyper
+        clean, brain = cut_windows(
+            batch.slices, batch.brain, hyper.field_of_view, hyper.augmentation, generator
+        )
+        brain = shrink_rim(brain, generator)
+        clean = clean * brain
+        painted = paint_blemishes(clean, brain, self.polarity > 0, hyper.blemish, generator)
+        target = ((painted - clean).abs() / hyper.visible).clamp(0, 1)
+        seen = shade(bend_contrast(painted, generator), generator)
+        seen = vary_intensity(seen, brain, hyper.augmentation, generator)
+        loss = F.binary_cross_entropy_with_logits(self.network(2 * seen - 1), target, reduction="none")
+        return (loss * brain).sum() / brain.sum().clamp_min(1)
+
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
+        """How foreign each pixel looks, between 0 and 1; the mean over a slice and its mirror image."""
+        x = 2 * slices - 1
+        straight = self.network(x).sigmoid()
+        mirrored = self.network(x.flip(-2)).sigmoid().flip(-2)
+        return torch.where(brain, (straight + mirrored) / 2, 0.0)

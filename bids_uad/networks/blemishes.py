@@ -1,0 +1,187 @@
+"""Blemishes painted into healthy slices: lesions of no disease, and a scanner that varies.
+
+A network that is to see foreign tissue in scans of scanners it never saw must learn from many looks of both.
+What is painted is wet more often than not, soft or sharp, single or scattered, with or without a core; the
+whole slice is varied afterwards, so that neither sharpness nor noise gives a blemish away.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from bids_uad.networks.corruptions import (
+    AnomalyConfig,
+    gaussian_blur,
+    random_centres,
+    random_shapes,
+    uniform,
+)
+
+
+@dataclass(frozen=True)
+class BlemishConfig:
+    """What blemishes look like.
+
+    Parameters
+    ----------
+    large, core, small : tuple of float
+        Smallest and largest side in pixels, drawn log-uniformly: of one large shape, of a core in its midst,
+        and of scattered small ones.
+    chance : tuple of float
+        Probability of a large shape, of a core and of small ones.
+    most_small : int
+        Largest number of small shapes.
+    wet : float
+        Share of shapes that move towards the look of fluid; the others go to any grey value.
+    texture : float
+        Share of shapes that are filled with another slice.
+    opacity : tuple of float
+        How far the grey value moves.
+    blur : float
+        Largest standard deviation of a large shape's edge, in pixels; small shapes have a third.
+    """
+
+    large: tuple[float, float] = (10.0, 90.0)
+    core: tuple[float, float] = (5.0, 40.0)
+    small: tuple[float, float] = (3.0, 16.0)
+    chance: tuple[float, float, float] = (0.6, 0.3, 0.5)
+    most_small: int = 4
+    wet: float = 0.75
+    texture: float = 0.2
+    opacity: tuple[float, float] = (0.15, 1.0)
+    blur: float = 3.0
+
+
+def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Generator) -> Tensor:
+    """Smooth random fields with about `bumps` bumps a side.
+
+    Returns
+    -------
+    Tensor, shape (batch, 1, *size)
+        Of standard deviation near 1.
+    """
+    coarse = torch.randn((batch, 1, bumps + 1, bumps + 1), generator=generator, device=generator.device)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
+
+
+def _filled(
+    images: Tensor, mask: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
+) -> Tensor:
+    """Move the grey values under a mask towards fluid, to any other value, or to those of another slice."""
+    batch, _, *size = images.shape
+    device = images.device
+
+    def draw() -> Tensor:
+        return uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
+
+    fluid = torch.where(bright_fluid, 1 - 0.45 * draw(), 0.4 * draw())
+    level = torch.where(draw() < config.wet, fluid, draw())
+    fill = level + 0.05 * smooth_field(batch, 12, (size[0], size[1]), generator)
+    other = torch.randperm(batch, generator=generator, device=device)
+    shift = torch.randint(-40, 41, (2,), generator=generator, device=device).tolist()
+    foreign = torch.roll(images[other].flip(-2), shift, (-2, -1))
+    fill = torch.where(draw() < config.texture, foreign, fill)
+    low, high = config.opacity
+    opacity = low + (high - low) * draw()
+    opacity = (opacity * (1 + 0.25 * smooth_field(batch, 6, (size[0], size[1]), generator))).clamp(0, 1)
+    return images + mask * opacity * (fill - images)
+
+
+def paint_blemishes(
+    images: Tensor, brain: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
+) -> Tensor:
+    """Paint blemishes into slices; some stay as they are.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    brain : Tensor of bool, shape (B, 1, H, W)
+    bright_fluid : Tensor of bool, scalar
+        Whether fluid is bright, as in T2w.
+    config : BlemishConfig
+    generator : torch.Generator
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        In [0, 1]; unchanged outside the brain.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+
+    def draw() -> Tensor:
+        return torch.rand((batch, 1, 1, 1), generator=generator, device=device)
+
+    def shape(size: tuple[float, float], centres: Tensor) -> Tensor:
+        return random_shapes(centres, height, width, AnomalyConfig(size=size, log_size=True), generator)
+
+    def painted(x: Tensor, mask: Tensor, blur: float, chance: float) -> Tensor:
+        soft = gaussian_blur(mask, uniform((batch,), 0.0, blur, generator))
+        return _filled(x, soft * brain * (draw() < chance), bright_fluid, config, generator)
+
+    centres = random_centres(brain, generator)
+    near = centres + 4 * torch.randn(centres.shape, generator=generator, device=device)
+    count = torch.randint(1, config.most_small + 1, (batch, 1, 1, 1), generator=generator, device=device)
+    scattered = torch.zeros_like(images)
+    for number in range(config.most_small):
+        one = shape(config.small, random_centres(brain, generator))
+        scattered = torch.maximum(scattered, one * (number < count))
+    x = painted(images, shape(config.large, centres), config.blur, config.chance[0])
+    x = painted(x, shape(config.core, near), config.blur, config.chance[1])
+    x = painted(x, scattered, config.blur / 3, config.chance[2])
+    return x.clamp(0, 1)
+
+
+def shrink_rim(brain: Tensor, generator: Generator, most: int = 2) -> Tensor:
+    """Take 0 to `most` pixels off the brain's edge, as one skull-stripping program does and another does not.
+
+    Parameters
+    ----------
+    brain : Tensor of bool, shape (B, 1, H, W)
+    """
+    outside = (~brain).float()
+    depth = torch.randint(0, most + 1, (len(brain), 1, 1, 1), generator=generator, device=brain.device)
+    for step in range(most):
+        grown = F.max_pool2d(outside, 3, stride=1, padding=1)
+        outside = torch.where(step < depth, grown, outside)
+    return outside == 0
+
+
+def bend_contrast(images: Tensor, generator: Generator) -> Tensor:
+    """Bend the contrast by a random curve that keeps the order of grey values, and keeps 0 and 1.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    """
+    bent = images
+    for wave in (1, 2, 3):
+        # The slope of the three together stays above 0.2.
+        height = uniform((len(images), 1, 1, 1), -0.08, 0.08, generator) / wave
+        bent = bent + height * (math.pi * wave * images).sin()
+    return bent
+
+
+def shade(images: Tensor, generator: Generator, strength: float = 0.12) -> Tensor:
+    """Shade slices as a coil does: a smooth factor whose logarithm has a standard deviation up to `strength`.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    """
+    batch, _, height, width = images.shape
+    field = smooth_field(batch, 2, (height, width), generator)
+    return (images * (uniform((batch, 1, 1, 1), 0.0, strength, generator) * field).exp()).clamp(0, 1)

@@ -1,0 +1,103 @@
+"""What blemishes change and what they leave; the ways in which scanners vary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion
+
+from bids_uad.networks.blemishes import (
+    BlemishConfig,
+    bend_contrast,
+    paint_blemishes,
+    shade,
+    shrink_rim,
+    smooth_field,
+)
+
+BRIGHT = torch.tensor(True)
+
+
+@pytest.fixture
+def slices():
+    """Eight grey discs, and the brain they are."""
+    y, x = np.ogrid[:96, :112]
+    disc = torch.from_numpy((y - 48) ** 2 + (x - 56) ** 2 < 40**2)
+    brain = disc.expand(8, 1, 96, 112).clone()
+    return torch.rand(
+        brain.shape, generator=torch.Generator().manual_seed(5)
+    ) * 0.1 * brain + 0.4 * brain, brain
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class TestBlemishes:
+    def test_stay_inside_the_brain_and_repeat(self, slices):
+        images, brain = slices
+        painted = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
+        assert torch.equal(painted[~brain], images[~brain])
+        assert painted.min() >= 0
+        assert painted.max() <= 1
+        assert not torch.equal(painted, images)
+        again = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
+        assert torch.equal(painted, again)
+
+    def test_none_by_chance_none_painted(self, slices):
+        images, brain = slices
+        config = BlemishConfig(chance=(0.0, 0.0, 0.0))
+        assert torch.equal(paint_blemishes(images, brain, BRIGHT, config, seeded()), images)
+
+    @pytest.mark.parametrize(("bright", "sign"), [(True, 1), (False, -1)])
+    def test_wet_ones_look_like_fluid(self, slices, bright, sign):
+        images, brain = slices
+        config = BlemishConfig(chance=(1.0, 0.0, 0.0), wet=1.0, texture=0.0)
+        painted = paint_blemishes(images, brain, torch.tensor(bright), config, seeded())
+        change = (painted - images)[(painted - images).abs() > 0.05]
+        assert len(change) > 500
+        assert (change.sign() == sign).float().mean() > 0.95
+
+    def test_small_ones_are_small_and_scattered(self, slices):
+        images, brain = slices
+        config = BlemishConfig(chance=(0.0, 0.0, 1.0), small=(4.0, 4.1), opacity=(1.0, 1.0))
+        painted = paint_blemishes(images, brain, BRIGHT, config, seeded())
+        changed = ((painted - images).abs() > 0.02).flatten(1).sum(1)
+        # Four blobs of 1.6 times the side, softened by a pixel.
+        assert 0 < changed.max() < config.most_small * (1.6 * 4 + 6) ** 2
+
+
+def test_smooth_fields_have_unit_spread_and_few_bumps():
+    field = smooth_field(200, 6, (48, 60), seeded())
+    assert field.std() == pytest.approx(1, abs=0.35)
+    assert field.diff(dim=-1).abs().mean() < 0.2 * field.abs().mean()
+
+
+def test_the_rim_shrinks_as_in_scipy(slices):
+    _, brain = slices
+    shrunk = shrink_rim(brain, seeded(3))
+    whole = brain[0, 0].numpy()
+    expected = [whole, *(binary_erosion(whole, np.ones((3, 3)), iterations=n) for n in (1, 2))]
+    depths = [[np.array_equal(one[0].numpy(), mask) for mask in expected] for one in shrunk]
+    assert all(sum(matches) == 1 for matches in depths)
+    assert np.any(depths, axis=0).all()
+
+
+def test_contrast_bends_but_keeps_order_and_ends():
+    ramp = torch.linspace(0, 1, 500).expand(50, 1, 1, 500)
+    bent = bend_contrast(ramp, seeded())
+    assert (bent.diff(dim=-1) > 0).all()
+    assert bent[..., 0].abs().max() == 0
+    torch.testing.assert_close(bent[..., -1], torch.ones(50, 1, 1), atol=1e-6, rtol=0)
+    assert (bent - ramp).abs().amax() > 0.05
+
+
+def test_shading_is_smooth_and_keeps_background(slices):
+    images, brain = slices
+    shaded = shade(images, seeded())
+    assert shaded[~brain].abs().max() == 0
+    ratio = torch.where(brain, shaded / images.clamp_min(1e-6), 1.0).log()
+    assert 0.02 < ratio[brain].abs().mean() < 0.12
+    inside = brain[..., 1:] & brain[..., :-1]
+    assert ratio.diff(dim=-1)[inside].abs().max() < 0.05
