@@ -49,7 +49,7 @@ SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --les
 models: models-T1w models-T2w
 
 models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
-	for detector in $(DETECTORS); do \
+	for detector in $(DETECTORS) $(if $(filter T2w,$*),fpi); do \
 	    case $$detector in \
 	        rd|uniad|fae) features="--backbone-weights $(MODELS)/bundles/patchcore-$*-lite";; \
 	        *) features=;; \

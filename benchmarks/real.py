@@ -24,12 +24,11 @@ from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.evaluation.metrics import counts_above
-from bids_uad.evaluation.subjects import HEALTHY, LESION, unit_role
+from bids_uad.evaluation.subjects import LESION, unit_role
 from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
 
 RESULTS = Path(__file__).parent / "results"
 MODALITIES = ("T1w", "T2w")
-FLOOR = "floor"
 COLUMNS = {
     "detector": "detector",
     "modality": "modality",
@@ -42,7 +41,7 @@ COLUMNS = {
     "auprc_mean": "AUPRC",
     "lesion_sensitivity": "lesions found",
     "fpr_lesion_mean": "FPR beside lesions",
-    "n_healthy": "healthy scans",
+    "n_healthy_scans": "healthy scans",
     "fpr_healthy_median": "healthy FPR, median",
 }
 
@@ -113,7 +112,7 @@ def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -
         of_cohort = table if cohort == "all" else table[table["cohort"] == cohort]
         means = of_cohort[["dice_each", "auprc_mean"]].mean().to_dict()
         yield {
-            "detector": FLOOR,
+            "detector": "floor",
             "modality": modality,
             "cohort": cohort,
             "n_lesion_scans": len(of_cohort),
@@ -121,41 +120,27 @@ def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -
         }
 
 
-def details(units: list[UnitScores]) -> pd.DataFrame:
-    """What the group level does not tell: each scan's best Dice, and the median FPR of healthy scans."""
-    rows = []
-    for detector, modality in sorted({(unit.detector, unit.modality) for unit in units}):
-        of_model = [unit for unit in units if (unit.detector, unit.modality) == (detector, modality)]
-        shares = [
-            unit.n_nonlesion[unit.edges >= unit.threshold].sum() / unit.n_nonlesion.sum()
-            for unit in of_model
-            if unit_role(unit) == HEALTHY
-        ]
-        judged = [unit for unit in of_model if unit_role(unit) == LESION]
-        for cohort in ("all", *sorted({unit.cohort for unit in judged})):
-            best = [
-                best_dice(unit.n_nonlesion, unit.n_lesion)
-                for unit in judged
-                if cohort in ("all", unit.cohort)
-            ]
-            rows.append(
-                {
-                    "detector": detector,
-                    "modality": modality,
-                    "cohort": cohort,
-                    "dice_each": np.mean(best) if best else np.nan,
-                    "n_healthy": len(shares),
-                    "fpr_healthy_median": np.median(shares) if shares else np.nan,
-                }
-            )
-    return pd.DataFrame(rows)
+def best_of_each(units: list[UnitScores]) -> pd.DataFrame:
+    """Mean of each lesion scan's best Dice, by detector, modality and cohort; the group level lacks it."""
+    rows = [
+        {
+            "detector": unit.detector,
+            "modality": unit.modality,
+            "cohort": cohort,
+            "dice_each": best_dice(unit.n_nonlesion, unit.n_lesion),
+        }
+        for unit in units
+        if unit_role(unit) == LESION
+        for cohort in ("all", unit.cohort)
+    ]
+    return pd.DataFrame(rows).groupby(["detector", "modality", "cohort"], as_index=False).mean()
 
 
 def table_of(out: Path, people: Participants, modalities: tuple[str, ...]) -> pd.DataFrame:
     """Make the table of what the participant and group levels left in `out`."""
     units = [read_unit(path, people) for path in find_metrics_tables(out)]
-    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t").drop(columns="fpr_healthy_median")
-    table = benchmark.merge(details(units), how="left")
+    benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t")
+    table = benchmark.merge(best_of_each(units), how="left")
     floor = [
         row for modality in modalities for row in floors(find_preprocessed(out, modality), people, modality)
     ]

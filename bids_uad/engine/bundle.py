@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
 ALL = "all"
-DEFAULT_DETECTORS = ("fpi",)
-"""Those that found most in scans they had not met (see the README's tables)."""
+DEFAULT_MODELS = ("uniad-T1w-lite", "fpi-T2w-lite")
+"""Those that find most in scans they have not met, see the README's tables."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from healthy people, and what its part of ``calibration.json`` is called."""
@@ -272,7 +272,7 @@ def resolve_bundles(
     ----------
     models : list of str, optional
         Names of packaged bundles, detector names (all packaged bundles of that detector), or paths.
-        None takes the packaged bundles of `DEFAULT_DETECTORS`, ``["all"]`` every packaged one.
+        None takes `DEFAULT_MODELS`, ``["all"]`` every packaged one.
     modalities : list of str
         Modalities to be scored; packaged bundles of others are left out.
     deviations : sequence of str
@@ -293,7 +293,7 @@ def resolve_bundles(
     chosen: list[Bundle] = []
     if models == [ALL]:
         models = known
-    for model in DEFAULT_DETECTORS if models is None else models:
+    for model in DEFAULT_MODELS if models is None else models:
         if model in known:
             folders = [PACKAGED / model]
         elif Path(model).is_dir():

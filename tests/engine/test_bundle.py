@@ -11,7 +11,14 @@ import torch
 
 from bids_uad.atomic import write_json
 from bids_uad.engine import bundle as bundles
-from bids_uad.engine.bundle import load_bundle, load_detector, packaged_bundles, resolve_bundles, save_bundle
+from bids_uad.engine.bundle import (
+    DEFAULT_MODELS,
+    load_bundle,
+    load_detector,
+    packaged_bundles,
+    resolve_bundles,
+    save_bundle,
+)
 from bids_uad.errors import ModelError
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.registry import DETECTORS
@@ -154,14 +161,29 @@ def test_resolving(folder, tmp_path, monkeypatch):
         resolve_bundles([str(folder), str(twin)], ["T1w"])
 
 
-ALL_PACKAGED = [f"{detector}-{modality}-lite" for detector in DETECTORS for modality in ("T1w", "T2w")]
+T2W_ONLY = {"fpi"}
+ALL_PACKAGED = [
+    f"{detector}-{modality}-lite"
+    for detector in DETECTORS
+    for modality in ("T1w", "T2w")
+    if modality == "T2w" or detector not in T2W_ONLY
+]
 
 
 def test_every_detector_is_packaged():
-    """Nine detectors and the baseline, T1w and T2w, in at most 40 MB."""
-    assert sorted(packaged_bundles()) == sorted(ALL_PACKAGED)
-    files = [path for found in resolve_bundles(None, ["T1w", "T2w"]) for path in found.folder.iterdir()]
-    assert sum(path.stat().st_size for path in files) < 40e6
+    """All in at most 60 MB, no file above 16."""
+    found = resolve_bundles(["all"], ["T1w", "T2w"])
+    assert sorted(bundle.name for bundle in found) == sorted(packaged_bundles()) == sorted(ALL_PACKAGED)
+    sizes = [path.stat().st_size for bundle in found for path in bundle.folder.iterdir()]
+    assert sum(sizes) < 60e6
+    assert max(sizes) < 16e6
+
+
+def test_without_a_choice_the_best_of_each_modality_runs():
+    for modality in ("T1w", "T2w"):
+        (found,) = resolve_bundles(None, [modality])
+        assert found.modality == modality
+    assert {bundle.name for bundle in resolve_bundles(None, ["T1w", "T2w"])} == set(DEFAULT_MODELS)
 
 
 @pytest.mark.parametrize("name", ALL_PACKAGED)

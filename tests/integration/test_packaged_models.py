@@ -26,7 +26,17 @@ pytestmark = [
 def test_all_models_score_real_scans(tmp_path):
     out = tmp_path / "out"
     done = bids_uad(
-        REAL, out, "participant", "--participant-label", SUBJECT, "-w", tmp_path / "work", "--nprocs", "2"
+        REAL,
+        out,
+        "participant",
+        "--participant-label",
+        SUBJECT,
+        "-w",
+        tmp_path / "work",
+        "--nprocs",
+        "2",
+        "--models",
+        "all",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = packaged_bundles()

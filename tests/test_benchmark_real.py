@@ -1,0 +1,98 @@
+"""The benchmark on real scans: who is chosen, and the numbers that the group level does not give."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import median_filter
+from sklearn.metrics import average_precision_score, f1_score
+
+from benchmarks.real import best_dice, best_of_each, choose, floor_of, floors
+from bids_uad.dataset.participants import read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan
+from bids_uad.evaluation.subjects import subject_row
+from bids_uad.evaluation.tables import find_metrics_tables, read_unit
+from tests.evaluation.fake_tables import write_cohort
+
+
+@pytest.fixture
+def brain_with_lesion():
+    """A small noisy volume whose lesion is somewhat brighter, and its masks."""
+    rng = np.random.default_rng(0)
+    lesion = np.zeros((12, 14, 10), dtype=bool)
+    lesion[3:7, 4:8, 2:6] = True
+    brain = np.ones(lesion.shape, dtype=bool)
+    brain[0] = brain[-1] = False
+    volume = np.round(rng.normal(0.4, 0.2, lesion.shape) + 0.15 * lesion, 2)
+    return volume.astype(np.float32), brain, lesion
+
+
+@pytest.mark.parametrize(("modality", "sign"), [("T2w", 1), ("T1w", -1)])
+def test_the_floor_is_that_of_scikit_learn(brain_with_lesion, modality, sign):
+    volume, brain, lesion = brain_with_lesion
+    scores, truth = sign * median_filter(volume, 3)[brain], lesion[brain]
+    best = max(f1_score(truth, scores >= threshold) for threshold in np.unique(scores))
+    dice, precision = floor_of(volume, brain, lesion, modality)
+    assert dice == pytest.approx(best)
+    assert precision == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_best_dice_by_hand():
+    # Above the second edge: 3 of 4 lesion voxels and 1 other, 2 * 3 / (4 + 4).
+    assert best_dice(np.array([90, 1, 0]), np.array([1, 1, 2])) == pytest.approx(0.75)
+
+
+def test_lesions_and_healthy_ones_of_every_site_are_chosen(tmp_path):
+    rows = ["participant_id\tgroup\tsite"]
+    rows += [f"sub-a{k}\tcontrol\tA" for k in range(3)] + ["sub-b0\tcontrol\tB", "sub-p0\tpatient\tA"]
+    rows += ["sub-p1\tpatient\tB"]
+    (tmp_path / "participants.tsv").write_text("\n".join(rows) + "\n")
+    folder = tmp_path / "derivatives" / "lesions" / "sub-p0" / "anat"
+    folder.mkdir(parents=True)
+    (folder / "sub-p0_label-lesion_mask.nii.gz").touch()
+    (folder / "sub-p1_label-lesionchange_mask.nii.gz").touch()
+    people = read_participants(tmp_path)
+    assert choose(tmp_path, people, 3) == ["sub-a0", "sub-a1", "sub-b0", "sub-p0"]
+
+
+def test_rows_of_the_floor(tmp_path, brain_with_lesion):
+    (tmp_path / "participants.tsv").write_text(
+        "participant_id\tgroup\tpathology\nsub-1\tpatient\tstroke\nsub-2\tpatient\ttumour\nsub-3\tcontrol\tn/a\n"
+    )
+    volume, brain, lesion = brain_with_lesion
+    files = {}
+    for name, array in zip(("image", "brain", "lesion"), brain_with_lesion, strict=True):
+        files[name] = tmp_path / f"{name}.nii.gz"
+        nib.Nifti1Image(np.asarray(array, dtype=np.float32), np.eye(4)).to_filename(files[name])
+    scans = [PreprocessedScan(f"sub-{k}", **files, tissue=None) for k in (1, 2, 3)]
+    rows = {row["cohort"]: row for row in floors(scans, read_participants(tmp_path), "T2w")}
+    assert set(rows) == {"all", "stroke", "tumour"}
+    assert rows["all"]["n_lesion_scans"] == 2
+    assert rows["tumour"]["dice_each"] == pytest.approx(floor_of(volume, brain, lesion, "T2w")[0])
+
+
+def test_each_scan_has_its_own_best_threshold(tmp_path):
+    """The mean over scans is above that at the fixed threshold; of one scan it is a plain search's."""
+    write_cohort(tmp_path / "out", tmp_path / "raw", n_voxels=5_000)
+    people = read_participants(tmp_path / "raw")
+    units = [read_unit(path, people) for path in find_metrics_tables(tmp_path / "out")]
+    table = best_of_each(units).set_index(["detector", "modality", "cohort"])["dice_each"]
+    judged = [(unit, subject_row(unit)["dice"]) for unit in units if subject_row(unit)["role"] == "lesion"]
+    for (detector, modality, cohort), value in table.items():
+        of_row = [
+            (unit, dice)
+            for unit, dice in judged
+            if (unit.detector, unit.modality) == (detector, modality) and cohort in ("all", unit.cohort)
+        ]
+        searched = []
+        for unit, _ in of_row:
+            found = [
+                2
+                * unit.n_lesion[k:].sum()
+                / (unit.n_lesion[k:].sum() + unit.n_nonlesion[k:].sum() + unit.n_lesion.sum())
+                for k in range(len(unit.edges))
+            ]
+            searched.append(max(found))
+        assert value == pytest.approx(np.mean(searched))
+        assert value >= np.mean([dice for _, dice in of_row])
