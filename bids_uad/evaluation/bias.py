@@ -231,7 +231,7 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
     NotModelledError
         If there are too few participants, or covariates that cannot be told apart.
     """
-    what = "False alarms" if outcome == "fpr" else "Dice"
+    what = "false alarms" if outcome == "fpr" else "Dice"
     table = _numbers(scans, outcome)
     _refuse_few(len(table), MIN_PARTICIPANTS, what)
     remarks, used = [], []
@@ -252,7 +252,8 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
         small = [] if random else sorted(sizes[sizes < MIN_PER_LEVEL].index)
         if small:
             remarks.append(
-                f"{what}: scanners with fewer than {MIN_PER_LEVEL} participants left out: {', '.join(small)}."
+                f"The model of {what} leaves out scanners with fewer than {MIN_PER_LEVEL} participants: "
+                f"{', '.join(small)}."
             )
         table = table[table["scanner"].isin(sizes.index.difference(small))]
     table = table.dropna(subset=names)
@@ -261,7 +262,7 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
         scanners = table["scanner"].reset_index(drop=True)
     elif not len(names):
         raise NotModelledError(
-            f"{what} are not modelled: neither age, sex, brain volume nor scanner is known or varies."
+            f"No model of {what}: neither age, sex, brain volume nor scanner is known or varies."
         )
     fixed_levels = 0 if scanners is None or _enough(scanners) else scanners.nunique() - 1
     wanted = max(MIN_PARTICIPANTS, MIN_PER_COEFFICIENT * (1 + len(names) + fixed_levels))
@@ -279,9 +280,7 @@ def _enough(scanners: pd.Series) -> bool:
 
 def _refuse_few(found: int, wanted: int, what: str) -> None:
     if found < wanted:
-        raise NotModelledError(
-            f"{what} are not modelled: {found} participants are too few, {wanted} are needed."
-        )
+        raise NotModelledError(f"No model of {what}: {found} participants are too few, {wanted} are needed.")
 
 
 def _numbers(scans: pd.DataFrame, outcome: str) -> pd.DataFrame:
@@ -327,7 +326,7 @@ def _refuse_confounded(x: pd.DataFrame, scanners: pd.Series | None, what: str) -
         if explained > MAX_EXPLAINED:
             of = ", ".join([*x.columns.drop(name), *([] if scanners is None else ["scanner"])])
             raise NotModelledError(
-                f"{what} are not modelled: {name} cannot be told from the other covariates ({of}), which "
+                f"No model of {what}: {name} cannot be told from the other covariates ({of}), which "
                 f"explain {explained:.0%} of it; the cohort would need to mix them."
             )
 
