@@ -45,7 +45,7 @@ def write_cohort(root: Path, participants: int) -> int:
         Number of models.
     """
     rng = np.random.default_rng(0)
-    bundles = [bundle for bundle in resolve_bundles(None, ["T1w"]) if bundle.detector != "intensity"]
+    bundles = [bundle for bundle in resolve_bundles(["all"], ["T1w"]) if bundle.detector != "intensity"]
     people = []
     for number in range(participants):
         subject, sick = f"sub-{number:05d}", number % 3 == 0
