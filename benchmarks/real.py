@@ -23,7 +23,7 @@ from bids_uad.atomic import write_tsv
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
-from bids_uad.evaluation.metrics import counts_above
+from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.evaluation.subjects import LESION, unit_role
 from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
 
@@ -77,8 +77,7 @@ def choose(data: Path, people: Participants, healthy: int) -> list[str]:
 
 def best_dice(nonlesion: np.ndarray, lesion: np.ndarray) -> float:
     """Dice at the threshold that suits a scan best, from counts per ascending score bin."""
-    found = counts_above(lesion)
-    return float((2 * found / (found + counts_above(nonlesion) + lesion.sum())).max())
+    return float(dice_curve(nonlesion, lesion).max())
 
 
 def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality: str) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from bids_uad.errors import InputError
-from bids_uad.evaluation.tables import read_row
+from bids_uad.evaluation.tables import read_row, subject_of
 
 _NAME = re.compile(r"^(?P<prefix>sub-.+)_space-SRI24_desc-(?P<modality>T[12]w)Preproc_qc\.tsv$")
 _COLUMNS = ("exclude", "exclude_reasons")
@@ -35,7 +35,7 @@ def find_exclusions(
     found, unreadable = {}, []
     for path in sorted(Path(output_dir).glob("sub-*/**/*Preproc_qc.tsv")):
         name = _NAME.match(path.name)
-        if name is None or (only and path.name.split("_", 1)[0] not in only):
+        if name is None or (only and subject_of(path) not in only):
             continue
         try:
             row = read_row(path, _COLUMNS)

@@ -13,7 +13,7 @@ from bids_uad.errors import InputError
 from bids_uad.evaluation.bootstrap import bootstrap_interval
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import LESION_LOAD
-from bids_uad.evaluation.tables import UnitScores, read_numbers
+from bids_uad.evaluation.tables import REMEDY, UnitScores, read_numbers
 
 ALL, VOLUME, CONTRAST = "all lesions", "lesion volume", "lesion contrast"
 VOLUMES = {
@@ -108,7 +108,7 @@ class Lesions:
         values = read_numbers(path, _TABLE_COLUMNS)
         if len(values) != unit.n_lesions:
             problem = f"{len(values)} lesions, but {unit.n_lesions:g} in the metrics table"
-            raise InputError(path, problem, "run the participant level again for this subject")
+            raise InputError(path, problem, REMEDY)
         self.units.append((unit.subject, unit.source_image, unit.modality, unit.detector, values))
 
     def include(self, other: Lesions) -> None:

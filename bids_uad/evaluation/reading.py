@@ -20,7 +20,7 @@ from bids_uad.evaluation.consistency import ConsistencyCheck
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.lesions import Lesions
 from bids_uad.evaluation.subjects import LESION, subject_row
-from bids_uad.evaluation.tables import read_unit
+from bids_uad.evaluation.tables import read_unit, subject_of
 
 EXCLUDED = "left out by quality control: "
 PARTICIPANTS_AT_ONCE = 100
@@ -115,20 +115,16 @@ def read_scores(
     return replace(total, rows=pd.concat(rows, ignore_index=True) if rows else pd.DataFrame())
 
 
-def _subject(path: Path) -> str:
-    return path.name.split("_", 1)[0]
-
-
 def _parts(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Cut the tables into parts of `PARTICIPANTS_AT_ONCE`."""
-    people = [list(tables) for _, tables in groupby(paths, _subject)]
+    people = [list(tables) for _, tables in groupby(paths, subject_of)]
     for start in range(0, len(people), PARTICIPANTS_AT_ONCE):
         yield [path for tables in people[start : start + PARTICIPANTS_AT_ONCE] for path in tables]
 
 
 def _only(participants: Participants, paths: Sequence[Path]) -> Participants:
     """What is known of those whose tables these are."""
-    wanted = {_subject(path) for path in paths}
+    wanted = {subject_of(path) for path in paths}
     table = participants.table
     return replace(participants, table=table[table["participant_id"].isin(wanted)])
 

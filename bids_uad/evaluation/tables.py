@@ -18,7 +18,7 @@ _NAME = re.compile(
     r"^(?P<prefix>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*?)"
     r"_space-SRI24_desc-(?P<modality>T1w|T2w)(?P<detector>[A-Za-z0-9]+)_metrics\.tsv$"
 )
-_REMEDY = "run the participant level again for this subject"
+REMEDY = "run the participant level again for this subject"
 _METRICS_COLUMNS = (
     "source_image",
     "modality",
@@ -146,10 +146,13 @@ def find_metrics_tables(output_dir: str | Path, only: frozenset[str] = frozenset
     """
     found = Path(output_dir).glob("sub-*/**/*_space-SRI24_desc-*_metrics.tsv")
     return sorted(
-        path
-        for path in found
-        if not path.name.startswith(".") and (not only or path.name.split("_", 1)[0] in only)
+        path for path in found if not path.name.startswith(".") and (not only or subject_of(path) in only)
     )
+
+
+def subject_of(path: Path) -> str:
+    """Read the participant, `sub-<label>`, from the name of one of its files."""
+    return path.name.split("_", 1)[0]
 
 
 def parse_entities(prefix: str) -> dict[str, str]:
@@ -184,7 +187,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     # A detector's name with a deviation (`disyre+normative`) loses its sign in file names.
     detector = row["detector"].lower()
     if (row["modality"], detector.replace("+", "")) != (name["modality"], name["detector"].lower()):
-        raise InputError(path, "modality or detector differ from the file name", _REMEDY)
+        raise InputError(path, "modality or detector differ from the file name", REMEDY)
     histogram = path.with_name(path.name.replace("_metrics.tsv", "_histogram.tsv"))
     edges, n_nonlesion, n_lesion = _read_histogram(histogram)
 
@@ -194,7 +197,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
     threshold = _number(path, row, "threshold")
     if not np.isfinite(threshold):
-        raise InputError(path, "no threshold", _REMEDY)
+        raise InputError(path, "no threshold", REMEDY)
     texts = {key: row[key] for key in _TEXTS}
     return UnitScores(
         path=path,
@@ -223,17 +226,17 @@ def _read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise InputError(path, "is missing", _REMEDY) from error
+        raise InputError(path, "is missing", REMEDY) from error
     except UnicodeDecodeError as error:
-        raise InputError(path, f"not a text file ({error})", _REMEDY) from error
+        raise InputError(path, f"not a text file ({error})", REMEDY) from error
     lines = list(filter(None, lines))
     header = lines[0].split("\t") if lines else []
     missing = [name for name in names if name not in header]
     if missing:
-        raise InputError(path, f"no column {', '.join(missing)}", _REMEDY)
+        raise InputError(path, f"no column {', '.join(missing)}", REMEDY)
     width = len(header)
     if {*map(str.count, lines, repeat("\t"))} != {width - 1}:
-        raise InputError(path, "rows of different length", _REMEDY)
+        raise InputError(path, "rows of different length", REMEDY)
     cells = "\t".join(lines[1:]).split("\t") if lines[1:] else []
     columns = {name: cells[header.index(name) :: width] for name in (*names, *optional) if name in header}
     return dict.fromkeys(optional, ["n/a"] * (len(lines) - 1)) | columns
@@ -261,7 +264,7 @@ def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
     columns = _read_columns(path, names, optional)
     n_rows = len(columns[names[0]])
     if n_rows != 1:
-        raise InputError(path, f"{n_rows} rows instead of one", _REMEDY)
+        raise InputError(path, f"{n_rows} rows instead of one", REMEDY)
     return {name: values[0] for name, values in columns.items()}
 
 
@@ -289,7 +292,7 @@ def read_numbers(path: Path, names: Sequence[str]) -> np.ndarray:
             [[float("nan") if text in _MISSING else float(text) for text in columns[name]] for name in names]
         ).T
     except ValueError as error:
-        raise InputError(path, f"not only numbers ({error})", _REMEDY) from error
+        raise InputError(path, f"not only numbers ({error})", REMEDY) from error
 
 
 def _number(path: Path, row: dict[str, str], column: str) -> float:
@@ -298,7 +301,7 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
     try:
         return float(row[column])
     except ValueError as error:
-        raise InputError(path, f"{column} is {row[column]!r}, not a number", _REMEDY) from error
+        raise InputError(path, f"{column} is {row[column]!r}, not a number", REMEDY) from error
 
 
 def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -310,12 +313,12 @@ def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
         edges = _edges(tuple(lower), tuple(upper))
         counts = [np.array(list(map(float, values))) for values in (nonlesion, () if unmasked else lesion)]
     except _NoBinsError as error:
-        raise InputError(path, str(error), _REMEDY) from error
+        raise InputError(path, str(error), REMEDY) from error
     except ValueError as error:
-        raise InputError(path, f"not only numbers ({error})", _REMEDY) from error
+        raise InputError(path, f"not only numbers ({error})", REMEDY) from error
     for values in counts:
         if not np.all((values >= 0) & (values == np.floor(values))):
-            raise InputError(path, "voxel counts are not whole numbers", _REMEDY)
+            raise InputError(path, "voxel counts are not whole numbers", REMEDY)
     n_nonlesion, n_lesion = (values.astype(np.int64) for values in counts)
     return edges, n_nonlesion, None if unmasked else n_lesion
 

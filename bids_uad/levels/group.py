@@ -106,18 +106,15 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         )
 
     people, people_columns = derivative_participants(participants, subject_folders(output_dir))
-    write_tsv(output_dir / "participants.tsv", people)
     what = "Participants of the source dataset and of this one"
-    _write_columns(output_dir / "participants.json", what, people_columns)
+    _write_table(output_dir, "participants", people, what, people_columns)
     subjects, subject_columns = add_participant_columns(evaluation.subjects, people, people_columns)
     asked = () if config.strata == DEFAULT_STRATA else config.strata
     subjects, subject_columns = add_image_columns(subjects, subject_columns, asked, config.bids_dir)
-    write_tsv(output_dir / "group_subjects.tsv", subjects)
     what = "Numbers of each image and detector"
-    _write_columns(output_dir / "group_subjects.json", what, subject_columns)
-    write_tsv(output_dir / "group_benchmark.tsv", evaluation.benchmark)
+    _write_table(output_dir, "group_subjects", subjects, what, subject_columns)
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
-    _write_columns(output_dir / "group_benchmark.json", what, BENCHMARK_COLUMNS)
+    _write_table(output_dir, "group_benchmark", evaluation.benchmark, what, BENCHMARK_COLUMNS)
     origins = read_origins(output_dir, evaluation.subjects)
     analyses = analyse(
         subjects,
@@ -129,16 +126,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     useless = _useless(asked, subjects, analyses.strata["factor"])
     evaluation = replace(evaluation, warnings=[*evaluation.warnings, *useless])
     for name, (table, what, columns) in analyses.tables.items():
-        write_tsv(output_dir / f"group_{name}.tsv", table)
-        _write_columns(output_dir / f"group_{name}.json", what, columns)
+        _write_table(output_dir, f"group_{name}", table, what, columns)
     experiments = _experiments(config, participants, evaluation, origins)
     if experiments is None:
         for suffix in ("tsv", "json"):  # of an earlier run
             (output_dir / f"group_experiments.{suffix}").unlink(missing_ok=True)
     else:
-        write_tsv(output_dir / "group_experiments.tsv", experiments)
         what = "Models that differ from those of these outputs, on the same images"
-        _write_columns(output_dir / "group_experiments.json", what, EXPERIMENT_COLUMNS)
+        _write_table(output_dir, "group_experiments", experiments, what, EXPERIMENT_COLUMNS)
     methods = group_methods_text(evaluation, analyses, experiments, seed=config.random_seed)
     write_citation(output_dir, methods, "CITATION_group")
     provenance = Provenance(_command(config), _date(config), origins)
@@ -225,6 +220,9 @@ def _useless(asked: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> l
     return lines
 
 
-def _write_columns(path: Path, description: str, columns: dict[str, Any]) -> None:
-    """Write the sidecar of a table: what it is, and what each column is."""
-    write_json(path, {"Description": description, **columns})
+def _write_table(
+    output_dir: Path, name: str, table: pd.DataFrame, description: str, columns: dict[str, Any]
+) -> None:
+    """Write a table and its sidecar: what it is, and what each column is."""
+    write_tsv(output_dir / f"{name}.tsv", table)
+    write_json(output_dir / f"{name}.json", {"Description": description, **columns})

@@ -21,6 +21,7 @@ from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.published import detector_desc, published, score_sidecar
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
+from bids_uad.evaluation.tables import REMEDY
 from bids_uad.reports.figures.display import EDGE_LABELS, bounding_box, load_ras, plane, plane_label, to_grey
 from bids_uad.reports.figures.overlay import LESION_COLOUR
 from bids_uad.reports.figures.svg import contour
@@ -33,7 +34,6 @@ FOUND_OPACITY = 150
 QUALITY = 80
 MARGIN, GAP, BETWEEN = 12, 6, 26
 _SHADE = "#2b2f33"
-_REMEDY = "run the participant level again for this subject"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
         path = root / published(source, modality, f"{rest}.nii.gz")
         volume = _read(path, kind)
         if volume.data.shape != shape:
-            raise InputError(path, f"not on the grid of {lesion_path.name}", _REMEDY)
+            raise InputError(path, f"not on the grid of {lesion_path.name}", REMEDY)
         shown[kind] = plane(volume.data, "axial", index).copy()
     image, found = shown[np.float32], shown[bool]
     rows, columns, _ = bounding_box((image > 0)[:, :, None])
@@ -141,11 +141,11 @@ def _lesion_mask(root: Path, source: str, modality: str, detector: str) -> Path:
 
 def _read(path: Path, kind: type) -> Any:
     if not path.is_file():
-        raise InputError(path, "is missing", _REMEDY)
+        raise InputError(path, "is missing", REMEDY)
     try:
         return load_ras(path, kind)
     except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise InputError(path, f"cannot be read ({error})", _REMEDY) from error
+        raise InputError(path, f"cannot be read ({error})", REMEDY) from error
 
 
 def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Figure], str]:

@@ -162,10 +162,11 @@ class Postprocess(SimpleInterface):
             files=files,
             parcellations=self.inputs.parcellations or {},
         )
+        mask = read_on_grid(files["mask"])
         if lesion is not None:
             image = read_on_grid(self.inputs.image)
-            write_tsv(files["lesions"], lesion_table(lesion, read_on_grid(files["mask"]) > 0, image, brain))
-        native = map_to_native(read_on_grid(files["mask"]), self.inputs.native_ref, self.inputs.from_sri24)
+            write_tsv(files["lesions"], lesion_table(lesion, mask > 0, image, brain))
+        native = map_to_native(mask, self.inputs.native_ref, self.inputs.from_sri24)
         with atomic_path(files["native_mask"]) as temporary:
             nib.save(native, temporary)
         written = [*files.values(), *{sidecar_of(path) for path in files.values()}]
