@@ -97,6 +97,8 @@ class RunConfig:
         Share of the training subjects that is learnt from.
     synthetic : int
         Healthy subjects that are simulated to learn from.
+    recontrast : bool
+        Learn from healthy T1w scans, too, with the contrast of T2w.
     label_maps : tuple of str
         Label maps and folders of them that they are simulated from; empty means the built-in template.
     num_devices, num_nodes : int
@@ -146,6 +148,7 @@ class RunConfig:
     strata: tuple[str, ...] = DEFAULT_STRATA
     train_fraction: float = 1.0
     synthetic: int = 0
+    recontrast: bool = False
     label_maps: tuple[str, ...] = ()
     num_devices: int = 1
     num_nodes: int = 1

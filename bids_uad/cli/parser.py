@@ -197,6 +197,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="simulate N healthy subjects, and learn from them, too; BIDS_DIR may then be 'none'",
     )  # fmt: skip
     models.add_argument(
+        "--recontrast", action="store_true",
+        help="with --modality T2w: learn from the T1w scans of BIDS_DIR, too, given the contrast of T2w",
+    )  # fmt: skip
+    models.add_argument(
         "--labelmaps", dest="label_maps", nargs="+", metavar="PATH",
         help="label maps, or folders of *_dseg.nii.gz, to simulate from (default: the built-in template)",
     )  # fmt: skip

@@ -38,6 +38,15 @@ class PreprocessedScan:
         return self.image.name.split("_space-")[0] + "_" + self.image.name.split("_")[-1].split(".")[0]
 
 
+def _images(folder: Path, modality: str) -> list[Path]:
+    return sorted(folder.glob(f"sub-*/**/anat/*_space-SRI24_desc-preproc_{modality}.nii.gz"))
+
+
+def has_preprocessed(folder: Path, modality: str) -> bool:
+    """Whether a derivative dataset has a preprocessed scan of a modality."""
+    return bool(_images(folder, modality))
+
+
 def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
     """Find the preprocessed scans of one modality.
 
@@ -59,7 +68,7 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
         If there is no such scan, or one has no brain mask.
     """
     scans = []
-    for image in sorted(folder.glob(f"sub-*/**/anat/*_space-SRI24_desc-preproc_{modality}.nii.gz")):
+    for image in _images(folder, modality):
         prefix = image.name.removesuffix(f"desc-preproc_{modality}.nii.gz")
 
         def beside(name: str, image: Path = image, prefix: str = prefix) -> Path | None:

@@ -61,7 +61,8 @@ def find_absences(
     -------
     list of Absence
         Sorted by subject. A participant without a preprocessed image of a modality that has other
-        tables is not listed for that modality: most likely there is no such scan.
+        tables is not listed for that modality: most likely there is no such scan. Nor is a modality that
+        nobody has tables of, if the participant has others: most likely it was not asked for.
     """
     root = Path(output_dir)
     detectors = defaultdict(set)
@@ -93,7 +94,7 @@ def find_absences(
                 if (prefix, modality, detector) not in tables:
                     reason = "preprocessed, but no score table"
                     absences.append(Absence(subject, prefix, modality, detector, reason, crashes))
-            if not detectors[modality]:
+            if not detectors[modality] and subject not in with_tables:
                 reason = "preprocessed, but no score table of any detector"
                 absences.append(Absence(subject, prefix, modality, None, reason, crashes))
     return absences

@@ -32,6 +32,10 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
         "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
     )
     changes = f" --hyper {' '.join(config.hyper)}" if config.hyper else ""
+    if config.synthetic:
+        changes += f" \\\n        --synthetic {config.synthetic}"
+        changes += " --labelmaps PATH" if config.label_maps else ""
+    changes += " --recontrast" if config.recontrast else ""
     if "backbone" in training:
         changes += f" \\\n        --backbone-weights MODELS/{training['backbone']['bundle']}"
     return f"""# {config.detector} for {config.modality}, preset {config.preset}

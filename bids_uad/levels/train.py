@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from bids_uad import __version__
 from bids_uad.config import RunConfig
+from bids_uad.dataset.preprocessed import has_preprocessed
 from bids_uad.engine.bundle import Bundle, save_bundle
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.engine.processes import start_fabric
@@ -33,6 +34,7 @@ from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.backbone import give_backbone
 from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import model_card
+from bids_uad.levels.recontrasted import recontrasted_cohort
 from bids_uad.levels.synthetic import synthetic_cohort
 from bids_uad.methods.base import Detector, GradientStage
 from bids_uad.methods.hyper import change_hyper, names_of
@@ -168,19 +170,26 @@ def _describe(
 
 
 def training_cohorts(config: RunConfig) -> list[Cohort]:
-    """Healthy scans to learn from: those of `bids_dir`, synthetic ones that are made here, or both.
+    """Healthy scans to learn from: those of `bids_dir`, and ones that are made here of others or of nothing.
 
     Raises
     ------
+    ConfigError
+        If T1w scans are to get the contrast of T1w.
     InputError
         If there is none.
     """
-    if not config.synthetic:
-        return [healthy_cohort(config.bids_dir, config.modality)]
-    synthetic = synthetic_cohort(config)
-    if config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
-        return [synthetic]
-    return [healthy_cohort(config.bids_dir, config.modality), synthetic]
+    if config.recontrast and config.modality != "T2w":
+        raise ConfigError("--recontrast makes T2w-like images: give --modality T2w with it")
+    if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
+        return [synthetic_cohort(config)]
+    made = [recontrasted_cohort(config)] if config.recontrast else []
+    if config.synthetic:
+        made.append(synthetic_cohort(config))
+    # Real T2w scans are not needed where there are recontrasted ones.
+    if config.recontrast and not has_preprocessed(config.bids_dir, config.modality):
+        return made
+    return [healthy_cohort(config.bids_dir, config.modality), *made]
 
 
 def _identity(config: RunConfig, detector: Detector, store: SliceStore) -> str:

@@ -17,7 +17,14 @@ from torch import Generator, Tensor
 
 from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FitStage, GradientStage, Stage
 from bids_uad.methods.intensity import fluid_polarity
-from bids_uad.networks.blemishes import BlemishConfig, bend_contrast, paint_blemishes, shade, shrink_rim
+from bids_uad.networks.blemishes import (
+    BlemishConfig,
+    bend_contrast,
+    paint_blemishes,
+    shade,
+    shrink_rim,
+    soil_rim,
+)
 from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.keyed import SliceGenerator
@@ -36,6 +43,10 @@ class FPIHyper:
     augmentation : AugmentationConfig
     visible : float
         Change of grey value, of 1 in all, that counts as wholly foreign; smaller ones count in proportion.
+    small_weight : float
+        How much more the pixels of small blemishes count. Their area is small, and so would their say be.
+    soiled : float
+        How often the brain's rim is soiled.
     steps, batch_size, learning_rate
         Training schedule.
     """
@@ -45,6 +56,8 @@ class FPIHyper:
     blemish: BlemishConfig = field(default_factory=BlemishConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     visible: float = 0.15
+    small_weight: float = 1.0
+    soiled: float = 0.0
     steps: int = 3_000
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -62,6 +75,27 @@ class FPI(Detector):
     title: ClassVar[str] = "FPI"
     citation: ClassVar[str] = "fpi"
     presets: ClassVar[dict[str, FPIHyper]] = {
+        "default": FPIHyper(
+            network=replace(
+                LITE_NETWORK,
+                size=192,
+                width=24,
+                multipliers=(1, 2, 3, 4),
+                blocks=(1, 1, 1, 1),
+                time_embedding=False,
+                fold=2,
+            ),
+            blemish=BlemishConfig(
+                small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8
+            ),
+            augmentation=AugmentationConfig(
+                spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.5
+            ),
+            small_weight=3.0,
+            soiled=0.3,
+            steps=6_000,
+            learning_rate=1.5e-3,
+        ),
         "lite": FPIHyper(
             network=replace(
                 LITE_NETWORK,
@@ -102,12 +136,14 @@ class FPI(Detector):
         )
         brain = shrink_rim(brain, generator)
         clean = clean * brain
-        painted = paint_blemishes(clean, brain, self.polarity > 0, hyper.blemish, generator)
+        clean = soil_rim(clean, brain, generator, hyper.soiled)
+        painted, small = paint_blemishes(clean, brain, self.polarity > 0, hyper.blemish, generator)
         target = ((painted - clean).abs() / hyper.visible).clamp(0, 1)
         seen = shade(bend_contrast(painted, generator), generator)
         seen = vary_intensity(seen, brain, hyper.augmentation, generator)
         loss = F.binary_cross_entropy_with_logits(self.network(2 * seen - 1), target, reduction="none")
-        return (loss * brain).sum() / brain.sum().clamp_min(1)
+        weight = brain * (1 + (hyper.small_weight - 1) * small)
+        return (loss * weight).sum() / weight.sum().clamp_min(1)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """How foreign each pixel looks, between 0 and 1; the mean over a slice and its mirror image."""

@@ -44,6 +44,9 @@ class BlemishConfig:
         How far the grey value moves.
     blur : float
         Largest standard deviation of a large shape's edge, in pixels; small shapes have a third.
+    in_white : float
+        Share of small shapes that lie in white matter, where small lesions are commonest; the others lie
+        anywhere.
     """
 
     large: tuple[float, float] = (10.0, 90.0)
@@ -55,6 +58,7 @@ class BlemishConfig:
     texture: float = 0.2
     opacity: tuple[float, float] = (0.15, 1.0)
     blur: float = 3.0
+    in_white: float = 0.0
 
 
 def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Generator) -> Tensor:
@@ -92,9 +96,26 @@ def _filled(
     return images + mask * opacity * (fill - images)
 
 
+def white_matter(images: Tensor, brain: Tensor, bright_fluid: Tensor) -> Tensor:
+    """Tell roughly where white matter is: the half of the brain that looks least like fluid.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+    brain : Tensor of bool, shape (B, 1, H, W)
+    bright_fluid : Tensor of bool, scalar
+
+    Returns
+    -------
+    Tensor of bool, shape (B, 1, H, W)
+    """
+    median = images.masked_fill(~brain, math.nan).flatten(1).nanmedian(1).values.view(-1, 1, 1, 1)
+    return brain & torch.where(bright_fluid, images < median, images > median)
+
+
 def paint_blemishes(
     images: Tensor, brain: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Paint blemishes into slices; some stay as they are.
 
     Parameters
@@ -109,8 +130,10 @@ def paint_blemishes(
 
     Returns
     -------
-    Tensor, shape (B, 1, H, W)
+    painted : Tensor, shape (B, 1, H, W)
         In [0, 1]; unchanged outside the brain.
+    small : Tensor of bool, shape (B, 1, H, W)
+        Where small shapes have changed it.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -129,13 +152,16 @@ def paint_blemishes(
     near = centres + 4 * torch.randn(centres.shape, generator=generator, device=device)
     count = torch.randint(1, config.most_small + 1, (batch, 1, 1, 1), generator=generator, device=device)
     scattered = torch.zeros_like(images)
+    white = white_matter(images, brain, bright_fluid)
     for number in range(config.most_small):
-        one = shape(config.small, random_centres(brain, generator))
+        among = torch.where(draw() < config.in_white, white, brain) if config.in_white else brain
+        one = shape(config.small, random_centres(among, generator))
         scattered = torch.maximum(scattered, one * (number < count))
     x = painted(images, shape(config.large, centres), config.blur, config.chance[0])
     x = painted(x, shape(config.core, near), config.blur, config.chance[1])
+    without = x
     x = painted(x, scattered, config.blur / 3, config.chance[2])
-    return x.clamp(0, 1)
+    return x.clamp(0, 1), x != without
 
 
 def shrink_rim(brain: Tensor, generator: Generator, most: int = 2) -> Tensor:
@@ -151,6 +177,34 @@ def shrink_rim(brain: Tensor, generator: Generator, most: int = 2) -> Tensor:
         grown = F.max_pool2d(outside, 3, stride=1, padding=1)
         outside = torch.where(step < depth, grown, outside)
     return outside == 0
+
+
+def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> Tensor:
+    """Leave patches of something else on the brain's outermost two pixels, as imperfect skull-stripping does.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    brain : Tensor of bool, shape (B, 1, H, W)
+    generator : torch.Generator
+    chance : float
+        How often.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    """
+    batch, _, height, width = images.shape
+
+    def draw() -> Tensor:
+        return torch.rand((batch, 1, 1, 1), generator=generator, device=images.device)
+
+    rim = brain & (F.max_pool2d((~brain).float(), 5, stride=1, padding=2) > 0)
+    patches = smooth_field(batch, 10, (height, width), generator) > 2 * draw() - 0.5
+    opacity = rim * patches * draw() * (draw() < chance)
+    return images + opacity * (draw() - images)
 
 
 def bend_contrast(images: Tensor, generator: Generator) -> Tensor:

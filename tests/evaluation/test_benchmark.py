@@ -177,6 +177,17 @@ def test_absences_have_reasons(cohort):
     assert (row["n_missing_participants"], row["n_failed_scans"]) == (2, 1)
 
 
+def test_a_modality_that_nobody_was_scored_in_is_not_missed(cohort):
+    anat = cohort / "sub-1" / "anat"
+    (anat / "sub-1_space-SRI24_desc-preproc_T2w.nii.gz").touch()
+    assert run(cohort).absences == []
+    for file in (cohort / "sub-1").rglob("*Disyre*"):
+        file.unlink()
+    (absence,) = run(cohort).absences
+    assert (absence.modality, absence.detector) == ("T2w", None)
+    assert absence.reason == "preprocessed, but no score table of any detector"
+
+
 def write_quality(root, subject, exclude, reason="n/a"):
     path = root / f"sub-{subject}" / "anat" / f"sub-{subject}_space-SRI24_desc-T1wPreproc_qc.tsv"
     path.write_text(f"exclude\texclude_reasons\n{exclude}\t{reason}\n")

@@ -63,8 +63,8 @@ def scans(tmp_path_factory):
     return folder
 
 
-def call(scans, models, level, detector="intensity", *extra):
-    chosen = ["--detector", detector, "--modality", "T2w", "--preset", "lite"]
+def call(scans, models, level, detector="intensity", *extra, modality="T2w"):
+    chosen = ["--detector", detector, "--modality", modality, "--preset", "lite"]
     return main([str(scans), str(models), level, *chosen, "-w", str(models / "scratch"), *extra])
 
 
@@ -224,6 +224,28 @@ def test_synthetic_subjects_are_learnt_from_alone_or_beside_others(scans, tmp_pa
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert (training["source"], training["n_subjects"]) == ("Thirty slices; Synthetic brains, seed 3", 3)
     assert image.stat().st_mtime_ns == made
+
+
+def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, capsys):
+    t1w = tmp_path / "t1w"
+    shutil.copytree(scans, t1w)
+    for image in t1w.glob("sub-*/anat/*_T2w.nii.gz"):
+        image.rename(str(image).replace("_T2w", "_T1w"))
+    chosen = ["--recontrast", "--seed", "3"]
+    assert call(t1w, tmp_path, "train", "intensity", *chosen) == 0
+    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
+    assert (training["source"], training["n_scans"]) == ("Thirty slices", 2)
+    assert training["subjects"] == sorted(by_name("Thirty slices", f"sub-{k}") for k in "12")
+    images = tmp_path.glob("scratch/recontrasted-*/sub-*/anat/*_T2w.nii.gz")
+    made = {path: path.stat().st_mtime_ns for path in images}
+    assert len(made) == 2
+    shutil.copytree(scans / "sub-1", t1w / "sub-1", dirs_exist_ok=True)
+    assert call(t1w, tmp_path, "train", "intensity", *chosen) == 0
+    training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
+    assert (training["source"], training["n_scans"]) == ("Thirty slices; Thirty slices", 3)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert call(t1w, tmp_path, "train", "intensity", "--recontrast", modality="T1w") == 2
+    assert "--modality T2w" in capsys.readouterr().err
 
 
 def test_networks_may_learn_in_bfloat16(scans, tmp_path):

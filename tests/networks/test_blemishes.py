@@ -14,6 +14,8 @@ from bids_uad.networks.blemishes import (
     shade,
     shrink_rim,
     smooth_field,
+    soil_rim,
+    white_matter,
 )
 
 BRIGHT = torch.tensor(True)
@@ -37,24 +39,26 @@ def seeded(seed: int = 0) -> torch.Generator:
 class TestBlemishes:
     def test_stay_inside_the_brain_and_repeat(self, slices):
         images, brain = slices
-        painted = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
+        painted, _ = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
         assert torch.equal(painted[~brain], images[~brain])
         assert painted.min() >= 0
         assert painted.max() <= 1
         assert not torch.equal(painted, images)
-        again = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
+        again, _ = paint_blemishes(images, brain, BRIGHT, BlemishConfig(), seeded())
         assert torch.equal(painted, again)
 
     def test_none_by_chance_none_painted(self, slices):
         images, brain = slices
         config = BlemishConfig(chance=(0.0, 0.0, 0.0))
-        assert torch.equal(paint_blemishes(images, brain, BRIGHT, config, seeded()), images)
+        painted, small = paint_blemishes(images, brain, BRIGHT, config, seeded())
+        assert torch.equal(painted, images)
+        assert not small.any()
 
     @pytest.mark.parametrize(("bright", "sign"), [(True, 1), (False, -1)])
     def test_wet_ones_look_like_fluid(self, slices, bright, sign):
         images, brain = slices
         config = BlemishConfig(chance=(1.0, 0.0, 0.0), wet=1.0, texture=0.0)
-        painted = paint_blemishes(images, brain, torch.tensor(bright), config, seeded())
+        painted, _ = paint_blemishes(images, brain, torch.tensor(bright), config, seeded())
         change = (painted - images)[(painted - images).abs() > 0.05]
         assert len(change) > 500
         assert (change.sign() == sign).float().mean() > 0.95
@@ -62,10 +66,44 @@ class TestBlemishes:
     def test_small_ones_are_small_and_scattered(self, slices):
         images, brain = slices
         config = BlemishConfig(chance=(0.0, 0.0, 1.0), small=(4.0, 4.1), opacity=(1.0, 1.0))
-        painted = paint_blemishes(images, brain, BRIGHT, config, seeded())
+        painted, _ = paint_blemishes(images, brain, BRIGHT, config, seeded())
         changed = ((painted - images).abs() > 0.02).flatten(1).sum(1)
         # Four blobs of 1.6 times the side, softened by a pixel.
         assert 0 < changed.max() < config.most_small * (1.6 * 4 + 6) ** 2
+
+    def test_small_ones_are_told_from_large_ones(self, slices):
+        images, brain = slices
+        config = BlemishConfig(chance=(0.0, 0.0, 1.0))
+        painted, small = paint_blemishes(images, brain, BRIGHT, config, seeded())
+        assert torch.equal(small, painted != images)
+        config = BlemishConfig(chance=(1.0, 1.0, 0.0))
+        painted, small = paint_blemishes(images, brain, BRIGHT, config, seeded())
+        assert not torch.equal(painted, images)
+        assert not small.any()
+
+    @pytest.mark.parametrize("bright", [True, False])
+    def test_small_ones_can_be_kept_to_white_matter(self, slices, bright):
+        _, brain = slices
+        left = torch.arange(112) < (52 if bright else 60)  # white matter is the smaller half
+        images = torch.where(left, 0.3, 0.6) * brain
+        white = brain & (left if bright else ~left)
+        fluid = torch.tensor(bright)
+        assert torch.equal(white_matter(images, brain, fluid), white)
+        config = BlemishConfig(chance=(0.0, 0.0, 1.0), small=(3.0, 3.1), blur=0.0, in_white=1.0)
+        _, small = paint_blemishes(images, brain, fluid, config, seeded())
+        assert small.sum() > 50
+        assert (small & white).sum() > 0.9 * small.sum()
+
+
+def test_only_the_rim_is_soiled(slices):
+    images, brain = slices
+    soiled = soil_rim(images, brain, seeded(), 1.0)
+    inner = torch.from_numpy(binary_erosion(brain[0, 0].numpy(), np.ones((5, 5))))
+    changed = soiled != images
+    assert changed.any()
+    assert not (changed & (inner | ~brain)).any()
+    assert 0 <= soiled.min() <= soiled.max() <= 1
+    assert torch.equal(soil_rim(images, brain, seeded(), 0.0), images)
 
 
 def test_smooth_fields_have_unit_spread_and_few_bumps():

@@ -1,0 +1,76 @@
+"""T2w-like images of healthy people's T1w scans, for a training that asks for them.
+
+Open T1w scans of healthy people are easy to come by, T2w scans are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from bids_uad import __version__
+from bids_uad.atomic import write_json
+from bids_uad.config import RunConfig
+from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.preprocessed import PreprocessedScan
+from bids_uad.levels.cohort import Cohort, healthy_cohort
+from bids_uad.simulation.cohort import save_image
+from bids_uad.simulation.recontrast import to_t2w
+from bids_uad.space import to_image
+
+logger = logging.getLogger(__name__)
+
+
+def recontrasted_cohort(config: RunConfig) -> Cohort:
+    """Give the healthy T1w scans of `bids_dir` the contrast of T2w, unless an earlier run has done so.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The images go to its scratch space.
+
+    Returns
+    -------
+    Cohort
+        The same people. Its folder says that they come from where the T1w scans come from.
+
+    Raises
+    ------
+    InputError
+        If no T1w scan belongs to a healthy person.
+    """
+    source = healthy_cohort(config.bids_dir, "T1w")
+    stamps = [[str(scan.image), scan.image.stat().st_mtime_ns] for scan in source.scans]
+    told = json.dumps([__version__, config.random_seed, stamps])
+    folder = config.work_dir / f"recontrasted-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    if not (folder / "dataset_description.json").is_file():  # which is written last
+        for number, scan in enumerate(source.scans):
+            _recontrast(scan, folder, np.random.default_rng([config.random_seed, number]))
+            logger.info(
+                "%s: T1w with the contrast of T2w (%d of %d)", scan.key, number + 1, len(source.scans)
+            )
+        shutil.copyfile(config.bids_dir / "participants.tsv", folder / "participants.tsv")
+        write_json(
+            folder / "dataset_description.json",
+            read_json(config.bids_dir / "dataset_description.json"),
+        )
+    cohort = healthy_cohort(folder, "T2w")
+    return Cohort(folder, cohort.scans, prefix="recontrasted-")
+
+
+def _recontrast(scan: PreprocessedScan, folder: Path, rng: np.random.Generator) -> None:
+    """Write one scan's T2w-like image and its brain mask."""
+    brain = np.asarray(nib.load(scan.brain).dataobj) > 0
+    image = to_t2w(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
+    brain &= image > 0
+    stem = folder / scan.subject / "anat" / scan.image.name.split("desc-")[0]
+    save_image(to_image(image), stem.with_name(f"{stem.name}desc-preproc_T2w.nii.gz"))
+    save_image(
+        to_image(brain.astype(np.uint8), np.uint8), stem.with_name(f"{stem.name}desc-brain_mask.nii.gz")
+    )

@@ -1,0 +1,53 @@
+"""T1w scans with the contrast of T2w: known tissues in, known order out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import binary_erosion
+from scipy.stats import spearmanr
+
+from bids_uad.simulation.recontrast import tissue_levels, to_t2w
+
+LEVELS = (0.2, 0.6, 0.9)
+
+
+@pytest.fixture(scope="module")
+def phantom():
+    """Three tissues side by side with a little noise, and the box of brain around them."""
+    tissue = np.repeat([0, 1, 1, 2, 2, 2], 8)[:, None, None] * np.ones((1, 24, 20), dtype=int)
+    volume = np.take(LEVELS, tissue) + np.random.default_rng(0).normal(0, 0.01, tissue.shape)
+    brain = np.zeros(tissue.shape, dtype=bool)
+    brain[1:-1, 1:-1, 1:-1] = True
+    return volume * brain, brain, tissue
+
+
+def test_levels_of_tissues_are_found(phantom):
+    volume, brain, _ = phantom
+    np.testing.assert_allclose(tissue_levels(volume, brain), LEVELS, atol=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fluid_is_brightest_and_white_matter_darkest(phantom, seed):
+    volume, brain, tissue = phantom
+    t2w = to_t2w(volume, brain, np.random.default_rng(seed))
+    inner = binary_erosion(brain)
+    assert np.array_equal(t2w > 0, inner)
+    assert np.percentile(t2w[inner], 99.5) == pytest.approx(1)
+    fluid, grey, white = (np.median(t2w[inner & (tissue == label)]) for label in range(3))
+    assert 0.7 < fluid <= 1
+    assert 0.16 < white < 0.55
+    assert grey / white == pytest.approx(1.35, abs=0.17)
+
+
+def test_the_order_of_grey_values_is_turned_round(phantom):
+    volume, brain, _ = phantom
+    t2w = to_t2w(volume, brain, np.random.default_rng(1))
+    inner = binary_erosion(brain)
+    assert spearmanr(volume[inner], t2w[inner]).statistic < -0.98
+
+
+def test_scanners_differ(phantom):
+    volume, brain, _ = phantom
+    one, other = (to_t2w(volume, brain, np.random.default_rng(seed)) for seed in (1, 2))
+    assert np.abs(one - other).max() > 0.02
