@@ -21,8 +21,10 @@ from benchmarks.scan import read
 from benchmarks.simulated import markdown
 from bids_uad.atomic import write_tsv
 from bids_uad.cli.main import main as bids_uad
+from bids_uad.dataset.identity import identities
 from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.evaluation.subjects import LESION, unit_role
 from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
@@ -46,8 +48,10 @@ COLUMNS = {
 }
 
 
-def choose(data: Path, people: Participants, healthy: int) -> list[str]:
+def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]) -> list[str]:
     """Choose who is scored: all with a lesion mask, and healthy ones of every site in turn.
+
+    Whom a model has met is left out.
 
     Parameters
     ----------
@@ -56,23 +60,30 @@ def choose(data: Path, people: Participants, healthy: int) -> list[str]:
         Those of `data`.
     healthy : int
         How many healthy ones.
+    bundles : list of Bundle
+        Models that will score them.
 
     Returns
     -------
     list of str
         ``sub-<label>``.
     """
+    strangers = [
+        name
+        for name in people.labels
+        if not any(bundle.has_met(identities(data, [name])) for bundle in bundles)
+    ]
     masks = (data / "derivatives" / "lesions").glob("sub-*/**/*_label-lesion_*mask.nii.gz")
     masked = {path.name.split("_")[0] for path in masks}
     sites: dict[str, list[str]] = {}
-    for name in people.labels:
+    for name in strangers:
         if healthy_flag(people.row(name)):
             sites.setdefault(people.row(name).get("site", ""), []).append(name)
     queues = [list(names) for names in sites.values()]
     controls = []
     while len(controls) < healthy and any(queues):
         controls += [queue.pop(0) for queue in queues if queue]
-    return [name for name in people.labels if name in masked or name in controls[:healthy]]
+    return [name for name in strangers if name in masked or name in controls[:healthy]]
 
 
 def best_dice(nonlesion: np.ndarray, lesion: np.ndarray) -> float:
@@ -159,7 +170,8 @@ def main() -> None:
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
     args = parser.parse_args()
     people = read_participants(args.data)
-    chosen = [name.removeprefix("sub-") for name in choose(args.data, people, args.healthy)]
+    bundles = resolve_bundles(args.models, list(MODALITIES))
+    chosen = [name.removeprefix("sub-") for name in choose(args.data, people, args.healthy, bundles)]
     datasets = [str(args.data), str(args.out)]
     options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work"), "--nprocs", "1"]
     options += ["-d", f"lesions={args.data / 'derivatives' / 'lesions'}", "--models", *args.models]

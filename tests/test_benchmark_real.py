@@ -9,8 +9,10 @@ from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score, f1_score
 
 from benchmarks.real import best_dice, best_of_each, choose, floor_of, floors
+from bids_uad.dataset.identity import by_name
 from bids_uad.dataset.participants import read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan
+from bids_uad.engine.bundle import Bundle
 from bids_uad.evaluation.subjects import subject_row
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
 from tests.evaluation.fake_tables import write_cohort
@@ -53,7 +55,15 @@ def test_lesions_and_healthy_ones_of_every_site_are_chosen(tmp_path):
     (folder / "sub-p0_label-lesion_mask.nii.gz").touch()
     (folder / "sub-p1_label-lesionchange_mask.nii.gz").touch()
     people = read_participants(tmp_path)
-    assert choose(tmp_path, people, 3) == ["sub-a0", "sub-a1", "sub-b0", "sub-p0"]
+    assert choose(tmp_path, people, 3, []) == ["sub-a0", "sub-a1", "sub-b0", "sub-p0"]
+    (tmp_path / "dataset_description.json").write_text('{"Name": "Two sites"}')
+    met = {"training": {"subjects": [by_name("Two sites", "sub-a0")]}}
+    assert choose(tmp_path, people, 3, [Bundle(tmp_path, met, {"cohort": {}})]) == [
+        "sub-a1",
+        "sub-a2",
+        "sub-b0",
+        "sub-p0",
+    ]
 
 
 def test_rows_of_the_floor(tmp_path, brain_with_lesion):
