@@ -25,6 +25,7 @@ from scipy.special import ndtr
 from bids_uad import __version__
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.sidecars import LESION_COLUMNS
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.levels.participant.maps import histogram_table
 
@@ -32,12 +33,13 @@ RESULTS = Path(__file__).parent / "results"
 VOXELS = 1_400_000
 SCANNERS = 8
 PROCESSES = 2
+DETECTORS = 9
 
 
 def write_cohort(root: Path, participants: int) -> int:
     """Write participants.tsv and the score tables of a cohort, a third of it with lesions.
 
-    Every packaged T1w model but the baseline has a table for everybody, in its own bins.
+    Nine packaged T1w models have a table for everybody, in their own bins.
 
     Returns
     -------
@@ -46,6 +48,7 @@ def write_cohort(root: Path, participants: int) -> int:
     """
     rng = np.random.default_rng(0)
     bundles = [bundle for bundle in resolve_bundles(["all"], ["T1w"]) if bundle.detector != "intensity"]
+    bundles = bundles[:DETECTORS]
     people = []
     for number in range(participants):
         subject, sick = f"sub-{number:05d}", number % 3 == 0
@@ -61,13 +64,23 @@ def write_cohort(root: Path, participants: int) -> int:
         )
         folder = root / "derivatives" / subject / "anat"
         folder.mkdir(parents=True)
-        size = int(10 ** rng.uniform(2, 5)) if sick else None
+        lesions = draw_lesions(rng) if sick else None
         for bundle in bundles:
-            write_scores(folder, subject, bundle, size, rng)
+            write_scores(folder, subject, bundle, lesions, rng)
         quality = pd.DataFrame([{"exclude": "no", "exclude_reasons": "n/a"}])
         write_tsv(folder / f"{subject}_space-SRI24_desc-T1wPreproc_qc.tsv", quality)
     write_tsv(root / "participants.tsv", pd.DataFrame(people))
     return len(bundles)
+
+
+def draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
+    """Draw one to twenty lesions of a person, 0.1 to 100 mL together, as they are without a detector."""
+    parts = rng.dirichlet(np.ones(rng.integers(1, 21)))
+    volumes = np.maximum(1, np.sort(parts)[::-1] * 10 ** rng.uniform(2, 5)).astype(int)
+    table = pd.DataFrame({"lesion": np.arange(1, len(volumes) + 1), "volume_mm3": volumes})
+    table["contrast"] = rng.normal(2, 1, len(table)).round(3)
+    table[["centroid_x", "centroid_y", "centroid_z"]] = rng.uniform(-60, 60, (len(table), 3)).round(1)
+    return table
 
 
 def shares(places: np.ndarray) -> np.ndarray:
@@ -76,19 +89,26 @@ def shares(places: np.ndarray) -> np.ndarray:
 
 
 def write_scores(
-    folder: Path, subject: str, bundle: Bundle, size: int | None, rng: np.random.Generator
+    folder: Path, subject: str, bundle: Bundle, lesions: pd.DataFrame | None, rng: np.random.Generator
 ) -> None:
-    """Write the two score tables of one image and model; `size` is that of the lesion in voxels."""
+    """Write the score tables of one image and model."""
     edges = bundle.bin_edges
     name, threshold = "fpr_1pct", bundle.thresholds["fpr_1pct"]
     place = np.log(np.maximum(edges[1:-1], 1e-6) / threshold)
     healthy = rng.multinomial(VOXELS, shares(place + 2.3 + rng.normal(0, 0.2)))
+    size = None if lesions is None else int(lesions["volume_mm3"].sum())
     lesion = None if size is None else rng.multinomial(size, shares(place + rng.normal(0, 0.5)))
     found = healthy[edges[:-1] >= threshold].sum()
     if lesion is not None:
         found += lesion[edges[:-1] >= threshold].sum()
     stem = f"{subject}_space-SRI24_desc-{detector_desc('T1w', bundle.detector)}"
     write_tsv(folder / f"{stem}_histogram.tsv", histogram_table(edges, healthy, lesion))
+    detected = 0
+    if lesions is not None:
+        told = lesions.assign(found_share=rng.uniform(-0.5, 1, len(lesions)).clip(0).round(4))
+        told["detected"] = (told["found_share"] > 0).astype(int)
+        detected = int(told["detected"].sum())
+        write_tsv(folder / f"{stem}_lesions.tsv", told[list(LESION_COLUMNS)])
     row = {
         "source_image": f"{subject}/anat/{subject}_T1w.nii.gz",
         "modality": "T1w",
@@ -103,8 +123,8 @@ def write_scores(
         "anomaly_volume_mm3": found,
         "lesion_volume_mm3": size,
         "n_components": 5,
-        "n_lesions": size and 2,
-        "n_lesions_detected": size and 1,
+        "n_lesions": None if lesions is None else len(lesions),
+        "n_lesions_detected": None if lesions is None else detected,
         "n_false_components": size and 4,
     }
     write_tsv(folder / f"{stem}_metrics.tsv", pd.DataFrame([row]))

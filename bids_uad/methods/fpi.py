@@ -93,7 +93,7 @@ class FPI(Detector):
             ),
             small_weight=3.0,
             soiled=0.3,
-            steps=6_000,
+            steps=4_500,
             learning_rate=1.5e-3,
         ),
         "lite": FPIHyper(
