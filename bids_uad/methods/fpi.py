@@ -24,6 +24,7 @@ from bids_uad.networks.blemishes import (
     shade,
     shrink_rim,
     soil_rim,
+    swell_middle,
 )
 from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
@@ -47,6 +48,10 @@ class FPIHyper:
         How much more the pixels of small blemishes count. Their area is small, and so would their say be.
     soiled : float
         How often the brain's rim is soiled.
+    swollen : float
+        How often the middle of the brain is swollen or shrunken.
+    mottled : float
+        Strength of shading between tissues (standard deviation of its logarithm), beside that of the coil.
     steps, batch_size, learning_rate
         Training schedule.
     """
@@ -58,6 +63,8 @@ class FPIHyper:
     visible: float = 0.15
     small_weight: float = 1.0
     soiled: float = 0.0
+    swollen: float = 0.0
+    mottled: float = 0.0
     steps: int = 3_000
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -93,7 +100,9 @@ class FPI(Detector):
             ),
             small_weight=3.0,
             soiled=0.3,
-            steps=4_500,
+            swollen=0.6,
+            mottled=0.06,
+            steps=3_500,
             learning_rate=1.5e-3,
         ),
         "lite": FPIHyper(
@@ -135,11 +144,12 @@ class FPI(Detector):
             batch.slices, batch.brain, hyper.field_of_view, hyper.augmentation, generator
         )
         brain = shrink_rim(brain, generator)
-        clean = clean * brain
+        clean, brain = swell_middle(clean * brain, brain, generator, hyper.swollen)
         clean = soil_rim(clean, brain, generator, hyper.soiled)
         painted, small = paint_blemishes(clean, brain, self.polarity > 0, hyper.blemish, generator)
         target = ((painted - clean).abs() / hyper.visible).clamp(0, 1)
         seen = shade(bend_contrast(painted, generator), generator)
+        seen = shade(seen, generator, hyper.mottled, bumps=8)
         seen = vary_intensity(seen, brain, hyper.augmentation, generator)
         loss = F.binary_cross_entropy_with_logits(self.network(2 * seen - 1), target, reduction="none")
         weight = brain * (1 + (hyper.small_weight - 1) * small)

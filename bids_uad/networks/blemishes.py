@@ -207,6 +207,49 @@ def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float)
     return images + opacity * (draw() - images)
 
 
+def swell_middle(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> tuple[Tensor, Tensor]:
+    """Swell or shrink what lies about the middle of the brain, as ventricles differ between people.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+    brain : Tensor of bool, shape (B, 1, H, W)
+    generator : torch.Generator
+    chance : float
+        How often.
+
+    Returns
+    -------
+    images : Tensor, shape (B, 1, H, W)
+    brain : Tensor of bool, shape (B, 1, H, W)
+
+    Notes
+    -----
+    A point at a distance r of the centre shows what was at r (1 - a exp(-r^2 / 2 s^2)), with a from -0.3 to
+    0.6 and s from 12 to 40 pixels. This distance grows with r, so that nothing is folded.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).view(1, -1, 1)
+    columns = torch.arange(width, device=device).view(1, 1, -1)
+    weight = brain[:, 0] / brain.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1)
+    jitter = 6 * torch.randn((2, batch, 1, 1), generator=generator, device=device)
+    row = (weight * rows).sum((1, 2), keepdim=True) + jitter[0]
+    column = (weight * columns).sum((1, 2), keepdim=True) + jitter[1]
+    amount = uniform((batch, 1, 1), -0.3, 0.6, generator) * (
+        torch.rand((batch, 1, 1), generator=generator, device=device) < chance
+    )
+    spread = uniform((batch, 1, 1), 12.0, 40.0, generator)
+    down, right = rows - row, columns - column
+    scale = 1 - amount * torch.exp(-(down**2 + right**2) / (2 * spread**2))
+    grid = torch.stack(
+        [(column + scale * right) / (width - 1) * 2 - 1, (row + scale * down) / (height - 1) * 2 - 1], dim=-1
+    )
+    swollen = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
+    inside = F.grid_sample(brain.to(images.dtype), grid, mode="nearest", align_corners=True) > 0
+    return swollen, inside
+
+
 def bend_contrast(images: Tensor, generator: Generator) -> Tensor:
     """Bend the contrast by a random curve that keeps the order of grey values, and keeps 0 and 1.
 
@@ -223,13 +266,17 @@ def bend_contrast(images: Tensor, generator: Generator) -> Tensor:
     return bent
 
 
-def shade(images: Tensor, generator: Generator, strength: float = 0.12) -> Tensor:
+def shade(images: Tensor, generator: Generator, strength: float = 0.12, bumps: int = 2) -> Tensor:
     """Shade slices as a coil does: a smooth factor whose logarithm has a standard deviation up to `strength`.
 
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
         In [0, 1].
+    generator : torch.Generator
+    strength : float
+    bumps : int
+        Of the factor, on a side.
 
     Returns
     -------
@@ -237,5 +284,5 @@ def shade(images: Tensor, generator: Generator, strength: float = 0.12) -> Tenso
         In [0, 1].
     """
     batch, _, height, width = images.shape
-    field = smooth_field(batch, 2, (height, width), generator)
+    field = smooth_field(batch, bumps, (height, width), generator)
     return (images * (uniform((batch, 1, 1, 1), 0.0, strength, generator) * field).exp()).clamp(0, 1)

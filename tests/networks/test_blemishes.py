@@ -15,6 +15,7 @@ from bids_uad.networks.blemishes import (
     shrink_rim,
     smooth_field,
     soil_rim,
+    swell_middle,
     white_matter,
 )
 
@@ -104,6 +105,35 @@ def test_only_the_rim_is_soiled(slices):
     assert not (changed & (inner | ~brain)).any()
     assert 0 <= soiled.min() <= soiled.max() <= 1
     assert torch.equal(soil_rim(images, brain, seeded(), 0.0), images)
+
+
+def test_the_middle_swells_without_folds_and_the_rim_stays(slices):
+    _, brain = slices
+    ramp = torch.arange(112.0).expand(8, 1, 96, 112)
+    moved, inside = swell_middle(ramp, brain, seeded(), 1.0)
+    ramp, moved = ramp[..., 8:-8], moved[..., 8:-8]  # what comes from beyond the image is 0
+    assert (moved.diff(dim=-1) > -1e-4).all()
+    shift = (moved - ramp).abs()
+    assert shift.amax((1, 2, 3)).min() > 0.3
+    assert shift.max() < 20
+    assert shift[..., 0].max() < 2
+    # The disc's edge moves by a few pixels at most.
+    assert (inside != brain).flatten(1).sum(1).max() < 0.15 * brain[0].sum()
+    still, same = swell_middle(brain.float(), brain, seeded(), 0.0)
+    torch.testing.assert_close(still, brain.float(), atol=1e-4, rtol=0)
+    assert torch.equal(same, brain)
+
+
+def test_ventricles_grow_as_the_formula_says():
+    """A disc in the middle: its edge at radius r comes from r (1 - a exp(-r^2 / 2 s^2))."""
+    y, x = np.ogrid[:160, :192]
+    brain = torch.from_numpy((y - 80) ** 2 + (x - 96) ** 2 < 70**2).expand(40, 1, 160, 192)
+    ventricle = torch.from_numpy(((y - 80) ** 2 + (x - 96) ** 2 < 14**2).astype(np.float32))
+    swollen, _ = swell_middle(ventricle.expand(40, 1, 160, 192), brain, seeded(), 1.0)
+    growth = swollen.sum((1, 2, 3)) / ventricle.sum()
+    assert 0.55 < growth.min() < 0.9
+    # At most 1 / (1 - 0.6)^2, were the whole of it in the very middle.
+    assert 2 < growth.max() < 6.25
 
 
 def test_smooth_fields_have_unit_spread_and_few_bumps():
