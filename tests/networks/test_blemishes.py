@@ -107,7 +107,7 @@ def test_only_the_rim_is_soiled(slices):
     assert torch.equal(soil_rim(images, brain, seeded(), 0.0), images)
 
 
-def test_the_middle_swells_without_folds_and_the_rim_stays(slices):
+def test_the_middle_swells_without_folds(slices):
     _, brain = slices
     ramp = torch.arange(112.0).expand(8, 1, 96, 112)
     moved, inside = swell_middle(ramp, brain, seeded(), 1.0)
@@ -115,10 +115,8 @@ def test_the_middle_swells_without_folds_and_the_rim_stays(slices):
     assert (moved.diff(dim=-1) > -1e-4).all()
     shift = (moved - ramp).abs()
     assert shift.amax((1, 2, 3)).min() > 0.3
-    assert shift.max() < 20
-    assert shift[..., 0].max() < 2
-    # The disc's edge moves by a few pixels at most.
-    assert (inside != brain).flatten(1).sum(1).max() < 0.15 * brain[0].sum()
+    assert shift.max() < 0.6 * 40 * np.exp(-0.5)  # the formula's largest, one spread from the centre
+    assert not torch.equal(inside, brain)
     still, same = swell_middle(brain.float(), brain, seeded(), 0.0)
     torch.testing.assert_close(still, brain.float(), atol=1e-4, rtol=0)
     assert torch.equal(same, brain)
