@@ -12,7 +12,7 @@ import pandas as pd
 
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.absences import Absence, find_absences
-from bids_uad.evaluation.bootstrap import CONFIDENCE, MIN_SUBJECTS, N_RESAMPLES, bootstrap_interval
+from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.evaluation.lesions import Lesions
@@ -23,17 +23,6 @@ from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 ALL = "all"
 MOST_NAMED = 20
 """Participants that a warning names; the rest is counted."""
-
-_CI = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
-_FEW = f"n/a with fewer than {MIN_SUBJECTS} participants"
-
-
-def _interval_columns(name: str, what: str) -> dict[str, dict[str, Any]]:
-    return {
-        f"{name}_ci_low": {"Description": f"Lower end of the {_CI} of the {what}; {_FEW}"},
-        f"{name}_ci_high": {"Description": f"Upper end of the {_CI} of the {what}; {_FEW}"},
-    }
-
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
@@ -61,7 +50,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "n_both_empty": {"Description": "Lesion scans with an empty mask and an empty prediction (Dice 1)"},
     "prevalence": {"Description": "Lesion share of the brain voxels of all lesion scans"},
     "dice_mean": {"Description": "Mean Dice at the fixed threshold over the lesion scans"},
-    **_interval_columns("dice", "mean Dice"),
+    **interval_columns("dice", "mean Dice"),
     "dice_nonempty_mean": {"Description": "The same over lesion scans whose mask is not empty"},
     "dice_optimal": {
         "Description": "Highest mean Dice of any one threshold, over the lesion scans whose mask is "
@@ -78,7 +67,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Mean area under the precision-recall curve (average precision over brain "
         "voxels) over the lesion scans with a lesion"
     },
-    **_interval_columns("auprc", "mean AUPRC"),
+    **interval_columns("auprc", "mean AUPRC"),
     "auprc_pooled": {
         "Description": "Average precision over the brain voxels of all lesion scans together; "
         "large lesions weigh more"
@@ -86,24 +75,24 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "fpr_healthy_mean": {
         "Description": "Mean share of the brain voxels above the fixed threshold, healthy scans"
     },
-    **_interval_columns("fpr_healthy_mean", "mean"),
+    **interval_columns("fpr_healthy_mean", "mean"),
     "fpr_healthy_median": {"Description": "Median of the same"},
-    **_interval_columns("fpr_healthy_median", "median"),
+    **interval_columns("fpr_healthy_median", "median"),
     "fpr_lesion_mean": {
         "Description": "Mean share of the non-lesion brain voxels above the fixed threshold, lesion scans"
     },
-    **_interval_columns("fpr_lesion_mean", "mean"),
+    **interval_columns("fpr_lesion_mean", "mean"),
     "n_lesions": {"Description": "26-connected lesions of all lesion scans"},
     "lesion_sensitivity": {
         "Description": "Lesions that the prediction touches / lesions, all lesion scans together"
     },
-    **_interval_columns("lesion_sensitivity", "lesion-wise sensitivity"),
+    **interval_columns("lesion_sensitivity", "lesion-wise sensitivity"),
     "false_lesions_per_lesion_scan": {
         "Description": "Mean number of predicted components that touch no lesion, lesion scans"
     },
-    **_interval_columns("false_lesions_per_lesion_scan", "mean"),
+    **interval_columns("false_lesions_per_lesion_scan", "mean"),
     "false_lesions_per_healthy_scan": {"Description": "Mean number of predicted components, healthy scans"},
-    **_interval_columns("false_lesions_per_healthy_scan", "mean"),
+    **interval_columns("false_lesions_per_healthy_scan", "mean"),
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Versions of bids_uad that scored the images"},
 }

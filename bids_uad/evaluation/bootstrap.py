@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,24 @@ MIN_SUBJECTS = 3
 _BLOCK = 500_000
 
 Interval = tuple[float, float]
+
+
+def interval_columns(name: str, what: str) -> dict[str, dict[str, Any]]:
+    """Describe the two columns of an interval, as sidecars of tables do.
+
+    Parameters
+    ----------
+    name : str
+        Of the column that it belongs to.
+    what : str
+        The number in words.
+    """
+    interval = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
+    few = f"n/a with fewer than {MIN_SUBJECTS} participants"
+    return {
+        f"{name}_ci_{end}": {"Description": f"{which} end of the {interval} of the {what}; {few}"}
+        for end, which in (("low", "Lower"), ("high", "Upper"))
+    }
 
 
 def bootstrap_interval(

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from bids_uad.evaluation.bootstrap import MIN_SUBJECTS, bootstrap_interval
+from bids_uad.evaluation.bootstrap import MIN_SUBJECTS, bootstrap_interval, interval_columns
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 
 OUTCOMES = {"dice": LESION, "auprc": LESION, "fpr": HEALTHY}
@@ -35,8 +35,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Participants that both have scored; several scans of one are averaged"
     },
     "difference": {"Description": "Mean over these participants of a minus b"},
-    "difference_ci_low": {"Description": "Lower end of its 95 % bootstrap interval over participants"},
-    "difference_ci_high": {"Description": "Upper end of the same"},
+    **interval_columns("difference", "difference"),
     "statistic": {"Description": "Wilcoxon signed-rank statistic, zeros ranked (Pratt)"},
     "p": {
         "Description": f"Its two-sided p value; n/a with fewer than {MIN_PARTICIPANTS} participants or where "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bids_uad.evaluation.bootstrap import bootstrap_interval
+from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
 from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
 from bids_uad.evaluation.comparison import OUTCOMES, compare_pair, corrected, participant_scores
 from bids_uad.evaluation.origins import Origin
@@ -29,8 +29,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "changes": {"Description": "Hyper-parameters that differ from the preset, n/a without any"},
     "n_participants": {"Description": "Participants with this number"},
     "mean": {"Description": "Mean over their scans"},
-    "mean_ci_low": {"Description": "Lower end of its 95 % bootstrap interval over participants"},
-    "mean_ci_high": {"Description": "Upper end of the same"},
+    **interval_columns("mean", "mean"),
     "n_pairs": {"Description": "Participants whom the reference has scored, too"},
     "difference": {"Description": "Mean over these participants of the variant minus the reference"},
     **{name: COMPARISON_COLUMNS[name] for name in _PAIRED[1:]},

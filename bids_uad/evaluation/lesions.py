@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.errors import InputError
-from bids_uad.evaluation.bootstrap import bootstrap_interval
+from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import LESION_LOAD
 from bids_uad.evaluation.tables import REMEDY, UnitScores, read_numbers
@@ -36,14 +35,6 @@ _SHARES = {
 }
 
 
-def _intervals(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    return {
-        f"{name}_ci_{end}": {"Description": f"{which} end of its 95 % bootstrap interval over participants"}
-        for name in names
-        for end, which in (("low", "Lower"), ("high", "Upper"))
-    }
-
-
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
@@ -60,7 +51,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "n_participants": {"Description": "Participants with such lesions"},
     "n_lesions": {"Description": "26-connected lesions inside the brain, of all their scans"},
     **{name: {"Description": what} for name, what in _SHARES.items()},
-    **_intervals(list(_SHARES)),
+    **interval_columns("lesion_sensitivity", "share of lesions touched"),
+    **interval_columns("voxel_sensitivity", "share of voxels found"),
 }
 MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "modality": {"Description": "Modality of the images"},
@@ -73,7 +65,7 @@ MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "n_participants": {"Description": "Participants with such lesions"},
     "n_lesions": {"Description": "Number of them"},
     "missed_share": {"Description": "Share of them that no detector touches"},
-    **_intervals(["missed_share"]),
+    **interval_columns("missed_share", "share missed"),
 }
 
 

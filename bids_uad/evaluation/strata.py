@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bids_uad.evaluation.bootstrap import CONFIDENCE, bootstrap_interval
+from bids_uad.evaluation.bootstrap import CONFIDENCE, bootstrap_interval, interval_columns
 from bids_uad.evaluation.subjects import HEALTHY, LESION, LESION_LOAD
 
 OUTCOMES = {"fpr": HEALTHY, "dice": LESION, "sensitivity": LESION}
@@ -34,8 +34,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "level": {"Description": "The part"},
     "n_participants": {"Description": "Participants in this part (images of one are averaged)"},
     "mean": {"Description": "Mean over them"},
-    "mean_ci_low": {"Description": "Lower end of its 95 % bootstrap interval"},
-    "mean_ci_high": {"Description": "Upper end of the same"},
+    **interval_columns("mean", "mean"),
     "difference": {"Description": "This mean minus that of all other parts together"},
     "difference_ci_low": {"Description": "Lower end of its 95 % interval (Welch)"},
     "difference_ci_high": {"Description": "Upper end of the same"},
