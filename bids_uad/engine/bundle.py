@@ -68,6 +68,13 @@ class Bundle:
         return protocol_of(self.preset)
 
     @property
+    def post_processing(self) -> str:
+        """What is done to a map after scoring, in words."""
+        depth = self.info.get("hyper", {}).get("depth", 0)
+        smoothing = f"Gaussian of {depth:g} mm standard deviation across slices, then " if depth else ""
+        return smoothing + self.protocol.filtering
+
+    @property
     def modality(self) -> str:
         """``T1w`` or ``T2w``."""
         return self.info["modality"]

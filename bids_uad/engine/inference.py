@@ -11,6 +11,7 @@ from bids_uad.engine.execution import PLAIN, Execution, ran_out_of_memory
 from bids_uad.engine.field import Field, covering_fields
 from bids_uad.engine.median import masked_median, published_median
 from bids_uad.engine.protocol import CORRECTED, Protocol
+from bids_uad.engine.smoothing import smooth_across_slices
 from bids_uad.methods.base import Detector
 from bids_uad.networks.keyed import SliceGenerator
 
@@ -26,7 +27,7 @@ def anomaly_map(
     protocol: Protocol = CORRECTED,
     execution: Execution = PLAIN,
 ) -> np.ndarray:
-    """Score a volume slice by slice, then filter the map.
+    """Score a volume slice by slice, then smooth (where the detector asks for it) and filter the map.
 
     Slices without brain are skipped, and so is the margin that the detector need not see.
 
@@ -67,6 +68,8 @@ def anomaly_map(
         field.cut(times).add_(1)
         _add_scores(detector, slices, inside, field, total, key=key, seed=seed, execution=execution)
     scores = total / times.clamp_min(1) if len(fields) > 1 else total
+    if detector.depth:
+        scores = smooth_across_slices(scores, inside.to(device), detector.depth)
     smooth = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
     return space.from_slices(smooth.cpu().numpy()) * brain
 

@@ -145,6 +145,11 @@ class Detector(nn.Module, ABC):
         """
         return getattr(self.hyper, "field_of_view", WHOLE_SLICE)
 
+    @property
+    def depth(self) -> float:
+        """Standard deviation in mm of the Gaussian across slices that smooths the map; 0: none does."""
+        return getattr(self.hyper, "depth", 0.0)
+
     def describe(self) -> dict[str, Any]:
         """Hyper-parameters as plain values, for a bundle's JSON."""
         return asdict(self.hyper)

@@ -52,6 +52,8 @@ class FPIHyper:
         How often the middle of the brain is swollen or shrunken.
     mottled : float
         Strength of shading between tissues (standard deviation of its logarithm), beside that of the coil.
+    depth : float
+        Standard deviation in mm of the Gaussian across slices that smooths the map.
     steps, batch_size, learning_rate
         Training schedule.
     """
@@ -65,6 +67,7 @@ class FPIHyper:
     soiled: float = 0.0
     swollen: float = 0.0
     mottled: float = 0.0
+    depth: float = 0.0
     steps: int = 3_000
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -102,6 +105,7 @@ class FPI(Detector):
             soiled=0.3,
             swollen=0.6,
             mottled=0.06,
+            depth=4.0,
             steps=3_500,
             learning_rate=1.5e-3,
         ),

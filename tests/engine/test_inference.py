@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import median_filter
+from scipy.ndimage import gaussian_filter1d, median_filter
 from torch import Tensor
 
 from bids_uad import space
@@ -130,6 +130,23 @@ def test_the_published_protocol_scales_by_the_extremes_and_filters_with_scipys_m
     result = anomaly_map(Echo(), volume, brain, key="x", protocol=PUBLISHED)
     expected = median_filter(volume / volume.max(), size=4)
     np.testing.assert_allclose(result, np.where(brain, expected, 0), rtol=1e-6)
+
+
+def test_a_detector_may_have_its_map_smoothed_across_slices_before_the_median(scan):
+    class Echo(Noisy):
+        depth = 2.0
+
+        def score(self, slices, brain, generator):
+            return slices
+
+    volume, brain = scan
+    result = anomaly_map(Echo(), volume, brain, key="x")
+    box = volume[80:110, 90:130, 40:60].clip(0, 1)
+    reach = {"sigma": 2.0, "axis": 2, "mode": "constant", "radius": 6}
+    smooth = gaussian_filter1d(box, **reach) / gaussian_filter1d(np.ones_like(box), **reach)
+    expected = median_filter(smooth, size=3)
+    inner = (slice(1, -1),) * 3  # at the border the median has fewer neighbours
+    np.testing.assert_allclose(result[80:110, 90:130, 40:60][inner], expected[inner], rtol=1e-5)
 
 
 def test_memory_shortage_halves_the_batch(scan):

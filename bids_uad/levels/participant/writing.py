@@ -186,7 +186,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "ThresholdName": threshold_name,
         "ThresholdSource": "fixed on validation scans when the model was calibrated, not on this dataset",
         "Scaling": bundle.protocol.scaling,
-        "PostProcessing": bundle.protocol.filtering,
+        "PostProcessing": bundle.post_processing,
         **bundle.origin,
     }
     run = {
