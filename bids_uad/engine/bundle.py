@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
 ALL = "all"
-DEFAULT_MODELS = ("fae-T1w-lite", "fpi-T2w-lite")
+DEFAULT_MODELS = ("fpi-T1w-default", "fpi-T2w-default")
 """Those that find most in scans they have not met, see the README's tables."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"

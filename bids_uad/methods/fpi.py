@@ -105,7 +105,7 @@ class FPI(Detector):
             soiled=0.3,
             swollen=0.6,
             mottled=0.06,
-            depth=4.0,
+            depth=2.0,
             steps=3_500,
             learning_rate=1.5e-3,
         ),

@@ -161,12 +161,10 @@ def test_resolving(folder, tmp_path, monkeypatch):
         resolve_bundles([str(folder), str(twin)], ["T1w"])
 
 
-T2W_ONLY = {"fpi"}
 ALL_PACKAGED = [
-    f"{detector}-{modality}-lite"
+    f"{detector}-{modality}-{'default' if detector == 'fpi' else 'lite'}"
     for detector in DETECTORS
     for modality in ("T1w", "T2w")
-    if modality == "T2w" or detector not in T2W_ONLY
 ]
 
 
