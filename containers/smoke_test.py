@@ -25,7 +25,7 @@ def main() -> None:
     assert "site-packages" in bids_uad.__file__
     assert importlib.metadata.version("bids_uad") == bids_uad.__version__
 
-    bundles = resolve_bundles(None, ["T1w", "T2w"])
+    bundles = resolve_bundles(["all"], ["T1w", "T2w"])
     assert len(bundles) >= 20, bundles
     assert (assets() / "bids_uad.bib").is_file()
     with tempfile.TemporaryDirectory() as scratch:
