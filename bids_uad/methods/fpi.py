@@ -30,6 +30,10 @@ from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.keyed import SliceGenerator
 
+# What the presets have in common.
+NETWORK = replace(LITE_NETWORK, size=192, time_embedding=False, fold=2)
+AUGMENTATION = AugmentationConfig(spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False)
+
 
 @dataclass(frozen=True)
 class FPIHyper:
@@ -86,21 +90,11 @@ class FPI(Detector):
     citation: ClassVar[str] = "fpi"
     presets: ClassVar[dict[str, FPIHyper]] = {
         "default": FPIHyper(
-            network=replace(
-                LITE_NETWORK,
-                size=192,
-                width=24,
-                multipliers=(1, 2, 3, 4),
-                blocks=(1, 1, 1, 1),
-                time_embedding=False,
-                fold=2,
-            ),
+            network=replace(NETWORK, width=24, multipliers=(1, 2, 3, 4), blocks=(1, 1, 1, 1)),
             blemish=BlemishConfig(
                 small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8
             ),
-            augmentation=AugmentationConfig(
-                spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.5
-            ),
+            augmentation=replace(AUGMENTATION, intensity=0.5),
             small_weight=3.0,
             soiled=0.3,
             swollen=0.6,
@@ -110,18 +104,8 @@ class FPI(Detector):
             learning_rate=1.5e-3,
         ),
         "lite": FPIHyper(
-            network=replace(
-                LITE_NETWORK,
-                size=192,
-                width=12,
-                multipliers=(1, 2, 4, 8),
-                blocks=(0, 1, 1, 1),
-                time_embedding=False,
-                fold=2,
-            ),
-            augmentation=AugmentationConfig(
-                spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.4
-            ),
+            network=replace(NETWORK, width=12, multipliers=(1, 2, 4, 8), blocks=(0, 1, 1, 1)),
+            augmentation=replace(AUGMENTATION, intensity=0.4),
         ),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,11 @@ def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Gener
     return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
 
 
+def _draw(batch: int, generator: Generator) -> Tensor:
+    """Draw a number from [0, 1) for each image, shape (batch, 1, 1, 1)."""
+    return uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
+
+
 def _filled(
     images: Tensor, mask: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
 ) -> Tensor:
@@ -80,9 +86,7 @@ def _filled(
     batch, _, *size = images.shape
     device = images.device
 
-    def draw() -> Tensor:
-        return uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
-
+    draw = partial(_draw, batch, generator)
     fluid = torch.where(bright_fluid, 1 - 0.45 * draw(), 0.4 * draw())
     level = torch.where(draw() < config.wet, fluid, draw())
     fill = level + 0.05 * smooth_field(batch, 12, (size[0], size[1]), generator)
@@ -137,9 +141,7 @@ def paint_blemishes(
     """
     batch, _, height, width = images.shape
     device = images.device
-
-    def draw() -> Tensor:
-        return torch.rand((batch, 1, 1, 1), generator=generator, device=device)
+    draw = partial(_draw, batch, generator)
 
     def shape(size: tuple[float, float], centres: Tensor) -> Tensor:
         return random_shapes(centres, height, width, AnomalyConfig(size=size, log_size=True), generator)
@@ -152,9 +154,9 @@ def paint_blemishes(
     near = centres + 4 * torch.randn(centres.shape, generator=generator, device=device)
     count = torch.randint(1, config.most_small + 1, (batch, 1, 1, 1), generator=generator, device=device)
     scattered = torch.zeros_like(images)
-    white = white_matter(images, brain, bright_fluid)
+    white = white_matter(images, brain, bright_fluid) if config.in_white else None
     for number in range(config.most_small):
-        among = torch.where(draw() < config.in_white, white, brain) if config.in_white else brain
+        among = brain if white is None else torch.where(draw() < config.in_white, white, brain)
         one = shape(config.small, random_centres(among, generator))
         scattered = torch.maximum(scattered, one * (number < count))
     x = painted(images, shape(config.large, centres), config.blur, config.chance[0])
@@ -197,10 +199,7 @@ def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float)
         In [0, 1].
     """
     batch, _, height, width = images.shape
-
-    def draw() -> Tensor:
-        return torch.rand((batch, 1, 1, 1), generator=generator, device=images.device)
-
+    draw = partial(_draw, batch, generator)
     rim = brain & (F.max_pool2d((~brain).float(), 5, stride=1, padding=2) > 0)
     patches = smooth_field(batch, 10, (height, width), generator) > 2 * draw() - 0.5
     opacity = rim * patches * draw() * (draw() < chance)
