@@ -1,4 +1,5 @@
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from nipype import Function, Node, Workflow
 
 from bids_uad.levels.participant.detection import explain
 from bids_uad.levels.participant.outcome import error_line
@@ -72,6 +74,27 @@ def test_workers_end_when_closed(plugin):
     worker_id = wait(plugin, plugin._submit_job(Task("work")))["result"][1]
     plugin.close()
     assert not is_running(worker_id)
+
+
+def answer():
+    return 42
+
+
+def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
+    frozen = []
+    plugin = IsolatedPlugin(
+        {
+            "n_procs": 1,
+            "memory_gb": 1,
+            "n_gpu_procs": 1,
+            "status_callback": lambda node, status: frozen.append(gc.get_freeze_count()),
+        }
+    )
+    workflow = Workflow("garbage", base_dir=str(tmp_path))
+    workflow.add_nodes([Node(Function(function=answer, output_names=["out"]), name="one")])
+    workflow.run(plugin=plugin)
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 _RUN = """
