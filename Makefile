@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	@echo "Subject reports: $(DEMO)/derivatives/sub-*.html"
 
 test: $(VENV)/installed lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(NPROCS) --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(NPROCS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -36,28 +36,17 @@ def bids_uad(*arguments: object, timeout: float = 1500) -> subprocess.CompletedP
 DETECTORS = ("disyre", "patchcore", "intensity")
 
 
+def simulate(folder: Path, *options: str) -> Path:
+    """Simulate a raw dataset."""
+    command = [sys.executable, "-m", "bids_uad.simulation", str(folder), *options, "--seed", "7"]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """One healthy subject and one with a stroke, T1w and T2w, raw BIDS."""
-    folder = tmp_path_factory.mktemp("simulated") / "data"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bids_uad.simulation",
-            folder,
-            "--healthy",
-            "1",
-            "--stroke",
-            "1",
-            "--seed",
-            "7",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
-    return folder
+    return simulate(tmp_path_factory.mktemp("simulated") / "data", "--healthy", "1", "--stroke", "1")
 
 
 @pytest.fixture(scope="session")

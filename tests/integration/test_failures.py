@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bids_uad.atomic import write_text
-from tests.integration.conftest import bids_uad
+from tests.integration.conftest import bids_uad, simulate
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -29,16 +29,26 @@ def add(dataset: Path, label: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good(data) -> Path:
-    """A T1w that nothing is wrong with."""
-    return data / "sub-001" / "anat" / "sub-001_T1w.nii.gz"
+def simulated(tmp_path_factory) -> Path:
+    """One healthy subject's T1w, raw BIDS."""
+    folder = tmp_path_factory.mktemp("simulated") / "data"
+    return simulate(folder, "--healthy", "1", "--modalities", "T1w")
+
+
+@pytest.fixture(scope="module")
+def good(simulated, tmp_path_factory) -> Path:
+    """A T1w that nothing is wrong with, with voxels of 2 mm, since little depends on them here."""
+    scan = nib.load(simulated / "sub-001" / "anat" / "sub-001_T1w.nii.gz")
+    path = tmp_path_factory.mktemp("good") / "sub-001_T1w.nii.gz"
+    nib.save(scan.slicer[::2, ::2, ::2], path)
+    return path
 
 
 @pytest.fixture
-def dataset(tmp_path, data, good) -> Path:
+def dataset(tmp_path, simulated, good) -> Path:
     """A dataset with one good subject."""
     folder = tmp_path / "data"
-    write_text(folder / "dataset_description.json", (data / "dataset_description.json").read_text())
+    write_text(folder / "dataset_description.json", (simulated / "dataset_description.json").read_text())
     add(folder, "good").write_bytes(good.read_bytes())
     return folder
 

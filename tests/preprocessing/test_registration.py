@@ -88,6 +88,7 @@ def test_a_t2w_with_left_and_right_swapped_fits_the_mirror_image(
     assert (qc["mirrored_similarity"] > 1.3 * qc["similarity"]) == swapped
 
 
+@pytest.mark.slow
 def test_a_brain_back_to_front_overlaps_well_and_is_found_out_by_its_similarity(
     reference_volume: Volume, scan: Volume, tmp_path: Path
 ) -> None:

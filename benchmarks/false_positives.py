@@ -1,0 +1,129 @@
+"""Where the packaged models mark healthy tissue of real people: a picture for the card of a model.
+
+``python -m benchmarks.false_positives OUT`` reads the masks that ``benchmarks.real`` left in OUT, and draws
+over the SRI24 template at how many people a place is marked, though no lesion mask says that it should be.
+People whom a model has met, and patients without a lesion mask, are left out. No scan is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nibabel as nib
+import numpy as np
+from nilearn.plotting import plot_stat_map
+from scipy.ndimage import gaussian_filter1d
+
+from benchmarks.scan import read
+from bids_uad.atomic import atomic_path
+from bids_uad.dataset.participants import Participants, healthy_flag, read_participants
+from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.published import detector_desc
+from bids_uad.engine.bundle import Bundle, resolve_bundles
+from bids_uad.preprocessing.reference import resolve_reference
+from bids_uad.space import AFFINE, SHAPE
+
+PICTURE = "false_positives.png"
+N_SLICES = 7
+SLICE_GAP = 10
+"""Least distance of two slices of the picture, mm."""
+
+
+@dataclass
+class Marked:
+    """At how many people each place is marked.
+
+    Parameters
+    ----------
+    counts : numpy.ndarray of int, shape SHAPE
+    healthy, patients : int
+        People that were counted.
+    """
+
+    counts: np.ndarray
+    healthy: int = 0
+    patients: int = 0
+
+
+def beside_lesions(mask: np.ndarray, lesion: np.ndarray | None) -> np.ndarray:
+    """Give what is marked outside the lesion; all that is marked if there is none."""
+    return mask if lesion is None else mask & ~lesion
+
+
+def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Participants) -> Marked:
+    """Count, place by place, the people at whom a model marks what is no lesion."""
+    marked = Marked(np.zeros(SHAPE, dtype=int))
+    desc = detector_desc(bundle.modality, bundle.detector)
+    for scan in scans:
+        healthy = healthy_flag(people.row(scan.subject))
+        name = scan.image.name.replace(f"desc-preproc_{bundle.modality}", f"label-anomaly_desc-{desc}_mask")
+        path = scan.image.with_name(name)
+        if not path.is_file() or not (healthy or scan.lesion):
+            continue
+        lesion = read(scan.lesion) > 0 if scan.lesion else None
+        marked.counts += beside_lesions(read(path) > 0, lesion)
+        marked.healthy += int(healthy)
+        marked.patients += int(not healthy)
+    return marked
+
+
+def slices_to_show(counts: np.ndarray) -> list[float]:
+    """Choose the axial slices with most marks, no two of them close to each other.
+
+    Returns
+    -------
+    list of float
+        World coordinates in mm, ascending.
+    """
+    sums = gaussian_filter1d(counts.sum((0, 1)).astype(float), 1.5)
+    chosen: list[int] = []
+    for z in np.argsort(-sums, kind="stable"):
+        if len(chosen) < N_SLICES and all(abs(z - other) >= SLICE_GAP for other in chosen):
+            chosen.append(int(z))
+    return [float(nib.affines.apply_affine(AFFINE, (0, 0, z))[2]) for z in sorted(chosen)]
+
+
+def draw(marked: Marked, template: Path, title: str, path: Path) -> None:
+    """Draw the counts over the template."""
+    display = plot_stat_map(
+        nib.Nifti1Image(marked.counts.astype(np.float32), AFFINE),
+        bg_img=str(template),
+        display_mode="z",
+        cut_coords=slices_to_show(marked.counts),
+        threshold=0.5,
+        vmin=0,
+        vmax=max(2, int(marked.counts.max())),
+        cmap="autumn",
+        cbar_tick_format="%i",
+        title=title,
+        black_bg=True,
+        resampling_interpolation="nearest",
+    )
+    with atomic_path(path) as temporary:
+        display.savefig(temporary, dpi=90)
+    display.close()
+
+
+def main() -> None:
+    """Draw a picture for every model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", nargs="+", default=["fpi"], help="as of bids_uad (default: fpi)")
+    parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
+    args = parser.parse_args()
+    people = read_participants(args.out)
+    with TemporaryDirectory() as cache:
+        reference = resolve_reference(args.atlas_dir, cache)
+        for bundle in resolve_bundles(args.models, ["T1w", "T2w"]):
+            marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
+            title = f"marked at so many of {marked.healthy} healthy people, {marked.patients} patients"
+            template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w
+            draw(marked, template, title, bundle.folder / PICTURE)
+            print(f"{bundle.name}: {title} -> {bundle.folder / PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
