@@ -97,7 +97,7 @@ def draw(marked: Marked, template: Path, title: str, path: Path) -> None:
         vmin=0,
         vmax=max(2, int(marked.counts.max())),
         cmap="autumn",
-        cbar_tick_format="%i",
+        cbar_tick_format="%.0f",
         title=title,
         black_bg=True,
         resampling_interpolation="nearest",
