@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad import __version__
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.participants import healthy_flag, read_participants
@@ -45,6 +48,20 @@ class Cohort:
     def full_name(self, scan: PreprocessedScan) -> str:
         """Whose scan it is, told apart from those of other cohorts."""
         return f"{self.prefix}{scan.subject}"
+
+
+def scratch_folder(work_dir: Path, name: str, *made_of: Any) -> Path:
+    """Name a folder of scratch space by what its content is made of, so that a later run finds it again.
+
+    Parameters
+    ----------
+    work_dir : pathlib.Path
+    name : str
+    *made_of
+        JSON types; the version of the program is always among them.
+    """
+    told = json.dumps([__version__, *made_of])
+    return work_dir / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def healthy_cohort(folder: Path, modality: str) -> Cohort:

@@ -5,8 +5,6 @@ Open T1w scans of healthy people are easy to come by, T2w scans are not.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,12 +12,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bids_uad import __version__
 from bids_uad.atomic import write_json
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.preprocessed import PreprocessedScan
-from bids_uad.levels.cohort import Cohort, healthy_cohort
+from bids_uad.levels.cohort import Cohort, healthy_cohort, scratch_folder
 from bids_uad.simulation.cohort import save_image
 from bids_uad.simulation.recontrast import to_t2w
 from bids_uad.space import to_image
@@ -47,8 +44,7 @@ def recontrasted_cohort(config: RunConfig) -> Cohort:
     """
     source = healthy_cohort(config.bids_dir, "T1w")
     stamps = [[str(scan.image), scan.image.stat().st_mtime_ns] for scan in source.scans]
-    told = json.dumps([__version__, config.random_seed, stamps])
-    folder = config.work_dir / f"recontrasted-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    folder = scratch_folder(config.work_dir, "recontrasted", config.random_seed, stamps)
     if not (folder / "dataset_description.json").is_file():  # which is written last
         for number, scan in enumerate(source.scans):
             _recontrast(scan, folder, np.random.default_rng([config.random_seed, number]))

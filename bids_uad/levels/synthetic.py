@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 
-from bids_uad import __version__
 from bids_uad.config import RunConfig
-from bids_uad.levels.cohort import Cohort, healthy_cohort
+from bids_uad.levels.cohort import Cohort, healthy_cohort, scratch_folder
 from bids_uad.simulation.anatomy import label_map_paths
 from bids_uad.simulation.cohort import Cohort as SimulatedCohort
 from bids_uad.simulation.cohort import make_cohort
@@ -35,8 +32,9 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
         tuple(label_map_paths(config.label_maps)) if config.label_maps else World.sources,
         scanners=max(1, config.synthetic // 2),
     )
-    told = json.dumps([__version__, config.modality, config.synthetic, world.seed, world.sources])
-    folder = config.work_dir / f"synthetic-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    folder = scratch_folder(
+        config.work_dir, "synthetic", config.modality, config.synthetic, world.seed, world.sources
+    )
     if not (folder / "participants.tsv").is_file():  # which is written last
         simulated = SimulatedCohort(
             folder, world, (None,) * config.synthetic, (config.modality,), derivatives=True
