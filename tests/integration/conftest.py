@@ -39,7 +39,7 @@ DETECTORS = ("disyre", "patchcore", "intensity")
 def simulate(folder: Path, *options: str) -> Path:
     """Simulate a raw dataset."""
     command = [sys.executable, "-m", "bids_uad.simulation", str(folder), *options, "--seed", "7"]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, check=True, capture_output=True, timeout=1500)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The images that containers/build.sh has made, on a small dataset: `pytest -m container`.
+"""The images of containers/build.sh, on the dataset and the detectors of `make demo`: `pytest -m container`.
 
 Nothing of them is written to, there is no network, and nobody knows the user.
 """
@@ -16,6 +16,7 @@ import pytest
 
 from bids_uad import __version__
 from bids_uad.dataset.describe import read_json
+from tests.integration.conftest import simulate
 from tests.integration.test_whole_run import validate
 
 pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = f"bids_uad:{__version__}"
 SIF = ROOT / "dist" / f"bids_uad-{__version__}.sif"
 USER = 1234
+DETECTORS = ("fpi", "disyre", "uniad", "intensity")
 # Some hosts do not let a container's limits be raised as podman does by itself.
 PODMAN = ["podman", "--runtime", "runc", "run", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 
@@ -74,10 +76,17 @@ def call(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=7000)
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The dataset of `make demo`."""
+    cohort = ("--healthy", "3", "--stroke", "1", "--ms", "1", "--tumour", "1", "--nprocs", "2")
+    return simulate(tmp_path_factory.mktemp("simulated") / "data", *cohort)
+
+
 @pytest.fixture
-def folder(data, tmp_path, tmp_path_factory):
+def folder(demo, tmp_path, tmp_path_factory):
     """The dataset, and folders that the user of the container may write to."""
-    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(demo, tmp_path / "data")
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
@@ -95,27 +104,17 @@ def test_participant_and_group_level(run, folder):
     said = run(folder, "--version")
     assert said.stdout.strip().endswith(f"bids_uad {__version__}"), said.stderr
     lesions = "lesions=/data/derivatives/lesions"
-    done = run(
-        folder,
-        "/data",
-        "/out",
-        "participant",
-        "-w",
-        "/work",
-        "-d",
-        lesions,
-        "--models",
-        "disyre",
-        "intensity",
-    )
+    options = ["-w", "/work", "-d", lesions, "--models", *DETECTORS, "--nprocs", "2"]
+    done = run(folder, "/data", "/out", "participant", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     done = run(folder, "/data", "/out", "group")
     assert done.returncode == 0, done.stdout + done.stderr
 
     out = folder / "out"
-    assert len(list(out.rglob("*_anomalymap.nii.gz"))) == 8
-    assert len(pd.read_csv(out / "group_subjects.tsv", sep="\t")) == 8
-    assert {path.name for path in out.glob("*.html")} == {"group.html", "sub-001.html", "sub-002.html"}
+    assert len(list(out.rglob("*_anomalymap.nii.gz"))) == 6 * 2 * len(DETECTORS)
+    assert len(pd.read_csv(out / "group_subjects.tsv", sep="\t")) == 6 * 2 * len(DETECTORS)
+    pages = {"group.html", *(f"sub-{number:03d}.html" for number in range(1, 7))}
+    assert {path.name for path in out.glob("*.html")} == pages
     made_by = read_json(out / "dataset_description.json")["GeneratedBy"][0]["Container"]
     assert made_by == {"Type": run.__name__, "Tag": IMAGE}
     assert validate(out) == [], json.dumps(validate(out))[:2000]
