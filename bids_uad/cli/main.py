@@ -93,8 +93,9 @@ def _set_up_process(config: RunConfig) -> None:
     threads = str(config.omp_nthreads)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)
-    # Threads that wait for each other leave their core to whoever else works on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other soon leave their core to whoever else works on the machine.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
 
     logger = logging.getLogger("bids_uad")

@@ -116,3 +116,19 @@ def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "goes on where this run stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
+)
+def test_waiting_threads_spin_a_while_unless_the_user_says_otherwise(
+    arguments, levels, monkeypatch, own, spins
+):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*arguments[:2], "participant", *arguments[2:]]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
