@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.false_positives OUT`` reads the masks that ``benchmarks.real`` left in OUT, and draws
 over the SRI24 template at how many people a place is marked, though no lesion mask says that it should be.
-People whom a model has met, and patients without a lesion mask, are left out. No scan is shown.
+Whom a model has met is not in OUT; patients without a lesion mask are left out. No scan is shown.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ class Marked:
     patients: int = 0
 
 
-def beside_lesions(mask: np.ndarray, lesion: np.ndarray | None) -> np.ndarray:
-    """Give what is marked outside the lesion; all that is marked if there is none."""
-    return mask if lesion is None else mask & ~lesion
-
-
 def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Participants) -> Marked:
     """Count, place by place, the people at whom a model marks what is no lesion."""
     marked = Marked(np.zeros(SHAPE, dtype=int))
@@ -63,8 +58,8 @@ def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Particip
         path = scan.image.with_name(name)
         if not path.is_file() or not (healthy or scan.lesion):
             continue
-        lesion = read(scan.lesion) > 0 if scan.lesion else None
-        marked.counts += beside_lesions(read(path) > 0, lesion)
+        lesion = read(scan.lesion) > 0 if scan.lesion else False
+        marked.counts += (read(path) > 0) & np.logical_not(lesion)
         marked.healthy += int(healthy)
         marked.patients += int(not healthy)
     return marked
