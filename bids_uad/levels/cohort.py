@@ -60,7 +60,7 @@ def scratch_folder(work_dir: Path, name: str, *made_of: Any) -> Path:
     *made_of
         JSON types; the version of the program is always among them.
     """
-    told = json.dumps([__version__, *made_of])
+    told = json.dumps([__version__, *made_of], sort_keys=True)
     return work_dir / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 

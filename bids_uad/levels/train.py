@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
 import time
@@ -21,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bids_uad import __version__
 from bids_uad.config import RunConfig
 from bids_uad.dataset.preprocessed import has_preprocessed
 from bids_uad.engine.bundle import Bundle, save_bundle
@@ -32,7 +29,7 @@ from bids_uad.engine.store import SliceStore, Subject
 from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.backbone import give_backbone
-from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
+from bids_uad.levels.cohort import Cohort, describe, healthy_cohort, scratch_folder
 from bids_uad.levels.model_card import model_card
 from bids_uad.levels.recontrasted import recontrasted_cohort
 from bids_uad.levels.synthetic import synthetic_cohort
@@ -89,7 +86,7 @@ def run_train(config: RunConfig) -> int:
     data = TrainingData(store, training_slices, held_out)
     precision = resolve_precision(config.precision, device)
     schedule = Schedule(config.random_seed, config.steps, config.batch_size, precision)
-    scratch = config.work_dir / f"training-{folder.name}-{_identity(config, detector, store)}"
+    scratch = _scratch(config, folder.name, detector, store)
     start = time.monotonic()
     with _progress(fabric.is_global_zero) as report:
         try:
@@ -192,12 +189,11 @@ def training_cohorts(config: RunConfig) -> list[Cohort]:
     return [healthy_cohort(config.bids_dir, config.modality), *made]
 
 
-def _identity(config: RunConfig, detector: Detector, store: SliceStore) -> str:
+def _scratch(config: RunConfig, bundle: str, detector: Detector, store: SliceStore) -> Path:
     """Tell one training from another, so that none goes on where a different one stopped."""
     told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
     means = [str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes]
-    text = json.dumps([*told, *means, __version__, store.folder.name], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return scratch_folder(config.work_dir, f"training-{bundle}", *told, *means, store.folder.name)
 
 
 def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def test_the_grid_lies_about_its_centre() -> None:
 
 
 def test_training_repeats(head: Head) -> None:
-    one, other = (train([head], 1, 3) for _ in range(2))
+    one, other = (train([head], 2, 3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
