@@ -101,6 +101,8 @@ class RunConfig:
         Learn from healthy T1w scans, too, with the contrast of T2w.
     label_maps : tuple of str
         Label maps and folders of them that they are simulated from; empty means the built-in template.
+    normative_dir : pathlib.Path, optional
+        Preprocessed scans of healthy people beside those of `bids_dir`, for the normative reference alone.
     num_devices, num_nodes : int
         Devices of a node, and nodes, that share a training.
     hyper : tuple of str
@@ -150,6 +152,7 @@ class RunConfig:
     synthetic: int = 0
     recontrast: bool = False
     label_maps: tuple[str, ...] = ()
+    normative_dir: Path | None = None
     num_devices: int = 1
     num_nodes: int = 1
     backbone_weights: Path | None = None

@@ -1,8 +1,9 @@
 """Thresholds on deviations from a normative reference, none of them flattered.
 
 Healthy people of the reference are judged by what the others alone say; people with lesions are strangers to
-it anyway. Maps are gone through twice, for the reference has to be whole before anybody can be judged; they
-wait on disk, so that memory does not grow with their number.
+it anyway. Some healthy people may be there for the reference alone. Maps are gone through twice, for the
+reference has to be whole before anybody can be judged; they wait on disk, so that memory does not grow with
+their number.
 """
 
 from __future__ import annotations
@@ -92,6 +93,12 @@ class DeviationCalibrator:
             parts["lesion"] = np.packbits(lesion)
         np.savez(path, **parts)
         self._waiting.append(_Waiting(subject, person, kind, lesion is None, path))
+
+    def add_to_reference(
+        self, scores: np.ndarray, brain: np.ndarray, *, person: Mapping[str, float | None]
+    ) -> None:
+        """Take in the map of a healthy person who is not judged; shapes as in `add`."""
+        self._estimator.add(scores, brain, **person)
 
     def finish(self) -> tuple[NormativeReference, ThresholdEstimator]:
         """Fit the reference and judge everybody.

@@ -205,6 +205,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="label maps, or folders of *_dseg.nii.gz, to simulate from (default: the built-in template)",
     )  # fmt: skip
     models.add_argument(
+        "--normative-dir", type=Path, metavar="PATH",
+        help="with calibrate: more healthy people, preprocessed, for the normative reference alone",
+    )  # fmt: skip
+    models.add_argument(
         "--num-devices", type=_positive, metavar="N",
         help="GPUs (or CPU processes) per node that share a training (default: 1)",
     )  # fmt: skip
@@ -346,6 +350,7 @@ def check(config: RunConfig) -> None:
         (config.plugin_file, "--use-plugin"),
         (config.atlas_dir, "--atlas-dir"),
         (config.backbone_weights, "--backbone-weights"),
+        (config.normative_dir, "--normative-dir"),
     ):
         if path is not None and not path.exists():
             raise ConfigError(f"{flag} {path} does not exist")

@@ -64,7 +64,8 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad"},
     "model_has_met": {
-        "Description": "Cohorts of the model that the subject was in: training, validation, both, or no"
+        "Description": "Cohorts of the model that the subject was in, with 'and' between them: training, "
+        "validation, normative reference; or no"
     },
     "scanner_seen": {
         "Description": "Whether the model has learnt from the subject's scanner (column scanner of "

@@ -174,7 +174,9 @@ class Bundle:
         }
 
     def has_met(self, hashes: set[str]) -> list[str]:
-        """Cohorts of this model, ``training`` and ``validation``, that hold a subject.
+        """Cohorts of this model that hold a subject: ``training``, ``validation``, ``normative reference``.
+
+        Only deviations know the last: people whom nothing else was fixed on.
 
         Parameters
         ----------
@@ -182,6 +184,8 @@ class Bundle:
             Of the subject, see `bids_uad.dataset.identity`.
         """
         told = {"training": self.info.get("training", {}), "validation": self._calibrated().get("cohort", {})}
+        if self.deviation == NORMATIVE:
+            told["normative reference"] = self.normative.get("cohort", {})
         return [name for name, cohort in told.items() if not hashes.isdisjoint(cohort.get("subjects", ()))]
 
     def with_hyper(self, changes: Sequence[str]) -> Bundle:

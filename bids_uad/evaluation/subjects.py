@@ -39,7 +39,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
     "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
     "model_has_met": {
-        "Description": "Cohorts of the model that the participant was in: training, validation, both, or no"
+        "Description": "Cohorts of the model that the participant was in, with 'and' between them: training, "
+        "validation, normative reference; or no"
     },
     "scanner_seen": {
         "Description": "Whether the model has learnt from the participant's scanner (column scanner of "

@@ -90,9 +90,16 @@ def _deviations(calibration: dict[str, Any]) -> str:
     ages = normative["reference"]["covariates"]["age_range"]
     default = normative["default_threshold"]
     rate = normative["validation"]["healthy_fpr"][default]
+    others = ""
+    if "cohort" in normative:
+        cohort = normative["cohort"]
+        others = (
+            f" {cohort['n_subjects']} of them are there for that alone ({cohort['source']}; "
+            "`calibrate --normative-dir`)."
+        )
     return f"""
 A normative reference of {normative["n_healthy_subjects"]} healthy people (age {_years(ages)}) turns scores
-into deviations (`--deviation normative`). Their threshold `{default}` is
+into deviations (`--deviation normative`).{others} Their threshold `{default}` is
 {normative["thresholds"][default]:.4g}; above it are {100 * rate:.2f} % of healthy voxels, each person judged
 by the others.
 """

@@ -353,3 +353,34 @@ def test_healthy_people_enough_make_a_normative_reference(scans, models, tmp_pat
     assert told["validation"]["n_healthy"] == 2
     assert told["validation"]["n_lesion"] == 1
     assert not list((own / "scratch").iterdir())  # maps that waited are gone
+
+
+def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
+    folders, told = [], []
+    others = tmp_path / "others"
+    for label in ("7", "8"):
+        write_scan(others, label)
+    ages = pd.DataFrame({"participant_id": ["sub-7", "sub-8"], "age": [20, 80], "group": ["control"] * 2})
+    write_tsv(others / "participants.tsv", ages)
+    write_json(others / "dataset_description.json", {"Name": "Others", "BIDSVersion": "1.10.0"})
+    for name, more in (("few", []), ("more", ["--normative-dir", str(others)])):
+        folders.append(tmp_path / name / "intensity-T2w-lite")
+        shutil.copytree(models / "intensity-T2w-lite", folders[-1])
+        assert call(scans, tmp_path / name, "calibrate", "intensity", *more) == 0
+        told.append(json.loads((folders[-1] / "calibration.json").read_text()))
+    few, more = (calibration.pop("normative") for calibration in told)
+    assert told[0] == told[1]  # scores are judged as before
+    assert (few["n_healthy_subjects"], more["n_healthy_subjects"]) == (2, 4)
+    assert more["reference"]["covariates"]["age_range"] == [20, 80]
+    assert few["sha256"] != more["sha256"]
+    assert few["validation"]["n_healthy"] == more["validation"]["n_healthy"] == 2
+    assert "2 of them are there for that alone (Others;" in (folders[1] / "MODEL_CARD.md").read_text()
+    raw, deviating = resolve_bundles([str(folders[1])], ["T2w"], ["none", "normative"])
+    stranger = {by_name("Others", "sub-7")}
+    assert (raw.has_met(stranger), deviating.has_met(stranger)) == ([], ["normative reference"])
+
+    twice = ["--normative-dir", str(scans)]
+    assert call(scans, tmp_path / "more", "calibrate", "intensity", *twice) == 66
+    assert "sub-1, sub-2 among the validation scans, too" in capsys.readouterr().err
+    assert json.loads((folders[1] / "calibration.json").read_text())["normative"] == more

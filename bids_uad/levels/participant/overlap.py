@@ -27,7 +27,7 @@ def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
     Returns
     -------
     str
-        ``no``, ``training``, ``validation`` or ``training and validation``.
+        ``no``, or cohorts of the model (:meth:`Bundle.has_met`) with ``and`` between them.
     """
     return _where(bundle, unit, source_name(bids_dir))
 
