@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from lightning_fabric import Fabric
 
@@ -25,6 +27,8 @@ def start_fabric(device: torch.device, devices: int = 1, nodes: int = 1) -> Fabr
     Fabric
         Launched. Arithmetic is left alone: detectors choose the precision of their networks.
     """
+    # A node of a cluster has srun, and a training that was not started by it means that.
+    warnings.filterwarnings("ignore", "The `srun` command is available", category=UserWarning)
     if devices * nodes == 1:
         fabric = Fabric(
             accelerator=device.type, devices=1 if device.index is None else [device.index], num_nodes=1

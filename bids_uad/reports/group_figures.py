@@ -51,13 +51,21 @@ class Figure:
 
 
 def detector_colours(evaluation: Evaluation) -> dict[str, str]:
-    """Give every detector of a cohort its colour, the same in all figures and all cohorts."""
-    others = sorted({detector for detector, _ in evaluation.curves} - set(DETECTOR_NAMES))
-    order = [*DETECTOR_NAMES, *others]
-    return {
-        detector: _PALETTE[order.index(detector) % len(_PALETTE)]
-        for detector in sorted({detector for detector, _ in evaluation.curves})
-    }
+    """Give every detector of a cohort its colour, the same in all figures.
+
+    Known detectors have one for all cohorts; who comes where it is taken gets another, while there is one.
+    """
+    present = {detector for detector, _ in evaluation.curves}
+    order = [*DETECTOR_NAMES, *sorted(present - set(DETECTOR_NAMES))]
+    free = list(_PALETTE)
+    colours = {}
+    for place, detector in enumerate(order):
+        if detector in present:
+            own = _PALETTE[place % len(_PALETTE)]
+            colours[detector] = own if own in free or not free else free[0]
+            if free:
+                free.remove(colours[detector])
+    return colours
 
 
 def group_figures(evaluation: Evaluation) -> list[Figure]:
