@@ -50,16 +50,21 @@ SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --les
 
 models: models-T1w models-T2w fpi-T1w fpi-T2w
 
+models-T2w: $(MODELS)/reference/participants.tsv
 models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
 	    case $$detector in \
 	        rd|uniad|fae) features="--backbone-weights $(MODELS)/bundles/patchcore-$*-lite";; \
 	        *) features=;; \
 	    esac; \
+	    case $$detector-$* in \
+	        fae-T2w|disyre-T2w) more="--normative-dir $(MODELS)/reference";; \
+	        *) more=;; \
+	    esac; \
 	    $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector --modality $* --preset lite \
 	        --random-seed 1 --nprocs 1 -w $(MODELS)/work $$features && \
 	    $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector --modality $* \
-	        --preset lite --nprocs 1 || exit 1; \
+	        --preset lite --nprocs 1 -w $(MODELS)/work $$more || exit 1; \
 	done
 
 fpi-T1w fpi-T2w: fpi-%: $(MODELS)/validation/participants.tsv
@@ -82,6 +87,11 @@ $(MODELS)/train/participants.tsv: | $(VENV)/installed
 
 $(MODELS)/validation/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(SICK) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
+
+# For normative references that 40 healthy people are too few for.
+$(MODELS)/reference/participants.tsv: | $(VENV)/installed
+	$(SIMULATE) $(@D) --healthy 160 --scanners 40 --seed 4 --derivatives --nprocs $(NPROCS) --modalities T2w \
+	    --labelmaps $(call MAPS,11 12 13)
 
 $(MODELS)/test/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(SICK) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)

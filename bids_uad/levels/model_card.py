@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 from bids_uad.config import RunConfig
@@ -93,16 +94,14 @@ def _deviations(calibration: dict[str, Any]) -> str:
     others = ""
     if "cohort" in normative:
         cohort = normative["cohort"]
-        others = (
-            f" {cohort['n_subjects']} of them are there for that alone ({cohort['source']}; "
-            "`calibrate --normative-dir`)."
-        )
-    return f"""
-A normative reference of {normative["n_healthy_subjects"]} healthy people (age {_years(ages)}) turns scores
-into deviations (`--deviation normative`).{others} Their threshold `{default}` is
-{normative["thresholds"][default]:.4g}; above it are {100 * rate:.2f} % of healthy voxels, each person judged
-by the others.
-"""
+        others = f" {cohort['n_subjects']} of them are there for that alone ({cohort['source']})."
+    text = (
+        f"A normative reference of {normative['n_healthy_subjects']} healthy people (age {_years(ages)}) "
+        f"turns scores into deviations (`--deviation normative`).{others} The threshold `{default}` of "
+        f"deviations is {normative['thresholds'][default]:.4g}; above it are {100 * rate:.2f} % of healthy "
+        "voxels, each person judged by the others."
+    )
+    return f"\n{fill(text, 80)}\n"
 
 
 def _years(ages: list[float] | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from bids_uad.methods.intensity import fluid_polarity
 from bids_uad.networks.blemishes import (
     BlemishConfig,
     bend_contrast,
+    darken_nuclei,
     paint_blemishes,
     shade,
     shrink_rim,
@@ -30,26 +32,47 @@ from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.keyed import SliceGenerator
 
-# What the presets have in common.
+# What presets and courses have in common.
 NETWORK = replace(LITE_NETWORK, size=192, time_embedding=False, fold=2)
+BLEMISH = BlemishConfig(small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8)
 AUGMENTATION = AugmentationConfig(spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False)
 
 
 @dataclass(frozen=True)
-class FPIHyper:
-    """Hyper-parameters of FPI.
+class Course:
+    """A course of training: what is shown, and for how long.
+
+    Parameters
+    ----------
+    blemish : BlemishConfig
+    small_weight : float
+        How much more the pixels of small blemishes count. Their area is small, and so would their say be.
+    iron : float
+        How often deep nuclei are darkened where fluid is bright.
+    steps, batch_size, learning_rate
+        Training schedule; without steps there is no such course.
+    """
+
+    blemish: BlemishConfig = field(default_factory=BlemishConfig)
+    small_weight: float = 1.0
+    iron: float = 0.0
+    steps: int = 0
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class FPIHyper(Course):
+    """Hyper-parameters of FPI: the first course, and what holds for both.
 
     Parameters
     ----------
     network : DDPMppConfig
     field_of_view : tuple of int
         Height and width in pixels of what the network sees.
-    blemish : BlemishConfig
     augmentation : AugmentationConfig
     visible : float
         Change of grey value, of 1 in all, that counts as wholly foreign; smaller ones count in proportion.
-    small_weight : float
-        How much more the pixels of small blemishes count. Their area is small, and so would their say be.
     soiled : float
         How often the brain's rim is soiled.
     swollen : float
@@ -58,22 +81,21 @@ class FPIHyper:
         Strength of shading between tissues (standard deviation of its logarithm), beside that of the coil.
     depth : float
         Standard deviation in mm of the Gaussian across slices that smooths the map.
-    steps, batch_size, learning_rate
-        Training schedule.
+    second : Course
+        What follows once large blemishes are seen: a network that learns all sizes at once learns the small
+        ones last.
     """
 
     network: DDPMppConfig = field(default_factory=lambda: LITE_NETWORK)
     field_of_view: tuple[int, int] = BRAIN_FIELD
-    blemish: BlemishConfig = field(default_factory=BlemishConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     visible: float = 0.15
-    small_weight: float = 1.0
     soiled: float = 0.0
     swollen: float = 0.0
     mottled: float = 0.0
     depth: float = 0.0
+    second: Course = field(default_factory=Course)
     steps: int = 3_000
-    batch_size: int = 8
     learning_rate: float = 2e-3
 
 
@@ -91,9 +113,7 @@ class FPI(Detector):
     presets: ClassVar[dict[str, FPIHyper]] = {
         "default": FPIHyper(
             network=replace(NETWORK, width=24, multipliers=(1, 2, 3, 4), blocks=(1, 1, 1, 1)),
-            blemish=BlemishConfig(
-                small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8
-            ),
+            blemish=BLEMISH,
             augmentation=replace(AUGMENTATION, intensity=0.5),
             small_weight=3.0,
             soiled=0.3,
@@ -102,6 +122,12 @@ class FPI(Detector):
             depth=2.0,
             steps=3_500,
             learning_rate=1.5e-3,
+            second=Course(
+                blemish=replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8),
+                small_weight=12.0,
+                iron=0.3,
+                steps=2_400,
+            ),
         ),
         "lite": FPIHyper(
             network=replace(NETWORK, width=12, multipliers=(1, 2, 4, 8), blocks=(0, 1, 1, 1)),
@@ -115,17 +141,22 @@ class FPI(Detector):
         self.register_buffer("polarity", torch.ones(()))
 
     def stages(self) -> list[Stage]:
-        """First whether fluid is bright, then the network."""
+        """First whether fluid is bright, then the network, in one course or two."""
+        courses = {"blemishes": self.hyper, "small blemishes": self.hyper.second}
         return [
             FitStage("polarity", self.fit_polarity, slices=256, batch_size=64),
-            GradientStage.scheduled("blemishes", self.network, self.loss, self.hyper),
+            *(
+                GradientStage.scheduled(name, self.network, partial(self.loss, course), course)
+                for name, course in courses.items()
+                if course.steps
+            ),
         ]
 
     def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:
         """Learn from the healthy histogram whether fluid is bright or dark."""
         self.polarity.copy_(fluid_polarity(batches))
 
-    def loss(self, batch: Batch, generator: Generator) -> Tensor:
+    def loss(self, course: Course, batch: Batch, generator: Generator) -> Tensor:
         """Cross-entropy of how foreign each brain pixel looks, averaged over the brain."""
         hyper = self.hyper
         clean, brain = cut_windows(
@@ -134,13 +165,14 @@ class FPI(Detector):
         brain = shrink_rim(brain, generator)
         clean, brain = swell_middle(clean * brain, brain, generator, hyper.swollen)
         clean = soil_rim(clean, brain, generator, hyper.soiled)
-        painted, small = paint_blemishes(clean, brain, self.polarity > 0, hyper.blemish, generator)
+        clean = darken_nuclei(clean, brain, self.polarity > 0, generator, course.iron)
+        painted, small = paint_blemishes(clean, brain, self.polarity > 0, course.blemish, generator)
         target = ((painted - clean).abs() / hyper.visible).clamp(0, 1)
         seen = shade(bend_contrast(painted, generator), generator)
         seen = shade(seen, generator, hyper.mottled, bumps=8)
         seen = vary_intensity(seen, brain, hyper.augmentation, generator)
         loss = F.binary_cross_entropy_with_logits(self.network(2 * seen - 1), target, reduction="none")
-        weight = brain * (1 + (hyper.small_weight - 1) * small)
+        weight = brain * (1 + (course.small_weight - 1) * small)
         return (loss * weight).sum() / weight.sum().clamp_min(1)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:

@@ -206,6 +206,56 @@ def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float)
     return images + opacity * (draw() - images)
 
 
+def darken_nuclei(
+    images: Tensor, brain: Tensor, bright_fluid: Tensor, generator: Generator, chance: float
+) -> Tensor:
+    """Darken a pair of spots beside the midline, as iron does to deep nuclei in T2w scans.
+
+    Pallidum, red nucleus, substantia nigra and dentate nucleus gain iron with age (Hallgren and Sourander
+    1958), and differ between people more than any simulated scan shows. Where fluid is dark (T1w) nothing
+    changes.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1]; left and right lie along H.
+    brain : Tensor of bool, shape (B, 1, H, W)
+    bright_fluid : Tensor of bool, scalar
+    generator : torch.Generator
+    chance : float
+        How often.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    """
+    if not chance:
+        return images
+    batch, _, height, width = images.shape
+    row, column = _middle(brain)
+    apart = uniform((batch,), 3.0, 28.0, generator)
+    along = column + 15 * torch.randn((batch,), generator=generator, device=images.device)
+    config = AnomalyConfig(size=(6.0, 24.0), log_size=True)
+    spots = torch.zeros_like(images)
+    for side in (-1, 1):
+        centres = torch.stack([row + side * apart, along], 1)
+        spots = torch.maximum(spots, random_shapes(centres, height, width, config, generator, ("blobs",)))
+    soft = gaussian_blur(spots, uniform((batch,), 0.5, 2.0, generator))
+    draw = partial(_draw, batch, generator)
+    amount = 0.7 * draw() * (draw() < chance) * bright_fluid
+    return images * (1 - amount * soft * brain)
+
+
+def _middle(brain: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean row and column of each brain mask, shape (batch,)."""
+    _, _, height, width = brain.shape
+    weight = brain[:, 0] / brain.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1)
+    rows = torch.arange(height, device=brain.device).view(1, -1, 1)
+    columns = torch.arange(width, device=brain.device).view(1, 1, -1)
+    return (weight * rows).sum((1, 2)), (weight * columns).sum((1, 2))
+
+
 def swell_middle(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> tuple[Tensor, Tensor]:
     """Swell or shrink what lies about the middle of the brain, as ventricles differ between people.
 
@@ -231,10 +281,10 @@ def swell_middle(images: Tensor, brain: Tensor, generator: Generator, chance: fl
     device = images.device
     rows = torch.arange(height, device=device).view(1, -1, 1)
     columns = torch.arange(width, device=device).view(1, 1, -1)
-    weight = brain[:, 0] / brain.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1)
     jitter = 6 * torch.randn((2, batch, 1, 1), generator=generator, device=device)
-    row = (weight * rows).sum((1, 2), keepdim=True) + jitter[0]
-    column = (weight * columns).sum((1, 2), keepdim=True) + jitter[1]
+    row, column = (
+        middle.view(-1, 1, 1) + moved for middle, moved in zip(_middle(brain), jitter, strict=True)
+    )
     amount = uniform((batch, 1, 1), -0.3, 0.6, generator) * (
         torch.rand((batch, 1, 1), generator=generator, device=device) < chance
     )

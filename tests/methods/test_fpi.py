@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.fpi import FPI
+from bids_uad.methods.fpi import FPI, Course
 from bids_uad.networks.blemishes import BlemishConfig
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from tests.methods.looking_trained import looking_trained
@@ -38,7 +38,7 @@ def test_an_untrained_network_is_undecided_everywhere():
     """Its last layer is zero, so every pixel gets 1/2, and cross-entropy with any target is log 2."""
     torch.manual_seed(0)
     detector = FPI(SMALL)
-    loss = detector.loss(brains(), torch.Generator().manual_seed(0))
+    loss = detector.loss(SMALL, brains(), torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
 
 
@@ -48,10 +48,10 @@ def test_the_loss_is_cross_entropy_with_what_was_painted():
     detector = FPI(replace(SMALL, blemish=BlemishConfig(chance=(0.0, 0.0, 0.0))))
     detector.network.leave.bias.data.fill_(-5.0)
     batch = brains()
-    clean = detector.loss(batch, torch.Generator().manual_seed(0)).item()
+    clean = detector.loss(detector.hyper, batch, torch.Generator().manual_seed(0)).item()
     assert clean == pytest.approx(math.log1p(math.exp(-5.0)), rel=1e-4)
-    detector.hyper = replace(detector.hyper, blemish=BlemishConfig(chance=(1.0, 1.0, 1.0)))
-    painted = detector.loss(batch, torch.Generator().manual_seed(0)).item()
+    everything = Course(blemish=BlemishConfig(chance=(1.0, 1.0, 1.0)))
+    painted = detector.loss(everything, batch, torch.Generator().manual_seed(0)).item()
     # log(1 + e^-5) + 5 * (mean target)
     assert 0.02 < (painted - clean) / 5 < 0.8
 
@@ -81,6 +81,29 @@ def test_fluid_is_learnt_first():
     assert detector.polarity < 0
 
 
+def test_small_blemishes_have_a_course_of_their_own():
+    """The weight of small blemishes does what the formula of a weighted mean says."""
+    hyper = FPI.presets["default"]
+    _, first, second = FPI(hyper).stages()
+    assert (first.name, first.steps) == ("blemishes", hyper.steps)
+    assert (second.name, second.steps) == ("small blemishes", hyper.second.steps)
+    assert second.learning_rate == hyper.second.learning_rate
+
+    detector = FPI(SMALL)
+    detector.network.leave.bias.data.fill_(-5.0)  # pays for blemishes alone
+    only_small = BlemishConfig(chance=(0.0, 0.0, 1.0), small=(4.0, 8.0), opacity=(1.0, 1.0))
+    loss = {
+        weight: detector.loss(
+            Course(blemish=only_small, small_weight=weight), brains(), torch.Generator().manual_seed(0)
+        ).item()
+        for weight in (1.0, 2.0, 5.0, 1e6)
+    }
+    # sum(w l) / sum(w) with w = 1 + (weight - 1) small: three weights tell the share of the small ones.
+    share = (loss[2.0] - loss[1.0]) / (loss[1e6] - loss[2.0])
+    assert 0 < share < 0.5
+    assert loss[5.0] == pytest.approx((loss[1.0] + 4 * share * loss[1e6]) / (1 + 4 * share), rel=1e-3)
+
+
 def test_it_learns_to_see_what_does_not_belong():
     torch.manual_seed(0)
     detector = FPI(SMALL)
@@ -89,7 +112,7 @@ def test_it_learns_to_see_what_does_not_belong():
     batch = brains()
     for _ in range(60):
         optimiser.zero_grad()
-        detector.loss(batch, generator).backward()
+        detector.loss(SMALL, batch, generator).backward()
         optimiser.step()
     seen = brains(1)
     seen.slices[..., 40:48, 40:48] = 0.85

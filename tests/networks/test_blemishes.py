@@ -10,6 +10,7 @@ from scipy.ndimage import binary_erosion
 from bids_uad.networks.blemishes import (
     BlemishConfig,
     bend_contrast,
+    darken_nuclei,
     paint_blemishes,
     shade,
     shrink_rim,
@@ -105,6 +106,25 @@ def test_only_the_rim_is_soiled(slices):
     assert not (changed & (inner | ~brain)).any()
     assert 0 <= soiled.min() <= soiled.max() <= 1
     assert torch.equal(soil_rim(images, brain, seeded(), 0.0), images)
+
+
+def test_iron_darkens_pairs_of_spots_where_fluid_is_bright(slices):
+    images, brain = slices
+    dark = darken_nuclei(images, brain, BRIGHT, seeded(), 1.0)
+    changed = dark != images
+    assert changed.any()
+    assert (dark <= images).all()
+    assert (dark >= 0.3 * images - 1e-6).all()
+    assert not (changed & ~brain).any()
+    # The disc's middle row is 48; what is left of it has a counterpart on the right.
+    upper, lower = changed[..., :48, :].sum((1, 2, 3)), changed[..., 49:, :].sum((1, 2, 3))
+    assert ((upper > 0) == (lower > 0)).all()
+    assert changed.float().mean() < 0.2
+    for untouched in (
+        darken_nuclei(images, brain, torch.tensor(False), seeded(), 1.0),
+        darken_nuclei(images, brain, BRIGHT, seeded(), 0.0),
+    ):
+        assert torch.equal(untouched, images)
 
 
 def test_the_middle_swells_without_folds(slices):
