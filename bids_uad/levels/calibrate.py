@@ -92,11 +92,12 @@ def run_calibrate(config: RunConfig) -> int:
         )
     validation = Cohort(config.bids_dir, tuple(scans))
     others = [] if config.normative_dir is None else [_others(config.normative_dir, validation, bundle)]
+    healthy = _healthy([validation, *others])
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
     config.work_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="calibrate-", dir=config.work_dir) as waiting:
-        deviations = _deviations(_healthy([validation, *others]), Path(waiting))
+        deviations = _deviations(healthy, Path(waiting))
         for scan in track(scans, description=f"Scoring with {bundle.name}"):
             scores, brain = scored(scan)
             lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
@@ -118,7 +119,7 @@ def run_calibrate(config: RunConfig) -> int:
             reference.write(bundle.folder / NORMATIVE_FILE)
             calibration[NORMATIVE] = thresholds.summary() | {
                 "reference": reference.describe(),
-                "n_healthy_subjects": len(_healthy([validation, *others])),
+                "n_healthy_subjects": len(healthy),
                 "sha256": file_sha256(bundle.folder / NORMATIVE_FILE),
             }
             if others:

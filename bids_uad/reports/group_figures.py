@@ -63,8 +63,7 @@ def detector_colours(evaluation: Evaluation) -> dict[str, str]:
         if detector in present:
             own = _PALETTE[place % len(_PALETTE)]
             colours[detector] = own if own in free or not free else free[0]
-            if free:
-                free.remove(colours[detector])
+            free = [colour for colour in free if colour != colours[detector]]
     return colours
 
 
