@@ -63,7 +63,7 @@ def test_six_jobs_at_once_and_then_the_group_leave_what_one_run_leaves(tmp_path)
     assert content(together) == content(alone)
     assert len(list((together / "logs").glob("bids_uad-*.toml"))) == 6
     assert len(pd.read_csv(together / "group_subjects.tsv", sep="\t")) == 6
-    assert not list((tmp_path / "together" / "work").glob("*_wf"))
+    assert not list((tmp_path / "together" / "work").glob("*_wf/*"))
     calls = (tmp_path / "together" / "calls.txt").read_text().split("\n")
     assert sorted(calls) == sorted((tmp_path / "alone" / "calls.txt").read_text().split("\n"))
 

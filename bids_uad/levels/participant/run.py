@@ -332,9 +332,10 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
 
 
 def _clean(work_dir: Path, subjects: Sequence[str]) -> None:
-    """Remove what we put into the working folder for some participants; others' jobs may work beside us."""
+    """Remove what we put into the working folder for some participants.
+
+    The folder around theirs stays, even empty: other jobs may be about to put theirs there.
+    """
     folder = work_dir / workflow_name()
     for subject in subjects:
         shutil.rmtree(folder / place_of_unit(subject, "")[0], ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
