@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from bids_uad.cli.parser import parse_args
 from bids_uad.config import RunConfig
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_args(argv)
         verbosity = config.verbosity
         _set_up_process(config)
-        return _run_levels(config)
+        with _orderly_end():
+            return _run_levels(config)
     except UserError as error:
         if verbosity > 1:
             traceback.print_exc()
@@ -88,8 +90,6 @@ def _set_up_process(config: RunConfig) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    # The first process of a container would ignore it, and jobs of a cluster would go on.
-    signal.signal(signal.SIGTERM, _terminate)
     threads = str(config.omp_nthreads)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)
@@ -104,6 +104,19 @@ def _set_up_process(config: RunConfig) -> None:
     ]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if config.verbosity else logging.INFO)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Let SIGTERM end the levels as an interruption does.
+
+    The first process of a container would ignore it, and jobs of a cluster would go on.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -111,10 +111,8 @@ def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(run_participant=run))
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert cli.main([*arguments, "participant"]) == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert cli.main([*arguments, "participant"]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "goes on where this run stopped" in capsys.readouterr().err
 
 
