@@ -22,6 +22,7 @@ from bids_uad.networks.blemishes import (
     BlemishConfig,
     bend_contrast,
     darken_nuclei,
+    darken_sinuses,
     paint_blemishes,
     shade,
     shrink_rim,
@@ -46,9 +47,10 @@ class Course:
     ----------
     blemish : BlemishConfig
     small_weight : float
-        How much more the pixels of small blemishes count. Their area is small, and so would their say be.
-    iron : float
-        How often deep nuclei are darkened where fluid is bright.
+        How much more the pixels of small blemishes and linings count. Their area is small, and so would
+        their say be.
+    iron, flow : float
+        How often deep nuclei, and spots of the brain's rim, are darkened where fluid is bright.
     steps, batch_size, learning_rate
         Training schedule; without steps there is no such course.
     """
@@ -56,6 +58,7 @@ class Course:
     blemish: BlemishConfig = field(default_factory=BlemishConfig)
     small_weight: float = 1.0
     iron: float = 0.0
+    flow: float = 0.0
     steps: int = 0
     batch_size: int = 8
     learning_rate: float = 1e-3
@@ -123,9 +126,10 @@ class FPI(Detector):
             steps=3_500,
             learning_rate=1.5e-3,
             second=Course(
-                blemish=replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8),
+                blemish=replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8, lining=0.4),
                 small_weight=12.0,
-                iron=0.3,
+                iron=0.5,
+                flow=0.4,
                 steps=2_400,
             ),
         ),
@@ -165,8 +169,10 @@ class FPI(Detector):
         brain = shrink_rim(brain, generator)
         clean, brain = swell_middle(clean * brain, brain, generator, hyper.swollen)
         clean = soil_rim(clean, brain, generator, hyper.soiled)
-        clean = darken_nuclei(clean, brain, self.polarity > 0, generator, course.iron)
-        painted, small = paint_blemishes(clean, brain, self.polarity > 0, course.blemish, generator)
+        bright_fluid = self.polarity > 0
+        clean = darken_nuclei(clean, brain, bright_fluid, generator, course.iron)
+        clean = darken_sinuses(clean, brain, bright_fluid, generator, course.flow)
+        painted, small = paint_blemishes(clean, brain, bright_fluid, course.blemish, generator)
         target = ((painted - clean).abs() / hyper.visible).clamp(0, 1)
         seen = shade(bend_contrast(painted, generator), generator)
         seen = shade(seen, generator, hyper.mottled, bumps=8)

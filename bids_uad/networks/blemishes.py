@@ -48,6 +48,11 @@ class BlemishConfig:
     in_white : float
         Share of small shapes that lie in white matter, where small lesions are commonest; the others lie
         anywhere.
+    lining : float
+        Probability of a lining of the ventricles, along which most plaques and white matter hyperintensities
+        lie.
+    thickness : tuple of float
+        Of a lining, in pixels; thicker in some places, and missing in others.
     """
 
     large: tuple[float, float] = (10.0, 90.0)
@@ -60,6 +65,8 @@ class BlemishConfig:
     opacity: tuple[float, float] = (0.15, 1.0)
     blur: float = 3.0
     in_white: float = 0.0
+    lining: float = 0.0
+    thickness: tuple[float, float] = (1.0, 6.0)
 
 
 def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Generator) -> Tensor:
@@ -113,8 +120,47 @@ def white_matter(images: Tensor, brain: Tensor, bright_fluid: Tensor) -> Tensor:
     -------
     Tensor of bool, shape (B, 1, H, W)
     """
-    median = images.masked_fill(~brain, math.nan).flatten(1).nanmedian(1).values.view(-1, 1, 1, 1)
+    median = _median(images, brain)
     return brain & torch.where(bright_fluid, images < median, images > median)
+
+
+def ventricles(images: Tensor, brain: Tensor, bright_fluid: Tensor, rim: int = 20) -> Tensor:
+    """Tell roughly where ventricles are: fluid that is more than `rim` pixels away from the brain's edge.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    brain : Tensor of bool, shape (B, 1, H, W)
+    bright_fluid : Tensor of bool, scalar
+    rim : int
+
+    Returns
+    -------
+    Tensor of bool, shape (B, 1, H, W)
+    """
+    extreme = bright_fluid.to(images.dtype)
+    fluid = (images - extreme).abs() < (_median(images, brain) - extreme).abs() / 2
+    outside = F.max_pool2d((~brain).float(), (2 * rim + 1, 1), stride=1, padding=(rim, 0))
+    outside = F.max_pool2d(outside, (1, 2 * rim + 1), stride=1, padding=(0, rim))
+    return fluid & (outside == 0)
+
+
+def _median(images: Tensor, brain: Tensor) -> Tensor:
+    """Median of each brain, shape (B, 1, 1, 1)."""
+    return images.masked_fill(~brain, math.nan).flatten(1).nanmedian(1).values.view(-1, 1, 1, 1)
+
+
+def _lining(
+    images: Tensor, brain: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
+) -> Tensor:
+    """White matter along the ventricles, from a seam to caps: 1 where it is, shape (B, 1, H, W)."""
+    batch, _, height, width = images.shape
+    fluid = ventricles(images, brain, bright_fluid).to(images.dtype)
+    near = gaussian_blur(fluid, uniform((batch,), *config.thickness, generator))
+    # At 0.16, the edge is one standard deviation away from a straight wall.
+    uneven = 0.16 * (1.2 * smooth_field(batch, 8, (height, width), generator)).exp()
+    return ((near > uneven) & white_matter(images, brain, bright_fluid)).to(images.dtype)
 
 
 def paint_blemishes(
@@ -137,7 +183,7 @@ def paint_blemishes(
     painted : Tensor, shape (B, 1, H, W)
         In [0, 1]; unchanged outside the brain.
     small : Tensor of bool, shape (B, 1, H, W)
-        Where small shapes have changed it.
+        Where small shapes and linings have changed it.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -162,6 +208,9 @@ def paint_blemishes(
     x = painted(images, shape(config.large, centres), config.blur, config.chance[0])
     x = painted(x, shape(config.core, near), config.blur, config.chance[1])
     without = x
+    if config.lining:
+        along = _lining(images, brain, bright_fluid, config, generator)
+        x = painted(x, along, config.blur / 3, config.lining)
     x = painted(x, scattered, config.blur / 3, config.chance[2])
     return x.clamp(0, 1), x != without
 
@@ -232,19 +281,59 @@ def darken_nuclei(
     """
     if not chance:
         return images
-    batch, _, height, width = images.shape
+    batch = len(images)
     row, column = _middle(brain)
     apart = uniform((batch,), 3.0, 28.0, generator)
     along = column + 15 * torch.randn((batch,), generator=generator, device=images.device)
+    pair = [torch.stack([row + side * apart, along], 1) for side in (-1, 1)]
+    return _darkened(images, brain, pair, generator, 0.7 * _draw(batch, generator) * bright_fluid, chance)
+
+
+def darken_sinuses(
+    images: Tensor, brain: Tensor, bright_fluid: Tensor, generator: Generator, chance: float
+) -> Tensor:
+    """Darken three spots of the brain's rim, one at the midline, as flowing blood and dura are in T2w scans.
+
+    Skull-stripping leaves parts of the venous sinuses and of the dura on many brains. Where fluid is dark
+    (T1w) nothing changes.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        In [0, 1]; left and right lie along H.
+    brain : Tensor of bool, shape (B, 1, H, W)
+    bright_fluid : Tensor of bool, scalar
+    generator : torch.Generator
+    chance : float
+        How often.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W)
+        In [0, 1].
+    """
+    if not chance:
+        return images
+    batch, _, height, _ = images.shape
+    rim = brain & (F.max_pool2d((~brain).float(), 3, stride=1, padding=1) > 0)
+    rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    midline = (rows - _middle(brain)[0].view(-1, 1, 1, 1)).abs() < 6
+    spots = [random_centres(where, generator) for where in (rim & midline, rim, rim)]
+    amount = (1 - 0.6 * _draw(batch, generator)) * bright_fluid
+    return _darkened(images, brain, spots, generator, amount, chance)
+
+
+def _darkened(
+    images: Tensor, brain: Tensor, centres: list[Tensor], generator: Generator, amount: Tensor, chance: float
+) -> Tensor:
+    """Darken soft spots about the centres by a share of their grey values, where `chance` has it."""
+    batch, _, height, width = images.shape
     config = AnomalyConfig(size=(6.0, 24.0), log_size=True)
     spots = torch.zeros_like(images)
-    for side in (-1, 1):
-        centres = torch.stack([row + side * apart, along], 1)
-        spots = torch.maximum(spots, random_shapes(centres, height, width, config, generator, ("blobs",)))
+    for centre in centres:
+        spots = torch.maximum(spots, random_shapes(centre, height, width, config, generator, ("blobs",)))
     soft = gaussian_blur(spots, uniform((batch,), 0.5, 2.0, generator))
-    draw = partial(_draw, batch, generator)
-    amount = 0.7 * draw() * (draw() < chance) * bright_fluid
-    return images * (1 - amount * soft * brain)
+    return images * (1 - amount * (_draw(batch, generator) < chance) * soft * brain)
 
 
 def _middle(brain: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from bids_uad.networks.blemishes import (
     BlemishConfig,
     bend_contrast,
     darken_nuclei,
+    darken_sinuses,
     paint_blemishes,
     shade,
     shrink_rim,
     smooth_field,
     soil_rim,
     swell_middle,
+    ventricles,
     white_matter,
 )
 
@@ -97,6 +101,53 @@ class TestBlemishes:
         assert (small & white).sum() > 0.9 * small.sum()
 
 
+@pytest.fixture(params=[True, False], ids=["T2w", "T1w"])
+def heads(request):
+    """Brains of a ventricle, white matter, grey matter and fluid, from within; whether fluid is bright."""
+    y, x = np.ogrid[:128, :128]
+    radius = torch.from_numpy(np.hypot(y - 64, x - 64)).float()
+    bright = radius.new_full(radius.shape, 0.3)
+    for limit, value in ((34, 0.5), (50, 0.95)):
+        bright[radius > limit] = value
+    ventricle = radius < 12
+    bright[ventricle] = 0.95
+    brain = (radius < 56).expand(8, 1, 128, 128).clone()
+    images = (bright if request.param else 1 - bright).expand(brain.shape) * brain
+    return images, brain, ventricle, torch.tensor(request.param)
+
+
+def test_ventricles_are_the_fluid_within(heads):
+    images, brain, ventricle, bright_fluid = heads
+    assert torch.equal(ventricles(images, brain, bright_fluid), ventricle.expand(brain.shape))
+
+
+def test_a_lining_lies_along_the_ventricles(heads):
+    images, brain, ventricle, bright_fluid = heads
+    config = BlemishConfig(
+        chance=(0.0, 0.0, 0.0),
+        lining=1.0,
+        thickness=(2.0, 4.0),
+        opacity=(0.5, 1.0),
+        wet=1.0,
+        texture=0.0,
+        blur=0.0,
+    )
+    painted, small = paint_blemishes(images, brain, bright_fluid, config, seeded())
+    change = (painted - images) * (1 if bright_fluid else -1)
+    changed = change.abs() > 0.02
+    assert changed.flatten(1).any(1).all()
+    assert (change[changed] > 0).float().mean() > 0.95  # towards fluid
+    assert not (changed & ventricle).any()
+    assert torch.equal(small, painted != images)
+    away = torch.from_numpy(distance_transform_edt(~ventricle.numpy())).expand(changed.shape)[changed]
+    # Where the field is 3 standard deviations low, the edge is 2.5 of the blur's away from the wall.
+    assert away.min() < 1.5
+    assert away.max() < 2.5 * 4
+    assert 1 < away.mean() < 4
+    none, _ = paint_blemishes(images, brain, bright_fluid, replace(config, lining=0.0), seeded())
+    assert torch.equal(none, images)
+
+
 def test_only_the_rim_is_soiled(slices):
     images, brain = slices
     soiled = soil_rim(images, brain, seeded(), 1.0)
@@ -123,6 +174,25 @@ def test_iron_darkens_pairs_of_spots_where_fluid_is_bright(slices):
     for untouched in (
         darken_nuclei(images, brain, torch.tensor(False), seeded(), 1.0),
         darken_nuclei(images, brain, BRIGHT, seeded(), 0.0),
+    ):
+        assert torch.equal(untouched, images)
+
+
+def test_sinuses_are_dark_spots_of_the_rim_where_fluid_is_bright(slices):
+    images, brain = slices
+    dark = darken_sinuses(images, brain, BRIGHT, seeded(), 1.0)
+    assert (dark <= images).all()
+    assert not ((dark != images) & ~brain).any()
+    changed = (dark < 0.8 * images) & brain
+    # A spot is centred on the rim; its half-width is 0.8 of its side of at most 24 pixels, and its edge soft.
+    within = torch.from_numpy(distance_transform_edt(brain[0, 0].numpy())).expand(changed.shape)
+    assert within[changed].max() < 0.8 * 24 + 4
+    assert within[changed].mean() < 8
+    # The disc's middle row is 48, and its rim 40 away from it.
+    assert changed[..., 38:58, :].flatten(1).any(1).all()
+    for untouched in (
+        darken_sinuses(images, brain, torch.tensor(False), seeded(), 1.0),
+        darken_sinuses(images, brain, BRIGHT, seeded(), 0.0),
     ):
         assert torch.equal(untouched, images)
 
