@@ -26,6 +26,7 @@ from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import is_skull_stripped, read_volume
 from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
 from bids_uad.preprocessing.extraction import packaged_weights, resolve_extraction
+from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.reference import Reference, resolve_reference
 from bids_uad.preprocessing.registration import Volume, register_rigid
 from bids_uad.preprocessing.resampling import resample
@@ -104,11 +105,6 @@ def brain_mask(head: Volume, template: Volume, scratch: Path) -> np.ndarray:
     """Find the brain in a whole head, as the workflow does."""
     seen = find_brain(head.data, head.affine, load_network(packaged_weights()))
     return extract_brain(head, template, scratch, seen)[0]
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Overlap of two masks."""
-    return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
 def displacement(one: np.ndarray, other: np.ndarray, brain: Volume) -> float:

@@ -28,6 +28,7 @@ from scipy import ndimage
 from bids_uad import space
 from bids_uad.atomic import write_json, write_text, write_tsv
 from bids_uad.errors import InputError
+from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.reference import digest, resolve_reference
 
 LOGGER = logging.getLogger("bids_uad")
@@ -213,7 +214,7 @@ def _check_brain(path: Path, mask: np.ndarray, scratch: Path) -> None:
     """Refuse an image that is no brain, or lies elsewhere on the grid."""
     stand_in = nib.load(resolve_reference(None, scratch / "stand-in").brain_mask)
     expected = np.asarray(stand_in.dataobj) > 0
-    overlap = 2.0 * float((mask & expected).sum()) / float(mask.sum() + expected.sum())
+    overlap = dice(mask, expected)
     if overlap < LEAST_OVERLAP:
         raise InputError(
             path,

@@ -11,6 +11,7 @@ from scipy import ndimage
 from bids_uad.preprocessing.antspy import load_ants, to_ants
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.check import background
+from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.registration import (
     SPACING,
     Schedule,
@@ -99,7 +100,7 @@ def extract_brain(
     mask, *others = [_refine(mask, coarse.data) for mask in masks]
     agreement = None
     for other in others:
-        agreement = 2.0 * float((mask & other).sum()) / max(1, int(mask.sum() + other.sum()))
+        agreement = dice(mask, other)
         if agreement >= AGREEMENT:
             mask = _agreed(mask, other)
         elif other.any():

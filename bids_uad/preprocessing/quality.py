@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bids_uad.preprocessing.overlap import dice
+
 LOW_OVERLAP, FAILED_OVERLAP = 0.80, 0.70
 LOW_SIMILARITY, FAILED_SIMILARITY = 0.022, 0.016
 LOW_COVERAGE, FAILED_COVERAGE = 0.85, 0.60
@@ -59,7 +61,7 @@ def assess(
         ``failures``, those of them for which the scan is to be left out of a benchmark.
     """
     volume = float(brain.sum())
-    overlap = 2.0 * float((brain & reference).sum()) / (volume + float(reference.sum()))
+    overlap = dice(brain, reference)
     kept = volume / native_volume_mm3
     judged = {
         f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (

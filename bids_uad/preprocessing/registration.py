@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from bids_uad.preprocessing.antspy import load_ants, to_ants
+from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.resampling import isotropic, resample
 from bids_uad.preprocessing.transforms import from_itk_parameters, nearest_rigid, rotation_about, translation
 
@@ -213,8 +214,7 @@ def mutual_information(joint: np.ndarray) -> float:
 def mask_overlap(fixed: Volume, moving: Volume, pull: np.ndarray) -> float:
     """Compute the Dice overlap of the two masks once the moving one is pulled to the fixed grid."""
     moved = resample(moving.mask, moving.affine, fixed.data.shape, fixed.affine, pull) > 0.5
-    total = int(moved.sum()) + int(fixed.mask.sum())
-    return 2.0 * float((moved & fixed.mask).sum()) / total if total else 0.0
+    return dice(moved, fixed.mask)
 
 
 def centred_start(fixed: Volume, moving: Volume) -> np.ndarray:
