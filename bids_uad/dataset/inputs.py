@@ -18,6 +18,7 @@ from bids_uad.dataset.lesions import LesionMask, find_mask, match_mask
 from bids_uad.dataset.prepared import LESIONS, attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.listing import listed
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -136,7 +137,7 @@ def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]
         raise InputError(bids_dir, "holds no participant (sub-* folder)", "give the root of a BIDS dataset")
     missing = sorted(set(labels) - set(existing))
     if missing:
-        raise InputError(bids_dir, f"has no participant {', '.join(missing)}", f"it has {_shorten(existing)}")
+        raise InputError(bids_dir, f"has no participant {', '.join(missing)}", f"it has {listed(existing)}")
     return tuple(label for label in existing if not labels or label in labels)
 
 
@@ -309,11 +310,5 @@ def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
         raise InputError(
             config.bids_dir,
             f"has no session {', '.join(missing)}",
-            f"it has {_shorten(existing)}" if existing else "it has no sessions",
+            f"it has {listed(existing)}" if existing else "it has no sessions",
         )
-
-
-def _shorten(labels: Sequence[str], limit: int = 20) -> str:
-    """List labels, but not hundreds of them."""
-    more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
-    return ", ".join(labels[:limit]) + more

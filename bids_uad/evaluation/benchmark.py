@@ -19,10 +19,9 @@ from bids_uad.evaluation.lesions import Lesions
 from bids_uad.evaluation.reading import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
+from bids_uad.listing import listed
 
 ALL = "all"
-MOST_NAMED = 20
-"""Participants that a warning names; the rest is counted."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
@@ -301,10 +300,8 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
 
 
 def _names(people: Iterable[str]) -> str:
-    """Name participants, the first `MOST_NAMED` of them."""
-    names = sorted(set(people))
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    """Name participants once each, but not hundreds of them."""
+    return listed(sorted(set(people)))
 
 
 def _meetings(subjects: pd.DataFrame) -> list[str]:

@@ -31,6 +31,7 @@ from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import add_validation
 from bids_uad.levels.train import bundle_folder
+from bids_uad.listing import listed
 
 if TYPE_CHECKING:
     from bids_uad.engine.bundle import Bundle
@@ -185,7 +186,7 @@ def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
     if twice:
         raise InputError(
             folder,
-            f"{', '.join(twice[:5])}{' and others' if twice[5:] else ''} among the validation scans, too",
+            f"{listed(twice, 5)} among the validation scans, too",
             "give --normative-dir other people than those of BIDS_DIR",
         )
     return others

@@ -41,6 +41,7 @@ from bids_uad.levels.participant.records import read_record, record_path, sha256
 from bids_uad.levels.participant.reporting import remember, write_reports
 from bids_uad.levels.participant.scheduling import make_plugin
 from bids_uad.levels.participant.workflow import build_workflow, place_of_unit, workflow_name
+from bids_uad.listing import listed
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.extraction import resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
@@ -308,7 +309,7 @@ def _tell_collection(collection: Collection) -> None:
             "%d contrast-enhanced image(s) left out, since the models have learnt plain images "
             "(a --bids-filter-file can ask for them): %s",
             len(collection.left_out),
-            ", ".join(path.name for path in collection.left_out[:5]),
+            listed((path.name for path in collection.left_out), 5),
         )
 
 
