@@ -7,6 +7,8 @@ import multiprocessing as mp
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -77,8 +79,8 @@ def describe(raw: Path, out: Path, number: int) -> None:
 def test_no_job_loses_what_another_adds(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_dataset(raw, {})
-    with mp.get_context("fork").Pool(8) as pool:
-        pool.starmap(describe, [(raw, out, number) for number in range(40)], chunksize=1)
+    with ProcessPoolExecutor(8, mp.get_context("fork")) as pool:
+        list(pool.map(partial(describe, raw, out), range(40)))
     described = json.loads((out / "dataset_description.json").read_text())
     assert len(described["GeneratedBy"]) == 1 + 40
     assert len(described["DatasetLinks"]) == 1 + 40
