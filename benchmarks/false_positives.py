@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from benchmarks.scan import read
 from bids_uad.atomic import atomic_path
 from bids_uad.dataset.participants import Participants, healthy_flag, read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.preprocessed import PreprocessedScan, beside, find_preprocessed
 from bids_uad.dataset.published import detector_desc
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.preprocessing.reference import resolve_reference
@@ -54,8 +54,7 @@ def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Particip
     desc = detector_desc(bundle.modality, bundle.detector)
     for scan in scans:
         healthy = healthy_flag(people.row(scan.subject))
-        name = scan.image.name.replace(f"desc-preproc_{bundle.modality}", f"label-anomaly_desc-{desc}_mask")
-        path = scan.image.with_name(name)
+        path = beside(scan.image, f"label-anomaly_desc-{desc}_mask.nii.gz")
         if not path.is_file() or not (healthy or scan.lesion):
             continue
         lesion = read(scan.lesion) > 0 if scan.lesion else False

@@ -23,7 +23,7 @@ from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.preprocessed import PreprocessedScan, beside, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.metrics import edge_index
@@ -49,9 +49,9 @@ COLUMNS = {
 
 def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, Path]:
     """Say where the score tables of a scan lie: metrics and histogram."""
-    stem = scan.image.name.split("_desc-")[0] + f"_desc-{detector_desc(bundle.modality, bundle.scored_as)}"
-    folder = out / scan.subject / "anat"
-    return folder / f"{stem}_metrics.tsv", folder / f"{stem}_histogram.tsv"
+    image = out / scan.subject / "anat" / scan.image.name
+    desc = f"desc-{detector_desc(bundle.modality, bundle.scored_as)}"
+    return beside(image, f"{desc}_metrics.tsv"), beside(image, f"{desc}_histogram.tsv")
 
 
 def score(

@@ -38,8 +38,25 @@ class PreprocessedScan:
         return self.image.name.split("_space-")[0] + "_" + self.image.name.split("_")[-1].split(".")[0]
 
 
+def beside(image: Path, name: str) -> Path:
+    """Say where something else of a preprocessed image lies, whether it is there or not.
+
+    Parameters
+    ----------
+    image : pathlib.Path
+    name : str
+        What its name has after the space, such as ``desc-brain_mask.nii.gz``.
+    """
+    return image.with_name(image.name.split("desc-preproc_")[0] + name)
+
+
 def _images(folder: Path, modality: str) -> list[Path]:
     return sorted(folder.glob(f"sub-*/**/anat/*_space-SRI24_desc-preproc_{modality}.nii.gz"))
+
+
+def _found(image: Path, name: str) -> Path | None:
+    path = beside(image, name)
+    return path if path.is_file() else None
 
 
 def has_preprocessed(folder: Path, modality: str) -> bool:
@@ -69,13 +86,7 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
     """
     scans = []
     for image in _images(folder, modality):
-        prefix = image.name.removesuffix(f"desc-preproc_{modality}.nii.gz")
-
-        def beside(name: str, image: Path = image, prefix: str = prefix) -> Path | None:
-            path = image.with_name(prefix + name)
-            return path if path.is_file() else None
-
-        brain = beside(f"desc-{modality}Brain_mask.nii.gz") or beside("desc-brain_mask.nii.gz")
+        brain = _found(image, f"desc-{modality}Brain_mask.nii.gz") or _found(image, "desc-brain_mask.nii.gz")
         if brain is None:
             raise InputError(image, "no brain mask beside it", "run the participant level again")
         scans.append(
@@ -83,8 +94,8 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
                 subject=image.name.split("_")[0],
                 image=image,
                 brain=brain,
-                lesion=beside("label-lesion_desc-manual_mask.nii.gz"),
-                tissue=beside("desc-tissue_dseg.nii.gz"),
+                lesion=_found(image, "label-lesion_desc-manual_mask.nii.gz"),
+                tissue=_found(image, "desc-tissue_dseg.nii.gz"),
             )
         )
     if not scans:
