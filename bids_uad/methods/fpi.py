@@ -36,6 +36,7 @@ from bids_uad.networks.keyed import SliceGenerator
 # What presets and courses have in common.
 NETWORK = replace(LITE_NETWORK, size=192, time_embedding=False, fold=2)
 BLEMISH = BlemishConfig(small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8)
+SMALL_BLEMISH = replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8)
 AUGMENTATION = AugmentationConfig(spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False)
 
 
@@ -66,7 +67,7 @@ class Course:
 
 @dataclass(frozen=True)
 class FPIHyper(Course):
-    """Hyper-parameters of FPI: the first course, and what holds for both.
+    """Hyper-parameters of FPI: the first course, and what holds for all.
 
     Parameters
     ----------
@@ -84,9 +85,9 @@ class FPIHyper(Course):
         Strength of shading between tissues (standard deviation of its logarithm), beside that of the coil.
     depth : float
         Standard deviation in mm of the Gaussian across slices that smooths the map.
-    second : Course
-        What follows once large blemishes are seen: a network that learns all sizes at once learns the small
-        ones last.
+    second, third : Course
+        What follows once large blemishes are seen, and once small ones are: a network that learns all at once
+        learns the hardest last.
     """
 
     network: DDPMppConfig = field(default_factory=lambda: LITE_NETWORK)
@@ -98,6 +99,7 @@ class FPIHyper(Course):
     mottled: float = 0.0
     depth: float = 0.0
     second: Course = field(default_factory=Course)
+    third: Course = field(default_factory=Course)
     steps: int = 3_000
     learning_rate: float = 2e-3
 
@@ -125,12 +127,14 @@ class FPI(Detector):
             depth=2.0,
             steps=3_500,
             learning_rate=1.5e-3,
-            second=Course(
-                blemish=replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8, lining=0.4),
+            second=Course(blemish=SMALL_BLEMISH, small_weight=12.0, iron=0.3, steps=2_400),
+            third=Course(
+                blemish=replace(SMALL_BLEMISH, lining=0.4),
                 small_weight=12.0,
                 iron=0.5,
                 flow=0.4,
-                steps=2_400,
+                steps=800,
+                learning_rate=8e-4,
             ),
         ),
         "lite": FPIHyper(
@@ -145,8 +149,9 @@ class FPI(Detector):
         self.register_buffer("polarity", torch.ones(()))
 
     def stages(self) -> list[Stage]:
-        """First whether fluid is bright, then the network, in one course or two."""
-        courses = {"blemishes": self.hyper, "small blemishes": self.hyper.second}
+        """First whether fluid is bright, then the network, in one course or more."""
+        hyper = self.hyper
+        courses = {"blemishes": hyper, "small blemishes": hyper.second, "linings": hyper.third}
         return [
             FitStage("polarity", self.fit_polarity, slices=256, batch_size=64),
             *(

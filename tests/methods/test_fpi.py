@@ -84,10 +84,11 @@ def test_fluid_is_learnt_first():
 def test_small_blemishes_have_a_course_of_their_own():
     """The weight of small blemishes does what the formula of a weighted mean says."""
     hyper = FPI.presets["default"]
-    _, first, second = FPI(hyper).stages()
+    _, first, second, third = FPI(hyper).stages()
     assert (first.name, first.steps) == ("blemishes", hyper.steps)
     assert (second.name, second.steps) == ("small blemishes", hyper.second.steps)
-    assert second.learning_rate == hyper.second.learning_rate
+    assert (third.name, third.steps) == ("linings", hyper.third.steps)
+    assert third.learning_rate == hyper.third.learning_rate
 
     detector = FPI(SMALL)
     detector.network.leave.bias.data.fill_(-5.0)  # pays for blemishes alone
