@@ -50,7 +50,7 @@ SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --les
 
 models: models-T1w models-T2w fpi-T1w fpi-T2w
 
-models-T2w fpi-T2w: $(MODELS)/reference/participants.tsv
+models-T2w: $(MODELS)/reference/participants.tsv
 models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
 	    case $$detector in \
@@ -71,8 +71,7 @@ fpi-T1w fpi-T2w: fpi-%: $(MODELS)/validation/participants.tsv
 	$(BIN)/bids_uad $(HEALTHY) $(MODELS)/bundles train --detector fpi --modality $* --random-seed 1 --nprocs 1 \
 	    -w $(MODELS)/work --synthetic 80 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) --precision bf16 \
 	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--recontrast))
-	$(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector fpi --modality $* \
-	    $(if $(filter T2w,$*),--normative-dir $(MODELS)/reference) --nprocs 1
+	$(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector fpi --modality $* --nprocs 1
 
 # The network that finds brains (45 minutes of one core).
 extraction: $(VENV)/installed
