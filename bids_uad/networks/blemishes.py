@@ -151,16 +151,13 @@ def _median(images: Tensor, brain: Tensor) -> Tensor:
     return images.masked_fill(~brain, math.nan).flatten(1).nanmedian(1).values.view(-1, 1, 1, 1)
 
 
-def _lining(
-    images: Tensor, brain: Tensor, bright_fluid: Tensor, config: BlemishConfig, generator: Generator
-) -> Tensor:
+def _lining(fluid: Tensor, white: Tensor, config: BlemishConfig, generator: Generator) -> Tensor:
     """White matter along the ventricles, from a seam to caps: 1 where it is, shape (B, 1, H, W)."""
-    batch, _, height, width = images.shape
-    fluid = ventricles(images, brain, bright_fluid).to(images.dtype)
+    batch, _, height, width = fluid.shape
     near = gaussian_blur(fluid, uniform((batch,), *config.thickness, generator))
     # At 0.16, the edge is one standard deviation away from a straight wall.
     uneven = 0.16 * (1.2 * smooth_field(batch, 8, (height, width), generator)).exp()
-    return ((near > uneven) & white_matter(images, brain, bright_fluid)).to(images.dtype)
+    return ((near > uneven) & white).to(fluid.dtype)
 
 
 def paint_blemishes(
@@ -200,16 +197,17 @@ def paint_blemishes(
     near = centres + 4 * torch.randn(centres.shape, generator=generator, device=device)
     count = torch.randint(1, config.most_small + 1, (batch, 1, 1, 1), generator=generator, device=device)
     scattered = torch.zeros_like(images)
-    white = white_matter(images, brain, bright_fluid) if config.in_white else None
+    white = white_matter(images, brain, bright_fluid) if config.in_white or config.lining else None
     for number in range(config.most_small):
-        among = brain if white is None else torch.where(draw() < config.in_white, white, brain)
+        among = torch.where(draw() < config.in_white, white, brain) if config.in_white else brain
         one = shape(config.small, random_centres(among, generator))
         scattered = torch.maximum(scattered, one * (number < count))
     x = painted(images, shape(config.large, centres), config.blur, config.chance[0])
     x = painted(x, shape(config.core, near), config.blur, config.chance[1])
     without = x
     if config.lining:
-        along = _lining(images, brain, bright_fluid, config, generator)
+        fluid = ventricles(images, brain, bright_fluid).to(images.dtype)
+        along = _lining(fluid, white, config, generator)
         x = painted(x, along, config.blur / 3, config.lining)
     x = painted(x, scattered, config.blur / 3, config.chance[2])
     return x.clamp(0, 1), x != without
