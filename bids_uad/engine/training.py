@@ -127,7 +127,7 @@ def train_detector(
     device = fabric.device
     # Only what a stage trains is in training mode, and all is laid out alike, so that features are the same
     # to the bit whether they were learnt a moment ago or come from a checkpoint.
-    detector.to(device, memory_format=torch.channels_last).eval()
+    detector.to(device, memory_format=_layout(device, schedule.precision)).eval()
     checkpoint = Checkpoint(folder / "checkpoint.safetensors")
     position = checkpoint.restore(detector)
     log = TrainingLog(folder / "training.csv", keep=position)
@@ -154,6 +154,12 @@ def train_detector(
             checkpoint.save(detector, (number + 1, 0))
     detector.eval()
     return _losses(log)
+
+
+def _layout(device: torch.device, precision: str) -> torch.memory_format:
+    """Channels last, the fastest, but where group norm's gradient takes ten times as long in it."""
+    slow = device.type == "cpu" and precision == "bf16"
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 def _losses(log: TrainingLog) -> Losses:

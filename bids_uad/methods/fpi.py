@@ -2,7 +2,8 @@
 
 Tan et al. 2022 ("Detecting outliers with foreign patch interpolation"): patches are blended into healthy
 slices, and a network learns to say of every pixel how strongly. Here the patches are blemishes of many looks
-(:mod:`bids_uad.networks.blemishes`), and the slices vary as scanners do.
+(:mod:`bids_uad.networks.blemishes`), and the slices vary as brains and scanners do
+(:mod:`bids_uad.networks.variety`, :mod:`bids_uad.networks.stripping`).
 """
 
 from __future__ import annotations
@@ -18,25 +19,18 @@ from torch import Generator, Tensor
 
 from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FitStage, GradientStage, Stage
 from bids_uad.methods.intensity import fluid_polarity
-from bids_uad.networks.blemishes import (
-    BlemishConfig,
-    bend_contrast,
-    darken_nuclei,
-    darken_sinuses,
-    paint_blemishes,
-    shade,
-    shrink_rim,
-    soil_rim,
-    swell_middle,
-)
+from bids_uad.networks.blemishes import BlemishConfig, paint_blemishes
 from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
 from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
+from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
 
 # What presets and courses have in common.
 NETWORK = replace(LITE_NETWORK, size=192, time_embedding=False, fold=2)
 BLEMISH = BlemishConfig(small=(2.5, 16.0), chance=(0.55, 0.3, 0.7), most_small=6, in_white=0.6, wet=0.8)
 SMALL_BLEMISH = replace(BLEMISH, chance=(0.5, 0.3, 0.8), most_small=8)
+LINING_BLEMISH = replace(SMALL_BLEMISH, lining=0.4)
 AUGMENTATION = AugmentationConfig(spatial=0.5, zoom=(0.85, 1.15), shift=0.05, back_to_front=False)
 
 
@@ -52,6 +46,8 @@ class Course:
         their say be.
     iron, flow : float
         How often deep nuclei, and spots of the brain's rim, are darkened where fluid is bright.
+    remnants, cut : float
+        How often skull-stripping leaves something on the brain, and how often an edge of it is cut off.
     steps, batch_size, learning_rate
         Training schedule; without steps there is no such course.
     """
@@ -60,6 +56,8 @@ class Course:
     small_weight: float = 1.0
     iron: float = 0.0
     flow: float = 0.0
+    remnants: float = 0.0
+    cut: float = 0.0
     steps: int = 0
     batch_size: int = 8
     learning_rate: float = 1e-3
@@ -85,7 +83,7 @@ class FPIHyper(Course):
         Strength of shading between tissues (standard deviation of its logarithm), beside that of the coil.
     depth : float
         Standard deviation in mm of the Gaussian across slices that smooths the map.
-    second, third : Course
+    second, third, fourth : Course
         What follows once large blemishes are seen, and once small ones are: a network that learns all at once
         learns the hardest last.
     """
@@ -100,6 +98,7 @@ class FPIHyper(Course):
     depth: float = 0.0
     second: Course = field(default_factory=Course)
     third: Course = field(default_factory=Course)
+    fourth: Course = field(default_factory=Course)
     steps: int = 3_000
     learning_rate: float = 2e-3
 
@@ -129,12 +128,22 @@ class FPI(Detector):
             learning_rate=1.5e-3,
             second=Course(blemish=SMALL_BLEMISH, small_weight=12.0, iron=0.3, steps=2_400),
             third=Course(
-                blemish=replace(SMALL_BLEMISH, lining=0.4),
+                blemish=LINING_BLEMISH,
                 small_weight=12.0,
                 iron=0.5,
                 flow=0.4,
                 steps=800,
                 learning_rate=8e-4,
+            ),
+            fourth=Course(
+                blemish=LINING_BLEMISH,
+                small_weight=12.0,
+                iron=0.5,
+                flow=0.5,
+                remnants=0.3,
+                cut=0.2,
+                steps=6_000,
+                learning_rate=1e-3,
             ),
         ),
         "lite": FPIHyper(
@@ -151,7 +160,12 @@ class FPI(Detector):
     def stages(self) -> list[Stage]:
         """First whether fluid is bright, then the network, in one course or more."""
         hyper = self.hyper
-        courses = {"blemishes": hyper, "small blemishes": hyper.second, "linings": hyper.third}
+        courses = {
+            "blemishes": hyper,
+            "small blemishes": hyper.second,
+            "linings": hyper.third,
+            "remnants": hyper.fourth,
+        }
         return [
             FitStage("polarity", self.fit_polarity, slices=256, batch_size=64),
             *(
@@ -171,9 +185,10 @@ class FPI(Detector):
         clean, brain = cut_windows(
             batch.slices, batch.brain, hyper.field_of_view, hyper.augmentation, generator
         )
-        brain = shrink_rim(brain, generator)
+        brain = cut_edge(shrink_rim(brain, generator), generator, course.cut)
         clean, brain = swell_middle(clean * brain, brain, generator, hyper.swollen)
         clean = soil_rim(clean, brain, generator, hyper.soiled)
+        clean, brain = leave_remnants(clean, brain, generator, course.remnants)
         bright_fluid = self.polarity > 0
         clean = darken_nuclei(clean, brain, bright_fluid, generator, course.iron)
         clean = darken_sinuses(clean, brain, bright_fluid, generator, course.flow)

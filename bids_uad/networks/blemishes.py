@@ -1,8 +1,6 @@
-"""Blemishes painted into healthy slices: lesions of no disease, and a scanner that varies.
+"""Blemishes painted into healthy slices: lesions of no disease.
 
-A network that is to see foreign tissue in scans of scanners it never saw must learn from many looks of both.
-What is painted is wet more often than not, soft or sharp, single or scattered, with or without a core; the
-whole slice is varied afterwards, so that neither sharpness nor noise gives a blemish away.
+What is painted is wet more often than not, soft or sharp, single or scattered, with or without a core.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Gener
     return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
 
 
-def _draw(batch: int, generator: Generator) -> Tensor:
+def draw_each(batch: int, generator: Generator) -> Tensor:
     """Draw a number from [0, 1) for each image, shape (batch, 1, 1, 1)."""
     return uniform((batch, 1, 1, 1), 0.0, 1.0, generator)
 
@@ -93,7 +91,7 @@ def _filled(
     batch, _, *size = images.shape
     device = images.device
 
-    draw = partial(_draw, batch, generator)
+    draw = partial(draw_each, batch, generator)
     fluid = torch.where(bright_fluid, 1 - 0.45 * draw(), 0.4 * draw())
     level = torch.where(draw() < config.wet, fluid, draw())
     fill = level + 0.05 * smooth_field(batch, 12, (size[0], size[1]), generator)
@@ -184,7 +182,7 @@ def paint_blemishes(
     """
     batch, _, height, width = images.shape
     device = images.device
-    draw = partial(_draw, batch, generator)
+    draw = partial(draw_each, batch, generator)
 
     def shape(size: tuple[float, float], centres: Tensor) -> Tensor:
         return random_shapes(centres, height, width, AnomalyConfig(size=size, log_size=True), generator)
@@ -211,214 +209,3 @@ def paint_blemishes(
         x = painted(x, along, config.blur / 3, config.lining)
     x = painted(x, scattered, config.blur / 3, config.chance[2])
     return x.clamp(0, 1), x != without
-
-
-def shrink_rim(brain: Tensor, generator: Generator, most: int = 2) -> Tensor:
-    """Take 0 to `most` pixels off the brain's edge, as one skull-stripping program does and another does not.
-
-    Parameters
-    ----------
-    brain : Tensor of bool, shape (B, 1, H, W)
-    """
-    outside = (~brain).float()
-    depth = torch.randint(0, most + 1, (len(brain), 1, 1, 1), generator=generator, device=brain.device)
-    for step in range(most):
-        grown = F.max_pool2d(outside, 3, stride=1, padding=1)
-        outside = torch.where(step < depth, grown, outside)
-    return outside == 0
-
-
-def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> Tensor:
-    """Leave patches of something else on the brain's outermost two pixels, as imperfect skull-stripping does.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    brain : Tensor of bool, shape (B, 1, H, W)
-    generator : torch.Generator
-    chance : float
-        How often.
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    """
-    batch, _, height, width = images.shape
-    draw = partial(_draw, batch, generator)
-    rim = brain & (F.max_pool2d((~brain).float(), 5, stride=1, padding=2) > 0)
-    patches = smooth_field(batch, 10, (height, width), generator) > 2 * draw() - 0.5
-    opacity = rim * patches * draw() * (draw() < chance)
-    return images + opacity * (draw() - images)
-
-
-def darken_nuclei(
-    images: Tensor, brain: Tensor, bright_fluid: Tensor, generator: Generator, chance: float
-) -> Tensor:
-    """Darken a pair of spots beside the midline, as iron does to deep nuclei in T2w scans.
-
-    Pallidum, red nucleus, substantia nigra and dentate nucleus gain iron with age (Hallgren and Sourander
-    1958), and differ between people more than any simulated scan shows. Where fluid is dark (T1w) nothing
-    changes.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        In [0, 1]; left and right lie along H.
-    brain : Tensor of bool, shape (B, 1, H, W)
-    bright_fluid : Tensor of bool, scalar
-    generator : torch.Generator
-    chance : float
-        How often.
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    """
-    if not chance:
-        return images
-    batch = len(images)
-    row, column = _middle(brain)
-    apart = uniform((batch,), 3.0, 28.0, generator)
-    along = column + 15 * torch.randn((batch,), generator=generator, device=images.device)
-    pair = [torch.stack([row + side * apart, along], 1) for side in (-1, 1)]
-    return _darkened(images, brain, pair, generator, 0.7 * _draw(batch, generator) * bright_fluid, chance)
-
-
-def darken_sinuses(
-    images: Tensor, brain: Tensor, bright_fluid: Tensor, generator: Generator, chance: float
-) -> Tensor:
-    """Darken three spots of the brain's rim, one at the midline, as flowing blood and dura are in T2w scans.
-
-    Skull-stripping leaves parts of the venous sinuses and of the dura on many brains. Where fluid is dark
-    (T1w) nothing changes.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        In [0, 1]; left and right lie along H.
-    brain : Tensor of bool, shape (B, 1, H, W)
-    bright_fluid : Tensor of bool, scalar
-    generator : torch.Generator
-    chance : float
-        How often.
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    """
-    if not chance:
-        return images
-    batch, _, height, _ = images.shape
-    rim = brain & (F.max_pool2d((~brain).float(), 3, stride=1, padding=1) > 0)
-    rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
-    midline = (rows - _middle(brain)[0].view(-1, 1, 1, 1)).abs() < 6
-    spots = [random_centres(where, generator) for where in (rim & midline, rim, rim)]
-    amount = (1 - 0.6 * _draw(batch, generator)) * bright_fluid
-    return _darkened(images, brain, spots, generator, amount, chance)
-
-
-def _darkened(
-    images: Tensor, brain: Tensor, centres: list[Tensor], generator: Generator, amount: Tensor, chance: float
-) -> Tensor:
-    """Darken soft spots about the centres by a share of their grey values, where `chance` has it."""
-    batch, _, height, width = images.shape
-    config = AnomalyConfig(size=(6.0, 24.0), log_size=True)
-    spots = torch.zeros_like(images)
-    for centre in centres:
-        spots = torch.maximum(spots, random_shapes(centre, height, width, config, generator, ("blobs",)))
-    soft = gaussian_blur(spots, uniform((batch,), 0.5, 2.0, generator))
-    return images * (1 - amount * (_draw(batch, generator) < chance) * soft * brain)
-
-
-def _middle(brain: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean row and column of each brain mask, shape (batch,)."""
-    _, _, height, width = brain.shape
-    weight = brain[:, 0] / brain.sum((1, 2, 3)).clamp_min(1).view(-1, 1, 1)
-    rows = torch.arange(height, device=brain.device).view(1, -1, 1)
-    columns = torch.arange(width, device=brain.device).view(1, 1, -1)
-    return (weight * rows).sum((1, 2)), (weight * columns).sum((1, 2))
-
-
-def swell_middle(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> tuple[Tensor, Tensor]:
-    """Swell or shrink what lies about the middle of the brain, as ventricles differ between people.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-    brain : Tensor of bool, shape (B, 1, H, W)
-    generator : torch.Generator
-    chance : float
-        How often.
-
-    Returns
-    -------
-    images : Tensor, shape (B, 1, H, W)
-    brain : Tensor of bool, shape (B, 1, H, W)
-
-    Notes
-    -----
-    A point at a distance r of the centre shows what was at r (1 - a exp(-r^2 / 2 s^2)), with a from -0.3 to
-    0.6 and s from 12 to 40 pixels. This distance grows with r, so that nothing is folded.
-    """
-    batch, _, height, width = images.shape
-    device = images.device
-    rows = torch.arange(height, device=device).view(1, -1, 1)
-    columns = torch.arange(width, device=device).view(1, 1, -1)
-    jitter = 6 * torch.randn((2, batch, 1, 1), generator=generator, device=device)
-    row, column = (
-        middle.view(-1, 1, 1) + moved for middle, moved in zip(_middle(brain), jitter, strict=True)
-    )
-    amount = uniform((batch, 1, 1), -0.3, 0.6, generator) * (
-        torch.rand((batch, 1, 1), generator=generator, device=device) < chance
-    )
-    spread = uniform((batch, 1, 1), 12.0, 40.0, generator)
-    down, right = rows - row, columns - column
-    scale = 1 - amount * torch.exp(-(down**2 + right**2) / (2 * spread**2))
-    grid = torch.stack(
-        [(column + scale * right) / (width - 1) * 2 - 1, (row + scale * down) / (height - 1) * 2 - 1], dim=-1
-    )
-    swollen = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
-    inside = F.grid_sample(brain.to(images.dtype), grid, mode="nearest", align_corners=True) > 0
-    return swollen, inside
-
-
-def bend_contrast(images: Tensor, generator: Generator) -> Tensor:
-    """Bend the contrast by a random curve that keeps the order of grey values, and keeps 0 and 1.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    """
-    bent = images
-    for wave in (1, 2, 3):
-        # The slope of the three together stays above 0.2.
-        height = uniform((len(images), 1, 1, 1), -0.08, 0.08, generator) / wave
-        bent = bent + height * (math.pi * wave * images).sin()
-    return bent
-
-
-def shade(images: Tensor, generator: Generator, strength: float = 0.12, bumps: int = 2) -> Tensor:
-    """Shade slices as a coil does: a smooth factor whose logarithm has a standard deviation up to `strength`.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    generator : torch.Generator
-    strength : float
-    bumps : int
-        Of the factor, on a side.
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    """
-    batch, _, height, width = images.shape
-    field = smooth_field(batch, bumps, (height, width), generator)
-    return (images * (uniform((batch, 1, 1, 1), 0.0, strength, generator) * field).exp()).clamp(0, 1)

@@ -96,9 +96,12 @@ def random_centres(brain: Tensor, generator: Generator) -> Tensor:
     Tensor, shape (B, 2)
         Row and column.
     """
-    weights = brain.flatten(1).float()
-    weights = torch.where(weights.any(1, keepdim=True), weights, torch.ones_like(weights))
-    index = torch.multinomial(weights, 1, generator=generator)[:, 0]
+    among = brain.flatten(1)
+    among = among | ~among.any(1, keepdim=True)
+    rank = among.cumsum(1)
+    # A tenth of the time that torch.multinomial takes on a CPU.
+    drawn = (uniform((len(brain), 1), 0.0, 1.0, generator) * rank[:, -1:]).long() + 1
+    index = torch.searchsorted(rank, drawn)[:, 0]
     width = brain.shape[-1]
     return torch.stack([index // width, index % width], dim=1).float()
 

@@ -84,11 +84,12 @@ def test_fluid_is_learnt_first():
 def test_small_blemishes_have_a_course_of_their_own():
     """The weight of small blemishes does what the formula of a weighted mean says."""
     hyper = FPI.presets["default"]
-    _, first, second, third = FPI(hyper).stages()
+    _, first, second, third, fourth = FPI(hyper).stages()
     assert (first.name, first.steps) == ("blemishes", hyper.steps)
     assert (second.name, second.steps) == ("small blemishes", hyper.second.steps)
     assert (third.name, third.steps) == ("linings", hyper.third.steps)
     assert third.learning_rate == hyper.third.learning_rate
+    assert (fourth.name, fourth.steps) == ("remnants", hyper.fourth.steps)
 
     detector = FPI(SMALL)
     detector.network.leave.bias.data.fill_(-5.0)  # pays for blemishes alone
