@@ -51,7 +51,7 @@ class Marked:
 def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Participants) -> Marked:
     """Count, place by place, the people at whom a model marks what is no lesion."""
     marked = Marked(np.zeros(SHAPE, dtype=int))
-    desc = detector_desc(bundle.modality, bundle.detector)
+    desc = detector_desc(bundle.modality, bundle.scored_as)
     for scan in scans:
         healthy = healthy_flag(people.row(scan.subject))
         path = beside(scan.image, f"label-anomaly_desc-{desc}_mask.nii.gz")
@@ -111,7 +111,7 @@ def main() -> None:
     people = read_participants(args.out)
     with TemporaryDirectory() as cache:
         reference = resolve_reference(args.atlas_dir, cache)
-        for bundle in resolve_bundles(args.models, ["T1w", "T2w"]):
+        for bundle in resolve_bundles(args.models, ["T1w", "T2w"], None):
             marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
             title = f"marked at so many of {marked.healthy} healthy people, {marked.patients} patients"
             template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w

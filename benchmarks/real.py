@@ -163,6 +163,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--healthy", type=int, default=6, help="how many healthy participants (default 6)")
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
+    parser.add_argument(
+        "--deviation", nargs="+", help="as of bids_uad"
+    )
     parser.add_argument("--work-dir", type=Path, help="scratch space (default: OUT/work)")
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
     args = parser.parse_args()
@@ -172,6 +175,8 @@ def main() -> None:
     datasets = [str(args.data), str(args.out)]
     options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work"), "--nprocs", "1"]
     options += ["-d", f"lesions={args.data / 'derivatives' / 'lesions'}", "--models", *args.models]
+    if args.deviation:
+        options += ["--deviation", *args.deviation]
     if args.atlas_dir:
         options += ["--atlas-dir", str(args.atlas_dir)]
     if bids_uad([*datasets, "participant", *options]) or bids_uad([*datasets, "group"]):

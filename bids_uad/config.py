@@ -59,7 +59,7 @@ class RunConfig:
         Names of packaged bundles or paths; empty means the best packaged ones, `("all",)` every
         packaged one, `("none",)` preprocessing only.
     deviations : tuple of str
-        Any of `DEVIATIONS`: what maps are made of.
+        Any of `DEVIATIONS`: what maps are made of; empty means what is usual for each model.
     atlas_dir : pathlib.Path, optional
         Where `tpl-SRI24` lies.
     brain_extraction : str
@@ -121,7 +121,7 @@ class RunConfig:
     derivatives: dict[str, Path] = field(default_factory=dict)
     modalities: tuple[str, ...] = MODALITIES
     models: tuple[str, ...] = ()
-    deviations: tuple[str, ...] = ("none",)
+    deviations: tuple[str, ...] = ()
     atlas_dir: Path | None = None
     brain_extraction: str = "combined"
     extraction_weights: Path | None = None

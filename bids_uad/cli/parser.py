@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     pick.add_argument(
         "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
         help="make maps of the scores themselves ('none'), of their deviation from what healthy people of "
-        "the same age and sex (participants.tsv) have at that place ('normative'), or both (default: none)",
+        "the same age and sex (participants.tsv) have at that place ('normative'), or both (default: "
+        "normative for fpi, which finds more so, none for the others)",
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(

@@ -29,6 +29,9 @@ PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from healthy people, and what its part of ``calibration.json`` is called."""
 NORMATIVE_FILE = "normative.nii.gz"
+DEVIATING = ("fpi",)
+"""Detectors whose maps are deviations unless scores are asked for: they find more so. The published ones are
+as they were published."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ class Bundle:
                 "subjects enough, or leave --deviation normative out"
             )
         return self._calibrated()[NORMATIVE]
+
+    @property
+    def usual_deviation(self) -> str:
+        """What maps are made of unless somebody asks: ``normative`` for `DEVIATING` with a reference."""
+        return NORMATIVE if self.detector in DEVIATING and NORMATIVE in self._calibrated() else "none"
 
     def with_deviation(self, deviation: str) -> Bundle:
         """Give the same model with the thresholds of ``none`` or ``normative``.
@@ -275,7 +283,7 @@ def packaged_bundles() -> list[str]:
 
 
 def resolve_bundles(
-    models: list[str] | None, modalities: list[str], deviations: Sequence[str] = ("none",)
+    models: list[str] | None, modalities: list[str], deviations: Sequence[str] | None = ("none",)
 ) -> list[Bundle]:
     """Find, check and choose bundles.
 
@@ -286,8 +294,8 @@ def resolve_bundles(
         None takes `DEFAULT_MODELS`, ``["all"]`` every packaged one.
     modalities : list of str
         Modalities to be scored; packaged bundles of others are left out.
-    deviations : sequence of str
-        What maps are made of, see `Bundle.deviation`.
+    deviations : sequence of str, optional
+        What maps are made of, see `Bundle.deviation`. None takes what is usual for each.
 
     Returns
     -------
@@ -333,7 +341,11 @@ def resolve_bundles(
             raise ModelError(
                 f"no model bundle for {modality}; name one with --models or leave the modality out"
             )
-    return [seen[key].with_deviation(deviation) for key in sorted(seen) for deviation in deviations]
+    return [
+        bundle.with_deviation(deviation)
+        for _, bundle in sorted(seen.items())
+        for deviation in (deviations or (bundle.usual_deviation,))
+    ]
 
 
 def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:

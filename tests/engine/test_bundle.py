@@ -13,6 +13,8 @@ from bids_uad.atomic import write_json
 from bids_uad.engine import bundle as bundles
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
+    NORMATIVE,
+    PACKAGED,
     load_bundle,
     load_detector,
     packaged_bundles,
@@ -182,6 +184,26 @@ def test_without_a_choice_the_best_of_each_modality_runs():
         (found,) = resolve_bundles(None, [modality])
         assert found.modality == modality
     assert {bundle.name for bundle in resolve_bundles(None, ["T1w", "T2w"])} == set(DEFAULT_MODELS)
+
+
+def test_unless_asked_fpi_deviates_from_healthy_people_and_published_detectors_do_not():
+    models = ["fpi", "disyre", "uniad"]  # on T2w, all three have a reference
+    usual = {bundle.detector: bundle.deviation for bundle in resolve_bundles(models, ["T2w"], None)}
+    assert usual == {"fpi": "normative", "disyre": "none", "uniad": "none"}
+    asked = resolve_bundles(models, ["T2w"], ["normative", "none"])
+    assert [(bundle.detector, bundle.deviation) for bundle in asked] == [
+        (detector, deviation) for detector in sorted(models) for deviation in ("normative", "none")
+    ]
+
+
+def test_without_a_reference_nothing_deviates(tmp_path):
+    folder = tmp_path / "fpi-T2w-default"
+    shutil.copytree(PACKAGED / folder.name, folder)
+    calibration = json.loads((folder / "calibration.json").read_text())
+    del calibration[NORMATIVE]
+    (folder / "calibration.json").write_text(json.dumps(calibration))
+    (found,) = resolve_bundles([str(folder)], ["T2w"], None)
+    assert found.deviation == "none"
 
 
 @pytest.mark.parametrize("name", ALL_PACKAGED)

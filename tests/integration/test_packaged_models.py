@@ -41,7 +41,7 @@ def test_all_models_score_real_scans(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = packaged_bundles()
     tables = [pd.read_csv(path, sep="\t") for path in out.rglob("*_metrics.tsv")]
-    found = {f"{table.detector[0]}-{table.modality[0]}-{table.preset[0]}" for table in tables}
+    found = {f"{table.detector[0].split('+')[0]}-{table.modality[0]}-{table.preset[0]}" for table in tables}
     assert found == set(names)
     for path in out.rglob("*_anomalymap.nii.gz"):
         scores = np.asarray(nib.load(path).dataobj)

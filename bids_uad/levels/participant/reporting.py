@@ -65,7 +65,7 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
         "device": device,
         "random_seed": config.random_seed,
         "models": list(config.models) or ["default"],
-        "deviations": list(config.deviations),
+        "deviations": list(config.deviations) or ["default"],
         "modalities": list(config.modalities),
         "nprocs": config.nprocs,
         "omp_nthreads": config.omp_nthreads,
