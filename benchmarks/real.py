@@ -163,9 +163,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--healthy", type=int, default=6, help="how many healthy participants (default 6)")
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
-    parser.add_argument(
-        "--deviation", nargs="+", help="as of bids_uad"
-    )
+    parser.add_argument("--deviation", nargs="+", help="as of bids_uad")
     parser.add_argument("--work-dir", type=Path, help="scratch space (default: OUT/work)")
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
     args = parser.parse_args()
