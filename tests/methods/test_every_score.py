@@ -24,8 +24,8 @@ from bids_uad.space import to_slices
 from tests.methods.looking_trained import looking_trained, phantom
 
 of_slices = SliceGenerator.of_slices
-# A score is the difference of two numbers near 1, in single precision; which sums are taken first depends on the
-# batch and on where its tensors lie in memory.
+# A score is the difference of two numbers near 1, in single precision; which sums are taken first depends on
+# the batch and on where its tensors lie in memory.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 RECORDED = Path(__file__).parent / "scores.safetensors"
 FIRST, LAST = 70, 80
