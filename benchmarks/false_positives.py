@@ -111,7 +111,7 @@ def main() -> None:
     people = read_participants(args.out)
     with TemporaryDirectory() as cache:
         reference = resolve_reference(args.atlas_dir, cache)
-        for bundle in resolve_bundles(args.models, ["T1w", "T2w"], None):
+        for bundle in resolve_bundles(args.models, ["T1w", "T2w"], ()):
             marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
             title = f"marked at so many of {marked.healthy} healthy people, {marked.patients} patients"
             template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w

@@ -283,7 +283,7 @@ def packaged_bundles() -> list[str]:
 
 
 def resolve_bundles(
-    models: list[str] | None, modalities: list[str], deviations: Sequence[str] | None = ("none",)
+    models: list[str] | None, modalities: list[str], deviations: Sequence[str] = ("none",)
 ) -> list[Bundle]:
     """Find, check and choose bundles.
 
@@ -294,8 +294,8 @@ def resolve_bundles(
         None takes `DEFAULT_MODELS`, ``["all"]`` every packaged one.
     modalities : list of str
         Modalities to be scored; packaged bundles of others are left out.
-    deviations : sequence of str, optional
-        What maps are made of, see `Bundle.deviation`. None takes what is usual for each.
+    deviations : sequence of str
+        What maps are made of, see `Bundle.deviation`; empty takes what is usual for each.
 
     Returns
     -------

@@ -30,6 +30,12 @@ def shrink_rim(brain: Tensor, generator: Generator, most: int = 2) -> Tensor:
     return outside == 0
 
 
+def rim_of(brain: Tensor, depth: int = 1) -> Tensor:
+    """Give the brain's outermost `depth` pixels, corners included; shape and type as `brain`."""
+    near_outside = F.max_pool2d((~brain).float(), 2 * depth + 1, stride=1, padding=depth) > 0
+    return brain & near_outside
+
+
 def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float) -> Tensor:
     """Leave patches of something else on the brain's outermost two pixels, as imperfect skull-stripping does.
 
@@ -49,15 +55,10 @@ def soil_rim(images: Tensor, brain: Tensor, generator: Generator, chance: float)
     """
     batch, _, height, width = images.shape
     draw = partial(draw_each, batch, generator)
-    rim = brain & (F.max_pool2d((~brain).float(), 5, stride=1, padding=2) > 0)
+    rim = rim_of(brain, 2)
     patches = smooth_field(batch, 10, (height, width), generator) > 2 * draw() - 0.5
     opacity = rim * patches * draw() * (draw() < chance)
     return images + opacity * (draw() - images)
-
-
-def rim_of(brain: Tensor) -> Tensor:
-    """Give the brain's outermost pixels, corners included; shape and type as `brain`."""
-    return brain & (F.max_pool2d((~brain).float(), 3, stride=1, padding=1) > 0)
 
 
 def middle_of(brain: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def test_without_a_choice_the_best_of_each_modality_runs():
 
 def test_unless_asked_fpi_deviates_from_healthy_people_and_published_detectors_do_not():
     models = ["fpi", "disyre", "uniad"]  # on T2w, all three have a reference
-    usual = {bundle.detector: bundle.deviation for bundle in resolve_bundles(models, ["T2w"], None)}
+    usual = {bundle.detector: bundle.deviation for bundle in resolve_bundles(models, ["T2w"], ())}
     assert usual == {"fpi": "normative", "disyre": "none", "uniad": "none"}
     asked = resolve_bundles(models, ["T2w"], ["normative", "none"])
     assert [(bundle.detector, bundle.deviation) for bundle in asked] == [
@@ -202,7 +202,7 @@ def test_without_a_reference_nothing_deviates(tmp_path):
     calibration = json.loads((folder / "calibration.json").read_text())
     del calibration[NORMATIVE]
     (folder / "calibration.json").write_text(json.dumps(calibration))
-    (found,) = resolve_bundles([str(folder)], ["T2w"], None)
+    (found,) = resolve_bundles([str(folder)], ["T2w"], ())
     assert found.deviation == "none"
 
 

@@ -16,3 +16,7 @@ def slices():
     return torch.rand(
         brain.shape, generator=torch.Generator().manual_seed(5)
     ) * 0.1 * brain + 0.4 * brain, brain
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

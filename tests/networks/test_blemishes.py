@@ -10,12 +10,9 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from bids_uad.networks.blemishes import BlemishConfig, paint_blemishes, smooth_field, ventricles, white_matter
+from tests.networks.conftest import seeded
 
 BRIGHT = torch.tensor(True)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class TestBlemishes:

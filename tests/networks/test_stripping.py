@@ -7,10 +7,7 @@ import torch
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
 from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.networks.conftest import seeded
 
 
 def test_only_the_rim_is_soiled(slices):

@@ -7,12 +7,9 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
+from tests.networks.conftest import seeded
 
 BRIGHT = torch.tensor(True)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_iron_darkens_pairs_of_spots_where_fluid_is_bright(slices):

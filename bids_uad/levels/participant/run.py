@@ -154,7 +154,7 @@ def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
         return []
     present = {unit.modality for unit in collection.units}
     modalities = [modality for modality in config.modalities if modality in present]
-    return resolve_bundles(list(config.models) or None, modalities, config.deviations or None)
+    return resolve_bundles(list(config.models) or None, modalities, config.deviations)
 
 
 def _find_reference(config: RunConfig) -> Reference:
