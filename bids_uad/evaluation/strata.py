@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,13 @@ AGE_BANDS = {"0 to 39": 40.0, "40 to 59": 60.0, "60 and above": np.inf}
 QUARTILES = ("1st quarter", "2nd quarter", "3rd quarter", "4th quarter")
 MAX_LEVELS = 8
 """A column of numbers with more values than this is cut at its quartiles, the lowest first."""
+CATEGORY_NAMES = frozenset(
+    [
+        *("scanner", "device", "station", "serial", "manufacturer", "protocol"),
+        *("site", "center", "centre", "institution", "hospital", "id"),
+    ]
+)
+"""Words in the names of columns whose numbers are labels: `scanner`, `site_id`, `DeviceSerialNumber`."""
 MIN_PARTICIPANTS = 3
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -67,7 +75,8 @@ def levels_of(subjects: pd.DataFrame, factor: str) -> pd.Series | None:
         One row per image and detector, with the columns of participants.tsv and others asked for.
     factor : str
         A column; `age` is cut into `AGE_BANDS`, `lesion load` is the quartile of the lesion volume, and any
-        other column of more than `MAX_LEVELS` numbers is cut at its quartiles.
+        other column of more than `MAX_LEVELS` numbers is cut at its quartiles, unless its name has one of
+        `CATEGORY_NAMES` in it: the numbers of scanners and sites are labels.
 
     Returns
     -------
@@ -85,9 +94,27 @@ def levels_of(subjects: pd.DataFrame, factor: str) -> pd.Series | None:
         return pd.cut(numbers, [-np.inf, *AGE_BANDS.values()], right=False, labels=list(AGE_BANDS)).astype(
             "string"
         )
-    if numbers.notna().sum() == values.notna().sum() and numbers.nunique() > MAX_LEVELS:
+    is_measure = numbers.notna().sum() == values.notna().sum() and not is_category(factor)
+    if is_measure and numbers.nunique() > MAX_LEVELS:
         return _quartiles(numbers, subjects["source_image"])
     return values.astype("string")
+
+
+def is_category(name: str) -> bool:
+    """Return whether numbers in a column of this name are labels and not measurements.
+
+    Parameters
+    ----------
+    name : str
+        In snake case, camel case or separate words.
+
+    Returns
+    -------
+    bool
+        Whether one of its words is in `CATEGORY_NAMES`, also with a number or a plural s behind it.
+    """
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return any(word.lower().removesuffix("s") in CATEGORY_NAMES for word in words)
 
 
 def _quartiles(values: pd.Series, images: pd.Series) -> pd.Series:

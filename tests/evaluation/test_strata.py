@@ -87,6 +87,21 @@ def test_lesions_and_many_numbers_are_cut_at_quartiles_of_images(subjects: pd.Da
     assert list(dice.index) == ["1st quarter", "2nd quarter", "3rd quarter", "4th quarter"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["scanner", "Scanner", "site", "SITE", "site_id", "SiteID", "DeviceSerialNumber", "StationName"],
+)
+def test_levels_of_keeps_numeric_labels_of_scanners_and_sites(subjects: pd.DataFrame, name: str) -> None:
+    subjects[name] = [str(101 + k % 12) for k in range(len(subjects))]
+    assert set(levels_of(subjects, name)) == {str(101 + k) for k in range(12)}
+
+
+@pytest.mark.parametrize("name", ["weight", "opposite", "EchoTime", "residual"])
+def test_levels_of_cuts_other_columns_of_numbers_at_quartiles(subjects: pd.DataFrame, name: str) -> None:
+    subjects[name] = [str(101 + k % 12) for k in range(len(subjects))]
+    assert set(levels_of(subjects, name)) == {"1st quarter", "2nd quarter", "3rd quarter", "4th quarter"}
+
+
 def test_parts_of_one_or_two_are_not_averaged(subjects: pd.DataFrame) -> None:
     subjects.loc[subjects.index[:2], "sex"] = "X"
     strata, _ = stratify(subjects, ["sex"], seed=0)
