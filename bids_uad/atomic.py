@@ -81,8 +81,15 @@ def write_text(target: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json(target: str | os.PathLike[str], content: dict[str, Any]) -> Path:
-    """Write `content` as indented JSON to `target` atomically and return its path."""
-    return write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write `content` as indented JSON to `target` atomically and return its path.
+
+    Raises
+    ------
+    ValueError
+        If a number is NaN or infinite, which JSON cannot hold.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(target, f"{text}\n")
 
 
 def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:

@@ -23,7 +23,14 @@ def count_scores(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray of int64, shape (K,)
+
+    Raises
+    ------
+    ValueError
+        If a score is NaN or infinite.
     """
+    if not np.isfinite(scores).all():
+        raise ValueError("NaN or infinite scores cannot be counted")
     index = np.searchsorted(edges[:-1], scores.astype(np.float64, copy=False), side="left") - 1
     return np.bincount(np.maximum(index, 0), minlength=len(edges) - 1)
 

@@ -259,12 +259,16 @@ class NormativeReference:
         Raises
         ------
         ModelError
-            If the image is on another grid.
+            If the image is on another grid, not finite, or has a standard deviation of 0.
         """
         image = nib.load(path)
         if image.shape != (*GRID, len(VOLUMES)) or not np.allclose(image.affine, GRID_AFFINE):
             raise ModelError(f"{path} is no normative reference of this version; run `calibrate` again")
         volumes = np.moveaxis(np.asarray(image.dataobj, dtype=np.float32), -1, 0)
+        if not np.isfinite(volumes).all() or not (volumes[-2] > 0).all():
+            raise ModelError(
+                f"{path} holds NaN or infinite values, or a standard deviation of 0; run `calibrate` again"
+            )
         return cls(HealthyCohort.read(description["covariates"]), volumes[:-2], *volumes[-2:])
 
 
@@ -314,12 +318,17 @@ class NormativeEstimator:
         ------
         ValueError
             If nothing was gathered.
+        ModelError
+            If the scores do not vary.
         """
         sums = (self._xx, self._xy, self._yy)
         total = self._xx[0, 0, 0].sum()
         if not total > 0:
             raise ValueError("no healthy map was gathered")
         whole = _solve(*(part.sum((-3, -2, -1)) for part in sums))
+        # Squares are summed in double precision: less than this is the rounding of a constant.
+        if not whole[1] > max(1e-12 * self._yy[0].sum() / total, np.finfo(np.float32).tiny):
+            raise ModelError("the scores of the healthy scans do not vary; a deviation from them has no unit")
         smooth = [_smooth(part) for part in sums]
         local = _solve(*(np.moveaxis(part, (-3, -2, -1), (0, 1, 2)) for part in smooth))
         # Where no brain reaches, even with its neighbours, the whole brain stands.

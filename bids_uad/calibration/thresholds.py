@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bids_uad.calibration.histogram import above, score_counts
+from bids_uad.errors import ModelError
 
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
 TOLERABLE_FPR = 0.02  # of healthy brain voxels, at the threshold that makes masks
@@ -56,7 +57,14 @@ class ThresholdEstimator:
             None for a healthy scan.
         kind : str
             Of the lesion.
+
+        Raises
+        ------
+        ValueError
+            If the brain mask or the lesion mask inside it is empty, or a score is NaN or infinite.
         """
+        if not brain.any():
+            raise ValueError("the brain mask is empty")
         rest, inside = score_counts(scores, brain, lesion, FINE_EDGES)
         self.everything += rest
         if inside is None:
@@ -101,7 +109,17 @@ class ThresholdEstimator:
         -------
         numpy.ndarray of float64
             From 0 to infinity.
+
+        Raises
+        ------
+        ModelError
+            If every score is 0.
         """
+        if not self.everything[1:].any():
+            raise ModelError(
+                "every anomaly score of the validation scans is 0, so that no threshold can be fixed; train "
+                "the model again, or check the validation scans"
+            )
         share = 1 - above(self.everything) / self.everything.sum()
         tail = 1 - np.geomspace(1, 1e-6, FINAL_BINS // 2)
         quantiles = FINE_EDGES[np.searchsorted(share, tail, side="left").clip(1, len(share) - 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from bids_uad import __version__
 from bids_uad.atomic import atomic_path, write_json, write_text
 from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError
+from bids_uad.listing import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -364,7 +365,7 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
     Raises
     ------
     ModelError
-        If detector, hyper-parameters and weights do not fit together.
+        If detector, hyper-parameters and weights do not fit together, or a weight is NaN or infinite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -380,7 +381,22 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
         detector.load_state_dict(load_file(bundle.folder / "weights.safetensors"))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model bundle {bundle.folder}: its weights do not fit ({error})") from error
+    wrong = not_finite(detector.state_dict())
+    if wrong:
+        raise ModelError(
+            f"model bundle {bundle.folder}: weights.safetensors holds NaN or infinite values in "
+            f"{listed(wrong, 3)}; train the model again"
+        )
     return detector.eval().to(device)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """List the floating-point tensors, by name, that hold NaN or infinite values."""
+    return [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
 
 
 def save_bundle(
@@ -423,6 +439,8 @@ def save_bundle(
     from safetensors.torch import save_file
 
     tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
+    if wrong := not_finite(tensors):
+        raise ModelError(f"{listed(wrong, 3)}: NaN or infinite after training; {folder} is not written")
     if preset == "lite":
         tensors = {key: _halved(key, value) for key, value in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)

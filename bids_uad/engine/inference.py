@@ -12,6 +12,8 @@ from bids_uad.engine.field import Field, covering_fields
 from bids_uad.engine.median import masked_median, published_median
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.engine.smoothing import smooth_across_slices
+from bids_uad.errors import ModelError
+from bids_uad.listing import listed
 from bids_uad.methods.base import Detector
 from bids_uad.networks.keyed import SliceGenerator
 
@@ -53,8 +55,12 @@ def anomaly_map(
     Raises
     ------
     ValueError
-        If the image is not on the grid, or the brain leaves the detectors' field of view.
+        If the image is not on the grid or not finite, or the brain leaves the detectors' field of view.
+    ModelError
+        If the detector gives NaN or infinite scores.
     """
+    if not np.isfinite(volume).all():
+        raise ValueError(f"the preprocessed image of {key} holds NaN or infinite intensities")
     device = next(iter(detector.state_dict().values())).device
     scaled, taken = protocol.prepare(volume, brain)
     slices = torch.from_numpy(np.ascontiguousarray(space.to_slices(scaled)))
@@ -67,11 +73,26 @@ def anomaly_map(
     for field in fields:
         field.cut(times).add_(1)
         _add_scores(detector, slices, inside, field, total, key=key, seed=seed, execution=execution)
+    # Here, since neither the smoothing nor the median filters below would keep every NaN.
+    _check_finite(detector, total, key)
     scores = total / times.clamp_min(1) if len(fields) > 1 else total
     if detector.depth:
         scores = smooth_across_slices(scores, inside.to(device), detector.depth)
     smooth = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
     return space.from_slices(smooth.cpu().numpy()) * brain
+
+
+def _check_finite(detector: Detector, scores: Tensor, key: str) -> None:
+    """Refuse scores of shape (Z, H, W) that hold NaN or infinite values."""
+    wrong = ~torch.isfinite(scores).flatten(1).all(1)
+    if not wrong.any():
+        return
+    numbers = torch.nonzero(wrong).flatten().tolist()
+    raise ModelError(
+        f"{detector.name} gave NaN or infinite scores for {key} in axial slice{'s' if numbers[1:] else ''} "
+        f"{listed(map(str, numbers), 5)} of the SRI24 grid (counted from 0); check the preprocessed "
+        "image, or train the model again"
+    )
 
 
 def _add_scores(

@@ -13,12 +13,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
+from bids_uad.engine.bundle import not_finite
 from bids_uad.engine.checkpoint import Checkpoint
 from bids_uad.engine.ema import MovingAverage
 from bids_uad.engine.execution import in_precision
 from bids_uad.engine.field import usual_field
 from bids_uad.engine.log import TrainingLog
 from bids_uad.engine.store import SliceStore
+from bids_uad.listing import listed
 from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage
 
 LOGGER = logging.getLogger(__name__)
@@ -122,7 +124,8 @@ def train_detector(
     Raises
     ------
     ValueError
-        If a stage needs tissue classes and the store has none, or the loss is no number any more.
+        If a stage needs tissue classes and the store has none, or a loss, a gradient or what a stage leaves
+        in the detector is NaN or infinite.
     """
     device = fabric.device
     # Only what a stage trains is in training mode, and all is laid out alike, so that features are the same
@@ -150,6 +153,8 @@ def train_detector(
                 )
             with in_precision(detector, schedule.precision):
                 _Descent(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
+        if wrong := not_finite(detector.state_dict()):
+            raise ValueError(f"NaN or infinite values in {listed(wrong, 3)} after stage {stage.name!r}")
         if fabric.is_global_zero:
             checkpoint.save(detector, (number + 1, 0))
     detector.eval()
@@ -221,6 +226,7 @@ class _Descent:
             held_out = None
             if checks and (step % check_every == 0 or step == self.steps):
                 held_out = self._held_out_loss()
+                self._check_finite("held-out loss", held_out, step)
             log.add(self.number, self.stage.name, step, loss, held_out)
             if report is not None:
                 report(self.stage.name, step, self.steps, loss)
@@ -245,13 +251,18 @@ class _Descent:
         loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
         self.stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+        value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
+        # Before the step, so that neither the weights nor the checkpoint take it in.
+        self._check_finite("loss", value, step)
+        self._check_finite("gradient", norm.item(), step)
         self.stepper.step()
         self.average.update(self.module)
-        value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
-        if not math.isfinite(value):
-            raise ValueError(f"the loss of stage {self.stage.name!r} is no number any more at step {step}")
         return value
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"the {what} of stage {self.stage.name!r} is {value} at step {step}")
 
     def _slices(self, step: int) -> np.ndarray:
         """Slices of a step that are this process's: each pass over the data has an order of its own."""

@@ -299,9 +299,12 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
     if row[column] in _MISSING:
         return float("nan")
     try:
-        return float(row[column])
+        value = float(row[column])
     except ValueError as error:
         raise InputError(path, f"{column} is {row[column]!r}, not a number", REMEDY) from error
+    if not np.isfinite(value):
+        raise InputError(path, f"{column} is {row[column]}, not a finite number", REMEDY)
+    return value
 
 
 def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -317,7 +320,7 @@ def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     except ValueError as error:
         raise InputError(path, f"not only numbers ({error})", REMEDY) from error
     for values in counts:
-        if not np.all((values >= 0) & (values == np.floor(values))):
+        if not np.all((values >= 0) & np.isfinite(values) & (values == np.floor(values))):
             raise InputError(path, "voxel counts are not whole numbers", REMEDY)
     n_nonlesion, n_lesion = (values.astype(np.int64) for values in counts)
     return edges, n_nonlesion, None if unmasked else n_lesion

@@ -10,14 +10,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 
 from bids_uad.atomic import write_json, write_text
 from bids_uad.calibration.deviation import DeviationCalibrator
-from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort
+from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
 from bids_uad.config import RunConfig
 from bids_uad.dataset.identity import identities
 from bids_uad.dataset.participants import (
@@ -27,7 +27,7 @@ from bids_uad.dataset.participants import (
     read_participants,
 )
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
-from bids_uad.errors import ConfigError, InputError
+from bids_uad.errors import ConfigError, InputError, ModelError
 from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
 from bids_uad.levels.model_card import add_validation
 from bids_uad.levels.train import bundle_folder
@@ -111,14 +111,15 @@ def run_calibrate(config: RunConfig) -> int:
         if deviations is not None:
             for scan, person in track(list(_people(others)), description="Scoring for the reference"):
                 deviations.add_to_reference(*scored(scan), person=person)
+        calibration = estimator.summary()
+        normative = None if deviations is None else _finish(deviations)
         # Thresholds of an earlier calibration must not stand beside what follows.
         for name in ("calibration.json", NORMATIVE_FILE):
             (bundle.folder / name).unlink(missing_ok=True)
-        calibration = estimator.summary()
-        if deviations is not None:
-            reference, thresholds = deviations.finish()
+        if normative is not None:
+            reference, thresholds = normative
             reference.write(bundle.folder / NORMATIVE_FILE)
-            calibration[NORMATIVE] = thresholds.summary() | {
+            calibration[NORMATIVE] = thresholds | {
                 "reference": reference.describe(),
                 "n_healthy_subjects": len(healthy),
                 "sha256": file_sha256(bundle.folder / NORMATIVE_FILE),
@@ -139,6 +140,16 @@ def run_calibrate(config: RunConfig) -> int:
     return 0
 
 
+def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[str, Any]] | None:
+    """Fit the normative reference and its thresholds; None, with a warning, where that is not possible."""
+    try:
+        reference, thresholds = deviations.finish()
+        return reference, thresholds.summary()
+    except ModelError as error:
+        logger.warning("No normative reference: %s", error)
+        return None
+
+
 def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], tuple[np.ndarray, np.ndarray]]:
     """Load a model; give what makes the map of a scan, and reads its brain mask."""
     import torch
@@ -154,9 +165,14 @@ def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], t
 
     def scored(scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
         brain = np.asarray(nib.load(scan.brain).dataobj) > 0
+        volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
+        if not brain.any():
+            raise InputError(scan.brain, "the brain mask is empty", "run the participant level again")
+        if not np.isfinite(volume).all():
+            raise InputError(scan.image, "NaN or infinite intensities", "run the participant level again")
         scores = anomaly_map(
             detector,
-            np.asarray(nib.load(scan.image).dataobj, dtype=np.float32),
+            volume,
             brain,
             key=scan.key,
             seed=config.random_seed,

@@ -92,7 +92,7 @@ def run_train(config: RunConfig) -> int:
         try:
             losses = train_detector(detector, data, schedule, scratch, fabric=fabric, report=report)
         except ValueError as error:
-            raise InputError(config.bids_dir, str(error), "see the scans, or the rate of learning") from error
+            raise InputError(config.bids_dir, str(error), "look for artefacts in the scans") from error
     if not fabric.is_global_zero:
         return 0
     training = _describe(config, cohorts, data, detector, backbone) | {

@@ -127,13 +127,13 @@ def measure_image(image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality
     dict
         ``snr_csf``, ``snr_gm``, ``snr_wm``, ``snr_total`` (their mean), ``cnr``, ``cjv``, ``efc``,
         ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``; ``efc`` alone if no three tissues can be told
-        apart.
+        apart. A ratio is left out where its denominator is 0.
     """
     tissues = tissue_intensities(image[mask], modality)
     if min(len(tissues.csf), len(tissues.gm), len(tissues.wm)) < FEWEST_VOXELS:
         return {"efc": efc(image)}
     ratios = {f"snr_{name}": snr(getattr(tissues, name)) for name in TISSUES["T1w"]}
-    return {
+    measured = {
         **ratios,
         "snr_total": float(np.mean(list(ratios.values()))),
         "cnr": cnr(tissues.wm, tissues.gm, float(np.std(image[air])) if air.any() else 0.0),
@@ -142,3 +142,4 @@ def measure_image(image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality
         "wm2max": wm2max(tissues.wm, image),
         **{f"icvs_{name}": tissues.shares[name] for name in TISSUES["T1w"]},
     }
+    return {name: value for name, value in measured.items() if np.isfinite(value)}

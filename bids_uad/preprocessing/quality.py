@@ -65,13 +65,13 @@ def assess(
     kept = volume / native_volume_mm3
     judged = {
         f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (
-            overlap < LOW_OVERLAP,
-            overlap < FAILED_OVERLAP,
+            not overlap >= LOW_OVERLAP,
+            not overlap >= FAILED_OVERLAP,
         ),
         f"The scan resembles what it was registered to by only {registration['similarity']:.3f} (normalised "
         "mutual information): check the registration.": (
-            registration["similarity"] < LOW_SIMILARITY,
-            registration["similarity"] < FAILED_SIMILARITY,
+            not registration["similarity"] >= LOW_SIMILARITY,  # also where it is NaN
+            not registration["similarity"] >= FAILED_SIMILARITY,
         ),
         f"The brain mask holds {volume / 1000:.0f} mL, unusual for an adult: check the brain mask.": (
             not _within(volume / 1000, USUAL_VOLUME_ML),
@@ -96,7 +96,7 @@ def assess(
         text = f"Only {100 * share:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
         judged[text] = (share < LOW_LESION_SHARE, False)
     return {
-        "similarity": registration["similarity"],
+        "similarity": registration["similarity"] if np.isfinite(registration["similarity"]) else None,
         "registration_overlap": registration["mask_overlap"],
         "mirrored_similarity": registration["mirrored_similarity"],
         "restarted": registration["restarted"],

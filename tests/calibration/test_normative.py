@@ -273,3 +273,28 @@ def test_a_lesion_is_judged_by_the_whole_reference(tmp_path):
     best = thresholds.thresholds()["max_dice"]
     assert ((z > best) == lesion)[brain].mean() > 0.9999
     assert thresholds.summary()["validation"]["by_kind"]["stroke"]["n"] == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_scores_without_variation_give_no_reference(value):
+    people = people_of(6)
+    estimator = NormativeEstimator(HealthyCohort.of(people))
+    for number, person in enumerate(people):
+        brain = brain_of(number)
+        estimator.add(np.full(brain.shape, value, np.float32), brain, **person)
+    with pytest.raises(ModelError, match="scores of the healthy scans do not vary"):
+        estimator.fit()
+
+
+@pytest.mark.parametrize(("volume", "value"), [(4, 0.0), (4, np.nan), (0, np.inf)])
+def test_a_reference_without_standard_deviation_or_not_finite_is_refused(tmp_path, volume, value):
+    flat = np.ones(GRID, np.float32)
+    reference = NormativeReference(HealthyCohort(50.0, (30.0, 60.0), 0.0), np.stack([flat] * 4), flat, flat)
+    path = tmp_path / "normative.nii.gz"
+    reference.write(path)
+    image = nib.load(path)
+    data = np.asarray(image.dataobj).copy()
+    data[3, 4, 5, volume] = value
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    with pytest.raises(ModelError, match="NaN or infinite values, or a standard deviation of 0"):
+        NormativeReference.read(path, reference.describe())

@@ -7,6 +7,7 @@ import pytest
 
 from bids_uad.calibration.histogram import above, count_scores, score_counts
 from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator
+from bids_uad.errors import ModelError
 
 
 def test_bins_hold_their_upper_edge():
@@ -134,6 +135,7 @@ def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):
 
 def test_a_lesion_outside_the_brain_is_refused():
     brain = np.zeros((4, 4, 4), dtype=bool)
+    brain[0, 0, 0] = True
     with pytest.raises(ValueError, match="no brain voxel"):
         ThresholdEstimator().add(np.zeros((4, 4, 4)), brain, ~brain)
 
@@ -141,3 +143,27 @@ def test_a_lesion_outside_the_brain_is_refused():
 def test_resolution():
     steps = FINE_EDGES[2:-1] / FINE_EDGES[1:-2]
     assert steps.max() < 1.0011
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_not_counted(value):
+    scores = np.array([0.1, value, 0.3])
+    with pytest.raises(ValueError, match="NaN or infinite scores"):
+        count_scores(scores, FINE_EDGES)
+    estimator = ThresholdEstimator()
+    with pytest.raises(ValueError, match="NaN or infinite scores"):
+        estimator.add(scores, np.ones(3, dtype=bool), None)
+    estimator.add(scores, np.array([True, False, True]), None)  # outside the brain nothing counts
+    assert estimator.n_healthy == 1
+
+
+def test_an_empty_brain_fixes_no_threshold():
+    with pytest.raises(ValueError, match="the brain mask is empty"):
+        ThresholdEstimator().add(np.ones(3), np.zeros(3, dtype=bool), None)
+
+
+def test_scores_that_are_all_zero_fix_no_threshold():
+    estimator = ThresholdEstimator()
+    estimator.add(np.zeros(9), np.ones(9, dtype=bool), None)
+    with pytest.raises(ModelError, match="every anomaly score of the validation scans is 0"):
+        estimator.summary()

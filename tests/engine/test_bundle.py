@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bids_uad.atomic import write_json
 from bids_uad.engine import bundle as bundles
@@ -15,8 +16,10 @@ from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
     NORMATIVE,
     PACKAGED,
+    file_sha256,
     load_bundle,
     load_detector,
+    not_finite,
     packaged_bundles,
     resolve_bundles,
     save_bundle,
@@ -229,3 +232,25 @@ def test_a_packaged_bundle_is_sound(name):
         "## Known failures",
     ):
         assert chapter in card
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_when_loaded_and_never_saved(folder, tmp_path, value):
+    weights = folder / "weights.safetensors"
+    tensors = load_file(weights)
+    tensors["bank"][3, 1] = value
+    save_file(tensors, weights)
+    info = json.loads((folder / "bundle.json").read_text())
+    edit(folder / "bundle.json", sha256={**info["sha256"], weights.name: file_sha256(weights)})
+    with pytest.raises(ModelError, match=r"weights\.safetensors holds NaN or infinite values in bank; train"):
+        load_detector(load_bundle(folder))
+    detector = PatchCore(TINY)
+    detector.bank.fill_(value)
+    with pytest.raises(ModelError, match="bank: NaN or infinite after training"):
+        save_bundle(tmp_path / "new", detector, preset="default", modality="T1w", training={}, card="")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", packaged_bundles())
+def test_packaged_weights_are_finite(name):
+    assert not_finite(load_file(PACKAGED / name / "weights.safetensors")) == []

@@ -14,7 +14,8 @@ from torch import Tensor
 from bids_uad import space
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.protocol import PUBLISHED
+from bids_uad.engine.protocol import CORRECTED, PUBLISHED
+from bids_uad.errors import ModelError
 from bids_uad.methods.base import Detector
 from bids_uad.networks.keyed import SliceGenerator
 
@@ -174,3 +175,48 @@ def test_slices_and_volumes_are_inverse(scan):
     np.testing.assert_array_equal(space.from_slices(space.to_slices(volume)), volume)
     with pytest.raises(ValueError, match="expected a volume"):
         space.to_slices(np.zeros((3, 3, 3)))
+
+
+class Broken(Noisy):
+    """Gives one value that is no number, in some slices of a brain that begins in slice 40."""
+
+    name = "broken"
+
+    def __init__(self, value: float, where: int | tuple[int, ...], depth: float = 0.0) -> None:
+        super().__init__()
+        self.value, self.where, self.sigma = value, where if isinstance(where, tuple) else (where,), depth
+
+    @property
+    def depth(self) -> float:
+        return self.sigma
+
+    def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
+        scores, first = slices.clone(), 40 + sum(self.seen)
+        self.seen.append(len(slices))
+        for row in range(len(slices)):
+            if first + row in self.where:
+                scores[row, 0, 100, 100] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("protocol", [CORRECTED, PUBLISHED])
+@pytest.mark.parametrize("depth", [0.0, 2.0])
+def test_a_score_that_is_no_number_is_an_error_that_names_detector_scan_and_slice(
+    scan, value, protocol, depth
+):
+    with pytest.raises(ModelError, match=r"broken gave NaN .* for sub-01_T1w in axial slice 47 of the SRI24"):
+        anomaly_map(Broken(value, 47, depth), *scan, key="sub-01_T1w", protocol=protocol)
+
+
+def test_the_first_slices_with_nan_are_named(scan):
+    with pytest.raises(ModelError, match="in axial slices 41, 42, 43, 44, 45 and 2 more of"):
+        anomaly_map(Broken(np.nan, tuple(range(41, 48))), *scan, key="x")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_is_not_blamed_on_the_detector(scan, value):
+    volume = scan[0].copy()
+    volume[90, 100, 50] = value
+    with pytest.raises(ValueError, match="preprocessed image of sub-01_T1w holds NaN or infinite"):
+        anomaly_map(Noisy(), volume, scan[1], key="sub-01_T1w")

@@ -248,3 +248,45 @@ def test_features_stay_what_they_are_when_a_later_stage_is_gone_on_with(store, t
     learn(gone_on, store, tmp_path / "broken")
     for name, value in whole.state_dict().items():
         assert torch.equal(gone_on.state_dict()[name], value), name
+
+
+class Diverging(Disyre):
+    """A loss, or a gradient, that is no number from the fourth step on."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(TINY)
+        self.what, self.step = what, 0
+
+    def stages(self) -> list:
+        stage, *_ = super().stages()
+
+        def loss(batch, generator):
+            self.step += 1
+            value = stage.loss(batch, generator)
+            if self.step < 4:
+                return value
+            # The square root of 0 is finite, and its slope is not.
+            return value * torch.nan if self.what == "loss" else value + (value - value).sqrt()
+
+        return [replace(stage, loss=loss)]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_training_that_diverges_stops_with_stage_and_step_and_keeps_no_such_weights(store, tmp_path, what):
+    torch.manual_seed(0)
+    detector = Diverging(what)
+    with pytest.raises(ValueError, match=rf"the {what} of stage '\w+' is nan at step 4"):
+        learn(detector, store, tmp_path, None)
+    assert all(bool(value.isfinite().all()) for value in detector.state_dict().values())
+
+
+def test_a_stage_that_leaves_nan_behind_is_named(store, tmp_path):
+    class Damaged(PatchCore):
+        def stages(self) -> list:
+            *_, stage = super().stages()
+            return [replace(stage, fit=lambda batches, generator: self.bank.fill_(torch.nan))]
+
+    backbone = BackboneConfig(widths=(4, 8, 8, 16))
+    detector = Damaged(replace(PatchCore.presets["lite"], backbone=backbone, bank=16))
+    with pytest.raises(ValueError, match="NaN or infinite values in bank after stage"):
+        learn(detector, store, tmp_path, None)

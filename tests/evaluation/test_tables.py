@@ -54,6 +54,7 @@ def test_finds_sessions_entities_and_only_those_asked_for(tmp_path):
         ("disyre", "riad", "differ from the file name"),
         ("threshold_name", "other", "no column threshold_name"),
         ("\tunseen\t", "\tunseen\tmany", "not a number"),
+        ("\tunseen\t401.0\t", "\tunseen\tinf\t", "brain_volume_mm3 is inf, not a finite number"),
     ],
 )
 def test_damaged_metrics_are_refused(tmp_path, old, new, problem):
@@ -70,6 +71,8 @@ def test_damaged_metrics_are_refused(tmp_path, old, new, problem):
         (lambda text: text.rsplit("\n", 3)[0] + "\n", "do not increase to infinity"),
         (lambda text: text.replace("\t1\t", "\tx\t", 1), "not only numbers"),
         (lambda text: text.replace("\t1\t", "\t1.5\t", 1), "not whole numbers"),
+        (lambda text: text.replace("\t1\t", "\tinf\t", 1), "not whole numbers"),
+        (lambda text: text.replace("\t1\t", "\tnan\t", 1), "not whole numbers"),
         (lambda text: "", "no column score_lower"),
     ],
 )

@@ -19,9 +19,12 @@ from bids_uad import space
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cli.main import main
 from bids_uad.dataset.identity import by_name
+from bids_uad.engine.__main__ import main as score_in_process
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
 from bids_uad.errors import ModelError
 from bids_uad.levels import calibrate
+from bids_uad.levels.participant.detection import explain
+from bids_uad.methods.intensity import Intensity
 from bids_uad.networks.resnet import resnet18
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
@@ -386,3 +389,69 @@ def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path
     assert call(scans, tmp_path / "more", "calibrate", "intensity", *twice) == 66
     assert "sub-1, sub-2 among the validation scans, too" in capsys.readouterr().err
     assert json.loads((folders[1] / "calibration.json").read_text())["normative"] == more
+
+
+def score_nan(self, slices, brain, generator):
+    """Stand in for `Intensity.score`; the first slice of each batch has a NaN where brain is."""
+    scores = slices.clone()
+    scores[0, 0][brain[0, 0].nonzero().unbind(1)] = torch.nan
+    return scores
+
+
+def test_nan_scores_stop_calibrate_and_leave_the_calibration_as_it_was(models, scans, monkeypatch, capsys):
+    calibration = models / "intensity-T2w-lite" / "calibration.json"
+    before = calibration.read_bytes()
+    monkeypatch.setattr(Intensity, "score", score_nan)
+    assert call(scans, models, "calibrate") == 69
+    told = capsys.readouterr().err
+    assert "bids_uad: intensity gave NaN or infinite scores for sub-1_T2w in axial slice" in told
+    assert "Traceback" not in told
+    assert calibration.read_bytes() == before
+
+
+def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Intensity, "score", score_nan)
+    stem = scans / "sub-1" / "anat" / "sub-1_space-SRI24"
+    target = tmp_path / "map.nii.gz"
+    arguments = ["--image", f"{stem}_desc-preproc_T2w.nii.gz", "--brain", f"{stem}_desc-brain_mask.nii.gz"]
+    arguments += ["--key", "sub-1_T2w", "--job", str(models / "intensity-T2w-lite"), str(target)]
+    assert score_in_process([*arguments, "--device", "cpu"]) == 69
+    told = capsys.readouterr().err
+    assert told.startswith("intensity gave NaN or infinite scores for sub-1_T2w in axial slice")
+    assert explain(69, told, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
+    assert not target.exists()
+
+
+def test_scores_that_do_not_vary_give_thresholds_but_no_reference(
+    models, scans, tmp_path, monkeypatch, capfd
+):
+    """A detector that is silent in healthy brains and marks lesions can be used, only not as a deviation."""
+
+    def silent(self, slices, brain, generator):
+        return torch.where(brain & (slices > 0.9), slices, 0.0)
+
+    own = shutil.copytree(models, tmp_path / "models")
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
+    monkeypatch.setattr(Intensity, "score", silent)
+    assert call(scans, own, "calibrate") == 0
+    assert "scores of the healthy scans do not vary" in " ".join(capfd.readouterr().err.split())
+    bundle = load_bundle(own / "intensity-T2w-lite")
+    assert "normative" not in bundle.calibration
+    assert not (bundle.folder / "normative.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [("desc-preproc_T2w", np.nan, "NaN or infinite intensities"), ("desc-brain_mask", 0, "mask is empty")],
+)
+def test_validation_scans_that_cannot_be_scored_are_named(
+    models, scans, tmp_path, capsys, name, value, problem
+):
+    own = shutil.copytree(scans, tmp_path / "scans")
+    path = own / "sub-2" / "anat" / f"sub-2_space-SRI24_{name}.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.full(image.shape, value, image.get_data_dtype()), image.affine), path)
+    assert call(own, models, "calibrate") == 66
+    told = capsys.readouterr().err
+    assert path.name in told
+    assert problem in told

@@ -89,3 +89,14 @@ def test_an_image_without_three_tissues_has_no_ratios() -> None:
     image = np.zeros((20, 20, 20))
     image[5:-5, 5:-5, 5:-5] = 100 + np.random.default_rng(4).normal(0, 1e-3, (10, 10, 10))
     assert set(measure_image(image, image > 0, np.zeros_like(image, bool), "T1w")) == {"efc"}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_metrics_without_a_value_are_left_out() -> None:
+    """Three tissues of one intensity each have no noise, so that their ratio to it is infinite."""
+    image = np.repeat([100.0, 500.0, 900.0], 1000).reshape(30, 10, 10)
+    mask = np.ones(image.shape, bool)
+    found = measure_image(image, mask, ~mask, "T1w")
+    assert "efc" in found
+    assert not {"snr_csf", "snr_total", "cnr"} & set(found)
+    assert all(math.isfinite(value) for value in found.values())

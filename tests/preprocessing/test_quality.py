@@ -77,3 +77,9 @@ def test_doubts_are_told_and_failures_ruled_out(changes, word: str, failed: bool
     assert any(word in text for text in found["warnings"])
     assert bool(found["failures"]) == failed
     assert set(found["failures"]) <= set(found["warnings"])
+
+
+def test_a_similarity_that_is_not_a_number_is_a_failed_registration() -> None:
+    found = judged(registration=REGISTRATION | {"similarity": float("nan")})
+    assert found["similarity"] is None
+    assert any("resembles what it was registered to" in text for text in found["failures"])

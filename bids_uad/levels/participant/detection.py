@@ -22,6 +22,7 @@ from nipype.interfaces.base import (
 from bids_uad.atomic import atomic_path, write_json, write_tsv
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.dataset.outputs import sidecar_of
+from bids_uad.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,12 +143,15 @@ class Postprocess(SimpleInterface):
 
         brain = read_on_grid(self.inputs.brain_mask) > 0
         scores = read_on_grid(self.inputs.score_map).astype(np.float32)
-        if not np.isfinite(scores).all():
-            raise ValueError(f"{self.inputs.score_map}: the detector gave NaN or infinite scores")
         scores = np.where(brain, scores, np.float32(0))
         if bundle.deviation != "none":
             reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
             scores = reference.deviations(scores, brain, **self.inputs.person)
+        if not np.isfinite(scores).all():
+            raise ModelError(
+                f"{bundle.scored_as} gave NaN or infinite scores for {self.inputs.facts['source_image']}; "
+                "train and calibrate the model again"
+            )
         lesion = read_on_grid(self.inputs.lesion) > 0 if isdefined(self.inputs.lesion) else None
         files = {kind: Path(path) for kind, path in self.inputs.files.items()}
         for kind, path in files.items():
