@@ -258,7 +258,7 @@ class Diverging(Disyre):
         self.what, self.step = what, 0
 
     def stages(self) -> list:
-        stage, *_ = super().stages()
+        stage = next(stage for stage in super().stages() if isinstance(stage, GradientStage))
 
         def loss(batch, generator):
             self.step += 1
