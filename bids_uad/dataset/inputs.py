@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.filters import EXTENSIONS, read_queries
-from bids_uad.dataset.lesions import LesionMask, find_mask, match_mask
+from bids_uad.dataset.lesions import LesionMask, resolve_masks
 from bids_uad.dataset.prepared import LESIONS, attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.listing import listed
 
 LOGGER = logging.getLogger("bids_uad")
-
-Session = tuple[str, str | None]
 
 _NOT_ANAT = (
     "beh",
@@ -52,7 +50,7 @@ class Collection:
     units : tuple of ImageUnit
         Images, a participant's anchors before what is registered to them.
     lesions : dict
-        Lesion mask by (subject, session).
+        Lesion mask by the key of the image it belongs to.
     problems : tuple of Problem
         What could not be used.
     left_out : tuple of pathlib.Path
@@ -61,7 +59,7 @@ class Collection:
 
     subjects: tuple[str, ...]
     units: tuple[ImageUnit, ...]
-    lesions: dict[Session, LesionMask] = field(default_factory=dict)
+    lesions: dict[str, LesionMask] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     left_out: tuple[Path, ...] = ()
 
@@ -108,7 +106,7 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     units, unfitting = attach_prepared(set_anchors(raw, config.modalities), config.derivatives)
     problems += unfitting
 
-    lesions, units, refused = _attach_lesions(config.derivatives, units)
+    lesions, refused = _attach_lesions(config, units)
     problems += refused
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
@@ -261,35 +259,20 @@ def _refuse_unusable(
 
 
 def _attach_lesions(
-    derivatives: Mapping[str, Path], units: list[ImageUnit]
-) -> tuple[dict[Session, LesionMask], list[ImageUnit], list[Problem]]:
-    """Give each session's lesion mask to the image on whose grid it lies."""
-    lesions: dict[Session, LesionMask] = {}
+    config: RunConfig, units: Sequence[ImageUnit]
+) -> tuple[dict[str, LesionMask], list[Problem]]:
+    """Find the lesion mask of each image, by the image's key."""
+    lesions: dict[str, LesionMask] = {}
     problems: list[Problem] = []
-    if LESIONS not in derivatives:
-        return lesions, units, problems
-    by_session = defaultdict(list)
-    for unit in units:
-        by_session[unit.subject, unit.session].append(unit)
-    for (subject, session), own in by_session.items():
-        try:
-            masks = find_mask(derivatives[LESIONS], subject, session)
-            lesion = match_mask(masks, own, derivatives.values())
-        except InputError as error:
-            problems.append(Problem(subject, str(error)))
-            continue
-        if lesion is None:
-            continue
-        if lesion.unit is not None:
-            owner = replace(lesion.unit, lesion_mask=lesion.path)
-            units = [owner if unit.key == owner.key else unit for unit in units]
-            lesion = replace(lesion, unit=owner)
-        lesions[subject, session] = lesion
-    renewed = {unit.key: unit for unit in units}
-    units = [
-        replace(unit, anchor=renewed[unit.anchor.key]) if unit.anchor is not None else unit for unit in units
-    ]
-    return lesions, units, problems
+    root = config.derivatives.get(LESIONS)
+    if root is None:
+        return lesions, problems
+    for subject in dict.fromkeys(unit.subject for unit in units):
+        own = [unit for unit in units if unit.subject == subject]
+        found, refused = resolve_masks(root, own, config.bids_dir, list(config.derivatives.values()))
+        lesions |= found
+        problems += [Problem(subject, str(error)) for error in refused]
+    return lesions, problems
 
 
 def _left_out(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from bids.layout.writing import build_path
 
 from bids_uad.dataset.published import detector_desc
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit
@@ -71,8 +70,14 @@ def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **e
     ValueError
         If no pattern takes these entities.
     """
-    values = {**unit.entities, **entities, "suffix": suffix, "extension": extension}
-    name = build_path(values, PATTERNS, strict=True)
+    return _named({**unit.entities, **entities, "suffix": suffix, "extension": extension})
+
+
+def _named(values: Mapping[str, str]) -> Path:
+    # Here, since levels that only look for lesion masks need not wait for pybids.
+    from bids.layout.writing import build_path
+
+    name = build_path(dict(values), PATTERNS, strict=True)
     if name is None:
         raise ValueError(f"no output is named with {values}")
     return Path(name)
@@ -102,9 +107,20 @@ def quality_output(unit: ImageUnit) -> Path:
     return output_path(unit, space=NAME, desc=f"{unit.modality}Preproc", suffix="qc", extension=".tsv")
 
 
-def lesion_output(unit: ImageUnit) -> Path:
-    """Name the session's lesion mask in SRI24 space; `unit` is the session's first image."""
-    return output_path(unit, space=NAME, label="lesion", desc="manual", suffix="mask")
+def lesion_output(entities: Mapping[str, str]) -> Path:
+    """Name a lesion mask in SRI24 space, relative to the derivative dataset.
+
+    Parameters
+    ----------
+    entities : mapping of str to str
+        Those of the images it belongs to, by pybids name (`subject`, `session`, `run`).
+
+    Returns
+    -------
+    pathlib.Path
+    """
+    own = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask", "extension": ".nii.gz"}
+    return _named({**entities, **own})
 
 
 def detection_outputs(unit: ImageUnit, detector: str, *, with_truth: bool = False) -> dict[str, Path]:

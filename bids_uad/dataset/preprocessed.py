@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bids_uad.dataset.lesions import written_mask
 from bids_uad.errors import InputError
 
 
@@ -21,7 +22,7 @@ class PreprocessedScan:
     brain : pathlib.Path
         Brain mask on the same grid.
     lesion : pathlib.Path, optional
-        Lesion mask on the same grid.
+        Lesion mask on the same grid, see :func:`bids_uad.dataset.lesions.written_mask`.
     tissue : pathlib.Path, optional
         Tissue classes on the same grid.
     """
@@ -94,7 +95,7 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
                 subject=image.name.split("_")[0],
                 image=image,
                 brain=brain,
-                lesion=_found(image, "label-lesion_desc-manual_mask.nii.gz"),
+                lesion=written_mask(image),
                 tissue=_found(image, "desc-tissue_dseg.nii.gz"),
             )
         )

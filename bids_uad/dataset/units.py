@@ -78,8 +78,6 @@ class ImageUnit:
         pybids entities that identify the image (keys of `PREFIX_ENTITIES`), as text.
     anchor : ImageUnit, optional
         The T1w that this T2w is registered to; none for an image that goes to the atlas directly.
-    lesion_mask : pathlib.Path, optional
-        Lesion mask on this image's grid.
     sidecar : dict
         BIDS metadata of the image.
     prepared : Prepared
@@ -92,7 +90,6 @@ class ImageUnit:
     modality: str
     entities: dict[str, str]
     anchor: ImageUnit | None = None
-    lesion_mask: Path | None = None
     sidecar: dict[str, Any] = field(default_factory=dict)
     prepared: Prepared = Prepared()
 

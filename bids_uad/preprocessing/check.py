@@ -24,6 +24,8 @@ STRIPPED_VOLUME_MM3 = (600_000.0, 2_100_000.0)
 STRIPPED_BORDER_SHARE = 0.98
 STRIPPED_BACKGROUND_SHARE = 0.3
 MAX_SHEAR = 1e-2
+WHOLE_NUMBER_TOLERANCE = 1e-3
+"""Labels that are stored with a scale factor come back this close to a whole number."""
 FORMS_APART_MM = 1.0
 
 
@@ -102,6 +104,56 @@ def read_volume(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
             path, "the image has NaN or infinite voxels", "replace them in the source data and run again"
         )
     return data, affine
+
+
+def read_lesion(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a lesion mask.
+
+    Parameters
+    ----------
+    path : path-like
+        NIfTI file of any data type with 0 in the background and whole numbers from 1 in lesions.
+
+    Returns
+    -------
+    lesion : numpy.ndarray of bool, three-dimensional
+    affine : numpy.ndarray, shape (4, 4)
+        As in :func:`read_scan`.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        As :func:`read_volume`; several volumes; colours or complex numbers; negative values or fractions; a
+        background other than 0.
+    """
+    image = _open(Path(path))
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(
+            path,
+            f"lesion mask of colours or complex numbers ({image.get_data_dtype()})",
+            "give whole numbers, 0 in the background and 1 in lesions",
+        )
+    if np.prod(image.shape[3:], dtype=int) > 1:
+        shape = " x ".join(map(str, image.shape))
+        raise InputError(path, f"lesion mask of more than one volume ({shape})", "give one volume")
+    data, affine = read_volume(path)
+    labels = np.rint(data)
+    fractions = data[np.abs(data - labels) > WHOLE_NUMBER_TOLERANCE]
+    if fractions.size:
+        raise InputError(
+            path,
+            f"lesion mask with values that are not whole numbers (such as {fractions[0]:.3g})",
+            "cut probabilities at a threshold such as 0.5",
+        )
+    if labels.min() < 0:
+        raise InputError(
+            path, f"lesion mask with negative values (lowest {labels.min():g})", "give 0 to the background"
+        )
+    if background(labels) != 0:
+        raise InputError(
+            path, f"lesion mask whose background is {background(labels):g}, not 0", "give 0 to the background"
+        )
+    return labels > 0, affine
 
 
 def is_skull_stripped(data: np.ndarray, affine: np.ndarray, sidecar: dict[str, Any] | None = None) -> bool:

@@ -21,7 +21,7 @@ from bids_uad.errors import InputError
 from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import AGREEMENT, air_around, extract_brain, mask_of_stripped
-from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_scan, read_volume
+from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_lesion, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import (
     measure,
     register_same_head,
@@ -354,7 +354,7 @@ class ResampleLesion(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         if isdefined(self.inputs.in_file):
-            lesion = _mask(self.inputs.in_file)
+            lesion = Volume(*read_lesion(self.inputs.in_file))
             grid = (space.SHAPE, space.AFFINE)
             if isdefined(self.inputs.xfm):
                 chain = [self.inputs.to_sri24, self.inputs.xfm]

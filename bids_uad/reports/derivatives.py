@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad.dataset.lesions import written_mask
 from bids_uad.space import NAME
 
 _PREPROC = re.compile(
@@ -137,12 +138,9 @@ def _images_in(folder: Path) -> list[Image]:
             if match["detector"] == "Brain":  # desc-T2wBrain is the brain mask of a T2w, no detector's
                 continue
             detectors.setdefault((match["prefix"], match["modality"]), set()).add(match["detector"])
-    lesions = sorted(folder.glob(f"*_space-{NAME}_label-lesion_desc-manual_mask.nii.gz"))
     images = []
     for (prefix, modality), found in sorted(detectors.items()):
         start = folder / f"{prefix}_space-{NAME}"
-        # The session's mask carries the name of its first image and serves all of them.
-        own = _existing(start, "_label-lesion_desc-manual_mask.nii.gz")
         images.append(
             Image(
                 prefix,
@@ -150,7 +148,7 @@ def _images_in(folder: Path) -> list[Image]:
                 _existing(start, f"_desc-preproc_{modality}.nii.gz"),
                 _existing(start, f"_desc-{modality}Brain_mask.nii.gz")
                 or _existing(start, "_desc-brain_mask.nii.gz"),
-                own or next(iter(lesions), None),
+                written_mask(folder / f"{start.name}_desc-preproc_{modality}.nii.gz"),
                 tuple(_detection(start, modality, detector) for detector in sorted(found)),
             )
         )

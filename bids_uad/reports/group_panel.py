@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bids_uad.dataset.describe import read_json
-from bids_uad.dataset.published import detector_desc, published, score_sidecar
+from bids_uad.dataset.lesions import written_mask
+from bids_uad.dataset.published import detector_desc, published
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
 from bids_uad.evaluation.tables import REMEDY
@@ -115,7 +115,10 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
     """
     source, modality, detector = (scan[key] for key in ("source_image", "modality", "detector"))
     desc = detector_desc(modality, detector)
-    lesion_path = root / _lesion_mask(root, source, modality, detector)
+    preprocessed = root / published(source, modality, f"desc-preproc_{modality}.nii.gz")
+    lesion_path = written_mask(preprocessed)
+    if lesion_path is None:
+        raise InputError(preprocessed, "its lesion mask is missing", REMEDY)
     lesion = _read(lesion_path, bool)
     index = int(np.argmax(lesion.data.sum(axis=(0, 1))))
     truth, where = plane(lesion.data, "axial", index), plane_label(lesion, "axial", index)
@@ -130,13 +133,6 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
     image, found = shown[np.float32], shown[bool]
     rows, columns, _ = bounding_box((image > 0)[:, :, None])
     return Slice(to_grey(image[rows, columns], 1.0), found[rows, columns], truth[rows, columns].copy(), where)
-
-
-def _lesion_mask(root: Path, source: str, modality: str, detector: str) -> Path:
-    """Find the mask that the score table was made with, which may bear another image's name."""
-    sources = read_json(root / score_sidecar(source, modality, detector)).get("Sources", [])
-    named = [uri.removeprefix("bids::") for uri in sources if "_label-lesion_" in uri]
-    return Path(named[0]) if named else published(source, modality, "label-lesion_desc-manual_mask.nii.gz")
 
 
 def _read(path: Path, kind: type) -> Any:

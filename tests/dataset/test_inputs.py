@@ -1,15 +1,11 @@
 import json
 
-import nibabel as nib
-import numpy as np
 import pytest
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect, collect_units
 from bids_uad.errors import ConfigError, InputError
-from bids_uad.space import AFFINE as SRI24_AFFINE
-from bids_uad.space import SHAPE as SRI24_SHAPE
-from tests.dataset.skeleton import AFFINE, SHAPE, write_dataset, write_image, write_mask
+from tests.dataset.skeleton import write_dataset
 
 
 @pytest.fixture
@@ -169,129 +165,3 @@ def test_bad_image_is_left_out_before_anchors_are_chosen(make):
     }
     assert [problem.key for problem in found.problems] == ["sub-01_run-1_T1w", "sub-02_run-1_T1w"]
     assert "broken; mend it" in found.problems[0].message
-
-
-# Lesion masks
-
-OTHER = AFFINE + np.array([[0, 0, 0, 3.0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-
-
-@pytest.fixture
-def lesions(tmp_path, make):
-    """Give a function that writes masks (name: affine or (affine, shape)) and collects one participant."""
-
-    def run(
-        masks, files=("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"), write=lambda _: None
-    ):
-        root = tmp_path / "lesions"
-        (root / "sub-01").mkdir(parents=True)
-        for name, (affine, shape) in masks.items():
-            write_mask(root / name, affine, shape)
-        config = make(files, derivatives={"lesions": root})
-        write_image(config.bids_dir / "sub-01/anat/sub-01_T2w.nii.gz", OTHER)
-        write(config)
-        return collect(config)
-
-    return run
-
-
-MANUAL = "_label-lesion_desc-manual_mask"
-T1W, T2W, SRI24 = (AFFINE, SHAPE), (OTHER, SHAPE), (SRI24_AFFINE, SRI24_SHAPE)
-
-
-@pytest.mark.parametrize(
-    ("masks", "used", "owner"),
-    [
-        ({"_label-lesion_mask": T1W}, "_label-lesion_mask", "T1w"),
-        ({"_label-lesion_mask": T2W}, "_label-lesion_mask", "T2w"),
-        ({"_space-T2w_label-lesion_mask": T2W, "_label-lesion_mask": T1W}, "_label-lesion_mask", "T1w"),
-        ({"_space-SRI24_label-lesion_mask": SRI24, "_label-lesion_roi": T1W}, "_label-lesion_roi", "T1w"),
-        ({"_space-SRI24_label-lesion_mask": SRI24}, "_space-SRI24_label-lesion_mask", None),
-        (dict.fromkeys(["_label-lesion_desc-b_mask", MANUAL], T1W), MANUAL, "T1w"),
-        (
-            dict.fromkeys(["_label-lesion_desc-isen_mask", "_label-lesion_mask"], T1W),
-            "_label-lesion_mask",
-            "T1w",
-        ),
-        ({"_seg-lesion_mask": T1W}, "_seg-lesion_mask", "T1w"),
-    ],
-)
-def test_lesion_mask_is_matched_to_a_grid(lesions, masks, used, owner):
-    found = lesions({f"sub-01/anat/sub-01{name}.nii.gz": grid for name, grid in masks.items()})
-    owner = owner and f"sub-01_{owner}"
-    assert not found.problems
-    lesion = found.lesions["01", None]
-    assert lesion.path.name == f"sub-01{used}.nii.gz"
-    assert (lesion.unit.key if lesion.unit else None) == owner
-    assert {unit.key: unit.lesion_mask for unit in found.units if unit.lesion_mask} == (
-        {owner: lesion.path} if owner else {}
-    )
-    t2w = next(unit for unit in found.units if unit.modality == "T2w")
-    assert t2w.anchor in found.units
-
-
-def test_mask_stored_in_another_voxel_order_is_on_the_same_grid(lesions):
-    image = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE)
-    flipped = nib.as_closest_canonical(image).as_reoriented([[1, -1], [0, 1], [2, -1]])
-    found = lesions({"sub-01/anat/sub-01_label-lesion_mask.nii.gz": (flipped.affine, flipped.shape)})
-    assert found.lesions["01", None].unit.key == "sub-01_T1w"
-
-
-@pytest.mark.parametrize(
-    "grid", [(np.eye(4), SHAPE), (AFFINE, (24, 24, 23)), (OTHER + np.eye(4) * 0.5, SHAPE)]
-)
-def test_mask_on_no_known_grid_is_refused_by_name(lesions, grid):
-    found = lesions({"sub-01/anat/sub-01_label-lesion_mask.nii.gz": grid})
-    assert not found.lesions
-    assert len(found.units) == 2
-    assert "sub-01_label-lesion_mask.nii.gz" in found.problems[0].message
-
-
-def test_mask_on_another_image_of_the_session_comes_with_that_image(lesions):
-    flair = np.diag([4.0, 4.0, 8.0, 1.0])
-
-    def write(config):
-        write_image(config.bids_dir / "sub-01/anat/sub-01_FLAIR.nii.gz", flair)
-
-    found = lesions({"sub-01/anat/sub-01_space-FLAIR_label-lesion_mask.nii.gz": (flair, SHAPE)}, write=write)
-    lesion = found.lesions["01", None]
-    assert lesion.unit.key == "sub-01_T1w"
-    assert lesion.other.name == "sub-01_FLAIR.nii.gz"
-    assert lesion.transform is None
-
-
-def test_mask_in_a_space_that_a_given_transform_leads_from(lesions):
-    name = "sub-01/anat/sub-01_space-MNI152NLin2009cAsym_label-lesion_mask.nii.gz"
-
-    def write(config):
-        folder = config.derivatives["lesions"] / "sub-01" / "anat"
-        for ends in ("from-MNI152NLin2009cAsym_to-T1w", "from-T1w_to-MNI152NLin2009cAsym", "from-X_to-T1w"):
-            (folder / f"sub-01_{ends}_mode-image_xfm.h5").touch()
-
-    found = lesions({name: (np.eye(4), SHAPE)}, write=write)
-    lesion = found.lesions["01", None]
-    assert lesion.unit.key == "sub-01_T1w"
-    assert lesion.transform.name == "sub-01_from-MNI152NLin2009cAsym_to-T1w_mode-image_xfm.h5"
-    assert len(lesion.files) == 2
-
-
-def test_mask_named_for_sri24_must_be_on_its_grid(lesions):
-    found = lesions({"sub-01/anat/sub-01_space-SRI24_label-lesion_mask.nii.gz": (np.eye(4), SRI24_SHAPE)})
-    assert "grid of none" in found.problems[0].message
-
-
-def test_change_masks_and_other_labels_are_no_lesion_masks(lesions):
-    found = lesions(
-        {
-            "sub-01/anat/sub-01_label-lesionchange_mask.nii.gz": T1W,
-            "sub-01/anat/sub-01_label-brain_mask.nii.gz": T1W,
-        }
-    )
-    assert not found.lesions
-    assert not found.problems
-
-
-def test_masks_belong_to_their_session(lesions):
-    files = [f"sub-01/ses-{s}/anat/sub-01_ses-{s}_T1w.nii.gz" for s in "ab"]
-    found = lesions({"sub-01/ses-b/anat/sub-01_ses-b_label-lesion_mask.nii.gz": T1W}, files)
-    assert list(found.lesions) == [("01", "b")]

@@ -13,6 +13,7 @@ import pytest
 from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.identity import by_content
+from bids_uad.dataset.lesions import written_mask
 from bids_uad.levels.participant import run, workflow, writing
 from bids_uad.levels.participant.records import sha256_of
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
@@ -328,6 +329,33 @@ def test_mask_on_the_t2w_grid_serves_the_t1w_too(bench):
     for modality in ("T1w", "T2w"):
         path = bench.out / f"sub-01/anat/sub-01_space-SRI24_desc-{modality}Disyre_metrics.tsv"
         assert pd.read_csv(path, sep="\t")["lesion_volume_mm3"].tolist() == [125]
+
+
+def test_masks_of_runs_are_kept_apart(bench):
+    """Each run has its own mask; that of the whole session serves the T2w, which has no run."""
+    runs = [f"sub-01/anat/sub-01_run-{run}_T1w.nii.gz" for run in (1, 2, 3)]
+    bench.dataset(*runs, T2W)
+    masks = bench.folder / "lesions/sub-01/anat"
+    for entity in ("_run-1", "_run-2", ""):
+        write_mask(masks / f"sub-01{entity}_label-lesion_mask.nii.gz")
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    anat = bench.out / "sub-01/anat"
+    written = sorted(path.name for path in anat.glob("*_label-lesion_desc-manual_mask.nii.gz"))
+    name = "_space-SRI24_label-lesion_desc-manual_mask.nii.gz"
+    assert written == [f"sub-01_run-1{name}", f"sub-01_run-2{name}", f"sub-01{name}"]
+    for image, mask in (
+        ("_run-1_T1w", "_run-1"),
+        ("_run-2_T1w", "_run-2"),
+        ("_run-3_T1w", ""),
+        ("_T2w", ""),
+    ):
+        entities, modality = image.rsplit("_", 1)
+        metrics = anat / f"sub-01{entities}_space-SRI24_desc-{modality}Disyre_metrics.json"
+        sources = json.loads(metrics.read_text())["Sources"]
+        assert f"bids::sub-01/anat/sub-01{mask}{name}" in sources, image
+        assert written_mask(metrics).name == f"sub-01{mask}{name}"
+    sidecar = json.loads((anat / f"sub-01{name}".replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Sources"] == ["bids:lesions:sub-01/anat/sub-01_label-lesion_mask.nii.gz"]
 
 
 def test_foreign_output_folder_is_refused(bench, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 
 import nibabel as nib
@@ -103,23 +102,26 @@ def test_pictures_hold_the_scan_and_the_mask(study):
     assert len(figure.svg) < 30_000
 
 
-def test_the_lesion_mask_may_bear_another_images_name(study):
+def test_lesion_mask_is_found_by_the_rule_of_the_participant_level(study):
+    """A mask that names no run serves run-1; one that names another run does not."""
     anat = study / "sub-0" / "anat"
-    own = anat / STEM.format(0, "label-lesion_desc-manual_mask.nii.gz")
-    own.rename(anat / "sub-0_run-1_space-SRI24_label-lesion_desc-manual_mask.nii.gz")
-    row = scans([0.5]).to_dict(orient="records")[0]
-    with pytest.raises(InputError, match="is missing"):
-        read_slice(study, row)
-    sources = ["bids::sub-0/anat/sub-0_run-1_space-SRI24_label-lesion_desc-manual_mask.nii.gz"]
-    sidecar = anat / STEM.format(0, "desc-T1wDisyre_metrics.json")
-    sidecar.write_text(json.dumps({"Sources": ["bids::x_anomalymap.nii.gz", *sources]}))
+    mask = anat / STEM.format(0, "label-lesion_desc-manual_mask.nii.gz")
+    for path in list(anat.iterdir()):
+        if path != mask:
+            path.rename(path.with_name(path.name.replace("sub-0_", "sub-0_run-1_")))
+    row = scans([0.5], source_image="bids:raw:sub-0/anat/sub-0_run-1_T1w.nii.gz").to_dict(orient="records")[0]
     assert read_slice(study, row).lesion.any()
+    mask.rename(anat / "sub-0_run-2_space-SRI24_label-lesion_desc-manual_mask.nii.gz")
+    with pytest.raises(InputError, match="its lesion mask is missing"):
+        read_slice(study, row)
 
 
 def test_what_is_not_there_is_said(study, tmp_path):
     figures, absent = example_figures(study, scans([0.5, 0.4]))
     assert "not on disk" in figures[0].svg
-    assert absent.startswith("1 of 2 examples cannot be shown. The first: sub-1/anat/sub-1_space-SRI24_label")
+    assert absent.startswith(
+        "1 of 2 examples cannot be shown. The first: sub-1/anat/sub-1_space-SRI24_desc-preproc"
+    )
     figures, absent = example_figures(study / "nowhere", scans([0.5]))
     assert figures == []
     assert "is missing" in absent

@@ -344,6 +344,18 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
     assert "lesions found" not in html
 
 
+def test_find_images_gives_each_run_its_own_mask(tmp_path):
+    folder = tmp_path / "sub-01" / "anat"
+    folder.mkdir(parents=True)
+    for run in (1, 2, 3):
+        (folder / f"sub-01_run-{run}_space-SRI24_desc-preproc_T1w.nii.gz").touch()
+    masks = [f"sub-01_run-{run}_space-SRI24_label-lesion_desc-manual_mask.nii.gz" for run in (1, 2)]
+    for name in masks:
+        (folder / name).touch()
+    found = [image.lesion and image.lesion.name for image in find_images(tmp_path, "01")]
+    assert found == [*masks, None]
+
+
 def test_one_mask_serves_all_scans_of_a_session(tmp_path):
     folder = tmp_path / "sub-01" / "anat"
     folder.mkdir(parents=True)

@@ -276,12 +276,12 @@ class AlignMask(SimpleInterface):
         import nibabel as nib
         import numpy as np
 
+        from bids_uad.preprocessing.check import read_lesion
         from bids_uad.space import AFFINE
 
-        image = nib.load(self.inputs.in_file)
-        data = np.asanyarray(image.dataobj).reshape(image.shape[:3])
-        order = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.io_orientation(AFFINE))
+        lesion, affine = read_lesion(self.inputs.in_file)
+        order = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(AFFINE))
         target = Path(runtime.cwd) / "lesion.nii.gz"
-        write_image(nib.orientations.apply_orientation(data, order) > 0, np.uint8, target)
+        write_image(nib.orientations.apply_orientation(lesion, order), np.uint8, target)
         self._results["out_file"] = str(target)
         return runtime

@@ -29,10 +29,8 @@ class Task:
         Models whose outputs are missing, one for each deviation.
     person : mapping of str to float or None
         `age` and `sex` of the participant.
-    lead : ImageUnit
-        First image of the session: the session's lesion mask is named after it.
     lesion : LesionMask, optional
-        The session's ground truth.
+        Ground truth of the image, which other images of the session may share.
     fingerprint : dict
         What the outputs depend on, models apart.
     earlier : Record, optional
@@ -46,7 +44,6 @@ class Task:
     unit: ImageUnit
     bundles: tuple[Bundle, ...]
     person: Mapping[str, float | None]
-    lead: ImageUnit
     lesion: LesionMask | None
     fingerprint: dict
     earlier: Record | None
@@ -55,15 +52,13 @@ class Task:
 
     @property
     def provides_lesion(self) -> bool:
-        """Whether this image's workflow brings the session's lesion mask to SRI24."""
+        """Whether this image's workflow brings the lesion mask to SRI24."""
         return self.lesion_provider == self.unit.key
 
     @property
     def lesion_provider(self) -> str | None:
         """Name of the image whose workflow does; none without ground truth."""
-        if self.lesion is None:
-            return None
-        return (self.lesion.unit or self.lead).key
+        return None if self.lesion is None else self.lesion.provider
 
 
 def model_identity(bundle: Bundle, precision: str, person: Mapping[str, float | None]) -> str:
@@ -112,11 +107,10 @@ def make_plan(
     """
     tasks = []
     for unit in collection.units:
-        lesion = collection.lesions.get((unit.subject, unit.session))
-        lead = session_lead(unit, collection.units)
+        lesion = collection.lesions.get(unit.key)
         fingerprint = make_fingerprint(
             unit,
-            () if lesion is None else lesion.files,
+            lesion,
             reference_sha256=reference_sha256,
             random_seed=random_seed,
             extraction=extraction,
@@ -136,7 +130,6 @@ def make_plan(
                 unit=unit,
                 bundles=missing,
                 person=person,
-                lead=lead,
                 lesion=lesion,
                 fingerprint=fingerprint,
                 earlier=earlier,
@@ -145,11 +138,6 @@ def make_plan(
             )
         )
     return tasks
-
-
-def session_lead(unit: ImageUnit, units: Sequence[ImageUnit]) -> ImageUnit:
-    """Give the first T1w (else T2w) of an image's session."""
-    return next(u for u in units if (u.subject, u.session) == (unit.subject, unit.session))
 
 
 def with_support(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from bids_uad import __version__
 from bids_uad.atomic import write_json
+from bids_uad.dataset.lesions import LesionMask
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.preprocessing.extraction import Extraction
 
@@ -64,7 +64,7 @@ def read_record(path: Path) -> Record | None:
 
 def make_fingerprint(
     unit: ImageUnit,
-    lesion: Sequence[Path],
+    lesion: LesionMask | None,
     *,
     reference_sha256: str,
     random_seed: int,
@@ -77,8 +77,8 @@ def make_fingerprint(
     Parameters
     ----------
     unit : ImageUnit
-    lesion : sequence of pathlib.Path
-        The session's lesion mask and what its place on the atlas depends on; empty without one.
+    lesion : LesionMask or None
+        The lesion mask that belongs to the image.
     reference_sha256 : str
     random_seed : int
     extraction : Extraction
@@ -93,7 +93,8 @@ def make_fingerprint(
         "app_version": __version__,
         "input_sha256": sha256_of(unit.path),
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
-        "lesion_sha256": [sha256_of(path) for path in lesion],
+        "lesion_sha256": [] if lesion is None else [sha256_of(path) for path in lesion.files],
+        "lesion_provider": None if lesion is None else [lesion.provider, lesion.output.name],
         "prepared_sha256": _prepared(unit),
         "anchor_prepared_sha256": None if unit.anchor is None else _prepared(unit.anchor),
         "skull_stripped": unit.skull_stripped,

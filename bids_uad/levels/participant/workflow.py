@@ -109,8 +109,8 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
 def _connect_lesion(
     workflow: LiterateWorkflow, lesion: LesionMask, provider: LiterateWorkflow, name: str
 ) -> tuple[Node | LiterateWorkflow, str]:
-    """Bring a session's lesion mask to SRI24; give what holds it and the name of its output."""
-    if lesion.unit is None:
+    """Bring a lesion mask to SRI24; give what holds it and the name of its output."""
+    if lesion.on_atlas:
         return Node(AlignMask(in_file=str(lesion.path)), name=f"{name}_lesion"), "out_file"
     if lesion.other is not None:
         own = init_lesion_wf(name=f"{name}_lesion_wf")

@@ -49,7 +49,7 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
     preproc, brain_mask, native_mask, to_sri24, from_sri24, qc
         From the image's preprocessing.
     lesion
-        The session's lesion mask in SRI24 space, if there is one.
+        The image's lesion mask in SRI24 space, if there is one.
     """
     unit, config = task.unit, means.config
     workflow = LiterateWorkflow(name=name)
@@ -71,7 +71,9 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         entities = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask"}
         source = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
         described = sidecars.lesion_sidecar(source, read_json(sidecar_of(task.lesion.path)))
-        sink = _sink("ds_lesion", task.lead.path, config.output_dir, entities, described)
+        # Named after the mask, which may name fewer entities than this image.
+        named = config.output_dir / task.lesion.output
+        sink = _sink("ds_lesion", named, config.output_dir, entities, described)
         workflow.connect(inputs, "lesion", sink, "in_file")
         written.append((sink, "out_file"))
     if task.bundles:
@@ -174,7 +176,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "raw": raw,
     }
     if task.lesion is not None:
-        inputs["lesion"] = naming.lesion_output(task.lead)
+        inputs["lesion"] = task.lesion.output
     model = {
         "Model": bundle.name,
         "ModelVersion": bundle.info["code_version"],
