@@ -93,6 +93,18 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
         "Levels": {"yes": "Something failed, or looks as if it had", "no": "Nothing did"},
     },
     "exclude_reasons": {"Description": "Why, in words"},
+    "depends_on": {
+        "Description": "Other images of the participant whose brain mask or registration it rests on: "
+        "the T1w image that it was registered to, and the image on whose grid the lesion mask lies"
+    },
+    "exclude_dependents": {
+        "Description": "Whether an excluded image takes the images that depend on it (depends_on) out of the "
+        "group level, too; of no effect while exclude is no; may be changed by hand",
+        "Levels": {
+            "yes": "Its brain mask or registration failed",
+            "no": "A reason to exclude it, such as noise, would concern this image alone",
+        },
+    },
     "snr_csf": {"Description": f"Signal-to-noise ratio of cerebrospinal fluid, {_AS_MRIQC}"},
     "snr_gm": {"Description": f"Signal-to-noise ratio of grey matter, {_AS_MRIQC}"},
     "snr_wm": {"Description": f"Signal-to-noise ratio of white matter, {_AS_MRIQC}"},

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from nireports.assembler.report import Report
 
 from bids_uad.atomic import atomic_path
+from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.reports.bibliography import methods_html, read_entries
 from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
 from bids_uad.reports.figures.brain_mask import draw_brain_mask
@@ -90,6 +91,8 @@ def write_subject_report(
     run_info = dict(run_info or {})
     images = find_images(out_dir, subject)
     reference = _read_reference(out_dir)
+    exclusions, unreadable = find_exclusions(out_dir, frozenset({f"sub-{subject}"}))
+    errors = [*errors, *unreadable]
     final = out_dir / f"sub-{subject}" / "figures"
     # Entities are read from whole paths: a neutral folder keeps those of the output folder's parents out.
     with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
@@ -97,7 +100,7 @@ def write_subject_report(
         figures.mkdir(parents=True)
         findings = [(image, _write_image(figures, image, reference)) for image in images]
         pages = {
-            "summary": _summary(findings, reference, errors, run_info),
+            "summary": _summary(findings, reference, errors, run_info, exclusions),
             "errors": _errors(out_dir / f"sub-{subject}", errors, run_info.get("run_id")),
             "methods": _methods(out_dir / "logs"),
             "about": _about(images, reference, run_info),
@@ -237,9 +240,11 @@ def _summary(
     reference: Reference,
     errors: Sequence[str],
     run_info: Mapping[str, Any],
+    exclusions: Mapping[tuple[str, str], str],
 ) -> str:
     rows, qualities = [], []
     for image, found in findings:
+        excluded = exclusions.get((image.prefix, image.modality))
         sources = {
             str(detection.metrics["source_image"])
             for detection, _ in found
@@ -249,13 +254,15 @@ def _summary(
         sources = sources or set(sidecar.get("Sources", [])[:1])
         quality = sidecar.get("PreprocessingQuality", {})
         warnings = [*quality.get("warnings", []), *_meetings(found)]
-        status = "left out of the group" if quality.get("failures") else "processed"
+        if excluded is not None and excluded != " ".join(quality.get("failures", [])):
+            warnings.append(f"Left out of the group level: {excluded}")
+        status = "processed" if excluded is None else "left out of the group"
         qualities.append({"name": image.name, "values": quality_row(quality)})
         rows.append(
             {
                 "name": image.name,
                 "status": status if image.preproc is not None else "incomplete",
-                "good": image.preproc is not None and not quality.get("failures"),
+                "good": image.preproc is not None and excluded is None,
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
                 "truth": "none given" if image.lesion is None else "yes",

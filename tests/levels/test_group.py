@@ -16,6 +16,7 @@ from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.benchmark import COLUMNS
 from bids_uad.levels.group import run_group
 from tests.evaluation.fake_tables import Scan, beta_counts, write_cohort, write_participants
+from tests.evaluation.test_exclusions import write_quality
 
 
 def config(root, **options):
@@ -122,6 +123,23 @@ def test_everybody_is_left_out(tmp_path):
     page = (tmp_path / "out" / "group.html").read_text()
     assert "No image could be used." in page
     assert "1 scan by quality control." in page
+
+
+def test_a_t2w_leaves_the_group_with_the_t1w_it_was_registered_to(tmp_path):
+    for subject in ("01", "02"):
+        for modality in ("T1w", "T2w"):
+            Scan(subject, modality).write(tmp_path / "out")
+    failed = {"failures": ["The registration failed."]}
+    write_quality(tmp_path / "out", "sub-01_T1w", failed)
+    write_quality(tmp_path / "out", "sub-01_T2w", {}, depends_on="sub-01_T1w")
+    assert group(tmp_path)[0] == 0
+    subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
+    assert set(subjects["participant_id"]) == {"sub-02"}
+    benchmark = pd.read_csv(tmp_path / "out" / "group_benchmark.tsv", sep="\t")
+    assert benchmark["n_excluded_scans"].tolist() == [1, 1]
+    page = (tmp_path / "out" / "group.html").read_text()
+    assert "depends on sub-01_T1w, which is left out: The registration failed." in page
+    assert "by quality control" in page
 
 
 def test_a_single_participant(tmp_path):

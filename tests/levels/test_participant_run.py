@@ -88,6 +88,7 @@ def finished(tmp_path_factory, stand_ins):
     return bench
 
 
+KINDS = ("T1w", "T2w")
 T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
 
 
@@ -212,6 +213,24 @@ def test_new_model_only_adds_its_outputs(bench):
     assert bench.take_calls() == []
     descriptions = pd.read_csv(bench.out / "descriptions.tsv", sep="\t")["desc_id"].tolist()
     assert {"desc-T1wDisyre", "desc-T1wPatchcore"} <= set(descriptions)
+
+
+def test_quality_tables_name_what_an_image_depends_on_and_keep_changes_by_hand(bench):
+    bench.dataset(T1W, "sub-01/anat/sub-01_T2w.nii.gz")
+    assert bench.run(models=["none"]) == 0
+    tables = {name: bench.out / f"sub-01/anat/sub-01_space-SRI24_desc-{name}Preproc_qc.tsv" for name in KINDS}
+    rows = {name: pd.read_csv(path, sep="\t").iloc[0] for name, path in tables.items()}
+    assert pd.isna(rows["T1w"]["depends_on"])
+    assert rows["T2w"]["depends_on"] == "sub-01_T1w"
+    assert rows["T1w"]["exclude_dependents"] == "no"
+    changed = pd.read_csv(tables["T1w"], sep="\t", dtype=str, keep_default_na=False)
+    changed.assign(exclude="yes", exclude_reasons="ghosts").to_csv(tables["T1w"], sep="\t", index=False)
+    assert bench.run() == 0  # writes the table again, now with models
+    row = pd.read_csv(tables["T1w"], sep="\t").iloc[0]
+    assert (row["exclude"], row["exclude_reasons"], row["exclude_dependents"]) == ("yes", "ghosts", "no")
+    write_image(bench.raw / T1W, shape=(22, 24, 24))  # another scan: the verdict was not about it
+    assert bench.run() == 0
+    assert pd.read_csv(tables["T1w"], sep="\t")["exclude"].tolist() == ["no"]
 
 
 @pytest.mark.slow

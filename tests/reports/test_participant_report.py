@@ -272,8 +272,16 @@ def test_a_scan_that_failed_says_so_with_its_figures(bare):
         "brain_volume_mm3": 1_234_567.0,
     }
     write_json(bare / f"sub-01/anat/{P}_desc-preproc_T1w.json", {"PreprocessingQuality": quality})
+    table = bare / f"sub-01/anat/{P}_desc-T1wPreproc_qc.tsv"
+    table.write_text("exclude\texclude_reasons\nyes\tTurned.\n")
     page = write_subject_report(bare, "01").read_text()
     assert '<span class="status bad">left out of the group</span>' in page
+    assert "Left out of the group level:" not in page  # the warning says why already
+    table.write_text("exclude\texclude_reasons\nyes\tghosts\n")
+    assert "Turned. Left out of the group level: ghosts" in write_subject_report(bare, "01").read_text()
+    table.write_text("exclude\texclude_reasons\nno\tn/a\n")
+    page = write_subject_report(bare, "01").read_text()
+    assert '<span class="status">processed</span>' in page
     assert '<td class="n">2.30</td>' in page
     assert '<td class="n">1,235</td>' in page
 

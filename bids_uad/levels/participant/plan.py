@@ -60,6 +60,13 @@ class Task:
         """Name of the image whose workflow does; none without ground truth."""
         return None if self.lesion is None else self.lesion.provider
 
+    @property
+    def depends_on(self) -> tuple[str, ...]:
+        """Names of the images whose brain mask or registration the outputs of this one rest on."""
+        anchor = None if self.unit.anchor is None else self.unit.anchor.key
+        lesion = None if self.lesion is None or self.lesion.unit is None else self.lesion_provider
+        return tuple(dict.fromkeys(name for name in (anchor, lesion) if name not in (None, self.unit.key)))
+
 
 def model_identity(bundle: Bundle, precision: str, person: Mapping[str, float | None]) -> str:
     """Give what tells one trained and calibrated model from another, and how precisely it was asked to run.

@@ -11,6 +11,10 @@ from nipype.interfaces.base import BaseInterfaceInputSpec, File, SimpleInterface
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.dataset.outputs import sidecar_of
 from bids_uad.dataset.sidecars import QUALITY_COLUMNS
+from bids_uad.errors import InputError
+from bids_uad.evaluation.tables import read_row
+
+_VERDICT = ("exclude", "exclude_reasons", "exclude_dependents")
 
 
 class _AddQualityInputSpec(BaseInterfaceInputSpec):
@@ -50,7 +54,9 @@ class _WriteQualityOutputSpec(TraitedSpec):
 class WriteQuality(SimpleInterface):
     """Write the table of an image's quality.
 
-    Runs every time, since it writes into the dataset: what is there may have been removed.
+    Runs every time, since it writes into the dataset: what is there may have been removed. Where a table is
+    there, its verdict is kept, which may have been changed by hand. Tables of other inputs are removed before
+    the workflow runs.
     """
 
     input_spec = _WriteQualityInputSpec
@@ -60,9 +66,21 @@ class WriteQuality(SimpleInterface):
     def _run_interface(self, runtime):
         target = Path(self.inputs.target)
         write_json(sidecar_of(target), self.inputs.sidecar)
-        write_tsv(target, quality_table(self.inputs.quality, self.inputs.facts))
+        table = quality_table(self.inputs.quality, self.inputs.facts)
+        for column, value in _verdict(target).items():
+            table[column] = value
+        write_tsv(target, table)
         self._results["out_file"] = str(target)
         return runtime
+
+
+def _verdict(path: Path) -> dict[str, str]:
+    """Read the verdict from a quality table; empty if there is no table, or none that can be read."""
+    try:
+        row = read_row(path, _VERDICT)
+    except InputError:
+        return {}
+    return row if row["exclude"].strip().lower() in ("yes", "no") else {}
 
 
 def quality_table(quality: dict[str, Any], facts: dict[str, str]) -> pd.DataFrame:
@@ -73,7 +91,7 @@ def quality_table(quality: dict[str, Any], facts: dict[str, str]) -> pd.DataFram
     quality : dict
         Of :func:`bids_uad.preprocessing.quality.assess`.
     facts : dict
-        ``source_image`` and ``modality``.
+        ``source_image``, ``modality`` and ``depends_on``.
 
     Returns
     -------
@@ -81,6 +99,12 @@ def quality_table(quality: dict[str, Any], facts: dict[str, str]) -> pd.DataFram
         Columns of ``QUALITY_COLUMNS``.
     """
     failures = quality.get("failures", [])
-    judged = {"exclude": "yes" if failures else "no", "exclude_reasons": " ".join(failures) or None}
+    verdict = "yes" if failures else "no"
+    # Every failure that is found automatically is one of geometry: brain mask, registration or orientation.
+    judged = {
+        "exclude": verdict,
+        "exclude_reasons": " ".join(failures) or None,
+        "exclude_dependents": verdict,
+    }
     row = {**quality, **facts, **judged}
     return pd.DataFrame([{name: row.get(name) for name in QUALITY_COLUMNS}])

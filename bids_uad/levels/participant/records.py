@@ -92,6 +92,7 @@ def make_fingerprint(
     return {
         "app_version": __version__,
         "input_sha256": sha256_of(unit.path),
+        "anchor": None if unit.anchor is None else unit.anchor.key,
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
         "lesion_sha256": [] if lesion is None else [sha256_of(path) for path in lesion.files],
         "lesion_provider": None if lesion is None else [lesion.provider, lesion.output.name],

@@ -87,7 +87,11 @@ def _quality_table(task: Task, means: Means) -> WriteQuality:
     outputs = naming.preprocessing_outputs(task.unit)
     raw = sidecars.raw_uri(task.unit, means.config.bids_dir)
     return WriteQuality(
-        facts={"source_image": raw, "modality": task.unit.modality},
+        facts={
+            "source_image": raw,
+            "modality": task.unit.modality,
+            "depends_on": ", ".join(task.depends_on) or "n/a",
+        },
         sidecar=sidecars.quality_sidecar(outputs["preproc"], outputs["brain_mask"]),
         target=str(means.config.output_dir / naming.quality_output(task.unit)),
     )
