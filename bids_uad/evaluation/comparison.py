@@ -35,7 +35,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Participants that both have scored; several scans of one are averaged"
     },
     "difference": {"Description": "Mean over these participants of a minus b"},
-    **interval_columns("difference", "difference"),
+    **interval_columns(
+        "difference", "difference, of this pair alone (not corrected for the number of pairs)"
+    ),
     "statistic": {"Description": "Wilcoxon signed-rank statistic, zeros ranked (Pratt)"},
     "p": {
         "Description": f"Its two-sided p value; n/a with fewer than {MIN_PARTICIPANTS} participants or where "

@@ -162,6 +162,7 @@ def write_group_report(
         "experiments": [] if experiments is None else _parts(experiments, ["modality", "detector"]),
         "lesions": _parts(analyses.lesions, ["modality", "factor"]),
         "lesions_untold": evaluation.lesions.without,
+        "strata": _by_modality(analyses.strata),
         "no_examples": no_examples,
         "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
     }
@@ -176,7 +177,6 @@ def write_group_report(
         cohort_column=participants.cohort_column,
         best=_best(evaluation.benchmark[whole]),
         missed=_records(analyses.missed),
-        strata=_by_modality(analyses.strata),
         bias=_parts(_odds(analyses.bias.coefficients), ["modality", "outcome"]),
         deviations=_by_modality(_factors(analyses.deviations)),
         remarks=analyses.bias.remarks,
@@ -228,10 +228,8 @@ def _without_modality(name: str) -> str:
 
 def _has(chapter: str, content: dict[str, Any]) -> bool:
     """Say whether a chapter has something to show."""
-    if chapter in ("comparison", "experiments", "methods"):
+    if chapter in ("comparison", "experiments", "strata", "methods"):
         return bool(content[chapter])
-    if chapter == "strata":
-        return bool(content["disparities"])
     if chapter == "lesions":
         return bool(content[chapter] or content["lesions_untold"])
     if chapter == "examples":

@@ -61,6 +61,8 @@ def group_methods_text(
     if len(analyses.strata):
         factors = list(dict.fromkeys(analyses.strata["factor"]))
         parts.append(fragment("group_strata", factors=_and(factors)))
+    if len(analyses.disparities):
+        parts.append(fragment("group_disparities"))
     if len(analyses.thresholds):
         parts.append(fragment("group_thresholds"))
     if experiments is not None:

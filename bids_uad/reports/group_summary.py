@@ -114,8 +114,9 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
         verb = "No detector marks" if len(ranked) > 1 else f"{detector_name(best['detector'])} does not mark"
         return f"{verb} any lesion voxel of {people} at the fixed threshold."
     name = detector_name(best["detector"])
+    picked = ", not corrected for its being the best," if len(ranked) > 1 else ""
     interval = (
-        f"95 % interval {_number(best['dice_ci_low'])} to {_number(best['dice_ci_high'])}"
+        f"95 % interval{picked} {_number(best['dice_ci_low'])} to {_number(best['dice_ci_high'])}"
         if best["dice_ci_low"] == best["dice_ci_low"]
         else "too few people for an interval"
     )
@@ -175,22 +176,26 @@ def _false_alarms(rows: pd.DataFrame, scans: pd.DataFrame) -> str:
     promises = known["threshold_name"].str.extract(_PROMISE, expand=False).astype(float)
     for promise, kept in known.groupby(promises):
         above = kept[kept["fpr_healthy_mean"] > promise / 100]
-        surely = above[above["fpr_healthy_mean_ci_low"] > promise / 100]
-        text += f" {_promise(promise, len(kept), len(known), len(above), len(surely))}"
+        lows = above["fpr_healthy_mean_ci_low"]
+        n_surely = None if lows.isna().all() else int((lows > promise / 100).sum())
+        text += f" {_promise(promise, len(kept), len(known), len(above), n_surely)}"
     return text
 
 
-def _promise(percent: float, n: int, n_detectors: int, n_above: int, n_surely: int) -> str:
+def _promise(percent: float, n: int, n_detectors: int, n_above: int, n_surely: int | None) -> str:
     if n == n_detectors:
         whose = "Its threshold" if n == 1 else "Their thresholds"
     else:
         whose = f"The threshold{'s' if n > 1 else ''} of {n} of them"
     start = f"{whose} promised {percent:g} % on validation data:"
-    surely = f"{n_surely} by more than chance" if n_surely else "none by more than chance"
+    surely = f"the 95 % intervals of {n_surely} lie above it (each alone, not corrected for their number)"
+    if n_surely is None:
+        surely = "of too few people for an interval"
     if n_above == 0:
         return f"{start} {'it keeps' if n == 1 else 'all keep'} to that."
     if n == 1:
-        return f"{start} it marks more, {'by' if n_surely else 'not by'} more than chance."
+        chance = f"{'by' if n_surely else 'not by'} more than chance"
+        return f"{start} it marks more, {surely if n_surely is None else chance}."
     if n_above == n:
         return f"{start} all mark more, {surely}."
     keep, mark = "keeps" if n - n_above == 1 else "keep", "marks" if n_above == 1 else "mark"

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multicomp import pairwise_tukeyhsd
 
-from bids_uad.evaluation.strata import hedges_g, levels_of, stratify
+from bids_uad.evaluation.strata import equal_means_p, hedges_g, levels_of, pairwise_differences, stratify
 
 
 @pytest.fixture
@@ -53,6 +54,14 @@ def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
     assert (gap["highest"], gap["lowest"], gap["n_levels"]) == ("M", "F", 2)
     assert gap["gap"] == pytest.approx(men.mean() - women.mean())
     assert gap["ratio"] == pytest.approx(men.mean() / women.mean())
+    # Of two parts the simultaneous interval is Welch's, and so is the test.
+    assert (gap["gap_ci_low"], gap["gap_ci_high"]) == pytest.approx(tuple(welch))
+    p = stats.ttest_ind(men, women, equal_var=False).pvalue
+    assert row["p"] == pytest.approx(p)
+    assert gap["p"] == pytest.approx(p)
+    assert (gap["n_participants"], gap["n_shared"]) == (60, 0)
+    assert strata["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(strata["p"]))
+    assert disparities["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(disparities["p"]))
 
 
 def test_hedges_g_by_hand() -> None:
@@ -112,3 +121,139 @@ def test_several_scans_of_one_count_once(subjects: pd.DataFrame) -> None:
     twice = pd.concat([subjects, subjects], ignore_index=True)
     for one, other in zip(stratify(subjects, ["sex"], seed=1), stratify(twice, ["sex"], seed=1), strict=True):
         pd.testing.assert_frame_equal(one, other)
+
+
+def apart(*groups: np.ndarray) -> pd.DataFrame:
+    """Arrange groups of different participants as a table of participants and groups."""
+    owner = np.repeat(np.arange(len(groups)), [len(values) for values in groups])
+    table = np.full((len(owner), len(groups)), np.nan)
+    table[np.arange(len(owner)), owner] = np.concatenate(groups)
+    return pd.DataFrame(table, columns=[f"part {k}" for k in range(len(groups))])
+
+
+def test_pairwise_intervals_are_those_of_games_and_howell_in_statsmodels() -> None:
+    rng = np.random.default_rng(3)
+    values = apart(*(rng.normal(k / 4, 1 + k / 2, 7 + 5 * k) for k in range(5)))
+    pairs = pairwise_differences(values)
+    long = values.stack().dropna()
+    reference = pairwise_tukeyhsd(long.to_numpy(), long.index.get_level_values(1), use_var="unequal")
+    assert pairs["difference"].to_numpy() == pytest.approx(-reference.meandiffs)
+    assert pairs["df"].to_numpy() == pytest.approx(reference.df_total)
+    intervals = pairs[["ci_low", "ci_high"]].to_numpy()
+    np.testing.assert_allclose(intervals, -reference.confint[:, ::-1], rtol=2e-3, atol=1e-3)
+
+
+def test_groups_of_the_same_participants_are_compared_as_pairs() -> None:
+    rng = np.random.default_rng(4)
+    one = rng.normal(size=12)
+    both = pd.DataFrame({"one": one, "other": one + rng.normal(0.2, 0.3, 12)})
+    pair = pairwise_differences(both).iloc[0]
+    paired = stats.ttest_rel(both["one"], both["other"])
+    assert (pair["ci_low"], pair["ci_high"]) == pytest.approx(tuple(paired.confidence_interval(0.95)))
+    assert pair["df"] == 11
+    assert equal_means_p(both, pairwise_differences(both)) == pytest.approx(paired.pvalue, rel=1e-3)
+
+
+def test_partly_shared_groups_by_the_formula_of_derrick() -> None:
+    rng = np.random.default_rng(5)
+    values = pd.DataFrame(rng.normal(size=(20, 2)), columns=["one", "other"])
+    values["other"] += values["one"]
+    values.iloc[:8, 1], values.iloc[15:, 0] = np.nan, np.nan
+    one, other = values["one"].dropna(), values["other"].dropna()
+    shared = values.dropna()
+    n, m, c = len(one), len(other), len(shared)
+    assert (n, m, c) == (15, 12, 7)
+    r = stats.pearsonr(shared["one"], shared["other"]).statistic
+    error = np.sqrt(one.var() / n + other.var() / m - 2 * r * one.std() * other.std() * c / (n * m))
+    welch = stats.ttest_ind(one, other, equal_var=False).df
+    df = c - 1 + (welch - c + 1) / (n - c + m - c + 2 * c) * (n - c + m - c)
+    pair = pairwise_differences(values).iloc[0]
+    assert pair["error"] == pytest.approx(error)
+    assert pair["df"] == pytest.approx(df)
+    assert pair["ci_high"] - pair["difference"] == pytest.approx(stats.t.ppf(0.975, df) * error)
+
+
+def test_groups_that_do_not_vary_have_no_interval() -> None:
+    values = apart(np.zeros(6), np.ones(7), np.arange(8.0))
+    pairs = pairwise_differences(values).set_index(["a", "b"])
+    assert np.isnan(pairs.loc[("part 0", "part 1"), "ci_low"])
+    low, high = pairs.loc[("part 0", "part 2"), ["ci_low", "ci_high"]]
+    assert low < -3.5 < high
+    same = apart(np.zeros(6), np.zeros(7))
+    assert np.isnan(equal_means_p(same, pairwise_differences(same)))
+
+
+def test_a_participant_on_several_scanners_is_one_in_each_comparison(subjects: pd.DataFrame) -> None:
+    healthy = subjects[subjects["role"] == "healthy"].reset_index(drop=True)
+    travelled = pd.concat(
+        [healthy, healthy.iloc[:20].assign(scanner="B"), healthy.iloc[:20].assign(scanner="C")]
+    )
+    travelled["fpr"] += (travelled["scanner"] == "C") * np.random.default_rng(0).normal(
+        1e-3, 1e-3, len(travelled)
+    )
+    strata, disparities = stratify(travelled.reset_index(drop=True), ["scanner"], seed=0)
+    gap = disparities.iloc[0]
+    assert (gap["n_levels"], gap["n_participants"], gap["n_shared"]) == (3, 60, 20)
+    row = strata.set_index("level").loc["C"]
+    # The others of C are all participants of A, whose scans on A and B are averaged.
+    others = healthy["fpr"]
+    assert row["difference"] == pytest.approx(row["mean"] - others.mean())
+    assert np.isnan(row["hedges_g_ci_low"])
+    # Pairs of scans of the same participants differ by the change alone.
+    pairs = travelled[travelled["scanner"] == "C"]["fpr"].to_numpy() - healthy["fpr"][:20].to_numpy()
+    means = {
+        name: travelled[travelled["scanner"] == name].set_index("participant_id")["fpr"] for name in "BC"
+    }
+    pair = pairwise_differences(pd.DataFrame(means)).iloc[0]
+    assert pair["error"] == pytest.approx(pairs.std(ddof=1) / np.sqrt(20), rel=0.05)
+
+
+def test_gap_of_eight_equal_scanners_seldom_excludes_zero() -> None:
+    rng = np.random.default_rng(6)
+    n, excluded = 60, 0
+    for _ in range(n):
+        people = {"participant_id": [f"sub-{k}" for k in range(96)], "detector": "made", "modality": "T1w"}
+        table = pd.DataFrame(people | {"role": "healthy", "scanner": list("ABCDEFGH") * 12})
+        table = table.assign(fpr=rng.normal(0.02, 0.004, 96), dice=np.nan, sensitivity=np.nan)
+        gap = stratify(table, ["scanner"], seed=0)[1].iloc[0]
+        excluded += gap["gap_ci_low"] > 0
+    assert excluded <= 0.12 * n
+
+
+SIZES = {
+    "equal": lambda k: (np.full(k, 12), np.ones(k)),
+    "unequal sizes": lambda k: (np.linspace(8, 40, k).astype(int), np.ones(k)),
+    "larger parts vary more": lambda k: (np.linspace(8, 40, k).astype(int), np.linspace(1, 2, k)),
+    "larger parts vary less": lambda k: (np.linspace(8, 40, k).astype(int), np.linspace(2, 1, k)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [2, 4, 8, 12])
+@pytest.mark.parametrize("case", [*SIZES, "participants in several parts"])
+def test_gaps_without_differences_hold_in_95_percent(case: str, k: int) -> None:
+    rng = np.random.default_rng([k, len(case)])
+    covered = rejected = gaps = 0
+    n_cohorts = 500
+    for _ in range(n_cohorts):
+        if case in SIZES:
+            sizes, deviations = SIZES[case](k)
+            parts = [rng.normal(0.3, s, n) for n, s in zip(sizes, deviations, strict=True)]
+            values = apart(*parts)
+        else:  # 8 participants of each part alone, 16 in half of the parts each, at a correlation of 0.7
+            every = rng.normal(size=(8 * k + 16, 1)) * np.sqrt(0.7)
+            every = every + rng.normal(size=(8 * k + 16, k)) * np.sqrt(0.3)
+            inside = np.repeat(np.eye(k, dtype=bool), 8, axis=0)
+            several = np.argsort(rng.random((16, k)), axis=1) < max(2, k // 2)
+            values = pd.DataFrame(np.where(np.vstack([inside, several]), every, np.nan))
+        pairs = pairwise_differences(values)
+        holds = (pairs["ci_low"] <= 0) & (pairs["ci_high"] >= 0)
+        means = values.mean()
+        ends = {means.idxmax(), means.idxmin()}
+        gaps += bool(holds[[{a, b} == ends for a, b in zip(pairs["a"], pairs["b"], strict=True)]].all())
+        covered += bool(holds.all())
+        rejected += equal_means_p(values, pairs) < 0.05
+    print(f"{case}, {k} parts: all pairs {covered}, gap {gaps}, test {rejected} of {n_cohorts}")
+    assert 0.92 * n_cohorts <= covered <= 0.98 * n_cohorts
+    assert 0.92 * n_cohorts <= gaps <= 0.98 * n_cohorts
+    assert 0.025 * n_cohorts <= rejected <= 0.075 * n_cohorts

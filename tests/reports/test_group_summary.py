@@ -11,7 +11,7 @@ from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.reports.group_summary import count, listed, summarise
+from bids_uad.reports.group_summary import _promise, count, listed, summarise
 from tests.evaluation.fake_tables import EDGES, Scan, write_cohort, write_participants
 
 NOTHING = np.zeros(len(EDGES), int)
@@ -175,3 +175,20 @@ def test_words():
     assert listed([]) == ""
     assert listed("a") == "a"
     assert listed("abc") == "a, b and c"
+
+
+@pytest.mark.parametrize(
+    ("n_above", "n_surely", "words"),
+    [
+        (
+            5,
+            2,
+            "all mark more, the 95 % intervals of 2 lie above it (each alone, not corrected for their",
+        ),
+        (2, 0, "3 keep to that, 2 mark more, the 95 % intervals of 0 lie above it"),
+        (5, None, "all mark more, of too few people for an interval."),
+        (0, None, "all keep to that."),
+    ],
+)
+def test_promise_of_several_detectors_names_what_is_not_corrected(n_above, n_surely, words):
+    assert words in _promise(1.0, 5, 5, n_above, n_surely)
