@@ -27,9 +27,8 @@ from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
-from bids_uad.reports.group_analyses import analysis_figures
-from bids_uad.reports.group_experiments import experiment_figures
-from bids_uad.reports.group_figures import Figure, detector_colours, group_figures
+from bids_uad.reports.charts import Chart
+from bids_uad.reports.group_charts import detector_colours, group_charts
 from bids_uad.reports.group_panel import example_figures
 from bids_uad.reports.group_summary import count, summarise
 from bids_uad.reports.group_text import detector_name, fixed, interval
@@ -127,14 +126,9 @@ def write_group_report(
     root = Path(out_dir)
     colours = detector_colours(evaluation)
     examples, no_examples = example_figures(root, evaluation.subjects)
-    figures = [
-        *analysis_figures(evaluation.subjects, analyses, colours),
-        *group_figures(evaluation),
-        *examples,
-        *(() if experiments is None else experiment_figures(experiments, colours)),
-    ]
+    figures = [*group_charts(evaluation, analyses, experiments), *examples]
     _write_alone(root / "group" / "figures", figures)
-    chapters: dict[str, list[Figure]] = {chapter: [] for chapter in CONTENTS}
+    chapters: dict[str, list[Chart]] = {chapter: [] for chapter in CONTENTS}
     for figure in sorted(figures, key=_place):
         chapters[CHAPTERS.get(_without_modality(figure.name), "further")].append(figure)
 
@@ -204,7 +198,7 @@ def write_group_report(
     return write_text(root / "group.html", page + "\n")
 
 
-def _write_alone(folder: Path, figures: Iterable[Figure]) -> None:
+def _write_alone(folder: Path, figures: Iterable[Chart]) -> None:
     """Write each figure as a file; those of earlier runs go."""
     names = set()
     for figure in figures:
@@ -215,7 +209,7 @@ def _write_alone(folder: Path, figures: Iterable[Figure]) -> None:
         stale.unlink()
 
 
-def _place(figure: Figure) -> int:
+def _place(figure: Chart) -> int:
     """Say where a figure comes among the others; one without a chapter comes last."""
     order = list(CHAPTERS)
     name = _without_modality(figure.name)

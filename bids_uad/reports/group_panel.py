@@ -6,9 +6,9 @@ at a time, of which one slice is kept.
 
 from __future__ import annotations
 
-import io
 import zlib
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,17 @@ from bids_uad.dataset.published import detector_desc, published
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
 from bids_uad.evaluation.tables import REMEDY
+from bids_uad.reports.charts import INK, MUTED, PAPER, WIDTH, Chart
 from bids_uad.reports.figures.display import EDGE_LABELS, bounding_box, load_ras, plane, plane_label, to_grey
 from bids_uad.reports.figures.overlay import LESION_COLOUR
-from bids_uad.reports.figures.svg import contour
-from bids_uad.reports.group_figures import WIDTH, Figure
-from bids_uad.reports.group_svg import MUTED, Svg
+from bids_uad.reports.figures.svg import Canvas, contour
 from bids_uad.reports.group_text import detector_name, fixed
 
 FOUND_COLOUR = (255, 149, 0)
 FOUND_OPACITY = 150
-QUALITY = 80
 MARGIN, GAP, BETWEEN = 12, 6, 26
 _SHADE = "#2b2f33"
+_BOLD = 'font-weight="600"'
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _read(path: Path, kind: type) -> Any:
         raise InputError(path, f"cannot be read ({error})", REMEDY) from error
 
 
-def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Figure], str]:
+def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Chart], str]:
     """Draw the cases of every detector, one figure for each modality.
 
     Parameters
@@ -156,7 +155,7 @@ def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Figu
 
     Returns
     -------
-    figures : list of Figure
+    figures : list of Chart
         None of a modality of which no image is there.
     absent : str
         What could not be shown, in words; empty if all is there.
@@ -187,7 +186,7 @@ def _try(root: Path, case: Case, problems: list[InputError]) -> Slice | None:
         return None
 
 
-def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> Figure:
+def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> Chart:
     """Lay out the cases: two detectors in a row, three slices each."""
     shown = [part for found in cases.values() for _, part in found if part is not None]
     rows, columns = (max(part.grey.shape[axis] for part in shown) for axis in (0, 1))
@@ -196,74 +195,65 @@ def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> F
     scale = width / columns
     height = rows * scale
     step = height + 74
-    svg = Svg(WIDTH, step * -(-len(cases) // across) + 26, f"Examples of every detector: {modality}")
+    title = f"Examples of every detector: {modality}"
+    canvas = Canvas(WIDTH, step * -(-len(cases) // across) + 26, title, background=PAPER, ink=INK)
     for number, (detector, found) in enumerate(cases.items()):
         left = MARGIN + (number % across) * (3 * width + 2 * GAP + BETWEEN)
         top = (number // across) * step
-        svg.text(left, top + 19, detector_name(detector), size=14, weight=600)
+        canvas.text(left, top + 19, detector_name(detector), 14, attributes=_BOLD)
         for place, (case, part) in enumerate(found):
             x, y = left + place * (width + GAP), top + 28
-            svg.rect(x, y, width, height, "#000000" if part else _SHADE)
+            canvas.rect(x, y, width, height, "#000" if part else _SHADE)
             if part is None:
-                svg.text(x + width / 2, y + height / 2, "not on disk", colour="#ffffff", anchor="middle")
+                canvas.text(x + width / 2, y + height / 2, "not on disk", 12, "middle", 'fill="#fff"')
             else:
-                _tile(svg, part, x, y, width, height, scale)
-            _caption(svg, case, part, x + width / 2, y + height)
-    _legend(svg)
-    return Figure(
+                _tile(canvas, part, x, y, width, height, scale)
+            _caption(canvas, case, part, x + width / 2, y + height)
+    _legend(canvas)
+    return Chart(
         f"examples_{modality}",
         f"Best, median and worst case: {modality}",
         "By Dice at the fixed threshold, of the scans with a lesion in their mask; the axial slice that "
         "holds most of the lesion. The subject's left is on the left. Point at a slice to see it bare.",
-        svg.render(),
+        canvas.render(),
     )
 
 
-def _caption(svg: Svg, case: Case, part: Slice | None, x: float, y: float) -> None:
+def _caption(canvas: Canvas, case: Case, part: Slice | None, x: float, y: float) -> None:
     """Write under a tile whose case it is, with a link to the report."""
     scan = case.scan
-    words = f"{case.which}: Dice {fixed(scan['dice'])}"
-    svg.text(x, y + 16, words, size=12.5, anchor="middle", weight=600)
+    canvas.text(x, y + 16, f"{case.which}: Dice {fixed(scan['dice'])}", 12.5, "middle", _BOLD)
     who = [scan[key] for key in ("participant_id", "session_id", "report")]
     *names, report = [text if isinstance(text, str) else "" for text in who]
     where = " ".join(name for name in names if name) + (f", {part.place}" if part else "")
-    svg.text(x, y + 31, where, size=11, colour=MUTED, anchor="middle", href=report)
+    if report:
+        canvas.raw(f'<a href="{escape(report)}">')
+    canvas.text(x, y + 31, where, 11, "middle", f'fill="{MUTED}"')
+    if report:
+        canvas.raw("</a>")
 
 
-def _tile(svg: Svg, part: Slice, x: float, y: float, width: float, height: float, scale: float) -> None:
+def _tile(canvas: Canvas, part: Slice, x: float, y: float, width: float, height: float, scale: float) -> None:
     """Draw one slice in the middle of its tile."""
     rows, columns = part.grey.shape
     left, top = x + (width - columns * scale) / 2, y + (height - rows * scale) / 2
-    box = (left, top, columns * scale, rows * scale)
-    svg.open('g class="bare"')
-    svg.image(*box, _encoded(Image.fromarray(part.grey), "JPEG", quality=QUALITY), "jpeg")
-    svg.open('g class="overlay"')
-    svg.image(*box, _encoded(_coloured(part.found), "PNG", optimize=True), "png")
-    svg.outline(contour(part.lesion, 0.5, left, top, scale), LESION_COLOUR, 1.6)
-    svg.close("g")
-    svg.close("g")
+    canvas.open_group('class="bare"')
+    canvas.embed(Image.fromarray(part.grey), left, top, scale, "jpeg")
+    canvas.open_group('class="overlay"')
+    palette = np.zeros((256, 4), np.uint8)
+    palette[1] = (*FOUND_COLOUR, FOUND_OPACITY)
+    canvas.indexed(part.found.astype(np.uint8), palette, left, top, scale)
+    canvas.lines(contour(part.lesion, 0.5, left, top, scale), LESION_COLOUR, 1.6)
+    canvas.close_group()
+    canvas.close_group()
     for edge, label in zip((x + 4, x + width - 4), EDGE_LABELS["axial"], strict=True):
         anchor = "start" if edge < x + width / 2 else "end"
-        svg.text(edge, y + 13, label, size=10.5, colour="#9aa0a6", anchor=anchor)
+        canvas.text(edge, y + 13, label, 10.5, anchor, 'fill="#9aa0a6"')
 
 
-def _coloured(found: np.ndarray) -> Image.Image:
-    """Make a picture of a mask that is transparent outside it."""
-    picture = Image.fromarray(found.astype(np.uint8)).convert("P")
-    picture.putpalette([0, 0, 0, *FOUND_COLOUR])
-    picture.info["transparency"] = bytes([0, FOUND_OPACITY])
-    return picture
-
-
-def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **picture.info, **options)
-    return buffer.getvalue()
-
-
-def _legend(svg: Svg) -> None:
-    y = svg.height - 10
-    svg.rect(MARGIN, y - 10, 20, 11, "#{:02x}{:02x}{:02x}".format(*FOUND_COLOUR), 0.75, 2)
-    svg.text(MARGIN + 27, y, "above the fixed threshold", size=12.5)
-    svg.line(MARGIN + 206, y - 4, MARGIN + 228, y - 4, "#10a89c", 2.4)
-    svg.text(MARGIN + 235, y, "outline of the true lesion", size=12.5)
+def _legend(canvas: Canvas) -> None:
+    y = canvas.height - 10
+    canvas.rect(MARGIN, y - 10, 20, 11, "rgb({} {} {} / 0.75)".format(*FOUND_COLOUR))
+    canvas.text(MARGIN + 27, y, "above the fixed threshold", 12.5)
+    canvas.lines(f"M{MARGIN + 206} {y - 4}h22", LESION_COLOUR, 2.4)
+    canvas.text(MARGIN + 235, y, "outline of the true lesion", 12.5)

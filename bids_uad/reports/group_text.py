@@ -7,6 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def number(value: float, digits: int = 3) -> str:
+    """Write a number with `digits` significant digits, without a trailing point or zeros."""
+    if not math.isfinite(value):
+        return "n/a"
+    if value == 0:
+        return "0"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    if abs(value) < 1e-4:
+        mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def fixed(value: float, scale: float = 1, digits: int = 3) -> str:
     """Write `value * scale` with fixed decimals; a dash when it is not defined."""
     return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"

@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from bids_uad.evaluation.analyses import analyse
-from bids_uad.reports.group_analyses import age_effects, analysis_figures, cliques, rank_plot
+from bids_uad.reports.group_charts import age_effects, cliques, rank_plot
 from tests.evaluation.test_bias import cohort
 from tests.evaluation.test_comparison import scans
 
@@ -35,8 +36,13 @@ def test_ranks_are_drawn_for_three_detectors_and_not_for_two() -> None:
     analyses = analyse(subjects.assign(n_brain_voxels=1e6, n_lesion_voxels=0), {}, [], seed=0)
     figure = rank_plot(subjects, analyses.comparison, COLOURS)
     svg = ET.fromstring(figure.svg)  # noqa: S314
-    circles = [element for element in svg.iter() if element.tag.endswith("circle")]
-    assert len(circles) == 3
+    tips = [element.text for element in svg.iter() if element.tag.endswith("title")][1:]
+    lesions = subjects[subjects["role"] == "lesion"].pivot(
+        index="participant_id", columns="detector", values="dice"
+    )
+    ranks = stats.rankdata(-lesions[["good", "worse", "bad"]].to_numpy(), axis=1).mean(axis=0)
+    names = ("Good", "Worse", "Bad")
+    assert tips == [f"{name}: mean rank {rank:.2f}" for name, rank in zip(names, ranks, strict=True)]
     texts = [element.text for element in svg.iter() if element.tag.endswith("text")]
     places = [texts.index(name) for name in ("Good", "Worse", "Bad")]
     assert places == sorted(places)
@@ -47,11 +53,15 @@ def test_ages_are_drawn_where_they_were_modelled() -> None:
     subjects = cohort(0).assign(source_image=[f"{k}" for k in range(200)], auprc=np.nan, sensitivity=np.nan)
     analyses = analyse(subjects, {}, ["sex", "age"], seed=0)
     assert set(analyses.disparities["factor"]) == {"sex", "age"}
-    (figure,) = analysis_figures(subjects, analyses, COLOURS)
-    assert figure.name == "bias_age_T1w"
+    figure = age_effects(analyses.bias.effects, COLOURS)
+    assert figure.name == "bias_age"
     svg = ET.fromstring(figure.svg)  # noqa: S314
-    circles = [element for element in svg.iter() if element.tag.endswith("circle")]
-    assert 190 <= len(circles) <= 200
+    markers = [
+        element
+        for element in svg.iter()
+        if element.tag.endswith("use") and "fill: #0072b2" in element.get("style", "")
+    ]
+    assert 190 <= len(markers) <= 200
     # The line's ends are the first and last expected share, written above the panel.
     line = next(effect.line for effect in analyses.bias.effects if effect.term == "age")
     assert line[-1, 1] > 2 * line[0, 1]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from bids_uad.evaluation.experiments import COLUMNS, REFERENCE
-from bids_uad.reports.group_experiments import experiment_figures
+from bids_uad.reports.group_charts import experiment_charts
 
 COLOURS = {"disyre": "#0072B2"}
 
@@ -22,7 +22,8 @@ def row(variant, n, outcome="dice", mean=0.2, changes=None, steps=60):
 
 
 def drawn(*rows):
-    figures = experiment_figures(pd.DataFrame(list(rows)), COLOURS)
+    charts = experiment_charts(pd.DataFrame(list(rows)), COLOURS)
+    figures = [chart.of_modality("T2w") for chart in charts if chart is not None]
     return {figure.name: re.findall(r"<title>(Disyre[^<]*)</title>", figure.svg) for figure in figures}
 
 
@@ -49,10 +50,9 @@ def test_what_is_not_known_stands_side_by_side():
 
 def test_the_curve_is_where_the_numbers_are():
     rows = [row(REFERENCE, 80, mean=0.4), row("a", 20, mean=0.2), row("b", 5, mean=0.1)]
-    (figure,) = experiment_figures(pd.DataFrame(rows), COLOURS)
-    places = [
-        tuple(map(float, spot)) for spot in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4.4"', figure.svg)
-    ]
+    figure, _ = experiment_charts(pd.DataFrame(rows), COLOURS)
+    spots = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*><title>Disyre', figure.svg)
+    places = [tuple(map(float, spot)) for spot in spots]
     (x1, y1), (x2, y2), (x3, y3) = places
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)  # four times as many each
     assert (y1 - y2) * 2 == pytest.approx(y2 - y3, abs=0.3)

@@ -13,10 +13,10 @@ from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.reports import group_figures as group_figures_module
+from bids_uad.reports import group_charts
+from bids_uad.reports.charts import ChartCanvas, power_of_ten, round_up
 from bids_uad.reports.group import CHAPTERS, Provenance, write_group_report
-from bids_uad.reports.group_figures import _display_bins, _swarm, group_figures
-from bids_uad.reports.group_svg import Linear, Log, Svg, number, quartiles, round_up
+from bids_uad.reports.group_text import number
 from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
 
 
@@ -42,13 +42,21 @@ def study(tmp_path_factory):
     return root
 
 
+def charts(evaluation):
+    analyses = analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0)
+    return group_charts.group_charts(evaluation, analyses)
+
+
 class _Balance(HTMLParser):
-    VOID = frozenset({"meta", "br", "line", "circle", "rect", "path"})
+    VOID = frozenset({"meta", "br", "line", "circle", "rect"})
 
     def __init__(self):
         super().__init__()
         self.open = []
         self.links = []
+
+    def handle_startendtag(self, tag, attrs):
+        pass
 
     def handle_starttag(self, tag, attrs):
         self.links += [value for key, value in attrs if key in ("href", "src")]
@@ -125,8 +133,8 @@ def test_figures_are_valid_svg_with_working_links(study):
 
 def test_dots_are_where_the_numbers_are(study):
     evaluation, _ = assess(study)
-    dice = next(figure for figure in group_figures(evaluation) if figure.name == "dice_T1w")
-    tips = re.findall(r"cx=\"([\d.]+)\"[^>]*><title>(sub-\d+): ([\d.]+)</title>", dice.svg)
+    dice = next(figure for figure in charts(evaluation) if figure.name == "dice_T1w")
+    tips = re.findall(r" x=\"([\d.]+)\"[^>]*><title>(sub-\d+): ([\d.]+)</title>", dice.svg)
     scans = evaluation.subjects[evaluation.subjects["modality"] == "T1w"]
     assert len(tips) == (scans["role"] == "lesion").sum()
     places = np.array([float(place) for place, _, _ in tips])
@@ -137,30 +145,18 @@ def test_dots_are_where_the_numbers_are(study):
 
 
 def test_many_scans_are_drawn_as_a_whole(study, monkeypatch):
-    monkeypatch.setattr(group_figures_module, "MAX_DOTS", 3)
-    monkeypatch.setattr(group_figures_module, "_VOLUME_GROUPS", 2)
+    monkeypatch.setattr(group_charts, "MAX_DOTS", 3)
+    monkeypatch.setattr(group_charts, "_VOLUME_GROUPS", 2)
     evaluation, _ = assess(study)
-    figures = {figure.name: figure.svg for figure in group_figures(evaluation)}
+    figures = {figure.name: figure.svg for figure in charts(evaluation)}
     assert "<title>sub-" not in figures["dice_T1w"]  # four lesion scans
-    assert figures["dice_T1w"].count('fill-opacity="0.35"') == 2
+    assert figures["dice_T1w"].count("fill-opacity: 0.35") == 2
     assert "<title>sub-" in figures["fpr_healthy_T1w"]  # two healthy scans
     assert "<title>sub-" not in figures["dice_by_volume"]
     scans = evaluation.subjects.query("detector == 'disyre' and modality == 'T1w' and role == 'lesion'")
     small = scans.nsmallest(2, "lesion_volume_mm3")
     expected = (small["lesion_volume_mm3"].mean(), small["dice"].mean())
-    assert group_figures_module._medians_by_volume(scans)[0] == pytest.approx(expected)
-
-
-def test_a_density_is_widest_where_most_scans_are():
-    values = np.random.default_rng(0).normal(0.3, 0.05, 5000)
-    svg = Svg(600, 100, "density")
-    group_figures_module._density(svg, Linear(0, 1, 100, 500), 50, values, "#000000")
-    points = [tuple(map(float, pair.split(","))) for pair in re.findall(r"[\d.]+,[\d.]+", svg.render())]
-    place, width = max(((x, 2 * abs(y - 50)) for x, y in points), key=lambda point: point[1])
-    assert place == pytest.approx(100 + 400 * 0.3, abs=10)
-    assert width == pytest.approx(40, abs=0.2)
-    half = [x for x, y in points if 2 * abs(y - 50) > width / 2]
-    assert (max(half) - min(half)) / 400 == pytest.approx(2.355 * 0.05, abs=0.02)
+    assert group_charts._medians_by_volume(scans)[0] == pytest.approx(expected)
 
 
 def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
@@ -169,7 +165,7 @@ def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
     for who in "12":
         Scan(who, n_nonlesion=beta_counts(generator, 5000, 1, 9)).write(tmp_path)
     evaluation, people = assess(tmp_path)
-    names = [figure.name for figure in group_figures(evaluation)]
+    names = [figure.name for figure in charts(evaluation)]
     assert names == ["fpr_healthy_T1w", "score_histograms_T1w"]
     stale = tmp_path / "group" / "figures" / "dice_T1w.svg"
     stale.parent.mkdir(parents=True)
@@ -200,17 +196,25 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     assert "&lt;script&gt;alert" in page
 
 
-def test_scales_and_ticks():
-    x = Linear(0, 0.5, 100, 200)
-    assert x(0.25) == 150
-    assert x.ticks(5) == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    log = Log(1e-6, 1, 0, 60)
-    assert log(1e-3) == pytest.approx(30)
-    assert log(0) == 0
-    assert log.ticks(4) == pytest.approx([1e-6, 1e-4, 1e-2, 1])
-    assert Log(0.4, 3, 0, 1).ticks() == pytest.approx([0.5, 1, 2])
-    assert round_up(0.43) == 0.5
-    assert round_up(0.5) == 0.5
+def test_axes_end_at_round_numbers_and_powers_of_ten_are_raised():
+    assert [round_up(value) for value in (0.43, 0.5, 7.2, 130)] == pytest.approx([0.5, 0.5, 8, 150])
+    assert [power_of_ten(value) for value in (1e-6, 1.0, 1e3)] == ["10⁻⁶", "1", "10³"]
+
+
+def test_a_canvas_annotates_its_markers_in_order():
+    canvas = ChartCanvas(200, "a & b")
+    axes = canvas.panel(100, 50, 400, 100)
+    axes.set(xlim=(0, 4), ylim=(0, 1))
+    canvas.markers(axes, [1, 3], [0.25, 1], "#0072B2", tips=["one", ""], links=["", "sub-01.html"])
+    svg = canvas.svg()
+    assert svg == svg.strip()
+    assert svg.startswith("<svg xmlns")
+    assert 'aria-label="a &amp; b"' in svg
+    # Data (1, 0.25) lie at 100 + 400/4 and 50 + 100 * 0.75 pixels, data (3, 1) at 400 and 50.
+    assert re.search(r'<use [^>]*x="200" y="125"[^>]*><title>one</title></use>', svg)
+    assert re.search(r'<a href="sub-01.html"><use [^>]*x="400" y="50"[^>]*/></a>', svg)
+    for identifier in re.findall(r' id="([^"]+)"', svg):
+        assert f"#{identifier}" in svg
 
 
 @pytest.mark.parametrize(
@@ -222,20 +226,15 @@ def test_numbers_are_short(value, text):
     assert number(value) == text
 
 
-def test_box_of_known_values():
-    values = np.array([1, 2, 3, 4, 5, 40.0])
-    assert quartiles(values) == (1, 2.25, 3.5, 4.75, 5)
-
-
 def test_rebinning_keeps_the_voxels():
     counts = beta_counts(np.random.default_rng(0), 10_000, 2, 9)
-    edges, shares = _display_bins(EDGES, counts, Linear(0, 1.05, 0, 500))
+    edges, shares = group_charts._display_bins(EDGES, counts, (0, 1.05), "linear")
     assert len(edges) == len(shares) + 1
     assert shares.sum() == pytest.approx(1)
 
 
 def test_dots_do_not_hide_each_other():
     places = [10.0, 10.0, 10.5, 200.0]
-    offsets = _swarm(places, 3)
+    offsets = group_charts._swarm(places, 3)
     assert len(set(offsets[:3])) == 3
     assert offsets[3] == 0

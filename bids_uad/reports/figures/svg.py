@@ -15,6 +15,7 @@ from PIL import Image
 from bids_uad.atomic import write_text
 
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+JPEG_QUALITY = 80
 
 
 class Canvas:
@@ -28,17 +29,28 @@ class Canvas:
         Accessible name of the figure.
     style : str
         Extra CSS.
+    background, ink : str
+        Colours of the ground and of text that names none.
     """
 
-    def __init__(self, width: float, height: float, title: str, style: str = "") -> None:
+    def __init__(
+        self,
+        width: float,
+        height: float,
+        title: str,
+        style: str = "",
+        *,
+        background: str = "#000",
+        ink: str = "#e8eaed",
+    ) -> None:
         self.width, self.height = width, height
         # The opening tag stays on a line of its own: nireports strips every width and height on that line.
         self._parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
             'preserveAspectRatio="xMidYMid meet" role="img">',
             f"<title>{escape(title)}</title>",
-            f"<style>text{{font-family:{FONT}}}text:not([fill]){{fill:#e8eaed}}{style}</style>",
-            f'<rect width="{width:.0f}" height="{height:.0f}" rx="8" fill="#000"/>',
+            f"<style>text{{font-family:{FONT}}}text:not([fill]){{fill:{ink}}}{style}</style>",
+            f'<rect width="{width:.0f}" height="{height:.0f}" rx="8" fill="{background}"/>',
         ]
 
     def open_group(self, attributes: str = "") -> None:
@@ -55,22 +67,30 @@ class Canvas:
 
     def grey(self, pixels: np.ndarray, x: float, y: float, scale: float) -> None:
         """Place an 8-bit grey image, shape (rows, columns)."""
-        self._embed(Image.fromarray(pixels, mode=None), x, y, scale)
+        self.embed(Image.fromarray(pixels, mode=None), x, y, scale)
 
     def indexed(self, pixels: np.ndarray, palette: np.ndarray, x: float, y: float, scale: float) -> None:
         """Place an 8-bit indexed image; `palette` is RGBA, shape (256, 4), uint8."""
         image = Image.fromarray(pixels).convert("P")
         image.putpalette(palette[:, :3].tobytes())
         image.info["transparency"] = palette[:, 3].tobytes()
-        self._embed(image, x, y, scale)
+        self.embed(image, x, y, scale)
 
-    def _embed(self, image: Image.Image, x: float, y: float, scale: float) -> None:
+    def embed(self, image: Image.Image, x: float, y: float, scale: float, kind: str = "png") -> None:
+        """Place a picture, coded as `png` (exact) or `jpeg` (smaller)."""
         buffer = io.BytesIO()
-        image.save(buffer, format="PNG", compress_level=9, **image.info)
+        options = {"compress_level": 9} if kind == "png" else {"quality": JPEG_QUALITY}
+        image.save(buffer, format=kind, **options, **image.info)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         self._parts.append(
             f'<image x="{x:.1f}" y="{y:.1f}" width="{image.width * scale:.1f}" '
-            f'height="{image.height * scale:.1f}" href="data:image/png;base64,{data}"/>'
+            f'height="{image.height * scale:.1f}" href="data:image/{kind};base64,{data}"/>'
+        )
+
+    def rect(self, x: float, y: float, width: float, height: float, fill: str) -> None:
+        """Draw a filled rectangle."""
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"/>'
         )
 
     def lines(self, path: str, colour: str, width: float, dash: str = "") -> None:
@@ -93,9 +113,13 @@ class Canvas:
             f"{escape(words)}</text>"
         )
 
+    def render(self) -> str:
+        """Return the drawing as an SVG element that is also a whole SVG file."""
+        return "\n".join([*self._parts, "</svg>", ""])
+
     def save(self, target: Path) -> Path:
         """Write the drawing to `target` atomically and return it."""
-        return write_text(target, "\n".join([*self._parts, "</svg>", ""]))
+        return write_text(target, self.render())
 
 
 def contour(tile: np.ndarray, level: float, x: float, y: float, scale: float) -> str:

@@ -1,4 +1,4 @@
-"""Figures of the group report: who has which colour."""
+"""Charts of the group report: colours, and what is drawn where."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bids_uad.reports.group_figures import detector_colours
+from bids_uad.reports.group_charts import detector_colours
 from bids_uad.reports.group_text import DETECTOR_NAMES
 
 KNOWN = list(DETECTOR_NAMES)
