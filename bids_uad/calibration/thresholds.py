@@ -33,6 +33,7 @@ class ThresholdEstimator:
         self.dice_sums: dict[str, np.ndarray] = {}
         self.n_lesions: dict[str, int] = {}
         self.n_healthy = 0
+        self.n_empty_mask = 0
 
     @property
     def n_lesion(self) -> int:
@@ -54,14 +55,16 @@ class ThresholdEstimator:
         scores : numpy.ndarray of float
         brain : numpy.ndarray of bool
         lesion : numpy.ndarray of bool or None
-            None for a healthy scan.
+            None for the scan of a healthy control. A scan without a lesion voxel in the brain that is not
+            of a control is counted apart and has no part in the thresholds: at any threshold above its
+            highest score its Dice would be 1.
         kind : str
             Of the lesion.
 
         Raises
         ------
         ValueError
-            If the brain mask or the lesion mask inside it is empty, or a score is NaN or infinite.
+            If the brain mask is empty, or a score is NaN or infinite.
         """
         if not brain.any():
             raise ValueError("the brain mask is empty")
@@ -72,8 +75,9 @@ class ThresholdEstimator:
             self.n_healthy += 1
             return
         self.everything += inside
-        if inside.sum() == 0:
-            raise ValueError("the lesion mask holds no brain voxel")
+        if not inside.any():
+            self.n_empty_mask += 1
+            return
         positive = above(inside)
         dice = 2 * positive / (positive + above(rest) + inside.sum())
         self.dice_sums[kind] = self.dice_sums.get(kind, 0) + dice
@@ -149,6 +153,7 @@ class ThresholdEstimator:
             "validation": {
                 "n_healthy": self.n_healthy,
                 "n_lesion": self.n_lesion,
+                "n_empty_mask": self.n_empty_mask,
                 "healthy_fpr": healthy_fpr,
                 "mean_dice": {name: float(self.dice_sum[k] / self.n_lesion) for name, k in at.items()}
                 if self.n_lesion

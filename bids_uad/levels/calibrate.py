@@ -28,7 +28,7 @@ from bids_uad.dataset.participants import (
 )
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError, ModelError
-from bids_uad.levels.cohort import Cohort, describe, healthy_cohort
+from bids_uad.levels.cohort import Cohort, describe, healthy_cohort, read_truth, warn_of_masked_controls
 from bids_uad.levels.model_card import add_validation
 from bids_uad.levels.train import bundle_folder
 from bids_uad.listing import listed
@@ -44,10 +44,11 @@ def run_calibrate(config: RunConfig) -> int:
 
     Hyper-parameters that are changed (`config.hyper`) are kept in the bundle, too; the weights must fit them.
 
-    Healthy scans (by participants.tsv) give the false-positive thresholds, scans with a lesion mask the
-    Dice threshold. A scan that is neither is left out: a missing mask does not mean healthy. With
-    `MIN_SUBJECTS` healthy people or more, a normative reference of their scores is fitted, too; those of
-    `normative_dir` have a part in nothing else.
+    Scans of healthy controls (by participants.tsv) give the false-positive thresholds, whether they have a
+    lesion mask or not; scans of others with a lesion mask give the Dice threshold, unless the mask is empty.
+    A scan that is neither is left out: a missing mask does not mean healthy. With `MIN_SUBJECTS` healthy
+    people or more, a normative reference of their scores is fitted, too; those of `normative_dir` have a part
+    in nothing else.
 
     Parameters
     ----------
@@ -80,20 +81,13 @@ def run_calibrate(config: RunConfig) -> int:
         except ValueError as error:
             raise ConfigError(f"--hyper: {error}") from None
     people = read_participants(config.bids_dir)
-    scans = [
-        scan
-        for scan in find_preprocessed(config.bids_dir, bundle.modality)
-        if scan.lesion or healthy_flag(people.row(scan.subject))
-    ]
-    if not scans:
-        raise InputError(
-            config.bids_dir,
-            "no healthy scan and no lesion mask",
-            "add `group` to participants.tsv or lesion masks",
-        )
+    found = find_preprocessed(config.bids_dir, bundle.modality)
+    controls = [scan for scan in found if healthy_flag(people.row(scan.subject))]
+    _check_masks(config.bids_dir, found, controls)
+    scans = [scan for scan in found if scan in controls or scan.lesion is not None]
     validation = Cohort(config.bids_dir, tuple(scans))
     others = [] if config.normative_dir is None else [_others(config.normative_dir, validation, bundle)]
-    healthy = _healthy([validation, *others])
+    healthy = _healthy([Cohort(config.bids_dir, tuple(controls)), *others])
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
     config.work_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +95,9 @@ def run_calibrate(config: RunConfig) -> int:
         deviations = _deviations(healthy, Path(waiting))
         for scan in track(scans, description=f"Scoring with {bundle.name}"):
             scores, brain = scored(scan)
-            lesion = np.asarray(nib.load(scan.lesion).dataobj) > 0 if scan.lesion else None
+            lesion = read_truth(scan)
+            if scan in controls:
+                brain, lesion = _unmasked(brain, lesion), None
             row = people.row(scan.subject)
             kind = cohort_of(row)
             estimator.add(scores, brain, lesion, kind)
@@ -110,7 +106,8 @@ def run_calibrate(config: RunConfig) -> int:
                 deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
         if deviations is not None:
             for scan, person in track(list(_people(others)), description="Scoring for the reference"):
-                deviations.add_to_reference(*scored(scan), person=person)
+                scores, brain = scored(scan)
+                deviations.add_to_reference(scores, _unmasked(brain, read_truth(scan)), person=person)
         calibration = estimator.summary()
         normative = None if deviations is None else _finish(deviations)
         # Thresholds of an earlier calibration must not stand beside what follows.
@@ -133,6 +130,12 @@ def run_calibrate(config: RunConfig) -> int:
     write_json(bundle.folder / "calibration.json", calibration)
     card = bundle.folder / "MODEL_CARD.md"
     write_text(card, add_validation(card.read_text(encoding="utf-8"), calibration))
+    counts = calibration["validation"]
+    logger.info(
+        "%s: scans of healthy controls %d, with a lesion %d, of patients with an empty lesion mask %d",
+        bundle.name,
+        *(counts[name] for name in ("n_healthy", "n_lesion", "n_empty_mask")),
+    )
     for name, value in calibration["thresholds"].items():
         logger.info("%s: %s = %.5g", bundle.name, name, value)
     for name, value in calibration.get(NORMATIVE, {"thresholds": {}})["thresholds"].items():
@@ -150,6 +153,51 @@ def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[s
         return None
 
 
+def _check_masks(
+    folder: Path, found: Sequence[PreprocessedScan], controls: Sequence[PreprocessedScan]
+) -> None:
+    """Read all lesion masks before anything is scored, and report what they leave for a calibration.
+
+    Raises
+    ------
+    InputError
+        If a mask cannot be used, or neither a healthy control nor a scan with a lesion is left.
+    """
+    warn_of_masked_controls(controls)
+    patients = [scan for scan in found if scan not in controls]
+    without = sorted({scan.subject for scan in patients if scan.lesion is None})
+    if without:
+        logger.warning(
+            "%d participant(s) left out, neither healthy by participants.tsv nor with a lesion mask: %s",
+            len(without),
+            listed(without),
+        )
+    masked = [scan for scan in patients if scan.lesion is not None]
+    empty = [scan for scan in masked if not (read_truth(scan) & _brain(scan)).any()]
+    if empty:
+        logger.warning(
+            "%d scan(s) of patients have a lesion mask without a voxel in the brain; they have no part in "
+            "any threshold and are counted apart (n_empty_mask): %s",
+            len(empty),
+            listed(sorted({scan.subject for scan in empty})),
+        )
+    if not controls and len(empty) == len(masked):
+        raise InputError(
+            folder,
+            "no scan of a healthy control and none with a lesion in its lesion mask",
+            "name controls in a column `group` of participants.tsv, or add lesion masks",
+        )
+
+
+def _brain(scan: PreprocessedScan) -> np.ndarray:
+    return np.asarray(nib.load(scan.brain).dataobj) > 0
+
+
+def _unmasked(brain: np.ndarray, lesion: np.ndarray | None) -> np.ndarray:
+    """Leave the voxels out that are masked in a healthy control, as the group level does."""
+    return brain if lesion is None else brain & ~lesion
+
+
 def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], tuple[np.ndarray, np.ndarray]]:
     """Load a model; give what makes the map of a scan, and reads its brain mask."""
     import torch
@@ -164,7 +212,7 @@ def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], t
     detector = execution.prepare(load_detector(bundle, str(device)))
 
     def scored(scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
-        brain = np.asarray(nib.load(scan.brain).dataobj) > 0
+        brain = _brain(scan)
         volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
         if not brain.any():
             raise InputError(scan.brain, "the brain mask is empty", "run the participant level again")
@@ -209,12 +257,11 @@ def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
 
 
 def _people(cohorts: Sequence[Cohort]) -> Iterator[tuple[PreprocessedScan, dict[str, float | None]]]:
-    """Go through the healthy scans of cohorts, with age and sex."""
+    """Go through the scans of cohorts of healthy controls, with age and sex."""
     for cohort in cohorts:
         rows = read_participants(cohort.folder)
         for scan in cohort.scans:
-            if scan.lesion is None:
-                yield scan, age_and_sex(rows.row(scan.subject))
+            yield scan, age_and_sex(rows.row(scan.subject))
 
 
 def _healthy(cohorts: Sequence[Cohort]) -> list[dict[str, float | None]]:

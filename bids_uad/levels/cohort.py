@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bids_uad import __version__
@@ -17,6 +19,11 @@ from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import InputError
+from bids_uad.listing import listed
+from bids_uad.preprocessing.check import read_lesion
+from bids_uad.space import AFFINE, SHAPE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
     people = read_participants(folder)
     found = find_preprocessed(folder, modality)
     healthy = [scan for scan in found if healthy_flag(people.row(scan.subject))]
+    warn_of_masked_controls(healthy)
     if not healthy:
         raise InputError(
             folder / "participants.tsv",
@@ -82,6 +90,47 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
             "name them `control` in a column `group`",
         )
     return Cohort(folder, tuple(healthy))
+
+
+def read_truth(scan: PreprocessedScan) -> np.ndarray | None:
+    """Read the lesion mask of a preprocessed scan.
+
+    Parameters
+    ----------
+    scan : PreprocessedScan
+
+    Returns
+    -------
+    numpy.ndarray of bool, shape SHAPE, or None
+        None without a lesion mask.
+
+    Raises
+    ------
+    InputError
+        If the mask cannot be used, or is not on the SRI24 grid.
+    """
+    if scan.lesion is None:
+        return None
+    lesion, affine = read_lesion(scan.lesion)
+    if lesion.shape != SHAPE or not np.allclose(affine, AFFINE, atol=1e-3):
+        raise InputError(scan.lesion, "lesion mask not on the SRI24 grid", "run the participant level again")
+    return lesion
+
+
+def warn_of_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
+    """Warn of healthy controls in whose lesion mask a voxel is lesion.
+
+    Parameters
+    ----------
+    scans : iterable of PreprocessedScan
+        Of healthy controls.
+    """
+    masked = {scan.subject for scan in scans if scan.lesion is not None and read_truth(scan).any()}
+    if masked:
+        logger.warning(
+            "Healthy by participants.tsv and yet with a lesion in the lesion mask: %s. They count as healthy",
+            listed(sorted(masked)),
+        )
 
 
 def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:

@@ -129,6 +129,9 @@ def add_validation(card: str, calibration: dict[str, Any]) -> str:
     def dice(name: str) -> str:
         return f"{figures['mean_dice'][name]:.3f}" if name in figures["mean_dice"] else "unknown"
 
+    empty = ""
+    if figures.get("n_empty_mask"):
+        empty = f"\nScans of patients with an empty lesion mask, left out of them: {figures['n_empty_mask']}."
     rows = "\n".join(
         f"| {name}{' (default)' if name == calibration['default_threshold'] else ''} | {value:.4g} "
         f"| {percent(name)} | {dice(name)} |"
@@ -136,7 +139,7 @@ def add_validation(card: str, calibration: dict[str, Any]) -> str:
     )
     return f"""{card.split(VALIDATION)[0]}{VALIDATION}
 Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} healthy scans and {figures["n_lesion"]} with
-lesions. The thresholds were fixed on these very scans.
+lesions. The thresholds were fixed on these very scans.{empty}
 
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|

@@ -157,7 +157,7 @@ def output_files() -> Iterator[tuple[Path, str]]:
         yield path, told[name]["Description"]
     preproc = naming.preprocessing_outputs(UNIT)["preproc"]
     yield naming.quality_output(UNIT), sidecars.quality_sidecar(preproc, preproc)["Description"]
-    yield naming.lesion_output(UNIT), sidecars.lesion_sidecar("", {})["Description"]
+    yield naming.lesion_output(UNIT.entities), sidecars.lesion_sidecar("", {})["Description"]
     files = naming.detection_outputs(UNIT, "disyre", with_truth=True)
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
     described = sidecars.detection_sidecars(files, inputs, {}, {})

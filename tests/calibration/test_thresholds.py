@@ -133,11 +133,24 @@ def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):
     assert estimator.summary()["default_threshold"] == "fpr_1pct"
 
 
-def test_a_lesion_outside_the_brain_is_refused():
+def test_empty_masks_are_counted_apart(volumes):
+    """Scans without a lesion in the brain would make any threshold above their highest score the best one."""
+    brain = np.ones((20, 20, 20), dtype=bool)
+    plain, with_empty = estimate(volumes), estimate(volumes)
+    for scores, _ in volumes[1] * 5:
+        with_empty.add(scores, brain, np.zeros_like(brain))
+    assert with_empty.thresholds() == plain.thresholds()
+    counts = with_empty.summary()["validation"]
+    assert counts == plain.summary()["validation"] | {"n_empty_mask": 5 * len(volumes[1])}
+
+
+def test_a_lesion_outside_the_brain_is_an_empty_mask():
     brain = np.zeros((4, 4, 4), dtype=bool)
     brain[0, 0, 0] = True
-    with pytest.raises(ValueError, match="no brain voxel"):
-        ThresholdEstimator().add(np.zeros((4, 4, 4)), brain, ~brain)
+    estimator = ThresholdEstimator()
+    estimator.add(np.zeros((4, 4, 4)), brain, ~brain)
+    assert (estimator.n_lesion, estimator.n_empty_mask) == (0, 1)
+    assert estimator.thresholds() == {}
 
 
 def test_resolution():

@@ -12,6 +12,7 @@ import pytest
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
 from bids_uad.dataset.lesions import applicable_masks, written_mask
+from bids_uad.dataset.preprocessed import find_preprocessed
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE as SRI24_AFFINE
 from bids_uad.space import SHAPE as SRI24_SHAPE
@@ -323,6 +324,20 @@ def test_written_mask_is_found_by_name(tmp_path, masks, image, found):
         (tmp_path / f"sub-01{name}_space-SRI24{MANUAL}.nii.gz").touch()
     path = written_mask(tmp_path / f"sub-01{image}_space-SRI24_desc-preproc_T2w.nii.gz")
     assert path == (None if found is None else tmp_path / f"sub-01{found}_space-SRI24{MANUAL}.nii.gz")
+
+
+def test_find_preprocessed_gives_a_later_t2w_the_mask_of_its_session(tmp_path):
+    """The T2w is not the first image of the session, and its name differs from that of the mask."""
+    anat = tmp_path / "sub-01/ses-a/anat"
+    anat.mkdir(parents=True)
+    names = ("desc-preproc_T1w", "acq-tse_run-2{}_desc-preproc_T2w", "acq-tse_run-2{}_desc-T2wBrain_mask")
+    for name in (*names, "desc-brain_mask", MANUAL[1:]):
+        entities, _, rest = name.rpartition("{}_")
+        stem = f"sub-01_ses-a_{entities}_" if entities else "sub-01_ses-a_"
+        (anat / f"{stem}space-SRI24_{rest}.nii.gz").touch()
+    for modality in ("T1w", "T2w"):
+        (scan,) = find_preprocessed(tmp_path, modality)
+        assert scan.lesion == anat / f"sub-01_ses-a_space-SRI24{MANUAL}.nii.gz"
 
 
 # What a mask may hold

@@ -118,6 +118,124 @@ def test_thresholds_come_from_healthy_scans_and_masks(models):
     assert calibration["validation"]["mean_dice"]["max_dice"] > 0.95
 
 
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Controls and patients with a lesion, with an empty mask and without a mask; see `GROUPS`."""
+    folder = tmp_path_factory.mktemp("masked")
+    for label in GROUPS:
+        write_scan(folder, label, lesion=label in "1568")
+        mask = folder / f"sub-{label}/anat/sub-{label}_space-SRI24_label-lesion_desc-manual_mask.nii.gz"
+        if label in "267":
+            nib.save(space.to_image(np.zeros(space.SHAPE), np.uint8), mask)
+        if label == "5":
+            # The T2w is not the first image of its session, after which the mask is not named.
+            for path in sorted(mask.parent.glob("*desc-preproc*")):
+                shutil.copy(path, path.with_name(path.name.replace("T2w", "T1w")))
+                path.rename(path.with_name(path.name.replace("sub-5_", "sub-5_acq-tse_")))
+            brain = mask.with_name("sub-5_acq-tse_space-SRI24_desc-T2wBrain_mask.nii.gz")
+            shutil.copy(mask.with_name("sub-5_space-SRI24_desc-brain_mask.nii.gz"), brain)
+    write_groups(folder, GROUPS)
+    return folder
+
+
+GROUPS = {
+    "1": "control",  # with a lesion in the mask
+    "2": "control",  # all zero
+    "3": "control",
+    "4": "patient",  # no mask
+    "5": "patient",
+    "6": "patient",  # all zero
+    "7": "n/a",  # all zero
+    "8": "n/a",
+}
+
+
+def write_groups(folder, groups):
+    people = {"participant_id": [f"sub-{label}" for label in groups], "group": list(groups.values())}
+    write_tsv(folder / "participants.tsv", pd.DataFrame(people | {"age": 40, "sex": "F"}))
+    write_json(folder / "dataset_description.json", {"Name": "Masks", "BIDSVersion": "1.10.0"})
+
+
+def test_masks_do_not_decide_who_is_healthy(masked, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 3)
+    told = []
+    plain = tmp_path / "plain"
+    shutil.copytree(masked, plain)
+    for label in "467":
+        shutil.rmtree(plain / f"sub-{label}")
+    (plain / "sub-2/anat/sub-2_space-SRI24_label-lesion_desc-manual_mask.nii.gz").unlink()
+    for folder in (masked, plain):
+        shutil.copytree(models / "intensity-T2w-lite", tmp_path / f"{folder.name}-models/intensity-T2w-lite")
+        assert call(folder, tmp_path / f"{folder.name}-models", "calibrate") == 0
+        bundle = tmp_path / f"{folder.name}-models/intensity-T2w-lite"
+        log = " ".join(capsys.readouterr().err.split())
+        told.append((json.loads((bundle / "calibration.json").read_text()), log, bundle))
+    (calibration, log, bundle), (expected, *_) = told
+    for found, wanted in ((calibration, expected), (calibration["normative"], expected["normative"])):
+        counts = {name: found["validation"][name] for name in ("n_healthy", "n_lesion", "n_empty_mask")}
+        assert counts == {"n_healthy": 3, "n_lesion": 2, "n_empty_mask": 2}
+        # Empty masks and scans without a mask change no threshold, nor does a control's empty mask.
+        assert found["thresholds"] == wanted["thresholds"]
+        assert found["validation"] == wanted["validation"] | {"n_empty_mask": 2}
+    assert calibration["normative"]["n_healthy_subjects"] == 3
+    for words in (
+        "1 participant(s) left out, neither healthy by participants.tsv nor with a lesion mask: sub-4",
+        "2 scan(s) of patients have a lesion mask without a voxel in the brain",
+        "counted apart (n_empty_mask): sub-6, sub-7",
+    ):
+        assert words in log
+    assert "with a lesion in the lesion mask: sub-1. They count as healthy" in log
+    assert "empty lesion mask, left out of them: 2." in (bundle / "MODEL_CARD.md").read_text()
+
+
+def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_path):
+    """As at the group level; without the mask the bright voxels count."""
+    rates = []
+    for name in ("with", "without"):
+        folder, own = tmp_path / name, tmp_path / f"{name}-models"
+        shutil.copytree(masked / "sub-1", folder / "sub-1")
+        shutil.copytree(masked / "sub-8", folder / "sub-8")
+        write_groups(folder, {"1": "control", "8": "patient"})
+        if name == "without":
+            next(folder.glob("sub-1/anat/*label-lesion*")).unlink()
+        shutil.copytree(models / "intensity-T2w-lite", own / "intensity-T2w-lite")
+        assert call(folder, own, "calibrate") == 0
+        calibration = json.loads((own / "intensity-T2w-lite/calibration.json").read_text())
+        rates.append(calibration["validation"]["healthy_fpr"]["max_dice"])
+    assert rates[0] < 1e-4
+    brain = nib.load(masked / "sub-1/anat/sub-1_space-SRI24_desc-brain_mask.nii.gz").get_fdata().sum()
+    assert rates[1] == pytest.approx(12 * 12 * 10 / brain, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "change", "words"),
+    [
+        ({"4": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
+        ({"6": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
+        ({"8": "patient"}, np.ones((4, 4, 4), np.uint8), "the image of shape (4, 4, 4) is no volume"),
+        ({"8": "patient"}, np.zeros((240, 240, 154), np.uint8), "lesion mask not on the SRI24 grid"),
+        (
+            {"8": "patient"},
+            np.full(space.SHAPE, 0.5, np.float32),
+            "lesion mask with values that are not",
+        ),
+    ],
+)
+def test_masks_that_allow_no_calibration_are_refused(masked, models, tmp_path, capsys, groups, change, words):
+    (label,) = groups
+    scans = tmp_path / "scans"
+    shutil.copytree(masked / f"sub-{label}", scans / f"sub-{label}")
+    write_groups(scans, groups)
+    if change is not None:
+        path = next(scans.glob("sub-*/anat/*label-lesion*"))
+        nib.save(nib.Nifti1Image(change, space.AFFINE), path)
+    shutil.copytree(models / "intensity-T2w-lite", tmp_path / "models" / "intensity-T2w-lite")
+    before = (tmp_path / "models/intensity-T2w-lite/calibration.json").read_text()
+    assert call(scans, tmp_path / "models", "calibrate") == 66
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "models/intensity-T2w-lite/calibration.json").read_text() == before
+
+
 def test_the_bundle_is_ready_to_use(models):
     (bundle,) = resolve_bundles([str(models / "intensity-T2w-lite")], ["T2w"])
     assert bundle.default_threshold[0] == "max_dice"
