@@ -64,7 +64,7 @@ class Task:
     def depends_on(self) -> tuple[str, ...]:
         """Names of the images whose brain mask or registration the outputs of this one rest on."""
         anchor = None if self.unit.anchor is None else self.unit.anchor.key
-        lesion = None if self.lesion is None or self.lesion.unit is None else self.lesion_provider
+        lesion = None if self.lesion is None or self.lesion.on_atlas else self.lesion.provider
         return tuple(dict.fromkeys(name for name in (anchor, lesion) if name not in (None, self.unit.key)))
 
 
