@@ -8,9 +8,24 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    CountOrZero,
+    Interval,
+    InvalidParameterError,
+    Items,
+    Matches,
+    OneOf,
+    Positive,
+    allows,
+    annotations,
+    describe,
+)
 from bids_uad.errors import ConfigError
+from bids_uad.preprocessing.extraction import COMBINED, EXTRACTIONS
 
 DEFAULT_STRATA = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
@@ -29,13 +44,20 @@ RUN_SPECIFIC = frozenset(
 """Fields that a configuration file of an earlier run does not hand on."""
 
 
+Text = Annotated[str, Matches(r"(?s).+", "a str that is not empty")]
+Label = Annotated[str, Matches("[0-9a-zA-Z]+", "a BIDS label (letters and digits)")]
+Modality = Annotated[str, OneOf(*MODALITIES)]
+Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")]
+Seed = Annotated[int, Interval(0, 2**32 - 1)]
+
+
 def new_run_id() -> str:
     """Name a run: `YYYYmmdd-HHMMSS_<uuid4>`, sortable and unique."""
     return f"{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4()}"
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Constrained):
     """Everything a level needs to know about the run.
 
     Paths are absolute. Sequences are tuples, so that the whole can be shared between processes without
@@ -109,54 +131,65 @@ class RunConfig:
         Hyper-parameters to change, `NAME=VALUE`.
     backbone_weights : pathlib.Path, optional
         Weights of a backbone that comes trained on ImageNet, or a folder that holds them.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed.
     """
 
     bids_dir: Path
     output_dir: Path
-    levels: tuple[str, ...]
+    levels: Annotated[tuple[Annotated[str, OneOf(*LEVELS)], ...], Items()]
     work_dir: Path
-    participants: tuple[str, ...] = ()
-    sessions: tuple[str, ...] = ()
+    participants: tuple[Label, ...] = ()
+    sessions: tuple[Label, ...] = ()
     filter_file: Path | None = None
-    derivatives: dict[str, Path] = field(default_factory=dict)
-    modalities: tuple[str, ...] = MODALITIES
-    models: tuple[str, ...] = ()
-    deviations: tuple[str, ...] = ()
+    derivatives: dict[Text, Path] = field(default_factory=dict)
+    modalities: Annotated[tuple[Modality, ...], Items()] = MODALITIES
+    models: tuple[Text, ...] = ()
+    deviations: tuple[Annotated[str, OneOf(*DEVIATIONS)], ...] = ()
     atlas_dir: Path | None = None
-    brain_extraction: str = "combined"
+    brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = COMBINED
     extraction_weights: Path | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int | None = None
+    device: Device = "auto"
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "auto"
+    batch_size: Count | None = None
     compiled: bool = False
-    random_seed: int = 0
-    nprocs: int = 1
-    omp_nthreads: int = 1
-    mem_gb: float = 8.0
-    n_gpu_procs: int = 1
+    random_seed: Seed = 0
+    nprocs: Count = 1
+    omp_nthreads: Count = 1
+    mem_gb: Positive = 8.0
+    n_gpu_procs: Count = 1
     plugin_file: Path | None = None
     clean_workdir: bool = False
     stop_on_first_crash: bool = False
     reports_only: bool = False
     dry_run: bool = False
-    verbosity: int = 0
-    detector: str | None = None
-    preset: str = "default"
-    modality: str | None = None
-    steps: int | None = None
-    hyper: tuple[str, ...] = ()
-    experiments: dict[str, Path] = field(default_factory=dict)
-    cohort: str | None = None
-    strata: tuple[str, ...] = DEFAULT_STRATA
-    train_fraction: float = 1.0
-    synthetic: int = 0
+    verbosity: CountOrZero = 0
+    detector: Text | None = None
+    preset: Text = "default"
+    modality: Modality | None = None
+    steps: Count | None = None
+    hyper: tuple[Text, ...] = ()
+    experiments: dict[Text, Path] = field(default_factory=dict)
+    cohort: Text | None = None
+    strata: tuple[Text, ...] = DEFAULT_STRATA
+    train_fraction: Annotated[float, Interval(0, 1, closed="right")] = 1.0
+    synthetic: CountOrZero = 0
     recontrast: bool = False
-    label_maps: tuple[str, ...] = ()
+    label_maps: tuple[Text, ...] = ()
     normative_dir: Path | None = None
-    num_devices: int = 1
-    num_nodes: int = 1
+    num_devices: Count = 1
+    num_nodes: Count = 1
     backbone_weights: Path | None = None
-    run_id: str = field(default_factory=new_run_id)
+    run_id: Text = field(default_factory=new_run_id)
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except InvalidParameterError as error:
+            raise ConfigError(str(error)) from None
 
     def to_toml(self) -> str:
         """Write the configuration as TOML text; options that are not set are left out."""
@@ -204,35 +237,36 @@ def read_fields(text: str) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If the text is no TOML, a key is unknown or a value has the wrong type.
+        If the text is no TOML, a key is unknown or a value is not allowed.
     """
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the configuration file is not valid TOML: {error}") from error
-    known = {item.name: str(item.type) for item in dataclasses.fields(RunConfig)}
-    unknown = sorted(set(content) - set(known))
+    allowed = annotations(RunConfig)
+    unknown = sorted(set(content) - set(allowed))
     if unknown:
         raise ConfigError(f"unknown key in the configuration file: {', '.join(unknown)}")
-    return {name: _typed(name, value, known[name]) for name, value in content.items()}
+    kinds = get_type_hints(RunConfig)
+    found = {name: _converted(value, kinds[name]) for name, value in content.items()}
+    for name, value in found.items():
+        if not allows(allowed[name], value):
+            raise ConfigError(
+                f"The {name!r} key of the configuration file must be {describe(allowed[name])}. "
+                f"Got {content[name]!r} instead."
+            )
+    return found
 
 
-def _typed(name: str, value: Any, annotation: str) -> Any:
-    """Convert one TOML value to the type that the field declares."""
-    kind = annotation.removesuffix(" | None")
-    if kind == "Path" and isinstance(value, str):
-        return Path(value)
-    if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(v, str) for v in value):
+def _converted(value: Any, kind: Any) -> Any:
+    """Convert a TOML value to what a field holds: paths from texts, tuples from arrays, floats from ints."""
+    kinds = (kind, *get_args(kind))
+    if isinstance(value, list):
         return tuple(value)
-    if (
-        kind.startswith("dict")
-        and isinstance(value, dict)
-        and all(isinstance(v, str) for v in value.values())
-    ):
-        return {key: Path(path) for key, path in value.items()}
-    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, dict):
+        return {key: _converted(item, Path) for key, item in value.items()}
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and type(value) is int:
         return float(value)
-    plain = {"str": str, "int": int, "bool": bool}
-    if kind in plain and type(value) is plain[kind]:
-        return value
-    raise ConfigError(f"the configuration file gives {name} a value of the wrong kind: {value!r}")
+    return value

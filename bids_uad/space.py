@@ -6,9 +6,11 @@ axial slices, centre-cropped to 224 x 224.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+
+from bids_uad.constraints import Interval
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -20,6 +22,8 @@ AFFINE = np.array(
 )
 VOXEL_MM3 = 1.0
 CROP = 224
+SliceSide = Annotated[int, Interval(16, CROP)]
+"""Height or width of a part of a cropped slice, in pixels."""
 MARGIN = (SHAPE[0] - CROP) // 2
 BRAIN_CENTRE = (112, 122)
 """Row and column of a cropped slice about which a brain in this space lies."""

@@ -10,14 +10,23 @@ from pathlib import Path
 
 from bids_uad import __version__
 from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
-from bids_uad.config import DEVIATIONS, LEVELS, MODALITIES, PRECISIONS, RUN_SPECIFIC, RunConfig, read_fields
+from bids_uad.config import (
+    DEVIATIONS,
+    LEVELS,
+    MODALITIES,
+    PRECISIONS,
+    RUN_SPECIFIC,
+    Device,
+    Label,
+    RunConfig,
+    read_fields,
+)
+from bids_uad.constraints import allows
 from bids_uad.errors import ConfigError
 from bids_uad.preprocessing.extraction import EXTRACTIONS
 
 FOLDERS = ("derivatives", "experiments")
 """Options that name folders, `NAME=PATH`."""
-_LABEL = re.compile(r"^[0-9a-zA-Z]+$")
-_DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
 
 
 class _Help(argparse.HelpFormatter):
@@ -367,14 +376,18 @@ def _earlier(config_file: Path) -> dict:
     """Read the fields that an earlier run hands on."""
     if not config_file.is_file():
         raise ConfigError(f"--config-file {config_file} does not exist")
-    fields = read_fields(config_file.read_text(encoding="utf-8"))
+    try:
+        text = config_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config-file {config_file} cannot be read: {error}") from error
+    fields = read_fields(text)
     return {name: value for name, value in fields.items() if name not in RUN_SPECIFIC}
 
 
 def _label(prefix: str):
     def convert(text: str) -> str:
         label = text.removeprefix(prefix)
-        if not _LABEL.match(label):
+        if not allows(Label, label):
             raise argparse.ArgumentTypeError(f"'{text}' is no BIDS label (letters and digits)")
         return label
 
@@ -405,6 +418,6 @@ def _memory(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    if not _DEVICE.match(text):
+    if not allows(Device, text):
         raise argparse.ArgumentTypeError(f"'{text}' is none of auto, cpu, cuda, cuda:N")
     return text

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from bids_uad import __version__
 from bids_uad.atomic import atomic_path, write_json, write_text
+from bids_uad.config import MODALITIES
+from bids_uad.constraints import Interval, Items, OneOf, allows, describe
 from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError
 from bids_uad.listing import listed
@@ -30,9 +32,27 @@ PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from healthy people, and what its part of ``calibration.json`` is called."""
 NORMATIVE_FILE = "normative.nii.gz"
+WEIGHTS = "weights.safetensors"
 DEVIATING = ("fpi",)
 """Detectors whose maps are deviations unless scores are asked for: they find more so. The published ones are
 as they were published."""
+
+INFO = {
+    "detector": str,
+    "preset": str,
+    "modality": Annotated[str, OneOf(*MODALITIES)],
+    "hyper": dict[str, Any],
+    "input": dict[str, Any],
+    "code_version": str,
+    "sha256": dict[str, str],
+}
+"""What ``bundle.json`` must hold."""
+FIXED = {
+    "thresholds": dict[str, Annotated[float, Interval(-np.inf)]],
+    "default_threshold": str,
+    "bin_edges": Annotated[list[Annotated[float, Interval(0)]], Items(2, "strictly")],
+}
+"""What ``calibration.json`` must hold, and its part about deviations, too."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ class Bundle:
     @property
     def sha256(self) -> str:
         """Checksum of the weights, the identity of a trained detector."""
-        return self.info["sha256"]["weights.safetensors"]
+        return self.info["sha256"][WEIGHTS]
 
     @cached_property
     def calibration_sha256(self) -> str:
@@ -203,13 +223,11 @@ class Bundle:
         Raises
         ------
         ValueError
-            If there is no such hyper-parameter, or the value is of another type.
+            If there is no such hyper-parameter, or the value is not allowed.
         """
-        from bids_uad.methods.hyper import change_hyper, hyper_from_values, names_of
-        from bids_uad.methods.registry import preset_of
+        from bids_uad.methods.hyper import change_hyper, names_of
 
-        kind = type(preset_of(self.detector, self.preset))
-        hyper = change_hyper(hyper_from_values(kind, self.info["hyper"]), changes)
+        hyper = change_hyper(bundle_hyper(self), changes)
         changed = sorted({*self.info.get("changed", ()), *names_of(changes)})
         return Bundle(self.folder, {**self.info, "hyper": asdict(hyper), "changed": changed}, None)
 
@@ -230,11 +248,37 @@ def file_sha256(path: Path) -> str:
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"model bundle {folder}: {path.name} is missing; is this a bundle?") from None
     except ValueError as error:
         raise ModelError(f"model bundle {folder}: {path.name} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"model bundle {folder}: {path.name} holds no JSON object; copy the bundle again")
+    return content
+
+
+def _check_entries(
+    folder: Path, name: str, content: dict[str, Any], expected: dict[str, Any], within: str = ""
+) -> None:
+    """Refuse a bundle whose file lacks entries or has one that is not allowed."""
+    lacking = set(expected) - set(content)
+    if lacking:
+        raise ModelError(f"model bundle {folder}: {name} lacks {', '.join(sorted(lacking))}{within}")
+    for entry, annotation in expected.items():
+        if not allows(annotation, content[entry]):
+            raise ModelError(
+                f"model bundle {folder}: The {entry!r} entry of {name}{within} must be "
+                f"{describe(annotation)}. Got {content[entry]!r} instead."
+            )
+
+
+def _check_calibration(folder: Path, calibration: dict[str, Any], within: str = "") -> None:
+    """Refuse thresholds that cannot be used."""
+    _check_entries(folder, "calibration.json", calibration, FIXED, within)
+    names = OneOf(*calibration["thresholds"])
+    default = {"default_threshold": Annotated[str, names]}
+    _check_entries(folder, "calibration.json", calibration, default, within)
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -251,21 +295,27 @@ def load_bundle(folder: str | Path) -> Bundle:
     Raises
     ------
     ModelError
-        If a file is missing, altered since training, or made for other inputs than ours.
+        If a file is missing, altered since training, has an entry that is not allowed, or is made for other
+        inputs than ours.
     """
     folder = Path(folder)
     info = _read_json(folder / "bundle.json", folder)
-    lacking = {"detector", "preset", "modality", "hyper", "input", "sha256"} - set(info)
-    if lacking:
-        raise ModelError(f"model bundle {folder}: bundle.json lacks {', '.join(sorted(lacking))}")
+    _check_entries(folder, "bundle.json", info, INFO)
+    _check_entries(folder, "bundle.json", info["sha256"], {WEIGHTS: str}, " in 'sha256'")
     for name, expected in info["sha256"].items():
         _check_file(folder, name, expected)
     if info["input"] != protocol_of(info["preset"]).input_contract:
         raise ModelError(f"model bundle {folder} was made for other inputs than SRI24 scans of this version")
     path = folder / "calibration.json"
     calibration = _read_json(path, folder) if path.exists() else None
-    if calibration is not None and NORMATIVE in calibration:
-        _check_file(folder, NORMATIVE_FILE, calibration[NORMATIVE]["sha256"])
+    if calibration is not None:
+        _check_calibration(folder, calibration)
+        if NORMATIVE in calibration:
+            within = f" in {NORMATIVE!r}"
+            _check_entries(folder, path.name, calibration, {NORMATIVE: dict[str, Any]})
+            _check_calibration(folder, calibration[NORMATIVE], within)
+            _check_entries(folder, path.name, calibration[NORMATIVE], {"sha256": str}, within)
+            _check_file(folder, NORMATIVE_FILE, calibration[NORMATIVE]["sha256"])
     return Bundle(folder, info, calibration)
 
 
@@ -330,6 +380,7 @@ def resolve_bundles(
     seen: dict[tuple[str, str], Bundle] = {}
     for bundle in chosen:
         bundle.default_threshold  # noqa: B018 - an uncalibrated bundle is refused here
+        bundle_hyper(bundle)  # and one with hyper-parameters that are not allowed
         key = (bundle.detector, bundle.modality)
         if key in seen:
             raise ModelError(
@@ -347,6 +398,35 @@ def resolve_bundles(
         for _, bundle in sorted(seen.items())
         for deviation in (deviations or (bundle.usual_deviation,))
     ]
+
+
+def bundle_hyper(bundle: Bundle) -> Any:
+    """Build the hyper-parameters of a bundle's detector.
+
+    Parameters
+    ----------
+    bundle : Bundle
+
+    Returns
+    -------
+    dataclass
+        Of the kind that the detector's presets are.
+
+    Raises
+    ------
+    ModelError
+        If there is no such detector, or a hyper-parameter is unknown or has a value that is not allowed.
+    """
+    from bids_uad.methods.hyper import hyper_from_values
+    from bids_uad.methods.registry import DETECTORS
+
+    if bundle.detector not in DETECTORS:
+        raise ModelError(f"model bundle {bundle.folder}: this version has no detector {bundle.detector!r}")
+    kind = type(next(iter(DETECTORS[bundle.detector].presets.values())))
+    try:
+        return hyper_from_values(kind, bundle.info["hyper"])
+    except ValueError as error:
+        raise ModelError(f"model bundle {bundle.folder}: {error}") from error
 
 
 def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
@@ -370,15 +450,11 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from bids_uad.methods.hyper import hyper_from_values
-    from bids_uad.methods.registry import DETECTORS, build_detector
+    from bids_uad.methods.registry import build_detector
 
-    if bundle.detector not in DETECTORS:
-        raise ModelError(f"model bundle {bundle.folder}: this version has no detector {bundle.detector!r}")
-    kind = type(next(iter(DETECTORS[bundle.detector].presets.values())))
     try:
-        detector = build_detector(bundle.detector, hyper_from_values(kind, bundle.info["hyper"]))
-        detector.load_state_dict(load_file(bundle.folder / "weights.safetensors"))
+        detector = build_detector(bundle.detector, bundle_hyper(bundle))
+        detector.load_state_dict(load_file(bundle.folder / WEIGHTS))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model bundle {bundle.folder}: its weights do not fit ({error})") from error
     wrong = not_finite(detector.state_dict())
@@ -446,7 +522,7 @@ def save_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("calibration.json", NORMATIVE_FILE):
         (folder / name).unlink(missing_ok=True)
-    weights = folder / "weights.safetensors"
+    weights = folder / WEIGHTS
     with atomic_path(weights) as temporary:
         save_file(tensors, temporary)
         temporary.chmod(0o644)  # it is written for its owner alone, but containers run as anybody

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 
@@ -62,7 +63,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(Constrained):
     """How a detector is run.
 
     Parameters
@@ -77,8 +78,8 @@ class Execution:
         Compile the networks. The first slices then take a minute.
     """
 
-    precision: str = "fp32"
-    batch_size: int | None = None
+    precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
+    batch_size: Count | None = None
     compiled: bool = False
 
     def prepare(self, detector: Detector) -> Detector:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from bids_uad import space
+from bids_uad.constraints import Constrained, Matches
 from bids_uad.preprocessing.intensity import SCALING
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Constrained):
     """How volumes become a detector's input, and slice scores a map.
 
     Parameters
@@ -27,7 +28,7 @@ class Protocol:
     """
 
     scaling: dict[str, Any]
-    filtering: str
+    filtering: Annotated[str, Matches(".+", "a str that is not empty")]
     published: bool
 
     @property

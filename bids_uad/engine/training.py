@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 
+from bids_uad.config import Seed
+from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.engine.bundle import not_finite
 from bids_uad.engine.checkpoint import Checkpoint
 from bids_uad.engine.ema import MovingAverage
@@ -58,7 +61,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Constrained):
     """How it is learnt.
 
     Parameters
@@ -71,10 +74,10 @@ class Schedule:
         Of convolutions and matrix products in networks; weights and losses are in single precision.
     """
 
-    seed: int
-    steps: int | None = None
-    batch_size: int | None = None
-    precision: str = "fp32"
+    seed: Seed
+    steps: Count | None = None
+    batch_size: Count | None = None
+    precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
 
     def stream(self, *place: int) -> np.random.Generator:
         """Random numbers of one place in the training: stage, step and so on, and of nothing else."""

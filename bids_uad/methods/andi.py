@@ -9,13 +9,14 @@ not as it should be. The squared differences of the posterior means are aggregat
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.diffusion import (
     NoisePredictor,
     pyramid_noise,
@@ -29,7 +30,7 @@ FIRST, LAST = 125, 26  # thousandths, where the aggregation begins and ends
 
 
 @dataclass(frozen=True)
-class ANDiHyper:
+class ANDiHyper(Constrained):
     """Hyper-parameters of ANDi.
 
     Parameters
@@ -53,15 +54,19 @@ class ANDiHyper:
     """
 
     network: DDPMppConfig = NETWORK
-    time_scale: float = 1000.0
-    discount: float = 0.9
+    time_scale: Positive = 1000.0
+    discount: NonNegative = 0.9
     published_noise: bool = False
-    stride: int = 1
-    field_of_view: tuple[int, int] = BRAIN_FIELD
-    residual_floor: float = 1e-8
-    steps: int = 50_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    stride: Annotated[int, Interval(1, FIRST - LAST + 1)] = 1
+    field_of_view: FieldOfView = BRAIN_FIELD
+    residual_floor: NonNegative = 1e-8
+    steps: Count = 50_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self, "field_of_view", time_embedding=True)
 
 
 def noise_levels(stride: int) -> Tensor:

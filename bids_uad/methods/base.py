@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, Positive
 from bids_uad.networks.keyed import SliceGenerator
-from bids_uad.space import CROP
+from bids_uad.space import CROP, SliceSide
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class GradientStage:
+class GradientStage(Constrained):
     """A training stage that descends a loss.
 
     Parameters
@@ -57,9 +58,9 @@ class GradientStage:
     name: str
     module: nn.Module
     loss: Callable[[Batch, Generator], Tensor]
-    steps: int
-    batch_size: int
-    learning_rate: float
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
     needs_tissue: bool = False
 
     @classmethod
@@ -84,7 +85,7 @@ class GradientStage:
 
 
 @dataclass(frozen=True)
-class FitStage:
+class FitStage(Constrained):
     """A training stage without gradients: it sees batches once and keeps what it needs.
 
     Parameters
@@ -99,11 +100,14 @@ class FitStage:
 
     name: str
     fit: Callable[[Iterator[Batch], Generator], None]
-    slices: int
-    batch_size: int
+    slices: Count
+    batch_size: Count
 
 
 Stage = GradientStage | FitStage
+
+FieldOfView = tuple[SliceSide, SliceSide]
+"""Height and width in pixels of the part of a slice that a detector is shown."""
 
 WHOLE_SLICE = (CROP, CROP)
 BRAIN_FIELD = (160, 192)

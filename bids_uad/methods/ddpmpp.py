@@ -9,13 +9,14 @@ alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.diffusion import NoisePredictor, layered_noise, pyramid_noise, signal_and_noise
 from bids_uad.networks.keyed import SliceGenerator
 
@@ -23,7 +24,7 @@ TYPICAL_RATIO = 3.0  # of the sizes of the layers of pyramid noise; in training 
 
 
 @dataclass(frozen=True)
-class PartialDiffusionHyper:
+class PartialDiffusionHyper(Constrained):
     """Hyper-parameters of partial diffusion.
 
     Parameters
@@ -44,14 +45,18 @@ class PartialDiffusionHyper:
     """
 
     network: DDPMppConfig = NETWORK
-    time_scale: float = 1000.0
-    discount: float = 0.0
-    start: float = 0.25
-    denoising_steps: int = 10
-    field_of_view: tuple[int, int] = BRAIN_FIELD
-    steps: int = 50_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    time_scale: Positive = 1000.0
+    discount: NonNegative = 0.0
+    start: Annotated[float, Interval(0, 1, closed="right")] = 0.25
+    denoising_steps: Count = 10
+    field_of_view: FieldOfView = BRAIN_FIELD
+    steps: Count = 50_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self, "field_of_view", time_embedding=True)
 
 
 class PartialDiffusion(Detector):

@@ -9,30 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from bids_uad.constraints import Constrained, Count, Interval, Items, OneOf, Positive, invalid
 from bids_uad.methods.base import (
     BRAIN_FIELD,
     WHOLE_SLICE,
     Batch,
     Detector,
+    FieldOfView,
     FitStage,
     GradientStage,
     Stage,
 )
 from bids_uad.networks.corruptions import (
     COMPONENTS,
+    SHAPES,
     AnomalyConfig,
     AugmentationConfig,
-    check_components,
     cut_windows,
     paint_anomalies,
     vary_intensity,
 )
-from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
@@ -42,7 +44,7 @@ PATCHES = 64  # windows times labels that go through the network at once
 
 
 @dataclass(frozen=True)
-class DisyreHyper:
+class DisyreHyper(Constrained):
     """Hyper-parameters of Disyre.
 
     Parameters
@@ -73,22 +75,29 @@ class DisyreHyper:
     """
 
     network: DDPMppConfig = field(default_factory=DDPMppConfig)
-    window: tuple[int, int] = (128, 128)
-    stride: int = 64
-    field_of_view: tuple[int, int] = BRAIN_FIELD
-    labels: tuple[int, ...] = (99, 74, 49, 24)
+    window: FieldOfView = (128, 128)
+    stride: Count = 64
+    field_of_view: FieldOfView = BRAIN_FIELD
+    labels: Annotated[tuple[Annotated[int, Interval(0, LABELS - 1)], ...], Items()] = (99, 74, 49, 24)
     foreground_weighting: bool = False
     predict_change: bool = False
-    codebook_size: int = 5
+    codebook_size: Count = 5
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
-    anomalies: tuple[str, ...] = COMPONENTS
+    anomalies: Annotated[tuple[Annotated[str, OneOf(*COMPONENTS)], ...], Items()] = COMPONENTS
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    steps: int = 100_000
-    batch_size: int = 64
-    learning_rate: float = 1e-4
+    steps: Count = 100_000
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-4
 
     def __post_init__(self) -> None:
-        check_components(self.anomalies)
+        super().__post_init__()
+        check_network(self, "window", time_embedding=True)
+        if any(side > extent for side, extent in zip(self.window, self.field_of_view, strict=True)):
+            raise invalid(self, "window", f"no larger than 'field_of_view', {self.field_of_view}")
+        if self.stride > min(self.window):
+            raise invalid(self, "stride", f"at most {min(self.window)}, the shorter side of 'window'")
+        if not set(self.anomalies) & set(SHAPES) or not set(self.anomalies) & {"texture", "bias"}:
+            raise invalid(self, "anomalies", f"at least one of {', '.join(SHAPES)} and one of texture, bias")
 
 
 def severity_table() -> Tensor:

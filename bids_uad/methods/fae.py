@@ -8,21 +8,25 @@ in their structure.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, Interval, Positive
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector, stacked
-from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
 
+STRIDE = 4  # of the finest map; the kernels of the decoder are laid out for its 56 x 56 pixels
+WindowSide = Annotated[int, Interval(1, 55, odd=True)]
+
 
 @dataclass(frozen=True)
-class FAEHyper:
+class FAEHyper(Constrained):
     """Hyper-parameters of FAE.
 
     Parameters
@@ -39,13 +43,17 @@ class FAEHyper:
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(name="resnet18", taps=(0, 1, 2)))
-    widths: tuple[int, int, int, int] = (100, 150, 200, 300)
-    dropout: float = 0.1
-    training_window: int = 11
-    scoring_window: int = 11
-    steps: int = 20_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    widths: tuple[Count, Count, Count, Count] = (100, 150, 200, 300)
+    dropout: Annotated[float, Interval(0, 1, closed="left")] = 0.1
+    training_window: WindowSide = 11
+    scoring_window: WindowSide = 11
+    steps: Count = 20_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_maps(self, 0, finest=STRIDE)
 
 
 class FeatureAutoencoder(nn.Sequential):

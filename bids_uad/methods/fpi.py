@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FitStage, GradientStage, Stage
+from bids_uad.constraints import Constrained, Count, CountOrZero, NonNegative, Positive, Probability
+from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FieldOfView, FitStage, GradientStage, Stage
 from bids_uad.methods.intensity import fluid_polarity
 from bids_uad.networks.blemishes import BlemishConfig, paint_blemishes
 from bids_uad.networks.corruptions import AugmentationConfig, cut_windows, vary_intensity
-from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
 from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
@@ -35,7 +36,7 @@ AUGMENTATION = AugmentationConfig(spatial=0.5, zoom=(0.85, 1.15), shift=0.05, ba
 
 
 @dataclass(frozen=True)
-class Course:
+class Course(Constrained):
     """A course of training: what is shown, and for how long.
 
     Parameters
@@ -53,14 +54,14 @@ class Course:
     """
 
     blemish: BlemishConfig = field(default_factory=BlemishConfig)
-    small_weight: float = 1.0
-    iron: float = 0.0
-    flow: float = 0.0
-    remnants: float = 0.0
-    cut: float = 0.0
-    steps: int = 0
-    batch_size: int = 8
-    learning_rate: float = 1e-3
+    small_weight: NonNegative = 1.0
+    iron: Probability = 0.0
+    flow: Probability = 0.0
+    remnants: Probability = 0.0
+    cut: Probability = 0.0
+    steps: CountOrZero = 0
+    batch_size: Count = 8
+    learning_rate: Positive = 1e-3
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,23 @@ class FPIHyper(Course):
         learns the hardest last.
     """
 
-    network: DDPMppConfig = field(default_factory=lambda: LITE_NETWORK)
-    field_of_view: tuple[int, int] = BRAIN_FIELD
+    network: DDPMppConfig = field(default_factory=lambda: replace(LITE_NETWORK, time_embedding=False))
+    field_of_view: FieldOfView = BRAIN_FIELD
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    visible: float = 0.15
-    soiled: float = 0.0
-    swollen: float = 0.0
-    mottled: float = 0.0
-    depth: float = 0.0
+    visible: Positive = 0.15
+    soiled: Probability = 0.0
+    swollen: Probability = 0.0
+    mottled: NonNegative = 0.0
+    depth: NonNegative = 0.0
     second: Course = field(default_factory=Course)
     third: Course = field(default_factory=Course)
     fourth: Course = field(default_factory=Course)
-    steps: int = 3_000
-    learning_rate: float = 2e-3
+    steps: Count = 3_000
+    learning_rate: Positive = 2e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self, "field_of_view", time_embedding=False)
 
 
 class FPI(Detector):

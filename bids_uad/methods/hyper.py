@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
+from bids_uad.constraints import check_parameters
+
 
 def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
     """Rebuild a (nested) hyper-parameter dataclass.
@@ -25,8 +27,8 @@ def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
     Raises
     ------
     ValueError
-        If a value is unknown, or one without a default is missing. The default of an option stands for what
-        was done before it came, which is what older bundles mean.
+        If a name is unknown, one without a default is missing, or a value is not allowed. The default of an
+        option stands for what was done before it came, which is what older bundles mean.
     """
     hints = get_type_hints(kind)
     names = {entry.name for entry in fields(kind)}
@@ -38,11 +40,13 @@ def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
         raise ValueError(f"hyper-parameters of {kind.__name__} do not match: {', '.join(odd)}")
 
     def rebuilt(name: str, value: Any) -> Any:
-        if is_dataclass(hints[name]):
+        if is_dataclass(hints[name]) and isinstance(value, dict):
             return hyper_from_values(hints[name], value)
         return tuple(value) if isinstance(value, list) else value
 
-    return kind(**{name: rebuilt(name, value) for name, value in values.items()})
+    hyper = kind(**{name: rebuilt(name, value) for name, value in values.items()})
+    check_parameters(hyper)
+    return hyper
 
 
 def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
@@ -62,7 +66,7 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
     Raises
     ------
     ValueError
-        If there is no such hyper-parameter, or the value is of another type.
+        If there is no such hyper-parameter, or the value is not allowed.
     """
     plain = {
         entry.name: getattr(hyper, entry.name)
@@ -78,15 +82,14 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
             value = json.loads(text)
         except ValueError:
             value = text
-        now = plain[name]
-        if isinstance(now, tuple) and isinstance(value, list):
+        if isinstance(value, list):
             value = tuple(value)
-        if isinstance(now, float) and type(value) is int:
+        if isinstance(plain[name], float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(now):
-            raise ValueError(f"{name} is {now!r}, so {text!r} is of another type")
         found[name] = value
-    return replace(hyper, **found)
+    changed = replace(hyper, **found)
+    check_parameters(changed)
+    return changed
 
 
 def names_of(changes: Sequence[str]) -> list[str]:

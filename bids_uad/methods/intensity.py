@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from bids_uad.constraints import Constrained, Count
 from bids_uad.methods.base import Batch, Detector, FitStage, Stage
 from bids_uad.networks.keyed import SliceGenerator
 
@@ -38,10 +39,10 @@ def fluid_polarity(batches: Iterator[Batch]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IntensityHyper:
+class IntensityHyper(Constrained):
     """Hyper-parameters of the baseline: how many slices settle the polarity."""
 
-    slices: int = 256
+    slices: Count = 256
 
 
 class Intensity(Detector):

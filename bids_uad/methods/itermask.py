@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, Probability
 from bids_uad.methods.base import (
     BRAIN_FIELD,
     WHOLE_SLICE,
     Batch,
     Detector,
+    FieldOfView,
     FitStage,
     GradientStage,
     Stage,
 )
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.masks import clustered_squares
 from bids_uad.space import CROP
@@ -34,7 +36,7 @@ UNET = replace(NETWORK, norm="batch", time_embedding=False, rescale=False)
 
 
 @dataclass(frozen=True)
-class IterMaskHyper:
+class IterMaskHyper(Constrained):
     """Hyper-parameters of IterMask.
 
     Parameters
@@ -61,16 +63,20 @@ class IterMaskHyper:
     """
 
     network: DDPMppConfig = UNET
-    radius: float = 15.0
-    first_share: float = 0.6
-    masked_share: float = 0.2
-    least_shrinkage: float = 0.1
+    radius: NonNegative = 15.0
+    first_share: Annotated[float, Interval(0, 1, closed="right")] = 0.6
+    masked_share: Probability = 0.2
+    least_shrinkage: Probability = 0.1
     whole_brain: bool = False
-    field_of_view: tuple[int, int] = BRAIN_FIELD
-    threshold_slices: int = 2_000
-    steps: int = 100_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    field_of_view: FieldOfView = BRAIN_FIELD
+    threshold_slices: Count = 2_000
+    steps: Count = 100_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self, "field_of_view", time_embedding=False)
 
 
 def frequency_condition(images: Tensor, radius: float) -> Tensor:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, OneOf, invalid
 from bids_uad.methods.base import Batch, FitStage, Stage
 from bids_uad.methods.features import FeatureDetector
-from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.coreset import farthest_points
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.patches import pooled_descriptors, published_descriptors
 
 
 @dataclass(frozen=True)
-class PatchCoreHyper:
+class PatchCoreHyper(Constrained):
     """Hyper-parameters of PatchCore.
 
     Parameters
@@ -43,24 +44,37 @@ class PatchCoreHyper:
     candidates : int
         Descriptors the coreset is chosen from.
     projection : int
-        Random dimensions in which it is chosen; 0 keeps all.
+        Dimensions of the random projection in which the coreset is chosen; 0 keeps all channels of the
+        descriptors.
     bank : int
-        Descriptors kept.
+        Descriptors kept, at most `candidates`.
     bank_slices : int
         Slices the candidates are drawn from.
+
+    Raises
+    ------
+    InvalidParameterError
+        If a value is not allowed, the backbone does not give two maps that fit, or `bank` exceeds
+        `candidates`.
     """
 
     backbone: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
     )
-    descriptor: str = "published"
-    neighbourhood: int = 5
+    descriptor: Annotated[str, OneOf("published", "pooled")] = "published"
+    neighbourhood: Annotated[int, Interval(1, 27, odd=True)] = 5
     squared: bool = False
     every_place: bool = False
-    candidates: int = 200_000
-    projection: int = 128
-    bank: int = 10_000
-    bank_slices: int = 20_000
+    candidates: Count = 200_000
+    projection: CountOrZero = 128
+    bank: Count = 10_000
+    bank_slices: Count = 20_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_maps(self, 2, halving=True, doubling=self.descriptor == "published")
+        if self.bank > self.candidates:
+            raise invalid(self, "bank", f"at most 'candidates', {self.candidates}")
 
 
 class PatchCore(FeatureDetector):
@@ -86,7 +100,6 @@ class PatchCore(FeatureDetector):
             descriptor="pooled",
             neighbourhood=3,
             candidates=60_000,
-            projection=0,
             bank=4_096,
             bank_slices=3_000,
         ),

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, Positive
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector
-from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.keyed import SliceGenerator
 
 
 @dataclass(frozen=True)
-class RDHyper:
+class RDHyper(Constrained):
     """Hyper-parameters of RD.
 
     Parameters
@@ -39,11 +40,15 @@ class RDHyper:
     backbone: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3))
     )
-    embedding_blocks: int = 3
-    student_blocks: tuple[int, int, int] = (3, 4, 6)
-    steps: int = 25_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    embedding_blocks: Count = 3
+    student_blocks: tuple[Count, Count, Count] = (3, 4, 6)
+    steps: Count = 25_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_maps(self, 3, halving=True, doubling=True)
 
 
 def _halving(inputs: int, outputs: int) -> nn.Sequential:

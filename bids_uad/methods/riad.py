@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig
+from bids_uad.constraints import Constrained, Count, Interval, Items, Positive, invalid
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import gms_maps, ssim_map
+from bids_uad.space import CROP
+
+SMALLEST_FIELD = 24  # pixels; what is left of it after three halvings still has a gradient
 
 INPAINTING = replace(NETWORK, blocks=(1, 1, 1, 2, 3, 2), time_embedding=False, rescale=False)
 
 
 @dataclass(frozen=True)
-class RIADHyper:
+class RIADHyper(Constrained):
     """Hyper-parameters of RIAD.
 
     Parameters
@@ -44,13 +48,19 @@ class RIADHyper:
     """
 
     network: DDPMppConfig = INPAINTING
-    cells: tuple[int, ...] = (8, 16, 28, 32)
-    parts: int = 5
+    cells: Annotated[tuple[Annotated[int, Interval(1, CROP)], ...], Items()] = (8, 16, 28, 32)
+    parts: Annotated[int, Interval(2)] = 5
     weigh_by_cells: bool = False
-    field_of_view: tuple[int, int] = BRAIN_FIELD
-    steps: int = 100_000
-    batch_size: int = 16
-    learning_rate: float = 5e-5
+    field_of_view: FieldOfView = BRAIN_FIELD
+    steps: Count = 100_000
+    batch_size: Count = 16
+    learning_rate: Positive = 5e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self, "field_of_view", time_embedding=False)
+        if min(self.field_of_view) < SMALLEST_FIELD:
+            raise invalid(self, "field_of_view", f"at least {SMALLEST_FIELD} pixels high and wide")
 
 
 def cell_parts(uniform: Tensor, parts: int, side: int) -> Tensor:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, invalid
 from bids_uad.methods.base import Batch, GradientStage, Stage
 from bids_uad.methods.features import FeatureDetector, stacked
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.space import CROP
 
 
 @dataclass(frozen=True)
-class UniADHyper:
+class UniADHyper(Constrained):
     """Hyper-parameters of UniAD.
 
     Parameters
@@ -46,17 +48,27 @@ class UniADHyper:
     backbone: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(name="efficientnet_b4", taps=(0, 1, 2, 3))
     )
-    grid: int = 14
-    width: int = 256
-    heads: int = 8
-    hidden: int = 1024
-    layers: int = 4
-    blind: int = 7
-    dropout: float = 0.1
-    jitter: float = 5.0
-    steps: int = 30_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
+    grid: Annotated[int, Interval(2, CROP)] = 14
+    width: Count = 256
+    heads: Count = 8
+    hidden: Count = 1024
+    layers: Count = 4
+    blind: Annotated[int, Interval(1, odd=True)] = 7
+    dropout: Annotated[float, Interval(0, 1, closed="left")] = 0.1
+    jitter: NonNegative = 5.0
+    steps: Count = 30_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 2 or self.width % self.heads:
+            raise invalid(self, "width", f"an even multiple of 'heads', {self.heads}")
+        if self.blind // 2 >= self.grid // 2:
+            # A token in the middle of the grid would see no other, and its softmax would have no terms.
+            raise invalid(
+                self, "blind", f"at most {2 * (self.grid // 2) - 1} on a grid of {self.grid} x {self.grid}"
+            )
 
 
 def neighbourhoods(grid: int, side: int) -> Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, Positive, invalid
 from bids_uad.networks.corruptions import AnomalyConfig, AugmentationConfig
 from bids_uad.networks.efficientnet import EfficientNetB4
 from bids_uad.networks.resnet import resnet18, wide_resnet50_2
 from bids_uad.networks.tissuenet import TissueNet
+from bids_uad.space import SliceSide
 
 MRI = "mri"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,22 +26,24 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class _Published:
-    """A network of the ImageNet challenge: how it is built, its depth, and the channels of its maps."""
+    """A network of the ImageNet challenge: how it is built, its depth, channels and strides of its maps."""
 
     build: Callable[[int], nn.Module]
     stages: int
     channels: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 _IMAGENET = {
-    "resnet18": _Published(resnet18, 2, (64, 64, 128)),
-    "wide_resnet50_2": _Published(wide_resnet50_2, 3, (64, 256, 512, 1024)),
-    "efficientnet_b4": _Published(EfficientNetB4, 4, (24, 32, 56, 112)),
+    "resnet18": _Published(resnet18, 2, (64, 64, 128), (4, 4, 8)),
+    "wide_resnet50_2": _Published(wide_resnet50_2, 3, (64, 256, 512, 1024), (4, 4, 8, 16)),
+    "efficientnet_b4": _Published(EfficientNetB4, 4, (24, 32, 56, 112), (2, 4, 8, 16)),
 }
+_MRI_STRIDES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Constrained):
     """Which features a detector looks at.
 
     Parameters
@@ -62,23 +68,36 @@ class BackboneConfig:
         Height and width in pixels of the windows it learns from.
     steps, batch_size, learning_rate
         Its training schedule.
+
+    Raises
+    ------
+    InvalidParameterError
+        If a value is not allowed, the network has no such map, or the window cannot be halved three times.
     """
 
-    name: str = MRI
-    taps: tuple[int, ...] = (1, 2)
+    name: Annotated[str, OneOf(MRI, *_IMAGENET)] = MRI
+    taps: Annotated[tuple[CountOrZero, ...], Items(1, "strictly")] = (1, 2)
     normalise: bool = True
-    classes: int = 7
-    widths: tuple[int, int, int, int] = (8, 24, 48, 96)
+    classes: Annotated[int, Interval(3)] = 7
+    widths: tuple[Count, Count, Count, Count] = (8, 24, 48, 96)
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(spatial=0.3, zoom=(0.85, 1.15), intensity=0.25)
     )
     anomaly: AnomalyConfig = field(
         default_factory=lambda: AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4)
     )
-    window: tuple[int, int] = (160, 192)
-    steps: int = 600
-    batch_size: int = 8
-    learning_rate: float = 2e-3
+    window: tuple[SliceSide, SliceSide] = (160, 192)
+    steps: Count = 600
+    batch_size: Count = 8
+    learning_rate: Positive = 2e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        maps = len(self._available("strides"))
+        if self.taps[-1] >= maps:
+            raise invalid(self, "taps", f"in the range [0, {maps - 1}], the maps of {self.name!r}")
+        if any(side % _MRI_STRIDES[-1] for side in self.window):
+            raise invalid(self, "window", f"divisible by {_MRI_STRIDES[-1]}")
 
     @property
     def pretrained(self) -> bool:
@@ -92,8 +111,56 @@ class BackboneConfig:
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of the maps that are taken."""
-        available = _IMAGENET[self.name].channels if self.pretrained else self.widths[1:]
+        available = self._available("channels")
         return tuple(available[tap] for tap in self.taps)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """How many pixels of a slice a pixel of each map that is taken spans, along a side."""
+        available = self._available("strides")
+        return tuple(available[tap] for tap in self.taps)
+
+    def _available(self, what: str) -> tuple[int, ...]:
+        """Return channels or strides of all maps of the network."""
+        if self.pretrained:
+            return getattr(_IMAGENET[self.name], what)
+        return {"channels": self.widths[1:], "strides": _MRI_STRIDES}[what]
+
+
+def check_maps(
+    hyper: Any, number: int, *, halving: bool = False, doubling: bool = False, finest: int | None = None
+) -> None:
+    """Refuse hyper-parameters whose `backbone` gives other maps than their detector can use.
+
+    Parameters
+    ----------
+    hyper : dataclass instance
+        Has a field `backbone`, a :class:`BackboneConfig`.
+    number : int
+        How many maps are needed; 0 allows any number.
+    halving : bool, default=False
+        Whether each map must be half as fine as the one before.
+    doubling : bool, default=False
+        Whether each map must have twice the channels of the one before.
+    finest : int, optional
+        Stride of the first map, in pixels; any by default.
+
+    Raises
+    ------
+    InvalidParameterError
+        If the maps are others.
+    """
+    backbone, owner = hyper.backbone, type(hyper).__name__
+    strides, channels = backbone.strides, backbone.channels
+    if number and len(strides) != number:
+        raise invalid(backbone, "taps", f"a tuple of {number} items in {owner}")
+    if finest is not None and strides[0] != finest:
+        raise invalid(backbone, "taps", f"such that the first map has a stride of {finest} pixels in {owner}")
+    if halving and any(2 * a != b for a, b in pairwise(strides)):
+        raise invalid(backbone, "taps", f"such that the size halves from map to map in {owner}")
+    if doubling and any(2 * a != b for a, b in pairwise(channels)):
+        name = "taps" if backbone.pretrained else "widths"
+        raise invalid(backbone, name, f"such that the channels double from map to map in {owner}")
 
 
 class ImageNetFeatures(nn.Module):

@@ -8,11 +8,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Items,
+    NonNegative,
+    PositiveRange,
+    Probability,
+)
 from bids_uad.networks.corruptions import (
     AnomalyConfig,
     gaussian_blur,
@@ -23,7 +32,7 @@ from bids_uad.networks.corruptions import (
 
 
 @dataclass(frozen=True)
-class BlemishConfig:
+class BlemishConfig(Constrained):
     """What blemishes look like.
 
     Parameters
@@ -53,18 +62,18 @@ class BlemishConfig:
         Of a lining, in pixels; thicker in some places, and missing in others.
     """
 
-    large: tuple[float, float] = (10.0, 90.0)
-    core: tuple[float, float] = (5.0, 40.0)
-    small: tuple[float, float] = (3.0, 16.0)
-    chance: tuple[float, float, float] = (0.6, 0.3, 0.5)
-    most_small: int = 4
-    wet: float = 0.75
-    texture: float = 0.2
-    opacity: tuple[float, float] = (0.15, 1.0)
-    blur: float = 3.0
-    in_white: float = 0.0
-    lining: float = 0.0
-    thickness: tuple[float, float] = (1.0, 6.0)
+    large: PositiveRange = (10.0, 90.0)
+    core: PositiveRange = (5.0, 40.0)
+    small: PositiveRange = (3.0, 16.0)
+    chance: tuple[Probability, Probability, Probability] = (0.6, 0.3, 0.5)
+    most_small: Count = 4
+    wet: Probability = 0.75
+    texture: Probability = 0.2
+    opacity: Annotated[tuple[Probability, Probability], Items(2, "weakly")] = (0.15, 1.0)
+    blur: NonNegative = 3.0
+    in_white: Probability = 0.0
+    lining: Probability = 0.0
+    thickness: PositiveRange = (1.0, 6.0)
 
 
 def smooth_field(batch: int, bumps: int, size: tuple[int, int], generator: Generator) -> Tensor:

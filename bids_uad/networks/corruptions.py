@@ -10,10 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    NonNegative,
+    OneOf,
+    PositiveRange,
+    Probability,
+)
 
 SHAPES = ("rectangle", "disc", "blobs")
 COMPONENTS = (*SHAPES, "texture", "bias", "blur")
@@ -21,7 +32,7 @@ COMPONENTS = (*SHAPES, "texture", "bias", "blur")
 
 
 @dataclass(frozen=True)
-class AnomalyConfig:
+class AnomalyConfig(Constrained):
     """What synthetic anomalies look like.
 
     Parameters
@@ -44,13 +55,13 @@ class AnomalyConfig:
         Pixels added to the mask when choosing which tissue classes the bias touches.
     """
 
-    size: tuple[float, float] = (10.0, 44.0)
+    size: PositiveRange = (10.0, 44.0)
     log_size: bool = False
-    max_shapes: int = 1
-    max_blur: float = 5.0
-    blur_probability: float = 0.7
-    matching: str = "minmax"
-    class_offset: float = 1000.0
+    max_shapes: Count = 1
+    max_blur: NonNegative = 5.0
+    blur_probability: Probability = 0.7
+    matching: Annotated[str, OneOf("minmax", "mean")] = "minmax"
+    class_offset: NonNegative = 1000.0
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
@@ -104,21 +115,6 @@ def random_centres(brain: Tensor, generator: Generator) -> Tensor:
     index = torch.searchsorted(rank, drawn)[:, 0]
     width = brain.shape[-1]
     return torch.stack([index // width, index % width], dim=1).float()
-
-
-def check_components(components: Sequence[str]) -> None:
-    """Refuse components of which no anomaly can be made.
-
-    Raises
-    ------
-    ValueError
-        If one is unknown, or there is no shape, or nothing to fill it with.
-    """
-    unknown = sorted(set(components) - set(COMPONENTS))
-    if unknown:
-        raise ValueError(f"no component {', '.join(unknown)} of anomalies; there are {', '.join(COMPONENTS)}")
-    if not set(components) & set(SHAPES) or not set(components) & {"texture", "bias"}:
-        raise ValueError(f"anomalies need one of {', '.join(SHAPES)}, and texture or bias")
 
 
 def random_shapes(
@@ -267,7 +263,7 @@ def paint_anomalies(
 
 
 @dataclass(frozen=True)
-class AugmentationConfig:
+class AugmentationConfig(Constrained):
     """How healthy slices are varied before they are corrupted.
 
     Parameters
@@ -287,12 +283,12 @@ class AugmentationConfig:
         Probability of each intensity change.
     """
 
-    spatial: float = 0.2
-    rotation: float = 15.0
-    zoom: tuple[float, float] = (0.75, 1.25)
-    shift: float = 0.25
+    spatial: Probability = 0.2
+    rotation: Annotated[float, Interval(0, 180)] = 15.0
+    zoom: PositiveRange = (0.75, 1.25)
+    shift: Annotated[float, Interval(0, 1)] = 0.25
     back_to_front: bool = True
-    intensity: float = 0.15
+    intensity: Probability = 0.15
 
 
 def cut_windows(

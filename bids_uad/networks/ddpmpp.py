@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, invalid
+
 
 @dataclass(frozen=True)
-class DDPMppConfig:
+class DDPMppConfig(Constrained):
     """Shape of a DDPM++ U-Net.
 
     Parameters
@@ -52,23 +55,58 @@ class DDPMppConfig:
     fold : int
         Fold squares of `fold` x `fold` pixels into channels at the input, and unfold at the output.
         1 is the published network; 2 makes the full resolution four times cheaper.
+
+    Raises
+    ------
+    InvalidParameterError
+        If a value is not allowed, or if number of levels, channels and attention heads do not fit together.
     """
 
-    size: int = 128
-    width: int = 64
-    multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
-    blocks: tuple[int, ...] = (1, 1, 2, 4, 2)
-    attention: tuple[int, ...] = (16, 8)
+    size: Count = 128
+    width: Count = 64
+    multipliers: Annotated[tuple[Count, ...], Items()] = (1, 2, 2, 4, 4)
+    blocks: tuple[CountOrZero, ...] = (1, 1, 2, 4, 2)
+    attention: tuple[Count, ...] = (16, 8)
     middle_attention: bool = True
-    head_width: int = 64
-    dropout: float = 0.1
-    dropout_at: int = 8
+    head_width: Count = 64
+    dropout: Annotated[float, Interval(0, 1, closed="left")] = 0.1
+    dropout_at: CountOrZero = 8
     rescale: bool = True
     time_embedding: bool = True
     causal: bool = False
     activate_second: bool = True
-    norm: str = "group"
-    fold: int = 1
+    norm: Annotated[str, OneOf("group", "batch")] = "group"
+    fold: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.blocks) != len(self.multipliers):
+            raise invalid(self, "blocks", f"of the length of 'multipliers', {len(self.multipliers)}")
+        if self.time_embedding and (self.width % 2 or self.width < 4):
+            raise invalid(self, "width", "an even int in the range [4, inf) if 'time_embedding' is True")
+        for channels in self.attended_channels:
+            if channels % self.head_width:
+                raise invalid(
+                    self,
+                    "head_width",
+                    f"a divisor of the {channels} channels of each attention",
+                )
+
+    @property
+    def divisor(self) -> int:
+        """What height and width of an input must be divisible by."""
+        return self.fold * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def attended_channels(self) -> list[int]:
+        """Channels of each level with attention, the bottleneck last."""
+        widths = [self.width * multiplier for multiplier in self.multipliers]
+        levels = [
+            channels
+            for level, channels in enumerate(widths)
+            if self.size // self.fold // 2**level in self.attention
+        ]
+        return levels + widths[-1:] * self.middle_attention
 
 
 # What ANDi has; partial diffusion, RIAD and IterMask vary it.
@@ -92,6 +130,32 @@ LITE_NETWORK = DDPMppConfig(
     dropout=0.0,
     fold=4,
 )
+
+
+def check_network(hyper: Any, size: str, *, time_embedding: bool) -> None:
+    """Refuse hyper-parameters whose `network` cannot process the input of their detector.
+
+    Parameters
+    ----------
+    hyper : dataclass instance
+        Has a field `network`, a :class:`DDPMppConfig`.
+    size : str
+        Name of the field with height and width of the input, in pixels.
+    time_embedding : bool
+        Whether the detector conditions its network on a time label.
+
+    Raises
+    ------
+    InvalidParameterError
+        If the network has a time embedding that it does not need or lacks one that it needs, or if the input
+        cannot be halved as often as the network does.
+    """
+    network = hyper.network
+    if network.time_embedding != time_embedding:
+        raise invalid(network, "time_embedding", f"{time_embedding} in {type(hyper).__name__}")
+    if any(side % network.divisor for side in getattr(hyper, size)):
+        allowed = f"divisible by {network.divisor} (levels and 'fold' of its network)"
+        raise invalid(hyper, size, allowed)
 
 
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from scipy import ndimage
 
+from bids_uad.constraints import Constrained, Count, Interval, Items, NonNegative, invalid
 from bids_uad.preprocessing.antspy import load_ants, to_ants
 from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.resampling import isotropic, resample
@@ -70,7 +72,7 @@ class Volume:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Constrained):
     """Resolution levels of a linear registration, coarse to fine.
 
     Attributes
@@ -81,10 +83,16 @@ class Schedule:
         Share of the voxels at which the metric looks.
     """
 
-    iterations: tuple[int, ...] = (500, 250, 100)
-    shrink_factors: tuple[int, ...] = (4, 2, 1)
-    smoothing_sigmas: tuple[float, ...] = (2, 1, 0)
-    sampling_rate: float = 0.3
+    iterations: Annotated[tuple[Count, ...], Items()] = (500, 250, 100)
+    shrink_factors: tuple[Count, ...] = (4, 2, 1)
+    smoothing_sigmas: tuple[NonNegative, ...] = (2, 1, 0)
+    sampling_rate: Annotated[float, Interval(0, 1, closed="right")] = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shrink_factors", "smoothing_sigmas"):
+            if len(getattr(self, name)) != len(self.iterations):
+                raise invalid(self, name, f"of the length of 'iterations', {len(self.iterations)}")
 
 
 FULL = Schedule()

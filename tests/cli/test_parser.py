@@ -4,6 +4,7 @@ import pytest
 
 from bids_uad.cli.parser import build_parser, parse_args, parse_folders
 from bids_uad.config import RunConfig
+from bids_uad.constraints import annotations, is_constrained
 from bids_uad.errors import ConfigError
 
 
@@ -195,9 +196,17 @@ def test_command_line_wins_over_the_configuration_file(parse, tmp_path):
     [
         ("nprocs = ", "not valid TOML"),
         ("n_procs = 3", "unknown key"),
-        ('nprocs = "3"', "wrong kind"),
-        ("nprocs = true", "wrong kind"),
-        ("models = 'a'", "wrong kind"),
+        ('nprocs = "3"', r"The 'nprocs' key of the configuration file must be an int .* Got '3' instead"),
+        ("nprocs = true", "Got True instead"),
+        ("models = 'a'", "The 'models' key of the configuration file must be a tuple .* Got 'a' instead"),
+        ("nprocs = 0", "Got 0 instead"),
+        ("mem_gb = nan", "'mem_gb' key .* Got nan instead"),
+        ("modalities = ['FLAIR']", r"one of \{'T1w', 'T2w'\}, ...\).* Got \['FLAIR'\] instead"),
+        ("random_seed = -1", "Got -1 instead"),
+        ("train_fraction = 1.5", r"in the range \(0, 1\]. Got 1.5 instead"),
+        ("brain_extraction = 'bet'", "Got 'bet' instead"),
+        ("atlas_dir = 3", "must be a path or None. Got 3 instead"),
+        ("experiments = {a = 3}", "'experiments' key .* Got {'a': 3} instead"),
     ],
 )
 def test_bad_configuration_files_are_refused(parse, tmp_path, text, message):
@@ -214,3 +223,68 @@ def test_cohorts_and_strata(parse, tmp_path):
     assert config.strata == ("sex", "age", "scanner", "scanner_seen", "lesion load")
     config = parse("--cohort", "site", "--strata", "Manufacturer", "age", levels=("group",))
     assert (config.cohort, config.strata) == ("site", ("Manufacturer", "age"))
+
+
+# Values that are not allowed, of each field whose type alone does not say what is.
+ILLEGAL = {
+    "levels": [(), ("session",), "group"],
+    "participants": [("sub-01",), ("",), "01"],
+    "sessions": [("a_b",)],
+    "derivatives": [{"": Path("x")}, {"a": "x"}, ()],
+    "modalities": [(), ("FLAIR",)],
+    "models": [("",), "all"],
+    "deviations": [("normal",)],
+    "brain_extraction": ["bet", None],
+    "device": ["gpu", "cuda:x", "cuda:"],
+    "precision": ["fp16", None],
+    "batch_size": [0, 2.0],
+    "random_seed": [-1, 2**32, None],
+    "nprocs": [0, -1, None],
+    "omp_nthreads": [0],
+    "mem_gb": [0.0, float("nan"), float("inf")],
+    "n_gpu_procs": [0],
+    "verbosity": [-1],
+    "detector": [""],
+    "preset": ["", None],
+    "modality": ["FLAIR"],
+    "steps": [0],
+    "hyper": [("",)],
+    "experiments": [{"a": None}],
+    "cohort": [""],
+    "strata": [("",), "age"],
+    "train_fraction": [0.0, 1.5],
+    "synthetic": [-1],
+    "label_maps": [("",)],
+    "num_devices": [0],
+    "num_nodes": [0],
+    "run_id": [""],
+}
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_run_config_refuses_values_that_are_not_allowed(name):
+    plain = {
+        "bids_dir": Path("x"),
+        "output_dir": Path("y"),
+        "levels": ("participant",),
+        "work_dir": Path("w"),
+    }
+    for value in ILLEGAL[name]:
+        with pytest.raises(ConfigError, match=f"^The {name!r} parameter of RunConfig must be ") as refused:
+            RunConfig(**{**plain, name: value})
+        assert str(refused.value).endswith(f" Got {value!r} instead.")
+
+
+def test_run_config_has_a_constraint_for_every_field():
+    kinds = annotations(RunConfig)
+    assert [name for name, annotation in kinds.items() if not is_constrained(annotation)] == []
+    assert {name for name, annotation in kinds.items() if annotation not in (Path, Path | None, bool)} == set(
+        ILLEGAL
+    )
+
+
+def test_a_seed_that_no_generator_takes_is_refused_in_one_line(parse):
+    with pytest.raises(
+        ConfigError, match=r"'random_seed' .* in the range \[0, 4294967295\]\. Got -1 instead"
+    ):
+        parse("--random-seed", "-1")

@@ -136,6 +136,57 @@ def test_unknown_hyper_parameters_are_refused(folder):
         load_detector(load_bundle(folder))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"neighbourhood": 4},
+            "'neighbourhood' parameter of PatchCoreHyper must be an odd int .* Got 4 instead",
+        ),
+        ({"descriptor": "poold"}, "'descriptor' parameter of PatchCoreHyper must be one of .* Got 'poold'"),
+        ({"bank": 100_000}, "'bank' parameter of PatchCoreHyper must be at most 'candidates'"),
+        ({"backbone": {"name": "vgg"}}, "'name' parameter of BackboneConfig must be one of .* Got 'vgg'"),
+        ({"backbone": 3}, "'backbone' parameter of PatchCoreHyper must be an instance of .* Got 3"),
+    ],
+)
+def test_hyper_parameters_that_are_not_allowed_are_refused_before_anything_is_done(folder, changes, words):
+    values = json.loads((folder / "bundle.json").read_text())["hyper"]
+    edit(folder / "bundle.json", hyper={**values, **changes})
+    with pytest.raises(ModelError, match=words) as refused:
+        resolve_bundles([str(folder)], ["T1w"])
+    assert str(refused.value).startswith(f"model bundle {folder}: ")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ModelError, match=words):
+        load_detector(load_bundle(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("bundle.json", {"modality": "FLAIR"}, r"'modality' entry of bundle.json .* Got 'FLAIR'"),
+        ("bundle.json", {"detector": 3}, "'detector' entry of bundle.json must be a str. Got 3"),
+        ("bundle.json", {"hyper": []}, r"'hyper' entry of bundle.json must be a dict .* Got \[\]"),
+        ("bundle.json", {"sha256": {}}, r"bundle.json lacks weights.safetensors in 'sha256'"),
+        ("calibration.json", {"thresholds": {"x": "high"}}, "'thresholds' entry .* must be a dict"),
+        ("calibration.json", {"default_threshold": "y"}, "'default_threshold' entry .* one of .* Got 'y'"),
+        ("calibration.json", {"bin_edges": [0.0, 2.0, 1.0]}, "'bin_edges' entry .* strictly ascending"),
+        ("calibration.json", {"normative": {}}, "calibration.json lacks .* in 'normative'"),
+    ],
+)  # fmt: skip
+def test_entries_that_are_not_allowed_are_refused_by_name(folder, name, changes, words):
+    edit(folder / name, **changes)
+    with pytest.raises(ModelError, match=words) as refused:
+        load_bundle(folder)
+    assert str(refused.value).startswith(f"model bundle {folder}: ")
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "calibration.json"])
+def test_json_that_is_no_object_is_refused(folder, name):
+    (folder / name).write_text("[1]")
+    with pytest.raises(ModelError, match=f"{name} holds no JSON object"):
+        load_bundle(folder)
+
+
 def test_broken_json_is_refused(folder):
     (folder / "bundle.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):

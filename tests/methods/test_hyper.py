@@ -1,14 +1,399 @@
-"""Hyper-parameters that a user changes."""
+"""Hyper-parameters: what is allowed, and what a user changes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import pytest
+import torch
 
-from bids_uad.methods.andi import ANDi
-from bids_uad.methods.disyre import Disyre
+from bids_uad.constraints import Constrained, annotations, describe, is_constrained
+from bids_uad.engine.execution import Execution
+from bids_uad.engine.protocol import CORRECTED, Protocol
+from bids_uad.engine.training import Schedule
+from bids_uad.methods.andi import ANDi, ANDiHyper
+from bids_uad.methods.base import Batch, FitStage, GradientStage
+from bids_uad.methods.ddpmpp import PartialDiffusionHyper
+from bids_uad.methods.disyre import Disyre, DisyreHyper
+from bids_uad.methods.fae import FAEHyper
+from bids_uad.methods.fpi import Course, FPIHyper
 from bids_uad.methods.hyper import change_hyper, hyper_from_values
+from bids_uad.methods.intensity import IntensityHyper
+from bids_uad.methods.itermask import IterMaskHyper
+from bids_uad.methods.patchcore import PatchCoreHyper
+from bids_uad.methods.rd import RDHyper
+from bids_uad.methods.registry import DETECTORS, build_detector
+from bids_uad.methods.riad import RIADHyper
+from bids_uad.methods.uniad import UniADHyper
+from bids_uad.networks.backbones import BackboneConfig, build_backbone
+from bids_uad.networks.blemishes import BlemishConfig
+from bids_uad.networks.corruptions import AnomalyConfig, AugmentationConfig
+from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.preprocessing.registration import Schedule as RegistrationSchedule
+
+NAN, INF = float("nan"), float("inf")
+
+# Values that are not allowed, of each field of each class.
+SCHEDULE = {"steps": [0, 2.5], "batch_size": [0, -8], "learning_rate": [0.0, -1e-3, NAN]}
+COURSE = {
+    "blemish": [None, {}],
+    "small_weight": [-1.0, NAN],
+    "iron": [-0.1, 1.1],
+    "flow": [-0.1, 1.1],
+    "remnants": [-0.1, 1.1],
+    "cut": [-0.1, 1.1],
+    "steps": [-1, 0.5],
+    "batch_size": [0],
+    "learning_rate": [0.0, INF],
+}
+FIELD = [(160,), (0, 192), (160, 240), (160.0, 192.0), 160]
+ILLEGAL: dict[type, dict[str, list[Any]]] = {
+    DDPMppConfig: {
+        "size": [0, 128.0],
+        "width": [0, -4],
+        "multipliers": [(), (1, 0), [1, 2]],
+        "blocks": [(1, -1, 1, 1, 1), 3],
+        "attention": [(0,), 16],
+        "middle_attention": [1, "yes"],
+        "head_width": [0],
+        "dropout": [-0.1, 1.0, NAN],
+        "dropout_at": [-1, 8.0],
+        "rescale": [None],
+        "time_embedding": ["true"],
+        "causal": [0],
+        "activate_second": [None],
+        "norm": ["layer", "Group", None],
+        "fold": [0, 2.0],
+    },
+    AnomalyConfig: {
+        "size": [(0.0, 44.0), (44.0, 10.0), (10.0,)],
+        "log_size": ["no"],
+        "max_shapes": [0],
+        "max_blur": [-1.0, INF],
+        "blur_probability": [-0.1, 1.2],
+        "matching": ["min-max", "median"],
+        "class_offset": [-1.0],
+    },
+    AugmentationConfig: {
+        "spatial": [1.5],
+        "rotation": [-15.0, 181.0],
+        "zoom": [(0.0, 1.0), (1.2, 0.8), 1.0],
+        "shift": [-0.1, 1.1],
+        "back_to_front": [None],
+        "intensity": [-0.15],
+    },
+    BlemishConfig: {
+        "large": [(0.0, 90.0), (90.0, 10.0)],
+        "core": [(40.0, 5.0)],
+        "small": [(-2.0, 16.0), (3.0, INF)],
+        "chance": [(0.6, 0.3), (0.6, 0.3, 1.5), 0.5],
+        "most_small": [0],
+        "wet": [1.01, NAN],
+        "texture": [-0.2],
+        "opacity": [(0.15, 1.5), (1.0, 0.15)],
+        "blur": [-3.0],
+        "in_white": [2],
+        "lining": [-0.4],
+        "thickness": [(0.0, 6.0), (6.0, 1.0)],
+    },
+    BackboneConfig: {
+        "name": ["resnet50", "MRI"],
+        "taps": [(), (2, 1), (1, 1), (-1, 2), (0, 3), [1, 2]],
+        "normalise": [1],
+        "classes": [2],
+        "widths": [(8, 24, 48), (8, 24, 48, 0)],
+        "augmentation": [None],
+        "anomaly": [{}],
+        "window": [(160, 190), *FIELD],
+        **SCHEDULE,
+    },
+    ANDiHyper: {
+        "network": [None],
+        "time_scale": [0.0, -1000.0],
+        "discount": [-0.9, NAN],
+        "published_noise": ["published"],
+        "stride": [0, 101, 2.0],
+        "field_of_view": [(160, 190), *FIELD],
+        "residual_floor": [-1e-8],
+        **SCHEDULE,
+    },
+    PartialDiffusionHyper: {
+        "network": [None],
+        "time_scale": [0.0],
+        "discount": [-1.0],
+        "start": [0.0, 1.5],
+        "denoising_steps": [0],
+        "field_of_view": FIELD,
+        **SCHEDULE,
+    },
+    IterMaskHyper: {
+        "network": [None],
+        "radius": [-15.0],
+        "first_share": [0.0, 1.1],
+        "masked_share": [-0.2, 1.1],
+        "least_shrinkage": [-0.1, 2.0],
+        "whole_brain": ["brain"],
+        "field_of_view": FIELD,
+        "threshold_slices": [0],
+        **SCHEDULE,
+    },
+    DisyreHyper: {
+        "network": [None],
+        "window": [(128, 120), (192, 192), *FIELD],
+        "stride": [0, 129],
+        "field_of_view": [(112, 128), *FIELD],
+        "labels": [(), (100,), (-1,), (49.0,)],
+        "foreground_weighting": [None],
+        "predict_change": ["change"],
+        "codebook_size": [0],
+        "anomaly": [None],
+        "anomalies": [(), ("rectangle", "haze"), ("texture", "bias"), ("disc", "blur"), "disc"],
+        "augmentation": [None],
+        **SCHEDULE,
+    },
+    RIADHyper: {
+        "network": [None],
+        "cells": [(), (0, 16), (225,), 8],
+        "parts": [0, 1],
+        "weigh_by_cells": [None],
+        "field_of_view": FIELD,
+        **SCHEDULE,
+    },
+    UniADHyper: {
+        "backbone": [None],
+        "grid": [1, 225],
+        "width": [0, 250, 257],
+        "heads": [0, 7],
+        "hidden": [0],
+        "layers": [0],
+        "blind": [0, 6, 15],
+        "dropout": [1.0, -0.1],
+        "jitter": [-5.0],
+        **SCHEDULE,
+    },
+    RDHyper: {
+        "backbone": [None],
+        "embedding_blocks": [0],
+        "student_blocks": [(3, 4), (3, 0, 6)],
+        **SCHEDULE,
+    },
+    PatchCoreHyper: {
+        "backbone": [None],
+        "descriptor": ["poold", "Pooled", ""],
+        "neighbourhood": [0, 4, 29],
+        "squared": ["yes"],
+        "every_place": [1.0],
+        "candidates": [0],
+        "projection": [-1, 0.5],
+        "bank": [0, 200_001],
+        "bank_slices": [0],
+    },
+    FAEHyper: {
+        "backbone": [None],
+        "widths": [(100, 150, 200), (100, 150, 200, 0)],
+        "dropout": [1.0],
+        "training_window": [0, 10, 57],
+        "scoring_window": [-11, 4],
+        **SCHEDULE,
+    },
+    Course: COURSE,
+    FPIHyper: {
+        **COURSE,
+        "network": [None],
+        "field_of_view": [(162, 192), *FIELD],
+        "augmentation": [None],
+        "visible": [0.0, -0.15],
+        "soiled": [1.1],
+        "swollen": [-0.6],
+        "mottled": [-0.06],
+        "depth": [-2.0, INF],
+        "second": [None],
+        "third": ["third"],
+        "fourth": [{}],
+        "steps": [0],
+    },
+    IntensityHyper: {"slices": [0, 2.0]},
+}
+OTHERS = {
+    Schedule: {"seed": [-1, 2**32, None], "steps": [0], "batch_size": [0], "precision": ["fp16", "auto"]},
+    Execution: {"precision": ["auto", "half"], "batch_size": [0], "compiled": [None]},
+    Protocol: {"scaling": [None], "filtering": ["", None], "published": [1]},
+    GradientStage: {
+        "name": [None],
+        "module": [None],
+        "loss": ["mse"],
+        "needs_tissue": [None],
+        **SCHEDULE,
+    },
+    FitStage: {"name": [None], "fit": [None], "slices": [0], "batch_size": [0]},
+    RegistrationSchedule: {
+        "iterations": [(), (0,), 5],
+        "shrink_factors": [(4, 2), (4, 2, 0)],
+        "smoothing_sigmas": [(2, 1), (2, 1, -1)],
+        "sampling_rate": [0.0, 1.1],
+    },
+}
+START = {
+    Schedule: Schedule(0),
+    Execution: Execution(),
+    Protocol: CORRECTED,
+    GradientStage: GradientStage("x", torch.nn.Identity(), print, 1, 1, 1e-3),
+    FitStage: FitStage("x", print, 1, 1),
+}
+
+
+def cases(tables):
+    return [
+        pytest.param(kind, name, value, id=f"{kind.__name__}-{name}-{value}")
+        for kind, table in tables.items()
+        for name, values in table.items()
+        for value in values
+    ]
+
+
+def nested(kind: type):
+    """Go through a dataclass and those in its fields."""
+    yield kind
+    for annotation in annotations(kind).values():
+        if is_dataclass(annotation):
+            yield from nested(annotation)
+
+
+HYPERS = {
+    part
+    for detector in DETECTORS.values()
+    for hyper in detector.presets.values()
+    for part in nested(type(hyper))
+}
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), cases(ILLEGAL | OTHERS))
+def test_values_that_are_not_allowed_are_refused_on_construction(kind, name, value):
+    start = START[kind] if kind in START else kind()
+    with pytest.raises(ValueError, match=r"The '\w+' parameter of \w+ must be ") as refused:
+        replace(start, **{name: value})
+    text = str(refused.value)
+    # A value that does not fit to another field may be reported under the name of that one.
+    assert f" parameter of {kind.__name__} must be " in text
+    if f"The {name!r} parameter" in text:
+        assert text.endswith(f" Got {value!r} instead.")
+    else:
+        assert f"'{name}'" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("kind", HYPERS, ids=lambda kind: kind.__name__)
+class TestEveryHyperClass:
+    def test_has_a_constraint_for_every_field(self, kind):
+        assert issubclass(kind, Constrained)
+        free = [name for name, annotation in annotations(kind).items() if not is_constrained(annotation)]
+        assert free == []
+        assert all(describe(annotation) for annotation in annotations(kind).values())
+
+    def test_has_a_refused_value_for_every_field_in_the_table(self, kind):
+        assert set(ILLEGAL[kind]) == {entry.name for entry in fields(kind)}
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
+def test_other_classes_have_a_refused_value_for_every_field_in_the_table(kind):
+    assert issubclass(kind, Constrained)
+    assert set(OTHERS[kind]) == {entry.name for entry in fields(kind)}
+
+
+TIMELESS, TIMED = DDPMppConfig(time_embedding=False), DDPMppConfig()
+WIDE = BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DDPMppConfig(blocks=(1, 1)), "'blocks' .* of the length of 'multipliers', 5"),
+        (lambda: DDPMppConfig(width=65, attention=(), middle_attention=False), "'width' .* an even int"),
+        (lambda: DDPMppConfig(width=2, attention=(), middle_attention=False), "'width' .* an even int"),
+        (lambda: DDPMppConfig(head_width=48), "'head_width' .* a divisor of the 256 channels"),
+        (lambda: ANDiHyper(network=TIMELESS), "'time_embedding' .* of DDPMppConfig must be True in ANDi"),
+        (lambda: PartialDiffusionHyper(network=TIMELESS), "must be True in PartialDiffusionHyper"),
+        (lambda: DisyreHyper(network=TIMELESS), "must be True in DisyreHyper"),
+        (lambda: RIADHyper(network=TIMED), "must be False in RIADHyper"),
+        (lambda: IterMaskHyper(network=TIMED), "must be False in IterMaskHyper"),
+        (lambda: FPIHyper(network=TIMED), "must be False in FPIHyper"),
+        (lambda: ANDiHyper(field_of_view=(160, 176)), r"'field_of_view' .* divisible by 32 .*\(160, 176\)"),
+        (lambda: DisyreHyper(window=(128, 136)), "'window' .* divisible by 16"),
+        (lambda: DisyreHyper(window=(192, 192)), "'window' .* no larger than 'field_of_view'"),
+        (lambda: DisyreHyper(stride=130), "'stride' .* at most 128, the shorter side of 'window'. Got 130"),
+        (
+            lambda: RIADHyper(
+                network=DDPMppConfig(multipliers=(1,), blocks=(1,), time_embedding=False),
+                field_of_view=(16, 32),
+            ),
+            "'field_of_view' .* at least 24 pixels",
+        ),
+        (lambda: UniADHyper(width=252), "'width' .* an even multiple of 'heads', 8"),
+        (lambda: UniADHyper(width=9, heads=3), "'width' .* an even multiple"),
+        (lambda: UniADHyper(grid=6), "'blind' .* at most 5 on a grid of 6 x 6"),
+        (lambda: PatchCoreHyper(bank=100, candidates=99), "'bank' .* at most 'candidates', 99"),
+        (lambda: PatchCoreHyper(backbone=BackboneConfig(taps=(0, 1, 2))), "'taps' .* a tuple of 2 items"),
+        (lambda: PatchCoreHyper(backbone=replace(WIDE, taps=(0, 1))), "'taps' .* the size halves"),
+        (lambda: PatchCoreHyper(backbone=BackboneConfig(widths=(8, 24, 40, 96))), "'widths' .* double"),
+        (lambda: RDHyper(backbone=WIDE), "'taps' parameter of BackboneConfig .* 3 items in RDHyper"),
+        (lambda: RDHyper(backbone=BackboneConfig(taps=(0, 1, 2), widths=(8, 24, 48, 9))), "'widths'"),
+        (lambda: FAEHyper(backbone=BackboneConfig(taps=(0, 1))), "'taps' .* stride of 4 pixels in FAEHyper"),
+        (lambda: BackboneConfig(name="resnet18", taps=(0, 3)), r"'taps' .* in the range \[0, 2\]"),
+        (lambda: BackboneConfig(window=(160, 180)), "'window' .* divisible by 8"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit_together_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_is_allowed_at_the_limits_can_be_run(name):
+    """The combinations that are refused are those that would fail or give NaN, and no more."""
+    limits = {
+        "andi": {"stride": 100, "discount": 0.0, "residual_floor": 0.0, "field_of_view": (32, 224)},
+        "ddpmpp": {"start": 1.0, "denoising_steps": 1, "discount": 0.0, "field_of_view": (32, 32)},
+        "itermask": {"radius": 0.0, "first_share": 1.0, "least_shrinkage": 1.0, "field_of_view": (32, 64)},
+        "disyre": {"window": (32, 32), "stride": 32, "labels": (0, 99), "codebook_size": 1,
+                   "anomalies": ("disc", "bias"), "field_of_view": (80, 96)},
+        "riad": {"cells": (1, 224), "parts": 2, "field_of_view": (32, 32)},
+        "uniad": {"grid": 2, "blind": 1, "layers": 1, "heads": 1, "width": 2, "hidden": 1, "jitter": 0.0},
+        "rd": {"embedding_blocks": 1, "student_blocks": (1, 1, 1)},
+        "patchcore": {"neighbourhood": 27, "bank": 1, "candidates": 1, "projection": 1, "bank_slices": 1},
+        "fae": {"training_window": 55, "scoring_window": 55, "dropout": 0.0, "widths": (1, 1, 1, 1)},
+        "fpi": {"visible": 1e-3, "soiled": 1.0, "swollen": 1.0, "small_weight": 0.0, "iron": 1.0, "flow": 1.0,
+                "remnants": 1.0, "cut": 1.0, "field_of_view": (32, 32)},
+        "intensity": {"slices": 1},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    detector = build_detector(name, replace(DETECTORS[name].presets["lite"], **limits[name]))
+    height, width = detector.field_of_view
+    slices = torch.rand(2, 1, height, width, generator=generator)
+    brain = torch.zeros(2, 1, height, width, dtype=torch.bool)
+    brain[:, :, 4:-4, 4:-4] = True
+    batch = Batch(slices * brain, brain, brain[:, 0].long())
+    for stage in detector.stages():
+        if isinstance(stage, FitStage):
+            with torch.no_grad():
+                stage.fit(iter([batch]), generator)
+        else:
+            assert stage.loss(batch, generator).isfinite()
+    keys = SliceGenerator(torch.arange(2))
+    with torch.no_grad():
+        scores = detector.eval().score(batch.slices, brain, keys)
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mri", "resnet18", "wide_resnet50_2", "efficientnet_b4"])
+def test_strides_and_channels_are_those_of_the_maps(name):
+    config = BackboneConfig(name=name, taps=(0, 1, 2) if name in ("mri", "resnet18") else (0, 1, 2, 3))
+    with torch.no_grad():
+        maps = build_backbone(config).eval()(torch.zeros(1, 1, 64, 64))
+    assert tuple(64 // part.shape[-1] for part in maps) == config.strides
+    assert tuple(part.shape[1] for part in maps) == config.channels
 
 
 @dataclass(frozen=True)
@@ -36,15 +421,38 @@ def test_values_take_the_type_they_replace():
     [
         ("strides=4", "no hyper-parameter 'strides'; there are .*stride"),
         ("network=4", "no hyper-parameter 'network'"),
-        ("stride=many", "stride is 10, so 'many' is of another type"),
-        ("stride=2.5", "of another type"),
-        ("stride=true", "of another type"),
-        ("stride", "of another type"),
+        ("stride=many", r"'stride' parameter of ANDiHyper must be an int in the range .* Got 'many'"),
+        ("stride=2.5", r"an int in the range \[1, 100\]\. Got 2\.5"),
+        ("stride=true", "Got True"),
+        ("stride", "Got ''"),
+        ("stride=0", "Got 0"),
+        ("discount=NaN", "Got nan"),
+        ("field_of_view=[160]", r"Got \(160,\)"),
+        ("field_of_view=[162, 192]", "divisible by 16"),
     ],
-)
-def test_what_cannot_be_is_said(change, words):
+)  # fmt: skip
+def test_changes_that_are_not_allowed_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         change_hyper(LITE, [change])
+
+
+def test_a_plain_dataclass_is_checked_for_types():
+    with pytest.raises(ValueError, match=r"'width' parameter of Needy must be an int\. Got 'wide'"):
+        change_hyper(Needy(1), ["width=wide"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"network": 4}, "'network' parameter of ANDiHyper must be an instance of 'DDPMppConfig'. Got 4"),
+        ({"network": {"norm": "layer"}}, "'norm' parameter of DDPMppConfig must be one of .*'layer'"),
+        ({"stride": None}, "'stride' parameter of ANDiHyper .* Got None"),
+        ({"field_of_view": [160, 192, 3]}, r"'field_of_view' .* Got \(160, 192, 3\)"),
+    ],
+)
+def test_values_of_a_bundle_that_are_not_allowed_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        hyper_from_values(ANDiHyper, values)
 
 
 def test_options_that_came_after_a_model_have_their_default():

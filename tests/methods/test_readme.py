@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bids_uad.methods
+from bids_uad.constraints import Constrained, Count
 from bids_uad.engine.bundle import load_detector, save_bundle
 from bids_uad.methods.base import Batch, Detector, FitStage
 from bids_uad.methods.intensity import Intensity
@@ -24,8 +25,9 @@ README = Path(bids_uad.methods.__file__).parent / "README.md"
 def written():
     """The class that the README spells out."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names = {"dataclass": dataclass, "Detector": Detector, "FitStage": FitStage, "torch": torch}
-    exec(code, names)  # noqa: S102
+    names = {"dataclass": dataclass, "Constrained": Constrained, "Count": Count, "torch": torch}
+    names |= {"Detector": Detector, "FitStage": FitStage}
+    exec(compile(code, str(README), "exec", dont_inherit=True), names)  # noqa: S102
     return names["Intensity"]
 
 
