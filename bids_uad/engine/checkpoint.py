@@ -7,13 +7,37 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from bids_uad.atomic import atomic_path
-from bids_uad.engine.ema import MovingAverage
 from bids_uad.methods.base import Detector
 
 DETECTOR, AVERAGE, OPTIMISER = "detector/", "average/", "optimiser/"
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Make an exponential moving average of a module's weights; its buffers are copied, not averaged.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    decay : float
+        Final decay. After n updates it is ``min(decay, (1 + n) / (10 + n))``.
+
+    Returns
+    -------
+    torch.optim.swa_utils.AveragedModel
+        Starts with the weights that the module has after the first update.
+    """
+
+    def average(mean: Tensor, value: Tensor, updates: Tensor | int) -> Tensor:
+        n = int(updates) + 1
+        return torch.lerp(mean, value, 1 - min(decay, (1 + n) / (10 + n)))
+
+    averaged = AveragedModel(module, avg_fn=average)
+    averaged.eval().requires_grad_(requires_grad=False)
+    return averaged
 
 
 class Checkpoint:
@@ -42,7 +66,7 @@ class Checkpoint:
         detector: Detector,
         position: tuple[int, int],
         optimiser: torch.optim.Optimizer | None = None,
-        average: MovingAverage | None = None,
+        average: AveragedModel | None = None,
     ) -> None:
         """Write the state after `position`, stage and step; between stages there is no optimiser.
 
@@ -51,15 +75,15 @@ class Checkpoint:
         detector : Detector
         position : tuple of int
         optimiser : torch.optim.Optimizer, optional
-        average : MovingAverage, optional
+        average : AveragedModel, optional
         """
         tensors = _prefixed(DETECTOR, detector.state_dict())
         if optimiser is not None and average is not None:
-            tensors |= _prefixed(AVERAGE, average.average.state_dict())
+            tensors |= _prefixed(AVERAGE, average.module.state_dict())
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= _prefixed(f"{OPTIMISER}{index}/", state)
         told = {"stage": str(position[0]), "step": str(position[1])}
-        told["updates"] = str(0 if average is None else average.updates)
+        told["updates"] = str(0 if average is None else int(average.n_averaged))
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, told)
 
@@ -69,12 +93,12 @@ class Checkpoint:
             detector.load_state_dict(_unprefixed(DETECTOR, self.tensors))
         return self.position
 
-    def restore_descent(self, stage: int, optimiser: torch.optim.Optimizer, average: MovingAverage) -> int:
+    def restore_descent(self, stage: int, optimiser: torch.optim.Optimizer, average: AveragedModel) -> int:
         """Put the state of a stage into optimiser and average; gives the step that was reached."""
         if self.position[0] != stage or self.position[1] == 0:
             return 0
-        average.average.load_state_dict(_unprefixed(AVERAGE, self.tensors))
-        average.updates = self.updates
+        average.module.load_state_dict(_unprefixed(AVERAGE, self.tensors))
+        average.n_averaged.fill_(self.updates)
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in _unprefixed(OPTIMISER, self.tensors).items():
             index, key = name.split("/")

@@ -17,8 +17,7 @@ from torch import Generator, Tensor, nn
 from bids_uad.config import Seed
 from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.engine.bundle import not_finite
-from bids_uad.engine.checkpoint import Checkpoint
-from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.checkpoint import Checkpoint, moving_average
 from bids_uad.engine.execution import in_precision
 from bids_uad.engine.field import usual_field
 from bids_uad.engine.log import TrainingLog
@@ -214,7 +213,7 @@ class _Descent:
         self.batch_size = schedule.batch_size or stage.batch_size
         self.order: tuple[int, np.ndarray] | None = None  # a pass over the slices, and how it goes
         self.module = stage.module.train()
-        self.average = MovingAverage(self.module, EMA_DECAY)
+        self.average = moving_average(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
         self.loss, self.stepper = fabric.setup(_Loss(stage), self.optimiser)
 
@@ -238,7 +237,7 @@ class _Descent:
                 checkpoint.save(self.detector, (self.number, step), self.optimiser, self.average)
         if self.fabric.is_global_zero:
             log.flush()
-        self.average.apply_to(self.module)
+        self.module.load_state_dict(self.average.module.state_dict())
         self.module.eval()
 
     def _descend(self, step: int) -> float:
@@ -260,7 +259,7 @@ class _Descent:
         self._check_finite("loss", value, step)
         self._check_finite("gradient", norm.item(), step)
         self.stepper.step()
-        self.average.update(self.module)
+        self.average.update_parameters(self.module)
         return value
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
@@ -283,7 +282,7 @@ class _Descent:
         rng = self.schedule.stream(self.number)
         generator = _generator(rng, self.device)
         own = {name: value.clone() for name, value in self.module.state_dict().items()}
-        self.average.apply_to(self.module.eval())
+        self.module.eval().load_state_dict(self.average.module.state_dict())
         drawn = self.data.store.draw(self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.device)
         losses = [
             self.stage.loss(_in_field(batch, self.detector.field_of_view, rng), generator).item()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.checkpoint import moving_average
 from bids_uad.engine.training import CLIP_NORM, rate
 from bids_uad.extraction.heads import Head, draw_head
 from bids_uad.extraction.network import BrainNet
@@ -54,7 +54,7 @@ def train(
     """
     torch.manual_seed(seed)
     network = BrainNet()
-    average = MovingAverage(network, EMA_DECAY)
+    average = moving_average(network, EMA_DECAY)
     optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
@@ -68,8 +68,8 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
         optimiser.step()
-        average.update(network)
+        average.update_parameters(network)
         if report is not None:
             report(step + 1, loss.item())
-    average.apply_to(network)
+    network.load_state_dict(average.module.state_dict())
     return network.eval()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -36,10 +37,10 @@ from bids_uad.networks.corruptions import (
 )
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.keyed import SliceGenerator
-from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
 
 LABELS = 100
+CODEBOOK_SAMPLES = 100_000
 PATCHES = 64  # windows times labels that go through the network at once
 
 
@@ -98,6 +99,29 @@ class DisyreHyper(Constrained):
             raise invalid(self, "stride", f"at most {min(self.window)}, the shorter side of 'window'")
         if not set(self.anomalies) & set(SHAPES) or not set(self.anomalies) & {"texture", "bias"}:
             raise invalid(self, "anomalies", f"at least one of {', '.join(SHAPES)} and one of texture, bias")
+
+
+def intensity_centres(values: np.ndarray, clusters: int) -> np.ndarray:
+    """Find the centres of intensities by k-means, started at evenly spaced quantiles.
+
+    Parameters
+    ----------
+    values : numpy.ndarray, shape (n,)
+        Of more than `CODEBOOK_SAMPLES` values, as many evenly spaced quantiles are used.
+    clusters : int
+
+    Returns
+    -------
+    numpy.ndarray of float32, shape (clusters,)
+        Ascending. Deterministic.
+    """
+    from sklearn.cluster import KMeans
+
+    n = min(len(values), CODEBOOK_SAMPLES)
+    sample = np.sort(values)[np.linspace(0, len(values) - 1, n).astype(int), None]
+    start = sample[((np.arange(clusters) + 0.5) / clusters * (n - 1)).astype(int)]
+    centres = KMeans(clusters, init=start, n_init=1, max_iter=100).fit(sample).cluster_centers_
+    return np.sort(centres[:, 0]).astype(np.float32)
 
 
 def severity_table() -> Tensor:
@@ -165,7 +189,9 @@ class Disyre(Detector):
     def fit_codebook(self, batches: Iterator[Batch], generator: Generator) -> None:
         """Find the tissue intensities of the training data by k-means."""
         values = torch.cat([batch.slices[batch.brain] for batch in batches])
-        self.codebook.copy_(kmeans_1d(values, self.hyper.codebook_size))
+        self.codebook.copy_(
+            torch.from_numpy(intensity_centres(values.cpu().numpy(), self.hyper.codebook_size))
+        )
 
     def severity_label(self, severity: Tensor) -> Tensor:
         """Label whose severity is nearest, shape and order kept."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bids_uad import space
-from bids_uad.engine.ema import MovingAverage
+from bids_uad.engine.checkpoint import moving_average
 from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
 from bids_uad.engine.store import SliceStore, Subject
@@ -208,24 +208,23 @@ def test_missing_tissue_is_said(tmp_path, store):
 
 def test_moving_average_by_hand():
     module = torch.nn.Linear(1, 1, bias=False)
-    module.weight.data.fill_(0.0)
-    average = MovingAverage(module, decay=0.999)
-    module.weight.data.fill_(1.0)
-    expected = 0.0
-    for step in (1, 2, 3):
-        average.update(module)
-        decay = min(0.999, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay)
-    average.apply_to(module)
-    assert module.weight.item() == pytest.approx(expected)
+    average = moving_average(module, decay=0.3)
+    expected = 5.0  # the first update copies
+    for step, value in enumerate((5.0, 1.0, -2.0, 4.0), start=1):
+        module.weight.data.fill_(value)
+        average.update_parameters(module)
+        if step > 1:
+            decay = min(0.3, (1 + step) / (10 + step))  # 3/12, 4/13, then 0.3
+            expected = decay * expected + (1 - decay) * value
+    assert average.module.weight.item() == pytest.approx(expected)
 
 
 def test_moving_average_keeps_batch_statistics():
     module = torch.nn.BatchNorm1d(2)
-    average = MovingAverage(module, decay=0.999)
+    average = moving_average(module, decay=0.999)
     module(torch.randn(8, 2) + 5)
-    average.update(module)
-    assert torch.equal(average.average.running_mean, module.running_mean)
+    average.update_parameters(module)
+    assert torch.equal(average.module.running_mean, module.running_mean)
 
 
 def test_features_stay_what_they_are_when_a_later_stage_is_gone_on_with(store, tmp_path):

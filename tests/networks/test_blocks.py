@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_closing, gaussian_filter, label
-from sklearn.cluster import KMeans
 
+from bids_uad.methods import disyre
+from bids_uad.methods.disyre import intensity_centres
 from bids_uad.networks.coreset import farthest_points
 from bids_uad.networks.corruptions import (
     COMPONENTS,
@@ -19,7 +20,6 @@ from bids_uad.networks.corruptions import (
     random_shapes,
     vary_intensity,
 )
-from bids_uad.networks.kmeans import kmeans_1d
 from bids_uad.networks.windows import importance, window_starts
 
 
@@ -37,14 +37,21 @@ def test_importance_is_gaussian_with_a_floor():
     assert weight.min() == pytest.approx(1e-3)
 
 
-def test_kmeans_finds_the_centres_scikit_learn_finds():
+def test_intensity_centres_are_those_of_the_mixture():
     rng = np.random.default_rng(0)
     values = np.concatenate(
         [rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))]
     )
-    ours = kmeans_1d(torch.from_numpy(values), 4)
-    theirs = np.sort(KMeans(4, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
-    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    centres = intensity_centres(rng.permutation(values), 4)
+    np.testing.assert_allclose(centres, [0.1, 0.35, 0.6, 0.9], atol=3e-3)
+    assert centres.dtype == np.float32
+
+
+def test_intensity_centres_of_many_values_are_those_of_their_quantiles(monkeypatch):
+    values = np.random.default_rng(0).beta(2, 5, 20_000)
+    every = intensity_centres(values, 3)
+    monkeypatch.setattr(disyre, "CODEBOOK_SAMPLES", 5_000)
+    np.testing.assert_allclose(intensity_centres(values, 3), every, atol=2e-3)
 
 
 @pytest.mark.parametrize("channels", [5, 128, 300])
