@@ -32,6 +32,11 @@ class Confusion:
         return self.true_positive + self.false_positive + self.false_negative == 0
 
     @property
+    def truth_empty(self) -> bool:
+        """Whether there is no lesion voxel."""
+        return self.true_positive + self.false_negative == 0
+
+    @property
     def dice(self) -> float:
         """2 |P and T| / (|P| + |T|); 1 when both are empty."""
         if self.both_empty:

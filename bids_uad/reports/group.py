@@ -317,6 +317,7 @@ def _overview(evaluation: Evaluation, participants: Participants) -> dict[str, A
         "has_participants": participants.path is not None,
         "images": len(images),
         "lesion": int((images["role"] == LESION).sum()),
+        "empty": int(((images["role"] == LESION) & (images["n_lesion_voxels"] == 0)).sum()),
         "healthy": int((images["role"] == HEALTHY).sum()),
         "missing_mask": int((images["role"] == MISSING_MASK).sum()),
         "modalities": sorted(set(scans["modality"])),

@@ -38,13 +38,15 @@ def group_methods_text(
     """
     images = evaluation.subjects.drop_duplicates("source_image")
     roles = images["role"].value_counts()
+    empty = int(((images["role"] == LESION) & (images["n_lesion_voxels"] == 0)).sum())
     parts = [
         fragment(
             "group_introduction",
             version=__version__,
             images=str(len(images)),
             participants=str(images["participant_id"].nunique()),
-            lesion=str(roles.get(LESION, 0)),
+            lesion=f"{roles.get(LESION, 0)} with a lesion mask"
+            + (f" of which {empty} had no voxel in the brain" if empty else ""),
             healthy=str(roles.get(HEALTHY, 0)),
         ),
         fragment(

@@ -93,13 +93,20 @@ def _who(scans: pd.DataFrame, people: dict[str, int]) -> str:
         return "No image could be used."
     detectors = count(scans["detector"].nunique(), "detector")
     images = scans.drop_duplicates("source_image")
+    empty = _count_empty(images)
+    empty = f" ({count(empty, 'scan')} with an empty one)" if empty else ""
     text = (
         f"{detectors} scored {count(len(images), 'scan')} ({listed(sorted(set(images['modality'])))}) of "
         f"{count(scans['participant_id'].nunique(), 'person', 'people')}: "
-        f"{people.get(LESION, 0)} with a lesion mask, {people.get(HEALTHY, 0)} known to be healthy"
+        f"{people.get(LESION, 0)} with a lesion mask{empty}, {people.get(HEALTHY, 0)} known to be healthy"
     )
     neither = people.get(MISSING_MASK, 0)
     return f"{text}{f', {neither} neither' if neither else ''}."
+
+
+def _count_empty(scans: pd.DataFrame) -> int:
+    """Count the lesion scans whose mask is empty."""
+    return int(((scans["role"] == LESION) & (scans["n_lesion_voxels"] == 0)).sum())
 
 
 def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> str:
@@ -110,7 +117,7 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
     if lesions.empty or ranked.empty:
         return "No scan has a lesion in its mask, so nothing is known about finding lesions."
     best = ranked.iloc[0]
-    if best["dice_mean"] == 0:
+    if (ranked["dice_nonempty_mean"] == 0).all():
         verb = "No detector marks" if len(ranked) > 1 else f"{detector_name(best['detector'])} does not mark"
         return f"{verb} any lesion voxel of {people} at the fixed threshold."
     name = detector_name(best["detector"])
@@ -120,8 +127,13 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
         if best["dice_ci_low"] == best["dice_ci_low"]
         else "too few people for an interval"
     )
+    # Their Dice, 1 where nothing is found and 0 elsewhere, is part of the mean.
+    empty = _count_empty(scans.drop_duplicates("source_image"))
+    empty = f" and {count(empty, 'scan')} with an empty mask" if empty else ""
     verb = "finds most: its" if len(ranked) > 1 else "was tried alone: its"
-    text = f"{name} {verb} mean Dice is {_number(best['dice_mean'])} ({interval}; {people} with lesions)."
+    text = (
+        f"{name} {verb} mean Dice is {_number(best['dice_mean'])} ({interval}; {people} with lesions{empty})."
+    )
     if len(ranked) == 1:
         return text
     second = ranked.iloc[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def write_subject_report(
     *,
     errors: Sequence[str] = (),
     run_info: Mapping[str, Any] | None = None,
+    is_control: bool = False,
 ) -> Path:
     """Draw the figures of a subject and write its page, from the derivatives alone.
 
@@ -80,6 +81,8 @@ def write_subject_report(
     run_info : mapping, optional
         Shown under *About*: `run_id`, `version`, `command`, `device` and whatever else. `images` is a list of
         mappings `image`, `status`, `message` (what became of every scan); it goes into the summary.
+    is_control : bool, default=False
+        Whether the participant is healthy by participants.tsv. Controls are not compared with a lesion mask.
 
     Returns
     -------
@@ -98,9 +101,9 @@ def write_subject_report(
     with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
         figures = Path(temporary) / f"sub-{subject}" / "figures"
         figures.mkdir(parents=True)
-        findings = [(image, _write_image(figures, image, reference)) for image in images]
+        findings = [(image, _write_image(figures, image, reference, is_control)) for image in images]
         pages = {
-            "summary": _summary(findings, reference, errors, run_info, exclusions),
+            "summary": _summary(findings, reference, errors, run_info, exclusions, is_control),
             "errors": _errors(out_dir / f"sub-{subject}", errors, run_info.get("run_id")),
             "methods": _methods(out_dir / "logs"),
             "about": _about(images, reference, run_info),
@@ -141,13 +144,15 @@ def _read_reference(out_dir: Path) -> Reference:
     )
 
 
-def _write_image(figures: Path, image: Image, reference: Reference) -> list[tuple[Detection, Finding]]:
+def _write_image(
+    figures: Path, image: Image, reference: Reference, is_control: bool
+) -> list[tuple[Detection, Finding]]:
     """Draw what there is of one image, and collect its numbers."""
     scan = None if image.preproc is None else load_ras(image.preproc)
     brain = None if image.brain is None else load_ras(image.brain, bool).data
     if brain is None and scan is not None:
         brain = scan.data > 0
-    lesion = None if image.lesion is None else load_ras(image.lesion, bool).data
+    lesion = None if image.lesion is None or is_control else load_ras(image.lesion, bool).data
     start = f"{image.prefix}_space-{NAME}_desc-"
     if scan is not None:
         # A T2w reference looks like a T2w scan; a T1w one still shows the anatomy.
@@ -169,7 +174,12 @@ def _write_image(figures: Path, image: Image, reference: Reference) -> list[tupl
             scan_name=image.name,
         )
     return [
-        (detection, _write_detection(figures, image, detection, scan=scan, brain=brain, lesion=lesion))
+        (
+            detection,
+            _write_detection(
+                figures, image, detection, scan=scan, brain=brain, lesion=lesion, is_control=is_control
+            ),
+        )
         for detection in image.detections
     ]
 
@@ -182,12 +192,15 @@ def _write_detection(
     scan: Volume | None,
     brain: np.ndarray | None,
     lesion: np.ndarray | None,
+    is_control: bool,
 ) -> Finding:
     start = f"{image.prefix}_space-{NAME}_desc-{detection.desc}"
     scores = None if detection.anomaly_map is None else load_ras(detection.anomaly_map).data
     mask = None if detection.mask is None else load_ras(detection.mask, bool).data
     labels = None if detection.components is None else load_ras(detection.components, np.int32).data
     finding = summarise(detection, scores=scores, mask=mask, brain=brain, lesion=lesion)
+    if is_control:
+        finding = replace(finding, n_lesions=None, n_lesions_found=None, n_false_components=None)
     _write(figures / f"{start}_summary.html", "detection", tiles=tiles(finding))
     if scan is not None and scores is not None:
         draw_overlay(
@@ -202,9 +215,10 @@ def _write_detection(
             lesion=lesion,
         )
     if detection.histogram is not None:
+        counts = ScoreCounts.read(detection.histogram)
         draw_histogram(
             figures / f"{start}_histogram.svg",
-            ScoreCounts.read(detection.histogram),
+            counts.pooled if is_control else counts,
             threshold=finding.threshold,
             threshold_name=finding.threshold_source,
         )
@@ -241,6 +255,7 @@ def _summary(
     errors: Sequence[str],
     run_info: Mapping[str, Any],
     exclusions: Mapping[tuple[str, str], str],
+    is_control: bool,
 ) -> str:
     rows, qualities = [], []
     for image, found in findings:
@@ -265,7 +280,7 @@ def _summary(
                 "good": image.preproc is not None and excluded is None,
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
-                "truth": "none given" if image.lesion is None else "yes",
+                "truth": _truth_words(image, is_control),
                 "remark": "its preprocessed image is missing"
                 if image.preproc is None
                 else " ".join(warnings),
@@ -307,6 +322,18 @@ def _summary(
         n_errors=len(errors),
         facts=[(name, value) for name, value in facts if value],
     )
+
+
+def _truth_words(image: Image, is_control: bool) -> str:
+    """Return what the ground truth of an image is, in words."""
+    if is_control:
+        return "healthy control" + ("" if image.lesion is None else "; the lesion mask is not compared with")
+    if image.lesion is None:
+        return "none given"
+    lesion = load_ras(image.lesion, bool).data
+    if image.brain is not None:
+        lesion = lesion & load_ras(image.brain, bool).data
+    return "yes" if lesion.any() else "empty lesion mask"
 
 
 def _reference_words(reference: Reference) -> str:

@@ -120,15 +120,22 @@ def tiles(finding: Finding) -> list[tuple[str, str]]:
             (f"{finding.agreement.sensitivity:.0%}", "of the lesion voxels found"),
             (f"{finding.agreement.precision:.0%}", "of the found voxels are lesion"),
         ]
+        if finding.agreement.truth_empty:
+            label = "Dice: the lesion mask is empty, so it is 1 if nothing is found and else 0"
+            shown[-3:] = [(f"{finding.agreement.dice:.3f}", label)]
         shown = [(UNKNOWN if value.startswith("nan") else value, label) for value, label in shown]
-    if finding.n_lesions is not None:
+    if finding.n_lesions:
         shown.append((f"{written(finding.n_lesions_found, '{}')} of {finding.n_lesions}", "lesions found"))
+    if finding.n_lesions is not None:
         shown.append((written(finding.n_false_components, "{:,}"), "false components"))
     return shown
 
 
 def summary_row(finding: Finding) -> dict[str, str]:
     """Numbers of a detection for the table of all detectors."""
+    dice = UNKNOWN
+    if finding.agreement is not None:
+        dice = f"{finding.agreement.dice:.3f}{' (empty mask)' if finding.agreement.truth_empty else ''}"
     return {
         "threshold": written(finding.threshold, "{:.3g}"),
         "threshold_source": finding.threshold_source,
@@ -136,7 +143,7 @@ def summary_row(finding: Finding) -> dict[str, str]:
         "share": written(finding.share, "{:.2%}"),
         "components": written(finding.n_components, "{:,}"),
         "peak": written(finding.peak_ratio, "{:.2f}"),
-        "dice": UNKNOWN if finding.agreement is None else f"{finding.agreement.dice:.3f}",
+        "dice": dice,
     }
 
 

@@ -14,6 +14,9 @@ from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.identity import by_content
 from bids_uad.dataset.lesions import written_mask
+from bids_uad.dataset.participants import read_participants
+from bids_uad.evaluation.benchmark import evaluate
+from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.levels.participant import run, workflow, writing
 from bids_uad.levels.participant.records import sha256_of
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
@@ -375,6 +378,39 @@ def test_masks_of_runs_are_kept_apart(bench):
         assert written_mask(metrics).name == f"sub-01{mask}{name}"
     sidecar = json.loads((anat / f"sub-01{name}".replace(".nii.gz", ".json")).read_text())
     assert sidecar["Sources"] == ["bids:lesions:sub-01/anat/sub-01_label-lesion_mask.nii.gz"]
+
+
+def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    groups = {"zero": "patient", "masked": "control", "plain": "control"}
+    bench.dataset(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in groups))
+    rows = [f"sub-{label}\t{group}\n" for label, group in groups.items()]
+    (bench.raw / "participants.tsv").write_text("participant_id\tgroup\n" + "".join(rows))
+    truth = np.zeros(space.SHAPE, np.uint8)
+    for label in groups:
+        truth[110:112, 110:112, 70:72] = label == "masked"
+        path = bench.folder / f"lesions/sub-{label}/anat/sub-{label}_space-SRI24_label-lesion_mask.nii.gz"
+        path.parent.mkdir(parents=True)
+        nib.save(space.to_image(truth, np.uint8), path)
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", "--modalities", "T1w") == 0
+    told = capfd.readouterr().err
+    assert "The lesion mask is empty: sub-zero; Dice is 1 where nothing is found" in told
+    assert "with a lesion in the lesion mask: sub-masked. They count as healthy" in told
+    table = {
+        label: next(line for line in told.splitlines() if f"sub-{label}_T1w" in line and "done" in line)
+        for label in groups
+    }
+    assert "Disyre 0.3 (empty mask)" in table["zero"]
+    assert "(" not in table["masked"] + table["plain"]
+    people = read_participants(bench.raw)
+    evaluation = evaluate(bench.out, find_metrics_tables(bench.out), people, seed=0)
+    row = evaluation.benchmark.iloc[0]
+    names = ("n_lesion_scans", "n_empty_mask", "n_both_empty", "n_healthy_scans", "n_missing_mask")
+    assert [row[name] for name in names] == [1, 1, 0, 2, 0]
+    assert row["dice_mean"] == 0
+    assert not evaluation.unreadable
+    assert any("lesion mask is empty inside the brain: sub-zero" in line for line in evaluation.warnings)
+    assert any("with a lesion in the lesion mask: sub-masked" in line for line in evaluation.warnings)
 
 
 def test_foreign_output_folder_is_refused(bench, capsys):

@@ -91,6 +91,7 @@ def test_the_page_says_what_it_must(study):
     assert "upper bound that looks at the answers" in page
     assert "max_dice" in page
     assert "Every expected participant" in page
+    assert re.search(r'<th [^>]*title="Lesion scans whose lesion mask is empty"[^>]*>empty mask', page)
     for column in ("dice_optimal", "auprc_pooled", "fpr_healthy_mean", "n_both_empty"):
         assert f'<dt class="name">{column}</dt>' in page
     for text in ("In short", "Disyre finds most", "@media print", "2026-11-25", "bids_uad &#39;a b&#39;"):

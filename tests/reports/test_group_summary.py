@@ -98,6 +98,19 @@ def test_what_a_threshold_promised(tmp_path, shares, words):
     assert text.endswith(f"Its threshold promised 1 % on validation data: {words}")
 
 
+def test_scans_with_an_empty_mask_are_counted_apart(tmp_path):
+    """Their Dice of 1 does not make a detector one that marks lesions."""
+    Scan("1", n_nonlesion=counts(100), n_lesion=counts(200)).write(tmp_path)
+    Scan("2", n_nonlesion=counts(100), n_lesion=NOTHING, n_lesions=0, n_lesions_detected=0).write(tmp_path)
+    text = told(tmp_path)
+    assert text["Who"].endswith("2 with a lesion mask (1 scan with an empty one), 0 known to be healthy.")
+    assert text["Lesions in T1w"] == (
+        "Disyre does not mark any lesion voxel of 1 person at the fixed threshold."
+    )
+    Scan("3", n_nonlesion=counts(100), n_lesion=counts(350)).write(tmp_path)
+    assert "; 2 people with lesions and 1 scan with an empty mask)" in told(tmp_path)["Lesions in T1w"]
+
+
 def test_nothing_found_and_nothing_known(tmp_path):
     Scan("1", n_nonlesion=counts(100), n_lesion=counts(200)).write(tmp_path)
     Scan("2").write(tmp_path)

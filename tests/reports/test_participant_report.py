@@ -47,11 +47,11 @@ def write_template(out):
     )
 
 
-def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_lesion=True):
+def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_lesion=True, empty=False):
     """Write what the participant level leaves for one scan; `start` ends with the space entity."""
     folder, name = start.parent, start.name
     brain = ellipsoid((119, 134, 77), (58, 78, 58))
-    lesion = ellipsoid((150, 120, 80), (9, 9, 9))
+    lesion = ellipsoid((150, 120, 80), (9, 9, 9)) & (not empty)
     scores = np.where(brain, 0.1, 0).astype(np.float32)
     found = ellipsoid((150, 122, 80), (9, 9, 9))
     scores[found] = 0.9
@@ -106,9 +106,9 @@ def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_les
         "anomaly_volume_mm3": int((scores > TAU).sum()),
         "lesion_volume_mm3": int(lesion.sum()) if with_lesion else np.nan,
         "n_components": 2,
-        "n_lesions": 1 if with_lesion else np.nan,
-        "n_lesions_detected": 1 if with_lesion else np.nan,
-        "n_false_components": 1 if with_lesion else np.nan,
+        "n_lesions": int(not empty) if with_lesion else np.nan,
+        "n_lesions_detected": int(not empty) if with_lesion else np.nan,
+        "n_false_components": 1 + empty if with_lesion else np.nan,
     }
     write_tsv(folder / f"{name}_desc-{md}_metrics.tsv", pd.DataFrame([metrics]))
     if with_lesion:
@@ -350,6 +350,35 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
         assert (out / figure).is_file()
     assert "Dice with the ground truth" not in html
     assert "lesions found" not in html
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
+    write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=empty)
+    html = write_subject_report(tmp_path, "01", is_control=True).read_text()
+    assert "healthy control; the lesion mask is not compared with" in html
+    for words in (
+        "Dice with",
+        "Dice</th>",
+        "lesions found",
+        "false components",
+        "touches a lesion",
+        "of the lesion voxels",
+    ):
+        assert words not in html
+    (histogram,) = (tmp_path / "sub-01" / "figures").glob("*_histogram.svg")
+    assert "ground truth" not in histogram.read_text()
+
+
+def test_empty_mask_of_a_patient_is_reported(tmp_path):
+    write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=True)
+    html = write_subject_report(tmp_path, "01").read_text()
+    assert "<td>empty lesion mask</td>" in html
+    assert "<b>0.000</b><span>Dice: the lesion mask is empty, so it is 1 if nothing is found and" in html
+    assert ">0.000 (empty mask)</td>" in html
+    assert "<b>2</b><span>false components" in html
+    for words in ("lesions found", "of the lesion voxels"):
+        assert words not in html
 
 
 def test_find_images_gives_each_run_its_own_mask(tmp_path):

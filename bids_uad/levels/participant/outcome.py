@@ -166,12 +166,12 @@ def print_summary(
     table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
     for column in table.columns[2:4]:
         column.justify = "right"
-    units = {task.unit.key: task.unit for task in tasks}
+    by_key = {task.unit.key: task for task in tasks}
     for outcome in outcomes:
         brain, found = "", ""
         if outcome.good:
-            unit = units[outcome.image]
-            rows = [_measure(output_dir, unit, name) for name in _detectors(output_dir, unit)]
+            task = by_key[outcome.image]
+            rows = [_measure(output_dir, task, name) for name in _detectors(output_dir, task.unit)]
             brain = rows[0][0] if rows else ""
             found = ", ".join(text for _, text in rows)
         seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "-"
@@ -201,12 +201,14 @@ def _detectors(output_dir: Path, unit: Any) -> list[str]:
     return [path.name.split(start, 1)[1].removesuffix("_metrics.tsv") for path in paths]
 
 
-def _measure(output_dir: Path, unit: Any, detector: str) -> tuple[str, str]:
-    """Give brain volume, and detector with anomaly volume and Dice, as text."""
-    files = detection_outputs(unit, detector)
+def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
+    """Return brain volume, and detector with anomaly volume and Dice, as text; controls have no Dice."""
+    files = detection_outputs(task.unit, detector)
     row = pd.read_csv(output_dir / files["metrics"], sep="\t", na_values="n/a").iloc[0]
     text = f"{detector_name(detector.lower())} {row['anomaly_volume_mm3'] / 1000:.1f}"
-    if pd.notna(row["lesion_volume_mm3"]):
+    if row["lesion_volume_mm3"] == 0 and not task.is_control:
+        text += " (empty mask)"
+    elif pd.notna(row["lesion_volume_mm3"]) and not task.is_control:
         text += f" ({dice_of(output_dir / files['histogram'], row):.3f})"
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
 

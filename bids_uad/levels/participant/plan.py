@@ -9,10 +9,11 @@ from pathlib import Path
 
 from bids_uad.dataset.inputs import Collection
 from bids_uad.dataset.lesions import LesionMask
-from bids_uad.dataset.participants import Participants, age_and_sex
+from bids_uad.dataset.participants import Participants, age_and_sex, healthy_flag
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.records import Record, is_whole, make_fingerprint, read_record, record_path
+from bids_uad.listing import listed
 from bids_uad.preprocessing.extraction import Extraction
 
 LOGGER = logging.getLogger("bids_uad")
@@ -29,6 +30,8 @@ class Task:
         Models whose outputs are missing, one for each deviation.
     person : mapping of str to float or None
         `age` and `sex` of the participant.
+    is_control : bool
+        Whether the participant is healthy by participants.tsv.
     lesion : LesionMask, optional
         Ground truth of the image, which other images of the session may share.
     fingerprint : dict
@@ -44,6 +47,7 @@ class Task:
     unit: ImageUnit
     bundles: tuple[Bundle, ...]
     person: Mapping[str, float | None]
+    is_control: bool
     lesion: LesionMask | None
     fingerprint: dict
     earlier: Record | None
@@ -137,6 +141,7 @@ def make_plan(
                 unit=unit,
                 bundles=missing,
                 person=person,
+                is_control=bool(healthy_flag(participants.row(f"sub-{unit.subject}"))),
                 lesion=lesion,
                 fingerprint=fingerprint,
                 earlier=earlier,
@@ -145,6 +150,40 @@ def make_plan(
             )
         )
     return tasks
+
+
+def mask_warnings(tasks: Sequence[Task]) -> list[str]:
+    """Report lesion masks that are empty, belong to a control, or leave images of their session without one.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Of all participants.
+
+    Returns
+    -------
+    list of str
+        One line for each kind.
+    """
+    masked = [task for task in tasks if task.lesion is not None]
+    empty = {f"sub-{task.unit.subject}" for task in masked if task.lesion.is_empty and not task.is_control}
+    controls = {f"sub-{task.unit.subject}" for task in masked if task.is_control and not task.lesion.is_empty}
+    sessions = {(task.unit.subject, task.unit.session) for task in masked}
+    without = [
+        task.unit.key
+        for task in tasks
+        if task.lesion is None and (task.unit.subject, task.unit.session) in sessions
+    ]
+    lines = []
+    if empty:
+        text = "Dice is 1 where nothing is found, else 0, and they are counted apart"
+        lines.append(f"The lesion mask is empty: {listed(sorted(empty))}; {text}")
+    if controls:
+        text = "Healthy by participants.tsv and yet with a lesion in the lesion mask"
+        lines.append(f"{text}: {listed(sorted(controls))}. They count as healthy")
+    if without:
+        lines.append(f"No lesion mask for {listed(without)}: the masks of their session name other images")
+    return lines
 
 
 def with_support(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

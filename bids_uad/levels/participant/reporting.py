@@ -14,6 +14,7 @@ from bids_uad.atomic import write_json
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.participants import healthy_flag, read_participants
 from bids_uad.levels.participant.outcome import Outcome
 from bids_uad.levels.participant.plugin import START_METHOD
 
@@ -39,7 +40,12 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     kills = oom_kills()
     workers = min(config.nprocs, len(subjects))
     with ProcessPoolExecutor(workers, mp_context=mp.get_context(START_METHOD)) as pool:
-        jobs = {subject: pool.submit(_write, config.output_dir, subject) for subject in subjects}
+        people = read_participants(config.bids_dir)
+        controls = {subject for subject in subjects if healthy_flag(people.row(f"sub-{subject}"))}
+        jobs = {
+            subject: pool.submit(_write, config.output_dir, subject, subject in controls)
+            for subject in subjects
+        }
         for subject, job in jobs.items():
             reason = _outcome(job, kills)
             if reason:
@@ -82,13 +88,13 @@ def last_run_file(output_dir: Path, subject: str) -> Path:
     return output_dir / f"sub-{subject}" / "log" / "last_run.json"
 
 
-def _write(output_dir: Path, subject: str) -> None:
+def _write(output_dir: Path, subject: str, is_control: bool) -> None:
     """Write one report (in a worker)."""
     from bids_uad.reports.participant import write_subject_report
 
     told = read_json(last_run_file(output_dir, subject))
     errors = [image["message"] for image in told.get("images", []) if image["message"]]
-    write_subject_report(output_dir, subject, errors=errors, run_info=told)
+    write_subject_report(output_dir, subject, errors=errors, run_info=told, is_control=is_control)
 
 
 def _outcome(job: Future, kills: int) -> str:

@@ -34,7 +34,7 @@ from bids_uad.levels.participant.outcome import (
     print_summary,
 )
 from bids_uad.levels.participant.overlap import overlaps
-from bids_uad.levels.participant.plan import Task, make_plan
+from bids_uad.levels.participant.plan import Task, make_plan, mask_warnings
 from bids_uad.levels.participant.plugin import NodeFailure, quieten
 from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
@@ -102,7 +102,7 @@ def run_participant(config: RunConfig) -> int:
         extraction=extraction,
     )
     met = overlaps(bundles, collection.units, config.bids_dir)
-    met += assumptions(tasks)
+    met += assumptions(tasks) + mask_warnings(tasks)
     for line in met:
         LOGGER.warning(line)
     if config.dry_run:

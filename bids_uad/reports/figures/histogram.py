@@ -43,6 +43,11 @@ class ScoreCounts:
         lesion = None if table["n_lesion"].isna().any() else table["n_lesion"].to_numpy(float)
         return cls(edges, table["n_nonlesion"].to_numpy(float), lesion)
 
+    @property
+    def pooled(self) -> ScoreCounts:
+        """All brain voxels together, as without a lesion mask."""
+        return ScoreCounts(self.edges, self.nonlesion + (0 if self.lesion is None else self.lesion), None)
+
 
 def rebin(edges: np.ndarray, counts: np.ndarray, onto: np.ndarray) -> np.ndarray:
     """Share of all voxels in each bin of `onto`, taking scores as spread evenly inside a bin.
@@ -67,8 +72,7 @@ def rebin(edges: np.ndarray, counts: np.ndarray, onto: np.ndarray) -> np.ndarray
 
 def display_edges(counts: ScoreCounts, threshold: float | None) -> np.ndarray:
     """Bins to draw: evenly spaced over the scores that occur and the threshold."""
-    every = counts.nonlesion + (0 if counts.lesion is None else counts.lesion)
-    used = np.flatnonzero(every)
+    used = np.flatnonzero(counts.pooled.nonlesion)
     finite = counts.edges[np.isfinite(counts.edges)]
     if not used.size:
         return np.linspace(finite[0], finite[-1], BINS + 1)
