@@ -753,7 +753,8 @@ def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Chart | N
         "False positives and age",
         "Healthy brains: percentage of voxels above the fixed threshold against age, as the bias model "
         "predicts it when sex, brain volume and scanner are held at their means. Band: 95 % confidence. One "
-        f"dot per participant, a random {MAX_DOTS} of more; the highest 2 % may lie beyond the top.",
+        f"dot per participant and scanner, a random {MAX_DOTS} of more; the highest 2 % may lie beyond the "
+        "top.",
         canvas.svg(),
     )
 

@@ -9,7 +9,7 @@ import pandas as pd
 from bids_uad import __version__
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
-from bids_uad.evaluation.bias import LINEAR, MIXED, PRIOR_VOXELS
+from bids_uad.evaluation.bias import CROSSED, LINEAR, MIXED, PRIOR_VOXELS, REPEATED
 from bids_uad.evaluation.bootstrap import N_RESAMPLES
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION
@@ -87,8 +87,12 @@ def _bias(coefficients: pd.DataFrame) -> list[str]:
     # 'scanner: A' and 'scanner (spread)' are both the scanner.
     covariates = list(dict.fromkeys(coefficients["term"].str.replace(r"^scanner\b.*", "scanner", regex=True)))
     parts = [fragment("group_bias", prior=f"{PRIOR_VOXELS:g}", covariates=_and(covariates))]
-    for model, name in ((LINEAR, "group_bias_linear"), (MIXED, "group_bias_mixed")):
-        if (coefficients["model"] == model).any():
+    for models, name in (
+        ((LINEAR,), "group_bias_linear"),
+        ((MIXED, CROSSED), "group_bias_mixed"),
+        ((REPEATED, CROSSED), "group_bias_repeated"),
+    ):
+        if coefficients["model"].isin(models).any():
             parts.append(fragment(name))
     return parts
 

@@ -14,7 +14,7 @@ from bids_uad.dataset.participants import read_participants
 from bids_uad.engine.bundle import PACKAGED, load_bundle
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.evaluation.bias import LINEAR, MIXED, Bias
+from bids_uad.evaluation.bias import CROSSED, LINEAR, MIXED, REPEATED, Bias
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.preprocessing.external import PROGRAMS
 from bids_uad.reports import boilerplate
@@ -138,6 +138,12 @@ def test_group_text_tells_which_models_of_bias_there_were(cohort):
     assert "mixed" not in cited_keys(
         group_methods_text(cohort, replace(asked, bias=Bias(pd.DataFrame(rows[:2]), [], [])), seed=0)
     )
+    for model, scanners in ((CROSSED, True), (REPEATED, False)):
+        bias = Bias(pd.DataFrame([{"term": "age", "model": model}]), [], [])
+        text = group_methods_text(cohort, replace(asked, bias=bias), seed=0)
+        assert "have a random intercept for each participant [@mixed]" in text
+        assert ("have a random intercept for each scanner" in text) == scanners
+        assert "[@hc3]" not in text
 
 
 def test_preprocessing_tells_its_own_story_where_it_can():
