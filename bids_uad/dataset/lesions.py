@@ -236,6 +236,8 @@ def resolve_masks(
             session = _session_of(mask, root)
             if session is None and set(raw) - {None}:
                 without_session.append(mask)
+            elif session not in {*raw, *by_session}:
+                raise _names_no_image(mask)
             elif session in by_session:
                 grid_of(mask)  # raises if it is no image
                 by_session[session].append(mask)
@@ -267,6 +269,13 @@ def _session_of(mask: Path, root: Path) -> Session:
     if None not in (named, lies) and named != lies:
         raise InputError(mask, f"lesion mask of ses-{named} in the folder of ses-{lies}", "move or rename it")
     return named or lies
+
+
+def _names_no_image(mask: Path) -> InputError:
+    """Describe a mask whose entities no image of the participant has."""
+    names = [f"{key}-{value}" for key, value in identifying_entities(mask).items() if key != "sub"]
+    problem = f"lesion mask that names {', '.join(names)}, as no image of the participant does"
+    return InputError(mask, problem, "rename it after the image it was drawn on")
 
 
 def _modality_of(image: Path) -> str:
@@ -351,9 +360,7 @@ def _resolve_session(
             continue
         bearers = [image for image in raw if belongs_to(mask, image)]
         if not bearers:
-            named_by = [f"{key}-{value}" for key, value in identifying_entities(mask).items() if key != "sub"]
-            problem = f"lesion mask that names {', '.join(named_by)}, as no image of the participant does"
-            problems.append(InputError(mask, problem, "rename it after the image it was drawn on"))
+            problems.append(_names_no_image(mask))
         elif not any(map(_is_scored, bearers)):
             elsewhere.append(mask)
     refused: set[Path] = set()

@@ -333,7 +333,7 @@ def _truth_words(image: Image, is_control: bool) -> str:
     lesion = load_ras(image.lesion, bool).data
     if image.brain is not None:
         lesion = lesion & load_ras(image.brain, bool).data
-    return "yes" if lesion.any() else "empty lesion mask"
+    return "yes" if lesion.any() else "lesion mask without a voxel in the brain"
 
 
 def _reference_words(reference: Reference) -> str:

@@ -121,7 +121,7 @@ def tiles(finding: Finding) -> list[tuple[str, str]]:
             (f"{finding.agreement.precision:.0%}", "of the found voxels are lesion"),
         ]
         if finding.agreement.truth_empty:
-            label = "Dice: the lesion mask is empty, so it is 1 if nothing is found and else 0"
+            label = "Dice: no lesion voxel in the brain, so it is 1 if nothing is found and else 0"
             shown[-3:] = [(f"{finding.agreement.dice:.3f}", label)]
         shown = [(UNKNOWN if value.startswith("nan") else value, label) for value, label in shown]
     if finding.n_lesions:

@@ -178,6 +178,12 @@ NAMES = {
         {},
         ["_run-3_label-lesion_mask.nii.gz: lesion mask that names run-3, as no image"],
     ),
+    "a session that is not there": (
+        SESSION,
+        {"_ses-b" + MASK: T1W},
+        {},
+        ["_ses-b_label-lesion_mask.nii.gz: lesion mask that names ses-b, as no image"],
+    ),
     "drawn on a FLAIR of another acquisition": (
         {"_acq-x_T1w": T1W, "_acq-x_T2w": T2W, "_acq-y_FLAIR": FLAIR},
         {"_acq-y" + MASK: FLAIR},

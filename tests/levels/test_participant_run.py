@@ -380,6 +380,16 @@ def test_masks_of_runs_are_kept_apart(bench):
     assert sidecar["Sources"] == ["bids:lesions:sub-01/anat/sub-01_label-lesion_mask.nii.gz"]
 
 
+def test_masks_with_other_names_are_reported(bench, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    bench.dataset(T1W)
+    write_mask(bench.folder / "lesions/sub-01/anat/sub-01_label-L_desc-T1lesion_mask.nii.gz")
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", "--dry-run") == 0
+    assert (
+        "lesions holds no usable lesion mask for any of the images; names must end" in capfd.readouterr().err
+    )
+
+
 def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     groups = {"zero": "patient", "masked": "control", "plain": "control"}

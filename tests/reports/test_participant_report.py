@@ -373,8 +373,8 @@ def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
 def test_empty_mask_of_a_patient_is_reported(tmp_path):
     write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=True)
     html = write_subject_report(tmp_path, "01").read_text()
-    assert "<td>empty lesion mask</td>" in html
-    assert "<b>0.000</b><span>Dice: the lesion mask is empty, so it is 1 if nothing is found and" in html
+    assert "<td>lesion mask without a voxel in the brain</td>" in html
+    assert "<b>0.000</b><span>Dice: no lesion voxel in the brain, so it is 1 if nothing is found and" in html
     assert ">0.000 (empty mask)</td>" in html
     assert "<b>2</b><span>false components" in html
     for words in ("lesions found", "of the lesion voxels"):

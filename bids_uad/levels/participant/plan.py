@@ -152,13 +152,15 @@ def make_plan(
     return tasks
 
 
-def mask_warnings(tasks: Sequence[Task]) -> list[str]:
+def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
     """Report lesion masks that are empty, belong to a control, or leave images of their session without one.
 
     Parameters
     ----------
     tasks : sequence of Task
         Of all participants.
+    lesions_dir : pathlib.Path or None
+        Dataset of lesion masks; None if there is none.
 
     Returns
     -------
@@ -175,6 +177,9 @@ def mask_warnings(tasks: Sequence[Task]) -> list[str]:
         if task.lesion is None and (task.unit.subject, task.unit.session) in sessions
     ]
     lines = []
+    if lesions_dir is not None and not masked:
+        text = "names must end in _label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
+        lines.append(f"{lesions_dir} holds no usable lesion mask for any of the images; {text}")
     if empty:
         text = "Dice is 1 where nothing is found, else 0, and they are counted apart"
         lines.append(f"The lesion mask is empty: {listed(sorted(empty))}; {text}")

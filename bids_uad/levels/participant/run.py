@@ -19,6 +19,7 @@ from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, r
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants
+from bids_uad.dataset.prepared import LESIONS
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import ConfigError, InputError, UnavailableError, UserError
@@ -102,7 +103,7 @@ def run_participant(config: RunConfig) -> int:
         extraction=extraction,
     )
     met = overlaps(bundles, collection.units, config.bids_dir)
-    met += assumptions(tasks) + mask_warnings(tasks)
+    met += assumptions(tasks) + mask_warnings(tasks, config.derivatives.get(LESIONS))
     for line in met:
         LOGGER.warning(line)
     if config.dry_run:
