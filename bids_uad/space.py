@@ -73,26 +73,26 @@ def from_slices(slices: np.ndarray) -> np.ndarray:
     return volume
 
 
-def to_image(volume: np.ndarray, dtype: np.dtype | type = np.float32) -> nib.Nifti1Image:
+def to_image(volume: np.ndarray, dtype: type = np.float32) -> nib.Nifti1Image:
     """Wrap an array on the SRI24 grid as a NIfTI image (sform and qform code 2: aligned).
 
     Parameters
     ----------
     volume : numpy.ndarray, shape (240, 240, 155)
-    dtype : numpy dtype
-        Type on disk; no scaling is applied.
+    dtype : type, default=numpy.float32
+        Type on disk; see :func:`bids_uad.images.make_image`.
 
     Returns
     -------
     nibabel.Nifti1Image
+
+    Raises
+    ------
+    ValueError
+        If the volume is not on the SRI24 grid, or `dtype` is not one that is written.
     """
-    import nibabel as nib
+    from bids_uad.images import make_image
 
     if volume.shape != SHAPE:
         raise ValueError(f"expected a volume of shape {SHAPE}, got {volume.shape}")
-    image = nib.Nifti1Image(np.asarray(volume, dtype=dtype), AFFINE)
-    image.header.set_data_dtype(dtype)
-    image.header.set_xyzt_units("mm", "sec")
-    image.set_sform(AFFINE, code=2)
-    image.set_qform(AFFINE, code=2)
-    return image
+    return make_image(volume, AFFINE, dtype, code=2)

@@ -25,8 +25,8 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from bids_uad.atomic import atomic_path
 from bids_uad.errors import ModelError
+from bids_uad.images import make_image, save_image
 from bids_uad.space import AFFINE, SHAPE, VOXEL_MM3
 
 BLOCK = 8
@@ -239,12 +239,7 @@ class NormativeReference:
         # Eleven digits after the binary point say more than the cohort does, and make a small file.
         mantissa, exponent = np.frexp(volumes)
         rounded = np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
-        image = nib.Nifti1Image(rounded, GRID_AFFINE)
-        image.header.set_xyzt_units("mm", "sec")
-        image.set_sform(GRID_AFFINE, code=2)
-        image.set_qform(GRID_AFFINE, code=2)
-        with atomic_path(path) as temporary:
-            nib.save(image, temporary)
+        save_image(make_image(rounded, GRID_AFFINE, np.float32, code=2), path)
 
     @classmethod
     def read(cls, path: Path, description: Mapping[str, Any]) -> NormativeReference:

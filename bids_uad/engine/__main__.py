@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from bids_uad import space
-from bids_uad.atomic import atomic_path
 from bids_uad.engine.bundle import load_bundle, load_detector
 from bids_uad.engine.execution import Execution, resolve_device
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.errors import UserError
+from bids_uad.images import save_image
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 protocol=bundle.protocol,
                 execution=execution,
             )
-            with atomic_path(output) as temporary:
-                nib.save(space.to_image(scores), temporary)
+            save_image(space.to_image(scores), output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 69

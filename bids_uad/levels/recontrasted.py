@@ -16,8 +16,8 @@ from bids_uad.atomic import write_json
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.preprocessed import PreprocessedScan
+from bids_uad.images import save_image
 from bids_uad.levels.cohort import Cohort, healthy_cohort, scratch_folder
-from bids_uad.simulation.cohort import save_image
 from bids_uad.simulation.recontrast import to_t2w
 from bids_uad.space import to_image
 

@@ -28,6 +28,7 @@ from scipy import ndimage
 from bids_uad import space
 from bids_uad.atomic import write_json, write_text, write_tsv
 from bids_uad.errors import InputError
+from bids_uad.images import save_image
 from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.reference import digest, resolve_reference
 
@@ -139,9 +140,9 @@ def install_atlas(source: Path, archive: Path) -> Path:
                 "%s: not a T1w channel that is known here (SHA-256 of its voxels %s)", source, checksum
             )
         for name, volume in volumes.items():
-            dtype = np.int16 if name.endswith("dseg") else np.float32
-            _save(folder / f"{FOLDER}_res-1_{name}.nii.gz", volume, dtype)
-        _save(folder / f"{FOLDER}_res-1_desc-brain_mask.nii.gz", mask, np.uint8)
+            dtype = np.int32 if name.endswith("dseg") else np.float32
+            save_image(space.to_image(volume, dtype), folder / f"{FOLDER}_res-1_{name}.nii.gz")
+        save_image(space.to_image(mask, np.uint8), folder / f"{FOLDER}_res-1_desc-brain_mask.nii.gz")
         _write_names(folder, files, set(volumes))
         write_text(folder / "LICENSE", LICENCE)
         write_json(folder / "template_description.json", _description(checksum))
@@ -221,10 +222,6 @@ def _check_brain(path: Path, mask: np.ndarray, scratch: Path) -> None:
             f"overlaps the brain that lies on the SRI24 grid by only {overlap:.2f} (Dice)",
             "use the skull-stripped channel, in the orientation that its header states",
         )
-
-
-def _save(path: Path, volume: np.ndarray, dtype: type) -> None:
-    space.to_image(volume.astype(dtype), dtype).to_filename(path)
 
 
 def _write_names(folder: Path, files: list[Path], volumes: set[str]) -> None:

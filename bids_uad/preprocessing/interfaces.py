@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import (
     BaseInterfaceInputSpec,
@@ -19,6 +18,7 @@ from nipype.interfaces.base import (
 from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.extraction.find import find_brain, load_network
+from bids_uad.images import make_image, save_image
 from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import AGREEMENT, air_around, extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_lesion, read_scan, read_volume
@@ -435,16 +435,8 @@ def _stripped(stated: Any, scan: Volume) -> bool:
 
 
 def _save(runtime: Any, name: str, data: np.ndarray, affine: np.ndarray, dtype: type) -> str:
-    image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    path = Path(runtime.cwd) / name
-    image.to_filename(path)
-    return str(path)
+    return str(save_image(make_image(data, affine, dtype), Path(runtime.cwd) / name))
 
 
 def _save_sri24(runtime: Any, name: str, data: np.ndarray, dtype: type) -> str:
-    path = Path(runtime.cwd) / name
-    space.to_image(data.astype(dtype), dtype).to_filename(path)
-    return str(path)
+    return str(save_image(space.to_image(data, dtype), Path(runtime.cwd) / name))

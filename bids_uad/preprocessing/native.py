@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from bids_uad import space
+from bids_uad.images import make_image
 from bids_uad.preprocessing.resampling import resample
 from bids_uad.preprocessing.transforms import read_itk
 
@@ -22,14 +23,14 @@ def map_to_native(
     mask_sri24 : numpy.ndarray, shape (240, 240, 155)
         Boolean or small non-negative integers.
     native_image : path-like
-        The raw scan; only its header is read.
+        An image on the grid of the raw scan; only its header is read.
     from_sri24 : path-like
         ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``) of that scan.
 
     Returns
     -------
     nibabel.Nifti1Image
-        uint8 (int16 if a label exceeds 255), three-dimensional, with the affine of the raw scan.
+        uint8 (int32 if a label exceeds 255), three-dimensional, with the affine of `native_image`.
 
     Raises
     ------
@@ -39,11 +40,7 @@ def map_to_native(
     labels = np.asarray(mask_sri24)
     if labels.shape != space.SHAPE:
         raise ValueError(f"expected a volume of shape {space.SHAPE}, got {labels.shape}")
-    dtype = np.uint8 if labels.dtype == bool or labels.max() <= 255 else np.int16
+    dtype = np.uint8 if labels.dtype == bool or labels.max() <= 255 else np.int32
     native = nib.load(native_image)
     values = resample(labels, space.AFFINE, native.shape[:3], native.affine, read_itk(from_sri24), order=0)
-    image = nib.Nifti1Image(values.astype(dtype), native.affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.set_sform(native.affine, code=1)
-    image.set_qform(native.affine, code=1)
-    return image
+    return make_image(values, native.affine, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from bids_uad import space
-from bids_uad.atomic import atomic_path, write_json
+from bids_uad.atomic import write_json
 from bids_uad.errors import InputError
+from bids_uad.images import save_image
 from bids_uad.preprocessing.check import read_volume
 from bids_uad.preprocessing.resampling import resample
 
@@ -96,7 +96,7 @@ def resolve_reference(
 
 
 def write_template(reference: Reference, out_dir: str | os.PathLike[str]) -> Path:
-    """Copy the reference into the outputs, so that their ``SpatialReference`` resolves.
+    """Write the reference into the outputs, so that their ``SpatialReference`` resolves.
 
     Several processes may do this at once: each file appears whole, with the same bytes from each.
 
@@ -127,13 +127,12 @@ def write_template(reference: Reference, out_dir: str | os.PathLike[str]) -> Pat
     for path, (source, suffix) in images.items():
         if source is None:
             continue
-        _copy(source, path)
         description = f"Skull-stripped {suffix} reference image of the space of these derivatives"
-        _write_sidecar(path, {"Description": description, "SkullStripped": True, **common})
-    path = folder / "tpl-SRI24_desc-brain_mask.nii.gz"
-    _copy(reference.brain_mask, path)
-    _write_sidecar(
-        path,
+        _write(source, path, np.float32, {"Description": description, "SkullStripped": True, **common})
+    _write(
+        reference.brain_mask,
+        folder / "tpl-SRI24_desc-brain_mask.nii.gz",
+        np.uint8,
         {
             "Description": "Brain mask of the reference image",
             "Type": "Brain",
@@ -244,8 +243,8 @@ def _stand_in(cache_dir: Path) -> Reference:
         pull = np.linalg.inv(np.array(geometry["affine"]))
         head = resample(data, affine, space.SHAPE, space.AFFINE, pull)
         brain = resample(data > 0, affine, space.SHAPE, space.AFFINE, pull) > 0.5
-        _save(mask, brain, np.uint8)
-        _save(t1w, np.rint(head * brain * (1000.0 / head.max())), np.int16)
+        save_image(space.to_image(brain, np.uint8), mask)
+        save_image(space.to_image(np.rint(head * brain * (1000.0 / head.max()))), t1w)
     checksum = digest(_read_on_grid(t1w))
     return Reference(
         t1w=t1w,
@@ -273,15 +272,11 @@ def digest(data: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(data, dtype="<f4").tobytes()).hexdigest()
 
 
-def _save(path: Path, data: np.ndarray, dtype: type) -> None:
-    with atomic_path(path) as temporary:
-        space.to_image(data.astype(dtype), dtype).to_filename(temporary)
-
-
-def _write_sidecar(image: Path, content: dict[str, Any]) -> None:
-    write_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"), content)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _write(source: Path, target: Path, dtype: type, metadata: dict[str, Any]) -> None:
+    """Write a reference image and, last, its sidecar, unless both are there."""
+    sidecar = target.with_name(target.name.removesuffix(".nii.gz") + ".json")
+    if target.is_file() and sidecar.is_file() and json.loads(sidecar.read_text(encoding="utf-8")) == metadata:
+        return
+    data = _read_on_grid(source)
+    save_image(space.to_image(data > 0 if dtype is np.uint8 else data, dtype), target)
+    write_json(sidecar, metadata)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 
 import bids_uad
-from bids_uad.atomic import atomic_path, write_json, write_text, write_tsv
+from bids_uad.atomic import write_json, write_text, write_tsv
+from bids_uad.images import save_image
 from bids_uad.preprocessing.intensity import SCALING, scale_intensity
 from bids_uad.simulation.acquisition import scan_on_grid
 from bids_uad.simulation.native import NativeScan, native_scan
@@ -76,13 +75,6 @@ class Cohort:
     def name(self, index: int) -> str:
         """BIDS name of a subject, ``sub-001`` onwards."""
         return f"sub-{index + 1:03d}"
-
-
-def save_image(image: nib.Nifti1Image, target: Path) -> None:
-    """Write a NIfTI image atomically, lightly compressed, the same bytes every time."""
-    with atomic_path(target) as temporary:
-        # Level 1: noise hardly compresses, and a time stamp would make equal files differ.
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def _write_derivatives(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> dict:

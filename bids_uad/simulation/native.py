@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from bids_uad.images import make_image
 from bids_uad.simulation.acquisition import Protocol, bias_field, rician, slice_matrix
 from bids_uad.simulation.alignment import rotation
 from bids_uad.simulation.spatial import BOX_AFFINE, apply_axis, sample, smooth, tensor
@@ -101,21 +102,12 @@ def native_scan(
     brain = moved[1] > 0.5
     units = float(rng.uniform(500.0, 3000.0))
     scan = (rician(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
-    result = _image(scan.to(torch.int16).cpu().numpy(), affine)
+    result = make_image(scan.to(torch.int16).cpu().numpy(), affine, np.int16)
     lesion = tissue = None
     if truth:
         shares = moved[2 : 2 + len(TISSUE_LABELS)]
         largest = shares.argmax(0) + TISSUE_LABELS[0]
-        tissue = _image((largest * brain).to(torch.uint8).cpu().numpy(), affine)
+        tissue = make_image((largest * brain).cpu().numpy(), affine, np.uint8)
     if truth and anatomy.lesion is not None:
-        lesion = _image(((moved[-1] > 0.5) & brain).to(torch.uint8).cpu().numpy(), affine)
+        lesion = make_image(((moved[-1] > 0.5) & brain).cpu().numpy(), affine, np.uint8)
     return NativeScan(result, lesion, tissue, {"units": units, "native_to_sri24": to_sri24.tolist()})
-
-
-def _image(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    """NIfTI image in scanner coordinates (codes 1)."""
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    return image

@@ -13,6 +13,7 @@ from bids_uad.calibration.deviation import DeviationCalibrator
 from bids_uad.calibration.normative import BLOCK, GRID, HealthyCohort, NormativeEstimator, NormativeReference
 from bids_uad.errors import ModelError
 from bids_uad.space import SHAPE
+from tests.header_contract import header_faults
 
 PLACE = (slice(96, 128), slice(96, 128), slice(64, 96))
 """Whole blocks in the middle of the grid."""
@@ -226,6 +227,7 @@ def test_on_disk_and_back(tmp_path):
     reference = gathered(people_of(6)).fit()
     path = tmp_path / "normative.nii.gz"
     reference.write(path)
+    assert header_faults(path) == []
     found = NormativeReference.read(path, reference.describe())
     assert found.cohort == reference.cohort
     np.testing.assert_allclose(found.coefficients, reference.coefficients, rtol=2**-11)

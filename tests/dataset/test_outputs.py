@@ -15,6 +15,7 @@ from bids_uad.dataset.outputs import DerivativesDataSink
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.errors import ConfigError
 from tests.dataset.skeleton import write_dataset
+from tests.header_contract import header_faults
 
 UNIT = ImageUnit(
     Path("/raw/sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-01_T2w.nii.gz"),
@@ -49,7 +50,7 @@ def test_names():
 
 
 def test_sink_agrees_with_the_names_and_pins_the_header(tmp_path):
-    image = space.to_image(np.full(space.SHAPE, 0.5), np.float64)
+    image = nib.Nifti1Image(np.full(space.SHAPE, 0.5), space.AFFINE)
     image.set_sform(image.affine, 4)
     nib.save(image, tmp_path / "x.nii.gz")
     sink = DerivativesDataSink(
@@ -67,6 +68,7 @@ def test_sink_agrees_with_the_names_and_pins_the_header(tmp_path):
     work.mkdir()
     target = tmp_path / "out" / naming.preprocessing_outputs(UNIT)["preproc"]
     assert sink.run(cwd=str(work)).outputs.out_file == str(target)
+    assert header_faults(target) == []
     written = nib.load(target)
     assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (2, 2)
     assert written.get_data_dtype() == np.float32

@@ -15,6 +15,7 @@ import pytest
 
 from bids_uad import space
 from bids_uad.preprocessing.transforms import read_itk
+from tests.header_contract import faults_below
 from tests.integration.conftest import DETECTORS, bids_uad
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -55,6 +56,10 @@ def test_output_is_valid_bids(run):
 
 def test_input_is_valid_bids(run):
     assert [issue for issue in validate(run.data) if issue["severity"] == "error"] == []
+
+
+def test_all_images_of_a_run_keep_the_header_contract(run):
+    assert faults_below(run.out) == []
 
 
 def test_maps_are_on_the_grid_and_inside_the_brain(run):

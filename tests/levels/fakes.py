@@ -26,6 +26,7 @@ from bids_uad import space
 from bids_uad.calibration.normative import GRID, TERMS, HealthyCohort, NormativeReference
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
+from bids_uad.images import make_image
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.transforms import write_itk
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
@@ -86,8 +87,7 @@ class FakePreproc(SimpleInterface):
             b"a" * HUNGER
         folder = Path(runtime.cwd)
         native = nib.load(self.inputs.in_file)
-        mask = nib.Nifti1Image(np.ones(native.shape, np.uint8), native.affine)
-        mask.header.set_xyzt_units("mm", "sec")
+        mask = make_image(np.ones(native.shape[:3]), native.affine, np.uint8)
         nib.save(mask, folder / "native_mask.nii.gz")
         nib.save(native, folder / "brain.nii.gz")
         brain = np.zeros(space.SHAPE, np.uint8)

@@ -20,6 +20,7 @@ from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.levels.participant import run, workflow, writing
 from bids_uad.levels.participant.records import sha256_of
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
+from tests.header_contract import faults_below
 from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf
 
 
@@ -116,6 +117,10 @@ def test_complete_output_tree_passes_the_validator(finished):
     assert links == {"raw": "../raw", "lesions": "../lesions"}
     for path in bench.out.rglob("sub-*/**/anat/*.json"):
         assert str(bench.folder) not in path.read_text(), path
+
+
+def test_all_images_of_a_run_keep_the_header_contract(finished):
+    assert faults_below(finished.out) == []
 
 
 def test_outputs_hold_what_the_map_says(finished):

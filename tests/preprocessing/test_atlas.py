@@ -15,6 +15,7 @@ from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.atlas import KNOWN, install_atlas, main
 from bids_uad.preprocessing.reference import Reference, digest, resolve_reference
+from tests.header_contract import faults_below
 
 from .conftest import REAL_DATA
 
@@ -69,6 +70,7 @@ def test_a_zip_file_is_taken_as_it_is_and_parcellations_get_names(brain, tmp_pat
             package.write(path, f"sri24/{path.name}")
     assert main([str(tmp_path / "sri24.zip"), str(tmp_path / "archive")]) == 0
     assert "--atlas-dir" in capsys.readouterr().out
+    assert faults_below(tmp_path / "archive") == []
     tables = {
         atlas: pd.read_csv(
             tmp_path / "archive" / "tpl-SRI24" / f"tpl-SRI24_res-1_atlas-{atlas}_dseg.tsv", sep="\t"

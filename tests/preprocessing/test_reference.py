@@ -12,6 +12,7 @@ import pytest
 from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.reference import STAND_IN, Reference, resolve_reference, write_template
+from tests.header_contract import faults_below
 
 from .conftest import REAL_DATA
 
@@ -118,10 +119,16 @@ def test_an_atlas_without_a_mask_is_refused(atlas: Path, tmp_path: Path) -> None
         resolve_reference(atlas, tmp_path)
 
 
-def test_the_template_is_copied_with_sidecars(reference: Reference, tmp_path: Path) -> None:
+def test_the_template_is_written_with_sidecars(reference: Reference, tmp_path: Path) -> None:
     target = write_template(reference, tmp_path)
+    times = target.stat().st_mtime_ns
     assert write_template(reference, tmp_path) == target
+    assert target.stat().st_mtime_ns == times
     folder = tmp_path / "tpl-SRI24" / "anat"
+    assert faults_below(folder) == []
+    for name, source in (("brain_T1w", reference.t1w), ("brain_mask", reference.brain_mask)):
+        written = nib.load(folder / f"tpl-SRI24_desc-{name}.nii.gz").get_fdata()
+        np.testing.assert_array_equal(written, nib.load(source).get_fdata())
     assert sorted(p.name for p in folder.iterdir()) == [
         "tpl-SRI24_desc-brain_T1w.json",
         "tpl-SRI24_desc-brain_T1w.nii.gz",

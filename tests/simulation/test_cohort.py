@@ -15,6 +15,7 @@ from bids_uad.simulation.__main__ import main
 from bids_uad.simulation.cohort import Cohort, make_subject
 from bids_uad.simulation.subject import World
 from bids_uad.space import AFFINE, SHAPE
+from tests.header_contract import faults_below
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -64,6 +65,11 @@ def test_derivatives_follow_the_naming_and_the_grid(preprocessed):
     assert lesion.any()
     assert inside[lesion > 0].all()
     assert not list((preprocessed / "sub-001").rglob("*lesion*"))
+
+
+def test_simulated_derivatives_keep_the_header_contract(raw, preprocessed):
+    assert faults_below(raw / "derivatives") == []
+    assert faults_below(preprocessed) == []
 
 
 def test_raw_images_and_masks_share_a_grid(raw):

@@ -19,7 +19,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from bids_uad.atomic import atomic_path, write_json, write_tsv
+from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.dataset.outputs import sidecar_of
 from bids_uad.errors import ModelError
@@ -105,7 +105,7 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     brain_mask = File(exists=True, mandatory=True, desc="brain mask, SRI24")
     lesion = File(exists=True, desc="ground truth, SRI24")
     image = File(exists=True, desc="preprocessed image, SRI24; needed with ground truth")
-    native_ref = File(exists=True, mandatory=True, desc="raw image")
+    native_ref = File(exists=True, mandatory=True, desc="brain mask on the grid of the raw image")
     from_sri24 = File(exists=True, mandatory=True, desc="transform back to the raw image, ITK text")
     bundle = traits.Str(mandatory=True, desc="model bundle folder")
     deviation = traits.Enum("none", "normative", usedefault=True, desc="what is written about")
@@ -131,11 +131,11 @@ class Postprocess(SimpleInterface):
     _always_run = True
 
     def _run_interface(self, runtime):
-        import nibabel as nib
         import numpy as np
 
         from bids_uad.calibration.normative import NormativeReference
         from bids_uad.engine.bundle import NORMATIVE_FILE, load_bundle
+        from bids_uad.images import save_image
         from bids_uad.levels.participant.lesions import lesion_table
         from bids_uad.preprocessing.native import map_to_native
 
@@ -171,8 +171,7 @@ class Postprocess(SimpleInterface):
             image = read_on_grid(self.inputs.image)
             write_tsv(files["lesions"], lesion_table(lesion, mask > 0, image, brain))
         native = map_to_native(mask, self.inputs.native_ref, self.inputs.from_sri24)
-        with atomic_path(files["native_mask"]) as temporary:
-            nib.save(native, temporary)
+        save_image(native, files["native_mask"])
         written = [*files.values(), *{sidecar_of(path) for path in files.values()}]
         self._results["out_files"] = sorted(str(path) for path in written)
         return runtime
@@ -231,12 +230,10 @@ def write_detection(
 
 def write_image(volume: np.ndarray, dtype: type, target: Path) -> None:
     """Write a volume on the SRI24 grid, atomically."""
-    import nibabel as nib
-
+    from bids_uad.images import save_image
     from bids_uad.space import to_image
 
-    with atomic_path(target) as temporary:
-        nib.save(to_image(volume, dtype), temporary)
+    save_image(to_image(volume, dtype), target)
 
 
 def read_on_grid(path: str | Path) -> np.ndarray:

@@ -160,7 +160,8 @@ def _connect_detection(
         post = Node(_postprocess(task, bundle, means), name=name, mem_gb=POSTPROCESS_GB)
         position = list(models).index(bundle.name)
         workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
-        workflow.connect([(inputs, post, [("brain_mask", "brain_mask"), ("from_sri24", "from_sri24")])])
+        fields = [("brain_mask", "brain_mask"), ("native_mask", "native_ref"), ("from_sri24", "from_sri24")]
+        workflow.connect([(inputs, post, fields)])
         if task.lesion_provider is not None:
             workflow.connect([(inputs, post, [("lesion", "lesion"), ("preproc", "image")])])
         written.append((post, "out_files"))
@@ -204,7 +205,6 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
     if bundle.deviation != "none":
         model |= deviation_sidecar(bundle.normative, **task.person)
     return Postprocess(
-        native_ref=str(unit.path),
         bundle=str(bundle.folder),
         deviation=bundle.deviation,
         person=dict(task.person),
