@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from bids_uad.errors import InputError
 
@@ -25,7 +28,7 @@ def grid_of(path: Path) -> Grid:
     """
     try:
         image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(path, f"cannot be read as an image ({error})", "restore the file") from error
     return tuple(int(size) for size in image.shape[:3]), np.asarray(image.affine)
 

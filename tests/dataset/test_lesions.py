@@ -389,6 +389,13 @@ def first_bytes(content: bytes) -> bytes:
     return gzip.compress(gzip.decompress(content)[:352])
 
 
+def edited(content: bytes, offset: int, value: int) -> bytes:
+    """Write a short integer into a compressed NIfTI header."""
+    header = bytearray(gzip.decompress(content))
+    header[offset : offset + 2] = value.to_bytes(2, "little", signed=True)
+    return gzip.compress(bytes(header))
+
+
 def dangling(path: Path) -> Path:
     path.symlink_to(path.parent / ".git" / "annex" / "gone")
     return path
@@ -421,6 +428,13 @@ TAKEN = {
 }
 FRACTIONS = "lesion mask with values that are not whole numbers"
 NOT_FINITE = "the image has NaN or infinite voxels"
+UNREADABLE = (
+    "cannot be read as an image",
+    "not a readable image",
+    "the file is ",
+    "not a gzip file",
+    "a folder",
+)
 REFUSED = {
     # name: how it is stored, start of the message
     "probabilities": (stored(mixed(0.1, 0.5, 0.9, 1)), FRACTIONS),
@@ -435,12 +449,16 @@ REFUSED = {
     "colours": (stored(COLOURS), "lesion mask of colours or complex numbers"),
     "complex": (stored(cube(1, np.complex64)), "lesion mask of colours or complex numbers"),
     "no orientation": (stored(cube(), codes=0), "the header states no orientation"),
-    "truncated": (spoiled(lambda content: content[: len(content) // 2]), ""),
-    "not gzip": (spoiled(lambda _: b"<html>404</html>"), ""),
-    "empty file": (spoiled(lambda _: b""), ""),
-    "one byte": (spoiled(lambda _: b"x"), ""),
+    "truncated": (spoiled(lambda content: content[: len(content) // 2]), UNREADABLE),
+    "not gzip": (spoiled(lambda _: b"<html>404</html>"), UNREADABLE),
+    "empty file": (spoiled(lambda _: b""), UNREADABLE),
+    "one byte": (spoiled(lambda _: b"x"), UNREADABLE),
     "header only": (spoiled(first_bytes), "the image data cannot be read"),
-    "dangling link": (dangling, ""),
+    "corrupt data type": (spoiled(lambda content: edited(content, 70, 999)), UNREADABLE),
+    "corrupt dimensions": (spoiled(lambda content: edited(content, 40, -3)), UNREADABLE),
+    "broken compression": (spoiled(lambda content: content[:30] + b"x" * 40 + content[70:]), UNREADABLE),
+    "a folder": (lambda path: path.mkdir(), UNREADABLE),
+    "dangling link": (dangling, UNREADABLE),
 }
 
 
