@@ -1,22 +1,44 @@
 """Scores as the published scripts compute them: one slice, one step and one window at a time.
 
-Nothing is batched, skipped, remembered or summed along the way. The networks are those of the detectors; all
-that is around them is written out here a second time, so that the engine's maps have something to equal.
+Nothing is batched, skipped, remembered or summed along the way. Networks and random numbers are those of the
+detectors; everything else, the noise schedule included, is written out here a second time and shares no code
+with what it is compared with.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bids_uad.methods.andi import noise_levels
 from bids_uad.methods.base import Detector
-from bids_uad.methods.itermask import MAX_ROUNDS
-from bids_uad.networks.diffusion import signal_and_noise, transition_weight
 from bids_uad.networks.keyed import SliceGenerator
+
+
+def scales(time: float) -> tuple[float, float]:
+    """Compute the scales of signal and noise from the angle of the cosine schedule.
+
+    The angle runs from atan(e^-7.5) to its complement, so that the log-signal-to-noise ratio is cut at 15
+    before the shift. Images of 224 pixels in place of 56 make noise four times as strong against the signal.
+
+    Parameters
+    ----------
+    time : float
+        From 0 (signal) to 1 (noise).
+
+    Returns
+    -------
+    alpha, sigma : float
+        The sum of their squares is 1.
+    """
+    least = math.atan(math.exp(-7.5))
+    noise_to_signal = 224 / 56 * math.tan(least + time * (math.pi / 2 - 2 * least))
+    alpha = 1 / math.hypot(1, noise_to_signal)
+    return alpha, noise_to_signal * alpha
 
 
 def _label(value: float, x: Tensor) -> Tensor:
@@ -27,12 +49,15 @@ def andi(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
     """Geometric mean of stacked squared differences of the posterior means."""
     image = 2 * x - 1
     differences = []
-    for time in noise_levels(detector.hyper.stride):
-        alpha, sigma = (float(scale) for scale in signal_and_noise(time))
-        weight = float(transition_weight(time, time - 0.001))
-        noise = drawn.normal(round(1000 * float(time)), *image.shape[1:])
+    for thousandth in range(125, 25, -detector.hyper.stride):
+        time = thousandth / 1000
+        alpha, sigma = scales(time)
+        # The posterior mean one step earlier moves by this much with the predicted image.
+        earlier_alpha, earlier_sigma = scales(time - 0.001)
+        weight = earlier_alpha * (1 - (alpha * earlier_sigma / (sigma * earlier_alpha)) ** 2)
+        noise = drawn.normal(thousandth, *image.shape[1:])
         noised = alpha * image + sigma * noise
-        velocity = detector.network(noised, _label(detector.hyper.time_scale * float(time), x))
+        velocity = detector.network(noised, _label(detector.hyper.time_scale * time, x))
         restored = (alpha * noised - sigma * velocity).clamp(-1, 1)
         squared = (image - restored).square().clamp_min(detector.hyper.residual_floor)
         differences.append(weight**2 * squared)
@@ -44,18 +69,16 @@ def ddpmpp(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
     hyper = detector.hyper
     image = 2 * x - 1
     times = [hyper.start * (1 - step / hyper.denoising_steps) for step in range(hyper.denoising_steps)]
-    scales = [
-        tuple(float(scale) for scale in signal_and_noise(torch.tensor(time, dtype=torch.float64)))
-        for time in times
-    ]
-    noised = scales[0][0] * image + scales[0][1] * drawn.normal(0, *image.shape[1:])
+    alpha, sigma = scales(times[0])
+    noised = alpha * image + sigma * drawn.normal(0, *image.shape[1:])
     for step, time in enumerate(times):
-        alpha, sigma = scales[step]
+        alpha, sigma = scales(time)
         velocity = detector.network(noised, _label(hyper.time_scale * time, x))
         restored = (alpha * noised - sigma * velocity).clamp(-1, 1)
         if step + 1 < len(times):
             noise = (noised - alpha * restored) / sigma
-            noised = scales[step + 1][0] * restored + scales[step + 1][1] * noise
+            alpha, sigma = scales(times[step + 1])
+            noised = alpha * restored + sigma * noise
     return (image - restored).abs() / 2
 
 
@@ -109,7 +132,7 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
     limit = falling[min(count, len(falling) - 1)] if len(falling) else 0.0
     mask = (first > limit) & brain
     frozen, scores = torch.zeros_like(image), torch.minimum(first, detector.threshold)
-    for number in range(MAX_ROUNDS):
+    for number in itertools.count():
         noise = drawn.normal(number, *image.shape[1:])
         filled = detector.filler(torch.cat([torch.where(mask, noise, image), condition], 1))
         error = (image - torch.where(mask, filled, image)) ** 2
