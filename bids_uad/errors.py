@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -43,3 +44,31 @@ class InputError(UserError):
     def __reduce__(self) -> tuple:
         # The default would rebuild it from the message alone, and fail in a worker process.
         return type(self), (self.path, self.problem, self.remedy)
+
+
+def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
+    """Describe a file that the operating system does not let us read.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    error : OSError
+        What opening or reading it raised.
+
+    Returns
+    -------
+    InputError
+        It tells links to content that is elsewhere (git-annex) from files that are missing.
+    """
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        problem = "the file is a link to content that is not here"
+        return InputError(path, problem, "fetch it with `datalad get`")
+    if isinstance(error, FileNotFoundError):
+        return InputError(
+            path, "there is no such file (any more)", "check that it was not removed and its disk is mounted"
+        )
+    return InputError(
+        path, f"the file cannot be read ({error.strerror or error})", "check its permissions and its disk"
+    )

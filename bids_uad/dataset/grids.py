@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
-from bids_uad.errors import InputError
+from bids_uad.nifti import open_nifti
 
 TOLERANCE_MM = 0.1
 
@@ -24,12 +21,9 @@ def grid_of(path: Path) -> Grid:
     Raises
     ------
     InputError
-        If the file is no image.
+        If the file is missing or no image, see :func:`bids_uad.nifti.open_nifti`.
     """
-    try:
-        image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(path, f"cannot be read as an image ({error})", "restore the file") from error
+    image = open_nifti(path)
     return tuple(int(size) for size in image.shape[:3]), np.asarray(image.affine)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
 from bids_uad.errors import InputError
+from bids_uad.nifti import open_nifti, read_data
+from bids_uad.preprocessing.mp2rage import is_uniform_image, mask_background
 
 VOXEL_RANGE_MM = (0.2, 10.0)
 EXTENT_RANGE_MM = (40.0, 700.0)
@@ -27,6 +27,28 @@ MAX_SHEAR = 1e-2
 WHOLE_NUMBER_TOLERANCE = 1e-3
 """Labels that are stored with a scale factor come back this close to a whole number."""
 FORMS_APART_MM = 1.0
+ZOOMS_APART_MM = 0.05
+DARK_FRACTION = 0.1
+"""Finite voxels below this fraction of the 99th percentile may be background."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan that can be worked on.
+
+    Parameters
+    ----------
+    data : numpy.ndarray of float32, three-dimensional
+        All finite. Trailing axes of length one are dropped.
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world (RAS+, mm): the sform if it is set, else the qform.
+    notes : tuple of str
+        Sentences on what was changed in the data on reading; empty for most scans.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def check_image(path: str | PathLike[str]) -> None:
@@ -40,14 +62,18 @@ def check_image(path: str | PathLike[str]) -> None:
     Raises
     ------
     bids_uad.errors.InputError
-        Missing, truncated or corrupt file; not three-dimensional; no orientation, sheared or absurd geometry;
-        NaN or infinite values; constant, nearly empty or already normalised (negative) intensities.
+        Missing, truncated or corrupt file; complex or RGB voxels; not three-dimensional; no orientation,
+        sheared or absurd geometry; NaN or infinite values in the head; constant, nearly empty or already
+        normalised (negative) intensities.
     """
-    read_scan(path)
+    _read_checked(Path(path))
 
 
-def read_scan(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+def read_scan(path: str | PathLike[str]) -> Scan:
     """Read a scan that passes :func:`check_image`.
+
+    NaN and infinite voxels of the background are set to 0. In an MP2RAGE image (suffix ``UNIT1``) the noise
+    outside the head is set to 0 as well, see :func:`bids_uad.preprocessing.mp2rage.mask_background`.
 
     Parameters
     ----------
@@ -55,19 +81,21 @@ def read_scan(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
     Returns
     -------
-    data : numpy.ndarray of float32, three-dimensional
-        Trailing axes of length one are dropped.
-    affine : numpy.ndarray, shape (4, 4)
-        Voxel-to-world (RAS+, mm): the sform if it is set, else the qform.
+    Scan
 
     Raises
     ------
     bids_uad.errors.InputError
         As :func:`check_image`.
     """
-    data, affine = read_volume(path)
-    _check_values(path, data, affine)
-    return data, affine
+    scan = _read_checked(Path(path))
+    if not is_uniform_image(path):
+        return scan
+    data, masked = mask_background(scan.data, scan.affine)
+    if not masked:
+        return Scan(data, scan.affine, scan.notes)
+    text = f"The noise around the head of the MP2RAGE image ({masked:.0%} of the image) was set to 0."
+    return Scan(data, scan.affine, (*scan.notes, text))
 
 
 def read_volume(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,20 +113,10 @@ def read_volume(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     bids_uad.errors.InputError
-        Missing, truncated or corrupt file; not three-dimensional; no orientation, sheared or absurd geometry;
-        NaN or infinite values.
+        Missing, truncated or corrupt file; complex or RGB voxels; not three-dimensional; no orientation,
+        sheared or absurd geometry; NaN or infinite values.
     """
-    path = Path(path)
-    image = _open(path)
-    shape = _spatial_shape(path, image.shape)
-    affine = _checked_affine(path, image, shape)
-    # Compressed files fail in many ways: a short stream, a bad checksum, a broken block.
-    try:
-        data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(
-            path, f"the image data cannot be read ({_first_line(error)})", _COPY_AGAIN
-        ) from error
+    data, affine = _read(Path(path))
     if not np.isfinite(data).all():
         raise InputError(
             path, "the image has NaN or infinite voxels", "replace them in the source data and run again"
@@ -126,7 +144,7 @@ def read_lesion(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         As :func:`read_volume`; several volumes; colours or complex numbers; negative values or fractions; a
         background other than 0.
     """
-    image = _open(Path(path))
+    image = open_nifti(path)
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(
             path,
@@ -194,7 +212,7 @@ def background(data: np.ndarray) -> float:
 
 
 def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
-    """Tell where the two orientations of a header contradict each other; the sform is the one that is used.
+    """Tell where the orientations and voxel sizes of a header contradict each other; the sform is used.
 
     Parameters
     ----------
@@ -206,10 +224,12 @@ def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
     dict
         Sentences, and whether they are so grave that the scan cannot be relied on.
     """
-    image = nib.load(path)
+    image = open_nifti(path)
     sform, sform_code = image.get_sform(coded=True)
     qform, qform_code = image.get_qform(coded=True)
-    if not (sform_code and qform_code):
+    if sform_code and not qform_code:
+        return _zoom_doubts(image)
+    if not sform_code:
         return {}
     if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
         return {"The header's sform and qform disagree about what is left and what is right.": True}
@@ -222,25 +242,68 @@ def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
     return {f"The header's sform and qform are up to {distance:.0f} mm apart; the sform was used.": False}
 
 
-_COPY_AGAIN = "copy or download the file again"
+def _zoom_doubts(image: nib.Nifti1Image) -> dict[str, bool]:
+    """Compare the voxel size that the header states (pixdim) with that of the sform."""
+    stated = np.array(image.header.get_zooms()[:3], dtype=float)
+    zooms = nib.affines.voxel_sizes(image.affine)
+    if np.abs(stated - zooms).max() < ZOOMS_APART_MM:
+        return {}
+    text = f"The header's pixdim ({_mm(stated)}) and sform ({_mm(zooms)}) disagree; the sform was used."
+    return {text: False}
 
 
-def _open(path: Path) -> nib.Nifti1Image:
-    if path.is_symlink() and not path.exists():
-        raise InputError(
-            path, "the file is a link to content that is not here", "fetch it with `datalad get`"
-        )
-    if not path.is_file():
-        raise InputError(path, "there is no such file", "check the path")
-    if path.stat().st_size == 0:
-        raise InputError(path, "the file is empty", _COPY_AGAIN)
-    try:
-        image = nib.load(path)
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(path, f"not a readable image ({_first_line(error)})", _COPY_AGAIN) from error
-    if not isinstance(image, nib.Nifti1Image):
-        raise InputError(path, f"a {type(image).__name__}, not a NIfTI file", "convert it to NIfTI")
-    return image
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the voxels and the affine of an image; the voxels may be NaN or infinite."""
+    image = open_nifti(path)
+    shape = _spatial_shape(path, image.shape)
+    affine = _checked_affine(path, image, shape)
+    return read_data(path, image).reshape(shape), affine
+
+
+def _read_checked(path: Path) -> Scan:
+    """Read a scan, fill its background and check its values."""
+    data, affine = _read(path)
+    finite = np.isfinite(data)
+    notes: tuple[str, ...] = ()
+    if not finite.all():
+        if not finite.any() or _has_invalid_inside(data, finite):
+            raise InputError(
+                path, "the image has NaN or infinite voxels in the head", "replace them in the source data"
+            )
+        data = np.where(finite, data, np.float32(0))
+        notes = (f"{np.sum(~finite):,} NaN or infinite voxels of the background were set to 0.",)
+    if is_uniform_image(path) and data.min() < 0:
+        # Stored from -0.5 to 0.5, or around 0 in other units. Where the scale begins carries no information.
+        data = data - data.min()
+    _check_values(path, data, affine)
+    return Scan(data, affine, notes)
+
+
+def _has_invalid_inside(data: np.ndarray, finite: np.ndarray) -> bool:
+    """Say whether a voxel that is not finite lies in the head.
+
+    Background is what can be reached from the border of the volume, from face to face, through voxels that
+    are dark or not finite. Whole slices that are not finite, between others that hold signal, are not.
+
+    Parameters
+    ----------
+    data : numpy.ndarray, three-dimensional
+    finite : numpy.ndarray of bool
+        Where it is finite; somewhere at least.
+
+    Returns
+    -------
+    bool
+    """
+    signal = finite & (np.where(finite, data, 0) > DARK_FRACTION * np.percentile(data[finite], 99))
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        with_signal = np.flatnonzero(signal.any(axis=others))
+        if with_signal.size and not finite.any(axis=others)[with_signal[0] : with_signal[-1]].all():
+            return True
+    labels, _ = ndimage.label(~signal)
+    outside = np.isin(labels, np.unique(_border(labels)))
+    return bool((~finite & ~outside).any())
 
 
 def _spatial_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -310,10 +373,6 @@ def _check_values(path: str | PathLike[str], data: np.ndarray, affine: np.ndarra
 def _border(data: np.ndarray) -> np.ndarray:
     faces = (data[[0, -1]], data[:, [0, -1]], data[:, :, [0, -1]])
     return np.concatenate([face.ravel() for face in faces])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _mm(values: np.ndarray) -> str:

@@ -63,9 +63,9 @@ class Conform(SimpleInterface):
     output_spec = _ConformOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
-        data, affine = read_scan(self.inputs.in_file)
-        self._results["out_file"] = _save(runtime, "conformed.nii.gz", data, affine, np.float32)
-        self._results["doubts"] = header_doubts(self.inputs.in_file)
+        scan = read_scan(self.inputs.in_file)
+        self._results["out_file"] = _save(runtime, "conformed.nii.gz", scan.data, scan.affine, np.float32)
+        self._results["doubts"] = header_doubts(self.inputs.in_file) | dict.fromkeys(scan.notes, False)
         return runtime
 
 
@@ -275,11 +275,11 @@ class RelateToRaw(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         folder = Path(runtime.cwd)
-        scan, raw = _volume(self.inputs.in_file, self.inputs.mask), Volume(*read_scan(self.inputs.raw))
+        scan, raw = _volume(self.inputs.in_file, self.inputs.mask), read_scan(self.inputs.raw)
         if isdefined(self.inputs.from_raw):
             pull = read_itk(self.inputs.from_raw)
         else:
-            pull = register_same_head(scan, raw, folder)
+            pull = register_same_head(scan, Volume(raw.data, raw.affine), folder)
         to_sri24 = pull @ read_itk(self.inputs.to_sri24)
         mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)

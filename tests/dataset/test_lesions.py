@@ -428,13 +428,6 @@ TAKEN = {
 }
 FRACTIONS = "lesion mask with values that are not whole numbers"
 NOT_FINITE = "the image has NaN or infinite voxels"
-UNREADABLE = (
-    "cannot be read as an image",
-    "not a readable image",
-    "the file is ",
-    "not a gzip file",
-    "a folder",
-)
 REFUSED = {
     # name: how it is stored, start of the message
     "probabilities": (stored(mixed(0.1, 0.5, 0.9, 1)), FRACTIONS),
@@ -449,16 +442,19 @@ REFUSED = {
     "colours": (stored(COLOURS), "lesion mask of colours or complex numbers"),
     "complex": (stored(cube(1, np.complex64)), "lesion mask of colours or complex numbers"),
     "no orientation": (stored(cube(), codes=0), "the header states no orientation"),
-    "truncated": (spoiled(lambda content: content[: len(content) // 2]), UNREADABLE),
-    "not gzip": (spoiled(lambda _: b"<html>404</html>"), UNREADABLE),
-    "empty file": (spoiled(lambda _: b""), UNREADABLE),
-    "one byte": (spoiled(lambda _: b"x"), UNREADABLE),
-    "header only": (spoiled(first_bytes), "the image data cannot be read"),
-    "corrupt data type": (spoiled(lambda content: edited(content, 70, 999)), UNREADABLE),
-    "corrupt dimensions": (spoiled(lambda content: edited(content, 40, -3)), UNREADABLE),
-    "broken compression": (spoiled(lambda content: content[:30] + b"x" * 40 + content[70:]), UNREADABLE),
-    "a folder": (lambda path: path.mkdir(), UNREADABLE),
-    "dangling link": (dangling, UNREADABLE),
+    "truncated": (spoiled(lambda content: content[: len(content) // 2]), "not a readable image"),
+    "not gzip": (spoiled(lambda _: b"<html>404</html>"), "a web page, not an image"),
+    "empty file": (spoiled(lambda _: b""), "the file is empty"),
+    "one byte": (spoiled(lambda _: b"x"), "not a gzip file"),
+    "header only": (spoiled(first_bytes), "the image data are cut short"),
+    "corrupt data type": (spoiled(lambda content: edited(content, 70, 999)), "not a readable image"),
+    "corrupt dimensions": (spoiled(lambda content: edited(content, 40, -3)), "not a readable image"),
+    "broken compression": (
+        spoiled(lambda content: content[:30] + b"x" * 40 + content[70:]),
+        "not a readable image",
+    ),
+    "a folder": (lambda path: path.mkdir(), "a folder, not a file"),
+    "dangling link": (dangling, "the file is a link to content that is not here"),
 }
 
 

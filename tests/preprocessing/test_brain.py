@@ -104,9 +104,9 @@ def test_of_two_that_contradict_each_other_the_network_is_believed(witnesses, tm
 def test_a_brain_is_found_in_real_heads(
     scan: str, least: float, reference_volume: Volume, tmp_path: Path
 ) -> None:
-    data, affine = read_scan(REAL_DATA / "brains" / scan.format("", ".nii.gz"))
+    image = read_scan(REAL_DATA / "brains" / scan.format("", ".nii.gz"))
     mask = scan.format("space-", "_desc-brain_mask.nii.gz")
     truth = read_volume(REAL_DATA / "brains" / "derivatives" / "brainmasks" / mask)[0] > 0
-    seen = find_brain(data, affine, load_network(packaged_weights()))
-    found, _ = extract_brain(Volume(data, affine), reference_volume, tmp_path, seen)
+    seen = find_brain(image.data, image.affine, load_network(packaged_weights()))
+    found, _ = extract_brain(Volume(image.data, image.affine), reference_volume, tmp_path, seen)
     assert dice(found, truth) > least

@@ -129,7 +129,7 @@ def sheared(folder: Path) -> Path:
 
 DEFECTS = [
     (truncated_gzip, "cannot be read"),
-    (truncated_plain, "read"),
+    (truncated_plain, "cut short"),
     (corrupt_header, "not a readable image"),
     (corrupt_dimensions, "no volume|not a readable image|cannot be read"),
     (not_an_image, "not a readable image"),

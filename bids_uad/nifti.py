@@ -1,0 +1,157 @@
+"""Opening of NIfTI files: what cannot be read is refused with one line that says what the file is instead."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from os import PathLike
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from bids_uad.errors import InputError, unreadable
+
+_COPY_AGAIN = "copy or download the file again"
+# What nibabel, NumPy, gzip and zlib raise for damaged headers and streams.
+_DAMAGED = (
+    ImageFileError,
+    HeaderDataError,
+    EOFError,
+    OSError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+_GZIP = b"\x1f\x8b"
+_NIFTI_MAGIC = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}
+_FOREIGN = (
+    (b"/annex/objects/", "a git-annex pointer, not its content", "fetch it with `datalad get`"),
+    (b"version https://git-lfs", "a Git LFS pointer, not its content", "fetch it with `git lfs pull`"),
+    (b"<!doctype html", "a web page, not an image", "download the file itself"),
+    (b"<html", "a web page, not an image", "download the file itself"),
+    (b"<?xml", "an XML text, not an image", "download the file itself; a server may have sent an error"),
+    (b"pk\x03\x04", "a ZIP archive, not an image", "unpack it"),
+)
+
+
+def open_nifti(path: str | PathLike[str]) -> nib.Nifti1Image:
+    """Open a single-file NIfTI-1 or NIfTI-2 image; its data are not read yet.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    nibabel.Nifti1Image
+        Also for NIfTI-2, whose class is derived from it.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If the file is missing, empty, a pointer to content that is elsewhere, or not a NIfTI file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(path, "a folder, not a file", "remove it, or put the image in its place")
+        if path.stat().st_size == 0:
+            raise InputError(path, "the file is empty", _COPY_AGAIN)
+        image = nib.load(path)
+    except _DAMAGED as error:
+        raise _explain(path, error) from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise InputError(path, f"a {type(image).__name__}, not a NIfTI file", "convert it to NIfTI")
+    return image
+
+
+def read_data(path: str | PathLike[str], image: nib.Nifti1Image) -> np.ndarray:
+    """Read the voxels of an image as float32, scaled by the slope and intercept of its header.
+
+    Parameters
+    ----------
+    path : path-like
+        The file of the image.
+    image : nibabel.Nifti1Image
+        As :func:`open_nifti` returns it.
+
+    Returns
+    -------
+    numpy.ndarray of float32
+        In the shape of the header.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If the voxels are no real numbers (complex, RGB, RGBA), or the data are incomplete or damaged.
+    """
+    path = Path(path)
+    dtype = image.get_data_dtype()
+    if dtype.kind == "c":
+        raise InputError(
+            path, f"the voxels are complex numbers ({dtype})", "give the magnitude image (part-mag)"
+        )
+    if dtype.names:
+        raise InputError(
+            path, f"an {''.join(dtype.names)} picture, not a scan", "give the image with its intensities"
+        )
+    promised = int(np.prod(image.shape, dtype=object)) * dtype.itemsize
+    try:
+        size = path.stat().st_size
+        if path.name.lower().endswith(".gz"):
+            # Read to its end, since the checksum of the data is there. nibabel stops at the last voxel.
+            with gzip.open(path) as stream:
+                content = stream.read()
+            image, size = type(image).from_bytes(content), len(content)
+        offset = int(image.dataobj.offset)
+        if offset < image.header.single_vox_offset:
+            problem = f"the header places the image data inside itself (vox_offset {offset})"
+            raise InputError(
+                path, problem, "repair the header, or convert the scan from its DICOM files again"
+            )
+        if size - offset < promised:
+            problem = f"the image data are cut short ({max(size - offset, 0)} of {promised} bytes)"
+            raise InputError(path, problem, _COPY_AGAIN)
+        # Intensities beyond the range of float32 become infinite, which is refused by name later.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(image.dataobj, dtype=np.float32)
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from error
+        raise InputError(
+            path, f"the image data cannot be read ({_first_line(error)})", _COPY_AGAIN
+        ) from error
+
+
+def _explain(path: Path, error: Exception) -> InputError:
+    """Say what a file is that could not be opened as an image."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(path, error)
+    # nibabel reports a missing file without an error number.
+    if not path.exists():
+        return unreadable(path, FileNotFoundError())
+    with path.open("rb") as stream:
+        start = stream.read(400)
+    text = start.lstrip().lower()
+    for mark, problem, remedy in _FOREIGN:
+        if text.startswith(mark):
+            return InputError(path, problem, remedy)
+    if start[128:132] == b"DICM":
+        return InputError(path, "a DICOM file, not a NIfTI file", "convert it, e.g. with dcm2niix")
+    zipped = path.name.lower().endswith(".gz")
+    if zipped and not start.startswith(_GZIP):
+        if any(start[offset : offset + 4] in magic for offset, magic in _NIFTI_MAGIC.items()):
+            problem = "an uncompressed NIfTI file, though its name ends in .gz"
+            return InputError(path, problem, "name it .nii, or compress it with gzip")
+        return InputError(path, "not a gzip file, though its name ends in .gz", _COPY_AGAIN)
+    if not zipped and start.startswith(_GZIP):
+        return InputError(path, "a gzip file with a name that lacks .gz", "name it .nii.gz")
+    return InputError(path, f"not a readable image ({_first_line(error)})", _COPY_AGAIN)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
