@@ -104,6 +104,9 @@ def _set_up_process(config: RunConfig) -> None:
     ]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if config.verbosity else logging.INFO)
+    if not config.verbosity:
+        # It logs what is odd about a header without naming the file; our errors do.
+        logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 @contextmanager

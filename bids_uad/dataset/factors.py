@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad.dataset.inheritance import SidecarReader
 from bids_uad.errors import InputError
 
 _MISSING = frozenset({"n/a", "nan", "NaN", ""})
@@ -55,8 +56,7 @@ class _Facts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._table = cache(_read_table)
-        self._json = cache(_read_json)
-        self._sidecars = cache(lambda folder: sorted(folder.glob("*.json")))
+        self._sidecars = SidecarReader(root)
 
     def session(self, image: PurePosixPath) -> dict[str, str]:
         """Row of an image's session."""
@@ -71,25 +71,9 @@ class _Facts:
         return table.get(str(image.relative_to(folder)), {})
 
     def sidecar(self, image: PurePosixPath) -> dict[str, str]:
-        """Fields of an image's sidecars, by BIDS's inheritance principle: the nearest file counts."""
-        entities, suffix = _split(image.name)
-        fields: dict[str, str] = {}
-        for folder in reversed(image.parents):
-            own = [
-                (len(found), path)
-                for path in self._sidecars(self.root / folder)
-                for found, kind in [_split(path.name)]
-                if kind == suffix and found <= entities
-            ]
-            for _, path in sorted(own):
-                fields |= self._json(path)
-        return fields
-
-
-def _split(name: str) -> tuple[frozenset[str], str]:
-    """Split a file name into its entities and its suffix."""
-    *entities, suffix = name.split(".", 1)[0].split("_")
-    return frozenset(entities), suffix
+        """Fields of an image's sidecars, as text."""
+        fields = self._sidecars.fields(image)
+        return {name: _text(value) for name, value in fields.items() if value not in (None, "")}
 
 
 def _read_table(path: Path, key: str) -> dict[str, dict[str, str]]:
@@ -111,17 +95,6 @@ def _read_table(path: Path, key: str) -> dict[str, dict[str, str]]:
         }
         for row in rows
     }
-
-
-def _read_json(path: Path) -> dict[str, str]:
-    """Read the fields of a sidecar as text."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(path, f"not valid JSON ({error})", "repair it") from error
-    if not isinstance(content, dict):
-        raise InputError(path, "not a JSON object", "repair it")
-    return {name: _text(value) for name, value in content.items() if value not in (None, "")}
 
 
 def _text(value: Any) -> str:

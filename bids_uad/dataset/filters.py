@@ -7,14 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from bids.layout import Query
+from bids.utils import listify
 
 from bids_uad.errors import ConfigError
 
 EXTENSIONS = [".nii.gz", ".nii"]
 
+SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"]}
+"""Suffixes of the images of each modality; UNIT1 is the T1-weighted image of MP2RAGE."""
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "T1w": {"datatype": "anat", "suffix": "T1w", "extension": EXTENSIONS, "ceagent": None},
-    "T2w": {"datatype": "anat", "suffix": "T2w", "extension": EXTENSIONS, "ceagent": None},
+    modality: {
+        "datatype": "anat",
+        "suffix": suffixes,
+        "extension": EXTENSIONS,
+        "ceagent": None,
+        "part": [None, "mag"],
+        "chunk": None,
+        "inv": None,
+    }
+    for modality, suffixes in SUFFIXES.items()
 }
 
 
@@ -22,7 +34,8 @@ def default_queries() -> dict[str, dict[str, Any]]:
     """Give the query of each modality.
 
     Contrast-enhanced (`ce-`) images are left out: the models have learnt plain T1w and T2w images, and a
-    vessel that shines with gadolinium is no anomaly.
+    vessel that shines with gadolinium is no anomaly. So are phase, real and imaginary images (`part-`),
+    parts of a scan (`chunk-`) and single inversions of MP2RAGE (`inv-`).
     """
     return {modality: translate(query) for modality, query in _DEFAULTS.items()}
 
@@ -62,18 +75,23 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
         if not isinstance(own, dict):
             raise ConfigError(f"--bids-filter-file {path}: '{modality.lower()}' must be an object")
         query = translate({**default, **own})
-        if query.get("suffix") != modality:
+        suffixes = listify(query.get("suffix"))
+        if not suffixes or any(suffix not in SUFFIXES[modality] for suffix in suffixes):
             raise ConfigError(
-                f"--bids-filter-file {path}: '{modality.lower()}' must keep the suffix {modality}"
+                f"--bids-filter-file {path}: '{modality.lower()}' must keep the suffix "
+                f"{' or '.join(SUFFIXES[modality])}"
             )
         queries[modality] = query
     return queries
 
 
 def translate(filters: dict[str, Any]) -> dict[str, Any]:
-    """Turn null and `"*"` into pybids' query marks."""
+    """Turn null and `"*"`, alone or in a list, into pybids' query marks."""
     marks = {None: Query.NONE, "*": Query.ANY}
-    return {
-        name: marks.get(value, value) if value is None or isinstance(value, str) else value
-        for name, value in filters.items()
-    }
+
+    def translated(value: Any) -> Any:
+        if isinstance(value, list):
+            return [translated(item) for item in value]
+        return marks.get(value, value) if value is None or isinstance(value, str) else value
+
+    return {name: translated(value) for name, value in filters.items()}

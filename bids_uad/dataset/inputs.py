@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
+from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.filters import EXTENSIONS, read_queries
+from bids_uad.dataset.filters import EXTENSIONS, SUFFIXES, read_queries
+from bids_uad.dataset.inheritance import SidecarReader
 from bids_uad.dataset.lesions import LesionMask, resolve_masks
 from bids_uad.dataset.prepared import LESIONS, attach_prepared
 from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
@@ -38,6 +39,13 @@ _NOT_ANAT = (
     "pet",
 )
 
+_LABEL = re.compile(r"[0-9a-zA-Z+]+")
+_IMAGE_NAME = re.compile(r"\.(?:nii|img|hdr|mgz|mgh|mnc|nrrd|nhdr|dcm|ima)(?:\.[0-9a-z]+)?$", re.IGNORECASE)
+"""Names of images, in formats that BIDS allows or does not."""
+
+CONTRAST_ENHANCED = "contrast-enhanced; a --bids-filter-file can ask for them"
+"""Why images with `ce-` are left out."""
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -53,15 +61,15 @@ class Collection:
         Lesion mask by the key of the image it belongs to.
     problems : tuple of Problem
         What could not be used.
-    left_out : tuple of pathlib.Path
-        Images that the default rules leave out.
+    left_out : dict of pathlib.Path to str
+        T1w and T2w images (or files that pass for one) that are not used, and why.
     """
 
     subjects: tuple[str, ...]
     units: tuple[ImageUnit, ...]
     lesions: dict[str, LesionMask] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
-    left_out: tuple[Path, ...] = ()
+    left_out: dict[Path, str] = field(default_factory=dict)
 
 
 def collect_units(config: RunConfig) -> list[ImageUnit]:
@@ -92,27 +100,29 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     """
     subjects = requested_subjects(config.bids_dir, config.participants)
     queries = read_queries(config.filter_file)
-    layout = open_layout(config.bids_dir, subjects)
+    labelled = [subject for subject in subjects if _LABEL.fullmatch(subject)]
+    layout = open_layout(config.bids_dir, labelled)
     _check_sessions(layout, config)
-    scope: dict[str, Any] = {"subject": list(subjects)}
+    scope: dict[str, Any] = {"subject": labelled, "datatype": "anat"}
     if config.sessions:
         scope["session"] = list(config.sessions)
 
-    found = {modality: _query(layout, {**query, **scope}, config) for modality, query in queries.items()}
-    raw = [_to_unit(file, modality) for modality, files in found.items() for file in files]
-    raw, problems = _refuse_twins(raw)
+    found = [
+        (file, modality)
+        for modality, query in queries.items()
+        for file in (_query(layout, {**query, **scope}, config) if labelled else [])
+    ]
+    problems = [_misnamed_folder(config.bids_dir, subject) for subject in subjects if subject not in labelled]
+    raw, misnamed = _make_units(found, config.bids_dir)
+    raw, ambiguous = _drop_ambiguous(raw)
     raw, unusable = _refuse_unusable(raw, config.modalities, check)
-    problems += unusable
     units, unfitting = attach_prepared(set_anchors(raw, config.modalities), config.derivatives)
-    problems += unfitting
-
     lesions, refused = _attach_lesions(config, units)
-    problems += refused
+    problems += [*misnamed, *ambiguous, *unusable, *unfitting, *refused]
+    left_out = _left_out(layout, scope, {Path(file.path) for file, _ in found}, config) if labelled else {}
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
-            wanted = " or ".join(config.modalities)
-            problems.append(Problem(subject, f"sub-{subject}: no {wanted} image to work on"))
-    left_out = _left_out(layout, scope, config.modalities, {unit.path for unit in raw})
+            problems.append(_no_image(subject, config, left_out))
     return Collection(subjects, tuple(units), lesions, tuple(problems), left_out)
 
 
@@ -142,11 +152,13 @@ def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]
 def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
     """Index the anatomical images of some participants of a raw dataset, and nothing else.
 
-    Indexing everything is what makes BIDS apps slow to start on large datasets.
+    Indexing everything is what makes BIDS apps slow to start on large datasets. Metadata are not indexed: one
+    broken sidecar would end the run, see :class:`bids_uad.dataset.inheritance.SidecarReader`.
     """
     keep = "|".join(map(re.escape, subjects))
     indexer = BIDSLayoutIndexer(
         validate=False,
+        index_metadata=False,
         ignore=[
             re.compile(r"^/(?:code|derivatives|models|phenotype|sourcedata|stimuli)(?:/|$)"),
             re.compile(r"/\."),
@@ -191,12 +203,13 @@ def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[I
 
 
 def _order(unit: ImageUnit) -> tuple:
-    """Sort key of a participant's images: sessions in order, plain images first, then by run."""
+    """Sort key of a participant's images: by session; plain images first, T1w before UNIT1; by run."""
     run = unit.entities.get("run", "0")
     return (
         unit.subject,
         unit.session or "",
         "ceagent" in unit.entities,
+        unit.suffix != unit.modality,
         int(run) if run.isdigit() else 0,
         unit.key,
     )
@@ -210,36 +223,45 @@ def _query(layout: BIDSLayout, query: dict[str, Any], config: RunConfig) -> list
         raise ConfigError(f"--bids-filter-file {config.filter_file}: {error}") from error
 
 
-def _to_unit(file: Any, modality: str) -> ImageUnit:
-    """Make a unit of a pybids file."""
-    entities = file.get_entities()
-    own = {name: str(entities[name]) for name, _ in PREFIX_ENTITIES if name in entities}
-    return ImageUnit(
-        path=Path(file.path),
-        subject=own["subject"],
-        session=own.get("session"),
-        modality=modality,
-        entities=own,
-        sidecar=file.get_metadata(),
-    )
+def _make_units(found: Sequence[tuple[Any, str]], bids_dir: Path) -> tuple[list[ImageUnit], list[Problem]]:
+    """Make units of pybids files, each with its modality; refuse those whose name and folder disagree."""
+    sidecars = SidecarReader(bids_dir)
+    units, problems = [], []
+    for file, modality in found:
+        entities = file.get_entities()
+        own = {name: str(entities[name]) for name, _ in PREFIX_ENTITIES if name in entities}
+        path = Path(file.path)
+        unit = ImageUnit(path, own["subject"], own.get("session"), modality, own)
+        expected = [f"sub-{unit.subject}"] + ([f"ses-{unit.session}"] if unit.session else [])
+        named = [part for part in path.name.split("_") if part.startswith(("sub-", "ses-"))]
+        if named[:1] != expected[:1] or named[1:] not in ([], expected[1:]):
+            problem = f"the name of the image does not agree with its folder {unit.folder.as_posix()}"
+            error = InputError(path, problem, f"let it start with {'_'.join(expected)}, or move it")
+            problems.append(Problem(unit.subject, str(error), path.name.split(".", 1)[0]))
+            continue
+        try:
+            metadata = sidecars.fields(PurePosixPath(path.relative_to(bids_dir)))
+        except InputError as error:
+            LOGGER.warning("%s. The metadata of %s are not used", error, path.name)
+            metadata = {}
+        units.append(replace(unit, sidecar=metadata))
+    return units, problems
 
 
-def _refuse_twins(units: list[ImageUnit]) -> tuple[list[ImageUnit], list[Problem]]:
-    """Refuse images whose outputs would have the same names."""
+def _drop_ambiguous(units: list[ImageUnit]) -> tuple[list[ImageUnit], list[Problem]]:
+    """Drop images with identical BIDS entities, since their outputs would overwrite each other."""
     by_key = defaultdict(list)
     for unit in units:
         by_key[unit.key].append(unit)
-    problems = [
-        Problem(
-            twins[0].subject,
-            f"{twins[0].path}: cannot be told from {twins[1].path.name} by its BIDS entities; "
-            "leave one out with --bids-filter-file",
-            key,
-        )
-        for key, twins in by_key.items()
-        if len(twins) > 1
-    ]
-    return [twins[0] for twins in by_key.values() if len(twins) == 1], problems
+    problems = []
+    for key, own in by_key.items():
+        first, *others = sorted(own, key=lambda unit: unit.path)
+        if others:
+            names = listed([unit.path.name for unit in others])
+            remedy = "keep one of them, e.g. with --bids-filter-file"
+            error = InputError(first.path, f"same BIDS entities as {names}", remedy)
+            problems.append(Problem(first.subject, str(error), key))
+    return [own[0] for own in by_key.values() if len(own) == 1], problems
 
 
 def _refuse_unusable(
@@ -275,14 +297,65 @@ def _attach_lesions(
     return lesions, problems
 
 
-def _left_out(
-    layout: BIDSLayout, scope: dict[str, Any], modalities: Sequence[str], used: set[Path]
-) -> tuple[Path, ...]:
-    """List contrast-enhanced images that nobody asked for, to say so in the log."""
-    files = layout.get(
-        **scope, datatype="anat", suffix=list(modalities), extension=EXTENSIONS, ceagent=Query.ANY
+def _misnamed_folder(bids_dir: Path, subject: str) -> Problem:
+    """Refuse a participant whose label BIDS does not allow."""
+    folder = bids_dir / f"sub-{subject}"
+    error = InputError(
+        folder, "a participant label holds letters and digits only", "rename the folder and its files"
     )
-    return tuple(Path(file.path) for file in files if Path(file.path) not in used)
+    return Problem(subject, str(error))
+
+
+def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> Problem:
+    """Report a participant without images, and which files were left out."""
+    message = f"sub-{subject}: no {' or '.join(config.modalities)} image to work on"
+    own = [
+        f"{path.name} ({reason})"
+        for path, reason in left_out.items()
+        if path.relative_to(config.bids_dir).parts[0] == f"sub-{subject}"
+    ]
+    return Problem(subject, f"{message}; left out: {listed(own, 3)}" if own else message)
+
+
+def _left_out(
+    layout: BIDSLayout, scope: Mapping[str, Any], used: set[Path], config: RunConfig
+) -> dict[Path, str]:
+    """List the T1w and T2w images that are not used although no filter excludes them, and why."""
+    suffixes = [suffix for modality in config.modalities for suffix in SUFFIXES[modality]]
+    found = {}
+    for file in sorted(layout.get(**scope), key=lambda file: file.path):
+        path = Path(file.path)
+        if path not in used and _IMAGE_NAME.search(path.name):
+            found[path] = _why_left_out(file.get_entities(), suffixes)
+    # pybids does not report folders.
+    for subject in scope["subject"]:
+        for session in scope.get("session", ["*"]):
+            for pattern in ("anat/*.nii*", f"ses-{session}/anat/*.nii*"):
+                for path in sorted((config.bids_dir / f"sub-{subject}").glob(pattern)):
+                    if path.name.split(".", 1)[0].endswith(tuple(suffixes)) and path.is_dir():
+                        found[path] = "a folder, not a file"
+    return {path: reason for path, reason in found.items() if reason}
+
+
+def _why_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> str:
+    """Say why an image is not used; empty if a filter excludes it or it is neither T1w nor T2w."""
+    suffix = str(entities.get("suffix"))
+    if suffix == "MP2RAGE" and "UNIT1" in suffixes:
+        return "one inversion of MP2RAGE; its UNIT1 image is used"
+    spelt = {name.lower(): name for name in suffixes}.get(suffix.lower())
+    if spelt is None:
+        return ""
+    if suffix != spelt:
+        return f"suffix {suffix}, which BIDS spells {spelt}"
+    if entities.get("extension") not in EXTENSIONS:
+        return "not a .nii or .nii.gz file; convert it, or rename it in lower case"
+    if entities.get("part", "mag") != "mag":
+        return f"part-{entities['part']}; only magnitude images are used"
+    if "chunk" in entities:
+        return "chunk-; a part of a scan"
+    if "inv" in entities:
+        return "inv-; one inversion of a sequence"
+    return CONTRAST_ENHANCED if "ceagent" in entities else ""
 
 
 def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:

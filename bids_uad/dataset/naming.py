@@ -42,7 +42,7 @@ PATTERNS = [
 """pybids path patterns of our outputs."""
 
 
-_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z]+)(?=_)")
+_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z+]+)(?=_)")
 
 
 def entities_of(path: Path) -> dict[str, str]:
@@ -70,7 +70,7 @@ def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **e
     ValueError
         If no pattern takes these entities.
     """
-    return _named({**unit.entities, **entities, "suffix": suffix, "extension": extension})
+    return _named({**unit.output_entities, **entities, "suffix": suffix, "extension": extension})
 
 
 def _named(values: Mapping[str, str]) -> Path:

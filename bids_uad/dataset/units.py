@@ -73,7 +73,7 @@ class ImageUnit:
     session : str, optional
         Label without `ses-`.
     modality : str
-        `T1w` or `T2w`.
+        `T1w` (also of an MP2RAGE image, `UNIT1`) or `T2w`.
     entities : dict
         pybids entities that identify the image (keys of `PREFIX_ENTITIES`), as text.
     anchor : ImageUnit, optional
@@ -99,11 +99,27 @@ class ImageUnit:
         return self.prepared.image or self.path
 
     @property
+    def suffix(self) -> str:
+        """Suffix of the raw file: the modality, or `UNIT1` for an MP2RAGE image."""
+        return self.path.name.split(".", 1)[0].rsplit("_", 1)[-1]
+
+    @property
+    def output_entities(self) -> dict[str, str]:
+        """Entities that the names of all outputs start with.
+
+        The outputs of an MP2RAGE image (``UNIT1``), which is processed as a T1w image, get `rec-UNIT1` (or
+        `rec-<label>UNIT1`), so that they are told from those of a T1w image with the same entities.
+        """
+        if self.suffix != "UNIT1":
+            return self.entities
+        label = self.entities.get("reconstruction", "") + self.suffix
+        return {**self.entities, "reconstruction": label}
+
+    @property
     def prefix(self) -> str:
         """First part of every output's name, `sub-X[_ses-Y][_acq-Z]...`."""
-        return "_".join(
-            f"{key}-{self.entities[name]}" for name, key in PREFIX_ENTITIES if name in self.entities
-        )
+        named = self.output_entities
+        return "_".join(f"{key}-{named[name]}" for name, key in PREFIX_ENTITIES if name in named)
 
     @property
     def key(self) -> str:

@@ -139,7 +139,7 @@ def test_participant_without_image_is_named(make):
 def test_images_that_would_share_a_name_are_refused(make):
     found = collect(make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii"]))
     assert not found.units
-    assert "cannot be told from" in found.problems[0].message
+    assert "same BIDS entities as sub-01_T1w.nii.gz" in found.problems[0].message
 
 
 def test_bad_image_is_left_out_before_anchors_are_chosen(make):

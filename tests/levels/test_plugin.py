@@ -70,6 +70,21 @@ def test_workers_are_used_again_and_errors_come_back(plugin):
     assert first["result"][1] == second["result"][1]
 
 
+class Unreadable(Task):
+    """A node whose arrival in the worker fails."""
+
+    def __reduce__(self):
+        return (int, ("x",))
+
+
+def test_a_node_that_cannot_be_received_fails_without_a_traceback_on_the_terminal(plugin, capfd):
+    result = wait(plugin, plugin._submit_job(Unreadable("work")))
+    line = "ValueError: the step cannot be received by its process: invalid literal for int()"
+    assert result["traceback"][0].startswith(line)
+    assert wait(plugin, plugin._submit_job(Task("work")))["traceback"] is None
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_workers_end_when_closed(plugin):
     worker_id = wait(plugin, plugin._submit_job(Task("work")))["result"][1]
     plugin.close()

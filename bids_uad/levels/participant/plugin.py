@@ -196,6 +196,12 @@ def _serve(pipe: Connection, folder: str) -> None:
             node, updatehash, taskid = pipe.recv()
         except EOFError:
             return
+        except (
+            Exception
+        ) as error:  # unpickling runs foreign code, too, and what it raises would be printed here
+            failure = f"{type(error).__name__}: the step cannot be received by its process: {error}"
+            pipe.send({"result": None, "traceback": [failure], "taskid": None})
+            continue
         result = run_node(node, updatehash, taskid)
         try:
             pipe.send(result)
@@ -205,10 +211,16 @@ def _serve(pipe: Connection, folder: str) -> None:
 
 
 def quieten() -> None:
-    """Keep nipype from repeating on the terminal what the crash files and our summary say."""
+    """Keep nipype and nibabel from repeating on the terminal what the crash files and our summary say."""
     import logging
 
-    for name in ("nipype.workflow", "nipype.interface", "nipype.utils", "nipype.filemanip"):
+    for name in (
+        "nibabel.global",
+        "nipype.workflow",
+        "nipype.interface",
+        "nipype.utils",
+        "nipype.filemanip",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

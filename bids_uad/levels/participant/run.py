@@ -81,14 +81,12 @@ def run_participant(config: RunConfig) -> int:
         probe_device(config.device, config.precision)
     extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
+    read_json(config.bids_dir / "dataset_description.json")  # refused now, not after the checks
     collection = collect(config, check=lambda unit: _check(unit, config.output_dir))
     if config.clean_workdir and not config.dry_run:
         _clean(config.work_dir, collection.subjects)
     _tell_collection(collection)
-    if not collection.units:
-        for problem in collection.problems:
-            LOGGER.error(problem.message)
-        raise InputError(config.bids_dir, "no image to work on", "see the lines above")
+    _require_images(collection, config)
     bundles = _choose_models(config, collection)
     reference = _find_reference(config)
     tasks = make_plan(
@@ -129,7 +127,8 @@ def run_participant(config: RunConfig) -> int:
     print_summary(outcomes, tasks, config.output_dir, console)
     for line in met + doubts(outcomes, tasks, config.output_dir):
         LOGGER.warning(line)
-    for line in [outcome.message for outcome in outcomes if not outcome.good] + unwritten:
+    # One file may be the reason for several images.
+    for line in dict.fromkeys([outcome.message for outcome in outcomes if not outcome.good] + unwritten):
         LOGGER.error(line)
     if unwritten or not all(outcome.good for outcome in outcomes):
         return FAILED
@@ -147,6 +146,17 @@ def _check(unit: ImageUnit, output_dir: Path) -> None:
         or record.fingerprint.get("input_sha256") != sha256_of(unit.path)
     ):
         check_image(unit.path)
+
+
+def _require_images(collection: Collection, config: RunConfig) -> None:
+    """End the run if no image is left, with a line for each problem."""
+    if collection.units:
+        return
+    for message in dict.fromkeys(problem.message for problem in collection.problems):
+        LOGGER.error(message)
+    raise InputError(
+        config.bids_dir, f"no {' or '.join(config.modalities)} image to work on", "see the lines above"
+    )
 
 
 def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
@@ -305,13 +315,11 @@ def _rebuild_reports(config: RunConfig) -> int:
 def _tell_collection(collection: Collection) -> None:
     """Log what was found and what was left out."""
     LOGGER.info("%d participant(s), %d image(s)", len(collection.subjects), len(collection.units))
-    if collection.left_out:
-        LOGGER.info(
-            "%d contrast-enhanced image(s) left out, since the models have learnt plain images "
-            "(a --bids-filter-file can ask for them): %s",
-            len(collection.left_out),
-            listed((path.name for path in collection.left_out), 5),
-        )
+    by_reason = defaultdict(list)
+    for path, reason in collection.left_out.items():
+        by_reason[reason].append(path.name)
+    for reason, names in by_reason.items():
+        LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, listed(names, 5))
 
 
 def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console) -> None:
@@ -329,8 +337,8 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
     for problem in collection.problems:
         table.add_row(problem.key or f"sub-{problem.subject}", "unusable", "-", "-", "-")
     console.print(table)
-    for problem in collection.problems:
-        console.print(problem.message, style="red", highlight=False, soft_wrap=True)
+    for message in dict.fromkeys(problem.message for problem in collection.problems):
+        console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _clean(work_dir: Path, subjects: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def workflow_name() -> str:
 
 def place_of_unit(subject: str, key: str) -> tuple[str, str]:
     """Give participant and image as they come in the full names of an image's nodes."""
-    return f"sub_{subject}_wf", _identifier(key)
+    return f"sub_{_identifier(subject)}_wf", _identifier(key)
 
 
 def place_of_node(name: str) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
     -------
     niworkflows.engine.workflows.LiterateWorkflow
     """
-    workflow = LiterateWorkflow(name=f"sub_{subject}_wf")
+    workflow = LiterateWorkflow(name=place_of_unit(subject, "")[0])
     to_do, support = with_support(tasks)
     preprocessed, lesions = {}, {}
     for task in (*to_do, *support):

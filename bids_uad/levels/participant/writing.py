@@ -58,8 +58,10 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
     metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, means.reference.metadata)
     quality = Node(AddQuality(metadata=metadata["preproc"]), name="add_quality", run_without_submitting=True)
     workflow.connect(inputs, "qc", quality, "quality")
+    # Only the name is used. It is not that of the raw file, which need not be there any more.
+    source = unit.folder / f"{unit.key}.nii.gz"
     for field, entities in _sink_entities(task).items():
-        sink = _sink(f"ds_{field}", unit.path, config.output_dir, entities, metadata.get(field))
+        sink = _sink(f"ds_{field}", source, config.output_dir, entities, metadata.get(field))
         workflow.connect(inputs, field, sink, "in_file")
         if field == "preproc":
             workflow.connect(quality, "metadata", sink, "meta_dict")
@@ -69,8 +71,8 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
     written.append((table, "out_file"))
     if task.provides_lesion:
         entities = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask"}
-        source = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
-        described = sidecars.lesion_sidecar(source, read_json(sidecar_of(task.lesion.path)))
+        uri = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
+        described = sidecars.lesion_sidecar(uri, read_json(sidecar_of(task.lesion.path)))
         # Named after the mask, which may name fewer entities than this image.
         named = config.output_dir / task.lesion.output
         sink = _sink("ds_lesion", named, config.output_dir, entities, described)

@@ -1,0 +1,92 @@
+"""Sidecars of images by BIDS's inheritance principle."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bids_uad.errors import InputError, unreadable
+
+
+class SidecarReader:
+    """Read the metadata of the images of one dataset; files that several images share are read once.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        The dataset.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._read = cache(_read_object)
+        self._listed = cache(lambda folder: sorted(folder.glob("*.json")))
+
+    def files(self, image: PurePosixPath) -> list[Path]:
+        """List the sidecars that apply to an image, the most specific last.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        list of pathlib.Path
+            JSON files of the same suffix in the folders above the image, whose names hold entities of the
+            image only: those of outer folders first, and in one folder those with fewer entities.
+        """
+        entities, suffix = _split(image.name)
+        found = []
+        for folder in reversed(image.parents):
+            own = [
+                (len(named), path)
+                for path in self._listed(self._root / folder)
+                for named, kind in [_split(path.name)]
+                if kind == suffix and named <= entities
+            ]
+            found += [path for _, path in sorted(own)]
+        return found
+
+    def fields(self, image: PurePosixPath) -> dict[str, Any]:
+        """Merge the sidecars of an image; where two have the same field, the more specific file counts.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        dict
+            Empty without a sidecar.
+
+        Raises
+        ------
+        InputError
+            If one of the files cannot be read or is not a JSON object.
+        """
+        fields: dict[str, Any] = {}
+        for path in self.files(image):
+            fields |= self._read(path)
+        return fields
+
+
+def _split(name: str) -> tuple[frozenset[str], str]:
+    """Split a file name into its entities and its suffix."""
+    *entities, suffix = name.split(".", 1)[0].split("_")
+    return frozenset(entities), suffix
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"not valid JSON ({error})", "repair it") from error
+    if not isinstance(content, dict):
+        raise InputError(path, "not a JSON object", "repair it")
+    return content
