@@ -1,4 +1,8 @@
-"""nipype interfaces of the workflow: files in, files out; the work is done by the modules beside this one."""
+"""nipype interfaces of the workflow: files in, files out; the work is done by the modules beside this one.
+
+Inputs that users give are declared without ``exists=True``: nipype drops the path of a file that has
+vanished, and then asks for a value. Read here, the error names the file.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ from bids_uad.preprocessing.transforms import read_itk, rotation_angle, write_it
 
 
 class _ConformInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="raw scan")
+    in_file = File(mandatory=True, desc="raw scan")
 
 
 class _ConformOutputSpec(TraitedSpec):
@@ -74,7 +78,7 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template = File(exists=True, mandatory=True, desc="skull-stripped reference image")
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
-    given_mask = File(exists=True, desc="brain mask on the grid of the scan, from elsewhere")
+    given_mask = File(desc="brain mask on the grid of the scan, from elsewhere")
     program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="what extracts the brain")
     weights = traits.Str(desc="weights of the network or program")
 
@@ -160,7 +164,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     mask = File(exists=True, mandatory=True, desc="its mask")
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
-    given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    given_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
     asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference has a left and a right")
 
 
@@ -199,7 +203,7 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
     aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
     judged = traits.Bool(True, usedefault=True, desc="whether the agreement of the two is measured")
-    given_xfm = File(exists=True, desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    given_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
@@ -253,8 +257,8 @@ class _RelateToRawInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed scan that another pipeline has made")
     mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples it on the SRI24 grid")
-    raw = File(exists=True, mandatory=True, desc="raw scan it was made of")
-    from_raw = File(exists=True, desc="ITK transform that resamples the raw scan on it; found if not given")
+    raw = File(mandatory=True, desc="raw scan it was made of")
+    from_raw = File(desc="ITK transform that resamples the raw scan on it; found if not given")
 
 
 class _RelateToRawOutputSpec(TraitedSpec):
@@ -334,8 +338,8 @@ class ResampleToSRI24(SimpleInterface):
 
 
 class _ResampleLesionInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, desc="lesion mask; without one nothing is done")
-    xfm = File(exists=True, desc="ITK transform that resamples its space to the scan's, if they differ")
+    in_file = File(desc="lesion mask; without one nothing is done")
+    xfm = File(desc="ITK transform that resamples its space to the scan's, if they differ")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples the scan to SRI24")
 
 

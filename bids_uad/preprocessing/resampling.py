@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from bids_uad.errors import unreadable
 from bids_uad.preprocessing.antspy import load_ants, to_ants
 
 
@@ -102,7 +104,17 @@ def resample_mask_through(
     Returns
     -------
     numpy.ndarray of bool, of `shape`
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If one of the files cannot be opened.
     """
+    for path in transforms:
+        try:
+            Path(path).open("rb").close()
+        except OSError as error:
+            raise unreadable(path, error) from error
     ants = load_ants()
     moved = ants.apply_transforms(
         fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bids_uad.atomic import write_text
+from bids_uad.errors import unreadable
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 _HEADER = "#Insight Transform File V1.0\n#Transform 0\n"
@@ -63,17 +64,26 @@ def read_itk(path: str | PathLike[str]) -> np.ndarray:
     ------
     ValueError
         If the file does not hold exactly one three-dimensional affine.
+    bids_uad.errors.InputError
+        If the file cannot be read.
     """
     fields: dict[str, str] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for line in text.splitlines():
         key, separator, value = line.partition(":")
         if not separator or line.startswith("#"):
             continue
         if key.strip() in fields:
             raise ValueError(f"{path}: more than one transform in the file")
         fields[key.strip()] = value.strip()
-    parameters = np.array(fields.get("Parameters", "").split(), dtype=np.float64)
-    centre = np.array(fields.get("FixedParameters", "").split(), dtype=np.float64)
+    try:
+        parameters = np.array(fields.get("Parameters", "").split(), dtype=np.float64)
+        centre = np.array(fields.get("FixedParameters", "").split(), dtype=np.float64)
+    except ValueError:
+        parameters = centre = np.empty(0)
     if parameters.size != 12 or centre.size != 3:
         raise ValueError(f"{path}: not an ITK text file with one three-dimensional affine")
     return from_itk_parameters(parameters, centre)

@@ -27,8 +27,9 @@ from bids_uad.calibration.normative import GRID, TERMS, HealthyCohort, Normative
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.images import make_image
+from bids_uad.nifti import open_nifti
 from bids_uad.preprocessing.reference import Reference
-from bids_uad.preprocessing.transforms import write_itk
+from bids_uad.preprocessing.transforms import read_itk, write_itk
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
 THRESHOLD = 0.5
@@ -44,16 +45,17 @@ def note(folder: str, line: str) -> None:
 
 
 class _FakePreprocInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True)
+    # As in preprocessing: what users give may vanish, what the anchor's workflow gives does not.
+    in_file = File(mandatory=True)
     anchor_file = File(exists=True)
     anchor_mask = File(exists=True)
     anchor_xfm = File(exists=True)
-    lesion_mask = File(exists=True)
-    lesion_xfm = File(exists=True)
-    given_mask = File(exists=True)
-    given_xfm = File(exists=True)
-    raw_file = File(exists=True)
-    from_raw = File(exists=True)
+    lesion_mask = File()
+    lesion_xfm = File()
+    given_mask = File()
+    given_xfm = File()
+    raw_file = File()
+    from_raw = File()
 
 
 class _FakePreprocOutputSpec(TraitedSpec):
@@ -86,7 +88,12 @@ class FakePreproc(SimpleInterface):
         if name.startswith("sub-hungry"):
             b"a" * HUNGER
         folder = Path(runtime.cwd)
-        native = nib.load(self.inputs.in_file)
+        native = open_nifti(self.inputs.in_file)
+        for given in (self.inputs.given_mask, self.inputs.lesion_mask):
+            if isdefined(given):
+                open_nifti(given)
+        if isdefined(self.inputs.given_xfm):
+            read_itk(self.inputs.given_xfm)
         mask = make_image(np.ones(native.shape[:3]), native.affine, np.uint8)
         nib.save(mask, folder / "native_mask.nii.gz")
         nib.save(native, folder / "brain.nii.gz")

@@ -256,7 +256,7 @@ def read_on_grid(path: str | Path) -> np.ndarray:
 
 
 class _AlignMaskInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="mask in SRI24 space, voxels in any order")
+    in_file = File(mandatory=True, desc="mask in SRI24 space, voxels in any order")
 
 
 class _AlignMaskOutputSpec(TraitedSpec):

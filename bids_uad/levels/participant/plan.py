@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bids_uad.dataset.inputs import Collection
 from bids_uad.dataset.lesions import LesionMask
 from bids_uad.dataset.participants import Participants, age_and_sex, healthy_flag
-from bids_uad.dataset.units import ImageUnit
+from bids_uad.dataset.units import ImageUnit, Problem
 from bids_uad.engine.bundle import Bundle
-from bids_uad.levels.participant.records import Record, is_whole, make_fingerprint, read_record, record_path
+from bids_uad.errors import InputError
+from bids_uad.levels.participant.records import (
+    Record,
+    is_whole,
+    make_fingerprint,
+    read_record,
+    record_path,
+    sha256_of,
+)
 from bids_uad.listing import listed
 from bids_uad.preprocessing.extraction import Extraction
 
@@ -189,6 +197,35 @@ def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
     if without:
         lines.append(f"No lesion mask for {listed(without)}: the masks of their session name other images")
     return lines
+
+
+def drop_unreadable(collection: Collection) -> Collection:
+    """Move images to the problems whose files have become unreadable, or those of an image that they need.
+
+    Parameters
+    ----------
+    collection : Collection
+
+    Returns
+    -------
+    Collection
+    """
+    units: list[ImageUnit] = []
+    problems: list[Problem] = []
+    by_key = {unit.key: unit for unit in collection.units}
+    for unit in collection.units:
+        lesion = collection.lesions.get(unit.key)
+        needed = [unit] if lesion is None else [unit, by_key[lesion.provider]]
+        needed += [other.anchor for other in needed if other.anchor is not None]
+        files = [path for own in needed for path in (own.path, *own.prepared.files)]
+        try:
+            for path in (*files, *(() if lesion is None else lesion.files)):
+                sha256_of(path)
+        except InputError as error:
+            problems.append(Problem(unit.subject, str(error), unit.key))
+        else:
+            units.append(unit)
+    return replace(collection, units=tuple(units), problems=(*collection.problems, *problems))
 
 
 def with_support(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

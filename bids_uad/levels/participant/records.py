@@ -13,6 +13,7 @@ from bids_uad import __version__
 from bids_uad.atomic import write_json
 from bids_uad.dataset.lesions import LesionMask
 from bids_uad.dataset.units import ImageUnit
+from bids_uad.errors import unreadable
 from bids_uad.preprocessing.extraction import Extraction
 
 
@@ -117,11 +118,20 @@ def is_whole(record: Record, output_dir: Path) -> bool:
 
 @cache
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file's bytes; inputs do not change during a run."""
+    """Compute the SHA-256 of a file's bytes; inputs do not change during a run.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, for example because it was removed.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise unreadable(path, error) from error
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ from bids_uad.levels.participant.outcome import (
     print_summary,
 )
 from bids_uad.levels.participant.overlap import overlaps
-from bids_uad.levels.participant.plan import Task, make_plan, mask_warnings
+from bids_uad.levels.participant.plan import Task, drop_unreadable, make_plan, mask_warnings
 from bids_uad.levels.participant.plugin import NodeFailure, quieten
 from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
@@ -89,6 +89,8 @@ def run_participant(config: RunConfig) -> int:
     _require_images(collection, config)
     bundles = _choose_models(config, collection)
     reference = _find_reference(config)
+    collection = drop_unreadable(collection)
+    _require_images(collection, config)
     tasks = make_plan(
         collection,
         bundles,
