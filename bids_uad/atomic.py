@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bids_uad")
 
-_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\..")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.(.+)")
 
 
 @contextmanager
@@ -66,10 +67,48 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in a folder; nobody may be writing there."""
+@contextmanager
+def locked_names(path: Path, names: Iterable[str]) -> Iterator[None]:
+    """Hold a lock on each of several names; jobs with other names do not wait.
+
+    Each name is a byte of the file, which is never written. The locks end with the process, however it ends.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file for this purpose only; made if it is not there. A process must not open it twice at a time:
+        closing one would end the locks of the other.
+    names : iterable of str
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"): name for name in names}
+    with path.open("a") as stream:
+        try:
+            # In one order in all jobs, so that no two wait for each other.
+            for place in sorted(places):
+                try:
+                    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                except (BlockingIOError, PermissionError):
+                    LOGGER.info("Waiting for another run that works on %s", places[place])
+                    fcntl.lockf(stream, fcntl.LOCK_EX, 1, place)
+        except OSError as error:
+            LOGGER.warning("%s cannot be locked (%s); do not run two jobs on one image at once", path, error)
+        yield
+
+
+def remove_unfinished(folder: Path, written_here: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove temporary files that a killed run left in a folder.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    written_here : callable
+        Is given the name of the file that would have been written; says whether no other run may be writing
+        it now.
+    """
     for path in folder.glob(".*"):
-        if _TEMPORARY.match(path.name):
+        match = _TEMPORARY.match(path.name)
+        if match and written_here(match[1]):
             path.unlink(missing_ok=True)
 
 

@@ -63,6 +63,9 @@ class Collection:
         What could not be used.
     left_out : dict of pathlib.Path to str
         T1w and T2w images (or files that pass for one) that are not used, and why.
+    anchors_only : frozenset of str
+        Keys of the units of sessions that were not asked for. T2w images of other sessions are registered to
+        them; nothing is written about them.
     """
 
     subjects: tuple[str, ...]
@@ -70,6 +73,7 @@ class Collection:
     lesions: dict[str, LesionMask] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     left_out: dict[Path, str] = field(default_factory=dict)
+    anchors_only: frozenset[str] = frozenset()
 
 
 def collect_units(config: RunConfig) -> list[ImageUnit]:
@@ -116,14 +120,45 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     raw, misnamed = _make_units(found, config.bids_dir)
     raw, ambiguous = _drop_ambiguous(raw)
     raw, unusable = _refuse_unusable(raw, config.modalities, check)
-    units, unfitting = attach_prepared(set_anchors(raw, config.modalities), config.derivatives)
-    lesions, refused = _attach_lesions(config, units)
+    elsewhere = _anchors_elsewhere(layout, queries["T1w"], raw, config, check)
+    anchored = set_anchors([*raw, *elsewhere], config.modalities)
+    used = {unit.anchor.key for unit in anchored if unit.anchor is not None}
+    anchors_only = frozenset(unit.key for unit in elsewhere) & used
+    anchored = [unit for unit in anchored if unit not in elsewhere or unit.key in used]
+    units, unfitting = attach_prepared(anchored, config.derivatives)
+    lesions, refused = _attach_lesions(config, [unit for unit in units if unit.key not in anchors_only])
     problems += [*misnamed, *ambiguous, *unusable, *unfitting, *refused]
     left_out = _left_out(layout, scope, {Path(file.path) for file, _ in found}, config) if labelled else {}
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
             problems.append(_no_image(subject, config, left_out))
-    return Collection(subjects, tuple(units), lesions, tuple(problems), left_out)
+    return Collection(subjects, tuple(units), lesions, tuple(problems), left_out, anchors_only)
+
+
+def _anchors_elsewhere(
+    layout: BIDSLayout,
+    query: dict[str, Any],
+    units: Sequence[ImageUnit],
+    config: RunConfig,
+    check: Callable[[ImageUnit], None] | None,
+) -> list[ImageUnit]:
+    """Find the T1w images of sessions that were not asked for, for T2w images of sessions without one.
+
+    A job for one session registers a T2w image to the same T1w image as a run on the whole participant does.
+    """
+    with_t1w = {(unit.subject, unit.session) for unit in units if unit.modality == "T1w"}
+    alone = {
+        unit.subject
+        for unit in units
+        if unit.modality == "T2w" and (unit.subject, unit.session) not in with_t1w
+    }
+    if not config.sessions or "T2w" not in config.modalities or not alone:
+        return []
+    files = _query(layout, {**query, "subject": sorted(alone)}, config)
+    found, _ = _make_units([(file, "T1w") for file in files], config.bids_dir)
+    found, _ = _drop_ambiguous([unit for unit in found if unit.session not in config.sessions])
+    # What is wrong with the others is for the runs on their sessions to report.
+    return _refuse_unusable(found, ("T1w",), check)[0]
 
 
 def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]:

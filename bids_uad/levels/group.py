@@ -26,6 +26,7 @@ from bids_uad.evaluation.origins import read_origins
 from bids_uad.evaluation.strata import MIN_PARTICIPANTS
 from bids_uad.evaluation.subjects import LESION_LOAD, add_image_columns, add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.levels.group_tables import current_tables
 from bids_uad.reports.boilerplate import write_citation
 from bids_uad.reports.group import Provenance, write_group_report
 from bids_uad.reports.group_console import benchmark_table
@@ -93,6 +94,13 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         )
         return EXIT_NO_INPUT
 
+    paths, left_out = current_tables(output_dir, paths, config.bids_dir, participants)
+    if left_out:
+        LOGGER.warning(left_out)
+    if not paths:
+        LOGGER.error("%s: no score table is up to date; run the participant level again", output_dir)
+        return EXIT_NO_INPUT
+
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Reading score tables", total=len(paths))
         evaluation = evaluate(
@@ -124,7 +132,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         lesions=evaluation.lesions,
     )
     useless = _useless(asked, subjects, analyses.strata["factor"])
-    evaluation = replace(evaluation, warnings=[*evaluation.warnings, *useless])
+    outdated = [left_out] if left_out else []
+    evaluation = replace(evaluation, warnings=[*outdated, *evaluation.warnings, *useless])
     for name, (table, what, columns) in analyses.tables.items():
         _write_table(output_dir, f"group_{name}", table, what, columns)
     experiments = _experiments(config, participants, evaluation, origins)
@@ -140,7 +149,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     report = write_group_report(output_dir, evaluation, analyses, participants, provenance, experiments)
 
     console.print(benchmark_table(evaluation.benchmark))
-    for text in (*evaluation.unreadable, *evaluation.warnings):
+    for text in (*evaluation.unreadable, *evaluation.warnings[len(outdated) :]):
         LOGGER.warning(text)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return EXIT_FAILED if evaluation.unreadable else EXIT_OK
@@ -171,6 +180,9 @@ def _experiments(
     variants = [Variant(REFERENCE, evaluation.subjects, origins)]
     for name, folder in config.experiments.items():
         paths = find_metrics_tables(folder, only)
+        paths, left_out = current_tables(folder, paths, config.bids_dir, participants)
+        if left_out:
+            LOGGER.warning("%s: %s", name, left_out)
         if not paths:
             raise InputError(folder, "no score tables (sub-*/**/*_metrics.tsv)", "run the participant level")
         found = evaluate(

@@ -104,7 +104,7 @@ def write_subject_report(
         findings = [(image, _write_image(figures, image, reference, is_control)) for image in images]
         pages = {
             "summary": _summary(findings, reference, errors, run_info, exclusions, is_control),
-            "errors": _errors(out_dir / f"sub-{subject}", errors, run_info.get("run_id")),
+            "errors": _errors(out_dir / f"sub-{subject}", errors, run_info),
             "methods": _methods(out_dir / "logs"),
             "about": _about(images, reference, run_info),
         }
@@ -343,10 +343,15 @@ def _reference_words(reference: Reference) -> str:
     return f"{reference.name} ({source})" if source else reference.name
 
 
-def _errors(root: Path, errors: Sequence[str], run_id: str | None) -> str:
-    """List the errors and nipype's crash files of this run, or of the last one that left a folder."""
+def _errors(root: Path, errors: Sequence[str], run_info: Mapping[str, Any]) -> str:
+    """List the errors, and nipype's crash files of the runs that they come from.
+
+    Without a description of runs, the crash files are those of the last run that left a folder.
+    """
     logs = sorted(path for path in (root / "log").glob("*") if path.is_dir())
-    own = [path for path in logs if path.name == run_id] or logs[-1:]
+    runs = {run_info.get("run_id")}
+    runs |= {image.get("run_id") for image in run_info.get("images", ()) if image["message"]}
+    own = [path for path in logs if path.name in runs] or logs[-1:]
     crashes = [path for folder in own for path in sorted(folder.glob("crash*.txt"))]
     texts = [
         (path.name, path.read_text(encoding="utf-8", errors="replace")[-_CRASH_CHARACTERS:])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from bids_uad.atomic import write_json
+from bids_uad.levels.participant.records import ModelRecord, Record, read_record
 
 EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 400)])
 SHA = {"disyre": "d" * 64, "patchcore": "a" * 64}
@@ -35,6 +38,8 @@ class Scan:
     n_lesions_detected: float = 1
     n_false_components: float = 2
     lesions: pd.DataFrame | None = None
+    source_bytes: int = 352
+    covariates: dict[str, float | None] = field(default_factory=dict)
 
     def write(self, root: Path) -> Path:
         """Write the two tables as the participant level does; return the metrics table."""
@@ -81,10 +86,21 @@ class Scan:
         }
         path = folder / f"{name}_metrics.tsv"
         pd.DataFrame([row]).to_csv(path, sep="\t", index=False, na_rep="n/a")
+        written = [path, folder / f"{name}_histogram.tsv"]
         if self.lesions is not None:
-            target = folder / f"{name}_lesions.tsv"
-            self.lesions.to_csv(target, sep="\t", index=False, na_rep="n/a")
+            written.append(folder / f"{name}_lesions.tsv")
+            self.lesions.to_csv(written[-1], sep="\t", index=False, na_rep="n/a")
+        self._add_to_record(root, f"{prefix}_{self.modality}", written)
         return path
+
+    def _add_to_record(self, root: Path, key: str, written: list[Path]) -> None:
+        """List the tables in the image's record, as the participant level does when all are there."""
+        names = [path.relative_to(root).as_posix() for path in written]
+        source = f"{Path(names[0]).parent.as_posix()}/{key}.nii.gz"
+        target = written[0].parent.parent / "log" / f"{key}.json"
+        record = read_record(target) or Record(key, "run", source, {"input_bytes": self.source_bytes})
+        model = ModelRecord(self.detector, "identity", self.covariates, names)
+        write_json(target, asdict(replace(record, models={**record.models, self.detector: model})))
 
 
 def beta_counts(

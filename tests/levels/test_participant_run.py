@@ -190,7 +190,7 @@ def test_second_run_does_nothing_and_a_lost_file_is_made_again(bench, capsys):
 
     lost.unlink()
     assert bench.run("--clean-workdir") == 0
-    assert list(bench.work.glob("*_wf/*")) == []
+    assert list(bench.work.glob("*_wf/*/*")) == []
     assert bench.take_calls() == [
         "detect sub-01_T2w disyre-T2w",
         "preproc sub-01_T1w.nii.gz",

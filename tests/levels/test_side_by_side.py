@@ -7,24 +7,33 @@ import multiprocessing as mp
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from bids_uad.atomic import locked_names, write_json
 from bids_uad.cli.main import main
+from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset
+from bids_uad.levels.participant import reporting
+from bids_uad.levels.participant.outcome import DONE, FAILED, Outcome
+from bids_uad.reports import participant
 from tests.dataset.skeleton import write_dataset
 from tests.levels.fakes import fake_bundle, fake_reference
 
 LABELS = [f"{number:02d}" for number in range(1, 7)]
 
 
-def start(raw: Path, out: Path, work: Path, models: list[Path], *labels: str) -> subprocess.Popen:
-    """Start the program, with stand-ins, on some participants."""
+def start(
+    raw: Path, out: Path, work: Path, models: list[Path], *labels: str, sessions: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """Start the program, with stand-ins, on some participants, and perhaps on some of their sessions only."""
     command = [sys.executable, "-m", "tests.levels.with_fakes", raw, out, "participant", "-w", work]
     command += ["--participant-label", *labels, "--clean-workdir", "--device", "cpu", "--nprocs", "1"]
+    command += ["--session-label", *sessions] if sessions else []
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "REFERENCE": str(raw.parent)}
     return subprocess.Popen(
         [*map(str, command), "--models", *map(str, models)],
@@ -40,7 +49,9 @@ def content(out: Path) -> dict[str, bytes]:
     return {
         path.relative_to(out).as_posix(): path.read_bytes().replace(bytes(out.parent), b"HERE")
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not {"log", "dataset.lock"} & set(path.parts) and path.suffix != ".toml"
+        if path.is_file()
+        and not {"log", "dataset.lock", "images.lock"} & set(path.parts)
+        and path.suffix != ".toml"
     }
 
 
@@ -65,7 +76,7 @@ def test_six_jobs_at_once_and_then_the_group_leave_what_one_run_leaves(tmp_path)
     assert content(together) == content(alone)
     assert len(list((together / "logs").glob("bids_uad-*.toml"))) == 6
     assert len(pd.read_csv(together / "group_subjects.tsv", sep="\t")) == 6
-    assert not list((tmp_path / "together" / "work").glob("*_wf/*"))
+    assert not list((tmp_path / "together" / "work").glob("*_wf/*/*"))
     calls = (tmp_path / "together" / "calls.txt").read_text().split("\n")
     assert sorted(calls) == sorted((tmp_path / "alone" / "calls.txt").read_text().split("\n"))
 
@@ -85,3 +96,128 @@ def test_no_job_loses_what_another_adds(tmp_path):
     assert len(described["GeneratedBy"]) == 1 + 40
     assert len(described["DatasetLinks"]) == 1 + 40
     assert len(pd.read_csv(out / "descriptions.tsv", sep="\t")) == 40
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """Outputs of participants, logs apart."""
+    return {name: text for name, text in content(out).items() if name.startswith("sub-")}
+
+
+def test_a_job_for_each_session_leaves_what_one_run_leaves(tmp_path):
+    """Session b has no T1w image: its T2w image goes to the atlas through that of session a, in any order."""
+    raw = tmp_path / "raw"
+    names = ["ses-a/anat/sub-01_ses-a_T1w", "ses-a/anat/sub-01_ses-a_T2w", "ses-b/anat/sub-01_ses-b_T2w"]
+    write_dataset(raw, {f"sub-01/{name}.nii.gz": {"SkullStripped": True} for name in names})
+    fake_reference(tmp_path)
+    models = [fake_bundle(tmp_path / f"disyre-{kind}", "disyre", kind) for kind in ("T1w", "T2w")]
+
+    def call(name: str, *jobs: tuple[str, ...]) -> Path:
+        """Run jobs at the same time; each is for the sessions named."""
+        out, work = tmp_path / name / "out", tmp_path / name / "work"
+        running = [start(raw, out, work, models, "01", sessions=sessions) for sessions in jobs]
+        said = [job.communicate(timeout=600)[0] for job in running]
+        assert [job.returncode for job in running] == [0] * len(jobs), "\n".join(said)
+        return out
+
+    together = call("together", ("a",), ("b",))
+    call("backwards", ("b",))
+    assert not list((tmp_path / "backwards" / "out").rglob("ses-a"))  # nobody has asked for it
+    backwards = call("backwards", ("a",))
+    alone = call("alone", ())
+    assert files_of(together) == files_of(alone) == files_of(backwards)
+    for out in (together, backwards):
+        told = json.loads((out / "sub-01" / "log" / "last_run.json").read_text())
+        assert [image["image"] for image in told["images"]] == [
+            "sub-01_ses-a_T1w",
+            "sub-01_ses-a_T2w",
+            "sub-01_ses-b_T2w",
+        ]
+        quality = out / "sub-01/ses-b/anat/sub-01_ses-b_space-SRI24_desc-T2wPreproc_qc.tsv"
+        assert pd.read_csv(quality, sep="\t")["depends_on"].tolist() == ["sub-01_ses-a_T1w"]
+    assert not list((tmp_path / "together" / "work").glob("*_wf/*/*"))
+
+
+def end(out: Path, session: str) -> None:
+    """End a job for one session as the program does: its outputs, what became of them, and the page."""
+    config = RunConfig(
+        bids_dir=out.parent,
+        output_dir=out,
+        work_dir=out,
+        levels=("participant",),
+        sessions=(session,),
+        run_id=session,
+    )
+    (out / f"ses-{session}").mkdir(parents=True)
+    name = f"sub-01_ses-{session}_T1w"
+    outcome = (
+        Outcome("01", name, FAILED, message=f"{name}: failed")
+        if session == "0"
+        else Outcome("01", name, DONE)
+    )
+    reporting.remember(config, "01", [outcome], "cpu")
+    reporting._write(out, "01", False)
+
+
+def write_slowly(out_dir: Path, subject: str, *, errors: list[str], run_info: dict, is_control: bool) -> None:
+    """Stand in for the report: list what is there at first, and take a while to write it."""
+    found = sorted(path.name for path in out_dir.glob("ses-*"))
+    images = sorted(image["image"] for image in run_info["images"])
+    time.sleep(int(run_info["run_id"]) % 5 / 50)
+    write_json(out_dir / "page.json", {"found": found, "images": images, "errors": errors})
+
+
+def test_jobs_for_sessions_that_end_at_the_same_moment_are_all_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(participant, "write_subject_report", write_slowly)
+    sessions = [str(number) for number in range(12)]
+    for session in sessions:
+        write_dataset(tmp_path, {f"sub-01/ses-{session}/anat/sub-01_ses-{session}_T1w.nii.gz": None})
+    with ProcessPoolExecutor(6, mp.get_context("fork")) as pool:
+        list(pool.map(partial(end, tmp_path / "out"), sessions))
+    page = json.loads((tmp_path / "out" / "page.json").read_text())
+    assert page["found"] == sorted(f"ses-{session}" for session in sessions)
+    assert page["images"] == sorted(f"sub-01_ses-{session}_T1w" for session in sessions)
+    assert page["errors"] == ["sub-01_ses-0_T1w: failed"]
+
+
+def hold(path: Path, names: list[str], log: Path) -> None:
+    """Note when the names are held and when no longer."""
+    with locked_names(path, names):
+        with log.open("a") as stream:
+            stream.write(f"+{','.join(names)}\n")
+        time.sleep(0.1)
+        with log.open("a") as stream:
+            stream.write(f"-{','.join(names)}\n")
+
+
+def test_jobs_wait_for_each_other_only_where_they_share_an_image(tmp_path):
+    log = tmp_path / "log"
+    jobs = [["a", "b"], ["b", "c"], ["c", "a"], ["d"]]
+    processes = [mp.get_context("fork").Process(target=hold, args=(tmp_path / "lock", j, log)) for j in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    held: set[str] = set()
+    for line in log.read_text().splitlines():
+        names = set(line[1:].split(","))
+        assert line[0] == "-" or not held & names
+        held = held | names if line[0] == "+" else held - names
+
+
+def test_a_job_that_was_killed_holds_nothing(tmp_path):
+    process = mp.get_context("fork").Process(target=hold_forever, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join(timeout=60)
+    with locked_names(tmp_path / "lock", ["a"]):
+        pass
+
+
+def hold_forever(folder: Path) -> None:
+    """Hold a name until killed."""
+    with locked_names(folder / "lock", ["a"]):
+        (folder / "held").touch()
+        time.sleep(600)

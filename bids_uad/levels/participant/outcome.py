@@ -23,6 +23,8 @@ from bids_uad.levels.participant.records import read_record, record_path
 from bids_uad.levels.participant.workflow import place_of_node, place_of_unit
 from bids_uad.reports.group_text import detector_name
 
+PARTICIPANT = "-"
+"""Stands for an image in the outcome of a participant as a whole."""
 DONE, UP_TO_DATE, FAILED, NOT_RUN, UNUSABLE = "done", "up to date", "failed", "not run", "unusable"
 
 _ERROR_LINE = re.compile(r"^\s*(?:[A-Za-z_][\w.]*\.)?([A-Za-z_]\w*(?:Error|Exception|Killed|Exit)): (.+)$")
@@ -105,15 +107,17 @@ def collect_outcomes(
     for failure in failures:
         first.setdefault(place_of_node(failure.node), failure)
     outcomes = [
-        Outcome(problem.subject, problem.key or "-", UNUSABLE, message=problem.message)
+        Outcome(problem.subject, problem.key or PARTICIPANT, UNUSABLE, message=problem.message)
         for problem in problems
     ]
     for task in tasks:
         unit = task.unit
         place = place_of_unit(unit.subject, unit.key)
+        if task.anchor_only and place not in first:
+            continue
         spent = stopwatch.seconds.get(place, 0.0)
         record = read_record(record_path(output_dir, unit))
-        if task.done:
+        if task.done and not task.anchor_only:
             outcome = Outcome(unit.subject, unit.key, UP_TO_DATE, spent)
         elif record is not None and record.run_id == run_id:
             outcome = Outcome(unit.subject, unit.key, DONE, spent)
@@ -175,7 +179,7 @@ def print_summary(
             brain = rows[0][0] if rows else ""
             found = ", ".join(text for _, text in rows)
         seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "-"
-        image = outcome.image if outcome.image != "-" else f"sub-{outcome.subject}"
+        image = outcome.image if outcome.image != PARTICIPANT else f"sub-{outcome.subject}"
         status = f"[{_STYLES[outcome.status]}]{outcome.status}[/]"
         table.add_row(image, status, seconds, brain, found)
     console.print(table)

@@ -15,7 +15,7 @@ from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import InputError
 from bids_uad.levels.participant.records import (
     Record,
-    is_whole,
+    all_there,
     make_fingerprint,
     read_record,
     record_path,
@@ -44,12 +44,15 @@ class Task:
         Ground truth of the image, which other images of the session may share.
     fingerprint : dict
         What the outputs depend on, models apart.
-    earlier : Record, optional
-        What an earlier run did that still holds.
-    stale : tuple of str
-        Outputs of an earlier run, relative to the dataset, that hold no longer.
+    outdated : bool
+        Whether an earlier run's outputs hold no longer, since inputs or options have changed.
+    lost : tuple of str
+        Labels of models whose outputs are outdated and which this run does not have.
     done : bool
         Nothing is to be done.
+    anchor_only : bool
+        Whether the image belongs to a session that was not asked for, and is preprocessed only where T2w
+        images of other sessions are registered to it. It counts as done.
     """
 
     unit: ImageUnit
@@ -58,9 +61,10 @@ class Task:
     is_control: bool
     lesion: LesionMask | None
     fingerprint: dict
-    earlier: Record | None
-    stale: tuple[str, ...]
+    outdated: bool
+    lost: tuple[str, ...]
     done: bool
+    anchor_only: bool = False
 
     @property
     def provides_lesion(self) -> bool:
@@ -126,6 +130,9 @@ def make_plan(
     """
     tasks = []
     for unit in collection.units:
+        if unit.key in collection.anchors_only:
+            tasks.append(Task(unit, (), {}, None, {}, outdated=False, lost=(), done=True, anchor_only=True))
+            continue
         lesion = collection.lesions.get(unit.key)
         fingerprint = make_fingerprint(
             unit,
@@ -134,16 +141,19 @@ def make_plan(
             random_seed=random_seed,
             extraction=extraction,
         )
-        wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
-        earlier = read_record(record_path(output_dir, unit))
-        stale: tuple[str, ...] = ()
-        if earlier is not None and earlier.fingerprint != fingerprint:
-            stale, earlier = tuple(earlier.outputs), None
-        if earlier is not None and not is_whole(earlier, output_dir):
-            earlier = None
-        known = {} if earlier is None else earlier.models
         person = age_and_sex(participants.row(f"sub-{unit.subject}"))
-        missing = tuple(b for b in wanted if known.get(b.label) != model_identity(b, precision, person))
+        wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
+        record = read_record(record_path(output_dir, unit))
+        outdated = record is not None and record.fingerprint != fingerprint
+        current = None if outdated else record
+        missing = tuple(
+            bundle
+            for bundle in wanted
+            if not _is_current(current, bundle, model_identity(bundle, precision, person), output_dir)
+        )
+        complete = current is not None and all_there(current.outputs, output_dir)
+        again = {bundle.scored_as for bundle in wanted}
+        earlier = record.models if outdated else {}
         tasks.append(
             Task(
                 unit=unit,
@@ -152,12 +162,26 @@ def make_plan(
                 is_control=bool(healthy_flag(participants.row(f"sub-{unit.subject}"))),
                 lesion=lesion,
                 fingerprint=fingerprint,
-                earlier=earlier,
-                stale=stale,
-                done=earlier is not None and not missing,
+                outdated=outdated,
+                lost=tuple(model.label for name, model in earlier.items() if name not in again),
+                done=complete and not missing,
             )
         )
     return tasks
+
+
+def _is_current(record: Record | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
+    """Check that the outputs of a model are there and are those of this very model."""
+    model = None if record is None else record.models.get(bundle.scored_as)
+    return model is not None and model.identity == identity and all_there(model.outputs, output_dir)
+
+
+def by_subject(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    """Group tasks by participant, in their order."""
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.unit.subject, []).append(task)
+    return groups
 
 
 def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:

@@ -1,16 +1,18 @@
-"""What is already done: one small file for each image, written when everything about it is."""
+"""Records of what was written: one small file for each image, written when all of its outputs are there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bids_uad import __version__
-from bids_uad.atomic import write_json
+from bids_uad.atomic import locked, write_json
 from bids_uad.dataset.lesions import LesionMask
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.errors import unreadable
@@ -18,8 +20,34 @@ from bids_uad.preprocessing.extraction import Extraction
 
 
 @dataclass(frozen=True)
+class ModelRecord:
+    """What one model has written for an image.
+
+    Parameters
+    ----------
+    label : str
+        Name of the model bundle, and the deviation where there is one.
+    identity : str
+        Of model, thresholds and what else the outputs depend on (:func:`plan.model_identity`).
+    covariates : dict of str to float or None
+        Age and sex that deviations were computed with; empty for scores.
+    outputs : list of str
+        Files, relative to the dataset.
+    """
+
+    label: str
+    identity: str
+    covariates: dict[str, float | None] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Record:
-    """An image that was processed.
+    """What was written for one image, and what it depends on.
+
+    Every file in the dataset that the group level may read is listed in a record. What holds no longer is
+    taken out of the record before anything else is written under the same name, so that an interrupted run
+    leaves no file listed that is not what the record says.
 
     Parameters
     ----------
@@ -27,40 +55,124 @@ class Record:
         Name of the image.
     run_id : str
         The run that finished it last.
+    source : str
+        The raw image, relative to the raw dataset.
     fingerprint : dict
         What the outputs depend on, models apart.
-    models : dict of str to str
-        Identity of each model by name.
     outputs : list of str
-        Files written, relative to the dataset.
+        Files of the preprocessing, relative to the dataset.
+    models : dict of str to ModelRecord
+        By the name that the outputs carry (`Bundle.scored_as`): two bundles of one detector write the same
+        files, and the last one holds.
+    outdated : list of str
+        Files that hold no longer and are to be removed.
     """
 
     key: str
     run_id: str
+    source: str
     fingerprint: dict[str, Any]
-    models: dict[str, str] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    models: dict[str, ModelRecord] = field(default_factory=dict)
+    outdated: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> set[str]:
+        """Every file that holds, relative to the dataset."""
+        return {*self.outputs, *(name for model in self.models.values() for name in model.outputs)}
 
 
 def record_path(output_dir: Path, unit: ImageUnit) -> Path:
-    """Say where the record of an image lies."""
+    """Return the path of an image's record."""
     return output_dir / unit.session_folder / "log" / f"{unit.key}.json"
 
 
-def write_record(path: Path, record: Record) -> Path:
-    """Write a record atomically."""
-    return write_json(path, asdict(record))
-
-
 def read_record(path: Path) -> Record | None:
-    """Read a record; none if there is none, or if it is of another make.
+    """Read a record.
 
-    A record that cannot be understood only means that the image is processed again.
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Returns
+    -------
+    Record or None
+        None if there is no such file, or it is damaged or of another version: the image is processed again.
     """
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, TypeError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
+        return Record(**content, models=models)
+    except (FileNotFoundError, TypeError, ValueError, KeyError, AttributeError):
         return None
+
+
+def withdraw(path: Path, output_dir: Path, fingerprint: Mapping[str, Any], models: Mapping[str, str]) -> None:
+    """Take outputs that hold no longer out of a record, and remove them from the dataset.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Of the record; nothing is done without one.
+    output_dir : pathlib.Path
+    fingerprint : mapping
+        What the outputs depend on now. If it is another than the record's, none of them holds.
+    models : mapping of str to str
+        Identity of the models that are about to write, by the name that their outputs carry.
+    """
+    with _exclusive(path):
+        record = read_record(path)
+        if record is None:
+            return
+        if record.fingerprint != fingerprint:
+            kept = replace(record, fingerprint={}, outputs=[], models={})
+        else:
+            holding = {
+                name: model
+                for name, model in record.models.items()
+                if models.get(name, model.identity) == model.identity
+            }
+            kept = replace(record, models=holding)
+        outdated = sorted((record.files | set(record.outdated)) - kept.files)
+        # First the record: a run that is killed in between leaves files that it knows to be outdated.
+        write_json(path, asdict(replace(kept, outdated=outdated)))
+        _remove(outdated, output_dir)
+
+
+def write_record(path: Path, output_dir: Path, record: Record) -> Path:
+    """Write the record of an image whose outputs are all there.
+
+    What other runs have written for it since this one began is kept, if it depends on the same inputs and
+    options; otherwise it is removed.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    output_dir : pathlib.Path
+    record : Record
+        Of this run: `models` are those that it has run.
+
+    Returns
+    -------
+    pathlib.Path
+    """
+    with _exclusive(path):
+        earlier = read_record(path)
+        if earlier is not None:
+            if earlier.fingerprint == record.fingerprint:
+                record = replace(record, models={**earlier.models, **record.models})
+            _remove(sorted((earlier.files | set(earlier.outdated)) - record.files), output_dir)
+        return write_json(path, asdict(record))
+
+
+def _exclusive(path: Path) -> AbstractContextManager[None]:
+    """Let one run at a time read and write the records of a folder."""
+    return locked(path.parent / "records.lock")
+
+
+def _remove(names: Iterable[str], output_dir: Path) -> None:
+    for name in names:
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def make_fingerprint(
@@ -93,6 +205,7 @@ def make_fingerprint(
     return {
         "app_version": __version__,
         "input_sha256": sha256_of(unit.path),
+        "input_bytes": _size_of(unit.path),
         "anchor": None if unit.anchor is None else unit.anchor.key,
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
         "lesion_sha256": [] if lesion is None else [sha256_of(path) for path in lesion.files],
@@ -111,9 +224,9 @@ def _prepared(unit: ImageUnit) -> list[str]:
     return [sha256_of(path) for path in unit.prepared.files]
 
 
-def is_whole(record: Record, output_dir: Path) -> bool:
-    """Say whether every file of a record is there and not empty."""
-    return all(_has_content(output_dir / name) for name in record.outputs)
+def all_there(names: Iterable[str], output_dir: Path) -> bool:
+    """Check that files, named relative to the dataset, exist and are not empty."""
+    return all(_has_content(output_dir / name) for name in names)
 
 
 @cache
@@ -133,6 +246,13 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _has_content(path: Path) -> bool:

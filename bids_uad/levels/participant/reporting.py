@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import multiprocessing as mp
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from bids_uad import __version__
-from bids_uad.atomic import write_json
+from bids_uad.atomic import locked, write_json
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import healthy_flag, read_participants
-from bids_uad.levels.participant.outcome import Outcome
+from bids_uad.levels.participant.outcome import PARTICIPANT, Outcome
 from bids_uad.levels.participant.plugin import START_METHOD
 
 LOGGER = logging.getLogger("bids_uad")
@@ -56,6 +59,9 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
 def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], device: str) -> None:
     """Keep what became of a participant's images, for the report of this run and for later ones.
 
+    What earlier runs said of other images stays, since jobs for other sessions, modalities or models know
+    nothing of each other; of an image that is gone from the dataset it does not.
+
     Parameters
     ----------
     config : RunConfig
@@ -65,7 +71,7 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
     device : str
         Where detectors ran.
     """
-    told = {
+    run = {
         "run_id": config.run_id,
         "version": __version__,
         "device": device,
@@ -75,26 +81,60 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
         "modalities": list(config.modalities),
         "nprocs": config.nprocs,
         "omp_nthreads": config.omp_nthreads,
-        "images": [
-            {"image": outcome.image, "status": outcome.status, "message": outcome.message}
-            for outcome in outcomes
-        ],
     }
-    write_json(last_run_file(config.output_dir, subject), told)
+    images = [
+        {
+            "image": outcome.image,
+            "status": outcome.status,
+            "message": outcome.message,
+            "run_id": config.run_id,
+            "sessions": list(config.sessions),
+        }
+        for outcome in outcomes
+    ]
+    path = last_run_file(config.output_dir, subject)
+    with _one_at_a_time(config.output_dir, subject):
+        earlier = [
+            image
+            for image in read_json(path).get("images", [])
+            if not _is_superseded(image, config, subject, {outcome.image for outcome in outcomes})
+        ]
+        images = sorted([*images, *earlier], key=lambda image: (image["image"], image["message"]))
+        write_json(path, {**run, "images": images})
+
+
+def _is_superseded(image: dict[str, Any], config: RunConfig, subject: str, reported: set[str]) -> bool:
+    """Check whether what an earlier run said of an image, or of a participant as a whole, holds no longer."""
+    name = image["image"]
+    if name == PARTICIPANT:
+        before, now = set(image.get("sessions", [])), set(config.sessions)
+        return not now or (bool(before) and before <= now)
+    if name in reported:
+        return True
+    session = re.search(r"_(ses-[^_]+)_", name)
+    folder = config.bids_dir / f"sub-{subject}" / (session[1] if session else "") / "anat"
+    return not any(folder.glob(f"{name.rsplit('_', 1)[0]}_*.nii*"))
 
 
 def last_run_file(output_dir: Path, subject: str) -> Path:
-    """Say where the last run that changed a participant is described."""
+    """Return the path of the description of a participant's last run."""
     return output_dir / f"sub-{subject}" / "log" / "last_run.json"
+
+
+def _one_at_a_time(output_dir: Path, subject: str) -> AbstractContextManager[None]:
+    """Let one job at a time work on a participant's report."""
+    return locked(output_dir / f"sub-{subject}" / "log" / "report.lock")
 
 
 def _write(output_dir: Path, subject: str, is_control: bool) -> None:
     """Write one report (in a worker)."""
     from bids_uad.reports.participant import write_subject_report
 
-    told = read_json(last_run_file(output_dir, subject))
-    errors = [image["message"] for image in told.get("images", []) if image["message"]]
-    write_subject_report(output_dir, subject, errors=errors, run_info=told, is_control=is_control)
+    # Whichever of several jobs comes last sees what all of them have left.
+    with _one_at_a_time(output_dir, subject):
+        told = read_json(last_run_file(output_dir, subject))
+        errors = [image["message"] for image in told.get("images", []) if image["message"]]
+        write_subject_report(output_dir, subject, errors=errors, run_info=told, is_control=is_control)
 
 
 def _outcome(job: Future, kills: int) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nipype import config as nipype_config
 from rich.console import Console
 from rich.table import Table
 
-from bids_uad.atomic import remove_unfinished, write_text
+from bids_uad.atomic import write_text
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
@@ -24,9 +24,11 @@ from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import ConfigError, InputError, UnavailableError, UserError
 from bids_uad.levels.participant.assumptions import assumptions
+from bids_uad.levels.participant.claims import claimed, clean, make_way, withdraw_unusable
 from bids_uad.levels.participant.device import probe_device
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.outcome import (
+    PARTICIPANT,
     UP_TO_DATE,
     Outcome,
     Stopwatch,
@@ -41,10 +43,10 @@ from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
 from bids_uad.levels.participant.reporting import remember, write_reports
 from bids_uad.levels.participant.scheduling import make_plugin
-from bids_uad.levels.participant.workflow import build_workflow, place_of_unit, workflow_name
+from bids_uad.levels.participant.workflow import build_workflow
 from bids_uad.listing import listed
 from bids_uad.preprocessing.check import check_image
-from bids_uad.preprocessing.extraction import resolve_extraction
+from bids_uad.preprocessing.extraction import Extraction, resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
 
@@ -83,15 +85,14 @@ def run_participant(config: RunConfig) -> int:
     refuse_foreign(config.output_dir)
     read_json(config.bids_dir / "dataset_description.json")  # refused now, not after the checks
     collection = collect(config, check=lambda unit: _check(unit, config.output_dir))
-    if config.clean_workdir and not config.dry_run:
-        _clean(config.work_dir, collection.subjects)
     _tell_collection(collection)
     _require_images(collection, config)
     bundles = _choose_models(config, collection)
     reference = _find_reference(config)
     collection = drop_unreadable(collection)
     _require_images(collection, config)
-    tasks = make_plan(
+    plan = partial(
+        make_plan,
         collection,
         bundles,
         read_participants(config.bids_dir),
@@ -102,14 +103,31 @@ def run_participant(config: RunConfig) -> int:
         precision=config.precision,
         extraction=extraction,
     )
-    met = overlaps(bundles, collection.units, config.bids_dir)
-    met += assumptions(tasks) + mask_warnings(tasks, config.derivatives.get(LESIONS))
-    for line in met:
-        LOGGER.warning(line)
     if config.dry_run:
+        tasks = plan()
+        for line in _cautions(config, tasks, bundles):
+            LOGGER.warning(line)
         _print_plan(tasks, collection, console)
         return OK
+    with claimed(config, plan) as tasks:
+        return _run(config, collection, tasks, bundles, reference, extraction, console)
 
+
+def _run(
+    config: RunConfig,
+    collection: Collection,
+    tasks: list[Task],
+    bundles: Sequence[Bundle],
+    reference: Reference,
+    extraction: Extraction,
+    console: Console,
+) -> int:
+    """Do what is planned, write the reports and the summary; return the exit code."""
+    cautions = _cautions(config, tasks, bundles)
+    for line in cautions:
+        LOGGER.warning(line)
+    if config.clean_workdir:
+        clean(config.work_dir, tasks)
     pending = [task for task in tasks if not task.done]
     device, precision = config.device, config.precision
     if pending and bundles:
@@ -117,6 +135,7 @@ def run_participant(config: RunConfig) -> int:
         LOGGER.info("Detectors run on %s in %s", device, precision)
     stopwatch = Stopwatch()
     failures = []
+    withdraw_unusable(config, collection.problems)
     if pending:
         _describe(config, bundles, reference)
         means = Means(config, reference, extraction, device, precision)
@@ -127,7 +146,7 @@ def run_participant(config: RunConfig) -> int:
     )
     unwritten = _report(config, outcomes, device)
     print_summary(outcomes, tasks, config.output_dir, console)
-    for line in met + doubts(outcomes, tasks, config.output_dir):
+    for line in cautions + doubts(outcomes, tasks, config.output_dir):
         LOGGER.warning(line)
     # One file may be the reason for several images.
     for line in dict.fromkeys([outcome.message for outcome in outcomes if not outcome.good] + unwritten):
@@ -135,8 +154,23 @@ def run_participant(config: RunConfig) -> int:
     if unwritten or not all(outcome.good for outcome in outcomes):
         return FAILED
     if config.clean_workdir:
-        _clean(config.work_dir, collection.subjects)
+        clean(config.work_dir, tasks)
     return OK
+
+
+def _cautions(config: RunConfig, tasks: Sequence[Task], bundles: Sequence[Bundle]) -> list[str]:
+    """List what limits the results of a run, as far as it is known before."""
+    lines = overlaps(bundles, [task.unit for task in tasks], config.bids_dir) + assumptions(tasks)
+    own = [task for task in tasks if not task.anchor_only]
+    lines += mask_warnings(own, config.derivatives.get(LESIONS))
+    lost = sorted({label for task in tasks for label in task.lost})
+    if lost:
+        images = [task.unit.key for task in tasks if task.lost]
+        lines.append(
+            f"the outputs of {listed(lost, 5)} are out of date for {listed(images, 5)}, since inputs or "
+            "options have changed; they are removed, and made again by a run with these --models"
+        )
+    return lines
 
 
 def _check(unit: ImageUnit, output_dir: Path) -> None:
@@ -151,10 +185,17 @@ def _check(unit: ImageUnit, output_dir: Path) -> None:
 
 
 def _require_images(collection: Collection, config: RunConfig) -> None:
-    """End the run if no image is left, with a line for each problem."""
+    """End the run if no image is left, with a line for each problem; participants' reports show them, too."""
     if collection.units:
         return
-    for message in dict.fromkeys(problem.message for problem in collection.problems):
+    problems = collection.problems
+    if not config.dry_run:
+        withdraw_unusable(config, problems)
+        ended = collect_outcomes(
+            [], problems, [], Stopwatch(), output_dir=config.output_dir, run_id=config.run_id
+        )
+        _report(config, ended, config.device)
+    for message in dict.fromkeys(problem.message for problem in problems):
         LOGGER.error(message)
     raise InputError(
         config.bids_dir, f"no {' or '.join(config.modalities)} image to work on", "see the lines above"
@@ -165,7 +206,7 @@ def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
     """Check the models against the images there are, before any is touched."""
     if config.models == ("none",):
         return []
-    present = {unit.modality for unit in collection.units}
+    present = {unit.modality for unit in collection.units if unit.key not in collection.anchors_only}
     modalities = [modality for modality in config.modalities if modality in present]
     return resolve_bundles(list(config.models) or None, modalities, config.deviations)
 
@@ -233,9 +274,7 @@ def _process(
     _write_run_files(config, {task.unit.subject for task in pending})
     write_citation(config.output_dir, _methods(tasks, bundles, means.reference, workflow.visit_desc()))
     for task in pending:
-        remove_unfinished(config.output_dir / task.unit.folder)
-        for name in task.stale:
-            (config.output_dir / name).unlink(missing_ok=True)
+        make_way(config, task)
     LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
     progress = Progress(len(pending))
 
@@ -294,7 +333,8 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome], device: str) -> list
         by_subject[outcome.subject].append(outcome)
     subjects = []
     for subject, own in by_subject.items():
-        if not (config.output_dir / f"sub-{subject}").is_dir():
+        without_images = all(outcome.image == PARTICIPANT for outcome in own)
+        if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
             continue
         changed = any(outcome.status != UP_TO_DATE for outcome in own)
         if changed:
@@ -328,10 +368,10 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
     """Print what would be done."""
     table = Table("image", "status", "detectors", "registered to", "lesion mask", title="bids_uad dry run")
     for task in tasks:
-        again = " (inputs or options changed)" if task.stale else ""
+        again = " (inputs or options changed)" if task.outdated else ""
         table.add_row(
             task.unit.key,
-            "up to date" if task.done else f"to do{again}",
+            "anchor only" if task.anchor_only else "up to date" if task.done else f"to do{again}",
             ", ".join(bundle.label for bundle in task.bundles) or "-",
             task.unit.anchor.key if task.unit.anchor else "SRI24",
             task.lesion.path.name if task.lesion else "-",
@@ -341,13 +381,3 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
     console.print(table)
     for message in dict.fromkeys(problem.message for problem in collection.problems):
         console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _clean(work_dir: Path, subjects: Sequence[str]) -> None:
-    """Remove what we put into the working folder for some participants.
-
-    The folder around theirs stays, even empty: other jobs may be about to put theirs there.
-    """
-    folder = work_dir / workflow_name()
-    for subject in subjects:
-        shutil.rmtree(folder / place_of_unit(subject, "")[0], ignore_errors=True)

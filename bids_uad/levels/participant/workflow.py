@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 
 from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import __version__
 from bids_uad.dataset.lesions import LesionMask
+from bids_uad.dataset.units import ImageUnit
 from bids_uad.levels.participant.detection import AlignMask
 from bids_uad.levels.participant.means import Means, crash_dir
-from bids_uad.levels.participant.plan import Task, with_support
+from bids_uad.levels.participant.plan import Task, by_subject, with_support
 from bids_uad.levels.participant.writing import init_writing_wf
 from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
 
@@ -30,6 +32,12 @@ def workflow_name() -> str:
 def place_of_unit(subject: str, key: str) -> tuple[str, str]:
     """Give participant and image as they come in the full names of an image's nodes."""
     return f"sub_{_identifier(subject)}_wf", _identifier(key)
+
+
+def folders_of_unit(work_dir: Path, unit: ImageUnit) -> list[Path]:
+    """List the working folders of an image's part of the workflow."""
+    subject, name = place_of_unit(unit.subject, unit.key)
+    return [work_dir / workflow_name() / subject / f"{name}{part}" for part in _PARTS]
 
 
 def place_of_node(name: str) -> tuple[str, str]:
@@ -54,10 +62,7 @@ def build_workflow(tasks: Sequence[Task], means: Means) -> LiterateWorkflow:
     niworkflows.engine.workflows.LiterateWorkflow
     """
     workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(means.config.work_dir))
-    by_subject: dict[str, list[Task]] = {}
-    for task in tasks:
-        by_subject.setdefault(task.unit.subject, []).append(task)
-    for subject, own in by_subject.items():
+    for subject, own in by_subject(tasks).items():
         if all(task.done for task in own):
             continue
         part = init_subject_wf(subject, own, means)

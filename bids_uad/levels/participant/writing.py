@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from bids_uad.levels.participant.means import Means
 from bids_uad.levels.participant.overlap import model_has_met, scanner_seen
 from bids_uad.levels.participant.plan import Task, model_identity
 from bids_uad.levels.participant.quality import AddQuality, WriteQuality
-from bids_uad.levels.participant.records import Record, record_path, write_record
+from bids_uad.levels.participant.records import ModelRecord, Record, record_path, write_record
 from bids_uad.space import NAME
 
 DETECTION_GB = 3.0
@@ -111,19 +113,42 @@ def _connect_record(
         Complete(
             output_dir=str(config.output_dir),
             record_file=str(record_path(config.output_dir, unit)),
-            key=unit.key,
-            run_id=config.run_id,
-            fingerprint=task.fingerprint,
-            models={
-                bundle.label: model_identity(bundle, config.precision, task.person) for bundle in task.bundles
-            },
-            earlier_models={} if task.earlier is None else task.earlier.models,
-            earlier_outputs=[] if task.earlier is None else task.earlier.outputs,
+            record=asdict(_record(task, means)),
         ),
         name="complete",
         run_without_submitting=True,
     )
     workflow.connect(collect, "out", complete, "files")
+
+
+def _record(task: Task, means: Means) -> Record:
+    """Make the record of what this run writes for an image, the files of its preprocessing apart."""
+    unit, config = task.unit, means.config
+    return Record(
+        key=unit.key,
+        run_id=config.run_id,
+        source=unit.path.relative_to(config.bids_dir).as_posix(),
+        fingerprint=task.fingerprint,
+        models={
+            bundle.scored_as: ModelRecord(
+                label=bundle.label,
+                identity=model_identity(bundle, config.precision, task.person),
+                covariates={} if bundle.deviation == "none" else dict(task.person),
+                outputs=_with_sidecars(_detection_files(task, bundle).values()),
+            )
+            for bundle in task.bundles
+        },
+    )
+
+
+def _detection_files(task: Task, bundle: Bundle) -> dict[str, Path]:
+    """Name what one model writes for an image, by kind, relative to the dataset."""
+    return naming.detection_outputs(task.unit, bundle.scored_as, with_truth=task.lesion is not None)
+
+
+def _with_sidecars(files: Iterable[Path]) -> list[str]:
+    """List files and their sidecars."""
+    return sorted({path.as_posix() for file in files for path in (file, sidecar_of(file))})
 
 
 def _connect_detection(
@@ -174,7 +199,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
     """Make the interface that writes what one model found."""
     unit, config = task.unit, means.config
     threshold_name, threshold = bundle.default_threshold
-    files = naming.detection_outputs(unit, bundle.scored_as, with_truth=task.lesion is not None)
+    files = _detection_files(task, bundle)
     preprocessed = naming.preprocessing_outputs(unit)
     raw = sidecars.raw_uri(unit, config.bids_dir)
     inputs: dict[str, Any] = {
@@ -267,13 +292,8 @@ def _pick(items: list[str], position: int) -> str:
 class _CompleteInputSpec(BaseInterfaceInputSpec):
     files = traits.List(File(exists=True), mandatory=True, desc="everything that was written")
     output_dir = traits.Str(mandatory=True, desc="derivative dataset")
-    record_file = traits.Str(mandatory=True, desc="where the record goes")
-    key = traits.Str(mandatory=True, desc="name of the image")
-    run_id = traits.Str(mandatory=True, nohash=True, desc="name of the run")
-    fingerprint = traits.Dict(mandatory=True, desc="what the outputs depend on")
-    models = traits.Dict(desc="identity of each model of this run")
-    earlier_models = traits.Dict(desc="identity of models of earlier runs")
-    earlier_outputs = traits.List(traits.Str, desc="what earlier runs wrote")
+    record_file = traits.Str(mandatory=True, desc="path of the record")
+    record = traits.Dict(mandatory=True, nohash=True, desc="the record, files of the preprocessing apart")
 
 
 class _CompleteOutputSpec(TraitedSpec):
@@ -281,7 +301,7 @@ class _CompleteOutputSpec(TraitedSpec):
 
 
 class Complete(SimpleInterface):
-    """Write the record of an image, last of all."""
+    """Write the record of an image, after all of its outputs."""
 
     input_spec = _CompleteInputSpec
     output_spec = _CompleteOutputSpec
@@ -289,15 +309,12 @@ class Complete(SimpleInterface):
 
     def _run_interface(self, runtime):
         root = Path(self.inputs.output_dir)
-        files = {Path(path) for path in self.inputs.files}
-        files |= {sidecar_of(path) for path in files if sidecar_of(path).is_file()}
-        outputs = {str(path.relative_to(root)) for path in files}
-        record = Record(
-            key=self.inputs.key,
-            run_id=self.inputs.run_id,
-            fingerprint=dict(self.inputs.fingerprint),
-            models={**self.inputs.earlier_models, **self.inputs.models},
-            outputs=sorted(outputs | set(self.inputs.earlier_outputs)),
-        )
-        self._results["out_file"] = str(write_record(Path(self.inputs.record_file), record))
+        content = dict(self.inputs.record)
+        models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
+        record = Record(**content, models=models)
+        written = [Path(path).relative_to(root) for path in self.inputs.files]
+        outputs = set(_with_sidecars(written)) - record.files
+        present = sorted(name for name in outputs if (root / name).is_file())
+        path = write_record(Path(self.inputs.record_file), root, replace(record, outputs=present))
+        self._results["out_file"] = str(path)
         return runtime

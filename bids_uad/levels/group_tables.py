@@ -1,0 +1,106 @@
+"""Score tables that hold: records of the participant level list them, and their inputs are the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from bids_uad.dataset.naming import entities_of
+from bids_uad.dataset.participants import Participants, age_and_sex
+from bids_uad.evaluation.tables import subject_of
+from bids_uad.levels.participant.records import ModelRecord, Record, read_record
+from bids_uad.listing import listed
+
+UNLISTED = "not listed by a record, since their run did not finish, or others have replaced it"
+REMOVED = "of images that are not in BIDS_DIR any more"
+CHANGED = "of images that have changed since"
+OTHER_COVARIATES = "of deviations for another age or sex than participants.tsv says now"
+
+
+def current_tables(
+    output_dir: Path, paths: Sequence[Path], bids_dir: Path, participants: Participants
+) -> tuple[list[Path], str]:
+    """Leave out the score tables that no record lists, or whose inputs have changed.
+
+    Each record is read once. Images are not read: an image counts as changed if its file has another size,
+    and as removed if neither the file nor a link is there. Where `bids_dir` has no
+    images at all, as a folder with copies of tables and sidecars has none, nothing is said about them.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    paths : sequence of pathlib.Path
+        The metrics tables, those of a participant side by side.
+    bids_dir : pathlib.Path
+        The raw dataset.
+    participants : Participants
+
+    Returns
+    -------
+    current : list of pathlib.Path
+    message : str
+        One line about those that are left out; empty if none is.
+    """
+    raw = bids_dir if any(bids_dir.glob("sub-*/**/anat/sub-*.nii*")) else None
+    current, left_out = [], {}
+    for subject, tables in groupby(paths, subject_of):
+        reasons = dict(_reasons(output_dir, subject, raw, participants))
+        for path in tables:
+            reason = reasons.get(path.relative_to(output_dir).as_posix(), UNLISTED)
+            if reason is None:
+                current.append(path)
+            else:
+                left_out.setdefault(reason, []).append(path.name)
+    return current, _message(left_out)
+
+
+def _message(left_out: dict[str, list[str]]) -> str:
+    if not left_out:
+        return ""
+    total = sum(map(len, left_out.values()))
+    parts = [f"{len(names)} {reason} ({listed(names, 3)})" for reason, names in left_out.items()]
+    return (
+        f"{total} score table{'s are' if total > 1 else ' is'} left out: {'; '.join(parts)}. Run the "
+        "participant level again, or remove the outputs of images that are gone."
+    )
+
+
+def _reasons(
+    output_dir: Path, subject: str, raw: Path | None, participants: Participants
+) -> Iterator[tuple[str, str | None]]:
+    """Go through the outputs that a participant's records list: name, and why it does not hold, if so."""
+    for record in _records(output_dir / subject):
+        outdated = None if raw is None else _image_outdated(record, raw)
+        for model in record.models.values():
+            why = outdated or _model_outdated(record, model, participants)
+            yield from ((name, why) for name in model.outputs)
+
+
+def _records(folder: Path) -> Iterable[Record]:
+    for pattern in ("log/*.json", "ses-*/log/*.json"):
+        for path in sorted(folder.glob(pattern)):
+            record = read_record(path)
+            if record is not None:
+                yield record
+
+
+def _image_outdated(record: Record, raw: Path) -> str | None:
+    source = raw / record.source
+    if not os.path.lexists(source):
+        return REMOVED
+    # The content of a link may be elsewhere; then nothing is known about it.
+    if source.exists() and source.stat().st_size != record.fingerprint.get("input_bytes"):
+        return CHANGED
+    return None
+
+
+def _model_outdated(record: Record, model: ModelRecord, participants: Participants) -> str | None:
+    if not model.covariates:
+        return None
+    subject = f"sub-{entities_of(Path(record.key))['sub']}"
+    now = age_and_sex(participants.row(subject))
+    changed = any(now[name] not in (None, value) for name, value in model.covariates.items())
+    return OTHER_COVARIATES if changed else None

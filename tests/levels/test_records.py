@@ -1,0 +1,133 @@
+"""The record of an image: what is listed in it holds, and nothing that was written escapes it."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bids_uad.levels.participant.records import (
+    ModelRecord,
+    Record,
+    all_there,
+    read_record,
+    withdraw,
+    write_record,
+)
+
+OLD, NEW = {"random_seed": 0}, {"random_seed": 1}
+KEY = "sub-01_T1w"
+PREPROC = "sub-01/anat/preproc.nii.gz"
+
+
+def path_in(out: Path) -> Path:
+    return out / "sub-01" / "log" / f"{KEY}.json"
+
+
+def outputs_of(name: str) -> list[str]:
+    return [f"sub-01/anat/{name}_map.nii.gz", f"sub-01/anat/{name}_metrics.tsv"]
+
+
+def finish(out: Path, name: str, identity: str = "first", fingerprint: dict = OLD) -> None:
+    """Do what a run with one model does last: its files are there, and then the record."""
+    for file in (PREPROC, *outputs_of(name)):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text(identity)
+    models = {name: ModelRecord(f"{name}-T1w", identity, outputs=outputs_of(name))}
+    record = Record(KEY, "run", "sub-01/anat/sub-01_T1w.nii.gz", fingerprint, [PREPROC], models)
+    write_record(path_in(out), out, record)
+
+
+def on_disk(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("anat/*")}
+
+
+def test_a_record_survives_the_round_trip(tmp_path):
+    finish(tmp_path, "rd")
+    record = read_record(path_in(tmp_path))
+    assert record.files == {PREPROC, *outputs_of("rd")} == on_disk(tmp_path)
+    assert record.models["rd"].identity == "first"
+    assert all_there(record.files, tmp_path)
+    (tmp_path / PREPROC).write_text("")
+    assert not all_there(record.files, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"models": []}', '{"models": {"rd": 3}}', '{"models": {}, "x": 1}']
+)
+def test_a_damaged_record_is_none(tmp_path, text):
+    path_in(tmp_path).parent.mkdir(parents=True)
+    path_in(tmp_path).write_text(text)
+    assert read_record(path_in(tmp_path)) is None
+    withdraw(path_in(tmp_path), tmp_path, NEW, {})  # nothing is known, so nothing is removed
+    finish(tmp_path, "rd")
+    assert set(read_record(path_in(tmp_path)).models) == {"rd"}
+
+
+def test_a_model_is_added_to_those_of_earlier_runs(tmp_path):
+    finish(tmp_path, "rd")
+    finish(tmp_path, "fpi")
+    assert set(read_record(path_in(tmp_path)).models) == {"rd", "fpi"}
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "identities", "left", "removed"),
+    [
+        pytest.param(OLD, {}, {"rd", "fpi"}, set(), id="nothing has changed"),
+        pytest.param(OLD, {"rd": "first"}, {"rd", "fpi"}, set(), id="the same model again"),
+        pytest.param(OLD, {"uniad": "first"}, {"rd", "fpi"}, set(), id="a further model"),
+        pytest.param(OLD, {"rd": "second"}, {"fpi"}, set(outputs_of("rd")), id="another model"),
+        pytest.param(
+            NEW, {"rd": "first"}, set(), {PREPROC, *outputs_of("rd"), *outputs_of("fpi")}, id="other inputs"
+        ),
+    ],
+)
+def test_what_holds_no_longer_is_removed_before_a_run(tmp_path, fingerprint, identities, left, removed):
+    finish(tmp_path, "rd")
+    finish(tmp_path, "fpi")
+    foreign = tmp_path / "sub-01" / "anat" / "notes.txt"
+    foreign.write_text("not ours")
+    before = on_disk(tmp_path)
+    withdraw(path_in(tmp_path), tmp_path, fingerprint, identities)
+    assert before - on_disk(tmp_path) == removed
+    assert set(read_record(path_in(tmp_path)).models) == left
+    assert foreign.exists()
+
+
+def test_a_run_that_was_killed_while_it_removed_files_is_finished_by_the_next(tmp_path, monkeypatch):
+    finish(tmp_path, "rd")
+    unlink = Path.unlink
+
+    def killed(self, missing_ok=False):
+        if self.name == "rd_metrics.tsv":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        withdraw(path_in(tmp_path), tmp_path, NEW, {})
+    monkeypatch.undo()
+    assert "sub-01/anat/rd_metrics.tsv" in on_disk(tmp_path)
+    assert read_record(path_in(tmp_path)).files == set()  # no reader takes it for a result
+    withdraw(path_in(tmp_path), tmp_path, NEW, {})
+    assert on_disk(tmp_path) == set()
+
+
+def test_files_of_other_inputs_that_another_job_wrote_meanwhile_are_removed(tmp_path):
+    finish(tmp_path, "rd", fingerprint=OLD)
+    finish(tmp_path, "fpi", fingerprint=NEW)
+    record = read_record(path_in(tmp_path))
+    assert record.fingerprint == NEW
+    assert on_disk(tmp_path) == record.files == {PREPROC, *outputs_of("fpi")}
+
+
+def test_jobs_with_different_models_at_once_lose_nothing(tmp_path):
+    names = [f"model{number}" for number in range(24)]
+    with ProcessPoolExecutor(6, mp.get_context("fork")) as pool:
+        list(pool.map(partial(finish, tmp_path), names))
+    record = read_record(path_in(tmp_path))
+    assert set(record.models) == set(names)
+    assert record.files == on_disk(tmp_path)
