@@ -122,6 +122,9 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "native_brain_volume_mm3": {"Description": "Volume of the brain mask in native space", "Units": "mm^3"},
     "kept_share": {"Description": "Share of the brain mask that lies on the grid and in the field of view"},
+    "outside_fov_fraction": {
+        "Description": "Fraction of the reference brain that lies outside the field of view of the image"
+    },
     "mask_overlap": {"Description": "Dice of the brain mask with that of the reference image"},
     "similarity": {
         "Description": "Normalised mutual information with the image it was registered to: 0 none, 1 full"
@@ -130,9 +133,22 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "The same with the mirror image: higher if left and right are swapped; n/a where the "
         "reference is symmetric"
     },
+    "local_correlation": {
+        "Description": "Median, over cubes of 12 mm in the brain, of the correlation with the image it was "
+        "registered to; negative where the contrasts are opposite"
+    },
     "rotation_degrees": {"Description": "Angle between the scan and the atlas", "Units": "degree"},
     "restarted": {"Description": "Whether the registration had to start again from rotated positions"},
     "skull_stripped": {"Description": "Whether the image came skull-stripped"},
+    "brain_mask_origin": {
+        "Description": "Where the brain mask comes from",
+        "Levels": {
+            "given": "Another pipeline",
+            "background": "Background of the skull-stripped image",
+            "extracted": "Brain extraction",
+            "anchor": "The T1w image that the image was registered to",
+        },
+    },
 }
 
 

@@ -43,6 +43,8 @@ AGREEMENT = 0.9
 """Dice of the two masks below which they contradict each other."""
 GENEROUS_MM = 1.0
 """How far the mean of two masks is widened: a lesion at the edge must not be lost."""
+VOLUME_ML = (700.0, 2300.0)
+"""Least and largest volume of a brain with its fluid; what is left of eyes, skull or neck adds to it."""
 POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
 SHAPE = Schedule((300, 150, 40))
 
@@ -60,6 +62,38 @@ def mask_of_stripped(data: np.ndarray) -> np.ndarray:
         Largest connected piece that is not background, holes filled: fluid that happens to be zero is inside.
     """
     return ndimage.binary_fill_holes(largest_piece(data != background(data)))
+
+
+def mask_volume(mask: np.ndarray, affine: np.ndarray) -> float:
+    """Compute the volume of a mask.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray of bool, three-dimensional
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world, mm.
+
+    Returns
+    -------
+    float
+        In mL.
+    """
+    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000.0)
+
+
+def has_brain_volume(mask: np.ndarray, affine: np.ndarray) -> bool:
+    """Say whether the volume of a mask is one that brains have (`VOLUME_ML`).
+
+    Parameters
+    ----------
+    mask, affine
+        As of :func:`mask_volume`.
+
+    Returns
+    -------
+    bool
+    """
+    return VOLUME_ML[0] <= mask_volume(mask, affine) <= VOLUME_ML[1]
 
 
 def extract_brain(

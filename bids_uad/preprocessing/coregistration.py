@@ -11,6 +11,7 @@ from bids_uad.preprocessing.refinement import refine_rigid
 from bids_uad.preprocessing.registration import (
     Volume,
     centred_start,
+    local_correlation,
     mask_overlap,
     register_best,
     register_rigid,
@@ -28,6 +29,8 @@ when turned by 20 degrees or more.
 RESTARTS = 3
 MARGIN = 6
 """Voxels of 2 mm kept around a brain: black background costs time and teaches nothing."""
+PAIR_SPACING, PAIR_MARGIN = 3.0, 3
+"""Voxel edge (mm) at which two images of one person are compared, and voxels kept around the brain."""
 
 
 def register_to_reference(
@@ -53,8 +56,8 @@ def register_to_reference(
     pull : numpy.ndarray, shape (4, 4)
         RAS+ matrix from reference points to scan points.
     qc : dict
-        ``similarity``, ``mirrored_similarity`` (None for a symmetric reference), ``mask_overlap``,
-        ``restarted``.
+        ``similarity``, ``mirrored_similarity`` (None for a symmetric reference), ``local_correlation``,
+        ``mask_overlap``, ``restarted``.
     """
     fixed, moving = _coarse(reference), _coarse(brain)
     # Unmasked: both are brains on black, and the outline of the brain is good evidence.
@@ -72,12 +75,13 @@ def register_to_reference(
     return pull, {
         "similarity": round(similarity(fixed, moving, pull), 4),
         "mirrored_similarity": _mirrored(fixed, moving, pull, folder) if asymmetric else None,
+        "local_correlation": round(local_correlation(fixed, moving, pull), 4),
         "mask_overlap": round(mask_overlap(fixed, moving, pull), 4),
         "restarted": restarted,
     }
 
 
-def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
+def measure(fixed: Volume, moving: Volume, pull: np.ndarray, folder: Path | None = None) -> dict[str, Any]:
     """Give the figures of a transform that was found elsewhere.
 
     Parameters
@@ -85,6 +89,8 @@ def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
     fixed, moving : Volume
         `fixed` with its mask.
     pull : numpy.ndarray, shape (4, 4)
+    folder : pathlib.Path, optional
+        Where ANTs leaves its files. If given, the mirror image of `fixed` is registered, too.
 
     Returns
     -------
@@ -93,8 +99,13 @@ def measure(fixed: Volume, moving: Volume, pull: np.ndarray) -> dict[str, Any]:
     """
     fixed, moving = _coarse(fixed), moving.coarse()
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
-    score = round(similarity(fixed, moving, pull), 4)
-    return {"similarity": score, "mirrored_similarity": None, "mask_overlap": overlap, "restarted": False}
+    return {
+        "similarity": round(similarity(fixed, moving, pull), 4),
+        "mirrored_similarity": None if folder is None else _mirrored(fixed, moving, pull, folder),
+        "local_correlation": round(local_correlation(fixed, moving, pull), 4),
+        "mask_overlap": overlap,
+        "restarted": False,
+    }
 
 
 def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -118,7 +129,8 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
     pull : numpy.ndarray, shape (4, 4)
         RAS+ matrix from anchor points to scan points.
     qc : dict
-        ``similarity``, ``mirrored_similarity``, ``mask_overlap`` (None for a whole head), ``restarted``.
+        ``similarity``, ``mirrored_similarity``, ``local_correlation``, ``mask_overlap`` (None for a whole
+        head), ``restarted``.
     """
     fixed, moving = _coarse(anchor), scan.coarse()
     pull, score = _register_same_head(fixed, moving, folder)
@@ -126,6 +138,7 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
     return pull, {
         "similarity": round(score, 4),
         "mirrored_similarity": _mirrored(fixed, moving, pull, folder),
+        "local_correlation": round(local_correlation(fixed, moving, pull), 4),
         "mask_overlap": overlap,
         "restarted": False,
     }
@@ -156,6 +169,33 @@ def mirror_image(brain: Volume) -> Volume:
     """Swap left and right of a brain, about the middle of its grid."""
     sideways = int(np.argmax(np.abs(brain.affine[0, :3])))
     return Volume(np.flip(brain.data, sideways), brain.affine, np.flip(brain.mask, sideways))
+
+
+def mirror_ratio(one: Volume, other: Volume) -> float:
+    """Compare how well two images of one brain agree if one is mirrored, and if it is not.
+
+    Brains are asymmetric, each in its own way. On 3 mm voxels the ratio was 0.43 to 0.61 for seven pairs of
+    T1w and T2w images of one person, registered to the atlas each on its own (five with gliomas), and the
+    inverse, at least 1.64, with one of them swapped. For six pairs of images of different people it was 0.86
+    to 1.14.
+
+    Parameters
+    ----------
+    one, other : Volume
+        Brains with their masks, registered to the same atlas. Both registrations are refined.
+
+    Returns
+    -------
+    float
+        Similarity with the mirror image, divided by that with the image itself.
+    """
+    fixed = one.coarse(PAIR_SPACING).cropped(PAIR_MARGIN)
+    moving = other.coarse(PAIR_SPACING).cropped(PAIR_MARGIN)
+    scores = [
+        similarity(brain, moving, refine_rigid(brain, moving, np.eye(4)))
+        for brain in (mirror_image(fixed), fixed)
+    ]
+    return scores[0] / max(scores[1], 1e-6)
 
 
 def _mirrored(fixed: Volume, moving: Volume, pull: np.ndarray, folder: Path) -> float:

@@ -24,7 +24,15 @@ from bids_uad.errors import InputError
 from bids_uad.extraction.find import find_brain, load_network
 from bids_uad.images import make_image, save_image
 from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import AGREEMENT, air_around, extract_brain, mask_of_stripped
+from bids_uad.preprocessing.brain import (
+    AGREEMENT,
+    VOLUME_ML,
+    air_around,
+    extract_brain,
+    has_brain_volume,
+    mask_of_stripped,
+    mask_volume,
+)
 from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_lesion, read_scan, read_volume
 from bids_uad.preprocessing.coregistration import (
     measure,
@@ -32,19 +40,23 @@ from bids_uad.preprocessing.coregistration import (
     register_to_anchor,
     register_to_reference,
 )
+from bids_uad.preprocessing.coverage import covered
 from bids_uad.preprocessing.external import PROGRAMS, extract_with
 from bids_uad.preprocessing.extraction import COMBINED, EXTRACTIONS, NETWORK, TEMPLATE
 from bids_uad.preprocessing.image_quality import measure_image
 from bids_uad.preprocessing.intensity import scale_intensity
-from bids_uad.preprocessing.quality import assess
+from bids_uad.preprocessing.quality import LEAST_LOCAL_CORRELATION, assess
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import (
-    field_of_view,
     resample,
     resample_mask,
     resample_mask_through,
 )
 from bids_uad.preprocessing.transforms import read_itk, rotation_angle, write_itk
+
+GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
+ORIGINS = (GIVEN, BACKGROUND, EXTRACTED, ANCHOR)
+"""Where a brain mask comes from; see `dataset.sidecars.QUALITY_COLUMNS`."""
 
 
 class _ConformInputSpec(BaseInterfaceInputSpec):
@@ -79,6 +91,7 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
     given_mask = File(desc="brain mask on the grid of the scan, from elsewhere")
+    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="what extracts the brain")
     weights = traits.Str(desc="weights of the network or program")
 
@@ -86,37 +99,54 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
 class _BrainMaskOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the scan")
     skull_stripped = traits.Bool(desc="what was found")
+    origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
     doubts = traits.Dict(desc="doubts about the mask, and whether they are grave")
 
 
 class BrainMask(SimpleInterface):
-    """Mask the brain of an anchor: as given, its background if it is skull-stripped, or extracted."""
+    """Mask the brain of an anchor: as given, its background if it is skull-stripped, or extracted.
+
+    A mask whose volume is not that of a brain is not used: the next of the three is. If the volume of the
+    extracted one is not either, the scan is refused.
+    """
 
     input_spec = _BrainMaskInputSpec
     output_spec = _BrainMaskOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file)
-        stripped = _stripped(self.inputs.skull_stripped, scan)
+        doubts: dict[str, bool] = {}
+        mask = None
         if isdefined(self.inputs.given_mask):
-            mask = _on_grid_of(scan, self.inputs.given_mask)
-        elif stripped:
-            mask = mask_of_stripped(scan.data)
-        elif self.inputs.program in PROGRAMS:
-            weights, folder = Path(self.inputs.weights), Path(runtime.cwd)
-            found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
-            mask = _on_grid_of(scan, str(found))
-        else:
-            mask = self._extract(scan, Path(runtime.cwd))
-        if not mask.any():
-            raise InputError(
-                self.inputs.in_file, "no brain was found", "give a brain mask or a skull-stripped scan"
-            )
+            mask, origin = _on_grid_of(scan, self.inputs.given_mask), GIVEN
+            if not has_brain_volume(mask, scan.affine):
+                said = f"The brain mask {Path(self.inputs.given_mask).name} of another pipeline"
+                doubts[_replaced(said, mask, scan)] = False
+                mask = None
+        stripped = _stripped(self.inputs.skull_stripped, scan)
+        if stripped and mask is None:
+            mask, origin = mask_of_stripped(scan.data), BACKGROUND
+            if not has_brain_volume(mask, scan.affine):
+                doubts[_replaced(_STATED, mask, scan)] = False
+                mask, stripped = None, False
+        if mask is None:
+            mask, origin = self._extract(scan, Path(runtime.cwd), doubts), EXTRACTED
+            if not has_brain_volume(mask, scan.affine):
+                raise InputError(
+                    _source(self),
+                    f"no brain was found: the brain extraction gave {_millilitres(mask, scan)}",
+                    "exclude the scan if it shows no whole brain, or give its brain mask with -d",
+                )
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
-        self._results["skull_stripped"] = stripped
+        self._results |= {"skull_stripped": stripped, "origin": origin, "doubts": doubts}
         return runtime
 
-    def _extract(self, scan: Volume, folder: Path) -> np.ndarray:
+    def _extract(self, scan: Volume, folder: Path, doubts: dict[str, bool]) -> np.ndarray:
+        """Find the brain as in a whole head, with the program that was asked for."""
+        if self.inputs.program in PROGRAMS:
+            weights = Path(self.inputs.weights)
+            found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
+            return _on_grid_of(scan, str(found))
         template = seen = None
         if self.inputs.program in (COMBINED, TEMPLATE):
             template = _volume(self.inputs.template, self.inputs.template_mask)
@@ -128,7 +158,7 @@ class BrainMask(SimpleInterface):
                 f"The template and the network disagree about the brain (Dice {agreement:.2f}); the "
                 "network was believed: check the brain mask."
             )
-            self._results["doubts"] = {text: False}
+            doubts[text] = False
         return mask
 
 
@@ -165,6 +195,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
     given_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference has a left and a right")
 
 
@@ -190,6 +221,7 @@ class RegisterToReference(SimpleInterface):
         else:
             sided = self.inputs.asymmetric
             pull, qc = register_to_reference(reference, brain, folder, asymmetric=sided)
+        _refuse_other_objects(_source(self), qc, "the reference brain")
         self._results |= _both_ways(folder, pull)
         self._results["qc"] = qc
         return runtime
@@ -200,6 +232,7 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     anchor = File(exists=True, mandatory=True, desc="bias-corrected brain of the anchor, in its native space")
     anchor_mask = File(exists=True, mandatory=True, desc="brain mask of the anchor")
     anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform that resamples the anchor to SRI24")
+    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
     aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
     judged = traits.Bool(True, usedefault=True, desc="whether the agreement of the two is measured")
@@ -211,6 +244,8 @@ class _RegisterToAnchorOutputSpec(TraitedSpec):
     to_sri24 = File(exists=True, desc="one composed ITK transform, T2w scan to SRI24")
     from_sri24 = File(exists=True, desc="its inverse")
     skull_stripped = traits.Bool(desc="what was found")
+    origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
+    doubts = traits.Dict(desc="doubts about the mask, and whether they are grave")
     qc = traits.Dict(desc="similarity, mask_overlap, restarted")
 
 
@@ -226,14 +261,22 @@ class RegisterToAnchor(SimpleInterface):
         anchor = _volume(self.inputs.anchor, self.inputs.anchor_mask)
         stripped = _stripped(self.inputs.skull_stripped, scan)
         own_mask = mask_of_stripped(scan.data) if stripped else None
+        doubts: dict[str, bool] = {}
+        if own_mask is not None and not has_brain_volume(own_mask, scan.affine):
+            doubts[_replaced(_STATED, own_mask, scan, "the brain mask of the T1w image was taken alone")] = (
+                False
+            )
+            own_mask, stripped = None, False
         anchor_xfm = read_itk(self.inputs.anchor_xfm)
         moving = Volume(scan.data, scan.affine, own_mask)
         if self.inputs.aligned or isdefined(self.inputs.given_xfm):
             given = None if self.inputs.aligned else read_itk(self.inputs.given_xfm)
             pull = np.eye(4) if given is None else given @ np.linalg.inv(anchor_xfm)
-            qc = measure(anchor, moving, pull)
+            qc = measure(anchor, moving, pull, folder)
+            _refuse_other_objects(_source(self), qc, "its T1w image")
         elif self.inputs.judged:
             pull, qc = register_to_anchor(anchor, moving, folder)
+            _refuse_other_objects(_source(self), qc, "its T1w image")
         else:
             pull, qc = register_same_head(anchor, moving, folder), {}
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
@@ -241,15 +284,14 @@ class RegisterToAnchor(SimpleInterface):
             mask &= own_mask
         if not mask.any():
             raise InputError(
-                self.inputs.in_file,
+                _source(self),
                 "the scan does not overlap its T1w scan",
                 "check that both show one session",
             )
         to_sri24 = pull @ anchor_xfm
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
         self._results |= _both_ways(folder, to_sri24)
-        self._results["skull_stripped"] = stripped
-        self._results["qc"] = qc
+        self._results |= {"skull_stripped": stripped, "origin": ANCHOR, "doubts": doubts, "qc": qc}
         return runtime
 
 
@@ -293,6 +335,7 @@ class RelateToRaw(SimpleInterface):
 
 class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
+    conformed = File(exists=True, mandatory=True, desc="the same before correction")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
     skull_stripped = traits.Bool(
@@ -305,6 +348,7 @@ class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
 class _ResampleToSRI24OutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="scan on the SRI24 grid, scaled in the brain and 0 outside")
     out_mask = File(exists=True, desc="brain mask on the SRI24 grid, within the field of view")
+    covered = File(exists=True, desc="voxels of the SRI24 grid that the scan has data for")
 
 
 class ResampleToSRI24(SimpleInterface):
@@ -317,7 +361,8 @@ class ResampleToSRI24(SimpleInterface):
         scan = _volume(self.inputs.in_file, self.inputs.native_mask)
         pull = read_itk(self.inputs.to_sri24)
         grid = (space.SHAPE, space.AFFINE)
-        brain = field_of_view(scan.data.shape, scan.affine, *grid, pull)
+        has_data = covered(_volume(self.inputs.conformed), self.inputs.skull_stripped, *grid, pull)
+        brain = has_data.copy()
         if isdefined(self.inputs.brain_mask):
             other = _mask(self.inputs.brain_mask)
             brain &= resample_mask(other.data, other.affine, *grid, read_itk(self.inputs.brain_xfm))
@@ -334,6 +379,7 @@ class ResampleToSRI24(SimpleInterface):
             ) from error
         self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
         self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
+        self._results["covered"] = _save_sri24(runtime, "covered.nii.gz", has_data, np.uint8)
         return runtime
 
 
@@ -375,9 +421,11 @@ class _AssessInputSpec(BaseInterfaceInputSpec):
     registration = traits.Dict(mandatory=True, desc="figures of the registration")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
     skull_stripped = traits.Bool(mandatory=True)
+    mask_origin = traits.Enum(*ORIGINS, mandatory=True, desc="where the brain mask comes from")
     brain_mask = File(exists=True, mandatory=True, desc="brain mask on the SRI24 grid")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
+    covered = File(exists=True, mandatory=True, desc="voxels of the SRI24 grid that the scan has data for")
     lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
     doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
     mask_doubts = traits.Dict(desc="doubts about the brain mask, likewise")
@@ -401,10 +449,12 @@ class Assess(SimpleInterface):
         self._results["qc"] = assess(
             registration=self.inputs.registration,
             skull_stripped=stripped,
+            mask_origin=self.inputs.mask_origin,
             rotation=rotation_angle(read_itk(self.inputs.to_sri24)),
             brain=_mask(self.inputs.brain_mask).data,
             native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
+            covered=_mask(self.inputs.covered).data,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
             doubts=(self.inputs.doubts or {}) | (self.inputs.mask_doubts or {}),
             image=measure_image(native.data, native.mask, air, self.inputs.modality),
@@ -432,6 +482,43 @@ def _on_grid_of(scan: Volume, mask: str) -> np.ndarray:
     """Read a mask on the grid of a scan, whatever order its voxels are stored in."""
     data, affine = read_volume(mask)
     return resample(data > 0, affine, scan.data.shape, scan.affine, order=0) > 0
+
+
+def _source(interface: SimpleInterface) -> str:
+    """Name the scan that an interface works on as the user knows it."""
+    source = interface.inputs.source
+    return str(source) if isdefined(source) else str(interface.inputs.in_file)
+
+
+def _refuse_other_objects(source: str, qc: dict[str, Any], other: str) -> None:
+    """Refuse a scan that shows something other than a brain.
+
+    Raises
+    ------
+    InputError
+        If it has less in common with what it was registered to than brains have.
+    """
+    found = abs(qc["local_correlation"])
+    if found < LEAST_LOCAL_CORRELATION:
+        raise InputError(
+            source,
+            f"shows no brain: it has nothing in common with {other} (local correlation {found:.2f}; that of "
+            f"brains is at least {LEAST_LOCAL_CORRELATION:.2f})",
+            "exclude the scan if it shows something else, such as a phantom; else check its orientation",
+        )
+
+
+def _millilitres(mask: np.ndarray, scan: Volume) -> str:
+    low, high = VOLUME_ML
+    return f"{mask_volume(mask, scan.affine):,.0f} mL, and brains hold {low:,.0f} to {high:,.0f} mL"
+
+
+def _replaced(subject: str, mask: np.ndarray, scan: Volume, by: str = "the brain was extracted anew") -> str:
+    """Say that a mask was replaced, and why."""
+    return f"{subject} holds {_millilitres(mask, scan)}: {by}; check the brain mask."
+
+
+_STATED = "The image, which is stated or appears to be skull-stripped,"
 
 
 def _stripped(stated: Any, scan: Volume) -> bool:

@@ -9,6 +9,7 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
+from bids_uad.preprocessing.brain import VOLUME_ML
 from bids_uad.preprocessing.external import PROGRAMS
 from bids_uad.preprocessing.extraction import COMBINED, NETWORK, Extraction
 from bids_uad.preprocessing.interfaces import (
@@ -197,7 +198,7 @@ def init_preproc_wf(
         mask.inputs.program = extraction.program
         if extraction.weights is not None:
             mask.inputs.weights = str(extraction.weights)
-        workflow.connect(mask, "doubts", quality, "mask_doubts")
+        workflow.connect(inputnode, "in_file", mask, "source")
     else:
         mask = register = _connect_to_anchor(workflow, inputnode, aligned=given.aligned)
         workflow.connect([
@@ -216,15 +217,18 @@ def init_preproc_wf(
         (inputnode, lesion, [("lesion_mask", "in_file"), ("lesion_xfm", "xfm")]),
         (conform, mask, [("out_file", "in_file")]),
         (conform, correct_bias, [("out_file", "in_file")]),
+        (conform, resample, [("out_file", "conformed")]),
         (mask, correct_bias, [("out_mask", "mask")]),
         (correct_bias, resample, [("out_file", "in_file")]),
         (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
         (register, resample, [("to_sri24", "to_sri24")]),
+        (inputnode, register, [("in_file", "source")]),
         (conform, quality, [("doubts", "doubts")]),
+        (mask, quality, [("doubts", "mask_doubts"), ("origin", "mask_origin")]),
         (correct_bias, quality, [("out_file", "in_file")]),
         (register, quality, [("qc", "registration"), ("to_sri24", "to_sri24")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
-        (resample, quality, [("out_mask", "brain_mask")]),
+        (resample, quality, [("out_mask", "brain_mask"), ("covered", "covered")]),
         (lesion, quality, [("out_file", "lesion")]),
         (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
         (mask, outputnode, [("out_mask", "own_mask")]),
@@ -402,8 +406,6 @@ def _description(
 
 def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
     """Say where the brain mask comes from."""
-    if given.mask:
-        return "The brain mask was that of an earlier pipeline."
     carried = (
         "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
         "and carrying its brain mask back."
@@ -423,8 +425,12 @@ def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
     elif program in PROGRAMS:
         tool = PROGRAMS[program]
         carried = f"the brain was extracted by {tool.title} [@{tool.citation}]."
+    otherwise = f"where its volume was not that of a brain ({VOLUME_ML[0]:,.0f} to {VOLUME_ML[1]:,.0f} mL), "
+    if given.mask:
+        return f"The brain mask was that of an earlier pipeline; {otherwise}{carried}"
     return {
-        True: "The image was skull-stripped already; its background gave the brain mask.",
+        True: "The image was skull-stripped already, and its background gave the brain mask; "
+        f"{otherwise}{carried}",
         False: f"T{carried[1:]}",
         None: f"Unless the image was skull-stripped already, {carried}",
     }[skull_stripped]

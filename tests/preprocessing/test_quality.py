@@ -8,7 +8,13 @@ import pytest
 from bids_uad.preprocessing.quality import assess
 from bids_uad.space import SHAPE
 
-REGISTRATION = {"similarity": 0.3, "mirrored_similarity": 0.29, "mask_overlap": 0.95, "restarted": False}
+REGISTRATION = {
+    "similarity": 0.3,
+    "mirrored_similarity": 0.29,
+    "local_correlation": 0.5,
+    "mask_overlap": 0.95,
+    "restarted": False,
+}
 
 
 def box(low: int, high: int) -> np.ndarray:
@@ -21,13 +27,22 @@ def box(low: int, high: int) -> np.ndarray:
 REFERENCE = box(60, 172)  # 1.4 L
 
 
+def seen_up_to(height: int) -> np.ndarray:
+    """A field of view that ends below a slice."""
+    covered = np.ones(SHAPE, bool)
+    covered[:, :, height:] = False
+    return covered
+
+
 def judged(**changes):
     inputs = {
         "registration": REGISTRATION,
         "skull_stripped": True,
+        "mask_origin": "background",
         "rotation": 8.0,
         "brain": REFERENCE,
         "reference": REFERENCE,
+        "covered": np.ones(SHAPE, bool),
         "lesion": None,
         "image": {"cjv": 0.43219},
         "doubts": {},
@@ -51,6 +66,9 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"brain": np.roll(REFERENCE, 40, axis=0)}, "check the registration", True),
         ({"brain": box(70, 164)}, "831 mL", False),
         ({"brain": box(76, 152)}, "439 mL", True),
+        ({"brain": box(72, 160)}, "681 mL", True),
+        ({"covered": seen_up_to(128)}, "4 % of the reference brain lie outside", False),  # 4 of 112 slices
+        ({"covered": seen_up_to(90)}, "38 % of the reference brain lie outside", True),  # 42 of 112
         ({"native_volume_mm3": 1.25 * REFERENCE.sum()}, "Only 80 %", False),
         ({"native_volume_mm3": 2.0 * REFERENCE.sum()}, "Only 50 %", True),
         ({"rotation": 95.0}, "turned by 95 degrees", True),
