@@ -513,7 +513,7 @@ def _millilitres(mask: np.ndarray, scan: Volume) -> str:
     return f"{mask_volume(mask, scan.affine):,.0f} mL, and brains hold {low:,.0f} to {high:,.0f} mL"
 
 
-def _replaced(subject: str, mask: np.ndarray, scan: Volume, by: str = "the brain was extracted anew") -> str:
+def _replaced(subject: str, mask: np.ndarray, scan: Volume, by: str = "the brain mask was made anew") -> str:
     """Say that a mask was replaced, and why."""
     return f"{subject} holds {_millilitres(mask, scan)}: {by}; check the brain mask."
 

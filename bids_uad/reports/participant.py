@@ -65,6 +65,7 @@ def write_subject_report(
     errors: Sequence[str] = (),
     run_info: Mapping[str, Any] | None = None,
     is_control: bool = False,
+    remarks: Mapping[tuple[str, str], str] | None = None,
 ) -> Path:
     """Draw the figures of a subject and write its page, from the derivatives alone.
 
@@ -83,6 +84,8 @@ def write_subject_report(
         mappings `image`, `status`, `message` (what became of every scan); it goes into the summary.
     is_control : bool, default=False
         Whether the participant is healthy by participants.tsv. Controls are not compared with a lesion mask.
+    remarks : mapping, optional
+        A further sentence about an image, by its prefix and modality; shown with its quality warnings.
 
     Returns
     -------
@@ -103,7 +106,9 @@ def write_subject_report(
         figures.mkdir(parents=True)
         findings = [(image, _write_image(figures, image, reference, is_control)) for image in images]
         pages = {
-            "summary": _summary(findings, reference, errors, run_info, exclusions, is_control),
+            "summary": _summary(
+                findings, reference, errors, run_info, exclusions, is_control, dict(remarks or {})
+            ),
             "errors": _errors(out_dir / f"sub-{subject}", errors, run_info),
             "methods": _methods(out_dir / "logs"),
             "about": _about(images, reference, run_info),
@@ -256,6 +261,7 @@ def _summary(
     run_info: Mapping[str, Any],
     exclusions: Mapping[tuple[str, str], str],
     is_control: bool,
+    remarks: Mapping[tuple[str, str], str],
 ) -> str:
     rows, qualities = [], []
     for image, found in findings:
@@ -269,6 +275,8 @@ def _summary(
         sources = sources or set(sidecar.get("Sources", [])[:1])
         quality = sidecar.get("PreprocessingQuality", {})
         warnings = [*quality.get("warnings", []), *_meetings(found)]
+        if (image.prefix, image.modality) in remarks:
+            warnings.append(remarks[image.prefix, image.modality])
         if excluded is not None and excluded != " ".join(quality.get("failures", [])):
             warnings.append(f"Left out of the group level: {excluded}")
         status = "processed" if excluded is None else "left out of the group"

@@ -51,6 +51,8 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
         }
         for subject, job in jobs.items():
             reason = _outcome(job, kills)
+            for warning in () if reason else job.result():
+                LOGGER.warning(warning)
             if reason:
                 failed.append(f"sub-{subject}: its derivatives are complete, but not its report: {reason}")
     return failed
@@ -126,15 +128,20 @@ def _one_at_a_time(output_dir: Path, subject: str) -> AbstractContextManager[Non
     return locked(output_dir / f"sub-{subject}" / "log" / "report.lock")
 
 
-def _write(output_dir: Path, subject: str, is_control: bool) -> None:
-    """Write one report (in a worker)."""
+def _write(output_dir: Path, subject: str, is_control: bool) -> list[str]:
+    """Write one report (in a worker); return warnings about the images taken together."""
+    from bids_uad.levels.participant.handedness import find_swapped
     from bids_uad.reports.participant import write_subject_report
 
     # Whichever of several jobs comes last sees what all of them have left.
     with _one_at_a_time(output_dir, subject):
+        swapped = find_swapped(output_dir, subject)
         told = read_json(last_run_file(output_dir, subject))
         errors = [image["message"] for image in told.get("images", []) if image["message"]]
-        write_subject_report(output_dir, subject, errors=errors, run_info=told, is_control=is_control)
+        write_subject_report(
+            output_dir, subject, errors=errors, run_info=told, is_control=is_control, remarks=swapped
+        )
+    return list(swapped.values())
 
 
 def _outcome(job: Future, kills: int) -> str:
