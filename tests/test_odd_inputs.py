@@ -101,6 +101,8 @@ OBLIQUE[:3, :3] = AFFINE[:3, :3] @ np.linalg.qr(np.array([[1, 0.2, 0.1], [-0.2, 
 GOOD = nifti()
 PACKED = zipped(GOOD)
 AIR = HEAD == 0
+AIR_AND_POCKET = AIR.copy()
+AIR_AND_POCKET[14, 11, 12] = True
 MGH = nib.MGHImage(HEAD.astype(np.float32), AFFINE).to_bytes()
 ANALYZE = patched(344, "4s", b"\0\0\0\0")
 WEB_PAGE = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
@@ -404,6 +406,11 @@ VALUES = [
     ),
     taken("nanborder", with_value(np.nan, np.s_[0]), note="528 NaN or infinite voxels of the background"),
     taken("nandouble", with_value(np.nan, AIR, np.float64), note=f"{AIR.sum():,} NaN or infinite voxels"),
+    taken(
+        "nanpocket",
+        with_value(np.nan, AIR_AND_POCKET),
+        note=f"{AIR.sum() + 1:,} NaN or infinite voxels of the",
+    ),
     spoilt("naninside", with_value(np.nan), "the image has NaN or infinite voxels in the head; replace"),
     spoilt("infinside", with_value(np.inf), "the image has NaN or infinite voxels in the head"),
     spoilt(

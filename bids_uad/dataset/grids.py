@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from bids_uad.errors import InputError
 from bids_uad.nifti import open_nifti
 
 TOLERANCE_MM = 0.1
@@ -21,10 +22,13 @@ def grid_of(path: Path) -> Grid:
     Raises
     ------
     InputError
-        If the file is missing or no image, see :func:`bids_uad.nifti.open_nifti`.
+        If the file is missing or no image, see :func:`bids_uad.nifti.open_nifti`, or its affine is singular.
     """
     image = open_nifti(path)
-    return tuple(int(size) for size in image.shape[:3]), np.asarray(image.affine)
+    affine = np.asarray(image.affine)
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
+        raise InputError(path, "the header's affine is singular or not finite", "repair the NIfTI header")
+    return tuple(int(size) for size in image.shape[:3]), affine
 
 
 def same_grid(one: Grid, other: Grid) -> bool:
