@@ -45,7 +45,7 @@ RUN_SPECIFIC = frozenset(
 
 
 Text = Annotated[str, Matches(r"(?s).+", "a str that is not empty")]
-Label = Annotated[str, Matches("[0-9a-zA-Z]+", "a BIDS label (letters and digits)")]
+Label = Annotated[str, Matches("[0-9a-zA-Z+]+", "a BIDS label (letters and digits)")]
 Modality = Annotated[str, OneOf(*MODALITIES)]
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")]
 Seed = Annotated[int, Interval(0, 2**32 - 1)]

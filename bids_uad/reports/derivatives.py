@@ -11,22 +11,17 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.dataset.lesions import written_mask
+from bids_uad.dataset.units import PREFIX_ENTITIES
 from bids_uad.space import NAME
 
 _PREPROC = re.compile(
-    rf"^(?P<prefix>sub-[a-zA-Z0-9_-]+)_space-{NAME}_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$"
+    rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$"
 )
 _DETECTION = re.compile(
-    rf"^(?P<prefix>sub-[a-zA-Z0-9_-]+)_space-{NAME}_(?:label-anomaly_)?(?:desc|seg)-(?P<modality>T[12]w)"
+    rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_(?:label-anomaly_)?(?:desc|seg)-(?P<modality>T[12]w)"
     r"(?P<detector>[A-Z][a-zA-Z0-9]*)_(?:anomalymap|mask|dseg|histogram|metrics)\.(?:nii\.gz|tsv)$"
 )
-_ENTITY_NAMES = {
-    "ses": "session",
-    "acq": "acquisition",
-    "ce": "ceagent",
-    "rec": "reconstruction",
-    "run": "run",
-}
+_ENTITY_NAMES = {key: name for name, key in PREFIX_ENTITIES if name != "subject"}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
+from bids_uad.dataset.units import PREFIX_ENTITIES
 from bids_uad.reports.derivatives import Detection, Image
 from bids_uad.reports.group_text import detector_name
 from bids_uad.space import NAME
 
-_PREFIX_ENTITIES = ("session", "acquisition", "ceagent", "reconstruction", "run")
+_PREFIX_ENTITIES = [name for name, _ in PREFIX_ENTITIES if name != "subject"]
 
 
 def expand_outline(subject: str, images: Sequence[Image], template_path: str) -> dict[str, Any]:

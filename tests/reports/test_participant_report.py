@@ -352,6 +352,18 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
     assert "lesions found" not in html
 
 
+def test_echoes_and_parts_are_kept_apart(tmp_path):
+    names = ["", "_echo-1", "_echo-2", "_part-mag", "_rec-UNIT1"]
+    for entities in names:
+        start = tmp_path / "sub-01/anat" / f"sub-01{entities}_space-SRI24"
+        write_derivatives(tmp_path, start, with_lesion=False)
+    html = write_subject_report(tmp_path, "01").read_text()
+    for entities in names:
+        figure = f"sub-01/figures/sub-01{entities}_space-SRI24_desc-T1wPatchcore_anomalymap.svg"
+        assert html.count(f'data="./{figure}"') == 1
+    assert len(re.findall('data="[^"]*_desc-T1wPatchcore_anomalymap.svg"', html)) == len(names)
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
     write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=empty)
