@@ -23,8 +23,9 @@ from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
 from bids_uad.levels.participant import run, workflow
-from bids_uad.levels.participant.records import Record, record_path, sha256_of, write_record
+from bids_uad.levels.participant.records import sha256_of
 from bids_uad.levels.participant.writing import FIELDS
+from bids_uad.levels.participant.writing import _connect_record as connect_record
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.interfaces import Conform
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
@@ -646,7 +647,6 @@ class _WriteInputSpec(BaseInterfaceInputSpec):
     image = File(exists=True, mandatory=True)
     doubts = traits.Dict(mandatory=True)
     target = traits.Str(mandatory=True)
-    record = traits.Dict(mandatory=True)
 
 
 class _WriteOutputSpec(TraitedSpec):
@@ -654,7 +654,7 @@ class _WriteOutputSpec(TraitedSpec):
 
 
 class Write(SimpleInterface):
-    """Stand-in for all that is written about an image: what was read of it, then the record."""
+    """Stand-in for all that is written about an image: what was read of it."""
 
     input_spec = _WriteInputSpec
     output_spec = _WriteOutputSpec
@@ -667,8 +667,6 @@ class Write(SimpleInterface):
         target.parent.mkdir(parents=True, exist_ok=True)
         read = {"value": data[centre], "finite": bool(np.isfinite(data).all()), "shape": data.shape}
         target.write_text(json.dumps({**read, "affine": image.affine.tolist(), "doubts": self.inputs.doubts}))
-        record = dict(self.inputs.record)
-        write_record(Path(record.pop("path")), Record(**record))
         self._results["out_file"] = str(target)
         return runtime
 
@@ -688,17 +686,10 @@ def init_recording_wf(task, means, *, name: str) -> LiterateWorkflow:
     """Stand-in for the workflow that writes the derivatives of an image."""
     part = LiterateWorkflow(name=name)
     inputnode = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
-    out = means.config.output_dir
-    target = out / task.unit.folder / f"{task.unit.key}_read.json"
-    record = {
-        "path": str(record_path(out, task.unit)),
-        "key": task.unit.key,
-        "run_id": means.config.run_id,
-        "fingerprint": task.fingerprint,
-        "outputs": [str(target.relative_to(out))],
-    }
-    write = Node(Write(target=str(target), record=record), name="write")
+    target = means.config.output_dir / task.unit.folder / f"{task.unit.key}_read.json"
+    write = Node(Write(target=str(target)), name="write")
     part.connect([(inputnode, write, [("preproc", "image"), ("qc", "doubts")])])
+    connect_record(part, task, means, [(write, "out_file")])
     return part
 
 
