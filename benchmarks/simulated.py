@@ -20,6 +20,7 @@ from bids_uad import __version__
 from bids_uad.atomic import write_tsv
 from bids_uad.calibration.histogram import score_counts
 from bids_uad.cli.main import main as bids_uad
+from bids_uad.config import DEFAULT_MIN_LESION_VOLUME
 from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants
@@ -94,7 +95,7 @@ def write_tables(
     write_tsv(
         histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
     )
-    write_tsv(metrics, metrics_row(facts, labels, brain, lesion))
+    write_tsv(metrics, metrics_row(facts, labels, brain, lesion, DEFAULT_MIN_LESION_VOLUME))
     if lesion is not None:
         lesions = metrics.with_name(metrics.name.replace("_metrics.", "_lesions."))
         write_tsv(lesions, lesion_table(lesion, mask, read(scan.image), brain))

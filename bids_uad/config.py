@@ -18,6 +18,7 @@ from bids_uad.constraints import (
     InvalidParameterError,
     Items,
     Matches,
+    NonNegative,
     OneOf,
     Positive,
     allows,
@@ -34,6 +35,9 @@ LEVELS = ("participant", "train", "calibrate", "group")
 MODALITIES = ("T1w", "T2w")
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+DEFAULT_MIN_LESION_VOLUME = 3.0
+"""Least volume in mm3 of a lesion that is counted, as in the MSSEG challenge (Commowick et al. 2018)."""
 
 DEVIATIONS = ("none", "normative")
 """Scores as they are, or their deviation from healthy people of the same age and sex."""
@@ -88,6 +92,8 @@ class RunConfig(Constrained):
         What finds brains in whole heads: `combined`, `template`, `network`, `synthstrip` or `hd-bet`.
     extraction_weights : pathlib.Path, optional
         Weights of that network or program.
+    min_lesion_volume : float
+        Least volume in mm3 of lesions that are counted, and of false components.
     device : str
         `auto`, `cpu`, `cuda` or `cuda:N`.
     precision : str
@@ -152,6 +158,7 @@ class RunConfig(Constrained):
     atlas_dir: Path | None = None
     brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = COMBINED
     extraction_weights: Path | None = None
+    min_lesion_volume: NonNegative = DEFAULT_MIN_LESION_VOLUME
     device: Device = "auto"
     precision: Annotated[str, OneOf(*PRECISIONS)] = "auto"
     batch_size: Count | None = None

@@ -21,7 +21,7 @@ from bids_uad.config import (
     RunConfig,
     read_fields,
 )
-from bids_uad.constraints import allows
+from bids_uad.constraints import NonNegative, allows
 from bids_uad.errors import ConfigError
 from bids_uad.preprocessing.extraction import EXTRACTIONS
 
@@ -111,6 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
         help="its weights, where they are not packaged: the file that python -m bids_uad.extraction wrote, "
         "SynthStrip's file, or HD-BET's folder hd-bet_params",
+    )  # fmt: skip
+
+    pick.add_argument(
+        "--min-lesion-volume", type=_volume, metavar="MM3",
+        help="least volume of a lesion in mm3: smaller ones, and smaller false components, are not counted; "
+        "0 counts all (default: 3, as in the MSSEG challenge; BraTS uses 50)",
     )  # fmt: skip
 
     means = parser.add_argument_group("means")
@@ -407,6 +413,16 @@ def _fraction(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1")
+    return value
+
+
+def _volume(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not allows(NonNegative, value):
+        raise argparse.ArgumentTypeError(f"'{text}' is no volume in mm3 (0 or more)")
     return value
 
 

@@ -78,9 +78,20 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},
     "n_components": {"Description": "26-connected components of the anomaly mask"},
-    "n_lesions": {"Description": "26-connected components of the lesion mask inside the brain"},
-    "n_lesions_detected": {"Description": "Lesions that share a voxel with the anomaly mask"},
-    "n_false_components": {"Description": "Components of the anomaly mask that touch no lesion"},
+    "min_lesion_volume_mm3": {
+        "Description": "Least volume of lesions that are counted, and of components that are called false "
+        "(--min-lesion-volume)",
+        "Units": "mm^3",
+    },
+    "n_counted_components": {"Description": "Components of at least that volume"},
+    "n_lesions": {
+        "Description": "26-connected components of the lesion mask inside the brain, of at least that volume"
+    },
+    "n_lesions_detected": {"Description": "Those of them that share a voxel with the anomaly mask"},
+    "n_false_components": {
+        "Description": "Components of the anomaly mask, of at least that volume, that share no voxel with "
+        "any lesion; one that touches smaller lesions alone counts neither as a hit nor as false"
+    },
 }
 
 
@@ -252,6 +263,8 @@ def detection_sidecars(
     model: dict[str, Any],
     run: dict[str, Any],
     parcellations: Iterable[str] = (),
+    *,
+    min_lesion_volume: float,
 ) -> dict[str, dict[str, Any]]:
     """Describe what one detector writes for an image.
 
@@ -267,6 +280,8 @@ def detection_sidecars(
         Keys to repeat in every sidecar: `Device`, `RandomSeed` and so on.
     parcellations : iterable of str
         Those that the table of components has a column for.
+    min_lesion_volume : float
+        Least volume of a lesion that is counted, in mm3.
 
     Returns
     -------
@@ -279,6 +294,7 @@ def detection_sidecars(
     derived = {"Sources": [own_uri(files["anomalymap"])], **in_space, **common}
     counted = [own_uri(files["anomalymap"]), own_uri(inputs["brain_mask"])]
     counted += [own_uri(inputs["lesion"])] if "lesion" in inputs else []
+    counting = {"MinLesionVolume": min_lesion_volume, **common}
     components = {
         "Description": "26-connected components of the anomaly mask, largest first",
         **COMPONENT_COLUMNS,
@@ -290,12 +306,12 @@ def detection_sidecars(
     }
     lesions = {
         "lesions": {
-            "Description": "26-connected lesions of the lesion mask inside the brain, and what the detector "
-            "found of each",
+            "Description": "26-connected lesions of the lesion mask inside the brain, of any size, and what "
+            "the detector found of each; those smaller than MinLesionVolume (mm3) are not counted elsewhere",
             **LESION_COLUMNS,
             **in_space,
             "Sources": [own_uri(inputs["preproc"]), *counted],
-            **common,
+            **counting,
         }
     }
     return {
@@ -336,6 +352,6 @@ def detection_sidecars(
             **METRICS_COLUMNS,
             **in_space,
             "Sources": counted,
-            **common,
+            **counting,
         },
     }

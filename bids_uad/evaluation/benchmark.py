@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.absences import Absence, find_absences
-from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
+from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns, share_interval
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.evaluation.lesions import Lesions
+from bids_uad.evaluation.metrics import lesion_wise
 from bids_uad.evaluation.reading import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
@@ -81,16 +81,32 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Mean share of the non-lesion brain voxels above the fixed threshold, lesion scans"
     },
     **interval_columns("fpr_lesion_mean", "mean"),
-    "n_lesions": {"Description": "26-connected lesions of all lesion scans"},
+    "min_lesion_volume_mm3": {
+        "Description": "Least volume of lesions, and of false lesions, that are counted (option "
+        "--min-lesion-volume of the participant level)",
+        "Units": "mm^3",
+    },
+    "n_lesions": {"Description": "26-connected lesions of at least that volume, of all lesion scans"},
     "lesion_sensitivity": {
         "Description": "Lesions that the prediction touches / lesions, all lesion scans together"
     },
-    **interval_columns("lesion_sensitivity", "lesion-wise sensitivity"),
-    "false_lesions_per_lesion_scan": {
-        "Description": "Mean number of predicted components that touch no lesion, lesion scans"
+    **interval_columns("lesion_sensitivity", "lesion-wise sensitivity", share=True),
+    "lesion_precision": {
+        "Description": "Lesions that the prediction touches / (these + false lesions), all lesion scans "
+        "together. False lesions are predicted components of at least that volume that touch no lesion of "
+        "any size"
     },
+    **interval_columns("lesion_precision", "lesion-wise precision", share=True),
+    "lesion_f1": {
+        "Description": "2 * lesions that the prediction touches / (lesions + these + false lesions), the "
+        "harmonic mean of lesion-wise sensitivity and precision"
+    },
+    **interval_columns("lesion_f1", "lesion-wise F1", share=True),
+    "false_lesions_per_lesion_scan": {"Description": "Mean number of false lesions, lesion scans"},
     **interval_columns("false_lesions_per_lesion_scan", "mean"),
-    "false_lesions_per_healthy_scan": {"Description": "Mean number of predicted components, healthy scans"},
+    "false_lesions_per_healthy_scan": {
+        "Description": "Mean number of predicted components of at least that volume, healthy scans"
+    },
     **interval_columns("false_lesions_per_healthy_scan", "mean"),
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Versions of bids_uad that scored the images"},
@@ -129,6 +145,12 @@ class Evaluation:
     unreadable: list[str]
     warnings: list[str]
     lesions: Lesions
+
+    @property
+    def min_lesion_volume(self) -> float | None:
+        """Least volume in mm3 of the lesions that are counted; None if no score table has one."""
+        known = self.subjects["min_lesion_volume_mm3"].dropna()
+        return float(known.iloc[0]) if len(known) else None
 
 
 def evaluate(
@@ -262,7 +284,8 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         "precision_mean": lesion["precision"].mean(),
         "auprc_pooled": curve.pooled_auprc,
         "fpr_healthy_median": healthy["fpr"].median(),
-        "n_lesions": lesion["n_lesions"].sum() if len(lesion) else np.nan,
+        "min_lesion_volume_mm3": scans["min_lesion_volume_mm3"].max(),
+        "n_lesions": lesion["n_lesions"].sum(min_count=1),
         "model_sha256": first["model_sha256"],
         "app_version": ", ".join(sorted(set(scans["app_version"]))),
     }
@@ -279,7 +302,7 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         "false_lesions_per_healthy_scan": (
             "false_lesions_per_healthy_scan",
             healthy,
-            "n_components",
+            "n_counted_components",
         ),
     }
 
@@ -291,11 +314,16 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         row[column] = table[source].mean()
         interval(name, table, table[source])
     interval("fpr_healthy_median", healthy, healthy["fpr"], statistic="median")
-    total = lesion["n_lesions"].sum()
-    row["lesion_sensitivity"] = lesion["n_lesions_detected"].sum() / total if total else np.nan
-    with_lesions = lesion[lesion["n_lesions"] > 0]
-    found = with_lesions["n_lesions_detected"] / with_lesions["n_lesions"]
-    interval("lesion_sensitivity", with_lesions, found, weights=with_lesions["n_lesions"])
+    counted = lesion[lesion["n_lesions"].notna()]
+    detected, n, false = (counted[name] for name in ("n_lesions_detected", "n_lesions", "n_false_components"))
+    row |= lesion_wise(n.sum(), detected.sum(), false.sum())
+    for name, part, whole in (
+        ("lesion_sensitivity", detected, n),
+        ("lesion_precision", detected, detected + false),
+        ("lesion_f1", 2 * detected, n + detected + false),
+    ):
+        low, high = share_interval(part, whole, counted["participant_id"], seed=seed)
+        row[f"{name}_ci_low"], row[f"{name}_ci_high"] = low, high
     return row
 
 

@@ -11,14 +11,19 @@ import pandas as pd
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
-MIN_SUBJECTS = 3
+MIN_SUBJECTS = 5
+"""Participants that an interval needs. If all lesions of two of four participants are found and none of the
+others, 6 % of the resamples hold only the former and 6 % only the latter, so that the interval runs from 0 to
+1; with five it never does."""
+MAX_SHARE_WIDTH = 0.95
+"""An interval of a share that is wider covers nearly all that is possible, and is not given."""
 # Resamples are worked through in blocks, so that memory does not grow with their number times the images.
 _BLOCK = 500_000
 
 Interval = tuple[float, float]
 
 
-def interval_columns(name: str, what: str) -> dict[str, dict[str, Any]]:
+def interval_columns(name: str, what: str, *, share: bool = False) -> dict[str, dict[str, Any]]:
     """Describe the two columns of an interval, as sidecars of tables do.
 
     Parameters
@@ -27,9 +32,13 @@ def interval_columns(name: str, what: str) -> dict[str, dict[str, Any]]:
         Of the column that it belongs to.
     what : str
         The number in words.
+    share : bool, default=False
+        Whether the interval is that of :func:`share_interval`.
     """
     interval = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
     few = f"n/a with fewer than {MIN_SUBJECTS} participants"
+    if share:
+        few += f", or where it would be wider than {MAX_SHARE_WIDTH:g}"
     return {
         f"{name}_ci_{end}": {"Description": f"{which} end of the {interval} of the {what}; {few}"}
         for end, which in (("low", "Lower"), ("high", "Upper"))
@@ -73,7 +82,7 @@ def bootstrap_interval(
     Returns
     -------
     low, high : float
-        NaN, NaN with fewer than `MIN_SUBJECTS` subjects, of which no interval can be made.
+        NaN, NaN with fewer than `MIN_SUBJECTS` subjects, whose interval would say nothing.
     """
     value = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -97,6 +106,32 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def share_interval(
+    parts: Sequence[float], wholes: Sequence[float], subjects: Sequence[str], *, seed: int
+) -> Interval:
+    """Compute the interval of a share of totals, sum(parts) / sum(wholes), by resampling subjects.
+
+    Parameters
+    ----------
+    parts, wholes : sequence of float
+        One of each for each image; images whose whole is 0 are left out.
+    subjects : sequence of str
+        The subject of each image.
+    seed : int
+        Seed of the whole run.
+
+    Returns
+    -------
+    low, high : float
+        NaN, NaN with fewer than `MIN_SUBJECTS` subjects, and where the interval is wider than
+        `MAX_SHARE_WIDTH`.
+    """
+    whole = np.asarray(wholes, dtype=np.float64)
+    ratio = np.divide(parts, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    low, high = bootstrap_interval(ratio, subjects, seed=seed, weights=whole)
+    return (low, high) if high - low <= MAX_SHARE_WIDTH else (float("nan"), float("nan"))
 
 
 @lru_cache(maxsize=16)

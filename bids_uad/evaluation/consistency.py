@@ -6,6 +6,7 @@ import numpy as np
 
 from bids_uad.errors import InputError
 from bids_uad.evaluation.tables import UnitScores
+from bids_uad.listing import listed
 
 
 class ConsistencyCheck:
@@ -14,9 +15,11 @@ class ConsistencyCheck:
     def __init__(self) -> None:
         self._first: dict[tuple[str, str], UnitScores] = {}
         self._versions: dict[str, set[str]] = {}
+        self._counting: UnitScores | None = None
+        self._uncounted: set[str] = set()
 
     def check(self, unit: UnitScores) -> None:
-        """Refuse a unit that was scored by another model.
+        """Refuse a unit that was scored by another model, or whose lesions were counted otherwise.
 
         Parameters
         ----------
@@ -26,9 +29,12 @@ class ConsistencyCheck:
         Raises
         ------
         InputError
-            If its model bundle, its bin edges or its threshold differ from those before.
+            If its model bundle, its bin edges, its threshold or its least lesion volume differ from those
+            before.
         """
         self._versions.setdefault(unit.app_version, set()).add(unit.subject)
+        if np.isnan(unit.min_lesion_volume_mm3):
+            self._uncounted.add(unit.subject)
         self._compare(unit)
 
     def include(self, other: ConsistencyCheck) -> None:
@@ -37,12 +43,14 @@ class ConsistencyCheck:
         Raises
         ------
         InputError
-            If it has seen another model.
+            If it has seen another model or least lesion volume.
         """
+        self._uncounted |= other._uncounted
         for version, subjects in other._versions.items():
             self._versions.setdefault(version, set()).update(subjects)
-        for unit in other._first.values():
-            self._compare(unit)
+        for unit in (*other._first.values(), other._counting):
+            if unit is not None:
+                self._compare(unit)
 
     def _compare(self, unit: UnitScores) -> None:
         first = self._first.setdefault((unit.detector, unit.modality), unit)
@@ -60,13 +68,31 @@ class ConsistencyCheck:
                 f"(bundle sha256 {unit.model_sha256} against {first.model_sha256})",
                 "score all subjects with one bundle, or keep each bundle in its own OUTPUT_DIR",
             )
+        least = unit.min_lesion_volume_mm3
+        if np.isnan(least):
+            return
+        self._counting = self._counting or unit
+        if least != self._counting.min_lesion_volume_mm3:
+            raise InputError(
+                unit.path,
+                f"lesions are counted from {least:g} mm3, but from "
+                f"{self._counting.min_lesion_volume_mm3:g} mm3 in {self._counting.path.name}",
+                "run the participant level for all participants with one --min-lesion-volume",
+            )
 
     def warnings(self) -> list[str]:
-        """Return what is odd but no reason to stop: tables of several app versions."""
-        if len(self._versions) < 2:
-            return []
-        parts = [
-            f"{version} ({len(subjects)} participant{'s' if len(subjects) > 1 else ''})"
-            for version, subjects in sorted(self._versions.items())
-        ]
-        return [f"The score tables come from several app versions: {', '.join(parts)}."]
+        """Return what is odd but no reason to stop: tables of several app versions, or of early ones."""
+        lines = []
+        if len(self._versions) > 1:
+            parts = [
+                f"{version} ({len(subjects)} participant{'s' if len(subjects) > 1 else ''})"
+                for version, subjects in sorted(self._versions.items())
+            ]
+            lines.append(f"The score tables come from several app versions: {', '.join(parts)}.")
+        if self._uncounted:
+            lines.append(
+                "Score tables of an earlier version, which has no least lesion volume, are left out of all "
+                f"lesion-wise numbers: {listed(sorted(self._uncounted))}. Run the participant level again "
+                "for these participants."
+            )
+        return lines

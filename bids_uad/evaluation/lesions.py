@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.errors import InputError
-from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
+from bids_uad.evaluation.bootstrap import interval_columns, share_interval
 from bids_uad.evaluation.strata import levels_of
 from bids_uad.evaluation.subjects import LESION_LOAD
 from bids_uad.evaluation.tables import REMEDY, UnitScores, read_numbers
@@ -49,10 +49,13 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
     "level": {"Description": "The part"},
     "n_participants": {"Description": "Participants with such lesions"},
-    "n_lesions": {"Description": "26-connected lesions inside the brain, of all their scans"},
+    "n_lesions": {
+        "Description": "26-connected lesions inside the brain of at least the least volume "
+        "(min_lesion_volume_mm3 of group_benchmark), of all their scans"
+    },
     **{name: {"Description": what} for name, what in _SHARES.items()},
-    **interval_columns("lesion_sensitivity", "share of lesions touched"),
-    **interval_columns("voxel_sensitivity", "share of voxels found"),
+    **interval_columns("lesion_sensitivity", "share of lesions touched", share=True),
+    **interval_columns("voxel_sensitivity", "share of voxels found", share=True),
 }
 MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "modality": {"Description": "Modality of the images"},
@@ -65,7 +68,7 @@ MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "n_participants": {"Description": "Participants with such lesions"},
     "n_lesions": {"Description": "Number of them"},
     "missed_share": {"Description": "Share of them that no detector touches"},
-    **interval_columns("missed_share", "share missed"),
+    **interval_columns("missed_share", "share missed", share=True),
 }
 
 
@@ -76,10 +79,11 @@ class Lesions:
     Parameters
     ----------
     units : list of (str, str, str, str, numpy.ndarray)
-        Participant, image, modality and detector, and what was measured: a row for each lesion, columns
-        `_TABLE_COLUMNS`.
+        Participant, image, modality and detector, and what was measured: a row for each lesion that is
+        counted, columns `_TABLE_COLUMNS`.
     without : int
-        Images with lesions (times detectors) that have no such table, since an earlier version scored them.
+        Images with lesions (times detectors) that have no such table, or no least volume of a lesion, since
+        an earlier version scored them.
     """
 
     units: list[tuple[str, str, str, str, np.ndarray]] = field(default_factory=list)
@@ -94,12 +98,16 @@ class Lesions:
             If it is damaged, or has not as many lesions as the metrics table says.
         """
         path = unit.path.with_name(unit.path.name.replace("_metrics.tsv", "_lesions.tsv"))
-        if not path.is_file():
-            self.without += unit.n_lesions > 0
+        least = unit.min_lesion_volume_mm3
+        if np.isnan(least) or not path.is_file():
+            self.without += bool(unit.n_lesion.any() if np.isnan(least) else unit.n_lesions > 0)
             return
         values = read_numbers(path, _TABLE_COLUMNS)
+        values = values[values[:, _TABLE_COLUMNS.index("volume_mm3")] >= least * (1 - 1e-9)]
         if len(values) != unit.n_lesions:
-            problem = f"{len(values)} lesions, but {unit.n_lesions:g} in the metrics table"
+            problem = (
+                f"{len(values)} lesions of {least:g} mm3 or more, but {unit.n_lesions:g} in the metrics table"
+            )
             raise InputError(path, problem, REMEDY)
         self.units.append((unit.subject, unit.source_image, unit.modality, unit.detector, values))
 
@@ -212,8 +220,6 @@ def _classes(values: pd.Series, ends: dict[str, float]) -> pd.Series:
 
 def _share(name: str, people: pd.DataFrame, part: str, whole: str, seed: int) -> dict[str, float]:
     """Share of totals over participants, with its interval."""
-    low, high = bootstrap_interval(
-        people[part] / people[whole], people["participant_id"], seed=seed, weights=people[whole]
-    )
+    low, high = share_interval(people[part], people[whole], people["participant_id"], seed=seed)
     share = float(people[part].sum() / people[whole].sum())
     return {name: share, f"{name}_ci_low": low, f"{name}_ci_high": high}

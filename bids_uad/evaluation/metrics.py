@@ -60,8 +60,38 @@ class Confusion:
         return _ratio(self.false_positive, self.false_positive + self.true_negative)
 
 
-def _ratio(part: int, whole: int) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
+
+
+def lesion_wise(n_lesions: float, n_detected: float, n_false: float) -> dict[str, float]:
+    """Compute sensitivity, precision and F1 of counted lesions.
+
+    Parameters
+    ----------
+    n_lesions : float
+        Lesions of the truth.
+    n_detected : float
+        Those that the prediction touches: the true positives.
+    n_false : float
+        Predicted components that touch no lesion: the false positives.
+
+    Returns
+    -------
+    dict
+        `lesion_sensitivity`, `lesion_precision` and `lesion_f1`; NaN where the denominator is 0, or a count
+        is not known.
+
+    Examples
+    --------
+    >>> lesion_wise(4, 2, 1)
+    {'lesion_sensitivity': 0.5, 'lesion_precision': 0.6666666666666666, 'lesion_f1': 0.5714285714285714}
+    """
+    return {
+        "lesion_sensitivity": _ratio(n_detected, n_lesions),
+        "lesion_precision": _ratio(n_detected, n_detected + n_false),
+        "lesion_f1": _ratio(2 * n_detected, n_lesions + n_detected + n_false),
+    }
 
 
 def edge_index(edges: np.ndarray, threshold: float) -> int:

@@ -11,7 +11,7 @@ import pandas as pd
 from bids_uad.dataset.factors import image_columns
 from bids_uad.dataset.sidecars import SCANNER_SEEN_LEVELS
 from bids_uad.errors import InputError
-from bids_uad.evaluation.metrics import average_precision, confusion, edge_index
+from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
 from bids_uad.evaluation.tables import UnitScores
 
 LESION_LOAD = "lesion load"
@@ -66,10 +66,25 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "brain_volume_mm3": {"Description": "Volume of the brain mask", "Units": "mm^3"},
     "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask", "Units": "mm^3"},
+    "min_lesion_volume_mm3": {
+        "Description": "Least volume of lesions, and of false lesions, that are counted (option "
+        "--min-lesion-volume of the participant level); n/a in tables of earlier versions, whose lesion-wise "
+        "numbers are left out",
+        "Units": "mm^3",
+    },
     "n_components": {"Description": "26-connected components of the prediction"},
-    "n_lesions": {"Description": "26-connected components of the lesion mask"},
-    "n_lesions_detected": {"Description": "Lesions that the prediction touches"},
-    "n_false_components": {"Description": "Predicted components that touch no lesion"},
+    "n_counted_components": {"Description": "Those of at least that volume"},
+    "n_lesions": {"Description": "26-connected components of the lesion mask, of at least that volume"},
+    "n_lesions_detected": {"Description": "Those of them that the prediction touches"},
+    "n_false_components": {
+        "Description": "Predicted components, of at least that volume, that touch no lesion of any size"
+    },
+    "lesion_sensitivity": {"Description": "n_lesions_detected / n_lesions"},
+    "lesion_precision": {"Description": "n_lesions_detected / (n_lesions_detected + n_false_components)"},
+    "lesion_f1": {
+        "Description": "2 n_lesions_detected / (n_lesions + n_lesions_detected + n_false_components), the "
+        "harmonic mean of the two"
+    },
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad that scored the image"},
     "report": {"Description": "The participant's report, relative to this file; n/a without one"},
@@ -141,10 +156,17 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "brain_volume_mm3": unit.brain_volume_mm3,
         "anomaly_volume_mm3": unit.anomaly_volume_mm3,
         "lesion_volume_mm3": unit.lesion_volume_mm3,
+        "min_lesion_volume_mm3": unit.min_lesion_volume_mm3,
         "n_components": unit.n_components,
+        "n_counted_components": unit.n_counted_components,
         "n_lesions": unit.n_lesions,
         "n_lesions_detected": unit.n_lesions_detected,
         "n_false_components": unit.n_false_components,
+        **(
+            lesion_wise(unit.n_lesions, unit.n_lesions_detected, unit.n_false_components)
+            if judged
+            else dict.fromkeys(("lesion_sensitivity", "lesion_precision", "lesion_f1"), nan)
+        ),
         "model_sha256": unit.model_sha256,
         "app_version": unit.app_version,
     }

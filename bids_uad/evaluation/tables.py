@@ -37,8 +37,12 @@ _METRICS_COLUMNS = (
     "n_lesions_detected",
     "n_false_components",
 )
-_OPTIONAL_COLUMNS = ("scanner_seen",)
+_COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
+"""Columns of tables whose lesions are counted from a least volume."""
+_OPTIONAL_COLUMNS = ("scanner_seen", *_COUNTING_COLUMNS)
 """Columns that tables of earlier versions lack."""
+_COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
+"""What depends on the least volume; not known in tables without it."""
 _TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "model_has_met")
 _MISSING = frozenset({"n/a", "nan", ""})
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
@@ -82,8 +86,14 @@ class UnitScores:
         `seen`, `name seen elsewhere` or `unseen` in the training of the model; None if not known.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
-    n_components, n_lesions, n_lesions_detected, n_false_components : float
-        26-connected components at the fixed threshold; the last three are NaN without a mask.
+    min_lesion_volume_mm3 : float
+        Least volume of lesions, and of false components, that are counted; NaN in tables of earlier
+        versions, which counted all.
+    n_components : float
+        26-connected components at the fixed threshold.
+    n_counted_components, n_lesions, n_lesions_detected, n_false_components : float
+        Components and lesions of at least that volume; NaN where it is not known, the last three also without
+        a mask.
     """
 
     path: Path
@@ -108,7 +118,9 @@ class UnitScores:
     brain_volume_mm3: float
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
+    min_lesion_volume_mm3: float
     n_components: float
+    n_counted_components: float
     n_lesions: float
     n_lesions_detected: float
     n_false_components: float
@@ -195,6 +207,9 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     participant = participants.row(f"sub-{entities['sub']}")
     numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
+    numbers |= {key: _number(path, row, key) for key in _COUNTING_COLUMNS}
+    if np.isnan(numbers["min_lesion_volume_mm3"]):
+        numbers |= dict.fromkeys(_COUNTS, np.nan)
     threshold = _number(path, row, "threshold")
     if not np.isfinite(threshold):
         raise InputError(path, "no threshold", REMEDY)

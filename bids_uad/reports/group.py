@@ -31,7 +31,7 @@ from bids_uad.reports.charts import Chart
 from bids_uad.reports.group_charts import detector_colours, group_charts
 from bids_uad.reports.group_panel import example_figures
 from bids_uad.reports.group_summary import count, summarise
-from bids_uad.reports.group_text import detector_name, fixed, interval
+from bids_uad.reports.group_text import detector_name, fixed, interval, no_interval
 
 OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
 MAX_SCAN_ROWS = 1000
@@ -148,13 +148,14 @@ def write_group_report(
         trim_blocks=True,
     )
     environment.filters |= {"fixed": fixed, "detector_name": detector_name}
-    environment.globals |= {"interval": interval, "colours": colours}
+    environment.globals |= {"interval": interval, "no_interval": no_interval, "colours": colours}
     content = {
         "figures": chapters,
         "comparison": _parts(analyses.comparison, ["modality", "outcome"]),
         "disparities": _parts(analyses.disparities, ["modality", "factor"]),
         "experiments": [] if experiments is None else _parts(experiments, ["modality", "detector"]),
         "lesions": _parts(analyses.lesions, ["modality", "factor"]),
+        "min_lesion_volume": evaluation.min_lesion_volume,
         "lesions_untold": evaluation.lesions.without,
         "strata": _by_modality(analyses.strata),
         "no_examples": no_examples,
@@ -333,6 +334,8 @@ def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
         "auprc_mean": pd.Series.max,
         "auprc_pooled": pd.Series.max,
         "lesion_sensitivity": pd.Series.max,
+        "lesion_precision": pd.Series.max,
+        "lesion_f1": pd.Series.max,
         "fpr_healthy_mean": pd.Series.min,
         "false_lesions_per_lesion_scan": pd.Series.min,
     }

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.bias import Effect
+from bids_uad.evaluation.bootstrap import MAX_SHARE_WIDTH, MIN_SUBJECTS
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.experiments import REFERENCE
@@ -195,12 +196,15 @@ def _strip(
             group[column].to_numpy(float) * scale,
             rows[modality, detector],
         )
+        note_of_mean = _plural(len(group), "scan")
+        if np.isnan(row[f"{interval}_ci_low"]):
+            note_of_mean += f", n = {group['participant_id'].nunique()}: no interval"
         if index:
             border = top + row_height * index
             canvas.line((20, WIDTH - 20), (border, border), color="#e3e8ed", linewidth=1)
         for x, words, note in (
             (left - 16, detector_name(detector), modality),
-            (right + 16, with_interval(row, mean, interval, scale, digits), _plural(len(group), "scan")),
+            (right + 16, with_interval(row, mean, interval, scale, digits), note_of_mean),
         ):
             side = "right" if x < left else "left"
             canvas.text(x, top + y - 1, words, fontsize=13.5, fontweight="bold", ha=side)
@@ -706,8 +710,11 @@ def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Chart | None
             found, low, high = 100 * rows.loc[shown, columns].to_numpy(float).T
             axes.vlines(x, low, high, colors=colours[detector], linewidth=1.6)
             tips = [
-                f"{detector_name(detector)}: {share:.0f} % of {n:.0f} lesions"
-                for share, n in zip(found, rows.loc[shown, "n_lesions"], strict=True)
+                f"{detector_name(detector)}: {share:.0f} % of {n:.0f} lesions of {people:.0f} participants"
+                + (", no interval" if np.isnan(end) else "")
+                for share, n, people, end in zip(
+                    found, rows.loc[shown, "n_lesions"], rows.loc[shown, "n_participants"], low, strict=True
+                )
             ]
             canvas.markers(axes, x, found, colours[detector], radius=4, tips=tips)
     canvas.legend(_detector_handles(lesions["detector"], colours))
@@ -715,8 +722,9 @@ def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Chart | None
         "lesion_size",
         "Lesions found by size and contrast",
         "Percentage of the 26-connected lesions that the prediction touches at the fixed threshold, with the "
-        "95 % interval over participants (none with fewer than three). n: lesions. Contrast: difference "
-        "between the lesion and the brain around it, in standard deviations of that tissue, dark or bright.",
+        f"95 % interval over participants (none with fewer than {MIN_SUBJECTS}, nor where it would cover "
+        f"more than {MAX_SHARE_WIDTH:.0%} of the axis). n: lesions. Contrast: difference between the lesion "
+        "and the brain around it, in standard deviations of that tissue, dark or bright.",
         canvas.svg(),
     )
 

@@ -27,8 +27,8 @@ def benchmark_table(benchmark: pd.DataFrame) -> Table:
     """
     table = Table(
         title="Benchmark at fixed thresholds",
-        caption="Means with 95 % intervals over participants; scans: lesion/healthy. best: best\n"
-        "threshold for this very test set, an upper bound. Not for clinical use.",
+        caption="Means with 95 % intervals over participants (five or more); scans: lesion/healthy.\n"
+        "best: best threshold for this very test set, an upper bound. Not for clinical use.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -56,5 +56,5 @@ def _cell(row: dict, column: str, name: str, scale: float = 1) -> str:
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     text = fixed(row[column], scale, 3 if scale == 1 else 2)
     if math.isnan(low):
-        return text
+        return text if math.isnan(row[column]) else f"{text}\nno interval"
     return f"{text}\n{fixed(low, scale, 2)} to {fixed(high, scale, 2)}"

@@ -56,6 +56,8 @@ def group_methods_text(
             seed=str(seed),
         ),
     ]
+    if evaluation.min_lesion_volume is not None:
+        parts.append(fragment("group_lesion_wise", volume=f"{evaluation.min_lesion_volume:g}"))
     if len(analyses.comparison):
         parts.append(fragment("group_comparison"))
     if len(analyses.lesions):

@@ -202,7 +202,7 @@ def _promise(percent: float, n: int, n_detectors: int, n_above: int, n_surely: i
     start = f"{whose} promised {percent:g} % on validation data:"
     surely = f"the 95 % intervals of {n_surely} lie above it (each alone, not corrected for their number)"
     if n_surely is None:
-        surely = "of too few people for an interval"
+        surely = "too few people for an interval"
     if n_above == 0:
         return f"{start} {'it keeps' if n == 1 else 'all keep'} to that."
     if n == 1:

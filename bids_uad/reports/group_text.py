@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bids_uad.evaluation.bootstrap import MIN_SUBJECTS
+
 
 def number(value: float, digits: int = 3) -> str:
     """Write a number with `digits` significant digits, without a trailing point or zeros."""
@@ -34,6 +36,14 @@ def interval(row: Mapping[str, Any], name: str, scale: float = 1, digits: int = 
     if math.isnan(low):
         return ""
     return f"[{fixed(low, scale, digits)}, {fixed(high, scale, digits)}]"
+
+
+def no_interval(row: Mapping[str, Any], column: str, name: str) -> str:
+    """Write why a number of a row has no interval; empty when it has one, or is not defined itself."""
+    if math.isnan(row[column]) or not math.isnan(row[f"{name}_ci_low"]):
+        return ""
+    n = row.get("n_participants", MIN_SUBJECTS)
+    return f"no interval (n = {n})" if n < MIN_SUBJECTS else "no interval"
 
 
 def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float = 1, digits: int = 3) -> str:

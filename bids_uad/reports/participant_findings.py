@@ -36,7 +36,10 @@ class Finding:
     n_components : int or None
     peak : float or None
         Highest score in the brain.
+    min_lesion_volume : float or None
+        Least volume in mm3 of lesions and of false components.
     n_lesions, n_lesions_found, n_false_components : int or None
+        Of those of at least that volume.
     agreement : Confusion or None
         Anomaly mask against ground truth, inside the brain.
     """
@@ -47,6 +50,7 @@ class Finding:
     share: float | None
     n_components: int | None
     peak: float | None
+    min_lesion_volume: float | None
     n_lesions: int | None
     n_lesions_found: int | None
     n_false_components: int | None
@@ -80,6 +84,7 @@ def summarise(
     """
     metrics = detection.metrics
     volume = metrics.get("anomaly_volume_mm3", None if mask is None else mask.sum() * VOXEL_MM3)
+    least = metrics.get("min_lesion_volume_mm3")
     brain_volume = metrics.get("brain_volume_mm3", None if brain is None else brain.sum() * VOXEL_MM3)
     return Finding(
         threshold=detection.threshold,
@@ -88,6 +93,7 @@ def summarise(
         share=None if volume is None or not brain_volume else float(volume) / float(brain_volume),
         n_components=_count(metrics, "n_components"),
         peak=None if scores is None else float(scores.max()),
+        min_lesion_volume=None if least is None else float(least),
         n_lesions=_count(metrics, "n_lesions"),
         n_lesions_found=_count(metrics, "n_lesions_detected"),
         n_false_components=_count(metrics, "n_false_components"),
@@ -124,10 +130,13 @@ def tiles(finding: Finding) -> list[tuple[str, str]]:
             label = "Dice: no lesion voxel in the brain, so it is 1 if nothing is found and else 0"
             shown[-3:] = [(f"{finding.agreement.dice:.3f}", label)]
         shown = [(UNKNOWN if value.startswith("nan") else value, label) for value, label in shown]
+    least = written(finding.min_lesion_volume, " of at least {:g} mm\N{SUPERSCRIPT THREE}")
+    least = "" if finding.min_lesion_volume is None else least
     if finding.n_lesions:
-        shown.append((f"{written(finding.n_lesions_found, '{}')} of {finding.n_lesions}", "lesions found"))
+        found = f"{written(finding.n_lesions_found, '{}')} of {finding.n_lesions}"
+        shown.append((found, f"lesions{least} found"))
     if finding.n_lesions is not None:
-        shown.append((written(finding.n_false_components, "{:,}"), "false components"))
+        shown.append((written(finding.n_false_components, "{:,}"), f"false components{least}"))
     return shown
 
 

@@ -160,7 +160,7 @@ def output_files() -> Iterator[tuple[Path, str]]:
     yield naming.lesion_output(UNIT.entities), sidecars.lesion_sidecar("", {})["Description"]
     files = naming.detection_outputs(UNIT, "disyre", with_truth=True)
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
-    described = sidecars.detection_sidecars(files, inputs, {}, {})
+    described = sidecars.detection_sidecars(files, inputs, {}, {}, min_lesion_volume=0)
     for kind, path in files.items():
         yield path, described[kind]["Description"]
 

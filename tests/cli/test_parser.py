@@ -235,6 +235,7 @@ ILLEGAL = {
     "models": [("",), "all"],
     "deviations": [("normal",)],
     "brain_extraction": ["bet", None],
+    "min_lesion_volume": [-1.0, float("nan"), float("inf"), None],
     "device": ["gpu", "cuda:x", "cuda:"],
     "precision": ["fp16", None],
     "batch_size": [0, 2.0],
@@ -288,3 +289,13 @@ def test_a_seed_that_no_generator_takes_is_refused_in_one_line(parse):
         ConfigError, match=r"'random_seed' .* in the range \[0, 4294967295\]\. Got -1 instead"
     ):
         parse("--random-seed", "-1")
+
+
+def test_least_lesion_volume(parse, capsys):
+    assert parse().min_lesion_volume == 3
+    assert parse("--min-lesion-volume", "0").min_lesion_volume == 0
+    assert parse("--min-lesion-volume", "12.5").min_lesion_volume == 12.5
+    for text in ("-1", "nan", "inf", "three"):
+        with pytest.raises(SystemExit):
+            parse(f"--min-lesion-volume={text}")
+        assert f"'{text}' is no volume in mm3 (0 or more)" in capsys.readouterr().err

@@ -33,6 +33,7 @@ class Scan:
     version: str = "0.1.0"
     met: str = "no"
     seen: str | None = "unseen"
+    min_lesion_volume: float | None = 3.0
     n_components: float = 3
     n_lesions: float = 2
     n_lesions_detected: float = 1
@@ -79,11 +80,15 @@ class Scan:
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
             "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,
+            "min_lesion_volume_mm3": self.min_lesion_volume,
             "n_components": self.n_components,
+            "n_counted_components": self.n_components,
             "n_lesions": self.n_lesions if masked else np.nan,
             "n_lesions_detected": self.n_lesions_detected if masked else np.nan,
             "n_false_components": self.n_false_components if masked else np.nan,
         }
+        if self.min_lesion_volume is None:  # as earlier versions wrote it
+            del row["min_lesion_volume_mm3"], row["n_counted_components"]
         path = folder / f"{name}_metrics.tsv"
         pd.DataFrame([row]).to_csv(path, sep="\t", index=False, na_rep="n/a")
         written = [path, folder / f"{name}_histogram.tsv"]

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
@@ -74,8 +74,72 @@ def test_numbers_by_hand(cohort):
     assert row["false_lesions_per_lesion_scan"] == pytest.approx(1)
     assert row["false_lesions_per_healthy_scan"] == pytest.approx(2.5)
     assert row["prevalence"] == pytest.approx(40 / 340)
-    assert row["dice_ci_low"] < row["dice_mean"] < row["dice_ci_high"]
-    assert np.isnan(row["fpr_healthy_mean_ci_low"])  # two people are too few
+    assert np.isnan(row[["dice_ci_low", "fpr_healthy_mean_ci_low"]].astype(float)).all()  # few participants
+    assert row["min_lesion_volume_mm3"] == 3
+    assert row["n_lesions"] == 5
+    assert row["lesion_precision"] == pytest.approx(2 / (2 + 3))
+    assert row["lesion_f1"] == pytest.approx(2 * 2 / (2 * 2 + 3 + 3))  # found, missed, false
+    scans = result.subjects.set_index("participant_id")
+    wise = scans[["lesion_sensitivity", "lesion_precision", "lesion_f1"]]
+    assert wise.loc["sub-1"].tolist() == pytest.approx([1 / 4, 1 / 4, 2 / 8])
+    assert wise.loc["sub-2"].tolist() == [1, 1, 1]
+    assert wise.loc[["sub-3", "sub-4", "sub-6"]].isna().all(axis=None)
+
+
+def test_lesion_wise_numbers_are_those_of_scikit_learn(tmp_path):
+    """Each lesion and each false component is an item; scikit-learn knows nothing of lesions."""
+    rng = np.random.default_rng(8)
+    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "MS"} for k in range(12)])
+    truth, found, people = [], [], []
+    for k in range(12):
+        n, false = rng.integers(0, 9), rng.integers(0, 5)
+        detected = rng.binomial(n, 0.6)
+        items = {"n_lesions": n, "n_lesions_detected": detected, "n_false_components": false}
+        scan(str(k), n_nonlesion=counts(80, 10, 6, 4), n_lesion=counts(0, 2, 2, 6), **items).write(tmp_path)
+        truth += [1] * n + [0] * false
+        found += [1] * detected + [0] * (n - detected) + [1] * false
+        people += [k] * (n + false)
+    row = run(tmp_path).benchmark.iloc[0]
+    precision, sensitivity, f1, _ = precision_recall_fscore_support(truth, found, average="binary")
+    names = ("lesion_precision", "lesion_sensitivity", "lesion_f1")
+    assert [row[name] for name in names] == pytest.approx([precision, sensitivity, f1])
+    truth, found, people = map(np.array, (truth, found, people))
+    drawn = []
+    for _ in range(1500):
+        chosen = np.concatenate([np.flatnonzero(people == who) for who in rng.choice(12, 12)])
+        drawn.append(precision_recall_fscore_support(truth[chosen], found[chosen], average="binary")[:3])
+    for name, ends in zip(names, np.quantile(drawn, [0.025, 0.975], axis=0).T, strict=True):
+        assert [row[f"{name}_ci_low"], row[f"{name}_ci_high"]] == pytest.approx(ends, abs=0.03)
+
+
+def test_lesions_counted_from_another_volume_are_refused_by_name(cohort):
+    scan("2", n_lesion=counts(5, 5, 0, 20), n_nonlesion=counts(9, 0, 0, 1), min_lesion_volume=50.0).write(
+        cohort
+    )
+    with pytest.raises(
+        InputError, match=r"sub-2_.*counted from 50 mm3, but from 3 mm3 in sub-1_.*one --min-l"
+    ):
+        run(cohort)
+
+
+def test_tables_without_a_least_volume_are_named_and_left_out_of_lesion_wise_numbers(cohort):
+    lesions = {"n_lesions": 40, "n_lesions_detected": 1, "n_false_components": 3}
+    options = {"n_nonlesion": counts(80, 10, 6, 4), "n_lesion": counts(0, 2, 2, 6), **lesions}
+    scan("1", min_lesion_volume=None, **options).write(cohort)
+    result = run(cohort)
+    row = result.benchmark.iloc[0]
+    assert (row["n_lesions"], row["lesion_sensitivity"], row["n_lesion_scans"]) == (1, 1, 3)
+    assert row["dice_mean"] > 0
+    told = [text for text in result.warnings if "no least lesion volume" in text]
+    assert len(told) == 1
+    assert "left out of all lesion-wise numbers: sub-1. Run the participant level again" in told[0]
+    assert result.lesions.without == 1 + 1  # sub-2 has no lesion table, either
+    for who in "23456":
+        path = next((cohort / f"sub-{who}").rglob("*_metrics.tsv"))
+        table = pd.read_csv(path, sep="\t").drop(columns=["min_lesion_volume_mm3", "n_counted_components"])
+        table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    row = run(cohort).benchmark.iloc[0]
+    assert row[["n_lesions", "lesion_sensitivity", "false_lesions_per_healthy_scan"]].isna().all()
 
 
 def test_optimal_threshold_is_one_for_the_whole_cohort(cohort):

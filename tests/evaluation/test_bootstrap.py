@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bids_uad.evaluation.bootstrap import _median_of_repeats, _resamples, bootstrap_interval
+from bids_uad.evaluation import bootstrap
+from bids_uad.evaluation.bootstrap import (
+    MIN_SUBJECTS,
+    _median_of_repeats,
+    _resamples,
+    bootstrap_interval,
+    share_interval,
+)
 
 
 def names(count, repeats=1):
@@ -68,7 +75,28 @@ def test_too_few_people_have_no_interval():
     assert np.isnan(bootstrap_interval([], [], seed=0)).all()
     assert np.isnan(bootstrap_interval([1, 2, 3], names(1, 3), seed=0)).all()
     assert np.isnan(bootstrap_interval([1, np.nan, 3], names(3), seed=0)).all()
-    assert not np.isnan(bootstrap_interval([1, 2, 3], names(3), seed=0)).any()
+    assert np.isnan(bootstrap_interval([1, 2, 3, 4], names(4), seed=0)).all()
+    assert not np.isnan(bootstrap_interval([1, 2, 3, 4, 5], names(5), seed=0)).any()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 9])
+def test_least_number_of_people_is_the_first_without_intervals_from_0_to_1(n, monkeypatch):
+    monkeypatch.setattr(bootstrap, "MIN_SUBJECTS", 2)
+    whole = 0
+    for n_ones in range(n + 1):
+        low, high = bootstrap_interval([1.0] * n_ones + [0.0] * (n - n_ones), names(n), seed=0)
+        whole += (low, high) == (0, 1)
+    assert (whole > 0) == (n < MIN_SUBJECTS)
+
+
+def test_intervals_of_shares_that_say_nothing_are_left_out():
+    # One participant with most of the lesions decides nearly everything.
+    found, lesions = [0, 1, 1, 1, 1, 1], [200, 1, 1, 1, 1, 1]
+    low, high = bootstrap_interval(np.divide(found, lesions), names(6), weights=lesions, seed=0)
+    assert high - low > 0.95
+    assert np.isnan(share_interval(found, lesions, names(6), seed=0)).all()
+    low, high = share_interval([1, 2, 1, 0, 2, 1], [2, 4, 3, 0, 3, 2], names(6), seed=0)
+    assert 0 < low < 7 / 14 < high < 1
 
 
 def test_median_of_repeats_is_numpys():

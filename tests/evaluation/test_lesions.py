@@ -44,6 +44,7 @@ def drawn(tmp_path) -> pd.DataFrame:
                 n_lesion=beta_counts(rng, int(volume.sum()), 3, 9),
                 n_lesions=n,
                 n_lesions_detected=int((found > 0).sum()),
+                min_lesion_volume=0.0,
                 lesions=pd.DataFrame(
                     {
                         "lesion": np.arange(1, n + 1),
@@ -102,10 +103,11 @@ def test_shares_are_those_of_sums_by_hand(tmp_path, drawn):
         assert row.lesion_sensitivity == pytest.approx((own["found"] > 0).mean())
         voxels = (own["found"] * own["volume"]).sum() / own["volume"].sum()
         assert row.voxel_sensitivity == pytest.approx(voxels)
-        if row.n_participants >= 3:
-            assert row.lesion_sensitivity_ci_low <= row.lesion_sensitivity <= row.lesion_sensitivity_ci_high
+        low, high = row.lesion_sensitivity_ci_low, row.lesion_sensitivity_ci_high
+        if row.n_participants >= 5 and not np.isnan(low):
+            assert low <= row.lesion_sensitivity <= high <= low + 0.95
         else:
-            assert np.isnan(row.lesion_sensitivity_ci_low)
+            assert np.isnan(low)
     assert table["factor"].value_counts().to_dict() == {
         "all lesions": 2,
         "lesion volume": 10,
@@ -162,6 +164,30 @@ def test_outputs_of_earlier_versions_have_no_lesion_tables(tmp_path, drawn):
     assert evaluation.lesions.without == 16
     assert lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0).empty
     assert missed_by_all(evaluation.lesions.table, seed=0).empty
+
+
+def test_lesions_below_the_least_volume_are_not_counted(tmp_path, drawn):
+    for path in sorted(tmp_path.rglob("*_metrics.tsv")):
+        lesions = pd.read_csv(path.with_name(path.name.replace("_metrics", "_lesions")), sep="\t")
+        large = lesions[lesions["volume_mm3"] >= 50]
+        row = pd.read_csv(path, sep="\t").assign(
+            min_lesion_volume_mm3=50.0, n_lesions=len(large), n_lesions_detected=large["detected"].sum()
+        )
+        row.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    evaluation = read(tmp_path)
+    assert evaluation.unreadable == []
+    large = drawn[drawn["volume"] >= 50]
+    assert len(large) < len(drawn)
+    table = evaluation.lesions.table
+    assert sorted(table["volume_mm3"]) == sorted(large["volume"])
+    row = (
+        lesion_sensitivity(table, evaluation.subjects, seed=0)
+        .set_index(["factor", "detector"])
+        .loc[ALL, "disyre"]
+    )
+    own = large[large["detector"] == "disyre"]
+    assert row["n_lesions"] == len(own)
+    assert row["lesion_sensitivity"] == pytest.approx((own["found"] > 0).mean())
 
 
 def test_damaged_lesion_tables_are_told(tmp_path, drawn):

@@ -113,7 +113,7 @@ def test_reads_the_tables_of_the_participant_level(tmp_path):
         "model_has_met": "no",
     }
     path = tmp_path / "sub-01" / "sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
-    write_tsv(path, metrics_row(facts, labels, brain, lesion))
+    write_tsv(path, metrics_row(facts, labels, brain, lesion, 3.0))
     counts = np.array([40, 5, 3]), np.array([1, 2, 13])
     table = histogram_table(edges, *counts)
     write_tsv(path.with_name(path.name.replace("metrics", "histogram")), table)

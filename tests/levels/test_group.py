@@ -81,6 +81,7 @@ def test_needs_no_images_and_no_raw_dataset(study):
 
 
 def test_same_input_same_tables(study):
+    write_cohort(study / "out", study / "raw", n_lesion=5, n_voxels=20_000)  # enough for intervals
     day = "20260102-030405_x"
     group(study, run_id=day)
     first = (study / "out" / "group_benchmark.tsv").read_bytes()

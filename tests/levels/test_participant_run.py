@@ -344,6 +344,27 @@ def test_mask_in_sri24_space_is_used_without_a_transform(bench):
     assert row["lesion_volume_mm3"] == 8
 
 
+def test_another_least_lesion_volume_counts_anew(bench):
+    bench.dataset(T1W)
+    truth = np.zeros(space.SHAPE, np.uint8)
+    truth[110:112, 110:112, 70:72] = 1
+    path = bench.folder / "lesions/sub-01/anat/sub-01_space-SRI24_label-lesion_mask.nii.gz"
+    path.parent.mkdir(parents=True)
+    nib.save(space.to_image(truth, np.uint8), path)
+    metrics = bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
+    written = []
+    for option, least, n_lesions in (((), 3, 1), (("50",), 50, 0), (("50",), 50, 0), (("0",), 0, 1)):
+        options = ["--min-lesion-volume", *option] if option else []
+        assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", *options) == 0
+        row = pd.read_csv(metrics, sep="\t").iloc[0]
+        assert (row["min_lesion_volume_mm3"], row["n_lesions"]) == (least, n_lesions)
+        assert row["lesion_volume_mm3"] == 8
+        assert len(pd.read_csv(metrics.with_name(metrics.name.replace("metrics", "lesions")), sep="\t")) == 1
+        assert json.loads(metrics.with_suffix(".json").read_text())["MinLesionVolume"] == least
+        written.append(metrics.stat().st_mtime_ns)
+    assert written[0] != written[1] == written[2] != written[3]  # the third run had nothing to do
+
+
 @pytest.mark.slow
 def test_mask_on_the_t2w_grid_serves_the_t1w_too(bench):
     bench.dataset(T1W, T2W)

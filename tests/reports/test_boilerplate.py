@@ -101,7 +101,7 @@ def test_methods_text_names_versions_training_and_regions():
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     root = tmp_path_factory.mktemp("cohort")
-    write_cohort(root, root, n_voxels=20_000)
+    write_cohort(root, root, n_lesion=6, n_voxels=20_000)
     return evaluate(root, find_metrics_tables(root), read_participants(root), seed=0)
 
 
@@ -114,6 +114,7 @@ def test_group_text_tells_what_was_asked(cohort):
     assert f"{images} images of {cohort.subjects['participant_id'].nunique()} participants" in text
     assert "(2000 resamples, seed 3)" in text
     assert "@wilcoxon" in text
+    assert "26-connected components of at least 3 mm³" in text
     assert "Disyre on T1w: " in text
     # Too few participants for a model, and no strata asked for.
     assert "@statsmodels" not in text

@@ -16,7 +16,7 @@ from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports import group_charts
 from bids_uad.reports.charts import ChartCanvas, power_of_ten, round_up
 from bids_uad.reports.group import CHAPTERS, Provenance, write_group_report
-from bids_uad.reports.group_text import number
+from bids_uad.reports.group_text import no_interval, number
 from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
 
 
@@ -239,3 +239,32 @@ def test_dots_do_not_hide_each_other():
     offsets = group_charts._swarm(places, 3)
     assert len(set(offsets[:3])) == 3
     assert offsets[3] == 0
+
+
+def test_numbers_without_an_interval_say_so_and_show_how_many_there_are(study, tmp_path):
+    evaluation, people = assess(study)  # four participants with lesions
+    found = analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0, lesions=evaluation.lesions)
+    write_page(study, evaluation, people, found)
+    page = (study / "group.html").read_text()
+    assert "no interval (n = 4)" in page
+    assert "Lesion-wise, from 3 mm³" in page
+    assert "of at least 3 mm³; it is found if the prediction touches it" in page
+    strip = (study / "group" / "figures" / "dice_T1w.svg").read_text()
+    assert "4 scans, n = 4: no interval" in strip
+    write_cohort(tmp_path, tmp_path, n_lesion=12, n_voxels=5_000)
+    write_page(tmp_path, *assess(tmp_path))
+    assert "no interval" not in (tmp_path / "group" / "figures" / "dice_T1w.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"x": 0.5, "x_ci_low": np.nan, "n_participants": 4}, "no interval (n = 4)"),
+        ({"x": 0.5, "x_ci_low": np.nan, "n_participants": 6}, "no interval"),  # from 0 to 1
+        ({"x": 0.5, "x_ci_low": np.nan}, "no interval"),
+        ({"x": 0.5, "x_ci_low": 0.2, "n_participants": 4}, ""),
+        ({"x": np.nan, "x_ci_low": np.nan, "n_participants": 0}, ""),
+    ],
+)
+def test_why_there_is_no_interval(row, words):
+    assert no_interval(row, "x", "x") == words

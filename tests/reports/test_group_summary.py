@@ -83,13 +83,14 @@ def test_healthy_people_alone(tmp_path):
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
-        ((0.02, 0.03, 0.04), "it marks more, by more than chance."),
-        ((0.0, 0.001, 0.04), "it marks more, not by more than chance."),
+        ((0.02, 0.03, 0.04, 0.02, 0.03), "it marks more, by more than chance."),
+        ((0.0, 0.001, 0.06, 0.0, 0.0), "it marks more, not by more than chance."),
+        ((0.02, 0.03, 0.04), "it marks more, too few people for an interval."),
         ((0.0, 0.001, 0.004), "it keeps to that."),
     ],
 )
 def test_what_a_threshold_promised(tmp_path, shares, words):
-    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "hc"} for k in range(3)])
+    write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "hc"} for k in range(len(shares))])
     for k, share in enumerate(shares):
         found = round(10_000 * share)
         path = Scan(str(k), n_nonlesion=counts(100, 10_000 - found) + counts(350, found)).write(tmp_path)
@@ -199,7 +200,7 @@ def test_words():
             "all mark more, the 95 % intervals of 2 lie above it (each alone, not corrected for their",
         ),
         (2, 0, "3 keep to that, 2 mark more, the 95 % intervals of 0 lie above it"),
-        (5, None, "all mark more, of too few people for an interval."),
+        (5, None, "all mark more, too few people for an interval."),
         (0, None, "all keep to that."),
     ],
 )

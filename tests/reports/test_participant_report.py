@@ -106,6 +106,7 @@ def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_les
         "anomaly_volume_mm3": int((scores > TAU).sum()),
         "lesion_volume_mm3": int(lesion.sum()) if with_lesion else np.nan,
         "n_components": 2,
+        "min_lesion_volume_mm3": 3.0,
         "n_lesions": int(not empty) if with_lesion else np.nan,
         "n_lesions_detected": int(not empty) if with_lesion else np.nan,
         "n_false_components": 1 + empty if with_lesion else np.nan,
@@ -174,7 +175,7 @@ def test_page_tells_the_numbers(phantom):
     assert "not for clinical use" in html.lower()
     assert f"<b>{dice:.3f}</b><span>Dice with the ground truth" in html
     assert "best Dice on validation lesions" in html
-    assert "<b>1 of 1</b><span>lesions found" in html
+    assert "<b>1 of 1</b><span>lesions of at least 3 mm³ found" in html
     assert "cuda:0 (test)" in html
     assert "Phantom atlas (made here)" in html
     assert "bids:raw:sub-01/anat/sub-01_T1w.nii.gz" in html
@@ -349,7 +350,7 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
         assert html.count(f'data="./{figure}"') == 1
         assert (out / figure).is_file()
     assert "Dice with the ground truth" not in html
-    assert "lesions found" not in html
+    assert "mm³ found" not in html
 
 
 def test_echoes_and_parts_are_kept_apart(tmp_path):
@@ -372,8 +373,8 @@ def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
     for words in (
         "Dice with",
         "Dice</th>",
-        "lesions found",
-        "false components",
+        "lesions of at least 3 mm³ found",
+        "false components of at least 3 mm³",
         "touches a lesion",
         "of the lesion voxels",
     ):
@@ -388,8 +389,8 @@ def test_empty_mask_of_a_patient_is_reported(tmp_path):
     assert "<td>lesion mask without a voxel in the brain</td>" in html
     assert "<b>0.000</b><span>Dice: no lesion voxel in the brain, so it is 1 if nothing is found and" in html
     assert ">0.000 (empty mask)</td>" in html
-    assert "<b>2</b><span>false components" in html
-    for words in ("lesions found", "of the lesion voxels"):
+    assert "<b>2</b><span>false components of at least 3 mm³" in html
+    for words in ("mm³ found", "of the lesion voxels"):
         assert words not in html
 
 

@@ -76,7 +76,10 @@ def make_way(config: RunConfig, task: Task) -> None:
         record_path(config.output_dir, task.unit),
         config.output_dir,
         task.fingerprint,
-        {bundle.scored_as: model_identity(bundle, config.precision, task.person) for bundle in task.bundles},
+        {
+            bundle.scored_as: model_identity(bundle, config.precision, task.person, config.min_lesion_volume)
+            for bundle in task.bundles
+        },
     )
 
 

@@ -111,6 +111,7 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     deviation = traits.Enum("none", "normative", usedefault=True, desc="what is written about")
     person = traits.Dict(desc="age and sex of the participant, None where they are not known")
     facts = traits.Dict(mandatory=True, desc="where the numbers come from: columns of the metrics table")
+    min_lesion_volume = traits.Float(mandatory=True, desc="least volume of a lesion that is counted, mm3")
     files = traits.Dict(mandatory=True, desc="final place of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
     parcellations = traits.Dict(desc="label image of each parcellation of the atlas, by name")
@@ -163,6 +164,7 @@ class Postprocess(SimpleInterface):
             threshold=float(self.inputs.facts["threshold"]),
             edges=bundle.bin_edges,
             facts=dict(self.inputs.facts),
+            min_lesion_volume=self.inputs.min_lesion_volume,
             files=files,
             parcellations=self.inputs.parcellations or {},
         )
@@ -185,6 +187,7 @@ def write_detection(
     threshold: float,
     edges: np.ndarray,
     facts: dict[str, Any],
+    min_lesion_volume: float,
     files: dict[str, Path],
     parcellations: Mapping[str, str],
 ) -> None:
@@ -201,6 +204,8 @@ def write_detection(
         Bin edges of the score histogram.
     facts : dict
         Columns of the metrics table that say where the numbers come from.
+    min_lesion_volume : float
+        Least volume of a lesion that is counted, in mm3.
     files : dict of str to pathlib.Path
         Targets by kind (see `dataset.naming.detection_outputs`).
     parcellations : mapping of str to str
@@ -225,7 +230,7 @@ def write_detection(
     write_tsv(files["components"], components)
     counts = score_counts(scores, brain, lesion, edges)
     write_tsv(files["histogram"], maps.histogram_table(edges, *counts))
-    write_tsv(files["metrics"], maps.metrics_row(facts, labels, brain, lesion))
+    write_tsv(files["metrics"], maps.metrics_row(facts, labels, brain, lesion, min_lesion_volume))
 
 
 def write_image(volume: np.ndarray, dtype: type, target: Path) -> None:

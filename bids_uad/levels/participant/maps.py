@@ -171,11 +171,11 @@ class LesionHits:
     Parameters
     ----------
     n_lesions : int
-        26-connected components of the truth.
+        26-connected components of the truth of at least the minimum volume.
     n_detected : int
         Those that share a voxel with the anomaly mask.
     n_false : int
-        Components of the anomaly mask that touch no lesion voxel.
+        Components of the anomaly mask, of at least the minimum volume, that share no voxel with any lesion.
     """
 
     n_lesions: int
@@ -183,24 +183,52 @@ class LesionHits:
     n_false: int
 
 
-def lesion_hits(components: np.ndarray, lesion: np.ndarray) -> LesionHits:
-    """Count detected lesions and false components.
+def counted_components(labels: np.ndarray, min_volume: float) -> np.ndarray:
+    """List the components that are large enough to be counted.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray of int
+        Components 1..n on the SRI24 grid.
+    min_volume : float
+        Least volume in mm3.
+
+    Returns
+    -------
+    numpy.ndarray of int
+        Their labels.
+    """
+    sizes = np.bincount(labels[labels > 0], minlength=1)
+    sizes[0] = 0
+    # A hair of tolerance, since a volume in mm3 need not be a multiple of a voxel's to the last digit.
+    return np.flatnonzero(sizes * VOXEL_MM3 >= max(min_volume, VOXEL_MM3) * (1 - 1e-9))
+
+
+def lesion_hits(components: np.ndarray, lesion: np.ndarray, min_volume: float = 0.0) -> LesionHits:
+    """Count lesions, detected lesions and false components.
+
+    What is smaller than the minimum is not counted: a lesion is neither found nor missed, a component of the
+    anomaly mask is not false. A component that shares voxels with such a lesion alone is not false either. A
+    counted lesion is found by any component, however small.
 
     Parameters
     ----------
     components : numpy.ndarray of int
-        Labelled anomaly mask, 1..n.
+        Labelled anomaly mask on the SRI24 grid, 1..n.
     lesion : numpy.ndarray of bool, same shape
+    min_volume : float, default=0
+        Least volume of lesions and of false components in mm3.
 
     Returns
     -------
     LesionHits
     """
     lesions = label_components(lesion)
+    counted = counted_components(lesions, min_volume)
     found, truth = components[lesion], lesions[lesion]
-    n_detected = np.unique(truth[found > 0]).size
-    n_hit = np.unique(found[found > 0]).size
-    return LesionHits(int(truth.max(initial=0)), n_detected, int(components.max(initial=0)) - n_hit)
+    n_detected = np.intersect1d(truth[found > 0], counted).size
+    false = np.setdiff1d(counted_components(components, min_volume), found)
+    return LesionHits(counted.size, n_detected, false.size)
 
 
 def histogram_table(edges: np.ndarray, n_nonlesion: np.ndarray, n_lesion: np.ndarray | None) -> pd.DataFrame:
@@ -242,6 +270,7 @@ def metrics_row(
     components: np.ndarray,
     brain: np.ndarray,
     lesion: np.ndarray | None,
+    min_lesion_volume: float,
 ) -> pd.DataFrame:
     """Sum up one image and detector in one row.
 
@@ -254,6 +283,8 @@ def metrics_row(
     brain : numpy.ndarray of bool
     lesion : numpy.ndarray of bool, optional
         Ground truth; only what lies inside the brain counts.
+    min_lesion_volume : float
+        Least volume in mm3 of lesions, and of components of the anomaly mask that are called false.
 
     Returns
     -------
@@ -266,13 +297,15 @@ def metrics_row(
         "anomaly_volume_mm3": int((components > 0).sum()) * VOXEL_MM3,
         "lesion_volume_mm3": None,
         "n_components": int(components.max(initial=0)),
+        "min_lesion_volume_mm3": min_lesion_volume,
+        "n_counted_components": counted_components(components, min_lesion_volume).size,
         "n_lesions": None,
         "n_lesions_detected": None,
         "n_false_components": None,
     }
     if lesion is not None:
         inside = lesion & brain
-        hits = lesion_hits(components, inside)
+        hits = lesion_hits(components, inside, min_lesion_volume)
         row["lesion_volume_mm3"] = int(inside.sum()) * VOXEL_MM3
         row["n_lesions"] = hits.n_lesions
         row["n_lesions_detected"] = hits.n_detected

@@ -84,12 +84,15 @@ class Task:
         return tuple(dict.fromkeys(name for name in (anchor, lesion) if name not in (None, self.unit.key)))
 
 
-def model_identity(bundle: Bundle, precision: str, person: Mapping[str, float | None]) -> str:
-    """Give what tells one trained and calibrated model from another, and how precisely it was asked to run.
+def model_identity(
+    bundle: Bundle, precision: str, person: Mapping[str, float | None], min_lesion_volume: float
+) -> str:
+    """Identify what a model's outputs depend on: its training, calibration, and the options of the run.
 
-    A precision of ``auto`` holds wherever the run goes on. Deviations also depend on age and sex.
+    A precision of ``auto`` holds wherever the run goes on. Deviations also depend on age and sex, and counts
+    of lesions and components on the least volume of those that are counted.
     """
-    identity = f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}"
+    identity = f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}+{min_lesion_volume:g}mm3"
     return identity if bundle.deviation == "none" else f"{identity}+{person['age']}+{person['sex']}"
 
 
@@ -103,6 +106,7 @@ def make_plan(
     reference_sha256: str,
     random_seed: int,
     precision: str,
+    min_lesion_volume: float,
     extraction: Extraction,
 ) -> list[Task]:
     """Compare every image with its record.
@@ -120,6 +124,8 @@ def make_plan(
     random_seed : int
     precision : str
         As asked for: `auto`, `fp32` or `bf16`.
+    min_lesion_volume : float
+        Least volume of a lesion that is counted, in mm3.
     extraction : Extraction
         What finds brains in whole heads.
 
@@ -146,10 +152,11 @@ def make_plan(
         record = read_record(record_path(output_dir, unit))
         outdated = record is not None and record.fingerprint != fingerprint
         current = None if outdated else record
+        identities = [model_identity(bundle, precision, person, min_lesion_volume) for bundle in wanted]
         missing = tuple(
             bundle
-            for bundle in wanted
-            if not _is_current(current, bundle, model_identity(bundle, precision, person), output_dir)
+            for bundle, identity in zip(wanted, identities, strict=True)
+            if not _is_current(current, bundle, identity, output_dir)
         )
         complete = current is not None and all_there(current.outputs, output_dir)
         again = {bundle.scored_as for bundle in wanted}

@@ -101,6 +101,7 @@ def run_participant(config: RunConfig) -> int:
         reference_sha256=reference.sha256,
         random_seed=config.random_seed,
         precision=config.precision,
+        min_lesion_volume=config.min_lesion_volume,
         extraction=extraction,
     )
     if config.dry_run:

@@ -132,7 +132,7 @@ def _record(task: Task, means: Means) -> Record:
         models={
             bundle.scored_as: ModelRecord(
                 label=bundle.label,
-                identity=model_identity(bundle, config.precision, task.person),
+                identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
                 covariates={} if bundle.deviation == "none" else dict(task.person),
                 outputs=_with_sidecars(_detection_files(task, bundle).values()),
             )
@@ -252,8 +252,16 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             ),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
-        sidecars=sidecars.detection_sidecars(files, inputs, model, run, means.reference.parcellations),
+        sidecars=sidecars.detection_sidecars(
+            files,
+            inputs,
+            model,
+            run,
+            means.reference.parcellations,
+            min_lesion_volume=config.min_lesion_volume,
+        ),
         parcellations={name: str(path) for name, path in means.reference.parcellations.items()},
+        min_lesion_volume=config.min_lesion_volume,
     )
 
 
