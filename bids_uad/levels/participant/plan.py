@@ -137,7 +137,8 @@ def make_plan(
     tasks = []
     for unit in collection.units:
         if unit.key in collection.anchors_only:
-            tasks.append(Task(unit, (), {}, None, {}, outdated=False, lost=(), done=True, anchor_only=True))
+            anchor = {"bundles": (), "person": {}, "is_control": False, "lesion": None, "fingerprint": {}}
+            tasks.append(Task(unit, **anchor, outdated=False, lost=(), done=True, anchor_only=True))
             continue
         lesion = collection.lesions.get(unit.key)
         fingerprint = make_fingerprint(
