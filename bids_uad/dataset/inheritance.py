@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bids_uad.errors import InputError, unreadable
+
+LOGGER = logging.getLogger("bids_uad")
 
 
 class SidecarReader:
@@ -72,6 +75,25 @@ class SidecarReader:
         for path in self.files(image):
             fields |= self._read(path)
         return fields
+
+    def fields_if_readable(self, image: PurePosixPath) -> dict[str, Any]:
+        """Merge the sidecars of an image as :meth:`fields` does; log a warning if one cannot be read.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        dict
+            Empty if one of the sidecars cannot be read.
+        """
+        try:
+            return self.fields(image)
+        except InputError as error:
+            LOGGER.warning("%s. The metadata of %s are not used", error, image.name)
+            return {}
 
 
 def _split(name: str) -> tuple[frozenset[str], str]:

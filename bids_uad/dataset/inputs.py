@@ -274,11 +274,7 @@ def _make_units(found: Sequence[tuple[Any, str]], bids_dir: Path) -> tuple[list[
             error = InputError(path, problem, f"let it start with {'_'.join(expected)}, or move it")
             problems.append(Problem(unit.subject, str(error), path.name.split(".", 1)[0]))
             continue
-        try:
-            metadata = sidecars.fields(PurePosixPath(path.relative_to(bids_dir)))
-        except InputError as error:
-            LOGGER.warning("%s. The metadata of %s are not used", error, path.name)
-            metadata = {}
+        metadata = sidecars.fields_if_readable(PurePosixPath(path.relative_to(bids_dir)))
         units.append(replace(unit, sidecar=metadata))
     return units, problems
 

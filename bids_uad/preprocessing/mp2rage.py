@@ -17,6 +17,10 @@ SUFFIX = "UNIT1"
 WINDOW_MM = 5.0
 CLOSING_MM = 8.0
 MIN_PART_MM3 = 10_000.0
+DESCRIPTION = (
+    "The noise around the head of the MP2RAGE image [@mp2rage], which fills the range of its intensities, "
+    "was set to 0 before anything was computed on it. "
+)
 AIR_ROUGHNESS = 0.1
 """Least roughness of the border of the volume, as a fraction of the intensity range, that tells noise in the
 air; 0.17 is expected of uniform noise, and 0.05 at most of tissue with a signal-to-noise ratio of 10."""

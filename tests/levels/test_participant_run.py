@@ -96,21 +96,26 @@ KINDS = ("T1w", "T2w")
 T1W, T2W = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T2w.nii.gz"
 
 
-def test_complete_output_tree_passes_the_validator(finished):
-    bench = finished
+def validator_issues(root):
+    """List what the BIDS validator reports about a dataset; skip the test where it is not installed."""
     validator = shutil.which(
         "bids-validator-deno", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
     if validator is None:
         pytest.skip("bids-validator-deno is not installed")
     done = subprocess.run(
-        [validator, "--format", "json", str(bench.out)],
+        [validator, "--format", "json", str(root)],
         capture_output=True,
         text=True,
         check=False,
     )
     issues = json.loads(done.stdout)["issues"]["issues"]
-    assert [(i["severity"], i["code"], i.get("subCode"), i.get("location")) for i in issues] == []
+    return [(i["severity"], i["code"], i.get("subCode"), i.get("location")) for i in issues]
+
+
+def test_complete_output_tree_passes_the_validator(finished):
+    bench = finished
+    assert validator_issues(bench.out) == []
     assert len(list(bench.out.rglob("*_mask.nii.gz"))) == 3 * 4 + 1 + 1
 
     links = json.loads((bench.out / "dataset_description.json").read_text())["DatasetLinks"]
@@ -171,6 +176,39 @@ def test_outputs_hold_what_the_map_says(finished):
     assert set(quality.index) <= set(described)
     preproc = json.loads((anat / "sub-01_space-SRI24_desc-preproc_T2w.json").read_text())
     assert preproc["PreprocessingQuality"]["warnings"] == ["look at sub-01_T2w.nii.gz"]
+
+
+def test_broken_sidecar_of_a_lesion_mask_is_named_and_the_mask_is_used(bench, capfd):
+    bench.dataset(T1W)
+    mask = write_mask(bench.folder / "lesions/sub-01/anat/sub-01_label-lesion_mask.nii.gz")
+    sidecar = mask.with_name("sub-01_label-lesion_mask.json")
+    sidecar.write_text("{")
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", models=["none"]) == 0
+    told = "".join(capfd.readouterr().err.split())
+    assert f"{sidecar}:notvalidJSON" in told
+    assert list(bench.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
+
+
+def test_mp2rage_image_is_processed_beside_a_t1w_image(bench):
+    unit1 = T1W.replace("_T1w", "_UNIT1")
+    bench.dataset(T1W, unit1, T2W, "sub-02/anat/sub-02_UNIT1.nii.gz", "sub-02/anat/sub-02_T2w.nii.gz")
+    assert bench.run() == 0
+    anat = bench.out / "sub-01/anat"
+    for start, source in (("sub-01", T1W), ("sub-01_rec-UNIT1", unit1)):
+        sidecar = json.loads((anat / f"{start}_space-SRI24_desc-preproc_T1w.json").read_text())
+        assert sidecar["Sources"] == [f"bids:raw:{source}"]
+        row = pd.read_csv(anat / f"{start}_space-SRI24_desc-T1wDisyre_metrics.tsv", sep="\t").iloc[0]
+        assert row["source_image"] == f"bids:raw:{source}"
+        assert (anat / f"{start}_from-T1w_to-SRI24_mode-image_xfm.txt").is_file()
+    for subject, anchor in (("01", T1W), ("02", "sub-02/anat/sub-02_UNIT1.nii.gz")):
+        folder = bench.out / f"sub-{subject}/anat"
+        sidecar = json.loads((folder / f"sub-{subject}_space-SRI24_desc-preproc_T2w.json").read_text())
+        assert sidecar["Sources"][-1] == f"bids:raw:{anchor}"
+    assert "the MP2RAGE image" in (bench.out / "logs/CITATION.md").read_text()
+    bench.take_calls()
+    assert bench.run() == 0
+    assert bench.take_calls() == []
+    assert validator_issues(bench.out) == []
 
 
 def test_second_run_does_nothing_and_a_lost_file_is_made_again(bench, capsys):

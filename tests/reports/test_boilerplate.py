@@ -52,7 +52,8 @@ def test_all_citations_of_the_methods_text_resolve(stand_in):
 
 def test_all_citations_in_the_package_resolve():
     package = Path(str(resources.files("bids_uad")))
-    text = (package / "preprocessing" / "workflow.py").read_text(encoding="utf-8")
+    sources = sorted((package / "preprocessing").glob("*.py"))
+    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     cited = set(cited_keys("\n".join(re.findall(r"\[[^\[\]\n]*@[^\[\]\n]*\]", text))))
     for source in (package / "methods").glob("*.py"):
         cited |= set(re.findall(r'citation: ClassVar\[str\] = "(\w+)"', source.read_text(encoding="utf-8")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nipype.interfaces.base import BaseInterfaceInputSpec, File, SimpleInterface, TraitedSpec, traits
@@ -15,8 +15,8 @@ from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import __version__
 from bids_uad.dataset import naming, sidecars
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.identity import source_name
+from bids_uad.dataset.inheritance import SidecarReader
 from bids_uad.dataset.outputs import DerivativesDataSink, sidecar_of
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.assumptions import deviation_sidecar
@@ -73,8 +73,9 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
     written.append((table, "out_file"))
     if task.provides_lesion:
         entities = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask"}
-        uri = sidecars.lesion_uri(task.lesion.path, config.derivatives["lesions"])
-        described = sidecars.lesion_sidecar(uri, read_json(sidecar_of(task.lesion.path)))
+        root = config.derivatives["lesions"]
+        own = SidecarReader(root).fields_if_readable(PurePosixPath(task.lesion.path.relative_to(root)))
+        described = sidecars.lesion_sidecar(sidecars.lesion_uri(task.lesion.path, root), own)
         # Named after the mask, which may name fewer entities than this image.
         named = config.output_dir / task.lesion.output
         sink = _sink("ds_lesion", named, config.output_dir, entities, described)
