@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from benchmarks.scan import read
 from bids_uad.atomic import atomic_path
-from bids_uad.dataset.participants import Participants, healthy_flag, read_participants
+from bids_uad.dataset.participants import Participants, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, beside, find_preprocessed
 from bids_uad.dataset.published import detector_desc
 from bids_uad.engine.bundle import Bundle, resolve_bundles
@@ -53,7 +53,7 @@ def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Particip
     marked = Marked(np.zeros(SHAPE, dtype=int))
     desc = detector_desc(bundle.modality, bundle.scored_as)
     for scan in scans:
-        healthy = healthy_flag(people.row(scan.subject))
+        healthy = people.person(scan.subject, scan.session).healthy
         path = beside(scan.image, f"label-anomaly_desc-{desc}_mask.nii.gz")
         if not path.is_file() or not (healthy or scan.lesion):
             continue

@@ -22,7 +22,7 @@ from bids_uad.atomic import write_tsv
 from bids_uad.calibration.normative import NormativeReference
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.identity import identities
-from bids_uad.dataset.participants import age_and_sex, read_participants
+from bids_uad.dataset.participants import read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import (
     NORMATIVE,
@@ -65,7 +65,7 @@ def score_both(bundle: Bundle, test: Path, out: Path) -> None:
         brain = read(scan.brain) > 0
         scores = score(scan, brain)
         write_tables(scan, bundle, scores, brain, met, None, out)
-        z = reference.deviations(scores, brain, **age_and_sex(people.row(scan.subject)))
+        z = reference.deviations(scores, brain, **people.person(scan.subject, scan.session).covariates)
         write_tables(scan, deviating, z, brain, met, None, out)
 
 

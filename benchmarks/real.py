@@ -22,7 +22,7 @@ from benchmarks.simulated import markdown
 from bids_uad.atomic import write_tsv
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.identity import identities
-from bids_uad.dataset.participants import Participants, cohort_of, healthy_flag, read_participants
+from bids_uad.dataset.participants import Participants, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.metrics import counts_above, dice_curve
@@ -74,7 +74,7 @@ def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]
     masked = {path.name.split("_")[0] for path in masks}
     sites: dict[str, list[str]] = {}
     for name in strangers:
-        if healthy_flag(people.row(name)):
+        if people.person(name).healthy:
             sites.setdefault(people.row(name).get("site", ""), []).append(name)
     queues = [list(names) for names in sites.values()]
     controls = []
@@ -110,10 +110,10 @@ def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -
     """Give the rows of the floor: one for each pathology and one for all."""
     rows = []
     for scan in scans:
-        if scan.lesion is not None and not healthy_flag(people.row(scan.subject)):
+        if scan.lesion is not None and not people.person(scan.subject, scan.session).healthy:
             brain = read(scan.brain) > 0
             numbers = floor_of(read(scan.image), brain, read(scan.lesion) > 0, modality)
-            rows.append((cohort_of(people.row(scan.subject)), *numbers))
+            rows.append((people.cohort(scan.subject, scan.session), *numbers))
     table = pd.DataFrame(rows, columns=["cohort", "dice_each", "auprc_mean"])
     for cohort in ("all", *sorted(set(table["cohort"]))):
         of_cohort = table if cohort == "all" else table[table["cohort"] == cohort]

@@ -141,7 +141,7 @@ def main() -> None:
         detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
             met = bundle.has_met(identities(args.test, [scan.subject]))
-            scanner = people.row(scan.subject).get("scanner")
+            scanner = people.person(scan.subject, scan.session).scanner
             seen = scanner_seen(bundle, scanner, source_name(args.test))
             score(scan, bundle, detector, met, seen, args.out)
         rates.append(

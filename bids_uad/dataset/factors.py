@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -11,13 +10,15 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad.dataset.demographics import is_missing
 from bids_uad.dataset.inheritance import SidecarReader
-from bids_uad.errors import InputError
+from bids_uad.dataset.participants import Participants
+from bids_uad.dataset.tsv import read_table
 
-_MISSING = frozenset({"n/a", "nan", "NaN", ""})
 
-
-def image_columns(root: Path, images: Iterable[str], names: Sequence[str]) -> pd.DataFrame:
+def image_columns(
+    root: Path, images: Iterable[str], names: Sequence[str], participants: Participants
+) -> pd.DataFrame:
     """Look facts up that images have, each where it is first found: sessions.tsv, scans.tsv, the sidecar.
 
     Parameters
@@ -28,6 +29,8 @@ def image_columns(root: Path, images: Iterable[str], names: Sequence[str]) -> pd
         As the score tables name them: BIDS URIs, or paths below `root`.
     names : sequence of str
         Columns or sidecar fields.
+    participants : Participants
+        Those of the raw dataset, with their sessions.
 
     Returns
     -------
@@ -40,7 +43,7 @@ def image_columns(root: Path, images: Iterable[str], names: Sequence[str]) -> pd
     InputError
         If a file that could tell cannot be read.
     """
-    facts = _Facts(root)
+    facts = _Facts(root, participants)
     rows = {}
     for image in dict.fromkeys(images):
         path = PurePosixPath(image.rsplit(":", 1)[-1])
@@ -53,21 +56,22 @@ def image_columns(root: Path, images: Iterable[str], names: Sequence[str]) -> pd
 class _Facts:
     """The small files of one dataset; what several images share is read once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, participants: Participants) -> None:
         self.root = root
+        self.participants = participants
         self._table = cache(_read_table)
         self._sidecars = SidecarReader(root)
 
     def session(self, image: PurePosixPath) -> dict[str, str]:
-        """Row of an image's session."""
+        """Values of an image's session, as text."""
         subject, session = image.parts[0], image.parts[1]
-        table = self._table(self.root / subject / f"{subject}_sessions.tsv", "session_id")
-        return table.get(session, {})
+        row = self.participants.row(subject, session) if session.startswith("ses-") else {}
+        return {name: _text(value) for name, value in row.items()}
 
     def scan(self, image: PurePosixPath) -> dict[str, str]:
         """Row of an image in the list of its session's scans."""
         folder = image.parent.parent  # of the session, or of the participant
-        table = self._table(self.root / folder / f"{'_'.join(folder.parts)}_scans.tsv", "filename")
+        table = self._table(self.root / folder / f"{'_'.join(folder.parts)}_scans.tsv")
         return table.get(str(image.relative_to(folder)), {})
 
     def sidecar(self, image: PurePosixPath) -> dict[str, str]:
@@ -76,24 +80,14 @@ class _Facts:
         return {name: _text(value) for name, value in fields.items() if value not in (None, "")}
 
 
-def _read_table(path: Path, key: str) -> dict[str, dict[str, str]]:
-    """Read the rows of a table by one of its columns; a missing file has none."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except FileNotFoundError:
+def _read_table(path: Path) -> dict[str, dict[str, str]]:
+    """Read the rows of a list of scans by file name; a missing file has none."""
+    if not path.is_symlink() and not path.exists():
         return {}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(path, f"not a tab-separated table ({error})", "repair it") from error
-    if rows and key not in rows[0]:
-        raise InputError(path, f"no column {key}", "add it, or separate columns by tabs")
+    table = read_table(path, "filename")
     return {
-        row[key]: {
-            name: value.strip()
-            for name, value in row.items()
-            if isinstance(value, str) and value.strip() not in _MISSING
-        }
-        for row in rows
+        row[table.key]: {name: value for name, value in row.items() if not is_missing(value)}
+        for row in table.rows
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bids_uad.errors import InputError, unreadable
+from bids_uad.dataset.tsv import read_object
+from bids_uad.errors import InputError
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -24,7 +24,7 @@ class SidecarReader:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._read = cache(_read_object)
+        self._read = cache(read_object)
         self._listed = cache(lambda folder: sorted(folder.glob("*.json")))
 
     def files(self, image: PurePosixPath) -> list[Path]:
@@ -100,15 +100,3 @@ def _split(name: str) -> tuple[frozenset[str], str]:
     """Split a file name into its entities and its suffix."""
     *entities, suffix = name.split(".", 1)[0].split("_")
     return frozenset(entities), suffix
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"not valid JSON ({error})", "repair it") from error
-    if not isinstance(content, dict):
-        raise InputError(path, "not a JSON object", "repair it")
-    return content

@@ -34,6 +34,11 @@ class PreprocessedScan:
     tissue: Path | None
 
     @property
+    def session(self) -> str | None:
+        """`ses-<label>`; None without sessions."""
+        return next((part for part in self.image.name.split("_") if part.startswith("ses-")), None)
+
+    @property
     def key(self) -> str:
         """The image's file name up to its space, and its modality."""
         return self.image.name.split("_space-")[0] + "_" + self.image.name.split("_")[-1].split(".")[0]

@@ -208,7 +208,7 @@ def evaluate(
         key=lambda absence: absence.subject,
     )
     expected = set(participants.labels) | {absence.subject for absence in absences}
-    cohorts = {subject: participants.cohort(subject) for subject in (expected & only if only else expected)}
+    cohorts = {subject: participants.cohorts(subject) for subject in (expected & only if only else expected)}
     curves = _whole(scores.curves) | scores.curves
     benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
     warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)
@@ -231,7 +231,7 @@ def _benchmark(
     subjects: pd.DataFrame,
     curves: dict[tuple[str, str, str], Curves],
     absences: list[Absence],
-    known: dict[str, str],
+    known: dict[str, set[str]],
     seed: int,
 ) -> pd.DataFrame:
     rows = []
@@ -241,7 +241,7 @@ def _benchmark(
         seen = set(scans["participant_id"])
         for cohort in names:
             chosen = scans if cohort == ALL else scans[scans["cohort"] == cohort]
-            members = {who for who, what in known.items() if cohort in (ALL, what)}
+            members = {who for who, what in known.items() if cohort == ALL or cohort in what}
             absent = [
                 absence
                 for absence in absences

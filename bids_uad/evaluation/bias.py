@@ -11,7 +11,7 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
-from bids_uad.dataset.participants import SEXES
+from bids_uad.dataset.demographics import SEXES
 from bids_uad.evaluation.bootstrap import CONFIDENCE
 from bids_uad.evaluation.comparison import corrected
 from bids_uad.evaluation.mixed import CrossedModel
@@ -365,7 +365,7 @@ def _column(scans: pd.DataFrame, covariate: Covariate) -> pd.Series:
         return pd.Series(np.nan, index=scans.index)
     values = scans[covariate.column]
     if covariate is SEX:
-        return values.astype("string").str.strip().str.lower().map(SEXES).astype(float)
+        return values.map(SEXES).astype(float)
     values = pd.to_numeric(values, errors="coerce")
     if covariate is LESION_VOLUME:
         return np.log10(values.where(values > 0))

@@ -96,7 +96,7 @@ def read_scores(
         If the tables of one detector and modality come from different models.
     """
     parts = list(_parts(paths))
-    people = [_only(participants, part) for part in parts]
+    people = [participants.only(map(subject_of, part)) for part in parts]
     read = partial(_read_part, exclusions=exclusions)
     total, rows = Scores(), []
     if min(processes, len(parts)) > 1:
@@ -120,13 +120,6 @@ def _parts(paths: Sequence[Path]) -> Iterator[list[Path]]:
     people = [list(tables) for _, tables in groupby(paths, subject_of)]
     for start in range(0, len(people), PARTICIPANTS_AT_ONCE):
         yield [path for tables in people[start : start + PARTICIPANTS_AT_ONCE] for path in tables]
-
-
-def _only(participants: Participants, paths: Sequence[Path]) -> Participants:
-    """What is known of those whose tables these are."""
-    wanted = {subject_of(path) for path in paths}
-    table = participants.table
-    return replace(participants, table=table[table["participant_id"].isin(wanted)])
 
 
 def _read_part(

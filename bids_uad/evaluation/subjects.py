@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.dataset.factors import image_columns
+from bids_uad.dataset.participants import FACTS, Participants, describe_columns
 from bids_uad.dataset.sidecars import SCANNER_SEEN_LEVELS
 from bids_uad.errors import InputError
 from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
@@ -173,38 +174,45 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
 
 
 def add_participant_columns(
-    table: pd.DataFrame, people: pd.DataFrame, descriptions: dict[str, Any]
+    table: pd.DataFrame, participants: Participants
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Put the participants' own columns behind the numbers.
+    """Append the columns of participants.tsv, with the values of each image's session.
 
     Parameters
     ----------
     table : pandas.DataFrame
         One row per image and detector.
-    people : pandas.DataFrame
-        participants.tsv, with `participant_id`.
-    descriptions : dict
-        Column dictionary of participants.tsv.
+    participants : Participants
 
     Returns
     -------
     table : pandas.DataFrame
-        With the further columns; one whose name is taken is called `participants_<name>`.
+        With the further columns; one whose name is taken is called `participants_<name>`. `age` is in years
+        (float), `sex` is `male`, `female` or `other`, and all others are text, also a numeric `scanner`.
     descriptions : dict
         Column dictionary of the whole table.
     """
-    names = {
-        column: f"participants_{column}" if column in table.columns else column
-        for column in people.columns
-        if column != "participant_id"
-    }
-    merged = table.merge(people.rename(columns=names), on="participant_id", how="left")
+    keys = [
+        (subject, None if pd.isna(session) else session)
+        for subject, session in zip(table["participant_id"], table["session_id"], strict=True)
+    ]
+    rows = {key: participants.row(*key) for key in dict.fromkeys(keys)}
+    of_sessions = [fact for fact in FACTS if any(fact in row for row in rows.values())]
+    columns = list(dict.fromkeys([*participants.columns, *of_sessions]))
+    names = {column: f"participants_{column}" if column in table.columns else column for column in columns}
+    added = pd.DataFrame([rows[key] for key in keys], index=table.index, columns=columns)
     own = {column: COLUMNS[column] for column in table.columns}
-    return merged, own | {new: descriptions[old] for old, new in names.items()}
+    described = describe_columns(participants, columns)
+    table = pd.concat([table, added.rename(columns=names)], axis=1)
+    return table, own | {names[column]: described[column] for column in columns}
 
 
 def add_image_columns(
-    table: pd.DataFrame, descriptions: dict[str, Any], factors: Sequence[str], bids_dir: Path
+    table: pd.DataFrame,
+    descriptions: dict[str, Any],
+    factors: Sequence[str],
+    bids_dir: Path,
+    participants: Participants,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Put what the raw dataset says about each image behind the numbers, for factors that have no column.
 
@@ -218,6 +226,8 @@ def add_image_columns(
         What the cohort is to be divided by.
     bids_dir : pathlib.Path
         The raw dataset.
+    participants : Participants
+        Those of the raw dataset.
 
     Returns
     -------
@@ -229,7 +239,7 @@ def add_image_columns(
     unknown = [factor for factor in factors if factor not in table and factor != LESION_LOAD]
     if not unknown:
         return table, descriptions
-    found = image_columns(bids_dir, table["source_image"], unknown)
+    found = image_columns(bids_dir, table["source_image"], unknown, participants)
     told = {
         name: {"Description": f"{name}, as sessions.tsv, scans.tsv or the sidecar of the raw image says"}
         for name in found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_uad.dataset.participants import Participants, healthy_flag
+from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
 
 _NAME = re.compile(
@@ -63,10 +63,9 @@ class UnitScores:
     modality, detector, preset : str
         `T1w` or `T2w`; registry name, and the deviation that its scores are (`disyre+normative`); preset
         of the bundle.
-    participant : dict
-        The row of participants.tsv, without missing values.
     healthy : bool or None
-        As participants.tsv says; None when it says nothing.
+        Whether participants.tsv (or sessions.tsv, for the session) names a healthy control; None if it names
+        no group.
     cohort : str
         `healthy`, the value of the column that names cohorts, or `unspecified`.
     edges : numpy.ndarray
@@ -102,7 +101,6 @@ class UnitScores:
     modality: str
     detector: str
     preset: str
-    participant: dict[str, str]
     healthy: bool | None
     cohort: str
     edges: np.ndarray
@@ -204,7 +202,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     edges, n_nonlesion, n_lesion = _read_histogram(histogram)
 
     entities = parse_entities(name["prefix"])
-    participant = participants.row(f"sub-{entities['sub']}")
+    who = f"sub-{entities['sub']}", entities.get("ses")
     numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
     numbers |= {key: _number(path, row, key) for key in _COUNTING_COLUMNS}
@@ -220,9 +218,8 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         entities=entities,
         modality=name["modality"],
         detector=detector,
-        participant=participant,
-        healthy=healthy_flag(participant),
-        cohort=participants.cohort(f"sub-{entities['sub']}"),
+        healthy=participants.person(*who).healthy,
+        cohort=participants.cohort(*who),
         edges=edges,
         n_nonlesion=n_nonlesion,
         n_lesion=n_lesion,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,6 @@ from bids_uad.calibration.deviation import DeviationCalibrator
 from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
 from bids_uad.config import RunConfig
 from bids_uad.dataset.identity import identities
-from bids_uad.dataset.participants import (
-    age_and_sex,
-    cohort_of,
-    healthy_flag,
-    read_participants,
-)
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError, ModelError
 from bids_uad.levels.cohort import Cohort, describe, healthy_cohort, read_truth, warn_of_masked_controls
@@ -80,11 +74,13 @@ def run_calibrate(config: RunConfig) -> int:
             bundle = bundle.with_hyper(config.hyper)
         except ValueError as error:
             raise ConfigError(f"--hyper: {error}") from None
-    people = read_participants(config.bids_dir)
-    found = find_preprocessed(config.bids_dir, bundle.modality)
-    controls = [scan for scan in found if healthy_flag(people.row(scan.subject))]
-    _check_masks(config.bids_dir, found, controls)
-    scans = [scan for scan in found if scan in controls or scan.lesion is not None]
+    found = Cohort(config.bids_dir, tuple(find_preprocessed(config.bids_dir, bundle.modality)))
+    people = found.participants
+    for note in people.notes:
+        logger.warning(note)
+    controls = [scan for scan in found.scans if people.person(scan.subject, scan.session).healthy]
+    _check_masks(config.bids_dir, found.scans, controls)
+    scans = [scan for scan in found.scans if scan in controls or scan.lesion is not None]
     validation = Cohort(config.bids_dir, tuple(scans))
     others = [] if config.normative_dir is None else [_others(config.normative_dir, validation, bundle)]
     healthy = _healthy([Cohort(config.bids_dir, tuple(controls)), *others])
@@ -98,11 +94,10 @@ def run_calibrate(config: RunConfig) -> int:
             lesion = read_truth(scan)
             if scan in controls:
                 brain, lesion = _unmasked(brain, lesion), None
-            row = people.row(scan.subject)
-            kind = cohort_of(row)
+            kind = people.cohort(scan.subject, scan.session)
             estimator.add(scores, brain, lesion, kind)
             if deviations is not None:
-                person = age_and_sex(row)
+                person = people.person(scan.subject, scan.session).covariates
                 deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
         if deviations is not None:
             for scan, person in track(list(_people(others)), description="Scoring for the reference"):
@@ -259,20 +254,22 @@ def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
 def _people(cohorts: Sequence[Cohort]) -> Iterator[tuple[PreprocessedScan, dict[str, float | None]]]:
     """Go through the scans of cohorts of healthy controls, with age and sex."""
     for cohort in cohorts:
-        rows = read_participants(cohort.folder)
         for scan in cohort.scans:
-            yield scan, age_and_sex(rows.row(scan.subject))
+            yield scan, cohort.participants.person(scan.subject, scan.session).covariates
 
 
-def _healthy(cohorts: Sequence[Cohort]) -> list[dict[str, float | None]]:
-    """Age and sex of every healthy person, once."""
-    people = {
-        (cohort.folder, scan.subject): person for cohort in cohorts for scan, person in _people([cohort])
-    }
-    return list(people.values())
+def _healthy(cohorts: Sequence[Cohort]) -> dict[tuple[Path, str], dict[str | None, dict[str, float | None]]]:
+    """Return age and sex of healthy controls: by dataset and participant, then by session."""
+    people: dict[tuple[Path, str], dict[str | None, dict[str, float | None]]] = {}
+    for cohort in cohorts:
+        for scan, person in _people([cohort]):
+            people.setdefault((cohort.folder, scan.subject), {})[scan.session] = person
+    return people
 
 
-def _deviations(healthy: list[dict[str, float | None]], waiting: Path) -> DeviationCalibrator | None:
+def _deviations(
+    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]], waiting: Path
+) -> DeviationCalibrator | None:
     """Prepare a normative reference; None where there are too few healthy people for one."""
     if len(healthy) < MIN_SUBJECTS:
         logger.warning(
@@ -282,4 +279,5 @@ def _deviations(healthy: list[dict[str, float | None]], waiting: Path) -> Deviat
             MIN_SUBJECTS,
         )
         return None
-    return DeviationCalibrator(HealthyCohort.of(healthy), waiting)
+    persons = [person for sessions in healthy.values() for person in sessions.values()]
+    return DeviationCalibrator(HealthyCohort.of(persons), waiting)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from bids_uad import __version__
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.identity import identities, source_name
-from bids_uad.dataset.participants import healthy_flag, read_participants
+from bids_uad.dataset.participants import Participants, read_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
 from bids_uad.errors import InputError
 from bids_uad.listing import listed
@@ -41,6 +42,11 @@ class Cohort:
     folder: Path
     scans: tuple[PreprocessedScan, ...]
     prefix: str = ""
+
+    @cached_property
+    def participants(self) -> Participants:
+        """Who they are, read once."""
+        return read_participants(self.folder)
 
     @property
     def name(self) -> str:
@@ -79,9 +85,11 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
     InputError
         If nobody is.
     """
-    people = read_participants(folder)
-    found = find_preprocessed(folder, modality)
-    healthy = [scan for scan in found if healthy_flag(people.row(scan.subject))]
+    cohort = Cohort(folder, tuple(find_preprocessed(folder, modality)))
+    for note in cohort.participants.notes:
+        logger.warning(note)
+    found, people = cohort.scans, cohort.participants
+    healthy = [scan for scan in found if people.person(scan.subject, scan.session).healthy]
     warn_of_masked_controls(healthy)
     if not healthy:
         raise InputError(
@@ -145,12 +153,16 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
     dict
         JSON types only.
     """
-    rows = []
+    n_scans, ages, sexes, scanners, anatomies = 0, [], {}, set(), set()
     for cohort in cohorts:
-        people = read_participants(cohort.folder)
-        rows += [people.row(scan.subject) for scan in cohort.scans]
-    rows = pd.DataFrame(rows)
-    ages = pd.to_numeric(rows["age"], errors="coerce").dropna() if "age" in rows else pd.Series(dtype=float)
+        for scan in cohort.scans:
+            person = cohort.participants.person(scan.subject, scan.session)
+            n_scans += 1
+            ages += [person.age] if person.age is not None else []
+            sexes[cohort.folder, scan.subject] = person.sex
+            scanners |= {person.scanner} - {None}
+            anatomies |= {cohort.participants.row(scan.subject, scan.session).get("anatomy")} - {None}
+    known = Counter(sex for sex in sexes.values() if sex is not None)
     met = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
     licences = [
         read_json(cohort.folder / "dataset_description.json").get("License", "not given")
@@ -159,11 +171,11 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
     return {
         "source": "; ".join(cohort.name for cohort in cohorts),
         "licence": "; ".join(dict.fromkeys(licences)),
-        "n_scans": len(rows),
+        "n_scans": n_scans,
         "n_subjects": sum(len(subjects) for subjects in met.values()),
-        "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
-        "sex": rows["sex"].value_counts().to_dict() if "sex" in rows else None,
-        "scanners": sorted(rows["scanner"].dropna().unique()) if "scanner" in rows else None,
-        "anatomies": sorted(rows["anatomy"].dropna().unique()) if "anatomy" in rows else None,
+        "age_range": [min(ages), max(ages)] if ages else None,
+        "sex": dict(known.most_common()) or None,
+        "scanners": sorted(scanners) or None,
+        "anatomies": sorted(anatomies) or None,
         "subjects": sorted(set().union(*(identities(folder, subjects) for folder, subjects in met.items()))),
     }

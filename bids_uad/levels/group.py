@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from bids_uad.atomic import write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
-from bids_uad.dataset.participants import derivative_participants, read_participants
+from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.participants import read_participants, write_participants
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.analyses import analyse
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
+PARTICIPANTS_DESCRIPTION = "Participants of the source dataset and of this one"
 EXIT_OK, EXIT_FAILED = 0, 1
 EXIT_NO_INPUT = os.EX_NOINPUT
 
@@ -53,11 +55,11 @@ EXIT_NO_INPUT = os.EX_NOINPUT
 def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
-    Reads the score tables below `config.output_dir` and one participants.tsv (of `bids_dir`, else
-    of `output_dir`), where `strata` asks for it also sessions.tsv, scans.tsv and sidecars of
-    `bids_dir`. Writes `group_benchmark`, `group_subjects`, `group_comparison`,
-    `group_strata`, `group_disparities`, `group_thresholds`, `group_lesions`, `group_missed`,
-    `group_bias`, `group_deviations` and `participants` (each .tsv and .json), `group.html`,
+    Reads the score tables below `config.output_dir`, and participants.tsv and sessions.tsv of `bids_dir`,
+    where `strata` asks for it also scans.tsv and sidecars. Tables that this level wrote are not read. Writes
+    `group_benchmark`, `group_subjects`, `group_comparison`, `group_strata`, `group_disparities`,
+    `group_thresholds`, `group_lesions`, `group_missed`, `group_bias`, `group_deviations` and `participants`
+    (each .tsv and .json), `sub-*_sessions.tsv` where participants differ between sessions, `group.html`,
     `group/figures` and `logs/CITATION_group`; with `experiments` also `group_experiments`. A few scans
     are read for pictures, where they are there.
 
@@ -77,12 +79,12 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Raises
     ------
     InputError
-        If participants.tsv is damaged or lacks the column for cohorts, another file that was asked
-        for is damaged, or the tables of one detector and modality come from different models.
+        If there is no `bids_dir`, participants.tsv is damaged or lacks the column for cohorts, another file
+        that was asked for is damaged, or the tables of one detector and modality come from different models.
     """
     console = console or Console()
     output_dir = Path(config.output_dir)
-    participants = read_participants(config.bids_dir, output_dir)
+    participants = _read_participants(config)
     if config.cohort is not None:
         participants = participants.divided_by(config.cohort)
     only = frozenset(f"sub-{label}" for label in config.participants)
@@ -113,12 +115,13 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
             progress=lambda read: progress.advance(task, read),
         )
 
-    people, people_columns = derivative_participants(participants, subject_folders(output_dir))
-    what = "Participants of the source dataset and of this one"
-    _write_table(output_dir, "participants", people, what, people_columns)
-    subjects, subject_columns = add_participant_columns(evaluation.subjects, people, people_columns)
-    asked = () if config.strata == DEFAULT_STRATA else config.strata
-    subjects, subject_columns = add_image_columns(subjects, subject_columns, asked, config.bids_dir)
+    write_participants(output_dir, participants, subject_folders(output_dir), PARTICIPANTS_DESCRIPTION)
+    subjects, subject_columns = add_participant_columns(evaluation.subjects, participants)
+    strata = tuple(dict.fromkeys(map(participants.column, config.strata)))
+    asked = () if config.strata == DEFAULT_STRATA else strata
+    subjects, subject_columns = add_image_columns(
+        subjects, subject_columns, asked, config.bids_dir, participants
+    )
     what = "Numbers of each image and detector"
     _write_table(output_dir, "group_subjects", subjects, what, subject_columns)
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
@@ -127,13 +130,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     analyses = analyse(
         subjects,
         evaluation.cohort_curves,
-        config.strata,
+        strata,
         seed=config.random_seed,
         lesions=evaluation.lesions,
     )
     useless = _useless(asked, subjects, analyses.strata["factor"])
     outdated = [left_out] if left_out else []
-    evaluation = replace(evaluation, warnings=[*outdated, *evaluation.warnings, *useless])
+    warnings = [*outdated, *participants.notes, *evaluation.warnings, *useless]
+    evaluation = replace(evaluation, warnings=warnings)
     for name, (table, what, columns) in analyses.tables.items():
         _write_table(output_dir, f"group_{name}", table, what, columns)
     experiments = _experiments(config, participants, evaluation, origins)
@@ -153,6 +157,25 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         LOGGER.warning(text)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return EXIT_FAILED if evaluation.unreadable else EXIT_OK
+
+
+def _read_participants(config: RunConfig) -> Participants:
+    """Read the participants of the raw dataset.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, or only the output folder has a participants.tsv, which this level did not
+        write.
+    """
+    remedy = "give the raw dataset, or a folder with copies of its participants.tsv, .json and sessions.tsv"
+    if not config.bids_dir.is_dir():
+        raise InputError(config.bids_dir, "no such folder", remedy)
+    own = config.output_dir / "participants.tsv"
+    written = read_json(own.with_suffix(".json")).get("Description") == PARTICIPANTS_DESCRIPTION
+    if own.is_file() and not written and not (config.bids_dir / own.name).exists():
+        raise InputError(own, "not written by the group level, which reads BIDS_DIR only", remedy)
+    return read_participants(config.bids_dir, subject_folders(config.output_dir))
 
 
 def _experiments(

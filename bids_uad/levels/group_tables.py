@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bids_uad.dataset.naming import entities_of
-from bids_uad.dataset.participants import Participants, age_and_sex
+from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.tables import subject_of
 from bids_uad.levels.participant.records import ModelRecord, Record, read_record
 from bids_uad.listing import listed
@@ -100,7 +100,7 @@ def _image_outdated(record: Record, raw: Path) -> str | None:
 def _model_outdated(record: Record, model: ModelRecord, participants: Participants) -> str | None:
     if not model.covariates:
         return None
-    subject = f"sub-{entities_of(Path(record.key))['sub']}"
-    now = age_and_sex(participants.row(subject))
+    entities = entities_of(Path(record.key))
+    now = participants.person(f"sub-{entities['sub']}", entities.get("ses")).covariates
     changed = any(now[name] not in (None, value) for name, value in model.covariates.items())
     return OTHER_COVARIATES if changed else None

@@ -6,7 +6,6 @@ Open T1w scans of healthy people are easy to come by, T2w scans are not.
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +14,7 @@ import numpy as np
 from bids_uad.atomic import write_json
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
+from bids_uad.dataset.participants import write_participants
 from bids_uad.dataset.preprocessed import PreprocessedScan
 from bids_uad.images import save_image
 from bids_uad.levels.cohort import Cohort, healthy_cohort, scratch_folder
@@ -51,11 +51,13 @@ def recontrasted_cohort(config: RunConfig) -> Cohort:
             logger.info(
                 "%s: T1w with the contrast of T2w (%d of %d)", scan.key, number + 1, len(source.scans)
             )
-        shutil.copyfile(config.bids_dir / "participants.tsv", folder / "participants.tsv")
         write_json(
             folder / "dataset_description.json",
             read_json(config.bids_dir / "dataset_description.json"),
         )
+    # Written in each run, since the images do not depend on it.
+    people = {scan.subject for scan in source.scans}
+    write_participants(folder, source.participants, people, "Participants whose T1w scans were recontrasted")
     cohort = healthy_cohort(folder, "T2w")
     return Cohort(folder, cohort.scans, prefix="recontrasted-")
 

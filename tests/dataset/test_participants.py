@@ -1,79 +1,563 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from bids_uad.dataset.participants import (
-    cohort_of,
-    derivative_participants,
-    healthy_flag,
-    read_participants,
-)
+from bids_uad.dataset.participants import Person, read_participants, write_participants
 from bids_uad.errors import InputError
 
 
+def write(
+    folder: Path, text: str | bytes = "", sidecar: dict | None = None, sessions: dict | None = None
+) -> Path:
+    """Write participants.tsv, its sidecar, and sessions.tsv by participant."""
+    folder.mkdir(exist_ok=True)
+    if text:
+        content = text.encode() if isinstance(text, str) else text
+        (folder / "participants.tsv").write_bytes(content)
+    if sidecar is not None:
+        (folder / "participants.json").write_text(json.dumps(sidecar))
+    for subject, table in (sessions or {}).items():
+        (folder / subject).mkdir(exist_ok=True)
+        (folder / subject / f"{subject}_sessions.tsv").write_text(table)
+    return folder
+
+
+def column(name: str, *values: str) -> str:
+    """Write participants.tsv with one column."""
+    rows = [f"sub-{number}\t{value}\n" for number, value in enumerate(values, start=1)]
+    return f"participant_id\t{name}\n{''.join(rows)}"
+
+
+def levels(**described: str) -> dict:
+    return {"Levels": described}
+
+
+AGES = {
+    "whole": (["34"], {}, [34.0], None),
+    "decimals": (["34.5", "34,5"], {}, [34.5, 34.5], None),
+    "newborn": (["0"], {}, [0.0], None),
+    "bound": (
+        ["89+", ">89", "≥ 90", "30"],
+        {},
+        [89.0, 89.0, 90.0, 30.0],
+        "3 of 4 ages are bounds or ranges (89+, >89",
+    ),
+    "range": (
+        ["18-38", "18 \u2013 38", "35 to 40"],
+        {},
+        [28.0, 28.0, 37.5],
+        "3 of 3 ages are bounds or ranges (18-38",
+    ),
+    "missing": (["-", "", "N/A", "n/a", "NaN", "nan", "unknown", "?", "NA"], {}, [None] * 9, None),
+    "own unit": (["34 years", "34y", "6 months", "034Y", "006M"], {}, [34.0, 34.0, 0.5, 34.0, 0.5], None),
+    "months": (["408", "6"], {"Units": "months"}, [34.0, 0.5], None),
+    "weeks": (["40"], {"Units": "week"}, [280 / 365.25], None),
+    "days": (["7"], {"Units": "days"}, [7 / 365.25], None),
+    "years": (["34"], {"Units": "years (rounded)"}, [34.0], None),
+    "months in the description": (["18"], {"Description": "Age in months at scan"}, [1.5], None),
+    "range of months": (["12-24"], {"Units": "months"}, [1.5], "1 of 1 ages are bounds or ranges (12-24)"),
+    "levels": (
+        ["1", "2"],
+        levels(**{"1": "18-29", "2": "30 to 39 years"}),
+        [23.5, 34.5],
+        "2 of 2 ages are bounds",
+    ),
+    "unknown level": (["9", "30"], levels(**{"9": "not reported"}), [None, 30.0], None),
+    "negative": (
+        ["-5", "30"],
+        {},
+        [None, 30.0],
+        "column age: 1 of 2 values are not an age of 0 to 120 years",
+    ),
+    "too old": (
+        ["408", "30"],
+        {},
+        [None, 30.0],
+        "column age: 1 of 2 values are not an age of 0 to 120 years",
+    ),
+    "words": (["old", "30"], {}, [None, 30.0], "not an age of 0 to 120 years, and not used (old)"),
+    "reversed range": (
+        ["38-18", "30"],
+        {},
+        [None, 30.0],
+        "not an age of 0 to 120 years, and not used (38-18)",
+    ),
+    "date": (
+        ["1985-03-12", "30"],
+        {},
+        [None, 30.0],
+        "not an age of 0 to 120 years, and not used (1985-03-12)",
+    ),
+    "birth year": (["1985", "30"], {}, [None, 30.0], "not an age of 0 to 120 years, and not used (1985)"),
+    "infinite": (["inf", "30"], {}, [None, 30.0], "not an age of 0 to 120 years, and not used (inf)"),
+    "unknown unit": (
+        ["34"],
+        {"Units": "parsec"},
+        [None],
+        "column age cannot be used: none of its values is an age",
+    ),
+    "no age at all": (
+        ["a", "b", "c", "d", "e", "f"],
+        {},
+        [None] * 6,
+        "column age cannot be used: none of its values is an age of 0 to 120 years (a, b, c, d, e and 1",
+    ),
+}
+SEXES = {
+    "words": (
+        ["male", "Female", "MALE", "woman", "Boy"],
+        {},
+        ["male", "female", "male", "female", "male"],
+        None,
+    ),
+    "letters": (["m", "F", "o", "O"], {}, ["male", "female", "other", "other"], None),
+    "missing": (["n/a", "-", "", "U", "unknown"], {}, [None] * 5, None),
+    "1 and 2": (
+        ["1", "2", "n/a"],
+        {},
+        ["male", "female", None],
+        "column sex: 2 values are 1 or 2 without a description, read as 1 = male and 2 = female",
+    ),
+    "1.0 and 2.0": (["1.0", "2.0"], {}, ["male", "female"], "column sex: 2 values are 1 or 2 without"),
+    "0 and 1": (
+        ["0", "1", "1"],
+        {},
+        [None] * 3,
+        "column sex cannot be used: none of its values is a sex (0, 1)",
+    ),
+    "1, 2 and 9": (["1", "2", "9"], {}, ["male", "female", None], "column sex: 1 of 3 values are not a sex"),
+    "levels of numbers": (["1", "2"], levels(**{"1": "Female", "2": "Male"}), ["female", "male"], None),
+    "levels of 0 and 1": (["0", "1"], levels(**{"0": "female", "1": "male"}), ["female", "male"], None),
+    "levels in objects": (["1"], levels(**{"1": {"Description": "Female participant"}}), ["female"], None),
+    "levels the wrong way round": (["1", "2"], levels(female="1", male="2"), ["female", "male"], None),
+    "levels win": (["M"], levels(M="female"), ["female"], None),
+    "levels in another case": (["f"], levels(F="female", M="male"), ["female"], None),
+    "foreign level": (["F"], levels(F="weiblich"), ["female"], None),
+    "levels without this number": (
+        ["1", "3"],
+        levels(**{"1": "male"}),
+        ["male", None],
+        "not a sex, and not used (3)",
+    ),
+    "level not known": (["9"], levels(**{"9": "unknown"}), [None], None),
+    "level of both": (["1"], levels(**{"1": "male or female"}), [None], "column sex cannot be used"),
+    "other letters": (
+        ["D", "F"],
+        {},
+        [None, "female"],
+        "column sex: 1 of 2 values are not a sex, and not used (D)",
+    ),
+}
+GROUPS = {
+    **{
+        text: ([text], {}, [True], None)
+        for text in (
+            *(
+                "control",
+                "Controls",
+                "CONTROL",
+                "healthy",
+                "Healthy control",
+                "healthy_control",
+                "Healthy-Controls",
+            ),
+            *(
+                "HC",
+                "hc",
+                "TDC",
+                "TD",
+                "CN",
+                "CTRL",
+                "normal",
+                "typically developing",
+                "Typically Developing Children",
+            ),
+            *("healthy volunteer", "Healthy adults", "control group", "cognitively normal", "neurotypical"),
+            *("age-matched healthy controls", "Healthy control (no history of stroke)", "HC 1"),
+        )
+    },
+    **{
+        text: ([text], {}, [False], None)
+        for text in (
+            *("patient", "MS", "stroke", "unhealthy", "not healthy", "non-healthy", "disease control"),
+            *(
+                "patient control",
+                "normal pressure hydrocephalus",
+                "healthy sibling",
+                "abnormal",
+                "depression",
+            ),
+        )
+    },
+    **{text or "empty": ([text], {}, [None], None) for text in ("", "n/a", "N/A", "-", "unknown", "None")},
+    "numbers": (
+        ["1", "2"],
+        {},
+        [None, None],
+        "column group: 2 of 2 values are numbers without a description (1, 2)",
+    ),
+    "levels": (["1", "2"], levels(**{"1": "Healthy control", "2": "Patient"}), [True, False], None),
+    "levels with a sentence": (
+        ["0"],
+        levels(**{"0": "Healthy controls, no neurological disease"}),
+        [True],
+        None,
+    ),
+    "levels name a disease": (
+        ["HC", "MS"],
+        levels(HC="hydrocephalus", MS="multiple sclerosis"),
+        [False, False],
+        None,
+    ),
+    "levels say patient": (["control"], levels(control="patients with epilepsy"), [False], None),
+    "levels say healthy": (["A", "B"], levels(A="healthy volunteers", B="stroke"), [True, False], None),
+    "levels say no lesion": (["control"], levels(control="no lesion", patient="with lesion"), [True], None),
+}
+
+
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("fact", "values", "sidecar", "expected", "note"),
     [
-        ({"group": "Control"}, True),
-        ({"diagnosis": "HC"}, True),
-        ({"Group": "CN"}, True),
-        ({"group": "patient"}, False),
-        ({"group": "patient", "diagnosis": "healthy"}, False),
-        ({"diagnosis": "MS"}, False),
-        ({"age": "40"}, None),
-        ({}, None),
+        pytest.param(fact, *case, id=f"{fact}: {name}")
+        for fact, cases in (("age", AGES), ("sex", SEXES), ("group", GROUPS))
+        for name, case in cases.items()
     ],
 )
-def test_healthy_is_what_the_table_says(row, expected):
-    assert healthy_flag(row) is expected
+def test_values_of_a_column(tmp_path, fact, values, sidecar, expected, note):
+    people = read_participants(write(tmp_path, column(fact, *values), {fact: sidecar}))
+    name = "healthy" if fact == "group" else fact
+    found = [getattr(people.person(subject), name) for subject in people.labels]
+    assert found == (pytest.approx(expected) if fact == "age" and None not in expected else expected)
+    if note is None:
+        assert people.notes == ()
+    else:
+        (line,) = [line for line in people.notes if note in line]
+        assert line.startswith(f"{tmp_path}/participants.tsv: column {fact}")
+        assert "\n" not in line
+    # What the derivatives say is read as the same, without further notes about ages and sexes.
+    out = tmp_path / "out"
+    write_participants(out, people, [], "Participants")
+    again = read_participants(out)
+    assert [again.person(subject) for subject in people.labels] == [people.person(s) for s in people.labels]
+    if fact != "group":
+        assert again.notes == ()
 
 
-def test_cohorts():
-    assert cohort_of({"group": "control", "pathology": "none"}) == "healthy"
-    assert cohort_of({"group": "patient", "pathology": "stroke"}) == "stroke"
-    assert cohort_of({"group": "patient"}) == "unspecified"
+ODD_TABLES = {
+    "byte order mark": (b"\xef\xbb\xbfparticipant_id\tage\nsub-1\t3\n", {"sub-1": Person(3.0)}, None),
+    "CRLF": (b"participant_id\tage\r\nsub-1\t3\r\n", {"sub-1": Person(3.0)}, None),
+    "CR": (b"participant_id\tage\rsub-1\t3\r", {"sub-1": Person(3.0)}, None),
+    "latin-1": (
+        "participant_id\tage\tplace\nsub-1\t3\tMünchen\x85\n".encode("latin-1"),
+        {"sub-1": Person(3.0)},
+        "not UTF-8, read as Latin-1; save it as UTF-8",
+    ),
+    "UTF-16": ("participant_id\tage\nsub-1\t3\n".encode("utf-16"), {"sub-1": Person(3.0)}, "read as UTF-16"),
+    "columns in any case": (
+        b"Participant_ID\tAGE\tGender\tGroup\tScanner\nsub-1\t3\tF\tHC\t7\n",
+        {"sub-1": Person(3.0, "female", True, "7")},
+        None,
+    ),
+    "sex before gender": (
+        b"participant_id\tgender\tsex\nsub-1\tF\tM\nsub-2\tF\tn/a\n",
+        {"sub-1": Person(sex="male"), "sub-2": Person(sex="female")},
+        None,
+    ),
+    "diagnosis where there is no group": (
+        b"participant_id\tdiagnosis\tgroup\nsub-1\tHC\tpatient\nsub-2\tHC\tn/a\nsub-3\tMS\t2\n",
+        {"sub-1": Person(healthy=False), "sub-2": Person(healthy=True), "sub-3": Person(healthy=False)},
+        "column group: 1 of 2 values are numbers without a description (2)",
+    ),
+    "unknown scanner": (b"participant_id\tscanner\nsub-1\tunknown\n", {"sub-1": Person()}, None),
+    "ids without sub-": (
+        b"participant_id\tage\n01\t3\nSUB-2\t4\n",
+        {"sub-01": Person(3.0), "sub-2": Person(4.0)},
+        None,
+    ),
+    "blank lines and stray blanks": (
+        b"participant_id\tage\n\nsub-1 \t 3 \n\t\n",
+        {"sub-1": Person(3.0)},
+        None,
+    ),
+    "missing id": (b"participant_id\tage\nn/a\t3\nsub-1\t3\n", {"sub-1": Person(3.0)}, None),
+    "same row twice": (b"participant_id\tage\nsub-1\t3\nsub-1\t3.0\n", {"sub-1": Person(3.0)}, None),
+    "twice, one of them with more": (
+        b"participant_id\tage\tsex\nsub-1\t3\tn/a\nsub-1\tn/a\tM\n",
+        {"sub-1": Person(3.0, "male")},
+        None,
+    ),
+    "contradictory rows": (
+        b"participant_id\tage\tsex\nsub-1\t3\tM\nsub-1\t4\tmale\nsub-2\t5\tF\n",
+        {"sub-1": Person(None, "male"), "sub-2": Person(5.0, "female")},
+        "sub-1 is listed more than once, with different age, which count as missing; keep one row",
+    ),
+    "a cell too many": (
+        b"participant_id\tage\nsub-1\t3\t4\nsub-2\t5\n",
+        {"sub-1": Person(), "sub-2": Person(5.0)},
+        "rows with more or fewer cells than the header are not used (sub-1)",
+    ),
+    "a cell too few": (
+        b"participant_id\tsex\tage\nsub-1\t3\nsub-2\tM\t5\n",
+        {"sub-1": Person(), "sub-2": Person(5.0, "male")},
+        "rows with more or fewer cells than the header are not used (sub-1)",
+    ),
+    "empty cells at the end": (
+        b"participant_id\tage\t\t\nsub-1\t3\t\t\nsub-2\t5\n",
+        {"sub-1": Person(3.0), "sub-2": Person(5.0)},
+        None,
+    ),
+    "blanks in place of one tab": (
+        b"participant_id\tsex\tage\nsub-1  M\t3\nsub-2\tM\t5\n",
+        {"sub-2": Person(5.0, "male")},
+        "not a participant_id: sub-1  M; separate columns by tabs",
+    ),
+    "commas": (b"participant_id,age\nsub-1,3\n", {"sub-1": Person(3.0)}, "columns are separated by commas"),
+    "semicolons": (
+        b"participant_id;age\nsub-1;3,5\n",
+        {"sub-1": Person(3.5)},
+        "columns are separated by semicolons",
+    ),
+    "blanks": (b"participant_id age\nsub-1   3\n", {"sub-1": Person(3.0)}, "columns are separated by blanks"),
+    "quoted cells": (b'participant_id\tnotes\tage\nsub-1\t"a ""b"""\t3\n', {"sub-1": Person(3.0)}, None),
+    "a stray quotation mark": (
+        b'participant_id\tnotes\tage\nsub-1\t"5 inch\t3\nsub-2\tn/a\t4\n',
+        {"sub-1": Person(3.0), "sub-2": Person(4.0)},
+        None,
+    ),
+    "a column twice": (
+        b"participant_id\tage\tage\nsub-1\t3\t4\n",
+        {"sub-1": Person(3.0)},
+        "several columns are called age; the first of them is used",
+    ),
+    "only ids": (b"participant_id\nsub-1\n", {"sub-1": Person()}, None),
+    "only a header": (b"participant_id\tage\n", {}, None),
+}
 
 
-def test_reads_the_first_folder_that_has_one(tmp_path):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    raw.mkdir()
-    out.mkdir()
-    assert read_participants(raw, out).path is None
-    (out / "participants.tsv").write_text("participant_id\tage\nsub-9\t9\n")
-    assert read_participants(None, raw, out).labels == ["sub-9"]
-    # A byte order mark, labels without sub- and stray blanks are common.
-    (raw / "participants.tsv").write_text(
-        "\ufeffparticipant_id\tgroup\tage\n01\tcontrol \tn/a\nsub-02\tpatient\t44\n"
-    )
-    people = read_participants(raw, out)
-    assert people.labels == ["sub-01", "sub-02"]
-    assert people.row("sub-01") == {"group": "control"}
-    assert people.row("sub-02") == {"group": "patient", "age": "44"}
-    assert people.row("sub-03") == {}
+@pytest.mark.parametrize(("content", "expected", "note"), ODD_TABLES.values(), ids=list(ODD_TABLES))
+def test_odd_tables_are_read(tmp_path, content, expected, note):
+    people = read_participants(write(tmp_path, content))
+    assert {subject: people.person(subject) for subject in people.labels} == expected
+    if note is None:
+        assert people.notes == ()
+    else:
+        (line,) = [line for line in people.notes if note in line]
+        assert line.startswith(f"{tmp_path}/participants.tsv: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("content", "problem"),
     [
-        ("subject\tage\nsub-1\t3\n", "no column participant_id"),
-        ("participant_id\tage\nsub-1\t3\n1\t4\n", "sub-1 listed more than once"),
-        ("", "not a tab-separated table"),
+        (b"subject\tage\nsub-1\t3\n", r"no column participant_id \(columns: subject, age\)"),
+        (b"", "an empty file"),
+        (b"\n \n", "an empty file"),
+        (b"participant_id\tage\0\nsub-1\t3\n", "not a text file"),
+        (b"participant_id,age\nsub-1,3,4\n", "columns are separated by commas; separate them by tabs"),
+        (b"participant_id age sex\nsub-1 3\n", "columns are separated by blanks; separate them by tabs"),
+        (b"/annex/objects/MD5E-s9--a.tsv\n", "a pointer to content that is not here; fetch it .datalad get"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer to content that is not there",
+        ),
+        (None, "the file is a link to content that is not here; fetch it with `datalad get`"),
+        ("folder", "the file cannot be read"),
     ],
 )
-def test_damaged_tables_are_refused_by_name(tmp_path, text, problem):
-    (tmp_path / "participants.tsv").write_text(text)
+def test_unusable_tables_are_refused_by_name(tmp_path, content, problem):
+    path = tmp_path / "participants.tsv"
+    if content is None:
+        path.symlink_to("nowhere.tsv")
+    elif content == "folder":
+        path.mkdir()
+    else:
+        write(tmp_path, content or b"\n")
     with pytest.raises(InputError, match=problem) as caught:
         read_participants(tmp_path)
-    assert "participants.tsv" in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_derivative_table_is_a_superset_and_describes_every_column(tmp_path):
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\tiq\nsub-1\t3\tn/a\n")
-    (tmp_path / "participants.json").write_text(json.dumps({"iq": {"Description": "own words"}}))
-    table, columns = derivative_participants(read_participants(tmp_path), ["sub-1", "sub-7"])
-    assert list(table["participant_id"]) == ["sub-1", "sub-7"]
+@pytest.mark.parametrize(("text", "problem"), [("{", "not valid JSON"), ("[1]", "not a JSON object")])
+def test_an_unusable_sidecar_is_refused_by_name(tmp_path, text, problem):
+    write(tmp_path, column("sex", "1"))
+    (tmp_path / "participants.json").write_text(text)
+    with pytest.raises(InputError, match=f"participants.json: {problem}"):
+        read_participants(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, "Age of the participant", [], {"Levels": ["a"]}, {"Levels": None, "Units": None}]
+)
+def test_sidecar_entries_that_bids_does_not_define_are_ignored(tmp_path, entry):
+    people = read_participants(write(tmp_path, column("age", "3"), {"age": entry}))
+    assert people.person("sub-1").age == 3
+    assert people.notes == ()
+
+
+def test_sidecar_names_columns_in_any_case(tmp_path):
+    people = read_participants(write(tmp_path, column("AGE", "24"), {"Age": {"Units": "months"}}))
+    assert people.person("sub-1").age == 2
+
+
+def test_nobody_is_known_without_tables(tmp_path):
+    for people in (read_participants(), read_participants(tmp_path)):
+        assert people.path is None
+        assert people.labels == ()
+        assert people.row("sub-1") == {}
+        assert people.person("sub-1") == Person()
+        assert people.cohort("sub-1") == "unspecified"
+
+
+PER_SESSION = """participant_id\tsession_id\tAge\tsex\tgroup\tscanner
+sub-1\tses-1\t60\tM\tHC\tA
+sub-1\t2\t62\tM\tMS\tA
+sub-2\tses-1\t40\tF\tHC\tA
+sub-3\tn/a\t70\tF\tMS\tB
+sub-3\tses-1\t71\tn/a\tn/a\tn/a
+sub-4\tses-1\t30\tF\tHC\tA
+sub-4\tses-1\t31\tF\tHC\tA
+"""
+SESSIONS = {
+    "sub-1": "session_id\tage\nses-2\t63\nses-3\t64.5\n",
+    "sub-5": "session_id\tage\tscanner\n1\t50\tn/a\nses-2\t89+\tC\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("subject", "session", "expected"),
+    [
+        ("sub-1", "ses-1", Person(60.0, "male", True, "A")),
+        ("sub-1", "1", Person(60.0, "male", True, "A")),
+        ("sub-1", "ses-2", Person(63.0, "male", False, "A")),  # sessions.tsv comes first
+        ("sub-1", "ses-3", Person(64.5, "male", None, "A")),  # healthy at one session, not at another
+        ("sub-1", "ses-4", Person(None, "male", None, "A")),
+        ("sub-1", None, Person(None, "male", None, "A")),
+        ("sub-2", "ses-1", Person(40.0, "female", True, "A")),
+        ("sub-2", "ses-2", Person(None, "female", True, "A")),  # the age at another session is not this one's
+        (
+            "sub-2",
+            None,
+            Person(40.0, "female", True, "A"),
+        ),  # an image without a session has the only age there is
+        ("sub-3", "ses-1", Person(71.0, "female", False, "B")),
+        ("sub-3", "ses-2", Person(70.0, "female", False, "B")),
+        ("sub-4", "ses-1", Person(None, "female", True, "A")),
+        ("sub-5", "ses-1", Person(50.0)),
+        ("sub-5", "ses-2", Person(89.0, scanner="C")),
+    ],
+)
+def test_values_hold_at_a_session(tmp_path, subject, session, expected):
+    people = read_participants(write(tmp_path / "raw", PER_SESSION, sessions=SESSIONS))
+    assert people.person(subject, session) == expected
+    assert people.labels == ("sub-1", "sub-2", "sub-3", "sub-4")
+    assert [line.removeprefix(f"{tmp_path}/raw/") for line in people.notes] == [
+        "participants.tsv: sub-4 ses-1 is listed more than once, with different age, which count as missing; "
+        "keep one row, or add a column session_id",
+        "sub-*/sub-*_sessions.tsv: column age: 1 of 4 ages are bounds or ranges (89+); the bound, or the "
+        "middle of the range, is used",
+    ]
+    out = tmp_path / "out"
+    (out / "sub-5").mkdir(parents=True)
+    write_participants(out, people, [f"sub-{number}" for number in range(1, 6)], "Participants")
+    again = read_participants(out)
+    assert again.person(subject, session) == expected
+    assert again.notes == ()
+    assert pd.read_csv(out / "participants.tsv", sep="\t")["participant_id"].is_unique
+
+
+def test_cohorts_hold_at_a_session(tmp_path):
+    text = (
+        "participant_id\tsession_id\tgroup\tPathology\nsub-1\tses-1\tHC\tn/a\nsub-1\tses-2\tpatient\tstroke\n"
+        "sub-2\tn/a\tpatient\tMS\n"
+    )
+    people = read_participants(write(tmp_path, text))
+    assert [people.cohort("sub-1", session) for session in ("1", "2")] == ["healthy", "stroke"]
+    assert people.cohorts("sub-1") == {"healthy", "stroke"}
+    assert people.cohorts("sub-2") == {"MS"}
+    assert people.cohorts("sub-3") == {"unspecified"}
+    assert people.divided_by("PATHOLOGY").cohort("sub-2") == "MS"
+    assert people.divided_by("Group").cohort("sub-2") == "patient"
+    with pytest.raises(InputError, match="no column site to name cohorts by; choose one of group, Pathology"):
+        people.divided_by("site")
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("session\tage\nses-1\t30\n", "no column session_id"),
+        ("", "an empty file"),
+        ("session_id,age\nses-1,30,4\n", "columns are separated by commas"),
+    ],
+)
+def test_an_unusable_sessions_table_leaves_the_others(tmp_path, table, problem):
+    sessions = {"sub-1": table, "sub-2": "session_id\tage\nses-1\t30\n"}
+    write(tmp_path, column("age", "20", "21"), sessions={"sub-2": sessions["sub-2"]})
+    (tmp_path / "sub-1").mkdir()
+    (tmp_path / "sub-1" / "sub-1_sessions.tsv").write_text(table)
+    people = read_participants(tmp_path)
+    assert people.person("sub-2", "1").age == 30
+    assert people.person("sub-1", "1").age == 20
+    (line,) = people.notes
+    assert line.startswith(f"{tmp_path}/sub-1/sub-1_sessions.tsv: {problem}")
+
+
+def test_many_notes_about_sessions_are_cut_short(tmp_path):
+    write(
+        tmp_path, column("age", "20"), sessions={f"sub-{k}": "session_id,age\nses-1,3\n" for k in range(20)}
+    )
+    notes = read_participants(tmp_path).notes
+    assert len(notes) == 6
+    assert notes[-1] == "15 more notes of this kind about files sub-*_sessions.tsv"
+
+
+def test_sidecars_of_sessions_describe_their_columns(tmp_path):
+    write(
+        tmp_path,
+        column("sex", "1", "1"),
+        {"sex": levels(**{"1": "female"}), "age": {"Units": "weeks"}},
+        {f"sub-{k}": "session_id\tage\tsex\nses-1\t24\t1\n" for k in (1, 2, 3)},
+    )
+    (tmp_path / "sessions.json").write_text(json.dumps({"age": {"Units": "months"}}))
+    own = {"age": {"Units": "years"}, "sex": levels(**{"1": "male"})}
+    (tmp_path / "sub-2" / "sub-2_sessions.json").write_text(json.dumps(own))
+    people = read_participants(tmp_path)
+    assert [people.person(f"sub-{k}", "1").age for k in (1, 2, 3)] == [2, 24, 2]
+    assert [people.person(f"sub-{k}", "1").sex for k in (1, 2, 3)] == ["female", "male", "female"]
+    only = read_participants(tmp_path, ["sub-1", "sub-9"])
+    assert only.person("sub-1", "1").age == 2
+    assert only.person("sub-2", "1").age is None
+
+
+def test_derivative_tables_are_supersets_and_describe_every_column(tmp_path):
+    sidecar = {
+        "iq": {"Description": "own words"},
+        "Age": {"Description": "at scan", "Units": "months"},
+        "group": levels(**{"1": "Healthy control"}),
+    }
+    text = "participant_id\tAge\tiq\tgroup\tgender\nsub-1\t408\tn/a\t1\tF\nsub-2\t6\t100\t1\tM\n"
+    people = read_participants(write(tmp_path / "raw", text, sidecar))
+    out = tmp_path / "out"
+    write_participants(out, people, ["sub-1", "sub-7"], "Participants")
+    assert (out / "participants.tsv").read_text() == (
+        "participant_id\tage\tiq\tgroup\tsex\nsub-1\t34\tn/a\tHealthy control\tfemale\n"
+        "sub-2\t0.5\t100\tHealthy control\tmale\nsub-7\tn/a\tn/a\tn/a\tn/a\n"
+    )
+    columns = json.loads((out / "participants.json").read_text())
+    assert columns.pop("Description") == "Participants"
+    assert list(columns) == ["participant_id", "age", "iq", "group", "sex"]
     assert columns["iq"] == {"Description": "own words"}
-    assert columns["age"]["Units"] == "year"
-    assert set(columns) == set(table.columns)
+    assert columns["age"] == {"Description": "at scan", "Units": "year"}
+    assert set(columns["sex"]["Levels"]) == {"male", "female", "other"}
+
+
+def test_derivative_tables_of_sessions_go_when_they_hold_no_longer(tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    people = read_participants(write(raw, column("age", "20", "21"), sessions={"sub-1": SESSIONS["sub-1"]}))
+    write_participants(out, people, ["sub-1", "sub-2"], "Participants")
+    assert [path.name for path in sorted(out.rglob("*sessions*"))] == ["sessions.json", "sub-1_sessions.tsv"]
+    (raw / "sub-1" / "sub-1_sessions.tsv").unlink()
+    write_participants(out, read_participants(raw), ["sub-1", "sub-2"], "Participants")
+    assert not list(out.rglob("*sessions*"))

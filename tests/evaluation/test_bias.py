@@ -50,7 +50,7 @@ def cohort(
                     "brain_volume_mm3": volume[i],
                     "lesion_volume_mm3": np.nan,
                     "age": f"{age[i]:.2f}",
-                    "sex": "M" if male[i] else "F",
+                    "sex": "male" if male[i] else "female",
                     "scanner": "ABCDEFGHIJ"[scanner[i]],
                 }
             )
@@ -72,7 +72,7 @@ def by_hand(scans: pd.DataFrame) -> pd.DataFrame:
         {
             "y": np.log((found + PRIOR_VOXELS) / (VOXELS - found + PRIOR_VOXELS)),
             "decades": scans["age"].astype(float) / 10,
-            "male": (scans["sex"] == "M").astype(float),
+            "male": (scans["sex"] == "male").astype(float),
             "volume": scans["brain_volume_mm3"] / 1e5,
             "scanner": scans["scanner"],
         }
@@ -247,7 +247,7 @@ def travelling(
         {
             "participant_id": [f"sub-{i:03d}" for i in range(n)],
             "age": rng.uniform(20, 85, n),
-            "sex": np.where(rng.random(n) < 0.5, "M", "F"),
+            "sex": np.where(rng.random(n) < 0.5, "male", "female"),
             "brain_volume_mm3": volume,
             "own": rng.normal(0, np.sqrt(between), n),
         }

@@ -75,7 +75,7 @@ def models(root, seed: int, *, scale: float) -> pd.DataFrame:
     write_cohort(root, seed, scale=scale)
     people = read_participants(root)
     evaluation = evaluate(root, find_metrics_tables(root), people, seed=0)
-    subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
+    subjects, _ = add_participant_columns(evaluation.subjects, people)
     assert subjects["role"].value_counts().to_dict() == {"healthy": N_HEALTHY, "lesion": N_LESION}
     return model_bias(subjects).coefficients.set_index(["outcome", "term"])
 

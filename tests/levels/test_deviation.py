@@ -96,6 +96,32 @@ def test_another_age_makes_other_deviations_but_scores_nothing_again(bench):
     assert after.max() == pytest.approx(before.max() + 1, abs=0.01)
 
 
+def test_deviations_are_from_the_age_at_the_session(bench):
+    images = [f"sub-01/ses-{number}/anat/sub-01_ses-{number}_T1w.nii.gz" for number in (1, 2, 3)]
+    bench.dataset(*images)
+    (bench.raw / "participants.tsv").write_bytes(
+        b"Participant_ID\tsession_id\tAGE\tGender\r\n01\tses-1\t35+\t2\r\n01\tses-2\t40\t2\r\n01\tses-3\t41\t2\r\n"
+    )
+    (bench.raw / "sub-01" / "sub-01_sessions.tsv").write_text("session_id\tage\nses-2\t45\nses-3\tn/a\n")
+    assert bench.run(*BOTH, "--participant-label", "01", "--session-label", "1", "2", "3") == 0
+    for session, age in (("1", 35), ("2", 45), ("3", 41)):
+        anat = bench.out / "sub-01" / f"ses-{session}" / "anat"
+        sidecar = anat / f"sub-01_ses-{session}_space-SRI24_desc-T1wDisyreNormative_anomalymap.json"
+        told = json.loads(sidecar.read_text())
+        assert (told["NormativeAge"], told["NormativeSex"], told["NormativeRemarks"]) == (age, "female", [])
+
+
+def test_participants_that_cannot_be_read_stop_deviations_only(bench, capfd):
+    (bench.raw / "participants.tsv").write_text("subject\tage\nsub-01\t50\n")
+    assert bench.run(*BOTH, "--participant-label", "01") == 66
+    told = " ".join(capfd.readouterr().err.split())
+    assert "participants.tsv: no column participant_id (columns: subject, age); add it" in told
+    assert "Traceback" not in told
+    assert bench.run("--deviation", "none", "--participant-label", "01") == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "separate columns by tabs; until then nothing is known of the participants" in told
+
+
 def test_group_puts_both_side_by_side(bench):
     assert bench.run(*BOTH) == 0
     from bids_uad.cli.main import main

@@ -20,6 +20,7 @@ from tests.evaluation.test_exclusions import write_quality
 
 
 def config(root, **options):
+    (root / "raw").mkdir(exist_ok=True)
     return RunConfig(
         bids_dir=root / "raw",
         output_dir=root / "out",
@@ -69,15 +70,171 @@ def test_writes_tables_that_describe_themselves(study):
     assert not list(out.rglob(".*"))
 
 
-def test_needs_no_images_and_no_raw_dataset(study):
-    shutil.copy(study / "raw" / "participants.tsv", study / "out")
-    shutil.rmtree(study / "raw")
+def test_needs_no_images_and_of_the_raw_dataset_only_tables(study):
+    assert [path.name for path in (study / "raw").iterdir()] == ["participants.tsv"]
     assert group(study)[0] == 0
     table = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
     assert (table.loc[table["cohort"] == "all", "n_healthy_scans"] == 2).all()
-    again = (study / "out" / "participants.tsv").read_text()
+
+
+def test_participants_that_it_wrote_are_never_read(study):
     assert group(study)[0] == 0
-    assert (study / "out" / "participants.tsv").read_text() == again
+    (study / "raw" / "participants.tsv").unlink()
+    assert group(study)[0] == 0
+    table = pd.read_csv(study / "out" / "group_benchmark.tsv", sep="\t")
+    assert (table["n_healthy_scans"] == 0).all()
+    people = pd.read_csv(study / "out" / "participants.tsv", sep="\t")
+    assert list(people.columns) == ["participant_id"]
+    assert "There is no participants.tsv" in (study / "out" / "group.html").read_text()
+
+
+def test_without_a_raw_dataset_nothing_is_written(study):
+    options = config(study)
+    assert run_group(options) == 0
+    before = contents(study / "out")
+    shutil.rmtree(study / "raw")
+    with pytest.raises(
+        InputError, match=r"raw: no such folder; give the raw dataset, or a folder with copies"
+    ):
+        run_group(options)
+    assert contents(study / "out") == before
+
+
+def test_a_foreign_participants_file_in_the_output_is_neither_read_nor_replaced(study):
+    (study / "raw" / "participants.tsv").rename(study / "out" / "participants.tsv")
+    before = contents(study / "out")
+    with pytest.raises(InputError, match=r"participants\.tsv: not written by the group level"):
+        group(study)
+    assert contents(study / "out") == before
+
+
+def test_odd_and_plain_participants_give_the_same_tables(tmp_path):
+    numbers = range(1, 31)
+    rows = [
+        {"participant_id": f"sub-{k:02d}", "age": 20 + 2 * k, "sex": "MF"[k % 2], "scanner": 101 + k % 9}
+        | {"group": "patient" if k < 5 else "control"}
+        for k in numbers
+    ]
+    odd = "Participant_ID\tAge\tGender\tSCANNER\tDiagnosis\tplace\r\n" + "".join(
+        f"{k:02d}\t{12 * (20 + 2 * k)}\t{1 + k % 2}.0\t{101 + k % 9}\t{group}\tKöln\r\n"
+        for k in numbers
+        for group in ["P" if k < 5 else "Healthy control"]
+    )
+    found = []
+    for name in ("plain", "odd"):
+        study = tmp_path / name
+        write_cohort(study / "out", study / "raw", n_lesion=4, n_healthy=26, n_voxels=2_000)
+        write_participants(study / "raw", rows)
+        if name == "odd":
+            (study / "raw" / "participants.tsv").write_bytes(odd.encode("latin-1"))
+            (study / "raw" / "participants.json").write_text('{"Age": {"Units": "months"}}')
+        asked = ("Age", "gender", "Scanner") if name == "odd" else ("age", "sex", "scanner")
+        assert group(study, strata=asked)[0] == 0
+        tables = ("benchmark", "strata", "disparities", "bias")
+        found.append({table: (study / "out" / f"group_{table}.tsv").read_text() for table in tables})
+    assert found[0] == found[1]
+    strata = pd.read_csv(tmp_path / "odd" / "out" / "group_strata.tsv", sep="\t", dtype=str)
+    assert set(strata["factor"]) == {"age", "sex", "scanner"}
+    assert set(strata.loc[strata["factor"] == "scanner", "level"]) <= {str(101 + k) for k in range(9)}
+    assert {"age", "sex"} <= set(pd.read_csv(tmp_path / "odd" / "out" / "group_bias.tsv", sep="\t")["term"])
+    subjects = pd.read_csv(tmp_path / "odd" / "out" / "group_subjects.tsv", sep="\t")
+    assert subjects.groupby("participant_id")[["age", "sex"]].first().loc["sub-05"].tolist() == [
+        30.0,
+        "female",
+    ]
+    page = (tmp_path / "odd" / "out" / "group.html").read_text()
+    assert "participants.tsv: not UTF-8, read as Latin-1" in page
+    assert "column Gender: 30 values are 1 or 2 without a description" in page
+
+
+def test_columns_hold_at_the_session_of_an_image(tmp_path):
+    for session in ("1", "2"):
+        Scan("01", session=session).write(tmp_path / "out")
+    (tmp_path / "raw" / "sub-01").mkdir(parents=True)
+    (tmp_path / "raw" / "participants.tsv").write_text(
+        "participant_id\tage\tgroup\tpathology\tsite\nsub-01\t30\tHC\tn/a\tA\n"
+    )
+    (tmp_path / "raw" / "sub-01" / "sub-01_sessions.tsv").write_text(
+        "session_id\tage\tgroup\tpathology\tsite\tscanner\nses-1\tn/a\tn/a\tn/a\tn/a\t1\nses-2\t33\tMS\tMS\tB\t2\n"
+    )
+    assert group(tmp_path)[0] == 0
+    subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
+    columns = ["session_id", "cohort", "role", "age", "site", "scanner"]
+    assert subjects[columns].values.tolist() == [
+        ["ses-1", "healthy", "healthy", 30, "A", 1],
+        ["ses-2", "MS", "missing_mask", 33, "B", 2],
+    ]
+
+
+def contents(folder):
+    """Return the bytes of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def score(study, subject, session=None):
+    """Write the tables of one more image of the same model."""
+    model = next(study.glob("out/sub-02/**/*T1wDisyre_metrics.tsv"))
+    threshold = pd.read_csv(model, sep="\t").loc[0, "threshold"]
+    Scan(subject, session=session, threshold=threshold).write(study / "out")
+
+
+def change_nothing(study):
+    pass
+
+
+def take_the_participants_away(study):
+    (study / "raw" / "participants.tsv").unlink()
+
+
+def drop_and_add_participants(study):
+    people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t").iloc[2:]
+    more = pd.DataFrame(
+        [{"participant_id": "sub-99", "age": 50, "sex": "F", "group": "control", "height": 2}]
+    )
+    pd.concat([people, more]).to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
+    score(study, "99")
+
+
+def add_sessions(study):
+    for folder in (study / "raw" / "sub-01", study / "raw" / "sub-02"):
+        folder.mkdir()
+        (folder / f"{folder.name}_sessions.tsv").write_text("session_id\tage\tgroup\nses-1\t20\thealthy\n")
+
+
+@pytest.mark.parametrize(
+    ("between", "final"),
+    [
+        (drop_and_add_participants, change_nothing),
+        (take_the_participants_away, add_sessions),
+        (add_sessions, take_the_participants_away),
+    ],
+)
+def test_an_earlier_run_changes_nothing(tmp_path, between, final):
+    study = tmp_path / "study"
+
+    def fresh():
+        shutil.rmtree(study, ignore_errors=True)
+        write_cohort(study / "out", study / "raw", n_voxels=2_000)
+        score(study, "01", session="1")
+
+    def run(**options):
+        assert group(study, run_id="20260102-030405_x", **options)[0] == 0
+
+    fresh()
+    final(study)
+    run()
+    expected = contents(study / "out")
+    run()
+    assert contents(study / "out") == expected
+    fresh()
+    between(study)
+    run(**({} if between is take_the_participants_away else {"cohort": "sex", "strata": ("age", "group")}))
+    shutil.rmtree(study / "raw")
+    write_cohort(tmp_path / "spare", study / "raw", n_voxels=2_000)
+    shutil.rmtree(study / "out" / "sub-99", ignore_errors=True)
+    final(study)
+    run()
+    assert contents(study / "out") == expected
 
 
 def test_same_input_same_tables(study):
@@ -177,8 +334,11 @@ def test_outputs_pass_the_bids_validator(study):
     )
     if validator is None:
         pytest.skip("bids-validator-deno is not installed")
+    score(study, "01", session="1")
+    add_sessions(study)
     group(study)
     out = study / "out"
+    assert (out / "sub-01" / "sub-01_sessions.tsv").is_file()
     (out / ".bidsignore").write_text("\n".join(BIDSIGNORE) + "\n")
     description = {
         "Name": "test",
@@ -193,7 +353,9 @@ def test_outputs_pass_the_bids_validator(study):
     issues = json.loads(done.stdout)["issues"]["issues"]
     errors = [issue for issue in issues if issue["severity"] == "error"]
     assert not errors
-    ours = [issue for issue in issues if "participants" in str(issue.get("location", ""))]
+    ours = [
+        issue for issue in issues if issue.get("location", "").endswith(("participants.tsv", "sessions.tsv"))
+    ]
     assert not ours
 
 

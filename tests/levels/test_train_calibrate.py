@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_only_healthy_scans_are_learnt_from(models):
     training = load_bundle(models / "intensity-T2w-lite").info["training"]
     assert training["n_subjects"] == 2
     assert training["age_range"] == [30, 61]
-    assert training["sex"] == {"F": 1, "M": 1}
+    assert training["sex"] == {"female": 1, "male": 1}
     assert training["scanners"] == ["A", "B"]
     assert training["source"] == "Thirty slices"
 
@@ -474,6 +475,27 @@ def test_healthy_people_enough_make_a_normative_reference(scans, models, tmp_pat
     assert told["validation"]["n_healthy"] == 2
     assert told["validation"]["n_lesion"] == 1
     assert not list((own / "scratch").iterdir())  # maps that waited are gone
+
+
+def test_calibrate_reads_participants_by_the_common_rules(scans, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
+    odd = tmp_path / "odd"
+    shutil.copytree(scans, odd, copy_function=os.symlink)
+    for name in ("participants.tsv", "dataset_description.json"):
+        (odd / name).unlink()
+    (odd / "participants.tsv").write_bytes(
+        "participant_id\tDiagnosis\tAGE\tGender\tplace\r\n1\tHealthy_Control\t30\t2\tKöln\r\n"
+        "2\tTDC\t60-62\tmale\t-\r\n3\tMS\t50\tM\t-\r\n4\t-\t44\tF\t-\r\n".encode("latin-1")
+    )
+    told = []
+    for name, folder in (("for_plain", scans), ("for_odd", odd)):
+        own = tmp_path / name / "intensity-T2w-lite"
+        shutil.copytree(models / "intensity-T2w-lite", own)
+        assert call(folder, own.parent, "calibrate") == 0
+        told.append(json.loads((own / "calibration.json").read_text()))
+        del told[-1]["cohort"]
+    assert told[0] == told[1]
+    assert told[1]["normative"]["reference"]["covariates"]["age_range"] == [30, 61]
 
 
 def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path, monkeypatch, capsys):

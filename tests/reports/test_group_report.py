@@ -190,7 +190,7 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     table = tmp_path / "participants.tsv"
     table.write_text(table.read_text().replace("stroke", "<script>alert(1)</script>"))
     evaluation, people = assess(tmp_path)
-    subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
+    subjects, _ = add_participant_columns(evaluation.subjects, people)
     analyses = analyse(subjects, evaluation.cohort_curves, ["pathology"], seed=0)
     page = write_page(tmp_path, evaluation, people, analyses).read_text()
     assert "<script>alert" not in page

@@ -20,7 +20,7 @@ NOTHING = np.zeros(len(EDGES), int)
 def told(root):
     people = read_participants(root)
     evaluation = evaluate(root, find_metrics_tables(root), people, seed=0)
-    subjects, _ = add_participant_columns(evaluation.subjects, people.table, dict.fromkeys(people.columns))
+    subjects, _ = add_participant_columns(evaluation.subjects, people)
     return dict(summarise(evaluation, analyse(subjects, evaluation.cohort_curves, ("sex",), seed=0)))
 
 

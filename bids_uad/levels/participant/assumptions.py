@@ -53,7 +53,7 @@ def assumptions(tasks: Sequence[Task]) -> list[str]:
         for bundle in task.bundles:
             if bundle.deviation == "none":
                 continue
-            for remark in deviation_sidecar(bundle.normative, **task.person)["NormativeRemarks"]:
+            for remark in deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]:
                 told.setdefault(remark, set()).add(f"sub-{task.unit.subject}")
     return [
         f"deviation of {', '.join(sorted(subjects))}: {remark}" for remark, subjects in sorted(told.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.participants import Participants, read_participants
 from bids_uad.preprocessing.extraction import Extraction
 from bids_uad.preprocessing.reference import Reference
 
@@ -34,11 +32,6 @@ class Means:
     extraction: Extraction
     device: str
     precision: str = "fp32"
-
-    @cached_property
-    def participants(self) -> Participants:
-        """What the raw dataset says about the people."""
-        return read_participants(self.config.bids_dir)
 
     @property
     def detection_threads(self) -> int:

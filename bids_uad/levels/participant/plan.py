@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bids_uad.dataset.inputs import Collection
 from bids_uad.dataset.lesions import LesionMask
-from bids_uad.dataset.participants import Participants, age_and_sex, healthy_flag
+from bids_uad.dataset.participants import Participants, Person
 from bids_uad.dataset.units import ImageUnit, Problem
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import InputError
@@ -36,10 +36,8 @@ class Task:
     unit : ImageUnit
     bundles : tuple of Bundle
         Models whose outputs are missing, one for each deviation.
-    person : mapping of str to float or None
-        `age` and `sex` of the participant.
-    is_control : bool
-        Whether the participant is healthy by participants.tsv.
+    person : Person
+        Age, sex, health and scanner of the participant at the image's session.
     lesion : LesionMask, optional
         Ground truth of the image, which other images of the session may share.
     fingerprint : dict
@@ -57,8 +55,7 @@ class Task:
 
     unit: ImageUnit
     bundles: tuple[Bundle, ...]
-    person: Mapping[str, float | None]
-    is_control: bool
+    person: Person
     lesion: LesionMask | None
     fingerprint: dict
     outdated: bool
@@ -70,6 +67,11 @@ class Task:
     def provides_lesion(self) -> bool:
         """Whether this image's workflow brings the lesion mask to SRI24."""
         return self.lesion_provider == self.unit.key
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the participant is healthy by participants.tsv, at the image's session."""
+        return bool(self.person.healthy)
 
     @property
     def lesion_provider(self) -> str | None:
@@ -84,16 +86,16 @@ class Task:
         return tuple(dict.fromkeys(name for name in (anchor, lesion) if name not in (None, self.unit.key)))
 
 
-def model_identity(
-    bundle: Bundle, precision: str, person: Mapping[str, float | None], min_lesion_volume: float
-) -> str:
+def model_identity(bundle: Bundle, precision: str, person: Person, min_lesion_volume: float) -> str:
     """Identify what a model's outputs depend on: its training, calibration, and the options of the run.
 
     A precision of ``auto`` holds wherever the run goes on. Deviations also depend on age and sex, and counts
     of lesions and components on the least volume of those that are counted.
     """
     identity = f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}+{min_lesion_volume:g}mm3"
-    return identity if bundle.deviation == "none" else f"{identity}+{person['age']}+{person['sex']}"
+    if bundle.deviation == "none":
+        return identity
+    return f"{identity}+{person.covariates['age']}+{person.covariates['sex']}"
 
 
 def make_plan(
@@ -148,7 +150,7 @@ def make_plan(
             random_seed=random_seed,
             extraction=extraction,
         )
-        person = age_and_sex(participants.row(f"sub-{unit.subject}"))
+        person = participants.person(f"sub-{unit.subject}", unit.session)
         wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
         record = read_record(record_path(output_dir, unit))
         outdated = record is not None and record.fingerprint != fingerprint
@@ -167,7 +169,6 @@ def make_plan(
                 unit=unit,
                 bundles=missing,
                 person=person,
-                is_control=bool(healthy_flag(participants.row(f"sub-{unit.subject}"))),
                 lesion=lesion,
                 fingerprint=fingerprint,
                 outdated=outdated,

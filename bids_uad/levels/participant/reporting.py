@@ -17,7 +17,7 @@ from bids_uad.atomic import locked, write_json
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
-from bids_uad.dataset.participants import healthy_flag, read_participants
+from bids_uad.dataset.participants import read_if_usable
 from bids_uad.levels.participant.outcome import PARTICIPANT, Outcome
 from bids_uad.levels.participant.plugin import START_METHOD
 
@@ -43,8 +43,8 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     kills = oom_kills()
     workers = min(config.nprocs, len(subjects))
     with ProcessPoolExecutor(workers, mp_context=mp.get_context(START_METHOD)) as pool:
-        people = read_participants(config.bids_dir)
-        controls = {subject for subject in subjects if healthy_flag(people.row(f"sub-{subject}"))}
+        people = read_if_usable(config.bids_dir, [f"sub-{subject}" for subject in subjects])
+        controls = {subject for subject in subjects if people.person(f"sub-{subject}").healthy}
         jobs = {
             subject: pool.submit(_write, config.output_dir, subject, subject in controls)
             for subject in subjects

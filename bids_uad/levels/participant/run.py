@@ -18,7 +18,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
 from bids_uad.dataset.naming import detector_desc
-from bids_uad.dataset.participants import read_participants
+from bids_uad.dataset.participants import Participants, read_if_usable, read_participants
 from bids_uad.dataset.prepared import LESIONS
 from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle, resolve_bundles
@@ -95,7 +95,7 @@ def run_participant(config: RunConfig) -> int:
         make_plan,
         collection,
         bundles,
-        read_participants(config.bids_dir),
+        _read_participants(config, collection, bundles),
         output_dir=config.output_dir,
         modalities=config.modalities,
         reference_sha256=reference.sha256,
@@ -210,6 +210,21 @@ def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
     present = {unit.modality for unit in collection.units if unit.key not in collection.anchors_only}
     modalities = [modality for modality in config.modalities if modality in present]
     return resolve_bundles(list(config.models) or None, modalities, config.deviations)
+
+
+def _read_participants(config: RunConfig, collection: Collection, bundles: Sequence[Bundle]) -> Participants:
+    """Read what is known of the participants; only deviations from healthy controls depend on it.
+
+    Raises
+    ------
+    InputError
+        If `participants.tsv` cannot be used and deviations are asked for.
+    """
+    read = read_participants if any(bundle.deviation != "none" for bundle in bundles) else read_if_usable
+    participants = read(config.bids_dir, [f"sub-{label}" for label in collection.subjects])
+    for note in participants.notes:
+        LOGGER.warning(note)
+    return participants
 
 
 def _find_reference(config: RunConfig) -> Reference:

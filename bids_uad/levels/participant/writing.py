@@ -134,7 +134,7 @@ def _record(task: Task, means: Means) -> Record:
             bundle.scored_as: ModelRecord(
                 label=bundle.label,
                 identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
-                covariates={} if bundle.deviation == "none" else dict(task.person),
+                covariates={} if bundle.deviation == "none" else task.person.covariates,
                 outputs=_with_sidecars(_detection_files(task, bundle).values()),
             )
             for bundle in task.bundles
@@ -231,11 +231,11 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "RandomSeed": config.random_seed,
     }
     if bundle.deviation != "none":
-        model |= deviation_sidecar(bundle.normative, **task.person)
+        model |= deviation_sidecar(bundle.normative, **task.person.covariates)
     return Postprocess(
         bundle=str(bundle.folder),
         deviation=bundle.deviation,
-        person=dict(task.person),
+        person=task.person.covariates,
         facts={
             "source_image": raw,
             "modality": unit.modality,
@@ -246,11 +246,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
             "model_has_met": model_has_met(bundle, unit, config.bids_dir),
-            "scanner_seen": scanner_seen(
-                bundle,
-                means.participants.row(f"sub-{unit.subject}").get("scanner"),
-                source_name(config.bids_dir),
-            ),
+            "scanner_seen": scanner_seen(bundle, task.person.scanner, source_name(config.bids_dir)),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
         sidecars=sidecars.detection_sidecars(
