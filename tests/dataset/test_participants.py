@@ -468,6 +468,23 @@ def test_values_hold_at_a_session(tmp_path, subject, session, expected):
     assert pd.read_csv(out / "participants.tsv", sep="\t")["participant_id"].is_unique
 
 
+def test_latin_1_with_a_row_for_each_session_and_other_names(tmp_path):
+    text = (
+        "participant_id\tsession_id\tAge\tGender\tgroup\nsub-good\tses-1\t89+\tM\tHealthy control\n"
+        "sub-good\tses-2\t91\tM\tHealthy control\nsub-2\tses-1\t18-38\t1\tMüller\n"
+    )
+    people = read_participants(write(tmp_path, text.encode("latin-1")))
+    assert people.person("sub-good", "1") == Person(89.0, "male", True)
+    assert people.person("sub-good", "2") == Person(91.0, "male", True)
+    assert people.person("sub-2", "1") == Person(28.0, "male", False)
+    assert people.row("sub-2")["group"] == "Müller"
+    assert [line.removeprefix(f"{tmp_path}/participants.tsv: ").split(";")[0] for line in people.notes] == [
+        "not UTF-8, read as Latin-1",
+        "column Age: 2 of 3 ages are bounds or ranges (89+, 18-38)",
+        "column Gender: 1 values are 1 or 2 without a description, read as 1 = male and 2 = female",
+    ]
+
+
 def test_cohorts_hold_at_a_session(tmp_path):
     text = (
         "participant_id\tsession_id\tgroup\tPathology\nsub-1\tses-1\tHC\tn/a\nsub-1\tses-2\tpatient\tstroke\n"
