@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from markupsafe import Markup
 from nireports.assembler.report import Report
 
 from bids_uad.atomic import atomic_path
+from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.reports.bibliography import methods_html, read_entries
 from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
@@ -64,7 +65,7 @@ def write_subject_report(
     *,
     errors: Sequence[str] = (),
     run_info: Mapping[str, Any] | None = None,
-    is_control: bool = False,
+    participants: Participants | None = None,
     remarks: Mapping[tuple[str, str], str] | None = None,
 ) -> Path:
     """Draw the figures of a subject and write its page, from the derivatives alone.
@@ -82,8 +83,8 @@ def write_subject_report(
     run_info : mapping, optional
         Shown under *About*: `run_id`, `version`, `command`, `device` and whatever else. `images` is a list of
         mappings `image`, `status`, `message` (what became of every scan); it goes into the summary.
-    is_control : bool, default=False
-        Whether the participant is healthy by participants.tsv. Controls are not compared with a lesion mask.
+    participants : Participants, optional
+        Who is healthy, and at which session. Controls are not compared with a lesion mask.
     remarks : mapping, optional
         A further sentence about an image, by its prefix and modality; shown with its quality warnings.
 
@@ -96,6 +97,12 @@ def write_subject_report(
     subject = subject.removeprefix("sub-")
     run_info = dict(run_info or {})
     images = find_images(out_dir, subject)
+    participants = participants or Participants()
+    controls = {
+        image.prefix
+        for image in images
+        if participants.person(f"sub-{subject}", image.entities.get("session")).healthy
+    }
     reference = _read_reference(out_dir)
     exclusions, unreadable = find_exclusions(out_dir, frozenset({f"sub-{subject}"}))
     errors = [*errors, *unreadable]
@@ -104,10 +111,12 @@ def write_subject_report(
     with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
         figures = Path(temporary) / f"sub-{subject}" / "figures"
         figures.mkdir(parents=True)
-        findings = [(image, _write_image(figures, image, reference, is_control)) for image in images]
+        findings = [
+            (image, _write_image(figures, image, reference, image.prefix in controls)) for image in images
+        ]
         pages = {
             "summary": _summary(
-                findings, reference, errors, run_info, exclusions, is_control, dict(remarks or {})
+                findings, reference, errors, run_info, exclusions, controls, dict(remarks or {})
             ),
             "errors": _errors(out_dir / f"sub-{subject}", errors, run_info),
             "methods": _methods(out_dir / "logs"),
@@ -260,7 +269,7 @@ def _summary(
     errors: Sequence[str],
     run_info: Mapping[str, Any],
     exclusions: Mapping[tuple[str, str], str],
-    is_control: bool,
+    controls: Collection[str],
     remarks: Mapping[tuple[str, str], str],
 ) -> str:
     rows, qualities = [], []
@@ -288,7 +297,7 @@ def _summary(
                 "good": image.preproc is not None and excluded is None,
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
-                "truth": _truth_words(image, is_control),
+                "truth": _truth_words(image, image.prefix in controls),
                 "remark": "its preprocessed image is missing"
                 if image.preproc is None
                 else " ".join(warnings),

@@ -18,6 +18,7 @@ from bids_uad.atomic import locked_names, write_json
 from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset
+from bids_uad.dataset.participants import Participants
 from bids_uad.levels.participant import reporting
 from bids_uad.levels.participant.outcome import DONE, FAILED, Outcome
 from bids_uad.reports import participant
@@ -155,10 +156,18 @@ def end(out: Path, session: str) -> None:
         else Outcome("01", name, DONE)
     )
     reporting.remember(config, "01", [outcome], "cpu")
-    reporting._write(out, "01", False)
+    reporting._write(out, "01", Participants())
 
 
-def write_slowly(out_dir: Path, subject: str, *, errors: list[str], run_info: dict, is_control: bool) -> None:
+def write_slowly(
+    out_dir: Path,
+    subject: str,
+    *,
+    errors: list[str],
+    run_info: dict,
+    participants: Participants,
+    remarks: dict,
+) -> None:
     """Stand in for the report: list what is there at first, and take a while to write it."""
     found = sorted(path.name for path in out_dir.glob("ses-*"))
     images = sorted(image["image"] for image in run_info["images"])

@@ -12,6 +12,7 @@ import pytest
 
 from bids_uad import space
 from bids_uad.atomic import write_json, write_tsv
+from bids_uad.dataset.participants import Participants
 from bids_uad.reports.derivatives import find_images
 from bids_uad.reports.participant import write_subject_report
 from bids_uad.reports.participant_findings import component_rows
@@ -365,10 +366,23 @@ def test_echoes_and_parts_are_kept_apart(tmp_path):
     assert len(re.findall('data="[^"]*_desc-T1wPatchcore_anomalymap.svg"', html)) == len(names)
 
 
+CONTROL = Participants({"sub-01": {None: {"group": "control"}}})
+
+
+def test_controls_are_those_of_a_session(tmp_path):
+    for session in ("1", "2"):
+        start = tmp_path / "sub-01" / f"ses-{session}" / "anat" / f"sub-01_ses-{session}_space-SRI24"
+        write_derivatives(tmp_path, start)
+    people = Participants({"sub-01": {None: {}, "ses-1": {"group": "HC"}, "ses-2": {"group": "stroke"}}})
+    html = write_subject_report(tmp_path, "01", participants=people).read_text()
+    assert html.count("healthy control; the lesion mask is not compared with") == 1
+    assert html.count("Dice with the ground truth") == 1
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
     write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=empty)
-    html = write_subject_report(tmp_path, "01", is_control=True).read_text()
+    html = write_subject_report(tmp_path, "01", participants=CONTROL).read_text()
     assert "healthy control; the lesion mask is not compared with" in html
     for words in (
         "Dice with",

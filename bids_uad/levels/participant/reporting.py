@@ -17,7 +17,7 @@ from bids_uad.atomic import locked, write_json
 from bids_uad.cgroups import oom_kills, why_killed
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
-from bids_uad.dataset.participants import read_if_usable
+from bids_uad.dataset.participants import Participants, read_if_usable
 from bids_uad.levels.participant.outcome import PARTICIPANT, Outcome
 from bids_uad.levels.participant.plugin import START_METHOD
 
@@ -44,9 +44,8 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     workers = min(config.nprocs, len(subjects))
     with ProcessPoolExecutor(workers, mp_context=mp.get_context(START_METHOD)) as pool:
         people = read_if_usable(config.bids_dir, [f"sub-{subject}" for subject in subjects])
-        controls = {subject for subject in subjects if people.person(f"sub-{subject}").healthy}
         jobs = {
-            subject: pool.submit(_write, config.output_dir, subject, subject in controls)
+            subject: pool.submit(_write, config.output_dir, subject, people.only([f"sub-{subject}"]))
             for subject in subjects
         }
         for subject, job in jobs.items():
@@ -128,7 +127,7 @@ def _one_at_a_time(output_dir: Path, subject: str) -> AbstractContextManager[Non
     return locked(output_dir / f"sub-{subject}" / "log" / "report.lock")
 
 
-def _write(output_dir: Path, subject: str, is_control: bool) -> list[str]:
+def _write(output_dir: Path, subject: str, participants: Participants) -> list[str]:
     """Write one report (in a worker); return warnings about the images taken together."""
     from bids_uad.levels.participant.handedness import find_swapped
     from bids_uad.reports.participant import write_subject_report
@@ -139,7 +138,7 @@ def _write(output_dir: Path, subject: str, is_control: bool) -> list[str]:
         told = read_json(last_run_file(output_dir, subject))
         errors = [image["message"] for image in told.get("images", []) if image["message"]]
         write_subject_report(
-            output_dir, subject, errors=errors, run_info=told, is_control=is_control, remarks=swapped
+            output_dir, subject, errors=errors, run_info=told, participants=participants, remarks=swapped
         )
     return list(swapped.values())
 
