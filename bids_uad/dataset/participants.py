@@ -133,8 +133,8 @@ class Participants:
         subject : str
             `sub-<label>`.
         session : str, optional
-            Label of the session, with or without `ses-`. Without one, values that differ between the sessions
-            of the participant are left out.
+            Label of the session, with or without `ses-`. Without one, the values of the participant's own row
+            count, and beside them those that no two sessions contradict.
 
         Returns
         -------
