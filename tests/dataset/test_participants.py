@@ -361,7 +361,7 @@ def test_odd_tables_are_read(tmp_path, content, expected, note):
         (b"/annex/objects/MD5E-s9--a.tsv\n", "a pointer to content that is not here; fetch it .datalad get"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "a pointer to content that is not there",
+            "a pointer to content that is not here",
         ),
         (None, "the file is a link to content that is not here; fetch it with `datalad get`"),
         ("folder", "the file cannot be read"),
