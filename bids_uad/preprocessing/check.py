@@ -267,6 +267,9 @@ def _read_checked(path: Path) -> Scan:
     """Read a scan, fill its background and check its values."""
     data, affine = _read(path)
     finite = np.isfinite(data)
+    if is_uniform_image(path) and (low := data[finite].min(initial=0)) < 0:
+        # Stored from -0.5 to 0.5, or around 0 in other units. Where the scale begins carries no information.
+        data = data - low
     notes: tuple[str, ...] = ()
     if not finite.all():
         if not finite.any() or _has_invalid_inside(data, finite):
@@ -275,9 +278,6 @@ def _read_checked(path: Path) -> Scan:
             )
         data = np.where(finite, data, np.float32(0))
         notes = (f"{np.sum(~finite):,} NaN or infinite voxels of the background were set to 0.",)
-    if is_uniform_image(path) and data.min() < 0:
-        # Stored from -0.5 to 0.5, or around 0 in other units. Where the scale begins carries no information.
-        data = data - data.min()
     _check_values(path, data, affine)
     return Scan(data, affine, notes)
 

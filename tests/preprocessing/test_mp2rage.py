@@ -87,6 +87,15 @@ def test_scan_is_read_with_its_background_masked(tmp_path: Path, units):
     assert not is_skull_stripped(scan.data, scan.affine)
 
 
+def test_background_that_is_not_a_number_becomes_0_in_a_ratio_image(tmp_path: Path):
+    image = np.where(RADIUS > 86, np.nan, uniform_image(20)).astype(np.float32)
+    scan = read_scan(save(tmp_path / "sub-01_UNIT1.nii.gz", image, AFFINE))
+    assert np.all(scan.data[RADIUS > 86] == 0)
+    inside = RADIUS <= 86
+    np.testing.assert_allclose(scan.data[inside], image[inside] - image[inside].min(), atol=1e-6)
+    assert scan.notes == (f"{np.sum(RADIUS > 86):,} NaN or infinite voxels of the background were set to 0.",)
+
+
 def test_other_images_keep_their_background(tmp_path: Path):
     image = in_scanner_units(uniform_image(20))
     scan = read_scan(save(tmp_path / "sub-01_T1w.nii.gz", image, AFFINE))
