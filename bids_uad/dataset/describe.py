@@ -42,26 +42,30 @@ BIDSIGNORE = (
 
 README = f"""# Anomaly maps made by bids_uad
 
-Every T1w and T2w image of the source dataset was brought to the SRI24 atlas by a rigid transform, and
-detectors that have only learnt healthy brains say how unusual each voxel looks. {NOT_CLINICAL}
+T1w and T2w images of the source dataset, brought to the grid of the SRI24 atlas by rigid transforms, and maps
+of how unusual detectors find each voxel of the brain. {NOT_CLINICAL}
 
-What there is for each image (`<T1w|T2w><Detector>` names the image and the detector):
+What there may be for an image (`<T1w|T2w><Detector>` names the image and the detector):
 
 | file | content |
 |---|---|
-| `*_space-SRI24_desc-preproc_T1w.nii.gz` | skull-stripped image, scaled to [0, 1] |
+| `*_space-SRI24_desc-preproc_T1w.nii.gz` | brain, 99.5th percentile of its intensities at 1, not cut |
 | `*_desc-brain_mask.nii.gz` | brain mask, on the image's own grid and in SRI24 space |
+| `*_desc-T2wBrain_mask.nii.gz` | the same of a T2w image that was registered to a T1w image |
 | `*_xfm.txt` | transforms between the image and SRI24, ITK text |
-| `*_anomalymap.nii.gz` | anomaly score, unbounded |
+| `*_qc.tsv` | quality of the image, and whether the group level leaves it out |
+| `*_anomalymap.nii.gz` | anomaly score, or its deviation from a normative reference, unbounded |
 | `*_label-anomaly_*_probseg.nii.gz` | score squashed to [0, 1), 0.5 at the threshold; not a probability |
 | `*_label-anomaly_*_mask.nii.gz` | score above the threshold, also on the own grid (`space-orig`) |
 | `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask and a table of them |
 | `*_histogram.tsv`, `*_metrics.tsv` | score counts and volumes, which the group level reads |
-| `*_lesions.tsv` | what was found of each lesion of the user's mask, its volume and contrast |
-| `*_label-lesion_desc-manual_mask.nii.gz` | the user's lesion mask in SRI24 space |
-| `sub-*.html`, `group.html` | reports to look at |
+| `*_lesions.tsv` | with a lesion mask: each lesion's volume and contrast, and what was found of it |
+| `*_label-lesion_desc-manual_mask.nii.gz` | the lesion mask that was given, in SRI24 space |
+| `sub-*.html`, `group.html` | reports of participants, and of the group level once it has run |
 
-Thresholds were fixed on validation data that is not part of this dataset; each sidecar says which.
+No threshold is chosen on these images: thresholds come with the models, and each sidecar says which
+validation scans they were fixed on (`ThresholdCohort`). `*_metrics.tsv` says whether the participant was
+among these, or among the training data (`model_has_met`). `logs/CITATION.md` describes what was done.
 """
 
 

@@ -13,8 +13,9 @@ from bids_uad.space import NAME
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
 ANOMALY_MAP = "Anomaly score of every brain voxel, unbounded, 0 outside the brain; not a probability"
 DEVIATION_MAP = (
-    "How far the anomaly score of every brain voxel lies above that of healthy people of the same age, sex "
-    "and brain volume at the same place, in standard deviations; 0 where it does not, and outside the brain"
+    "Deviation of the anomaly score of every brain voxel from what a normative reference of healthy controls "
+    "predicts for the brain volume, NormativeAge and NormativeSex at this position, in standard deviations; "
+    "0 where the score is lower, and outside the brain"
 )
 PROBSEG_FORMULA = "score / (score + Threshold)"
 NOT_CLINICAL = "Research software, not for clinical use."
@@ -196,10 +197,13 @@ def preprocessing_sidecars(
     if unit.anchor is not None:
         sources.append(raw_uri(unit.anchor, bids_dir))
     in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}
+    corrected = (
+        "as corrected by another pipeline" if unit.prepared.image is not None else "bias-corrected (N4)"
+    )
     return {
         "preproc": {
-            "Description": f"Skull-stripped, bias-corrected {unit.modality} image in {NAME} space, "
-            "divided by the 99.5th percentile inside the brain mask; 0 outside",
+            "Description": f"Brain of the {unit.modality} image in {NAME} space, {corrected}, divided by the "
+            "99.5th percentile inside the brain mask, so that values may exceed 1; 0 outside",
             "SkullStripped": True,
             **in_space,
         },

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from bids_uad.dataset.naming import entities_of
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.tables import subject_of
-from bids_uad.levels.participant.records import ModelRecord, Record, read_record
+from bids_uad.levels.participant.records import ModelRecord, Record, records_of
 from bids_uad.listing import listed
 
 UNLISTED = "not listed by a record, since their run did not finish, or others have replaced it"
@@ -72,19 +72,11 @@ def _reasons(
     output_dir: Path, subject: str, raw: Path | None, participants: Participants
 ) -> Iterator[tuple[str, str | None]]:
     """Go through the outputs that a participant's records list: name, and why it does not hold, if so."""
-    for record in _records(output_dir / subject):
+    for record in records_of(output_dir, subject):
         outdated = None if raw is None else _image_outdated(record, raw)
         for model in record.models.values():
             why = outdated or _model_outdated(record, model, participants)
             yield from ((name, why) for name in model.outputs)
-
-
-def _records(folder: Path) -> Iterable[Record]:
-    for pattern in ("log/*.json", "ses-*/log/*.json"):
-        for path in sorted(folder.glob(pattern)):
-            record = read_record(path)
-            if record is not None:
-                yield record
 
 
 def _image_outdated(record: Record, raw: Path) -> str | None:

@@ -9,9 +9,7 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_uad.preprocessing.brain import VOLUME_ML
-from bids_uad.preprocessing.external import PROGRAMS
-from bids_uad.preprocessing.extraction import COMBINED, NETWORK, Extraction
+from bids_uad.preprocessing.extraction import Extraction
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -184,7 +182,6 @@ def init_preproc_wf(
     if modality not in ("T1w", "T2w"):
         raise ValueError(f"modality must be T1w or T2w, not {modality!r}")
     workflow = LiterateWorkflow(name=name)
-    workflow.__desc__ = _description(modality, is_anchor, skull_stripped, reference, given, extraction)
     inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
@@ -279,10 +276,6 @@ def init_lesion_wf(*, name: str) -> LiterateWorkflow:
     niworkflows.engine.workflows.LiterateWorkflow
     """
     workflow = LiterateWorkflow(name=name)
-    workflow.__desc__ = (
-        "The image that the lesion mask was drawn on was registered rigidly to the scan (mutual information "
-        "inside the brain mask), and the mask resampled once through both transforms.\n"
-    )
     fields = ["in_file", "lesion_mask", "anchor_file", "anchor_mask", "anchor_xfm"]
     inputnode = pe.Node(niu.IdentityInterface(fields=fields), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=["lesion"]), name="outputnode")
@@ -356,92 +349,3 @@ def _connect_to_anchor(workflow: LiterateWorkflow, inputnode: pe.Node, *, aligne
 
 def _target(modality: str, reference: Reference) -> Path:
     return reference.t2w if modality == "T2w" and reference.t2w is not None else reference.t1w
-
-
-def _description(
-    modality: str,
-    is_anchor: bool,
-    skull_stripped: bool | None,
-    reference: Reference,
-    given: Given,
-    extraction: Extraction,
-) -> str:
-    """Write the methods text of one scan, fMRIPrep-style, with citation keys."""
-    corrected = (
-        "corrected for intensity non-uniformity inside the brain mask with N4 [@n4], distributed with ANTs "
-        "[@ants]"
-    )
-    if given.image:
-        corrected = "taken as an earlier pipeline had corrected it"
-    once = (
-        "The image was resampled once, with linear interpolation to the SRI24 grid (240 x 240 x 155 voxels "
-        "of 1 mm), and its intensities were divided by their 99.5th percentile in the brain."
-    )
-    if not is_anchor:
-        registered = "was registered rigidly to the T1w image of the same session (mutual information inside "
-        registered += "the T1w brain mask)"
-        if given.aligned:
-            registered = "lay on the grid of the T1w image of the same session"
-        elif given.xfm:
-            registered = "was brought to the T1w image of the same session by a transform that was given"
-        return (
-            f"The {modality} image {registered}, whose brain mask was carried over, and was {corrected}. The "
-            "transform was composed with that of the T1w image, so that it too was resampled once; "
-            "intensities were scaled in the same way.\n"
-        )
-    atlas = _atlas(modality, reference)
-    registration = (
-        f"registered rigidly (six degrees of freedom, mutual information) to {atlas}, and the transform "
-        "refined over all voxels by Powell's method [@powell]"
-    )
-    if given.xfm:
-        registration = f"brought to {atlas} by a rigid transform that was given"
-    extracted = _extraction(skull_stripped, given, extraction.program)
-    return (
-        f"{extracted} The {modality} image was {corrected}. The brain was "
-        f"{registration}. {once} The steps are nodes of a Nipype [@nipype1; @nipype2] workflow built with "
-        "niworkflows [@niworkflows].\n"
-    )
-
-
-def _extraction(skull_stripped: bool | None, given: Given, program: str) -> str:
-    """Say where the brain mask comes from."""
-    carried = (
-        "the brain was extracted by registering the skull-stripped template to the head (SyN) [@ants_syn] "
-        "and carrying its brain mask back."
-    )
-    network = (
-        "a convolutional network that has learnt from synthetic heads of random contrast, after SynthStrip "
-    )
-    network += "[@synthstrip]"
-    if program == NETWORK:
-        carried = f"the brain was found by {network}."
-    elif program == COMBINED:
-        carried = (
-            "the brain was extracted twice, by registering the skull-stripped template to the head (SyN) "
-            f"[@ants_syn] and carrying its brain mask back, and by {network}; the surface halfway between "
-            "the two masks was taken, or the network's where they contradicted each other."
-        )
-    elif program in PROGRAMS:
-        tool = PROGRAMS[program]
-        carried = f"the brain was extracted by {tool.title} [@{tool.citation}]."
-    otherwise = f"where its volume was not that of a brain ({VOLUME_ML[0]:,.0f} to {VOLUME_ML[1]:,.0f} mL), "
-    if given.mask:
-        return f"The brain mask was that of an earlier pipeline; {otherwise}{carried}"
-    return {
-        True: "The image was skull-stripped already, and its background gave the brain mask; "
-        f"{otherwise}{carried}",
-        False: f"T{carried[1:]}",
-        None: f"Unless the image was skull-stripped already, {carried}",
-    }[skull_stripped]
-
-
-def _atlas(modality: str, reference: Reference) -> str:
-    """Name the image that the brain was registered to."""
-    atlas = "the SRI24 atlas [@sri24]"
-    if reference.metadata.get("StandIn", False):
-        atlas = (
-            "the ICBM152 template [@icbm152] as distributed with nilearn [@nilearn], brought to the grid of "
-            "the SRI24 atlas [@sri24] by an affine transform"
-        )
-    return f"{atlas}, T2w channel" if modality == "T2w" and reference.t2w is not None else atlas

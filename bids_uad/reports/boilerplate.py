@@ -17,6 +17,7 @@ from bids_uad.atomic import write_text
 from bids_uad.calibration.normative import FWHM
 from bids_uad.reports.bibliography import read_entries
 from bids_uad.reports.group_text import detector_name
+from bids_uad.reports.pathways import Pathway, lesion_text, preprocessing_text
 
 THRESHOLD_NAMES = {
     "max_dice": "best Dice on validation lesions",
@@ -36,13 +37,27 @@ class UsedModel:
     Attributes
     ----------
     detector, modality, preset : str
-        As in the model bundle.
+        As in the model bundle; the detector with the deviation that its scores are (`fpi+normative`).
     threshold : float
         The fixed threshold.
     threshold_name : str
         How it was fixed, such as ``max_dice``.
     training : mapping
-        Cohort it has learnt from: `training` of its ``bundle.json``.
+        Cohort that it was trained on: `n_scans`, `n_subjects`, `n_held_out_subjects`, `source` and
+        `anatomies` of `training` in its ``bundle.json``.
+    post_processing : str
+        What is done to the scores of the slices (`Bundle.post_processing`); empty if not known.
+    precision : str
+        Arithmetic of the networks, `fp32` or `bf16`; empty if not known.
+    met : tuple of str
+        Cohorts of the model that participants of this dataset belong to: `training`, `validation`,
+        `normative reference`.
+    covariates : tuple of str
+        What the reference of a deviation takes into account beside brain volume: `age`, `sex`.
+    reference : str
+        Dataset that the reference was fitted on beside the validation scans; empty without one.
+    assumed : bool
+        Whether age or sex of a participant was not known to the reference.
     """
 
     detector: str
@@ -51,6 +66,17 @@ class UsedModel:
     threshold: float
     threshold_name: str
     training: Mapping[str, Any] = field(default_factory=dict)
+    post_processing: str = ""
+    precision: str = ""
+    met: tuple[str, ...] = ()
+    covariates: tuple[str, ...] = ()
+    reference: str = ""
+    assumed: bool = False
+
+    @property
+    def title(self) -> str:
+        """Detector and modality, as the text names them."""
+        return f"{detector_name(self.detector)} on {self.modality}"
 
 
 def assets() -> Traversable:
@@ -81,25 +107,18 @@ def threshold_words(name: str) -> str:
 def methods_text(
     models: Sequence[UsedModel],
     *,
-    stand_in: bool,
-    preprocessing: str | None = None,
-    ground_truth: bool = False,
+    pathways: Mapping[Pathway, int] | None = None,
     parcellations: Sequence[str] = (),
     version: str = __version__,
 ) -> str:
-    """Write the methods section of a run.
+    """Write the methods section for images that were processed.
 
     Parameters
     ----------
     models : sequence of UsedModel
         In the order they are named.
-    stand_in : bool
-        Whether the built-in reference took the place of the SRI24 atlas.
-    preprocessing : str, optional
-        What the preprocessing workflow says about itself (`LiterateWorkflow.visit_desc`); without it, a
-        summary.
-    ground_truth : bool
-        Whether lesion masks were given.
+    pathways : mapping of Pathway to int, optional
+        How the images were preprocessed, and how many of each.
     parcellations : sequence of str
         Of the atlas, by whose regions components are named.
     version : str
@@ -108,30 +127,74 @@ def methods_text(
     Returns
     -------
     str
-        Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``.
+        Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``. Every sentence follows from
+        the arguments.
     """
+    pathways = pathways or {}
     parts = [fragment("introduction", version=version)]
-    told = (preprocessing or "").strip()
-    parts.append(f"**Preprocessing.** {told}" if told else fragment("preprocessing"))
-    parts.append(fragment("reference_standin" if stand_in else "reference_atlas"))
-    parts.append(fragment("quality"))
+    if pathways:
+        parts.append(preprocessing_text(pathways))
+        stand_in = any(pathway.stand_in for pathway in pathways)
+        parts.append(fragment("reference_standin" if stand_in else "reference_atlas"))
+        parts.append(fragment("quality"))
     if models:
-        names = list(dict.fromkeys(model.detector.split("+")[0] for model in models))
-        parts.append(fragment("detection", detectors=_detector_list(models)))
-        protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
-        parts.extend(fragment(f"protocol_{name}") for name in sorted(protocols))
-        parts.extend(_detector_fragment(name) for name in names)
-        parts.extend(_training(models))
-        if any("+" in model.detector for model in models):
-            parts.append(fragment("normative", fwhm=f"{FWHM:g}"))
-        parts.append(fragment("thresholds", thresholds=threshold_list(models)))
+        parts += _detection(models)
         if parcellations:
             sources = [REGION_SOURCES.get(name, name) for name in parcellations]
             parts.append(fragment("regions", parcellations=" and ".join(sources)))
-    if ground_truth:
-        parts.append(fragment("ground_truth"))
-    parts += [fragment("software"), fragment("copyright")]
+    if lesions := lesion_text(pathways):
+        parts.append(fragment("ground_truth", lesions=lesions))
+    parts += [_software(models, pathways), fragment("copyright")]
     return "\n\n".join(parts) + "\n"
+
+
+def _detection(models: Sequence[UsedModel]) -> list[str]:
+    """Describe detectors, training, deviations and thresholds, a paragraph each."""
+    names = list(dict.fromkeys(model.detector.split("+")[0] for model in models))
+    parts = [fragment("detection", detectors=_detector_list(models), filters=_filters(models))]
+    protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
+    parts += [fragment(f"protocol_{name}") for name in sorted(protocols)]
+    parts += [_detector_fragment(name) for name in names]
+    parts += _training(models)
+    parts += _normative(models)
+    met = [model for model in models if "validation" in model.met]
+    tuned = (
+        f"Participants of this dataset were among the validation scans of {_titles(met)}, so that figures of "
+        "these on them are optimistic."
+        if met
+        else "No threshold was tuned on the data reported here."
+    )
+    return [*parts, fragment("thresholds", thresholds=threshold_list(models), tuned=tuned)]
+
+
+def _filters(models: Sequence[UsedModel]) -> str:
+    """Say how the scores of slices are filtered, models with the same filter together, and how exactly."""
+    filters: dict[str, list[UsedModel]] = {}
+    for model in models:
+        filters.setdefault(model.post_processing or "three-dimensional median filter", []).append(model)
+    if len(filters) == 1:
+        texts = list(filters)
+    else:
+        texts = [f"{text} for {_titles(own)}" for text, own in filters.items()]
+    reduced = [model for model in models if model.precision == "bf16"]
+    if not reduced:
+        return "; ".join(texts)
+    which = "" if len(reduced) == len(models) else f" of {_titles(reduced)}"
+    return f"{'; '.join(texts)}. Networks{which} were evaluated in bfloat16 precision"
+
+
+def _titles(models: Sequence[UsedModel]) -> str:
+    return ", ".join(dict.fromkeys(model.title for model in models))
+
+
+def _software(models: Sequence[UsedModel], pathways: Mapping[Pathway, int]) -> str:
+    """Name the software that had a part in it."""
+    found = not all(pathway.transform_given or pathway.aligned for pathway in pathways)
+    corrected = not all(pathway.image_given for pathway in pathways)
+    ants = " and ".join(["registered images"] * found + ["corrected intensity non-uniformity"] * corrected)
+    parts = [fragment("software_ants", did=ants)] if ants else []
+    parts += [fragment("software_torch")] if models else []
+    return fragment("software", further="".join(f"{part} " for part in parts))
 
 
 def fragment(name: str, /, **values: str) -> str:
@@ -216,37 +279,56 @@ def _detector_fragment(detector: str) -> str:
 
 
 def _detector_list(models: Sequence[UsedModel]) -> str:
-    used = [
-        f"{detector_name(model.detector)} on {model.modality} (preset `{model.preset}`)" for model in models
-    ]
+    used = [f"{model.title} (preset `{model.preset}`)" for model in models]
     noun = "detector was" if len(used) == 1 else "detectors were"
     return f"The following {noun} applied: {', '.join(used)}"
 
 
 def _training(models: Sequence[UsedModel]) -> list[str]:
-    """Say whom the models have learnt from, those with the same cohort together."""
-    told: dict[str, list[str]] = {}
+    """Describe the training cohorts, models with the same cohort together."""
+    cohorts: dict[str, list[UsedModel]] = {}
     anatomies: set[str] = set()
     for model in models:
         if not model.training:
             continue
         cohort = model.training
-        words = f"{cohort['n_scans']} scans of {cohort['n_subjects']} people ({cohort['source']})"
-        told.setdefault(words, []).append(f"{detector_name(model.detector)} on {model.modality}")
-        anatomies.update(cohort["anatomies"] or ())
-    if not told:
+        words = f"{cohort['n_scans']} scans of {cohort['n_subjects']} subjects ({cohort['source']}"
+        held_out = cohort.get("n_held_out_subjects")
+        words += f"; {held_out} of them held out to monitor the training)" if held_out else ")"
+        cohorts.setdefault(words, []).append(model)
+        anatomies.update(cohort.get("anatomies") or ())
+    if not cohorts:
         return []
-    cohorts = "; ".join(f"{words}: {', '.join(who)}" for words, who in told.items())
-    parts = [fragment("training", cohorts=cohorts)]
+    text = "; ".join(f"{words}: {_titles(own)}" for words, own in cohorts.items())
+    met = [model for model in models if "training" in model.met]
+    if met:
+        text += f". Participants of this dataset were among the training data of {_titles(met)}"
+    parts = [fragment("training", cohorts=text)]
     if any(name.startswith(SYNTHSEG_MAPS) for name in anatomies):
         parts.append(fragment("training_synthseg"))
+    return parts
+
+
+def _normative(models: Sequence[UsedModel]) -> list[str]:
+    """Describe the references of deviations, models with the same kind of reference together."""
+    kinds: dict[tuple[tuple[str, ...], str], list[UsedModel]] = {}
+    for model in models:
+        if "+" in model.detector:
+            kinds.setdefault((model.covariates, model.reference), []).append(model)
+    parts = []
+    for (covariates, reference), own in kinds.items():
+        names = ", ".join(covariates) + " and brain volume" if covariates else "brain volume"
+        names += ", with a variance linear in age" if "age" in covariates else ""
+        cohort = f"validation scans and {reference}" if reference else "validation scans"
+        words = {"models": _titles(own), "covariates": names, "cohort": cohort, "fwhm": f"{FWHM:g}"}
+        parts.append(fragment("normative", **words))
+        if any(model.assumed for model in own):
+            parts.append(fragment("normative_assumed"))
     return parts
 
 
 def threshold_list(models: Sequence[UsedModel]) -> str:
     """Name each model's threshold and how it was fixed."""
     return "; ".join(
-        f"{detector_name(model.detector)} on {model.modality}: {model.threshold:.4g} "
-        f"({threshold_words(model.threshold_name)})"
-        for model in models
+        f"{model.title}: {model.threshold:.4g} ({threshold_words(model.threshold_name)})" for model in models
     )

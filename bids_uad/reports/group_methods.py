@@ -14,6 +14,7 @@ from bids_uad.evaluation.bootstrap import N_RESAMPLES
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 from bids_uad.reports.boilerplate import UsedModel, fragment, threshold_list
+from bids_uad.reports.group_text import detector_name
 
 
 def group_methods_text(
@@ -52,6 +53,7 @@ def group_methods_text(
         fragment(
             "group_benchmark",
             thresholds=threshold_list(_models(evaluation.benchmark)),
+            tuned=_tuned(evaluation.subjects),
             resamples=f"{N_RESAMPLES}",
             seed=str(seed),
         ),
@@ -75,6 +77,17 @@ def group_methods_text(
     parts += _bias(analyses.bias.coefficients)
     parts += [fragment("group_software"), fragment("copyright")]
     return "\n\n".join(parts) + "\n"
+
+
+def _tuned(subjects: pd.DataFrame) -> str:
+    """Say whether participants were among the scans that thresholds were fixed on."""
+    met = subjects[subjects["model_has_met"].astype(str).str.contains("validation")]
+    if met.empty:
+        return "No participant was among the validation scans."
+    pairs = met.drop_duplicates(["detector", "modality"])
+    models = [f"{detector_name(row.detector)} on {row.modality}" for row in pairs.itertuples()]
+    text = "Participants were among the validation scans of"
+    return f"{text} {_and(models)}, so that figures of these are optimistic."
 
 
 def _models(benchmark: pd.DataFrame) -> list[UsedModel]:

@@ -19,7 +19,8 @@ from nireports.assembler.report import Report
 from bids_uad.atomic import atomic_path
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.exclusions import find_exclusions
-from bids_uad.reports.bibliography import methods_html, read_entries
+from bids_uad.reports.bibliography import methods_html
+from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
 from bids_uad.reports.figures.brain_mask import draw_brain_mask
 from bids_uad.reports.figures.display import Volume, load_ras
@@ -67,6 +68,7 @@ def write_subject_report(
     run_info: Mapping[str, Any] | None = None,
     participants: Participants | None = None,
     remarks: Mapping[tuple[str, str], str] | None = None,
+    methods: str = "",
 ) -> Path:
     """Draw the figures of a subject and write its page, from the derivatives alone.
 
@@ -87,6 +89,8 @@ def write_subject_report(
         Who is healthy, and at which session. Controls are not compared with a lesion mask.
     remarks : mapping, optional
         A further sentence about an image, by its prefix and modality; shown with its quality warnings.
+    methods : str, default=""
+        Methods text about the participant's images, Markdown.
 
     Returns
     -------
@@ -119,7 +123,7 @@ def write_subject_report(
                 findings, reference, errors, run_info, exclusions, controls, dict(remarks or {})
             ),
             "errors": _errors(out_dir / f"sub-{subject}", errors, run_info),
-            "methods": _methods(out_dir / "logs"),
+            "methods": _methods(methods),
             "about": _about(images, reference, run_info),
         }
         for name, text in pages.items():
@@ -377,13 +381,9 @@ def _errors(root: Path, errors: Sequence[str], run_info: Mapping[str, Any]) -> s
     return _render("errors", errors=list(errors), crashes=texts)
 
 
-def _methods(logs: Path) -> str:
-    text, bibliography = logs / "CITATION.md", logs / "CITATION.bib"
-    if not text.is_file():
-        return _render("methods", methods="", bibliography=False)
-    entries = read_entries(bibliography.read_text(encoding="utf-8")) if bibliography.is_file() else {}
-    html = Markup(methods_html(text.read_text(encoding="utf-8"), entries))  # noqa: S704 - escaped by methods_html
-    return _render("methods", methods=html, bibliography=bool(entries))
+def _methods(text: str) -> str:
+    html = Markup(methods_html(text, bibliography())) if text else ""  # noqa: S704 - escaped by methods_html
+    return _render("methods", methods=html)
 
 
 def _about(images: Sequence[Image], reference: Reference, run_info: Mapping[str, Any]) -> str:

@@ -100,8 +100,9 @@ def test_no_job_loses_what_another_adds(tmp_path):
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """Outputs of participants, logs apart."""
-    return {name: text for name, text in content(out).items() if name.startswith("sub-")}
+    """Outputs of participants and what is said about them, without the logs of runs."""
+    said = ("sub-", "README", "descriptions", "dataset_description", "logs/CITATION")
+    return {name: text for name, text in content(out).items() if name.startswith(said)}
 
 
 def test_a_job_for_each_session_leaves_what_one_run_leaves(tmp_path):

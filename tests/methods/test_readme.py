@@ -54,5 +54,5 @@ def test_one_line_registers_it(written, monkeypatch, tmp_path):
         tmp_path / "brightness-T2w-lite", detector, preset="lite", modality="T2w", training={}, card=""
     )
     assert load_detector(bundle).hyper == detector.hyper
-    text = methods_text([UsedModel("brightness", "T2w", "lite", 0.5, "fpr_1pct")], stand_in=True)
+    text = methods_text([UsedModel("brightness", "T2w", "lite", 0.5, "fpr_1pct")])
     assert "Brightness on T2w" in text

@@ -113,20 +113,3 @@ def test_a_given_transform_is_taken_as_it_is(earlier, reference: Reference, tmp_
     np.testing.assert_array_equal(read_itk(result.to_sri24), known_move())
     assert result.qc["registration_overlap"] > 0.9
     assert result.qc["similarity"] > 0.15
-
-
-def test_the_text_says_what_was_not_done(reference: Reference) -> None:
-    given = Given(image=True, mask=True, xfm=True)
-    text = init_preproc_wf(
-        name="wf",
-        modality="T1w",
-        is_anchor=True,
-        skull_stripped=None,
-        omp_nthreads=1,
-        reference=reference,
-        extraction=BY_TEMPLATE,
-        given=given,
-    ).visit_desc()
-    assert "brain mask was that of an earlier pipeline" in text
-    assert "a rigid transform that was given" in text
-    assert "N4" not in text

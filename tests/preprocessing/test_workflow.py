@@ -217,23 +217,6 @@ def test_map_to_native_refuses_another_grid(session) -> None:
         map_to_native(np.zeros((4, 4, 4)), session.t1w, session.anchor.from_sri24)
 
 
-@pytest.mark.parametrize(("modality", "is_anchor"), [("T1w", True), ("T2w", True), ("T2w", False)])
-def test_the_description_cites_what_is_done(reference: Reference, modality: str, is_anchor: bool) -> None:
-    workflow = init_preproc_wf(
-        name="preproc_wf",
-        modality=modality,
-        is_anchor=is_anchor,
-        skull_stripped=False,
-        omp_nthreads=1,
-        reference=reference,
-        extraction=BY_TEMPLATE,
-    )
-    text = workflow.visit_desc()
-    assert "[@n4]" in text
-    assert modality in text
-    assert ("[@icbm152]" in text) is is_anchor
-
-
 def test_flair_is_refused(reference: Reference) -> None:
     with pytest.raises(ValueError, match="FLAIR"):
         init_preproc_wf(

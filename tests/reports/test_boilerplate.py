@@ -21,8 +21,10 @@ from bids_uad.reports import boilerplate
 from bids_uad.reports.bibliography import cited_keys, entry_html, methods_html, read_entries
 from bids_uad.reports.boilerplate import UsedModel, assets, bibliography, methods_text, write_citation
 from bids_uad.reports.group_methods import group_methods_text
+from bids_uad.reports.pathways import EXTRACTED, Pathway
 from tests.evaluation.fake_tables import write_cohort
 
+WHOLE_HEAD = Pathway("T1w", EXTRACTED, skull_stripped=False, extraction="combined")
 WITHOUT_DOI = {"niworkflows", "nireports", "sklearn", "holm", "demsar"}
 MODELS = [
     UsedModel("disyre", "T1w", "lite", 0.03125, "max_dice"),
@@ -42,17 +44,15 @@ def test_every_entry_is_read_whole():
         assert not re.search(r"[{}\\]", entry_html(entry)), key
 
 
-@pytest.mark.parametrize("stand_in", [True, False])
-def test_all_citations_of_the_methods_text_resolve(stand_in):
-    text = methods_text(MODELS, stand_in=stand_in, ground_truth=True)
+def test_all_citations_of_the_methods_text_resolve():
+    text = methods_text(MODELS)
     assert set(cited_keys(text)) <= set(bibliography())
-    assert ("icbm152" in cited_keys(text)) == stand_in
     assert "$" not in text
 
 
 def test_all_citations_in_the_package_resolve():
     package = Path(str(resources.files("bids_uad")))
-    sources = sorted((package / "preprocessing").glob("*.py"))
+    sources = [*sorted((package / "preprocessing").glob("*.py")), package / "reports" / "pathways.py"]
     text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     cited = set(cited_keys("\n".join(re.findall(r"\[[^\[\]\n]*@[^\[\]\n]*\]", text))))
     for source in (package / "methods").glob("*.py"):
@@ -65,7 +65,7 @@ def test_all_citations_in_the_package_resolve():
 
 
 def test_methods_text_names_models_and_thresholds():
-    text = methods_text(MODELS, stand_in=True, version="9.8.7")
+    text = methods_text(MODELS, version="9.8.7")
     assert "9.8.7" in text
     assert "Disyre on T1w (preset `lite`)" in text
     assert "Disyre on T1w: 0.03125 (best Dice on validation lesions)" in text
@@ -77,10 +77,10 @@ def test_methods_text_names_models_and_thresholds():
 
 def test_methods_text_tells_the_published_protocol_from_ours():
     paper = UsedModel("andi", "T2w", "paper", 2.1e-5, "max_dice")
-    text = methods_text([paper], stand_in=False)
+    text = methods_text([paper])
     assert "4 x 4 x 4 voxels" in text
     assert "3 x 3 x 3" not in text
-    assert "3 x 3 x 3" in methods_text([paper, *MODELS], stand_in=False)
+    assert "3 x 3 x 3" in methods_text([paper, *MODELS])
 
 
 def test_methods_text_names_versions_training_and_regions():
@@ -88,13 +88,14 @@ def test_methods_text_names_versions_training_and_regions():
     models = [
         UsedModel(name, "T1w", "lite", 0.1, "max_dice", bundle.info["training"]) for name in ("disyre", "rd")
     ]
-    text = methods_text(models, stand_in=False, parcellations=["LPBA40", "Own"])
-    assert "80 scans of 80 people (Synthetic brains, seed 1): Disyre on T1w, RD on T1w." in text
+    text = methods_text(models, pathways={WHOLE_HEAD: 1}, parcellations=["LPBA40", "Own"])
+    assert "healthy brains: 80 scans of 80 subjects (Synthetic brains, seed 1" in text
+    assert "): Disyre on T1w, RD on T1w." in text
     assert "[@synthseg]" in text
     assert "regions of LPBA40 [@lpba40] and Own that" in text
     for package in ("nipype", "torch", "antspyx", "scipy"):
         assert f" {metadata.version(package)} [@" in text
-    bare = methods_text(MODELS, stand_in=False)
+    bare = methods_text(MODELS)
     assert "Training" not in bare
     assert "regions of" not in bare
 
@@ -146,13 +147,6 @@ def test_group_text_tells_which_models_of_bias_there_were(cohort):
         assert "have a random intercept for each participant [@mixed]" in text
         assert ("have a random intercept for each scanner" in text) == scanners
         assert "[@hc3]" not in text
-
-
-def test_preprocessing_tells_its_own_story_where_it_can():
-    told = methods_text([], stand_in=True, preprocessing="The scan was twisted [@n4].\n")
-    assert "The scan was twisted" in told
-    assert "Anomaly detection" not in told
-    assert "twisted" not in methods_text([], stand_in=True, preprocessing="  ")
 
 
 def test_citations_become_numbers_and_a_reference_list():

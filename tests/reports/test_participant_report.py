@@ -19,6 +19,8 @@ from bids_uad.reports.participant_findings import component_rows
 
 TAU = 0.5
 P = "sub-01_space-SRI24"
+RUN = {"run_id": "r1", "command": "bids_uad <a> b"}
+METHODS = "Corrected with N4 [@n4].\n"
 
 
 def save(path, data, dtype):
@@ -124,13 +126,7 @@ def phantom(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     write_template(out)
     dice = write_derivatives(out, out / "sub-01" / "anat" / P)
-    logs = out / "logs"
-    logs.mkdir()
-    (logs / "CITATION.md").write_text("Corrected with N4 [@n4].\n")
-    (logs / "CITATION.bib").write_text(
-        "@article{n4,\n  author = {Tustison, N.},\n  title = {N4ITK},\n  year = {2010}\n}\n"
-    )
-    page = write_subject_report(out, "01", errors=[], run_info={"run_id": "r1", "command": "bids_uad <a> b"})
+    page = write_subject_report(out, "01", run_info=RUN, methods=METHODS)
     return out, page, dice
 
 
@@ -202,9 +198,7 @@ def test_writing_again_changes_nothing(phantom):
     stale = out / "sub-01" / "figures" / f"{P}_desc-T1wGone_anomalymap.svg"
     stale.write_text("<svg/>")
 
-    write_subject_report(
-        str(out), "sub-01", errors=[], run_info={"run_id": "r1", "command": "bids_uad <a> b"}
-    )
+    write_subject_report(str(out), "sub-01", errors=[], run_info=RUN, methods=METHODS)
 
     assert [path.read_bytes() for path in files] == before
     assert not stale.exists()
@@ -231,7 +225,6 @@ def bare(phantom, tmp_path):
         (f"sub-01/anat/{P}_seg-T1wPatchcore_dseg.nii.gz", []),
         (f"sub-01/anat/{P}_desc-T1wPatchcore_metrics.tsv", []),
         (f"sub-01/anat/{P}_label-anomaly_desc-T1wPatchcore_mask.nii.gz", []),
-        ("logs", ["References"]),
     ],
 )
 def test_missing_parts_are_left_out(bare, phantom, missing, gone):
@@ -240,8 +233,14 @@ def test_missing_parts_are_left_out(bare, phantom, missing, gone):
         shutil.rmtree(path)
     else:
         path.unlink()
-    html = write_subject_report(bare, "01").read_text()
+    html = write_subject_report(bare, "01", methods=METHODS).read_text()
     assert headings(html) == [name for name in headings(phantom[1].read_text()) if name not in gone]
+
+
+def test_without_methods_none_are_made_up(bare):
+    html = write_subject_report(bare, "01").read_text()
+    assert "References" not in headings(html)
+    assert "No image of this participant was processed." in html
 
 
 def test_threshold_comes_from_the_sidecar_without_metrics(bare):

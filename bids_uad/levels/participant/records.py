@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -33,12 +33,15 @@ class ModelRecord:
         Age and sex that deviations were computed with; empty for scores.
     outputs : list of str
         Files, relative to the dataset.
+    methods : dict
+        What the methods text says about the model (`reports.boilerplate.UsedModel`).
     """
 
     label: str
     identity: str
     covariates: dict[str, float | None] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    methods: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Record:
         files, and the last one holds.
     outdated : list of str
         Files that hold no longer and are to be removed.
+    methods : dict
+        What the methods text says about the preprocessing (`reports.pathways.Pathway`).
     """
 
     key: str
@@ -75,6 +80,7 @@ class Record:
     outputs: list[str] = field(default_factory=list)
     models: dict[str, ModelRecord] = field(default_factory=dict)
     outdated: list[str] = field(default_factory=list)
+    methods: dict[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> set[str]:
@@ -105,6 +111,27 @@ def read_record(path: Path) -> Record | None:
         return Record(**content, models=models)
     except (FileNotFoundError, TypeError, ValueError, KeyError, AttributeError):
         return None
+
+
+def records_of(output_dir: Path, subject: str = "sub-*") -> Iterator[Record]:
+    """Read the records of a participant, or of all.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+    subject : str, default="sub-*"
+        `sub-<label>`.
+
+    Yields
+    ------
+    Record
+        In the order of their names; what cannot be read is left out.
+    """
+    for pattern in ("log/*.json", "ses-*/log/*.json"):
+        for path in sorted(output_dir.glob(f"{subject}/{pattern}")):
+            record = read_record(path)
+            if record is not None:
+                yield record
 
 
 def withdraw(path: Path, output_dir: Path, fingerprint: Mapping[str, Any], models: Mapping[str, str]) -> None:

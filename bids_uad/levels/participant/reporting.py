@@ -20,6 +20,7 @@ from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants, read_if_usable
 from bids_uad.levels.participant.outcome import PARTICIPANT, Outcome
 from bids_uad.levels.participant.plugin import START_METHOD
+from bids_uad.levels.participant.records import records_of
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -130,6 +131,7 @@ def _one_at_a_time(output_dir: Path, subject: str) -> AbstractContextManager[Non
 def _write(output_dir: Path, subject: str, participants: Participants) -> list[str]:
     """Write one report (in a worker); return warnings about the images taken together."""
     from bids_uad.levels.participant.handedness import find_swapped
+    from bids_uad.levels.participant.methods import methods_of
     from bids_uad.reports.participant import write_subject_report
 
     # Whichever of several jobs comes last sees what all of them have left.
@@ -138,7 +140,13 @@ def _write(output_dir: Path, subject: str, participants: Participants) -> list[s
         told = read_json(last_run_file(output_dir, subject))
         errors = [image["message"] for image in told.get("images", []) if image["message"]]
         write_subject_report(
-            output_dir, subject, errors=errors, run_info=told, participants=participants, remarks=swapped
+            output_dir,
+            subject,
+            errors=errors,
+            run_info=told,
+            participants=participants,
+            remarks=swapped,
+            methods=methods_of(records_of(output_dir, f"sub-{subject}")),
         )
     return list(swapped.values())
 

@@ -27,6 +27,7 @@ from bids_uad.levels.participant.assumptions import assumptions
 from bids_uad.levels.participant.claims import claimed, clean, make_way, withdraw_unusable
 from bids_uad.levels.participant.device import probe_device
 from bids_uad.levels.participant.means import Means, crash_dir
+from bids_uad.levels.participant.methods import write_methods
 from bids_uad.levels.participant.outcome import (
     PARTICIPANT,
     UP_TO_DATE,
@@ -48,7 +49,6 @@ from bids_uad.listing import listed
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.extraction import Extraction, resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
-from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -138,10 +138,11 @@ def _run(
     failures = []
     withdraw_unusable(config, collection.problems)
     if pending:
-        _describe(config, bundles, reference)
+        _describe(config, tasks, bundles, reference)
         means = Means(config, reference, extraction, device, precision)
-        failures = _process(config, tasks, bundles, means, stopwatch)
-        _describe(config, bundles, reference)
+        failures = _process(config, tasks, means, stopwatch)
+        _describe(config, tasks, bundles, reference)
+        write_methods(config.output_dir)
     outcomes = collect_outcomes(
         tasks, collection.problems, failures, stopwatch, output_dir=config.output_dir, run_id=config.run_id
     )
@@ -243,29 +244,31 @@ def _find_reference(config: RunConfig) -> Reference:
     return reference
 
 
-def _describe(config: RunConfig, bundles: Sequence[Bundle], reference: Reference) -> None:
+def _describe(
+    config: RunConfig, tasks: Sequence[Task], bundles: Sequence[Bundle], reference: Reference
+) -> None:
     """Write the dataset-level files; once before the run, and again after it, since other jobs do so too."""
     models = [ModelEntry(bundle.name, str(bundle.info["code_version"]), bundle.sha256) for bundle in bundles]
+    written = [task for task in tasks if not task.anchor_only]
     descriptions = {
-        "preproc": "Skull-stripped and bias-corrected image in SRI24 space, 99.5th percentile at 1",
+        "preproc": "Brain in SRI24 space, corrected for intensity non-uniformity, 99.5th percentile at 1",
         "brain": "Brain mask",
-        "T2wBrain": "Brain mask of a T2w image that is registered to a T1w image",
-        "T1wPreproc": "Quality of the preprocessed T1w image",
-        "T2wPreproc": "Quality of the preprocessed T2w image",
-        "manual": "Lesion mask given by the user",
+        **{f"{task.unit.modality}Preproc": f"Quality of the {task.unit.modality} image" for task in written},
     }
+    if any(task.unit.anchor is not None for task in written):
+        descriptions["T2wBrain"] = "Brain mask of a T2w image that is registered to a T1w image"
+    if any(task.lesion is not None for task in written):
+        descriptions["manual"] = "Lesion mask given by the user"
     for bundle in bundles:
-        text = f"What {bundle.detector} (preset {bundle.preset}) found in the {bundle.modality} image"
+        text = f"Scores of {bundle.detector} (preset {bundle.preset}) for the {bundle.modality} image"
         if bundle.deviation != "none":
-            text += ", as deviation from healthy people of the same age and sex"
+            text += ", as deviations from a normative reference of healthy controls"
         descriptions[detector_desc(bundle.modality, bundle.scored_as)] = text
     describe_dataset(config.output_dir, config.bids_dir, config.derivatives, models, descriptions)
     write_template(reference, config.output_dir)
 
 
-def _process(
-    config: RunConfig, tasks: list[Task], bundles: Sequence[Bundle], means: Means, stopwatch: Stopwatch
-) -> list[NodeFailure]:
+def _process(config: RunConfig, tasks: list[Task], means: Means, stopwatch: Stopwatch) -> list[NodeFailure]:
     """Build and run the workflow; give the nodes that failed."""
     quieten()
     nipype_config.update_config(
@@ -288,7 +291,6 @@ def _process(
         raise WorkflowError(f"the workflow could not be built: {type(error).__name__}: {error}") from error
     pending = [task for task in tasks if not task.done]
     _write_run_files(config, {task.unit.subject for task in pending})
-    write_citation(config.output_dir, _methods(tasks, bundles, means.reference, workflow.visit_desc()))
     for task in pending:
         make_way(config, task)
     LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
@@ -308,30 +310,6 @@ def _process(
     finally:
         plugin.close()
     return plugin.failures
-
-
-def _methods(
-    tasks: Sequence[Task], bundles: Sequence[Bundle], reference: Reference, preprocessing: str
-) -> str:
-    """Write the methods text of the run."""
-    models = [
-        UsedModel(
-            detector=bundle.scored_as,
-            modality=bundle.modality,
-            preset=bundle.preset,
-            threshold=bundle.default_threshold[1],
-            threshold_name=bundle.default_threshold[0],
-            training=bundle.info.get("training", {}),
-        )
-        for bundle in bundles
-    ]
-    return methods_text(
-        models,
-        stand_in=bool(reference.metadata.get("StandIn")),
-        preprocessing=preprocessing,
-        ground_truth=any(task.lesion is not None for task in tasks),
-        parcellations=list(reference.parcellations),
-    )
 
 
 def _write_run_files(config: RunConfig, subjects: set[str]) -> None:

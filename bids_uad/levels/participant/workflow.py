@@ -16,7 +16,6 @@ from bids_uad.levels.participant.detection import AlignMask
 from bids_uad.levels.participant.means import Means, crash_dir
 from bids_uad.levels.participant.plan import Task, by_subject, with_support
 from bids_uad.levels.participant.writing import init_writing_wf
-from bids_uad.preprocessing import mp2rage
 from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
@@ -167,8 +166,6 @@ def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow
     for field, path in files.items():
         if path is not None:
             setattr(workflow.inputs.inputnode, field, str(path))
-    if mp2rage.is_uniform_image(unit.image):
-        workflow.__desc__ = mp2rage.DESCRIPTION + (workflow.__desc__ or "")
     return workflow
 
 

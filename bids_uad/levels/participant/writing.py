@@ -22,6 +22,7 @@ from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.assumptions import deviation_sidecar
 from bids_uad.levels.participant.detection import Detect, Postprocess
 from bids_uad.levels.participant.means import Means
+from bids_uad.levels.participant.methods import as_it_was, describe_model, describe_preprocessing
 from bids_uad.levels.participant.overlap import model_has_met, scanner_seen
 from bids_uad.levels.participant.plan import Task, model_identity
 from bids_uad.levels.participant.quality import AddQuality, WriteQuality
@@ -83,7 +84,7 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         written.append((sink, "out_file"))
     if task.bundles:
         written += _connect_detection(workflow, task, means, inputs)
-    _connect_record(workflow, task, means, written)
+    _connect_record(workflow, task, means, inputs, written)
     return workflow
 
 
@@ -103,7 +104,7 @@ def _quality_table(task: Task, means: Means) -> WriteQuality:
 
 
 def _connect_record(
-    workflow: LiterateWorkflow, task: Task, means: Means, written: list[tuple[Node, str]]
+    workflow: LiterateWorkflow, task: Task, means: Means, inputs: Node, written: list[tuple[Node, str]]
 ) -> None:
     """Connect the completion record to everything that is written."""
     unit, config = task.unit, means.config
@@ -120,6 +121,7 @@ def _connect_record(
         run_without_submitting=True,
     )
     workflow.connect(collect, "out", complete, "files")
+    workflow.connect(inputs, "qc", complete, "quality")
 
 
 def _record(task: Task, means: Means) -> Record:
@@ -136,9 +138,11 @@ def _record(task: Task, means: Means) -> Record:
                 identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
                 covariates={} if bundle.deviation == "none" else task.person.covariates,
                 outputs=_with_sidecars(_detection_files(task, bundle).values()),
+                methods=describe_model(task, bundle, means),
             )
             for bundle in task.bundles
         },
+        methods=describe_preprocessing(task, means),
     )
 
 
@@ -219,7 +223,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         "TrainingModality": bundle.modality,
         "Threshold": threshold,
         "ThresholdName": threshold_name,
-        "ThresholdSource": "fixed on validation scans when the model was calibrated, not on this dataset",
+        "ThresholdSource": "fixed on validation scans (ThresholdCohort) when the model was calibrated",
         "Scaling": bundle.protocol.scaling,
         "PostProcessing": bundle.post_processing,
         **bundle.origin,
@@ -299,6 +303,7 @@ class _CompleteInputSpec(BaseInterfaceInputSpec):
     output_dir = traits.Str(mandatory=True, desc="derivative dataset")
     record_file = traits.Str(mandatory=True, desc="path of the record")
     record = traits.Dict(mandatory=True, nohash=True, desc="the record, files of the preprocessing apart")
+    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
 
 
 class _CompleteOutputSpec(TraitedSpec):
@@ -320,6 +325,8 @@ class Complete(SimpleInterface):
         written = [Path(path).relative_to(root) for path in self.inputs.files]
         outputs = set(_with_sidecars(written)) - record.files
         present = sorted(name for name in outputs if (root / name).is_file())
-        path = write_record(Path(self.inputs.record_file), root, replace(record, outputs=present))
+        methods = as_it_was(record.methods, self.inputs.quality)
+        record = replace(record, outputs=present, methods=methods)
+        path = write_record(Path(self.inputs.record_file), root, record)
         self._results["out_file"] = str(path)
         return runtime

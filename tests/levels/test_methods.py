@@ -1,0 +1,137 @@
+"""The methods text of a dataset follows from the records of its images, whatever runs have written them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bids_uad.dataset.identity import by_content
+from bids_uad.levels.participant.methods import as_it_was, methods_of
+from bids_uad.levels.participant.records import ModelRecord, Record, records_of, sha256_of
+from bids_uad.reports.boilerplate import UsedModel
+from bids_uad.reports.pathways import ANCHOR, BACKGROUND, EXTRACTED, GIVEN, SAME_SESSION, Pathway
+from tests.dataset.skeleton import write_mask
+from tests.levels.fakes import add_reference, fake_bundle
+from tests.levels.test_participant_run import Bench, reference, stand_ins  # noqa: F401
+
+T1W, T2W = "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("before", "quality", "origin"),
+    [
+        ({}, {"skull_stripped": False}, EXTRACTED),
+        ({}, {"skull_stripped": True}, BACKGROUND),
+        ({"mask_origin": GIVEN}, {"skull_stripped": True}, GIVEN),
+        ({"anchor": SAME_SESSION}, {"skull_stripped": True}, ANCHOR),
+        ({"mask_origin": GIVEN}, {"skull_stripped": False, "mask_origin": EXTRACTED}, EXTRACTED),
+    ],
+)
+def test_what_preprocessing_found_out_is_what_counts(before, quality, origin):
+    static = asdict(Pathway("T1w", "", skull_stripped=False, extraction="combined")) | before
+    found = as_it_was(static, quality)
+    assert found["mask_origin"] == origin
+    assert found["skull_stripped"] == quality["skull_stripped"]
+
+
+def record(key: str, *models: UsedModel, version: str = "1.0", **changes) -> Record:
+    way = asdict(replace(Pathway("T1w", EXTRACTED, False, "combined"), **changes)) | {"parcellations": []}
+    own = {model.detector: ModelRecord(model.detector, "x", methods=asdict(model)) for model in models}
+    return Record(key, "run", "x", {"app_version": version}, ["file"], own, methods=way)
+
+
+def test_the_text_sums_up_images_in_any_order():
+    model = UsedModel("fpi+normative", "T1w", "default", 3.0, "max_dice", covariates=("age",))
+    met = replace(model, met=("validation",), assumed=True)
+    records = [
+        record("a", model),
+        record("b", met, version="2.0"),
+        record("c"),
+        record("d", skull_stripped=True),
+    ]
+    records = [Record(**{**vars(one), "models": one.models}) for one in records]
+    # As they are read back.
+    again = [json.loads(json.dumps(asdict(one))) for one in records]
+    for one in again:
+        one["models"] = {name: ModelRecord(**told) for name, told in one["models"].items()}
+    read = [Record(**one) for one in again]
+    text = methods_of(read)
+    assert text == methods_of(reversed(read)) == methods_of(records)
+    assert "*bids_uad* 1.0 and 2.0" in text
+    assert "T1w images (n = 4)" in text
+    assert text.count("validation scans of") == 1
+    assert "mean of the reference was taken" in text
+    withdrawn = replace(records[0], outputs=[], models={}, fingerprint={})
+    assert methods_of([withdrawn]) == ""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stand_ins):  # noqa: F811
+    """A run on a T2w image of a session without T1w image; its model was calibrated on this participant."""
+    bench = Bench(tmp_path_factory.mktemp("methods"))
+    bench.dataset(T1W, T2W)
+    bundle = Path(bench.models[1])
+    add_reference(bundle)
+    calibration = json.loads((bundle / "calibration.json").read_text())
+    calibration["cohort"] = {
+        "subjects": [by_content(sha256_of.__wrapped__(bench.raw / T2W))],
+        "source": "Here",
+    }
+    (bundle / "calibration.json").write_text(json.dumps(calibration))
+    assert bench.run("--modalities", "T2w", "--deviation", "normative") == 0
+    return bench
+
+
+def test_generated_texts_say_what_this_run_did(finished):
+    text = " ".join((finished.out / "logs" / "CITATION.md").read_text().split())
+    assert "a T1w image of another session" in text
+    assert "same session" not in text
+    assert "among the validation scans of" in text
+    assert "No threshold was tuned" not in text
+    assert "mean of the reference was taken" in text  # nobody's age is known
+    assert "Disyre on T1w" not in text
+    assert "Ground truth" not in text
+    labels = set(pd.read_csv(finished.out / "descriptions.tsv", sep="\t")["desc_id"])
+    assert {"desc-T2wBrain", "desc-T2wDisyreNormative"} <= labels
+    assert not {"desc-manual", "desc-T1wDisyre", "desc-T2wDisyre"} & labels
+    readme = (finished.out / "README.md").read_text()
+    assert "scaled to [0, 1]" not in readme
+    assert "not part of this dataset" not in readme
+    assert "Every T1w" not in readme
+
+
+def test_sidecars_say_what_this_run_did(finished):
+    anat = finished.out / "sub-01" / "ses-b" / "anat"
+    for path in anat.glob("*desc-T2wDisyreNormative_*.json"):
+        told = json.loads(path.read_text())
+        assert "not on this dataset" not in told["ThresholdSource"]
+        assert told["ThresholdCohort"] == "Here"
+    told = json.loads((anat / "sub-01_ses-b_space-SRI24_desc-T2wDisyreNormative_anomalymap.json").read_text())
+    assert "of the same age" not in told["Description"]
+    assert told["NormativeRemarks"]
+    told = json.loads((anat / "sub-01_ses-b_space-SRI24_desc-preproc_T2w.json").read_text())
+    assert "may exceed 1" in told["Description"]
+
+
+def test_the_text_follows_what_the_dataset_holds(tmp_path, stand_ins):  # noqa: F811
+    bench = Bench(tmp_path)
+    name = "sub-01/anat/sub-01_T1w.nii.gz"
+    bench.dataset(name)
+    assert bench.run() == 0
+    citation = bench.out / "logs" / "CITATION.md"
+    assert "Ground truth" not in citation.read_text()
+    patchcore = str(fake_bundle(bench.folder / "patchcore-T1w", "patchcore", "T1w"))
+    assert bench.run(models=[patchcore]) == 0
+    text = citation.read_text()
+    assert "Disyre on T1w" in text
+    assert "PatchCore on T1w" in text
+    write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz")
+    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", models=[patchcore]) == 0
+    text = citation.read_text()
+    assert "Lesion masks on the grid of a scan" in text
+    assert "Disyre on T1w" not in text  # its outputs are of the run without mask, and gone
+    assert methods_of(records_of(bench.out, "sub-01")) == text

@@ -1,0 +1,233 @@
+"""Each sentence of the methods text follows from what was done: a table of runs, and what their text says."""
+
+from __future__ import annotations
+
+import pytest
+
+from bids_uad.preprocessing.external import PROGRAMS
+from bids_uad.reports.bibliography import cited_keys
+from bids_uad.reports.boilerplate import UsedModel, bibliography, methods_text
+from bids_uad.reports.pathways import (
+    ANCHOR,
+    BACKGROUND,
+    BY_TRANSFORM,
+    EXTRACTED,
+    GIVEN,
+    ON_ATLAS,
+    ON_OTHER,
+    ON_SCAN,
+    OTHER_SESSION,
+    SAME_SESSION,
+    Pathway,
+    preprocessing_text,
+)
+
+
+def pathway(modality: str = "T1w", **changes) -> Pathway:
+    """A whole head that went to the SRI24 atlas by itself, with what differs."""
+    usual = {"mask_origin": EXTRACTED, "skull_stripped": False, "extraction": "combined"}
+    return Pathway(modality, **usual | changes)
+
+
+def t2w(**changes) -> Pathway:
+    """A whole head that was registered to a T1w image of its session, with what differs."""
+    return pathway("T2w", **{"mask_origin": ANCHOR, "anchor": SAME_SESSION} | changes)
+
+
+N4, SYN, NETWORK = "with N4 [@n4]", "[@ants_syn]", "[@synthstrip]"
+TO_ATLAS, TO_STAND_IN = "to the SRI24 atlas [@sri24]", "to the ICBM152 template [@icbm152]"
+OF_SAME, OF_OTHER = "a T1w image of the same session", "a T1w image of another session"
+CARRIED, CUT = "mask of the T1w image was carried over", "restricted to the brain of the T2w image"
+RIGID, GIVEN_XFM, ON_GRID = "registered rigidly", "transform that was given", "on the grid of a T1w image"
+TRUTH, ANTS, TORCH = "**Ground truth.**", "*ANTsPy*", "*PyTorch*"
+
+PATHWAYS = {
+    "whole head": (
+        pathway(),
+        {N4, SYN, NETWORK, TO_ATLAS, RIGID, ANTS},
+        {OF_SAME, CARRIED, "[@icbm152]", "[@mp2rage]", TRUTH},
+    ),
+    "stand-in": (pathway(stand_in=True), {TO_STAND_IN, "Nonlinear Symmetric"}, {TO_ATLAS, "own images"}),
+    "MP2RAGE": (pathway(mp2rage=True), {"[@mp2rage]", SYN, N4}, set()),
+    "by template": (pathway(extraction="template"), {SYN}, {NETWORK, "halfway"}),
+    "by network": (pathway(extraction="network"), {NETWORK}, {SYN, "halfway"}),
+    "by program": (pathway(extraction="hd-bet"), {"[@hdbet]"}, {SYN, NETWORK}),
+    "skull-stripped": (
+        pathway(mask_origin=BACKGROUND, skull_stripped=True),
+        {"skull-stripped already; their background gave the brain mask", N4},
+        {SYN, NETWORK, "Unless"},
+    ),
+    "mask given": (
+        pathway(mask_origin=GIVEN),
+        {"mask was that of an earlier pipeline", N4},
+        {SYN, "background"},
+    ),
+    "image given": (
+        pathway(mask_origin=GIVEN, image_given=True),
+        {
+            "had been corrected for intensity non-uniformity by an earlier pipeline",
+            RIGID,
+            "registered images",
+        },
+        {N4, "and corrected intensity"},
+    ),
+    "all given": (
+        pathway(mask_origin=GIVEN, image_given=True, transform_given=True),
+        {"by a rigid transform that was given"},
+        {N4, RIGID, "Powell", ANTS},
+    ),
+    "T2w alone": (
+        pathway("T2w"),
+        {"of T2w images (n = 1)", TO_ATLAS},
+        {"T2w channel", OF_SAME, OF_OTHER, CARRIED},
+    ),
+    "T2w channel": (pathway("T2w", t2w_reference=True), {f"{TO_ATLAS}, T2w channel"}, set()),
+    "T2w with T1w": (
+        t2w(),
+        {OF_SAME, CARRIED, N4, "mutual information"},
+        {OF_OTHER, CUT, SYN, "Powell", ON_GRID},
+    ),
+    "T2w of a session without T1w": (t2w(anchor=OTHER_SESSION), {OF_OTHER, CARRIED}, {"same session"}),
+    "T2w skull-stripped": (t2w(skull_stripped=True), {OF_SAME, CARRIED, CUT}, {"their background"}),
+    "T2w aligned": (
+        t2w(aligned=True, image_given=True),
+        {f"{ON_GRID} of the same session"},
+        {RIGID, N4, ANTS},
+    ),
+    "T2w aligned, other session": (
+        t2w(aligned=True, anchor=OTHER_SESSION),
+        {f"{ON_GRID} of another"},
+        {RIGID},
+    ),
+    "T2w transform given": (t2w(transform_given=True), {f"to {OF_SAME} by a {GIVEN_XFM}"}, {RIGID}),
+    "mask on the scan": (
+        pathway(lesion=ON_SCAN),
+        {TRUTH, "with the scan's transform"},
+        {"as they were given"},
+    ),
+    "mask on the atlas": (pathway(lesion=ON_ATLAS), {TRUTH, "as they were given"}, {"scan's transform"}),
+    "mask by transform": (pathway(lesion=BY_TRANSFORM), {TRUTH, GIVEN_XFM}, {"as they were given"}),
+    "mask on a FLAIR": (
+        pathway(lesion=ON_OTHER),
+        {TRUTH, "Images that lesion masks were drawn on"},
+        {GIVEN_XFM},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATHWAYS)
+def test_the_text_says_what_was_done_to_images_and_no_more(name):
+    way, said, not_said = PATHWAYS[name]
+    text = methods_text([], pathways={way: 1}).replace("\n", " ")
+    assert {part for part in said if part not in text} == set()
+    assert {part for part in not_said if part in text} == set()
+    assert "[0, 1]" not in text
+    assert TORCH not in text
+    assert "$" not in text
+    assert set(cited_keys(text)) <= set(bibliography())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_that_extracts_brains_is_cited(program):
+    text = preprocessing_text({pathway(extraction=program): 1})
+    assert f"extracted by {PROGRAMS[program].title} [@{PROGRAMS[program].citation}]" in text
+
+
+def test_images_that_went_other_ways_are_counted_apart_in_any_order():
+    ways = {pathway(): 3, pathway(lesion=ON_SCAN): 2, pathway(mask_origin=BACKGROUND): 1, t2w(): 4}
+    text = preprocessing_text(ways)
+    assert text == preprocessing_text(dict(reversed(ways.items())))
+    titles = [f"**Preprocessing of {which}.**" for which in ("T1w images (n = 5)", "T1w images (n = 1)")]
+    assert all(title in text for title in (*titles, "**Preprocessing of T2w images (n = 4).**"))
+    assert text.count("**Preprocessing") == 3
+
+
+FPI = UsedModel(
+    "fpi+normative",
+    "T1w",
+    "default",
+    3.5,
+    "max_dice",
+    training={
+        "n_scans": 23,
+        "n_subjects": 20,
+        "n_held_out_subjects": 2,
+        "source": "Site A",
+        "anatomies": None,
+    },
+    post_processing="Gaussian of 2 mm standard deviation across slices, then median",
+    precision="fp32",
+    covariates=("age", "sex"),
+)
+NOT_TUNED = "No threshold was tuned on the data reported here."
+
+
+def changed(**changes) -> UsedModel:
+    return UsedModel(**{name: getattr(FPI, name) for name in FPI.__dataclass_fields__} | changes)
+
+
+MODELS = {
+    "usual": (
+        [FPI],
+        {
+            TORCH,
+            "Gaussian of 2 mm standard deviation across slices, then median",
+            "23 scans of 20 subjects (Site A; 2 of them held out to monitor the training): ",
+            "controls (validation scans) on age, sex and brain volume, with a variance linear in age, fitted",
+            NOT_TUNED,
+        },
+        {
+            "bfloat16",
+            "mean of the reference was taken",
+            "Participants of this dataset",
+            "[@synthseg]",
+            "also",
+        },
+    ),
+    "bfloat16": ([changed(precision="bf16")], {"Networks were evaluated in bfloat16"}, set()),
+    "met in validation": (
+        [changed(met=("validation",))],
+        {"Participants of this dataset were among the validation scans of"},
+        {NOT_TUNED, "among the training data"},
+    ),
+    "met in training": (
+        [changed(met=("training",))],
+        {"Participants of this dataset were among the training data of", NOT_TUNED},
+        {"among the validation scans"},
+    ),
+    "age not known to the reference": (
+        [changed(covariates=())],
+        {"(validation scans) on brain volume, fitted"},
+        {"linear in age", "age, sex"},
+    ),
+    "sex alone": ([changed(covariates=("sex",))], {"on sex and brain volume, fitted"}, {"linear in age"}),
+    "age of a participant not known": ([changed(assumed=True)], {"mean of the reference was taken"}, set()),
+    "other healthy controls": ([changed(reference="Site B")], {"(validation scans and Site B)"}, set()),
+    "scores": (
+        [changed(detector="fpi", covariates=())],
+        {"were turned into masks"},
+        {"**Normative reference.**", "linear in age"},
+    ),
+    "trained elsewhere": ([changed(training={})], set(), {"**Training.**"}),
+    "simulated": (
+        [changed(training=FPI.training | {"anatomies": ["training_seg_01"]})],
+        {"[@synthseg]"},
+        set(),
+    ),
+    "two filters": (
+        [FPI, changed(detector="rd", post_processing="median of 3 x 3 x 3", covariates=())],
+        {"median of 3 x 3 x 3 for "},
+        set(),
+    ),
+    "two precisions": ([changed(precision="bf16"), changed(modality="T2w")], {"Networks of "}, set()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_says_what_models_did_and_no_more(name):
+    models, said, not_said = MODELS[name]
+    text = " ".join(methods_text(models).split())
+    assert {part for part in said if part not in text} == set()
+    assert {part for part in not_said if part in text} == set()
+    assert "**Preprocessing" not in text
+    assert "$" not in text
