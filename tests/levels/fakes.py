@@ -23,6 +23,7 @@ from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import space
+from bids_uad.atomic import atomic_path
 from bids_uad.calibration.normative import GRID, TERMS, HealthyCohort, NormativeReference
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
@@ -173,12 +174,14 @@ class FakeDetect(SimpleInterface):
 
 
 def fake_reference(folder: Path) -> Reference:
-    """Write reference images on the SRI24 grid."""
+    """Write reference images on the SRI24 grid, unless another job of the test has done so."""
     folder.mkdir(parents=True, exist_ok=True)
     brain = np.zeros(space.SHAPE, np.uint8)
     brain[100:130, 100:130, 60:90] = 1
-    nib.save(space.to_image(brain, np.float32), folder / "T1w.nii.gz")
-    nib.save(space.to_image(brain, np.uint8), folder / "mask.nii.gz")
+    for name, dtype in (("T1w", np.float32), ("mask", np.uint8)):
+        if not (folder / f"{name}.nii.gz").is_file():
+            with atomic_path(folder / f"{name}.nii.gz") as temporary:
+                nib.save(space.to_image(brain, dtype), temporary)
     return Reference(
         t1w=folder / "T1w.nii.gz",
         t2w=None,

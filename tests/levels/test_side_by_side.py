@@ -160,15 +160,7 @@ def end(out: Path, session: str) -> None:
     reporting._write(out, "01", Participants())
 
 
-def write_slowly(
-    out_dir: Path,
-    subject: str,
-    *,
-    errors: list[str],
-    run_info: dict,
-    participants: Participants,
-    remarks: dict,
-) -> None:
+def write_slowly(out_dir: Path, subject: str, *, errors: list[str], run_info: dict, **others: object) -> None:
     """Stand in for the report: list what is there at first, and take a while to write it."""
     found = sorted(path.name for path in out_dir.glob("ses-*"))
     images = sorted(image["image"] for image in run_info["images"])

@@ -139,8 +139,7 @@ def make_plan(
     tasks = []
     for unit in collection.units:
         if unit.key in collection.anchors_only:
-            anchor = {"bundles": (), "person": {}, "is_control": False, "lesion": None, "fingerprint": {}}
-            tasks.append(Task(unit, **anchor, outdated=False, lost=(), done=True, anchor_only=True))
+            tasks.append(_anchor_only(unit))
             continue
         lesion = collection.lesions.get(unit.key)
         fingerprint = make_fingerprint(
@@ -177,6 +176,22 @@ def make_plan(
             )
         )
     return tasks
+
+
+def _anchor_only(unit: ImageUnit) -> Task:
+    """Make the task of an image that is used as an anchor, and not written."""
+    return Task(
+        unit=unit,
+        bundles=(),
+        person={},
+        is_control=False,
+        lesion=None,
+        fingerprint={},
+        outdated=False,
+        lost=(),
+        done=True,
+        anchor_only=True,
+    )
 
 
 def _is_current(record: Record | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
