@@ -89,7 +89,7 @@ def as_it_was(methods: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[st
     stripped = bool(quality.get("skull_stripped", methods["skull_stripped"]))
     origin = pathways.ANCHOR if methods["anchor"] else methods["mask_origin"]
     origin = origin or (pathways.BACKGROUND if stripped else pathways.EXTRACTED)
-    return {**methods, "skull_stripped": stripped, "mask_origin": quality.get("mask_origin", origin)}
+    return {**methods, "skull_stripped": stripped, "mask_origin": quality.get("brain_mask_origin", origin)}
 
 
 def describe_model(task: Task, bundle: Bundle, means: Means) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def describe_model(task: Task, bundle: Bundle, means: Means) -> dict[str, Any]:
             model,
             covariates=tuple(key for key, mean in known.items() if mean is not None),
             reference=bundle.normative.get("cohort", {}).get("source", ""),
-            assumed=bool(deviation_sidecar(bundle.normative, **task.person)["NormativeRemarks"]),
+            assumed=bool(deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]),
         )
     return asdict(model)
 
