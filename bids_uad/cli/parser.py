@@ -311,16 +311,19 @@ def parse_folders(items: Sequence[str], flag: str) -> dict[str, Path]:
     Raises
     ------
     ConfigError
-        If a name comes twice.
+        If a name comes twice, or is that of the raw dataset.
     """
     found: dict[str, Path] = {}
     for item in items:
         name, sign, path = item.partition("=")
-        if not sign or not re.fullmatch(r"[\w-]+", name):
+        if not sign or not re.fullmatch(r"[0-9a-zA-Z_-]+", name):
             path = item
-            name = Path(item).resolve().name
+            # The name becomes a part of BIDS URIs.
+            name = re.sub(r"[^0-9a-zA-Z_.-]+", "-", Path(item).resolve().name).strip("-")
         if not path:
             raise ConfigError(f"{flag} {item}: no path after the '='")
+        if not name or (flag == "--derivatives" and name == "raw"):
+            raise ConfigError(f"{flag} {item}: '{name}' cannot be the name of it; name it: NAME=PATH")
         if name in found:
             raise ConfigError(f"{flag} gives '{name}' twice; name them apart: NAME=PATH")
         found[name] = Path(path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -188,8 +190,24 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
     """Index the anatomical images of some participants of a raw dataset, and nothing else.
 
     Indexing everything is what makes BIDS apps slow to start on large datasets. Metadata are not indexed: one
-    broken sidecar would end the run, see :class:`bids_uad.dataset.inheritance.SidecarReader`.
+    broken sidecar would end the run, see :class:`bids_uad.dataset.inheritance.SidecarReader`. Entities are
+    read from the path below the root: pybids reads them from the whole path, where a folder above, such as
+    ``sub-02``, would give its label to every image.
+
+    Parameters
+    ----------
+    bids_dir : pathlib.Path
+    subjects : sequence of str
+        Labels without `sub-`.
+
+    Returns
+    -------
+    bids.layout.BIDSLayout
     """
+    config = json.loads((resources.files("bids.layout.config") / "bids.json").read_text(encoding="utf-8"))
+    below_root = f"^{re.escape(str(bids_dir.absolute()))}(?=/).*?"
+    for entity in config["entities"]:
+        entity["pattern"] = below_root + entity["pattern"]
     keep = "|".join(map(re.escape, subjects))
     indexer = BIDSLayoutIndexer(
         validate=False,
@@ -201,7 +219,7 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
             re.compile(rf"/(?:{'|'.join(_NOT_ANAT)})(?:/|$)"),
         ],
     )
-    return BIDSLayout(bids_dir, validate=False, derivatives=False, indexer=indexer)
+    return BIDSLayout(bids_dir, validate=False, derivatives=False, config=[config], indexer=indexer)
 
 
 def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[ImageUnit]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bids_uad import __version__
 from bids_uad.dataset.units import ImageUnit
@@ -164,14 +165,32 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 
+def bids_uri(dataset: str, path: Path) -> str:
+    """Write the BIDS URI of a file.
+
+    Parameters
+    ----------
+    dataset : str
+        Its name in `DatasetLinks`; empty for the dataset that the URI is in.
+    path : pathlib.Path
+        Relative to the dataset. Characters that a URI does not hold, such as spaces, are percent-encoded;
+        `+`, which labels may hold, is not.
+
+    Returns
+    -------
+    str
+    """
+    return f"bids:{dataset}:{quote(path.as_posix(), safe='/+')}"
+
+
 def raw_uri(unit: ImageUnit, bids_dir: Path) -> str:
     """Give the BIDS URI of a raw image."""
-    return f"bids:raw:{unit.path.relative_to(bids_dir).as_posix()}"
+    return bids_uri("raw", unit.path.relative_to(bids_dir))
 
 
 def own_uri(path: Path) -> str:
     """Give the BIDS URI of one of our own outputs (path relative to the derivative dataset)."""
-    return f"bids::{path.as_posix()}"
+    return bids_uri("", path)
 
 
 def preprocessing_sidecars(
@@ -193,7 +212,7 @@ def preprocessing_sidecars(
     """
     sources = [raw_uri(unit, bids_dir)]
     root, name = unit.prepared.root, unit.prepared.dataset
-    sources += [f"bids:{name}:{path.relative_to(root).as_posix()}" for path in unit.prepared.files]
+    sources += [bids_uri(name, path.relative_to(root)) for path in unit.prepared.files]
     if unit.anchor is not None:
         sources.append(raw_uri(unit.anchor, bids_dir))
     in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}
@@ -234,7 +253,7 @@ def quality_sidecar(preproc: Path, brain_mask: Path) -> dict[str, Any]:
 
 def lesion_uri(mask: Path, lesions_dir: Path) -> str:
     """Give the BIDS URI of a lesion mask."""
-    return f"bids:lesions:{mask.relative_to(lesions_dir).as_posix()}"
+    return bids_uri("lesions", mask.relative_to(lesions_dir))
 
 
 def lesion_sidecar(mask_uri: str, own: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def run_calibrate(config: RunConfig) -> int:
     ModelError
         If the bundle is missing or damaged.
     """
+    from rich.markup import escape
     from rich.progress import track
 
     from bids_uad.calibration.thresholds import ThresholdEstimator
@@ -89,7 +90,7 @@ def run_calibrate(config: RunConfig) -> int:
     config.work_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="calibrate-", dir=config.work_dir) as waiting:
         deviations = _deviations(healthy, Path(waiting))
-        for scan in track(scans, description=f"Scoring with {bundle.name}"):
+        for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
             scores, brain = scored(scan)
             lesion = read_truth(scan)
             if scan in controls:

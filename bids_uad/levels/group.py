@@ -82,7 +82,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         If there is no `bids_dir`, participants.tsv is damaged or lacks the column for cohorts, another file
         that was asked for is damaged, or the tables of one detector and modality come from different models.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     output_dir = Path(config.output_dir)
     participants = _read_participants(config)
     if config.cohort is not None:

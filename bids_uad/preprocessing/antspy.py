@@ -8,6 +8,10 @@ nowhere else.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -32,6 +36,30 @@ def load_ants() -> ModuleType:
     import ants
 
     return ants
+
+
+@contextmanager
+def plain_names(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Give files names that ANTs can read, whatever their paths hold.
+
+    ANTs takes commas and brackets in a path for its own syntax. The files are linked to from a temporary
+    folder, which is the working directory of the process meanwhile.
+
+    Parameters
+    ----------
+    paths : sequence of str
+
+    Yields
+    ------
+    list of str
+        Names without a folder, with the endings of the files.
+    """
+    targets = [Path(path).absolute() for path in paths]
+    with TemporaryDirectory() as folder, chdir(folder):
+        names = [f"{number}{''.join(target.suffixes)}" for number, target in enumerate(targets)]
+        for name, target in zip(names, targets, strict=True):
+            Path(name).symlink_to(target)
+        yield names
 
 
 def to_ants(volume: np.ndarray, affine: np.ndarray) -> ANTsImage:

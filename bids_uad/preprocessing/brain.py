@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -219,20 +220,25 @@ def _deform(brain: Volume, head: Volume, affine: np.ndarray, folder: Path) -> tu
     box = Volume(np.where(brain.mask, brain.data, 0.0), brain.affine, near).cropped(2)
     template_mask = resample(brain.mask, brain.affine, box.data.shape, box.affine)
     target = to_ants(resample(head.data, head.affine, box.data.shape, box.affine, affine), box.affine)
-    result = ants.registration(
-        fixed=to_ants(box.data, box.affine),
-        moving=target,
-        type_of_transform="SyNOnly",
-        initial_transform="Identity",
-        mask=to_ants(box.mask, box.affine),
-        mask_all_stages=True,
-        outprefix=str(folder / "syn_"),
-        reg_iterations=(40, 30, 0),
-    )
-    warps = [name for name in result["invtransforms"] if not name.endswith(".mat")]
-    likely = ants.apply_transforms(
-        fixed=target, moving=to_ants(template_mask, box.affine), transformlist=warps, interpolator="linear"
-    )
+    # ANTs would take commas and brackets in the path of the folder for its own syntax.
+    with chdir(folder):
+        result = ants.registration(
+            fixed=to_ants(box.data, box.affine),
+            moving=target,
+            type_of_transform="SyNOnly",
+            initial_transform="Identity",
+            mask=to_ants(box.mask, box.affine),
+            mask_all_stages=True,
+            outprefix="syn_",
+            reg_iterations=(40, 30, 0),
+        )
+        warps = [name for name in result["invtransforms"] if not name.endswith(".mat")]
+        likely = ants.apply_transforms(
+            fixed=target,
+            moving=to_ants(template_mask, box.affine),
+            transformlist=warps,
+            interpolator="linear",
+        )
     return likely.numpy(), box.affine
 
 

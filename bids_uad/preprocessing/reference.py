@@ -14,6 +14,7 @@ import numpy as np
 
 from bids_uad import space
 from bids_uad.atomic import write_json
+from bids_uad.dataset.naming import entities_of
 from bids_uad.errors import InputError
 from bids_uad.images import save_image
 from bids_uad.preprocessing.check import read_volume
@@ -149,7 +150,7 @@ def _from_atlas(root: Path) -> Reference:
     remedy = "point --atlas-dir at a TemplateFlow archive with tpl-SRI24, or leave it out for the stand-in"
     if not folder.is_dir():
         raise InputError(folder, "there is no SRI24 atlas", remedy)
-    found = {key: _query(root, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
+    found = {key: _find_image(folder, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
     for key in ("t1w", "brain_mask"):
         if found[key] is None:
             raise InputError(
@@ -184,16 +185,22 @@ def _parcellations(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _query(root: Path, suffix: str, desc: str) -> Path | None:
-    """Ask TemplateFlow's client for one 1 mm image; None if there is none with content."""
-    from templateflow.client import TemplateFlowClient
+def _find_image(folder: Path, suffix: str, desc: str) -> Path | None:
+    """Find one image of a template, of 1 mm where there are several; None if there is none with content.
 
-    # `ls` only lists; `get` would try to download an empty stub.
-    client = TemplateFlowClient(root=root, autoupdate=False, use_datalad=False)
-    found = client.ls("SRI24", suffix=suffix, desc=desc, extension=".nii.gz", atlas=None, label=None)
-    found = [path for path in found if path.is_file() and path.stat().st_size > 0]
-    at_1mm = [path for path in found if "_res-1_" in path.name or "_res-01_" in path.name]
-    return next(iter(sorted(at_1mm or found)), None)
+    TemplateFlow's client would read entities from the whole path, also from folders above the archive.
+    """
+    found = [
+        path
+        for path in sorted(folder.glob(f"tpl-SRI24_*_{suffix}.nii.gz"))
+        if path.is_file()
+        and path.stat().st_size > 0
+        # A stub that TemplateFlow has not downloaded yet is an empty file.
+        and entities_of(path).get("desc") == desc
+        and not {"atlas", "label", "seg"} & set(entities_of(path))
+    ]
+    at_1mm = [path for path in found if entities_of(path).get("res") in ("1", "01")]
+    return next(iter(at_1mm or found), None)
 
 
 def _read_on_grid(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -133,21 +134,23 @@ def _register(
     fixed: Volume, moving: Volume, start: np.ndarray, folder: Path, schedule: Schedule, kind: str
 ) -> np.ndarray:
     ants = load_ants()
-    result = ants.registration(
-        fixed=to_ants(fixed.data, fixed.affine),
-        # A rigid start goes into the moving image's affine: no file, no convention to get wrong.
-        moving=to_ants(moving.data, moving.moved(start).affine),
-        type_of_transform=kind,
-        initial_transform="Identity",
-        mask=None if fixed.mask is None else to_ants(fixed.mask, fixed.affine),
-        mask_all_stages=True,
-        outprefix=str(folder / f"{kind.lower()}_"),
-        aff_random_sampling_rate=schedule.sampling_rate,
-        aff_iterations=schedule.iterations,
-        aff_shrink_factors=schedule.shrink_factors,
-        aff_smoothing_sigmas=schedule.smoothing_sigmas,
-    )
-    found = ants.read_transform(result["fwdtransforms"][0])
+    # ANTs would take commas and brackets in the path of the folder for its own syntax.
+    with chdir(folder):
+        result = ants.registration(
+            fixed=to_ants(fixed.data, fixed.affine),
+            # A rigid start goes into the moving image's affine: no file, no convention to get wrong.
+            moving=to_ants(moving.data, moving.moved(start).affine),
+            type_of_transform=kind,
+            initial_transform="Identity",
+            mask=None if fixed.mask is None else to_ants(fixed.mask, fixed.affine),
+            mask_all_stages=True,
+            outprefix=f"{kind.lower()}_",
+            aff_random_sampling_rate=schedule.sampling_rate,
+            aff_iterations=schedule.iterations,
+            aff_shrink_factors=schedule.shrink_factors,
+            aff_smoothing_sigmas=schedule.smoothing_sigmas,
+        )
+        found = ants.read_transform(result["fwdtransforms"][0])
     return start @ from_itk_parameters(found.parameters, found.fixed_parameters)
 
 

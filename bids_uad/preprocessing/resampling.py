@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from bids_uad.errors import unreadable
-from bids_uad.preprocessing.antspy import load_ants, to_ants
+from bids_uad.preprocessing.antspy import load_ants, plain_names, to_ants
 
 
 def resample(
@@ -116,14 +116,15 @@ def resample_mask_through(
         except OSError as error:
             raise unreadable(path, error) from error
     ants = load_ants()
-    moved = ants.apply_transforms(
-        fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),
-        moving=to_ants(mask.astype(np.float32), affine),
-        transformlist=list(transforms),
-        # Otherwise an affine that stands alone or last is inverted.
-        whichtoinvert=[False] * len(transforms),
-        interpolator="linear",
-    )
+    with plain_names(transforms) as names:
+        moved = ants.apply_transforms(
+            fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),
+            moving=to_ants(mask.astype(np.float32), affine),
+            transformlist=names,
+            # Otherwise an affine that stands alone or last is inverted.
+            whichtoinvert=[False] * len(transforms),
+            interpolator="linear",
+        )
     return moved.numpy() > 0.5
 
 

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no subjects; ask for some, for instance --healthy 4")
     if args.lesion_volume and not 0 < args.lesion_volume[0] <= args.lesion_volume[1]:
         parser.error("--lesion-volume takes two numbers above 0, the smaller one first")
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     try:
         cohort = cohort_of(args)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in make_cohort(cohort, args.nprocs):
                 progress.update(task, advance=1, description=name)
     except UserError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 2
     console.print(f"{len(cohort.kinds)} subjects in {cohort.out}", highlight=False)
     return 0

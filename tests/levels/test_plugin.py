@@ -114,10 +114,10 @@ def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
 
 _RUN = """
 import time
-from bids_uad.levels.participant.plugin import IsolatedPlugin, quieten
+from bids_uad.levels.participant.plugin import IsolatedPlugin, prepare_nipype
 from tests.levels.test_plugin import Task, wait
 if __name__ == "__main__":
-    quieten()
+    prepare_nipype()
     plugin = IsolatedPlugin({"n_procs": 1, "memory_gb": 1, "n_gpu_procs": 1})
     print(wait(plugin, plugin._submit_job(Task("work")))["result"][1], flush=True)
     plugin._submit_job(Task("hold the lock"))

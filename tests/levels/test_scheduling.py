@@ -12,7 +12,7 @@ from nipype.pipeline.engine import Node, Workflow
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError
 from bids_uad.levels.participant.cluster import SlurmGraphPlugin, SlurmPlugin, describe_end
-from bids_uad.levels.participant.plugin import IsolatedPlugin, quieten
+from bids_uad.levels.participant.plugin import IsolatedPlugin, prepare_nipype
 from bids_uad.levels.participant.scheduling import make_plugin, read_plugin_file
 
 EXAMPLES = Path(__file__).parents[2] / "containers" / "slurm"
@@ -85,7 +85,7 @@ class OnGpu(SimpleInterface):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_gpu_nodes_run_as_many_at_a_time_as_asked(tmp_path, at_once):
-    quieten()
+    prepare_nipype()
     workflow = Workflow(name="gpu", base_dir=str(tmp_path))
     nodes = [Node(OnGpu(), name=f"node{number}") for number in range(4)]
     workflow.add_nodes(nodes)

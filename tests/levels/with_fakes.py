@@ -1,6 +1,7 @@
 """The program with stand-ins for preprocessing and detection: `python -m tests.levels.with_fakes ARGUMENTS`.
 
-REFERENCE names the folder of :func:`tests.levels.fakes.fake_reference`.
+REFERENCE names the folder of :func:`tests.levels.fakes.fake_reference`. Reports are stand-ins, too, unless
+REPORTS is `real`.
 """
 
 from __future__ import annotations
@@ -25,5 +26,6 @@ if __name__ == "__main__":
     workflow.init_preproc_wf = init_fake_preproc_wf
     writing.Detect = FakeDetect
     run.resolve_reference = lambda atlas, cache: fake_reference(Path(os.environ["REFERENCE"]))
-    run.write_reports = write_pages
+    if os.environ.get("REPORTS") != "real":
+        run.write_reports = write_pages
     sys.exit(main())

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.naming import detection_outputs, preprocessing_outputs
@@ -180,8 +181,7 @@ def print_summary(
             found = ", ".join(text for _, text in rows)
         seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "-"
         image = outcome.image if outcome.image != PARTICIPANT else f"sub-{outcome.subject}"
-        status = f"[{_STYLES[outcome.status]}]{outcome.status}[/]"
-        table.add_row(image, status, seconds, brain, found)
+        table.add_row(image, Text(outcome.status, _STYLES[outcome.status]), seconds, brain, found)
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from nipype.pipeline.engine import nodes, utils
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
 from bids_uad.cgroups import oom_kills, why_killed
@@ -190,7 +192,7 @@ def _serve(pipe: Connection, folder: str) -> None:
     os.environ["NIPYPE_NO_ET"] = "1"
     os.setpgrp()
     _die_with_parent()
-    quieten()
+    prepare_nipype()
     while True:
         try:
             node, updatehash, taskid = pipe.recv()
@@ -210,10 +212,13 @@ def _serve(pipe: Connection, folder: str) -> None:
             pipe.send({"result": None, "traceback": [failure], "taskid": taskid})
 
 
-def quieten() -> None:
-    """Keep nipype and nibabel from repeating on the terminal what the crash files and our summary say."""
-    import logging
+def prepare_nipype() -> None:
+    """Set up nipype, and nibabel, in this process, which may be a worker.
 
+    They are kept from repeating on the terminal what the crash files and our summary say. And where nipype
+    searches a node's folder, it takes the folder's path for a part of the pattern: below a folder such as
+    ``data [2024]`` it finds nothing, and removes the files that it has just written.
+    """
     for name in (
         "nibabel.global",
         "nipype.workflow",
@@ -222,6 +227,14 @@ def quieten() -> None:
         "nipype.filemanip",
     ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    for module in (nodes, utils):
+        module.glob = _glob_in_folder
+
+
+def _glob_in_folder(pattern: str) -> list[str]:
+    """List the files of a folder whose names match a pattern; the folder itself is no pattern."""
+    path = Path(pattern)
+    return [str(found) for found in path.parent.glob(path.name)]
 
 
 def _die_with_parent() -> None:

@@ -39,7 +39,7 @@ from bids_uad.levels.participant.outcome import (
 )
 from bids_uad.levels.participant.overlap import overlaps
 from bids_uad.levels.participant.plan import Task, drop_unreadable, make_plan, mask_warnings
-from bids_uad.levels.participant.plugin import NodeFailure, quieten
+from bids_uad.levels.participant.plugin import NodeFailure, prepare_nipype
 from bids_uad.levels.participant.progress import Progress
 from bids_uad.levels.participant.records import read_record, record_path, sha256_of
 from bids_uad.levels.participant.reporting import remember, write_reports
@@ -76,7 +76,7 @@ def run_participant(config: RunConfig) -> int:
     UserError
         If nothing can be done at all.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if config.reports_only:
         return _rebuild_reports(config)
     if config.device.startswith("cuda"):
@@ -270,7 +270,7 @@ def _describe(
 
 def _process(config: RunConfig, tasks: list[Task], means: Means, stopwatch: Stopwatch) -> list[NodeFailure]:
     """Build and run the workflow; give the nodes that failed."""
-    quieten()
+    prepare_nipype()
     nipype_config.update_config(
         {
             "execution": {

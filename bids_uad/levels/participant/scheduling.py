@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import yaml
@@ -42,11 +43,13 @@ def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plug
     Raises
     ------
     ConfigError
-        If the file is not understood.
+        If the file is not understood, or the path of the working folder is one that job scripts cannot hold.
     """
     name, arguments = "MultiProc", {}
     if config.plugin_file is not None:
         name, arguments = read_plugin_file(config.plugin_file)
+        if name != "MultiProc":
+            check_job_folder(config.work_dir)
     if name == "SLURMGraph":
         return SlurmGraphPlugin(arguments, mark=config.run_id)
     if name == "SLURM":
@@ -58,6 +61,21 @@ def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plug
         "raise_insufficient": False,
     }
     return IsolatedPlugin({**own, "status_callback": callback, **arguments})
+
+
+def check_job_folder(folder: Path) -> None:
+    """Refuse a working folder whose path nipype's job scripts, which do not quote it, cannot hold.
+
+    Raises
+    ------
+    ConfigError
+    """
+    plain = "".join(character for character in str(folder) if character.isascii())
+    if plain != quote(plain) or "%" in plain:  # SLURM replaces %j and the like in the names of log files
+        raise ConfigError(
+            f"the work folder {folder} has a space, quote, bracket or other special character in its path, "
+            "which jobs of a cluster cannot use; choose another with -w"
+        )
 
 
 def read_plugin_file(path: Path) -> tuple[str, dict[str, Any]]:
