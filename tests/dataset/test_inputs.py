@@ -165,3 +165,54 @@ def test_bad_image_is_left_out_before_anchors_are_chosen(make):
     }
     assert [problem.key for problem in found.problems] == ["sub-01_run-1_T1w", "sub-02_run-1_T1w"]
     assert "broken; mend it" in found.problems[0].message
+
+
+SESSIONS = [
+    "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w.nii.gz",
+    "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz",
+    "sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz",
+    "sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz",
+    "sub-01/ses-c/anat/sub-01_ses-c_T2w.nii.gz",
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "anchors_only"),
+    [
+        ({"sessions": ("c",)}, {"c_T2w": "a_run-1_T1w", "a_run-1_T1w": None}, {"a_run-1_T1w"}),
+        ({"sessions": ("b",)}, {"b_T1w": None, "b_T2w": "b_T1w"}, set()),
+        (
+            {"sessions": ("b", "c")},
+            {"b_T1w": None, "b_T2w": "b_T1w", "c_T2w": "a_run-1_T1w"},  # as a run on all sessions does
+            {"a_run-1_T1w"},
+        ),
+        ({"sessions": ("c",), "modalities": ("T1w",)}, {}, set()),
+        ({"sessions": ("c",), "filter": {"t1w": {"run": 2}}}, {"c_T2w": "a_run-2_T1w"}, {"a_run-2_T1w"}),
+        ({"sessions": ("c",), "filter": {"t1w": {"session": "b"}}}, {"c_T2w": "b_T1w"}, {"b_T1w"}),
+    ],
+)
+def test_a_job_for_a_session_finds_anchors_in_others(make, tmp_path, options, found, anchors_only):
+    options = dict(options)
+    if filters := options.pop("filter", None):
+        (tmp_path / "filter.json").write_text(json.dumps(filters))
+        options["filter_file"] = tmp_path / "filter.json"
+    collection = collect(make(SESSIONS, **options))
+    start = "sub-01_ses-"
+    expected = {f"{start}{key}": anchor and f"{start}{anchor}" for key, anchor in found.items()}
+    expected |= {f"{start}{key}": None for key in anchors_only}
+    assert anchors(collection.units) == expected
+    assert collection.anchors_only == {f"{start}{key}" for key in anchors_only}
+
+
+@pytest.mark.parametrize("sessions", [("c",), ()])
+def test_a_job_for_a_session_takes_the_anchor_that_a_run_on_all_takes(make, sessions):
+    def check(unit):
+        if unit.key == "sub-01_ses-a_run-1_T1w":
+            raise InputError(unit.path, "truncated", "copy it again")
+
+    collection = collect(make(SESSIONS, sessions=sessions), check=check)
+    assert anchors(collection.units)["sub-01_ses-c_T2w"] == "sub-01_ses-a_run-2_T1w"
+    # What is wrong with images of other sessions is not this job's to report.
+    assert [problem.key for problem in collection.problems] == (
+        [] if sessions else ["sub-01_ses-a_run-1_T1w"]
+    )

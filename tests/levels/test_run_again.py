@@ -179,3 +179,22 @@ def test_a_deleted_record_is_made_again(again):
     assert again.run() == 0
     assert listed(again) == {DISYRE}
     assert on_disk(again) == record(again).files
+
+
+def test_a_session_without_a_usable_image_stays_in_the_report_of_the_others(again):
+    names = {session: f"sub-01/ses-{session}/anat/sub-01_ses-{session}_T1w.nii.gz" for session in "ab"}
+    again.dataset(*names.values())
+    (again.raw / names["a"]).write_bytes(b"not an image")
+    assert again.run("--session-label", "a") == 66
+    assert (again.out / "sub-01.html").is_file()
+    assert again.run("--session-label", "b") == 0
+    told = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
+    assert [(image["image"], image["status"]) for image in told] == [
+        ("sub-01_ses-a_T1w", "unusable"),
+        ("sub-01_ses-b_T1w", "done"),
+    ]
+    assert names["a"].rsplit("/", 1)[1] in told[0]["message"]
+    write_image(again.raw / names["a"])
+    assert again.run("--session-label", "a") == 0
+    told = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
+    assert [image["status"] for image in told] == ["done", "done"]
