@@ -261,12 +261,15 @@ def nested(kind: type):
             yield from nested(annotation)
 
 
-HYPERS = {
-    part
-    for detector in DETECTORS.values()
-    for hyper in detector.presets.values()
-    for part in nested(type(hyper))
-}
+HYPERS = sorted(
+    {
+        part
+        for detector in DETECTORS.values()
+        for hyper in detector.presets.values()
+        for part in nested(type(hyper))
+    },
+    key=lambda kind: kind.__name__,  # workers that collect in different orders cannot share the tests
+)
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), cases(ILLEGAL | OTHERS))
