@@ -50,6 +50,7 @@ class CrossedModel:
         dummies = np.empty((len(y), 0)) if scanners is None else np.eye(scanners.max() + 1)[scanners]
         columns = np.column_stack([x, y, dummies])
         self._n_scanners = dummies.shape[1]
+        self._residual_df = max(self._n - int(np.linalg.matrix_rank(np.column_stack([x, dummies]))), 1)
         self._products = columns.T @ columns
         self._sizes = np.bincount(participants)
         self._sums = self._summed(columns)
@@ -73,7 +74,9 @@ class CrossedModel:
         -------
         numpy.ndarray, shape (m,)
             Satterthwaite's, from the observed information of the variances (Giesbrecht and Burns 1985,
-            Biometrics 41); at least 1. A variance that is estimated as zero is taken as known.
+            Biometrics 41); at least 1, and at most those that the residuals have with scanners as fixed
+            effects, since in small samples the former are too many. A variance that is estimated as zero is
+            taken as known.
         """
         free = self.ratios > 0
         logs = np.log(self.residual_variance * np.array([1.0, *self.ratios[free]]))
@@ -92,7 +95,7 @@ class CrossedModel:
         information = approx_hess(logs, lambda values: self._deviance(*unpack(values))) / 2
         slopes = approx_fprime(logs, log_variances, centered=True).reshape(len(contrasts), len(logs))
         variance = np.einsum("ij,jk,ik->i", slopes, np.linalg.pinv(information, hermitian=True), slopes)
-        return np.clip(2 / np.maximum(variance, 2 / self._n), 1.0, self._n - self._k)
+        return np.clip(2 / np.maximum(variance, 2 / self._n), 1.0, self._residual_df)
 
     def whiten(self, table: np.ndarray) -> np.ndarray:
         """Subtract from each row the part of its participant's mean that leaves rows independent.
