@@ -689,7 +689,7 @@ def init_recording_wf(task, means, *, name: str) -> LiterateWorkflow:
     target = means.config.output_dir / task.unit.folder / f"{task.unit.key}_read.json"
     write = Node(Write(target=str(target)), name="write")
     part.connect([(inputnode, write, [("preproc", "image"), ("qc", "doubts")])])
-    connect_record(part, task, means, [(write, "out_file")])
+    connect_record(part, task, means, inputnode, [(write, "out_file")])
     return part
 
 

@@ -65,7 +65,7 @@ def test_an_image_with_left_and_right_swapped_is_found(template, tmp_path: Path,
     monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
     with caplog.at_level(logging.WARNING, "bids_uad"):
         assert write_reports(config, ["01"]) == []
-    assert caplog.messages.count(text) == 1
+    assert text in caplog.messages
     assert (tmp_path / "sub-01.html").read_text().count(text) == 1
 
 

@@ -28,7 +28,7 @@ T1W, T2W = "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-01/ses-b/anat/sub-0
         ({}, {"skull_stripped": True}, BACKGROUND),
         ({"mask_origin": GIVEN}, {"skull_stripped": True}, GIVEN),
         ({"anchor": SAME_SESSION}, {"skull_stripped": True}, ANCHOR),
-        ({"mask_origin": GIVEN}, {"skull_stripped": False, "mask_origin": EXTRACTED}, EXTRACTED),
+        ({"mask_origin": GIVEN}, {"skull_stripped": False, "brain_mask_origin": EXTRACTED}, EXTRACTED),
     ],
 )
 def test_what_preprocessing_found_out_is_what_counts(before, quality, origin):

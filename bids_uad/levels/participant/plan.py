@@ -183,8 +183,7 @@ def _anchor_only(unit: ImageUnit) -> Task:
     return Task(
         unit=unit,
         bundles=(),
-        person={},
-        is_control=False,
+        person=Person(),
         lesion=None,
         fingerprint={},
         outdated=False,
