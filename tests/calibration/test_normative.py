@@ -128,7 +128,8 @@ def test_smoothing_is_weighted_least_squares():
     cohort, block = HealthyCohort.of(people), (13, 13, 9)
     impulse = np.zeros(GRID)
     impulse[block] = 1
-    kernel = gaussian_filter(impulse, normative._SIGMA, mode="constant")
+    # Full width at half maximum of 40 mm, in blocks of 8 mm.
+    kernel = gaussian_filter(impulse, 40 / (2 * np.sqrt(2 * np.log(2))) / 8, mode="constant")
     weights = np.kron(kernel, np.ones((BLOCK,) * 3))[tuple(slice(0, size) for size in SHAPE)]
     rows, values, weight = [], [], []
     for number, person in enumerate(people):
@@ -139,6 +140,77 @@ def test_smoothing_is_weighted_least_squares():
     expected = sm.WLS(np.concatenate(values), np.concatenate(rows), np.concatenate(weight)).fit()
     found = gathered(people).fit().coefficients[(slice(None), *block)]
     np.testing.assert_allclose(found, expected.params, atol=5e-5)
+
+
+def test_the_location_is_interpolated_between_the_centres_of_blocks():
+    """Along a ramp, linear interpolation gives every voxel the value at its own place."""
+    place = [BLOCK * np.arange(n) + (BLOCK - 1) / 2 for n in GRID]
+    x, y, z = np.meshgrid(*place, indexing="ij")
+    coefficients = np.zeros((4, *GRID), np.float32)
+    coefficients[0] = 0.01 * x - 0.02 * y + 0.03 * z
+    reference = NormativeReference(
+        HealthyCohort(None, None, None),
+        coefficients,
+        np.full(GRID, 0.5, np.float32),
+        np.zeros(GRID, np.float32),
+    )
+    brain = brain_of(0)
+    i, j, k = (np.arange(n, dtype=float) for n in SHAPE)
+    ramp = 0.01 * i[:, None, None] - 0.02 * j[None, :, None] + 0.03 * k[None, None]
+    found = reference.deviations(ramp + 1.0, brain, age=None, sex=None)
+    np.testing.assert_allclose(found[brain], 2.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("growth", "age", "variance"),
+    # Growth in ten years as a share of the variance at 50; between a fifth and three times as much.
+    [(0.25, 30.0, 0.5), (0.25, 50.0, 1.0), (0.25, 80.0, 1.75), (0.3, 10.0, 0.2), (0.9, 80.0, 3.0)],
+)
+def test_the_variance_is_linear_in_age_within_limits(growth, age, variance):
+    flat = np.ones(GRID, np.float32)
+    cohort = HealthyCohort(50.0, (10.0, 90.0), None)
+    reference = NormativeReference(cohort, np.zeros((4, *GRID), np.float32), 0.1 * flat, growth * flat)
+    brain = brain_of(0)
+    found = reference.deviations(np.ones(SHAPE), brain, age=age, sex=None)
+    np.testing.assert_allclose(found[brain], 1 / (0.1 * np.sqrt(variance)), rtol=1e-5)
+
+
+def test_growth_of_the_variance_is_limited_and_the_spread_has_a_floor(unsmoothed):
+    """A quarter of the brain has no noise at all; elsewhere the variance is nil until 40."""
+    rng = np.random.default_rng(0)
+    people = [{"age": float(age), "sex": None} for age in rng.uniform(20, 80, 15)]
+    estimator = NormativeEstimator(HealthyCohort.of(people))
+    brain = brain_of(0)
+    residuals = []
+    for number, person in enumerate(people):
+        noise = np.random.default_rng(number).normal(0, 0.02 * max(0.0, person["age"] - 40), (32, 32, 32))
+        noise[:8] = 0
+        scores = np.zeros(SHAPE)
+        scores[PLACE] = 1 + noise
+        residuals.append(noise)
+        estimator.add(scores, brain, **person)
+    reference = estimator.fit()
+    assert reference.growth[14, 13, 9] == np.float32(0.3)
+    # Squared residuals at the mean age, by a line through those of all voxels.
+    age = np.repeat([person["age"] for person in people], noise.size)
+    square = np.square(np.concatenate([part.ravel() for part in residuals]))
+    slope, intercept = np.polyfit(age - reference.cohort.age_mean, square, 1)
+    assert slope > 0
+    assert reference.spread[12, 13, 9] == pytest.approx(0.3 * np.sqrt(intercept), rel=0.01)
+
+
+def test_where_no_brain_reaches_the_whole_brain_stands():
+    people = people_of(12)
+    cohort = HealthyCohort.of(people)
+    reference = gathered(people, cohort).fit()
+    rows, values = [], []
+    for number, person in enumerate(people):
+        brain = brain_of(number)
+        values.append(scores_of(person, brain, number)[brain].astype(float))
+        rows.append(np.tile(cohort.row(person["age"], person["sex"], brain), (len(values[-1]), 1)))
+    whole = sm.OLS(np.concatenate(values), np.concatenate(rows)).fit()
+    np.testing.assert_allclose(reference.coefficients[:, 0, 0, 0], whole.params, atol=5e-5)
+    assert np.abs(reference.coefficients[0, 13, 13, 9] - whole.params[0]) > 0.01
 
 
 def test_an_age_slope_goes_and_a_lesion_stays():

@@ -95,6 +95,10 @@ def test_dice_threshold_beats_a_literal_search(volumes):
     found = estimate(volumes).thresholds()["max_dice"]
     best = max(mean_dice(threshold) for threshold in np.linspace(0, 1.5, 1501))
     assert mean_dice(found) >= best - 1e-3
+    # No edge is better, and the lowest of those that are as good is taken.
+    near = FINE_EDGES[np.abs(FINE_EDGES / found - 1) < 0.05]
+    dice = np.array([mean_dice(edge) for edge in near])
+    assert found == near[np.flatnonzero(dice > dice.max() - 1e-12)[0]]
 
 
 def test_every_threshold_is_a_bin_edge(volumes):
@@ -104,13 +108,30 @@ def test_every_threshold_is_a_bin_edge(volumes):
     assert np.isinf(edges[-1])
     assert (np.diff(edges) > 0).all()
     assert set(estimator.thresholds().values()) <= set(edges.tolist())
-    assert 250 < len(edges) < 510
+    # Zero, infinity, the thresholds and at most 500 others; half of these end at twice the highest score.
+    healthy, sick = volumes
+    highest = max(scores.max() for scores in (*healthy, *(scores for scores, _ in sick)))
+    assert edges[-2] == pytest.approx(2 * highest, rel=2.5e-3)
+    assert 250 < len(edges) <= 500 + 2 + 3
+
+
+def test_half_of_the_edges_follow_the_voxels(volumes):
+    """Shares of the voxels above them fall by the same ratio from edge to edge."""
+    edges = estimate(volumes).bin_edges()
+    healthy, sick = volumes
+    pooled = np.concatenate([scores.ravel() for scores in (*healthy, *(scores for scores, _ in sick))])
+    tails = np.geomspace(1, 1e-6, 250)
+    for tail in tails[(tails > 1e-3) & (tails < 0.99)]:
+        expected = np.quantile(pooled, 1 - tail)
+        assert np.abs(edges[:-1] / expected - 1).min() < 4e-3
 
 
 def test_summary_says_what_the_thresholds_do(volumes):
     summary = estimate(volumes).summary()
     assert summary["default_threshold"] == "max_dice"
-    assert summary["validation"]["healthy_fpr"]["fpr_1pct"] <= 0.01
+    pooled = np.concatenate([scores.ravel() for scores in volumes[0]])
+    literal = {name: (pooled > threshold).mean() for name, threshold in summary["thresholds"].items()}
+    assert summary["validation"]["healthy_fpr"] == pytest.approx(literal, abs=1e-12)
     assert summary["validation"]["mean_dice"]["max_dice"] == max(summary["validation"]["mean_dice"].values())
     assert np.isfinite(summary["bin_edges"]).all()
 
@@ -125,6 +146,21 @@ def test_a_threshold_that_floods_healthy_brains_is_not_the_default():
     summary = estimator.summary()
     assert summary["validation"]["healthy_fpr"]["max_dice"] > 0.5
     assert summary["default_threshold"] == "fpr_1pct"
+
+
+@pytest.mark.parametrize(("rate", "default"), [(0.018, "max_dice"), (0.022, "fpr_1pct")])
+def test_the_default_marks_at_most_two_percent_of_healthy_brains(rate, default):
+    rng = np.random.default_rng(0)
+    brain = np.ones((20, 20, 20), dtype=bool)
+    lesion = np.zeros_like(brain)
+    lesion[:6] = True
+    healthy = np.where(np.arange(8000).reshape(brain.shape) < 8000 * rate, 0.9, 0.1)
+    estimator = ThresholdEstimator()
+    estimator.add(healthy, brain, None)
+    estimator.add(np.where(lesion, 0.8, 0.2) + 0.01 * rng.random(brain.shape), brain, lesion)
+    summary = estimator.summary()
+    assert summary["validation"]["healthy_fpr"]["max_dice"] == pytest.approx(rate)
+    assert summary["default_threshold"] == default
 
 
 def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):

@@ -158,5 +158,6 @@ def test_thresholds_are_edges_up_to_the_digits_of_a_table():
     assert edge_index(EDGES, 0.5) == 2
     assert edge_index(EDGES, 0.5000001) == 2
     assert edge_index(EDGES, 0.0) == 0
-    with pytest.raises(ValueError, match=r"0\.6 is not one of"):
-        edge_index(EDGES, 0.6)
+    for between in (0.6, 0.50001, 0.4999, 1.001):
+        with pytest.raises(ValueError, match="is not one of"):
+            edge_index(EDGES, between)

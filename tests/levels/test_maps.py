@@ -88,6 +88,36 @@ def test_component_table_against_hand_numbers():
     ]
 
 
+def test_component_table_on_other_voxels_than_a_cubic_millimetre():
+    labels = np.zeros((6, 6, 6), np.int32)
+    labels[1:3, 2, 3] = 1
+    scores = np.full(labels.shape, 0.2, np.float32)
+    scores[1, 2, 3] = 0.4
+    affine = np.array([[0, 2.0, 0, 10], [-3.0, 0, 0, 20], [0, 0, 1.5, 30], [0, 0, 0, 1]])
+    (row,) = maps.component_table(labels, scores, affine).to_dict("records")
+    assert row["volume_mm3"] == pytest.approx(2 * 2 * 3 * 1.5)
+    assert (row["peak_score"], row["mean_score"]) == pytest.approx((0.4, 0.3))
+    assert (row["centroid_x"], row["centroid_y"], row["centroid_z"]) == (14.0, 15.5, 34.5)
+
+
+def test_metrics_row_by_hand():
+    """Two lesions in the brain and one outside; of two components one hits both, the other none."""
+    brain = np.zeros((9, 9, 9), bool)
+    brain[:7] = True
+    lesion = np.zeros_like(brain)
+    lesion[1, 1, 1:3] = lesion[3, 1, 1] = lesion[8, 8, 8] = True
+    components = np.zeros(brain.shape, np.int32)
+    components[1:4, 1, 1] = 1
+    components[5, 5, 4:6] = 2
+    row = maps.metrics_row({"detector": "x"}, components, brain, lesion, 0.0).iloc[0]
+    assert row["detector"] == "x"
+    assert row["brain_volume_mm3"] == 7 * 81
+    assert row["anomaly_volume_mm3"] == 3 + 2
+    assert row["lesion_volume_mm3"] == 3
+    assert (row["n_components"], row["n_lesions"]) == (2, 2)
+    assert (row["n_lesions_detected"], row["n_false_components"]) == (2, 1)
+
+
 def test_no_component_is_an_empty_table_with_all_columns():
     table = maps.component_table(np.zeros((3, 3, 3), np.int32), np.zeros((3, 3, 3), np.float32))
     assert len(table) == 0

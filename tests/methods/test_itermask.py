@@ -64,6 +64,46 @@ def test_masks_hide_as_much_as_the_published_ones():
     assert quartiles[3] < 0.6
 
 
+def test_squares_are_drawn_from_the_density_of_their_cluster():
+    """The same random numbers; density and squares by NumPy, one image and one square at a time."""
+    height, width = 48, 40
+    brain = torch.zeros(6, 1, height, width, dtype=torch.bool)
+    brain[:, :, 4:44, 6:36] = True
+    masks = clustered_squares(brain, torch.Generator().manual_seed(5))
+
+    generator = torch.Generator().manual_seed(5)
+    narrow = (torch.randint(0, 3, (6,), generator=generator) == 2).numpy()
+    assert 0 < narrow.sum() < 6
+    c11, c22 = ((0.3 + 9.7 * torch.rand(6, generator=generator)).double().numpy() for _ in range(2))
+    sign = torch.randint(0, 2, (6,), generator=generator).numpy() * 2 - 1
+    extent = np.sqrt(c11 * c22)
+    c12 = sign * 0.99 * extent * torch.rand(6, generator=generator).double().numpy()
+    inside = brain.flatten(1).float()
+    centres = torch.multinomial(inside, 1, generator=generator)[:, 0].numpy()
+    density = np.zeros((6, height, width))
+    for k, centre in enumerate(centres):
+        offsets = np.moveaxis(np.mgrid[:height, :width], 0, -1) - divmod(centre, width)
+        offsets = offsets * (0.4 if narrow[k] else 0.1)
+        precision = np.linalg.inv([[c11[k], c12[k]], [c12[k], c22[k]]])
+        density[k] = np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", offsets, precision, offsets))
+    weights = torch.from_numpy(density).flatten(1).float() * inside
+    expected = np.zeros((6, height, width), dtype=bool)
+    ranges = ((np.where(narrow, 5, 100) * extent, np.where(narrow, 20, 200) * extent), (5, 10), (3, 10))
+    for side, (low, high) in zip((4, 8, 16), ranges, strict=True):
+        drawn = torch.rand(6, generator=generator).double().numpy()
+        counts = np.floor(low + (high - low) * drawn).astype(int)
+        most = max(1, counts.max())
+        rows, columns = (
+            torch.multinomial(weights, most, replacement=True, generator=generator).numpy() for _ in range(2)
+        )
+        for k in range(6):
+            for row, column in zip(
+                rows[k, : counts[k]] // width, columns[k, : counts[k]] % width, strict=True
+            ):
+                expected[k, row : row + side, column : column + side] = True
+    np.testing.assert_array_equal(masks[:, 0].numpy(), expected & brain[:, 0].numpy())
+
+
 def test_masks_are_made_of_squares():
     brain = torch.ones(20, 1, 64, 64, dtype=torch.bool)
     for mask in clustered_squares(brain, torch.Generator().manual_seed(1))[:, 0, :-16, :-16].numpy():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 
+from benchmarks.literal import scales
+from bids_uad.networks import diffusion
 from bids_uad.networks.diffusion import (
     NoisePredictor,
     layered_noise,
@@ -24,9 +28,10 @@ from bids_uad.networks.diffusion import (
 def test_schedule(time, ratio, alpha, sigma):
     t = torch.tensor(time, dtype=torch.float64)
     assert float(log_snr(t)) == pytest.approx(ratio, abs=0.01)
-    scales = signal_and_noise(t)
-    assert [float(scale) for scale in scales] == pytest.approx([alpha, sigma], abs=0.002)
-    assert sum(float(scale) ** 2 for scale in scales) == pytest.approx(1)
+    found = [float(scale) for scale in signal_and_noise(t)]
+    assert found == pytest.approx([alpha, sigma], abs=0.002)  # the digits that are published
+    assert found == pytest.approx(scales(time), rel=1e-12)
+    assert sum(scale**2 for scale in found) == pytest.approx(1)
 
 
 def test_ends_are_truncated():
@@ -50,15 +55,55 @@ def test_transition_weight_is_that_of_the_posterior_means():
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_pyramid_noise_is_smoother_than_white_and_of_unit_power(published):
+def test_pyramid_noise_has_unit_power(published):
     images = torch.zeros(16, 1, 96, 96)
     noise = pyramid_noise(images, 0.9, torch.Generator().manual_seed(0), published=published)
     assert float(noise.square().mean()) == pytest.approx(1, abs=0.05)
     if not published:
         torch.testing.assert_close(noise.square().mean((1, 2, 3)), torch.ones(16))
-    # Neighbours are alike because of the coarse layers.
-    likeness = (noise[..., 1:] * noise[..., :-1]).mean()
-    assert 0.2 < float(likeness) < 0.9
+
+
+def bilinear(coarse: int, fine: int) -> np.ndarray:
+    """Matrix that enlarges an axis linearly between the centres of pixels; shape (fine, coarse)."""
+    position = np.clip((np.arange(fine) + 0.5) * coarse / fine - 0.5, 0, coarse - 1)
+    return np.clip(1 - np.abs(position[:, None] - np.arange(coarse)), 0, None)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_layered_noise_is_a_weighted_sum_of_enlarged_white_noise(published):
+    size, discount, drawn = (96, 80), 0.8, []
+    generator = torch.Generator().manual_seed(0)
+
+    def white(number, shape):
+        drawn.append(torch.randn((4, 1, *shape), generator=generator, dtype=torch.float64))
+        return drawn[-1]
+
+    noise = layered_noise(white, size, discount, lambda: 2.5, published=published).numpy()
+    assert [part.shape[-2:] for part in drawn[1:]] == [
+        *([size] if published else []), (38, 32), (6, 5), (1, 1)
+    ]  # fmt: skip
+    first = 0 if published else 1
+    expected = drawn[0].numpy().copy()
+    for level, part in enumerate(drawn[1:], start=first):
+        rows, columns = (bilinear(coarse, fine) for coarse, fine in zip(part.shape[-2:], size, strict=True))
+        expected += discount**level * (rows @ part.numpy() @ columns.T)
+    if published:
+        expected /= expected.std(ddof=1)
+    else:
+        expected /= np.sqrt(np.square(expected).mean(axis=(1, 2, 3), keepdims=True))
+    np.testing.assert_allclose(noise, expected, atol=1e-6)
+
+
+def test_pyramid_noise_draws_each_ratio_uniformly_between_two_and_four(monkeypatch):
+    ratios = []
+
+    def layered(white, size, discount, ratio, *, published):
+        ratios.extend(ratio() for _ in range(2000))
+        return torch.zeros(1)
+
+    monkeypatch.setattr(diffusion, "layered_noise", layered)
+    pyramid_noise(torch.zeros(1, 1, 8, 8), 0.9, torch.Generator().manual_seed(0), published=False)
+    assert kstest(ratios, "uniform", args=(2, 2)).pvalue > 1e-3
 
 
 def test_layers_are_added_by_hand():

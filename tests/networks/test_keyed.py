@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from scipy.stats import kstest
@@ -26,6 +28,26 @@ def test_bits_are_those_of_splitmix64():
     assert [splitmix(counter) for counter in counters] == published
     signed = torch.tensor([c - WORD if c >= WORD // 2 else c for c in counters])
     assert [bits % WORD for bits in mix(signed).tolist()] == published
+
+
+def test_draws_are_hashes_of_seed_step_and_counter():
+    """The whole way from name to number, with Python's own whole numbers."""
+    generator = SliceGenerator.of_slices("sub-01_T1w", 3, [70], CPU)
+    digest = hashlib.sha256(b"3/sub-01_T1w/70").digest()
+    seed = int.from_bytes(digest[:8], "big")
+    for step in (0, 125):
+        start = splitmix((seed + splitmix(step + 1)) % WORD)
+        words = [splitmix((start + k * 0x9E3779B97F4A7C15) % WORD) for k in range(1, 8)]
+        unit = np.array([((word >> 40) + 0.5) / 2**24 for word in words])
+        np.testing.assert_allclose(generator.uniform(step, 7)[0], unit, rtol=1e-6)
+        # Halfway between multiples of 2^-24: neither 0 nor 1 is drawn, and no logarithm is infinite.
+        small = generator.uniform(step, 1000).double()
+        small = small[small < 0.5] * 2**24
+        assert (small % 1 == 0.5).all()
+        # Box and Muller, with the radius from the upper and the angle from the lower bits.
+        radius, angle = np.sqrt(-2 * np.log(unit)), [2 * np.pi * ((w >> 8) % 2**24) / 2**24 for w in words]
+        pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        np.testing.assert_allclose(generator.normal(step, 14)[0], pairs, atol=2e-6)
 
 
 def test_numbers_are_uniform_and_normal():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from scipy.integrate import quad
 from scipy.ndimage import binary_dilation, binary_erosion, label
+from scipy.optimize import brentq
+from scipy.stats import kstest
 
 from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
 from tests.networks.conftest import seeded
@@ -63,10 +67,17 @@ def test_a_straight_edge_is_cut_off(slices):
     left = cut_edge(brain, seeded(), 1.0)
     gone = brain & ~left
     assert not (left & ~brain).any()
-    # A cap of a disc, as high as a third of its radius, is 11 % of it.
-    share = gone.sum((1, 2, 3)) / brain.sum((1, 2, 3))
-    assert 0.08 < share.max() < 0.12
-    assert 0.02 < share.mean() < 0.06
+    # Caps of a disc, as high as 0 to a third of its radius.
+    share = (gone.sum((1, 2, 3)) / brain.sum((1, 2, 3))).numpy()
+
+    def cap(height):
+        return (np.arccos(1 - height) - (1 - height) * np.sqrt(2 * height - height**2)) / np.pi
+
+    assert share.max() == pytest.approx(cap(1 / 3), abs=0.01)
+    expected = quad(lambda height: 3 * cap(height), 0, 1 / 3)[0]
+    assert share.mean() == pytest.approx(expected, abs=4 * share.std() / np.sqrt(200))
+    heights = [brentq(lambda h, s=s: cap(h) - s, 0, 0.5) for s in share]
+    assert kstest(heights, "uniform", args=(0, 1 / 3)).pvalue > 1e-3
     for cap, rest in zip(gone[:40, 0].numpy(), left[:40, 0].numpy(), strict=True):
         assert label(rest)[1] == 1
         if cap.sum() > 50:  # enough to tell the direction of the cut

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
+from scipy.stats import kstest
 
+from bids_uad.networks.blemishes import smooth_field
 from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
 from tests.networks.conftest import seeded
 
@@ -65,32 +68,61 @@ def test_the_middle_swells_without_folds(slices):
     assert torch.equal(same, brain)
 
 
-def test_ventricles_grow_as_the_formula_says():
-    """A disc in the middle: its edge at radius r comes from r (1 - a exp(-r^2 / 2 s^2))."""
-    y, x = np.ogrid[:160, :192]
-    brain = torch.from_numpy((y - 80) ** 2 + (x - 96) ** 2 < 70**2).expand(40, 1, 160, 192)
-    ventricle = torch.from_numpy(((y - 80) ** 2 + (x - 96) ** 2 < 14**2).astype(np.float32))
-    swollen, _ = swell_middle(ventricle.expand(40, 1, 160, 192), brain, seeded(), 1.0)
-    growth = swollen.sum((1, 2, 3)) / ventricle.sum()
-    assert 0.55 < growth.min() < 0.9
-    # At most 1 / (1 - 0.6)^2, were the whole of it in the very middle.
-    assert 2 < growth.max() < 6.25
+def test_the_middle_swells_as_the_formula_says():
+    """Random numbers are drawn again in their order; SciPy interpolates at the positions of the formula."""
+    rows, columns = np.mgrid[:96, :112].astype(float)
+    whole = ((rows - 46) / 40) ** 2 + ((columns - 60) / 45) ** 2 < 1
+    brain = torch.from_numpy(whole).expand(12, 1, 96, 112)
+    image = gaussian_filter(np.random.default_rng(0).random((96, 112)), 2) + 1
+    moved, inside = swell_middle(torch.from_numpy(image).float().expand(12, 1, 96, 112), brain, seeded(), 0.7)
+
+    generator = seeded()
+    jitter = 6 * torch.randn((2, 12), generator=generator).numpy()
+    amount = (-0.3 + 0.9 * torch.rand(12, generator=generator)).numpy()
+    amount = np.where(torch.rand(12, generator=generator).numpy() < 0.7, amount, 0)
+    spread = 12 + 28 * torch.rand(12, generator=generator).numpy()
+    assert 0 < (amount == 0).sum() < 12
+    for k in range(12):
+        down, right = rows - rows[whole].mean() - jitter[0, k], columns - columns[whole].mean() - jitter[1, k]
+        scale = 1 - amount[k] * np.exp(-(down**2 + right**2) / (2 * spread[k] ** 2))
+        places = np.stack([rows + (scale - 1) * down, columns + (scale - 1) * right])
+        expected = map_coordinates(image, places, order=1)
+        # Positions beyond the border are mixed with 0 by torch and not by SciPy.
+        inner = ((places >= 0) & (places <= [[[95]], [[111]]])).all(axis=0)
+        np.testing.assert_allclose(moved[k, 0].numpy()[inner], expected[inner], atol=1e-3)
+        nearest = map_coordinates(whole.astype(np.uint8), places, order=0) > 0
+        assert (inside[k, 0].numpy() != nearest).mean() < 5e-4  # halves are rounded either way
 
 
-def test_contrast_bends_but_keeps_order_and_ends():
-    ramp = torch.linspace(0, 1, 500).expand(50, 1, 1, 500)
-    bent = bend_contrast(ramp, seeded())
-    assert (bent.diff(dim=-1) > 0).all()
-    assert bent[..., 0].abs().max() == 0
-    torch.testing.assert_close(bent[..., -1], torch.ones(50, 1, 1), atol=1e-6, rtol=0)
-    assert (bent - ramp).abs().amax() > 0.05
+def test_contrast_bends_by_three_sines_that_keep_the_order():
+    ramp = torch.linspace(0, 1, 500, dtype=torch.float64)
+    bent = bend_contrast(ramp.float().expand(1000, 1, 1, 500), seeded())[:, 0, 0].double().numpy()
+    assert (np.diff(bent) > 0).all()
+    sines = np.sin(np.pi * np.outer([1, 2, 3], ramp))
+    heights, *_ = np.linalg.lstsq(sines.T, (bent - ramp.numpy()).T, rcond=None)
+    np.testing.assert_allclose(heights.T @ sines, bent - ramp.numpy(), atol=1e-6)
+    for wave, drawn in enumerate(heights, start=1):
+        assert kstest(drawn * wave / 0.08, "uniform", args=(-1, 2)).pvalue > 1e-3
 
 
-def test_shading_is_smooth_and_keeps_background(slices):
-    images, brain = slices
-    shaded = shade(images, seeded())
-    assert shaded[~brain].abs().max() == 0
-    ratio = torch.where(brain, shaded / images.clamp_min(1e-6), 1.0).log()
-    assert 0.02 < ratio[brain].abs().mean() < 0.12
-    inside = brain[..., 1:] & brain[..., :-1]
-    assert ratio.diff(dim=-1)[inside].abs().max() < 0.05
+def test_smooth_fields_interpolate_standard_normal_numbers():
+    """With the corners aligned, every twentieth pixel is one of the numbers drawn."""
+    field = smooth_field(50, 4, (81, 61), seeded())
+    drawn = torch.randn((50, 1, 5, 5), generator=seeded())
+    torch.testing.assert_close(field[..., ::20, ::15], drawn, atol=1e-5, rtol=0)
+    steps = field.diff(dim=-1).abs().amax((1, 2, 3))
+    assert (steps < 2 * drawn.diff(dim=-1).abs().amax((1, 2, 3)) / 15).all()
+
+
+@pytest.mark.parametrize(("strength", "bumps"), [(0.12, 2), (0.06, 8)])
+def test_shading_is_the_exponential_of_a_smooth_field(strength, bumps):
+    size = 10 * bumps + 1
+    image = torch.full((20, 1, size, size), 0.3)
+    image[:, :, :10] = 0
+    shaded = shade(image, seeded(), strength, bumps)
+    generator = seeded()
+    field = torch.randn((20, 1, bumps + 1, bumps + 1), generator=generator)
+    amount = strength * torch.rand((20, 1, 1, 1), generator=generator)
+    expected = (image[..., ::10, ::10] * (amount * field).exp()).clamp(0, 1)
+    torch.testing.assert_close(shaded[..., ::10, ::10], expected, atol=1e-6, rtol=1e-5)
+    assert shaded[:, :, :10].abs().max() == 0

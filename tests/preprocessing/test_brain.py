@@ -2,15 +2,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from bids_uad.extraction.find import find_brain, load_network
+from bids_uad.preprocessing.bias import correct_bias
 from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
 from bids_uad.preprocessing.check import read_scan, read_volume
+from bids_uad.preprocessing.coregistration import register_to_reference
 from bids_uad.preprocessing.extraction import packaged_weights
 from bids_uad.preprocessing.registration import Volume
+from bids_uad.preprocessing.resampling import resample
+from bids_uad.preprocessing.transforms import rotation_about
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, REAL_DATA, draw, known_move
 
@@ -110,3 +115,58 @@ def test_a_brain_is_found_in_real_heads(
     seen = find_brain(image.data, image.affine, load_network(packaged_weights()))
     found, _ = extract_brain(Volume(image.data, image.affine), reference_volume, tmp_path, seen)
     assert dice(found, truth) > least
+
+
+def grid_of_slices(zooms: tuple[float, float, float], below: float = 0.0, sides: float = 0.0):
+    """A grid over the phantom's field of view, further down and to the sides; its shape and affine."""
+    extent = np.array(NATIVE_SHAPE) * 3.0 + [2 * sides, 2 * sides, below]
+    first = NATIVE_AFFINE[:3, 3] + [sides, -sides, -below] + (np.array(zooms) - 3.0) / 2 * [-1, 1, 1]
+    affine = np.diag([-zooms[0], zooms[1], zooms[2], 1.0])
+    affine[:3, 3] = first
+    return tuple(int(n) for n in np.ceil(extent / zooms)), affine
+
+
+def acquire(volume: np.ndarray, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Sample a volume on a grid, averaged over thick slices."""
+    parts = np.maximum(np.rint(np.linalg.norm(affine[:3, :3], axis=0) / 2.0), 1).astype(int)
+    finer = affine @ np.diag([*(1.0 / parts), 1.0])
+    finer[:3, 3] = affine[:3, :3] @ ((1.0 / parts - 1) / 2) + affine[:3, 3]
+    fine = resample(volume, NATIVE_AFFINE, tuple(np.array(shape) * parts), finer)
+    blocks = np.ravel(np.column_stack([shape, parts]))
+    return fine.reshape(blocks).mean(axis=(1, 3, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grid", "turn"),
+    [
+        (grid_of_slices((1.0, 1.0, 8.0)), (0.0, 0.0, 0.0)),
+        (grid_of_slices((6.0, 1.0, 1.0)), (0.0, 0.0, 0.0)),
+        (grid_of_slices((1.0, 7.0, 1.0)), (8.0, 0.0, 12.0)),
+        (grid_of_slices((0.6, 0.6, 0.6)), (0.0, 0.0, 0.0)),
+        (grid_of_slices((2.0, 2.0, 2.0), below=200.0, sides=90.0), (0.0, 0.0, 0.0)),
+    ],
+    ids=["thick axial", "thick sagittal", "thick coronal, oblique", "small voxels", "neck and shoulders"],
+)
+def test_a_head_is_preprocessed_on_unusual_grids(
+    grid, turn: tuple[float, float, float], reference_volume: Volume, tmp_path: Path
+) -> None:
+    """The brain is found, and the registration is off by less than 1 mm anywhere in it."""
+    centre = np.array([-119.0, 116.0, 76.0])
+    shape, affine = grid[0], rotation_about(centre, turn) @ grid[1]
+    brain = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
+    truth = acquire(brain > 0, shape, affine) > 0.5
+    data = acquire(head_around(brain), shape, affine)
+    x, y, z = np.moveaxis(nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
+    bottom = NATIVE_AFFINE[2, 3]
+    data[(z < bottom) & (np.hypot(x - centre[0], y - centre[1]) < 60)] = 700.0
+    data[(z < bottom - 90) & (np.abs(x - centre[0]) < 150) & (np.abs(y - centre[1]) < 80)] = 600.0
+    data += np.abs(np.random.default_rng(0).normal(0, 15, shape))
+    seen = find_brain(data, affine, load_network(packaged_weights()))
+    mask, _ = extract_brain(Volume(data, affine), reference_volume, tmp_path, seen)
+    assert dice(mask, truth) > 0.95
+    corrected = np.where(mask, correct_bias(data, affine, mask), 0.0)
+    pull, _ = register_to_reference(reference_volume, Volume(corrected, affine, mask), tmp_path)
+    points = nib.affines.apply_affine(reference_volume.affine, np.argwhere(reference_volume.mask)[::5000])
+    errors = nib.affines.apply_affine(pull, points) - nib.affines.apply_affine(known_move(), points)
+    assert np.linalg.norm(errors, axis=1).max() < 1.0

@@ -10,10 +10,12 @@ from bids_uad.preprocessing.coregistration import POOR_OVERLAP, register_to_anch
 from bids_uad.preprocessing.refinement import refine_rigid
 from bids_uad.preprocessing.registration import (
     BINS,
+    Schedule,
     Volume,
     binned,
     centred_start,
     mask_overlap,
+    register_best,
     register_rigid,
     rotated_starts,
     similarity,
@@ -137,6 +139,71 @@ def test_similarity_is_mutual_information_over_joint_entropy(scan: Volume) -> No
     assert similarity(small, moved, np.eye(4)) == pytest.approx(expected, rel=1e-9)
 
 
+def test_similarity_counts_the_voxels_of_either_mask(scan: Volume) -> None:
+    """Also where one of the two brains is missing: a shift is seen at the outline."""
+    from sklearn.metrics import mutual_info_score
+
+    fixed = scan.coarse(6.0)
+    shift = 2
+    moved = Volume(np.roll(fixed.data, shift, axis=1), fixed.affine, np.roll(fixed.mask, shift, axis=1))
+    region = fixed.mask | moved.mask
+    levels = [
+        np.minimum((binned(volume.data[region]) * BINS).astype(int), BINS - 1) for volume in (fixed, moved)
+    ]
+    counts = np.unique(np.stack(levels), axis=1, return_counts=True)[1] / region.sum()
+    expected = mutual_info_score(*levels) / -(counts * np.log(counts)).sum()
+    assert similarity(fixed, moved, np.eye(4)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_binned_puts_percentiles_at_zero_and_one() -> None:
+    values = np.random.default_rng(0).permutation(np.arange(1001.0))
+    np.testing.assert_allclose(binned(values), np.clip((values - 5) / 990, 0, 1), atol=1e-12)
+    assert not binned(np.full(7, 3.0)).any()
+
+
+@pytest.mark.parametrize("apart", [0.0, 9.0, 20.0, 45.0])
+def test_mask_overlap_of_two_balls_is_that_of_their_lens(apart: float) -> None:
+    """Two balls of radius r at a distance d share a lens of pi (4 r + d) (2 r - d)^2 / 12."""
+    radius = 20.0
+    grid = np.indices((60, 110, 60)) - np.array([29.5, 54.5, 29.5]).reshape(3, 1, 1, 1)
+    ball = (grid**2).sum(axis=0) < radius**2
+    volume = Volume(ball.astype(np.float32), np.eye(4), ball)
+    lens = np.pi * (4 * radius + apart) * max(2 * radius - apart, 0) ** 2 / 12
+    expected = lens / (4 / 3 * np.pi * radius**3)
+    pull = translation(np.array([0.0, apart, 0.0]))
+    assert mask_overlap(volume, volume, pull) == pytest.approx(expected, abs=0.005)
+    larger = Volume(ball.astype(np.float32), np.diag([1.2, 1.2, 1.2, 1.0]), ball)
+    centred = centred_start(volume, larger)
+    assert mask_overlap(volume, larger, centred) == pytest.approx(2 / (1 + 1.2**3), abs=0.01)
+
+
+def test_the_most_similar_of_several_registrations_is_kept(
+    reference_volume: Volume, scan: Volume, tmp_path: Path
+) -> None:
+    fixed, moving = reference_volume.coarse(6.0).cropped(2), scan.coarse(6.0)
+    far = known_move() @ rotation_about(fixed.centre(), (0.0, 0.0, 90.0))
+    for starts in ([far, known_move()], [known_move(), far]):
+        pull, score = register_best(fixed, moving, starts, tmp_path, Schedule((50,), (1,), (0,)))
+        assert target_error(pull, known_move(), fixed) < 3
+        assert score == pytest.approx(similarity(fixed, moving, pull))
+        assert score > similarity(fixed, moving, far)
+
+
+def test_coarse_volumes_keep_their_place_and_the_size_of_the_mask() -> None:
+    grid = np.indices((60, 60, 40)).astype(float)
+    grid[2] *= 1.5
+    ball = ((grid - np.array([30, 28, 29]).reshape(3, 1, 1, 1)) ** 2).sum(axis=0) < 20**2
+    volume = Volume(100.0 * ball, np.diag([-1.0, 1.0, 1.5, 1.0]), ball)
+    for spacing in (2.0, 3.0):
+        coarse = volume.coarse(spacing)
+        np.testing.assert_allclose(coarse.centre(), volume.centre(), atol=0.1)
+        assert coarse.mask.sum() * spacing**3 == pytest.approx(ball.sum() * 1.5, rel=0.04)
+        cropped = coarse.cropped(2)
+        np.testing.assert_allclose(cropped.centre(), coarse.centre(), atol=1e-9)
+        assert cropped.mask.sum() == coarse.mask.sum()
+        assert cropped.data.shape == tuple(np.ptp(np.argwhere(coarse.mask), axis=0) + 5)
+
+
 def test_refinement_ends_in_the_same_place_from_anywhere_near(reference_volume: Volume, scan: Volume) -> None:
     fixed, moving = reference_volume.coarse(3.0).cropped(4), scan.coarse(3.0).cropped(4)
     found = []
@@ -164,6 +231,28 @@ def test_bias_correction_removes_a_known_field(reference_volume: Volume) -> None
     assert np.median(corrected[brain.mask]) == pytest.approx(
         np.median((brain.data * field)[brain.mask]), rel=1e-4
     )
+
+
+def test_bias_correction_depends_on_neither_unit_nor_surroundings(reference_volume: Volume) -> None:
+    brain = reference_volume.coarse(4.0)
+    x = np.linspace(-1, 1, brain.data.shape[0])[:, None, None]
+    scan = np.where(brain.mask, brain.data, 0.0) * np.exp(0.4 * x)
+    scan[0, 0, 0] = -50.0
+    plain = correct_bias(scan, brain.affine, brain.mask, FEW)
+    assert plain.min() == 0.0
+    scaled = correct_bias(0.01 * scan, brain.affine, brain.mask, FEW)
+    np.testing.assert_allclose(scaled, 0.01 * plain, rtol=2e-3, atol=1e-4 * plain.max())
+    # A bright scalp is left alone, and the field goes on smoothly into it and beyond.
+    outside = ~brain.mask
+    bright = np.where(outside, 4 * brain.data.max(), scan)
+    corrected = correct_bias(bright, brain.affine, brain.mask, FEW)
+    np.testing.assert_allclose(corrected[brain.mask], plain[brain.mask], rtol=2e-3, atol=1e-4 * plain.max())
+    field = np.log(corrected[outside] / bright[outside])
+    logarithm = np.full(brain.data.shape, np.nan)
+    logarithm[outside] = field
+    assert np.ptp(field) > 0.3
+    for axis in range(3):
+        assert np.nanmax(np.abs(np.diff(logarithm, axis=axis))) < 0.06
 
 
 def test_bias_correction_refuses_an_empty_mask() -> None:

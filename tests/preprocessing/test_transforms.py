@@ -2,9 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import nitransforms
 import numpy as np
 import pytest
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from bids_uad.preprocessing import transforms
 from bids_uad.preprocessing.antspy import load_ants, to_ants
@@ -14,6 +17,7 @@ from bids_uad.preprocessing.resampling import (
     resample,
     resample_mask,
     resample_mask_through,
+    smoothed,
 )
 
 from .conftest import NATIVE_AFFINE, known_move
@@ -21,8 +25,6 @@ from .conftest import NATIVE_AFFINE, known_move
 
 @pytest.fixture
 def blob() -> np.ndarray:
-    from scipy import ndimage
-
     return ndimage.gaussian_filter(np.random.default_rng(0).random((30, 34, 28)), 2).astype(np.float32)
 
 
@@ -87,6 +89,84 @@ def test_nearest_rigid_is_a_rotation_and_keeps_the_point() -> None:
     np.testing.assert_allclose((rigid @ [*point, 1])[:3], (rough @ [*point, 1])[:3], atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("extend", [False, True])
+def test_resample_is_scipys_interpolation_at_the_places_of_the_affines(blob, order, extend) -> None:
+    pull = transforms.rotation_about(np.array([-20.0, 30.0, 40.0]), (9.0, -14.0, 21.0))
+    target = np.array([[-1.7, 0.3, 0, -2], [0.2, 1.9, 0.1, 3], [0, -0.2, 2.6, 5], [0, 0, 0, 1.0]])
+    shape = (34, 36, 33)
+    ours = resample(blob, OBLIQUE, shape, target, pull, order=order, extend=extend)
+    world = nib.affines.apply_affine(pull @ target, np.moveaxis(np.indices(shape), 0, -1))
+    places = np.moveaxis(nib.affines.apply_affine(np.linalg.inv(OBLIQUE), world), -1, 0)
+    expected = ndimage.map_coordinates(blob, places, order=order, mode="nearest")
+    ends = np.array(blob.shape).reshape(3, 1, 1, 1) - 0.5
+    inside = ((places > -0.5) & (places < ends)).all(axis=0)
+    assert 0.2 < inside.mean() < 0.8
+    expected = expected if extend else np.where(inside, expected, 0)
+    # A thousandth of a voxel is allowed for at the border, and nearest neighbours may fall either way.
+    clear = np.minimum(np.abs(places + 0.5), np.abs(places - ends)).min(axis=0) > 2e-3
+    np.testing.assert_allclose(ours[clear], expected[clear], atol=1e-5)
+    assert clear.mean() > 0.98
+    assert ours.dtype == np.float32
+
+
+def test_smoothed_widens_an_impulse_to_the_new_voxel_where_it_gets_coarser() -> None:
+    """Variances of Gaussians add: voxels of a mm become voxels of b mm by a kernel of b^2 - a^2 (FWHM)."""
+    impulse = np.zeros((41, 41, 41), dtype=np.float32)
+    impulse[20, 20, 20] = 1
+    edges = (2.0, 9.0, 3.0)
+    found = smoothed(impulse, OBLIQUE @ np.diag([1, 4.5, 1, 1]), 8.0)
+    assert found.sum() == pytest.approx(1, rel=1e-5)
+    for axis, edge in enumerate(edges):
+        profile = found.sum(axis=tuple({0, 1, 2} - {axis}))
+        variance = (profile * (edge * (np.arange(41) - 20.0)) ** 2).sum()
+        expected = max(8.0**2 - edge**2, 0) / (8 * np.log(2))
+        assert variance == pytest.approx(expected, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [1.5, 4.0])
+def test_isotropic_samples_world_coordinates_at_its_own_voxels(spacing) -> None:
+    shape = (30, 33, 23)
+    world = nib.affines.apply_affine(OBLIQUE, np.moveaxis(np.indices(shape), 0, -1))
+    corner = [-0.5, -0.5, -0.5, 1]
+    edges = np.linalg.norm(OBLIQUE[:3, :3], axis=0)
+    for axis in range(3):
+        found, affine = isotropic(world[..., axis], OBLIQUE, spacing)
+        assert found.shape == tuple(np.ceil(np.array(shape) * edges / spacing - 1e-3).astype(int))
+        np.testing.assert_allclose(affine @ corner, OBLIQUE @ corner, atol=1e-9)
+        np.testing.assert_allclose(affine[:3, :3] / spacing, OBLIQUE[:3, :3] / edges, atol=1e-12)
+        expected = nib.affines.apply_affine(affine, np.moveaxis(np.indices(found.shape), 0, -1))[..., axis]
+        inner = (slice(5, -5),) * 3  # smoothing repeats the edge
+        np.testing.assert_allclose(found[inner], expected[inner], atol=1e-3)
+
+
+def test_rotations_are_about_x_then_y_then_z_and_keep_the_point() -> None:
+    a, b, c = np.deg2rad([10.0, -25.0, 40.0])
+    about_x = [[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]]
+    about_y = [[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]]
+    about_z = [[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]]
+    point = np.array([7.0, -5.0, 3.0])
+    found = transforms.rotation_about(point, (10.0, -25.0, 40.0))
+    np.testing.assert_allclose(found[:3, :3], np.array(about_z) @ about_y @ about_x, atol=1e-12)
+    np.testing.assert_allclose(found @ [*point, 1], [*point, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 12.0, 95.0, 180.0])
+def test_rotation_angle_is_that_about_any_axis(degrees: float) -> None:
+    axis = np.array([1.0, 2.0, -2.0]) / 3
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_rotvec(np.deg2rad(degrees) * axis).as_matrix()
+    matrix[:3, 3] = [5, 6, 7]
+    assert transforms.rotation_angle(matrix) == pytest.approx(degrees, abs=1e-5)
+
+
+def test_nearest_rigid_never_mirrors() -> None:
+    """Of diag(1, 0.9, -0.1) the nearest orthonormal matrix is a reflection, the nearest rotation is none."""
+    rigid = transforms.nearest_rigid(np.diag([1.0, 0.9, -0.1, 1.0]), np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(rigid[:3, :3], np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(rigid @ [1, 2, 3, 1], [1, 1.8, -0.3, 1], atol=1e-12)
+
+
 def test_resample_identity_changes_nothing(blob: np.ndarray) -> None:
     np.testing.assert_allclose(resample(blob, OBLIQUE, blob.shape, OBLIQUE), blob, atol=1e-6)
 
@@ -100,17 +180,6 @@ def test_field_of_view_reaches_half_a_voxel_beyond_the_centres() -> None:
     np.testing.assert_array_equal(covered, (z >= -3) & (z <= 21))
     values = resample(np.ones((8, 8, 4)), thick, (8, 8, 40), fine)[4, 4]
     np.testing.assert_array_equal(values, covered.astype(np.float32))
-
-
-def test_isotropic_keeps_world_positions_and_mean(blob: np.ndarray) -> None:
-    coarse, affine = isotropic(blob, OBLIQUE, 4.0)
-    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), 4.0)
-    assert coarse.mean() == pytest.approx(blob.mean(), rel=0.02)
-    x, y, z = np.meshgrid(*(np.arange(n) for n in blob.shape), indexing="ij")
-    world_x = OBLIQUE[0, 0] * x + OBLIQUE[0, 1] * y + OBLIQUE[0, 2] * z
-    seen, _ = isotropic(world_x, OBLIQUE, 4.0)
-    i, j, k = (n // 2 for n in seen.shape)
-    assert seen[i, j, k] == pytest.approx((affine @ [i, j, k, 1])[0], abs=0.05)
 
 
 def test_resample_mask_keeps_the_volume_of_a_ball() -> None:
