@@ -8,9 +8,13 @@ import json
 import logging
 import os
 import re
+import shutil
+import socket
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +23,43 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("bids_uad")
 
-_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.(.+)")
+_TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{6})-(?P<pid>[0-9]+)-[0-9a-f]{6}\.(?P<name>.+)")
+ABANDONED_AFTER = 24 * 3600.0
+"""Seconds after which the temporary file of a process that cannot be asked about is no longer in use."""
+
+
+@cache
+def _host() -> str:
+    """Return a mark of this host or container, within which a number stands for one process."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]
+
+
+def temporary_name(name: str) -> str:
+    """Return a name for a file or folder that is not finished yet.
+
+    It starts with a dot, so that neither BIDS tools nor a reader of the folder take it for an output, names
+    the process that writes it, for :func:`remove_unfinished`, and ends as `name` does, since writers choose
+    a format by the extension.
+
+    Parameters
+    ----------
+    name : str
+        The final name.
+
+    Returns
+    -------
+    str
+    """
+    return f".{_host()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.{name[-200:]}"
 
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `target` that is renamed to it on success.
-
-    The temporary name keeps the whole extension (`.nii.gz`), since writers choose a format by it, and
-    starts with a dot, so that neither BIDS tools nor a reader of the folder take it for an output.
 
     Parameters
     ----------
@@ -41,12 +73,61 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{uuid.uuid4().hex[:8]}.{target.name}"
+    temporary = target.parent / temporary_name(target.name)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that cannot be written, which the block has raised already
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_paths(targets: Sequence[Path], obsolete: Iterable[Path] = ()) -> Iterator[list[Path]]:
+    """Yield temporary paths for files that belong together, as :func:`atomic_path` does for one.
+
+    Nothing of what is there is touched before all of the files are written: a full disk leaves it as it was.
+
+    Parameters
+    ----------
+    targets : sequence of pathlib.Path
+        The final files, of which the last is renamed last.
+    obsolete : iterable of pathlib.Path
+        Files that do not hold together with the new ones, and are removed before these appear.
+
+    Yields
+    ------
+    list of pathlib.Path
+        Where to write, in the order of `targets`.
+    """
+    with ExitStack() as stack:
+        temporary = [stack.enter_context(atomic_path(target)) for target in reversed(targets)]
+        yield temporary[::-1]
+        for path in obsolete:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder for unfinished or passing files, which is removed at the end, unless it was renamed.
+
+    Parameters
+    ----------
+    parent : pathlib.Path
+        Made if missing.
+    name : str
+        What the folder is for; the end of its name.
+
+    Yields
+    ------
+    pathlib.Path
+    """
+    folder = parent / temporary_name(name)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -96,20 +177,56 @@ def locked_names(path: Path, names: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def remove_unfinished(folder: Path, written_here: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove temporary files that a killed run left in a folder.
+def remove_unfinished(
+    folder: Path, written_here: Callable[[str], bool] = lambda name: False, *, below: bool = False
+) -> None:
+    """Remove the temporary files and folders of processes that were killed.
+
+    What another process is writing stays: on this host the number of the process tells whether it runs, and a
+    file of another host is taken for abandoned a day after it was last written to.
 
     Parameters
     ----------
     folder : pathlib.Path
-    written_here : callable
-        Is given the name of the file that would have been written; says whether no other run may be writing
-        it now.
+    written_here : callable, optional
+        Is given the name of the file that would have been written; says whether it is certain, because of a
+        lock, that no other run is writing it now. By default it never is.
+    below : bool, default=False
+        Whether to look into the folders below it, too.
     """
-    for path in folder.glob(".*"):
+    for path in list(folder.glob("**/.*" if below else ".*")):
         match = _TEMPORARY.match(path.name)
-        if match and written_here(match[1]):
-            path.unlink(missing_ok=True)
+        if match and (_is_abandoned(path, match) or written_here(match["name"])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
+    """Return whether the process that a temporary file names will not finish it."""
+    if match["host"] == _host() and not _runs(int(match["pid"])):
+        return True
+    try:
+        return time.time() - path.lstat().st_mtime > ABANDONED_AFTER
+    except FileNotFoundError:
+        return False
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> Path:
@@ -127,8 +244,12 @@ def write_json(target: str | os.PathLike[str], content: dict[str, Any]) -> Path:
     ValueError
         If a number is NaN or infinite, which JSON cannot hold.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_text(target, f"{text}\n")
+    return write_text(target, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """Return `content` as indented JSON; see :func:`write_json`."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:

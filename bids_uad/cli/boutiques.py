@@ -58,6 +58,7 @@ def descriptor() -> dict[str, Any]:
             {"code": main.NO_INPUT, "description": "Nothing to work on"},
             {"code": main.UNAVAILABLE, "description": "A GPU, model or atlas is not available"},
             {"code": main.SOFTWARE, "description": "The workflow could not be built"},
+            {"code": main.UNWRITABLE, "description": "A folder cannot be written (disk full, read-only)"},
             {"code": main.INTERRUPTED, "description": "Interrupted"},
         ],
         "tags": {"domain": ["neuroinformatics", "mri", "bids"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -13,9 +14,20 @@ from contextlib import contextmanager
 
 from bids_uad.cli.parser import parse_args
 from bids_uad.config import RunConfig
-from bids_uad.errors import ConfigError, InputError, ModelError, UnavailableError, UserError
+from bids_uad.errors import (
+    ConfigError,
+    InputError,
+    ModelError,
+    StorageError,
+    UnavailableError,
+    UserError,
+    existing_part,
+    is_writable,
+    storage_error,
+    unreadable,
+)
 
-OK, FAILED, USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE = 0, 1, 2, 66, 69, 70
+OK, FAILED, USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE, UNWRITABLE = 0, 1, 2, 66, 69, 70, 73
 INTERRUPTED, TERMINATED = 130, 143
 
 _DOORS = {
@@ -42,21 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work on, 69 a GPU,
-        model or atlas is not available, 70 the workflow could not be built, 130 interrupted,
-        143 ended by SIGTERM.
+        model or atlas is not available, 70 the workflow could not be built, 73 a folder cannot be
+        written, 130 interrupted, 143 ended by SIGTERM.
     """
-    verbosity = 0
+    config = None
     try:
         config = parse_args(argv)
-        verbosity = config.verbosity
         _set_up_process(config)
         with _orderly_end():
+            _check_folders(config)
             return _run_levels(config)
-    except UserError as error:
-        if verbosity > 1:
+    except (UserError, OSError) as error:
+        if config is not None and config.verbosity > 1:
             traceback.print_exc()
-        print(f"bids_uad: {error}", file=sys.stderr)
-        return exit_code(error)
+        problem = error if isinstance(error, UserError) else _explain(error, config)
+        if problem is None:
+            raise
+        print(f"bids_uad: {problem}", file=sys.stderr)
+        return exit_code(problem)
     except KeyboardInterrupt as end:
         print("bids_uad: interrupted; the same command goes on where this run stopped", file=sys.stderr)
         return TERMINATED if isinstance(end, _Terminated) else INTERRUPTED
@@ -69,8 +84,38 @@ def exit_code(error: UserError) -> int:
         InputError: NO_INPUT,
         ModelError: UNAVAILABLE,
         UnavailableError: UNAVAILABLE,
+        StorageError: UNWRITABLE,
     }
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), SOFTWARE)
+
+
+def _check_folders(config: RunConfig) -> None:
+    """Refuse output and work folders that cannot be written before anything is done.
+
+    Raises
+    ------
+    StorageError
+        Naming the folder.
+    """
+    written = [] if config.dry_run else [config.output_dir]
+    if not config.dry_run and not config.reports_only and config.levels != ("group",):
+        written.append(config.work_dir)
+    for folder in written:
+        there = existing_part(folder)
+        if not there.is_dir():
+            raise StorageError(there, errno.ENOTDIR)
+        if not is_writable(folder):
+            read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            raise StorageError(folder, errno.EROFS if read_only else errno.EACCES)
+
+
+def _explain(error: OSError, config: RunConfig | None) -> UserError | None:
+    """Translate an error of the operating system; None if it does not name a file or folder."""
+    folders = [] if config is None else [config.output_dir, config.work_dir]
+    if (found := storage_error(str(error), folders, guess=error.errno is None)) is not None:
+        in_the_way = found.code in (errno.ENOTDIR, errno.EEXIST) and error.filename is not None
+        return StorageError(error.filename, found.code) if in_the_way else found
+    return None if error.filename is None else unreadable(error.filename, error)
 
 
 def _run_levels(config: RunConfig) -> int:

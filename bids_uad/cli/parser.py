@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from bids_uad.config import (
     read_fields,
 )
 from bids_uad.constraints import NonNegative, allows
-from bids_uad.errors import ConfigError
+from bids_uad.errors import ConfigError, unreadable
 from bids_uad.preprocessing.extraction import EXTRACTIONS
 
 FOLDERS = ("derivatives", "experiments")
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
             "looks like. Research software, not for clinical use."
         ),
         epilog="Exit codes: 0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work "
-        "on, 69 GPU, model or atlas not available, 70 the workflow could not be built.",
+        "on, 69 GPU, model or atlas not available, 70 the workflow could not be built, 73 a folder cannot be "
+        "written (disk full, read-only).",
         argument_default=argparse.SUPPRESS,
         formatter_class=_Help,
         allow_abbrev=False,
@@ -337,15 +340,19 @@ def check(config: RunConfig) -> None:
     ------
     ConfigError
         Naming the path or flag at fault.
+    InputError
+        If the dataset cannot be read.
     """
     if config.output_dir == config.bids_dir:
         raise ConfigError(
             f"the output folder is the dataset itself ({config.bids_dir}); "
             f"use for example {config.bids_dir / 'derivatives' / 'bids_uad'}"
         )
-    for name, folder in (("work", config.work_dir), ("BIDS", config.output_dir)):
+    for name, folder in (("work", config.work_dir), ("output", config.output_dir)):
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"the {'output' if name == 'BIDS' else name} folder is not a folder: {folder}")
+            raise ConfigError(f"the {name} folder is not a folder: {folder}")
+    if config.bids_dir.is_dir() and not os.access(config.bids_dir, os.R_OK | os.X_OK):
+        raise unreadable(config.bids_dir, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if config.work_dir.is_relative_to(config.bids_dir):
         raise ConfigError(
             f"the work folder {config.work_dir} lies inside the dataset {config.bids_dir}; "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.atomic import atomic_path, write_json, write_text
+from bids_uad.atomic import atomic_paths, json_text, remove_unfinished
 from bids_uad.config import MODALITIES
 from bids_uad.constraints import Interval, Items, OneOf, allows, describe
 from bids_uad.engine.protocol import Protocol, protocol_of
@@ -512,24 +512,21 @@ def save_bundle(
     ModelError
         If a weight is no number, or too large to store.
     """
-    from safetensors.torch import save_file
+    from bids_uad.engine.checkpoint import write_tensors
 
     tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     if wrong := not_finite(tensors):
         raise ModelError(f"{listed(wrong, 3)}: NaN or infinite after training; {folder} is not written")
     if preset == "lite":
         tensors = {key: _halved(key, value) for key, value in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("calibration.json", NORMATIVE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    weights = folder / WEIGHTS
-    with atomic_path(weights) as temporary:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)  # it is written for its owner alone, but containers run as anybody
-    write_text(folder / "MODEL_CARD.md", card)
-    write_json(
-        folder / "bundle.json",
-        {
+    remove_unfinished(folder)
+    targets = [folder / name for name in (WEIGHTS, "MODEL_CARD.md", "bundle.json")]
+    obsolete = [folder / name for name in ("bundle.json", "calibration.json", NORMATIVE_FILE)]
+    with atomic_paths(targets, obsolete) as (weights, text, info):
+        write_tensors(tensors, weights)
+        weights.chmod(0o644)  # it is written for its owner alone, but containers run as anybody
+        text.write_text(card, encoding="utf-8")
+        content = {
             "detector": detector.name,
             "preset": preset,
             "modality": modality,
@@ -538,9 +535,9 @@ def save_bundle(
             "input": protocol_of(preset).input_contract,
             "training": training,
             "code_version": __version__,
-            "sha256": {weights.name: file_sha256(weights)},
-        },
-    )
+            "sha256": {WEIGHTS: file_sha256(weights)},
+        }
+        info.write_text(json_text(content), encoding="utf-8")
     return load_bundle(folder)
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bids_uad.atomic import atomic_path
 from bids_uad.methods.base import Detector
+
+LOGGER = logging.getLogger(__name__)
 
 DETECTOR, AVERAGE, OPTIMISER = "detector/", "average/", "optimiser/"
 
@@ -46,7 +52,8 @@ class Checkpoint:
     Parameters
     ----------
     path : pathlib.Path
-        A ``.safetensors`` file. It belongs to one training: another hyper-parameter is another file.
+        A ``.safetensors`` file. It belongs to one training: another hyper-parameter is another file. One that
+        cannot be read is left out of account, with a warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,12 +61,17 @@ class Checkpoint:
         self.tensors: dict[str, Tensor] = {}
         self.position = (0, 0)
         self.updates = 0
-        if path.is_file():
+        if not path.is_file():
+            return
+        try:
             with safe_open(path, "pt") as file:
                 told = file.metadata()
+                position, updates = (int(told["stage"]), int(told["step"])), int(told["updates"])
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.position = (int(told["stage"]), int(told["step"]))
-            self.updates = int(told["updates"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            LOGGER.warning("%s is damaged (%s); the training starts again", path, error)
+            return
+        self.position, self.updates = position, updates
 
     def save(
         self,
@@ -85,7 +97,7 @@ class Checkpoint:
         told = {"stage": str(position[0]), "step": str(position[1])}
         told["updates"] = str(0 if average is None else int(average.n_averaged))
         with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, told)
+            write_tensors(tensors, temporary, told)
 
     def restore(self, detector: Detector) -> tuple[int, int]:
         """Put the weights into a detector; gives the stage and the step that were reached, (0, 0) if none."""
@@ -105,6 +117,29 @@ class Checkpoint:
             states.setdefault(int(index), {})[key] = value
         optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
         return self.position[1]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a ``.safetensors`` file.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+    path : pathlib.Path
+    metadata : mapping of str to str, optional
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; safetensors itself raises an error of its own kind.
+    """
+    try:
+        save_file(tensors, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

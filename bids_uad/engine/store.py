@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from bids_uad import space
+from bids_uad.atomic import remove_unfinished, temporary_folder
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.base import Batch
 
@@ -92,13 +91,14 @@ class SliceStore:
         folder = parent / f"slices-{_contents(subjects, protocol)}"
         if not folder.is_dir():
             LOGGER.info("Storing the slices of %d scans in %s", len(subjects), folder)
-            parent.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-            cls.build(subjects, unfinished, protocol)
-            try:
-                unfinished.rename(folder)
-            except OSError:  # another training was quicker
-                shutil.rmtree(unfinished)
+            remove_unfinished(parent)
+            with temporary_folder(parent, folder.name) as unfinished:
+                cls.build(subjects, unfinished, protocol)
+                try:
+                    unfinished.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # unless another training was quicker
+                        raise
         return cls(folder)
 
     @classmethod

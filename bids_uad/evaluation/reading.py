@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +19,7 @@ from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.lesions import Lesions
 from bids_uad.evaluation.subjects import LESION, subject_row
 from bids_uad.evaluation.tables import read_unit, subject_of
+from bids_uad.workers import worker_pool
 
 EXCLUDED = "left out by quality control: "
 PARTICIPANTS_AT_ONCE = 100
@@ -99,13 +98,10 @@ def read_scores(
     people = [participants.only(map(subject_of, part)) for part in parts]
     read = partial(_read_part, exclusions=exclusions)
     total, rows = Scores(), []
-    if min(processes, len(parts)) > 1:
-        # Not forked, for whoever calls may have threads.
-        pool = ProcessPoolExecutor(min(processes, len(parts)), get_context("spawn"))
-        results = pool.map(read, parts, people)
-    else:
-        pool, results = nullcontext(), map(read, parts, people)
-    with pool:
+    workers = min(processes, len(parts))
+    # Not forked, for whoever calls may have threads.
+    with worker_pool(workers, "spawn") if workers > 1 else nullcontext() as pool:
+        results = (map if pool is None else pool.map)(read, parts, people)
         for part, scores in zip(parts, results, strict=True):
             _add(total, scores)
             rows.append(scores.rows)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 
-from bids_uad.atomic import write_json, write_text
+from bids_uad.atomic import atomic_paths, json_text, remove_unfinished, temporary_folder
 from bids_uad.calibration.deviation import DeviationCalibrator
 from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
 from bids_uad.config import RunConfig
@@ -87,9 +86,10 @@ def run_calibrate(config: RunConfig) -> int:
     healthy = _healthy([Cohort(config.bids_dir, tuple(controls)), *others])
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
-    config.work_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="calibrate-", dir=config.work_dir) as waiting:
-        deviations = _deviations(healthy, Path(waiting))
+    for folder in (config.work_dir, bundle.folder):
+        remove_unfinished(folder)
+    with temporary_folder(config.work_dir, "calibrate") as waiting:
+        deviations = _deviations(healthy, waiting)
         for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
             scores, brain = scored(scan)
             lesion = read_truth(scan)
@@ -106,26 +106,29 @@ def run_calibrate(config: RunConfig) -> int:
                 deviations.add_to_reference(scores, _unmasked(brain, read_truth(scan)), person=person)
         calibration = estimator.summary()
         normative = None if deviations is None else _finish(deviations)
-        # Thresholds of an earlier calibration must not stand beside what follows.
-        for name in ("calibration.json", NORMATIVE_FILE):
-            (bundle.folder / name).unlink(missing_ok=True)
+    calibration["cohort"] = describe([validation])
+    calibration["weights_sha256"] = bundle.sha256
+    names = [NORMATIVE_FILE] * (normative is not None) + ["bundle.json"] * bool(config.hyper)
+    targets = [bundle.folder / name for name in (*names, "MODEL_CARD.md", "calibration.json")]
+    # Thresholds of an earlier calibration must not stand beside what follows.
+    obsolete = [bundle.folder / name for name in ("calibration.json", NORMATIVE_FILE)]
+    with atomic_paths(targets, obsolete) as paths:
+        unfinished = dict(zip([target.name for target in targets], paths, strict=True))
         if normative is not None:
             reference, thresholds = normative
-            reference.write(bundle.folder / NORMATIVE_FILE)
+            reference.write(unfinished[NORMATIVE_FILE])
             calibration[NORMATIVE] = thresholds | {
                 "reference": reference.describe(),
                 "n_healthy_subjects": len(healthy),
-                "sha256": file_sha256(bundle.folder / NORMATIVE_FILE),
+                "sha256": file_sha256(unfinished[NORMATIVE_FILE]),
             }
             if others:
                 calibration[NORMATIVE]["cohort"] = describe(others)
-    calibration["cohort"] = describe([validation])
-    calibration["weights_sha256"] = bundle.sha256
-    if config.hyper:
-        write_json(bundle.folder / "bundle.json", bundle.info)
-    write_json(bundle.folder / "calibration.json", calibration)
-    card = bundle.folder / "MODEL_CARD.md"
-    write_text(card, add_validation(card.read_text(encoding="utf-8"), calibration))
+        if config.hyper:
+            unfinished["bundle.json"].write_text(json_text(bundle.info), encoding="utf-8")
+        unfinished["calibration.json"].write_text(json_text(calibration), encoding="utf-8")
+        card = (bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        unfinished["MODEL_CARD.md"].write_text(add_validation(card, calibration), encoding="utf-8")
     counts = calibration["validation"]
     logger.info(
         "%s: scans of healthy controls %d, with a lesion %d, of patients with an empty lesion mask %d",

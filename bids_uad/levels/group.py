@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
-from bids_uad.atomic import write_json, write_tsv
+from bids_uad.atomic import remove_unfinished, write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import read_participants, write_participants
@@ -88,6 +88,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     if config.cohort is not None:
         participants = participants.divided_by(config.cohort)
     only = frozenset(f"sub-{label}" for label in config.participants)
+    for folder in (output_dir, output_dir / "logs", output_dir / "group" / "figures"):
+        remove_unfinished(folder)
     paths = find_metrics_tables(output_dir, only)
     if not paths:
         LOGGER.error(

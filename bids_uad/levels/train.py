@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bids_uad.atomic import remove_unfinished
 from bids_uad.config import RunConfig
 from bids_uad.dataset.preprocessed import has_preprocessed
 from bids_uad.engine.bundle import Bundle, save_bundle
@@ -87,6 +88,8 @@ def run_train(config: RunConfig) -> int:
     precision = resolve_precision(config.precision, device)
     schedule = Schedule(config.random_seed, config.steps, config.batch_size, precision)
     scratch = _scratch(config, folder.name, detector, store)
+    if fabric.is_global_zero:
+        remove_unfinished(scratch)
     start = time.monotonic()
     with _progress(fabric.is_global_zero) as report:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from nireports.assembler.report import Report
 
-from bids_uad.atomic import atomic_path
+from bids_uad.atomic import atomic_path, write_text
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.exclusions import find_exclusions
 from bids_uad.reports.bibliography import methods_html
@@ -128,27 +129,29 @@ def write_subject_report(
         }
         for name, text in pages.items():
             (figures / f"sub-{subject}_desc-{name}_report.html").write_text(text, encoding="utf-8")
-        page = _assemble(out_dir, subject, images, Path(temporary))
+        page = _assemble(subject, images, Path(temporary))
         drawn = {path.name for path in figures.glob("*.svg")}
+        for name in drawn:
+            with atomic_path(final / name) as unfinished:
+                shutil.copyfile(figures / name, unfinished)
+        # The page comes last: where it is, its figures are.
+        write_text(out_dir / f"sub-{subject}.html", page)
     for stale in final.glob("*.svg"):
         if stale.name not in drawn:
             stale.unlink()
-    return page
+    return out_dir / f"sub-{subject}.html"
 
 
-def _assemble(out_dir: Path, subject: str, images: Sequence[Image], staging: Path) -> Path:
-    """Let nireports put the staged parts into one page; it also copies the figures to their place."""
-    target = out_dir / f"sub-{subject}.html"
+def _assemble(subject: str, images: Sequence[Image], staging: Path) -> str:
+    """Let nireports put the staged parts into one page, which refers to the figures beside it."""
     template = resources.files("bids_uad").joinpath("data/reports/participant.html.j2")
-    with resources.as_file(template) as template_path, atomic_path(target) as unfinished:
-        spec = staging / "spec.yml"
+    with resources.as_file(template) as template_path:
+        spec, page = staging / "spec.yml", staging / "page.html"
         outline = expand_outline(subject, images, str(template_path.resolve()))
         spec.write_text(yaml.safe_dump(outline, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        report = Report(
-            out_dir, None, bootstrap_file=spec, out_filename=str(unfinished), reportlets_dir=staging
-        )
+        report = Report(staging, None, bootstrap_file=spec, out_filename=str(page), reportlets_dir=staging)
         report.generate_report()
-    return target
+    return page.read_text(encoding="utf-8")
 
 
 def _read_reference(out_dir: Path) -> Reference:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from bids_uad.simulation.native import NativeScan, native_scan
 from bids_uad.simulation.spatial import tensor, to_grid
 from bids_uad.simulation.subject import Anatomy, Person, World, draw_person, make_anatomy, make_signal, stream
 from bids_uad.space import to_image
+from bids_uad.workers import worker_pool
 
 REFERENCE = "https://www.nitrc.org/projects/sri24/"
 BIDS_VERSION = "1.10.0"
@@ -251,7 +250,7 @@ def make_cohort(cohort: Cohort, nprocs: int = 1) -> Iterator[str]:
             yield cohort.name(index)
     else:
         # A fork would copy the threads of PyTorch in an unknown state.
-        with ProcessPoolExecutor(nprocs, mp_context=get_context("spawn")) as pool:
+        with worker_pool(nprocs, "spawn") as pool:
             for row in pool.map(make_subject, [cohort] * len(indices), indices):
                 rows.append(row)
                 yield row["participant_id"]

@@ -16,7 +16,6 @@ from tests.dataset.skeleton import write_dataset, write_mask
 from tests.levels.fakes import fake_bundle, fake_reference
 
 LEVELS = ("participant", "group", "train", "calibrate", "reports")
-DETECTOR = ["--detector", "intensity", "--modality", "T2w", "--preset", "lite"]
 PEOPLE = "participant_id\tage\tsex\tgroup\nsub-01\t40\tF\tcontrol\nsub-02\t50\tM\tpatient\n"
 
 
@@ -39,6 +38,7 @@ class Study:
         self.raw, self.lesions, self.scans = folder / "raw", folder / "lesions", folder / "scans"
         self.out, self.work = out or folder / "out", work or folder / "work"
         self.trained = trained or folder / "trained"
+        self.detector = "intensity"
         self.models = [folder / f"disyre-{modality}" for modality in ("T1w", "T2w")]
 
     def write(self) -> Study:
@@ -64,7 +64,9 @@ class Study:
         """Arguments of the command line for one level; `reports` writes those of participants again."""
         own = ["-w", str(self.work), "--nprocs", "1", "--device", "cpu"]
         if level in ("train", "calibrate"):
-            return [str(self.scans), str(self.trained), level, *DETECTOR, *own]
+            chosen = ["--detector", self.detector, "--modality", "T2w", "--preset", "lite"]
+            quick = ["--steps", "60", "--batch-size", "2"] if level == "train" else []
+            return [str(self.scans), str(self.trained), level, *chosen, *quick, *own]
         if level == "group":
             return [str(self.raw), str(self.out), level, *own]
         own += ["-d", f"lesions={self.lesions}"] + (["--reports-only"] if level == "reports" else [])

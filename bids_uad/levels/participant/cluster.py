@@ -13,7 +13,7 @@ from typing import Any
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 from nipype.pipeline.plugins.slurmgraph import SLURMGraphPlugin
 
-from bids_uad.levels.participant.plugin import FailureLog, NodeFailure
+from bids_uad.levels.participant.plugin import FailureLog, NodeFailure, raise_if_unwritable
 
 POLL_SECONDS = 2.0
 _WORDS = {
@@ -66,7 +66,11 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
     Attributes
     ----------
     failures : list of NodeFailure
+    folders : tuple of pathlib.Path
+        As those of :class:`~bids_uad.levels.participant.plugin.FailureLog`.
     """
+
+    folders: tuple[Path, ...] = ()
 
     def __init__(self, plugin_args: dict[str, Any], mark: str) -> None:
         _name_user()
@@ -86,6 +90,7 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
                 continue
             crash = _crash_file(node, started)
             if crash is not None:
+                raise_if_unwritable(crash.read_text(), self.folders)
                 self.failures.append(NodeFailure(node.fullname, crash.read_text(), str(crash)))
             elif state != "CANCELLED":  # those that waited for a failed one are cancelled
                 log = next(iter(sorted(Path(node.base_dir).glob(f"*/batch/*{node._id}.sh.e"))), "none")

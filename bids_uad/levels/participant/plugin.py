@@ -7,21 +7,24 @@ its own behind a pipe: a death is noticed, told with its signal, and charged to 
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import logging
 import multiprocessing as mp
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 from nipype.pipeline.engine import nodes, utils
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
 from bids_uad.cgroups import oom_kills, why_killed
+from bids_uad.errors import storage_error
+from bids_uad.workers import end_with_parent
 
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
@@ -46,22 +49,46 @@ class NodeFailure:
 
 
 class FailureLog:
-    """A nipype plugin that remembers what failed, in order.
+    """A nipype plugin that remembers what failed, in order, and stops where a disk cannot be written.
 
     Attributes
     ----------
     failures : list of NodeFailure
+    folders : tuple of pathlib.Path
+        Where outputs and intermediate files go. If one of them cannot be written, all other nodes would fail,
+        too: the run ends with a :class:`~bids_uad.errors.StorageError`.
     """
+
+    folders: tuple[Path, ...] = ()
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
         self.failures: list[NodeFailure] = []
         super().__init__(plugin_args=plugin_args)
 
     def _report_crash(self, node, result=None):
+        lines = "".join((result or {}).get("traceback") or "")
+        raise_if_unwritable(lines, self.folders)
         crash_file = super()._report_crash(node, result=result)
-        lines = (result or {}).get("traceback") or ""
-        self.failures.append(NodeFailure(node.fullname, "".join(lines), str(crash_file)))
+        self.failures.append(NodeFailure(node.fullname, lines, str(crash_file)))
         return crash_file
+
+
+def raise_if_unwritable(traceback: str, folders: Sequence[Path]) -> None:
+    """Raise an error of its own kind if a node has failed because a folder cannot be written.
+
+    Parameters
+    ----------
+    traceback : str
+        Of the node.
+    folders : sequence of pathlib.Path
+
+    Raises
+    ------
+    StorageError
+    """
+    messages = [line for line in traceback.splitlines() if not line.lstrip().startswith("File ")]
+    if folders and (found := storage_error("\n".join(messages), folders, guess=True)) is not None:
+        raise found
 
 
 class IsolatedPlugin(FailureLog, MultiProcPlugin):
@@ -190,8 +217,7 @@ def _serve(pipe: Connection, folder: str) -> None:
     """Run nodes until the other end closes."""
     os.chdir(folder)
     os.environ["NIPYPE_NO_ET"] = "1"
-    os.setpgrp()
-    _die_with_parent()
+    end_with_parent()
     prepare_nipype()
     while True:
         try:
@@ -204,7 +230,10 @@ def _serve(pipe: Connection, folder: str) -> None:
             failure = f"{type(error).__name__}: the step cannot be received by its process: {error}"
             pipe.send({"result": None, "traceback": [failure], "taskid": None})
             continue
-        result = run_node(node, updatehash, taskid)
+        try:
+            result = run_node(node, updatehash, taskid)
+        except Exception as error:  # a full disk: nipype reads the result that it could not write
+            result = {"result": None, "traceback": format_exception(error), "taskid": taskid}
         try:
             pipe.send(result)
         except Exception as error:  # pickling runs foreign code: whatever it raises is the node's failure
@@ -235,16 +264,3 @@ def _glob_in_folder(pattern: str) -> list[str]:
     """List the files of a folder whose names match a pattern; the folder itself is no pattern."""
     path = Path(pattern)
     return [str(found) for found in path.parent.glob(path.name)]
-
-
-def _die_with_parent() -> None:
-    """Have this process and its children ended when the run ends, however it ends.
-
-    A killed run must not leave a worker that still writes where the next run works. The kernel sends the
-    signal when the other end of the pipe is gone: a thread would wait for its turn behind ITK, which keeps
-    the interpreter's lock for minutes.
-    """
-    sentinel = mp.parent_process().sentinel
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing as mp
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,8 +18,9 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants, read_if_usable
 from bids_uad.levels.participant.outcome import PARTICIPANT, Outcome
-from bids_uad.levels.participant.plugin import START_METHOD
+from bids_uad.levels.participant.plugin import START_METHOD, raise_if_unwritable
 from bids_uad.levels.participant.records import records_of
+from bids_uad.workers import worker_pool
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -37,13 +37,18 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     -------
     list of str
         One line for each report that could not be written.
+
+    Raises
+    ------
+    StorageError
+        If the output folder, or that for temporary files, cannot be written.
     """
     if not subjects:
         return []
     failed = []
     kills = oom_kills()
     workers = min(config.nprocs, len(subjects))
-    with ProcessPoolExecutor(workers, mp_context=mp.get_context(START_METHOD)) as pool:
+    with worker_pool(workers, START_METHOD) as pool:
         people = read_if_usable(config.bids_dir, [f"sub-{subject}" for subject in subjects])
         jobs = {
             subject: pool.submit(_write, config.output_dir, subject, people.only([f"sub-{subject}"]))
@@ -54,6 +59,7 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
             for warning in () if reason else job.result():
                 LOGGER.warning(warning)
             if reason:
+                raise_if_unwritable(reason, (config.output_dir,))
                 failed.append(f"sub-{subject}: its derivatives are complete, but not its report: {reason}")
     return failed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from nipype import config as nipype_config
 from rich.console import Console
 from rich.table import Table
 
-from bids_uad.atomic import write_text
+from bids_uad.atomic import remove_unfinished, write_text
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
@@ -124,6 +124,7 @@ def _run(
     console: Console,
 ) -> int:
     """Do what is planned, write the reports and the summary; return the exit code."""
+    _remove_unfinished(config, collection.subjects)
     cautions = _cautions(config, tasks, bundles)
     for line in cautions:
         LOGGER.warning(line)
@@ -158,6 +159,14 @@ def _run(
     if config.clean_workdir:
         clean(config.work_dir, tasks)
     return OK
+
+
+def _remove_unfinished(config: RunConfig, subjects: Iterable[str]) -> None:
+    """Remove what killed runs have left in the output folder, at the top and for some participants."""
+    for folder in (config.output_dir, config.output_dir / "logs"):
+        remove_unfinished(folder)
+    for name in ("tpl-SRI24", *(f"sub-{subject}" for subject in subjects)):
+        remove_unfinished(config.output_dir / name, below=True)
 
 
 def _cautions(config: RunConfig, tasks: Sequence[Task], bundles: Sequence[Bundle]) -> list[str]:
@@ -309,6 +318,7 @@ def _process(config: RunConfig, tasks: list[Task], means: Means, stopwatch: Stop
             raise
     finally:
         plugin.close()
+        _remove_unfinished(config, {task.unit.subject for task in pending})  # of workers that were stopped
     return plugin.failures
 
 
@@ -330,17 +340,28 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome], device: str) -> list
         without_images = all(outcome.image == PARTICIPANT for outcome in own)
         if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
             continue
-        changed = any(outcome.status != UP_TO_DATE for outcome in own)
-        if changed:
+        if any(outcome.status != UP_TO_DATE for outcome in own) or _is_older(config.output_dir, subject):
             remember(config, subject, own, device)
-        if changed or not (config.output_dir / f"sub-{subject}.html").is_file():
             subjects.append(subject)
     return write_reports(config, subjects)
+
+
+def _is_older(output_dir: Path, subject: str) -> bool:
+    """Return whether a report is not there, or older than a record of its participant.
+
+    The run that wrote the record was then killed before it wrote the report.
+    """
+    page = output_dir / f"sub-{subject}.html"
+    if not page.is_file():
+        return True
+    written = page.stat().st_mtime_ns
+    return any(path.stat().st_mtime_ns > written for path in page.with_suffix("").glob("**/log/*.json"))
 
 
 def _rebuild_reports(config: RunConfig) -> int:
     """Write reports again from what is in the output folder."""
     subjects = requested_subjects(config.output_dir, config.participants)
+    _remove_unfinished(config, subjects)
     unwritten = write_reports(config, subjects)
     for line in unwritten:
         LOGGER.error(line)

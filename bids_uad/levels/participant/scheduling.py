@@ -21,6 +21,7 @@ class Plugin(Protocol):
     """What a run needs of a nipype plugin beside nipype's own interface."""
 
     failures: list[NodeFailure]
+    folders: tuple[Path, ...]
 
     def close(self) -> None:
         """Stop what is still under way."""
@@ -51,16 +52,19 @@ def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plug
         if name != "MultiProc":
             check_job_folder(config.work_dir)
     if name == "SLURMGraph":
-        return SlurmGraphPlugin(arguments, mark=config.run_id)
-    if name == "SLURM":
-        return SlurmPlugin({"status_callback": callback, **arguments})
-    own = {
-        "n_procs": config.nprocs,
-        "memory_gb": config.mem_gb,
-        "n_gpu_procs": config.n_gpu_procs,
-        "raise_insufficient": False,
-    }
-    return IsolatedPlugin({**own, "status_callback": callback, **arguments})
+        plugin = SlurmGraphPlugin(arguments, mark=config.run_id)
+    elif name == "SLURM":
+        plugin = SlurmPlugin({"status_callback": callback, **arguments})
+    else:
+        own = {
+            "n_procs": config.nprocs,
+            "memory_gb": config.mem_gb,
+            "n_gpu_procs": config.n_gpu_procs,
+            "raise_insufficient": False,
+        }
+        plugin = IsolatedPlugin({**own, "status_callback": callback, **arguments})
+    plugin.folders = (config.output_dir, config.work_dir)
+    return plugin
 
 
 def check_job_folder(folder: Path) -> None:
