@@ -75,7 +75,7 @@ fpi-T1w fpi-T2w: fpi-%: $(MODELS)/validation/participants.tsv
 
 # The network that finds brains (45 minutes of one core).
 extraction: $(VENV)/installed
-	$(BIN)/python -m bids_uad.extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
+	$(BIN)/python -m bids_uad.training.brain_extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
 	    --steps 3000
 
 models-tested: $(MODELS)/test/participants.tsv

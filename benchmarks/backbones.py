@@ -20,15 +20,14 @@ from sklearn.metrics import average_precision_score
 from torch import Generator, Tensor
 
 from benchmarks.scan import read
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import CORRECTED
-from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.base import Batch, GradientStage
 from bids_uad.methods.patchcore import PatchCore
-from bids_uad.networks.corruptions import cut_windows, uniform, vary_intensity
+from bids_uad.networks.synthetic_anomalies import cut_windows, uniform, vary_intensity
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.store import SliceStore, Subject
 
 RESULTS = Path(__file__).parent / "results"
 CELL = 16  # pixels; side of the squares that masked modelling hides

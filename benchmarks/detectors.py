@@ -21,8 +21,8 @@ from benchmarks.measure import Measured, Run, measure
 from benchmarks.models import find_model, store_slices, threshold_of
 from benchmarks.scan import Scan, load_scan, number_of_slices, simulate
 from bids_uad import __version__
-from bids_uad.atomic import write_json
 from bids_uad.engine.execution import resolve_device, resolve_precision
+from bids_uad.files import write_json
 from bids_uad.methods.registry import DETECTORS
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,11 +18,11 @@ from nilearn.plotting import plot_stat_map
 from scipy.ndimage import gaussian_filter1d
 
 from benchmarks.scan import read
-from bids_uad.atomic import atomic_path
+from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import Participants, read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, beside, find_preprocessed
-from bids_uad.dataset.published import detector_desc
+from bids_uad.dataset.sri24_scans import PreprocessedScan, beside, find_preprocessed
 from bids_uad.engine.bundle import Bundle, resolve_bundles
+from bids_uad.files import atomic_path
 from bids_uad.preprocessing.reference import resolve_reference
 from bids_uad.space import AFFINE, SHAPE
 

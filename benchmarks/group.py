@@ -23,11 +23,11 @@ from rich.table import Table
 from scipy.special import ndtr
 
 from bids_uad import __version__
-from bids_uad.atomic import write_json, write_tsv
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.sidecars import LESION_COLUMNS
 from bids_uad.engine.bundle import Bundle, resolve_bundles
-from bids_uad.levels.participant.maps import histogram_table
+from bids_uad.files import write_json, write_tsv
+from bids_uad.levels.participant.postprocess import histogram_table
 
 RESULTS = Path(__file__).parent / "results"
 VOXELS = 1_400_000

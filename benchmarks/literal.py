@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bids_uad.methods.base import Detector
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 
 
 def scales(time: float) -> tuple[float, float]:

@@ -16,12 +16,10 @@ from benchmarks.literal import LITERAL, single
 from bids_uad import space
 from bids_uad.engine.bundle import load_bundle, load_detector
 from bids_uad.engine.execution import Execution
-from bids_uad.engine.field import covering_fields
-from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.median import masked_median, published_median
+from bids_uad.engine.inference import anomaly_map, covering_fields, masked_median, published_median
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import build_detector
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 
 KEY = "benchmark"
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 
 from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
-from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import protocol_of
-from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.registry import build_detector
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.store import SliceStore, Subject
 
 STEPS = 30  # enough for a network that gives something else than zero
 

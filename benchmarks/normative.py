@@ -18,12 +18,10 @@ from rich.progress import track
 
 from benchmarks.scan import read
 from benchmarks.simulated import RESULTS, markdown, tables_of, write_tables
-from bids_uad.atomic import write_tsv
 from bids_uad.calibration.normative import NormativeReference
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.dataset.identity import identities
-from bids_uad.dataset.participants import read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.participants import identities, read_participants
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import (
     NORMATIVE,
     NORMATIVE_FILE,
@@ -34,6 +32,7 @@ from bids_uad.engine.bundle import (
     packaged_bundles,
 )
 from bids_uad.engine.inference import anomaly_map
+from bids_uad.files import write_tsv
 
 
 def with_reference() -> list[Bundle]:

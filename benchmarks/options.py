@@ -18,8 +18,8 @@ from benchmarks.detectors import RESULTS, circumstances, compared, print_table
 from benchmarks.measure import Run, measure
 from benchmarks.models import find_model, store_slices
 from benchmarks.scan import Scan, load_scan, read, simulate, simulate_lesions
-from bids_uad.atomic import write_json
 from bids_uad.engine.execution import resolve_device
+from bids_uad.files import write_json
 
 SLICES = 20
 KINDS = ("stroke", "tumour")

@@ -19,18 +19,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bids_uad.atomic import write_json
-from bids_uad.extraction.find import find_brain, load_network
-from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
+from bids_uad.files import write_json
+from bids_uad.preprocessing.brain_extraction.masks import (
+    extract_brain,
+    mask_of_stripped,
+    packaged_weights,
+    resolve_extraction,
+)
+from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
 from bids_uad.preprocessing.check import is_skull_stripped, read_volume
-from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
-from bids_uad.preprocessing.extraction import packaged_weights, resolve_extraction
-from bids_uad.preprocessing.overlap import dice
+from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.reference import Reference, resolve_reference
-from bids_uad.preprocessing.registration import Volume, register_rigid
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import rotation_about, translation
+from bids_uad.preprocessing.registration import (
+    Volume,
+    dice,
+    register_rigid,
+    register_to_anchor,
+    register_to_reference,
+)
+from bids_uad.preprocessing.resampling import resample, rotation_about, translation
 from bids_uad.preprocessing.workflow import init_preproc_wf
 
 RESULTS = Path(__file__).parent / "results"

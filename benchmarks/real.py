@@ -19,15 +19,14 @@ from scipy.ndimage import median_filter
 
 from benchmarks.scan import read
 from benchmarks.simulated import markdown
-from bids_uad.atomic import write_tsv
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.dataset.identity import identities
-from bids_uad.dataset.participants import Participants, read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.participants import Participants, identities, read_participants
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.evaluation.subjects import LESION, unit_role
 from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
+from bids_uad.files import write_tsv
 
 RESULTS = Path(__file__).parent / "results"
 MODALITIES = ("T1w", "T2w")

@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy.spatial.distance import jensenshannon
 
 from benchmarks.scan import read
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 
 RESULTS = Path(__file__).parent / "results"
 INTENSITY = np.linspace(0, 1.2, 61)

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes
 
 from bids_uad import space
-from bids_uad.dataset.preprocessed import PreprocessedScan, find_preprocessed
-from bids_uad.preprocessing.intensity import scale_intensity
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.images import scale_intensity
 from bids_uad.simulation.__main__ import main as simulation
 
 # A glioma that an independent pipeline brought to SRI24; not part of the project.

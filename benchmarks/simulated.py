@@ -17,20 +17,24 @@ from rich.progress import track
 
 from benchmarks.scan import read
 from bids_uad import __version__
-from bids_uad.atomic import write_tsv
-from bids_uad.calibration.histogram import score_counts
+from bids_uad.calibration.thresholds import score_counts
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.config import DEFAULT_MIN_LESION_VOLUME
-from bids_uad.dataset.identity import identities, source_name
 from bids_uad.dataset.naming import detector_desc
-from bids_uad.dataset.participants import read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan, beside, find_preprocessed
+from bids_uad.dataset.participants import identities, read_participants, source_name
+from bids_uad.dataset.sri24_scans import PreprocessedScan, beside, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.metrics import edge_index
-from bids_uad.levels.participant.lesions import lesion_table
-from bids_uad.levels.participant.maps import anomaly_mask, histogram_table, label_components, metrics_row
-from bids_uad.levels.participant.overlap import scanner_seen
+from bids_uad.files import write_tsv
+from bids_uad.levels.participant.leakage import scanner_seen
+from bids_uad.levels.participant.postprocess import (
+    anomaly_mask,
+    histogram_table,
+    label_components,
+    lesion_table,
+    metrics_row,
+)
 from bids_uad.methods.base import Detector
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,15 +21,14 @@ from rich.table import Table
 
 from benchmarks.detectors import RESULTS, circumstances
 from benchmarks.scan import simulate
-from bids_uad.atomic import write_json
 from bids_uad.engine.execution import resolve_device, resolve_precision
-from bids_uad.engine.field import usual_field
-from bids_uad.engine.processes import start_fabric
+from bids_uad.engine.inference import usual_field
 from bids_uad.engine.protocol import CORRECTED
-from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import Schedule, TrainingData, train_detector
+from bids_uad.files import write_json
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.methods.registry import build_detector
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.store import SliceStore, Subject
 
 DETECTORS = ("disyre", "andi", "riad", "fae")
 STEPS = {"cpu": 20, "cuda": 200}

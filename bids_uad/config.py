@@ -26,7 +26,6 @@ from bids_uad.constraints import (
     describe,
 )
 from bids_uad.errors import ConfigError
-from bids_uad.preprocessing.extraction import COMBINED, EXTRACTIONS
 
 DEFAULT_STRATA = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
@@ -35,6 +34,9 @@ LEVELS = ("participant", "train", "calibrate", "group")
 MODALITIES = ("T1w", "T2w")
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+EXTRACTIONS = ("combined", "template", "network", "synthstrip", "hd-bet")
+"""Methods of brain extraction: three are built in, two are programs that the user has installed."""
 
 DEFAULT_MIN_LESION_VOLUME = 3.0
 """Least volume in mm3 of a lesion that is counted, as in the MSSEG challenge (Commowick et al. 2018)."""
@@ -156,7 +158,7 @@ class RunConfig(Constrained):
     models: tuple[Text, ...] = ()
     deviations: tuple[Annotated[str, OneOf(*DEVIATIONS)], ...] = ()
     atlas_dir: Path | None = None
-    brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = COMBINED
+    brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = EXTRACTIONS[0]
     extraction_weights: Path | None = None
     min_lesion_volume: NonNegative = DEFAULT_MIN_LESION_VOLUME
     device: Device = "auto"

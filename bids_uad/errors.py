@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from tempfile import gettempdir
@@ -160,3 +160,22 @@ def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
     return InputError(
         path, f"the file cannot be read ({error.strerror or error})", "check its permissions and its disk"
     )
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Name the first few of many, and say how many more there are.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Named in their order.
+    most : int
+
+    Returns
+    -------
+    str
+        Such as ``sub-01, sub-02 and 5 more``.
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -7,12 +7,18 @@ of the two they read, and some apply a slope that is not a number.
 
 from __future__ import annotations
 
+import gzip
+import zlib
+from os import PathLike
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
-from bids_uad.atomic import atomic_path
+from bids_uad.errors import InputError, unreadable
+from bids_uad.files import atomic_path
 
 DTYPES = (np.uint8, np.int16, np.int32, np.float32)
 
@@ -70,3 +76,185 @@ def save_image(image: nib.Nifti1Image, target: str | Path) -> Path:
     with atomic_path(target) as temporary:
         nib.save(image, temporary)
     return Path(target)
+
+
+_COPY_AGAIN = "copy or download the file again"
+# What nibabel, NumPy, gzip and zlib raise for damaged headers and streams.
+_DAMAGED = (
+    ImageFileError,
+    HeaderDataError,
+    EOFError,
+    OSError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+_GZIP = b"\x1f\x8b"
+_NIFTI_MAGIC = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}
+_FOREIGN = (
+    (b"/annex/objects/", "a git-annex pointer, not its content", "fetch it with `datalad get`"),
+    (b"version https://git-lfs", "a Git LFS pointer, not its content", "fetch it with `git lfs pull`"),
+    (b"<!doctype html", "a web page, not an image", "download the file itself"),
+    (b"<html", "a web page, not an image", "download the file itself"),
+    (b"<?xml", "an XML text, not an image", "download the file itself; a server may have sent an error"),
+    (b"pk\x03\x04", "a ZIP archive, not an image", "unpack it"),
+)
+
+
+def open_nifti(path: str | PathLike[str]) -> nib.Nifti1Image:
+    """Open a single-file NIfTI-1 or NIfTI-2 image; its data are not read yet.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    nibabel.Nifti1Image
+        Also for NIfTI-2, whose class is derived from it.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If the file is missing, empty, a pointer to content that is elsewhere, or not a NIfTI file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(path, "a folder, not a file", "remove it, or put the image in its place")
+        if path.stat().st_size == 0:
+            raise InputError(path, "the file is empty", _COPY_AGAIN)
+        image = nib.load(path)
+    except _DAMAGED as error:
+        raise _explain(path, error) from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise InputError(path, f"a {type(image).__name__}, not a NIfTI file", "convert it to NIfTI")
+    return image
+
+
+def read_data(path: str | PathLike[str], image: nib.Nifti1Image) -> np.ndarray:
+    """Read the voxels of an image as float32, scaled by the slope and intercept of its header.
+
+    Parameters
+    ----------
+    path : path-like
+        The file of the image.
+    image : nibabel.Nifti1Image
+        As :func:`open_nifti` returns it.
+
+    Returns
+    -------
+    numpy.ndarray of float32
+        In the shape of the header.
+
+    Raises
+    ------
+    bids_uad.errors.InputError
+        If the voxels are no real numbers (complex, RGB, RGBA), or the data are incomplete or damaged.
+    """
+    path = Path(path)
+    dtype = image.get_data_dtype()
+    if dtype.kind == "c":
+        raise InputError(
+            path, f"the voxels are complex numbers ({dtype})", "give the magnitude image (part-mag)"
+        )
+    if dtype.names:
+        raise InputError(
+            path, f"an {''.join(dtype.names)} picture, not a scan", "give the image with its intensities"
+        )
+    promised = int(np.prod(image.shape, dtype=object)) * dtype.itemsize
+    try:
+        size = path.stat().st_size
+        if path.name.lower().endswith(".gz"):
+            # Read to its end, since the checksum of the data is there. nibabel stops at the last voxel.
+            with gzip.open(path) as stream:
+                content = stream.read()
+            image, size = type(image).from_bytes(content), len(content)
+        offset = int(image.dataobj.offset)
+        if offset < image.header.single_vox_offset:
+            problem = f"the header places the image data inside itself (vox_offset {offset})"
+            raise InputError(
+                path, problem, "repair the header, or convert the scan from its DICOM files again"
+            )
+        if size - offset < promised:
+            problem = f"the image data are cut short ({max(size - offset, 0)} of {promised} bytes)"
+            raise InputError(path, problem, _COPY_AGAIN)
+        # Intensities beyond the range of float32 become infinite, which is refused by name later.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(image.dataobj, dtype=np.float32)
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from error
+        raise InputError(
+            path, f"the image data cannot be read ({_first_line(error)})", _COPY_AGAIN
+        ) from error
+
+
+def _explain(path: Path, error: Exception) -> InputError:
+    """Say what a file is that could not be opened as an image."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(path, error)
+    # nibabel reports a missing file without an error number.
+    if not path.exists():
+        return unreadable(path, FileNotFoundError())
+    with path.open("rb") as stream:
+        start = stream.read(400)
+    text = start.lstrip().lower()
+    for mark, problem, remedy in _FOREIGN:
+        if text.startswith(mark):
+            return InputError(path, problem, remedy)
+    if start[128:132] == b"DICM":
+        return InputError(path, "a DICOM file, not a NIfTI file", "convert it, e.g. with dcm2niix")
+    zipped = path.name.lower().endswith(".gz")
+    if zipped and not start.startswith(_GZIP):
+        if any(start[offset : offset + 4] in magic for offset, magic in _NIFTI_MAGIC.items()):
+            problem = "an uncompressed NIfTI file, though its name ends in .gz"
+            return InputError(path, problem, "name it .nii, or compress it with gzip")
+        return InputError(path, "not a gzip file, though its name ends in .gz", _COPY_AGAIN)
+    if not zipped and start.startswith(_GZIP):
+        return InputError(path, "a gzip file with a name that lacks .gz", "name it .nii.gz")
+    return InputError(path, f"not a readable image ({_first_line(error)})", _COPY_AGAIN)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+UPPER_PERCENTILE = 99.5
+SCALING = {"method": "percentile", "lower": 0.0, "upper": UPPER_PERCENTILE, "region": "brain mask"}
+
+
+def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Scale a scan so that the 99.5th percentile of the brain is 1.
+
+    Nothing is cut above: what a detector does with the brightest voxels is its own (see
+    :mod:`bids_uad.engine.protocol`). Zero stays zero: magnitude images have a physical origin, and a lower
+    percentile would move with the amount of cerebrospinal fluid that the brain mask happens to hold. One
+    bright vessel moves nothing.
+
+    Parameters
+    ----------
+    volume : numpy.ndarray
+        Any shape, bias-corrected intensities.
+    brain : numpy.ndarray of bool
+        Same shape. The mask, not ``volume == 0``, says what is brain.
+
+    Returns
+    -------
+    numpy.ndarray of float32
+        At least 0; 0 outside the brain.
+
+    Raises
+    ------
+    ValueError
+        If the mask is empty or the brain is not brighter than zero.
+    """
+    brain = np.asarray(brain, dtype=bool)
+    if not brain.any():
+        raise ValueError("the brain mask is empty")
+    upper = float(np.percentile(volume[brain], UPPER_PERCENTILE))
+    if not upper > 0:
+        raise ValueError("the image has no positive intensity inside the brain mask")
+    scaled = np.maximum(np.asarray(volume, dtype=np.float32) / np.float32(upper), 0.0)
+    return np.where(brain, scaled, np.float32(0.0)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.false_positives import SLICE_GAP, count_marked, draw, slices_to_show
 from bids_uad.dataset.participants import read_participants
-from bids_uad.dataset.preprocessed import find_preprocessed
+from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine.bundle import PACKAGED, load_bundle
 from bids_uad.space import AFFINE, SHAPE
 

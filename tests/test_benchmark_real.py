@@ -9,9 +9,8 @@ from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score, f1_score
 
 from benchmarks.real import best_dice, best_of_each, choose, floor_of, floors
-from bids_uad.dataset.identity import by_name
-from bids_uad.dataset.participants import read_participants
-from bids_uad.dataset.preprocessed import PreprocessedScan
+from bids_uad.dataset.participants import by_name, read_participants
+from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.engine.bundle import Bundle
 from bids_uad.evaluation.subjects import subject_row
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit

@@ -22,10 +22,10 @@ from niworkflows.engine.workflows import LiterateWorkflow
 from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
+from bids_uad.files import sha256_of
 from bids_uad.levels.participant import run, workflow
-from bids_uad.levels.participant.records import sha256_of
-from bids_uad.levels.participant.writing import FIELDS
-from bids_uad.levels.participant.writing import _connect_record as connect_record
+from bids_uad.levels.participant.workflow import FIELDS
+from bids_uad.levels.participant.workflow import _connect_record as connect_record
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.interfaces import Conform
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS

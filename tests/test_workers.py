@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.workers import worker_pool
+from bids_uad.resources import worker_pool
 
 PROGRAM = """
 import sys, time
-from bids_uad.workers import worker_pool
+from bids_uad.resources import worker_pool
 from tests.test_workers import pid
 if __name__ == "__main__":
     with worker_pool(1, sys.argv[1]) as pool:

@@ -32,8 +32,8 @@ INTERRUPTED, TERMINATED = 130, 143
 
 _DOORS = {
     "participant": ("bids_uad.levels.participant.run", "run_participant"),
-    "train": ("bids_uad.levels.train", "run_train"),
-    "calibrate": ("bids_uad.levels.calibrate", "run_calibrate"),
+    "train": ("bids_uad.training.train", "run_train"),
+    "calibrate": ("bids_uad.training.calibrate", "run_calibrate"),
     "group": ("bids_uad.levels.group", "run_group"),
 }
 

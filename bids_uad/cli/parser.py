@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bids_uad import __version__
-from bids_uad.cli.resources import available_cpus, available_memory_gb, parse_memory
 from bids_uad.config import (
     DEVIATIONS,
+    EXTRACTIONS,
     LEVELS,
     MODALITIES,
     PRECISIONS,
@@ -25,7 +25,7 @@ from bids_uad.config import (
 )
 from bids_uad.constraints import NonNegative, allows
 from bids_uad.errors import ConfigError, unreadable
-from bids_uad.preprocessing.extraction import EXTRACTIONS
+from bids_uad.resources import available_cpus, available_memory_gb, parse_memory
 
 FOLDERS = ("derivatives", "experiments")
 """Options that name folders, `NAME=PATH`."""
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     pick.add_argument(
         "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
-        help="its weights, where they are not packaged: the file that python -m bids_uad.extraction wrote, "
+        help="its weights, where they are not packaged: a trained weights.safetensors, "
         "SynthStrip's file, or HD-BET's folder hd-bet_params",
     )  # fmt: skip
 

@@ -18,9 +18,14 @@ from urllib.parse import quote
 import pandas as pd
 
 from bids_uad import __version__
-from bids_uad.atomic import locked, write_json, write_text, write_tsv
 from bids_uad.dataset.sidecars import NOT_CLINICAL
 from bids_uad.errors import ConfigError
+from bids_uad.files import (
+    locked,
+    write_json,
+    write_text,
+    write_tsv,
+)
 
 BIDS_VERSION = "1.10.1"
 HED_VERSION = "8.4.0"

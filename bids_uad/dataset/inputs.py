@@ -8,22 +8,112 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bids.layout import BIDSLayout, BIDSLayoutIndexer
+from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
+from bids.utils import listify
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.filters import EXTENSIONS, SUFFIXES, read_queries
-from bids_uad.dataset.inheritance import SidecarReader
-from bids_uad.dataset.lesions import LesionMask, resolve_masks
-from bids_uad.dataset.prepared import LESIONS, attach_prepared
-from bids_uad.dataset.units import PREFIX_ENTITIES, ImageUnit, Problem
-from bids_uad.errors import ConfigError, InputError
-from bids_uad.listing import listed
+from bids_uad.dataset.demographics import read_object
+from bids_uad.dataset.external import LESIONS, attach_prepared
+from bids_uad.dataset.lesion_masks import LesionMask, resolve_masks
+from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem
+from bids_uad.errors import ConfigError, InputError, listed
 
 LOGGER = logging.getLogger("bids_uad")
+
+
+class SidecarReader:
+    """Read the metadata of the images of one dataset; files that several images share are read once.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        The dataset.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._read = cache(read_object)
+        self._listed = cache(lambda folder: sorted(folder.glob("*.json")))
+
+    def files(self, image: PurePosixPath) -> list[Path]:
+        """List the sidecars that apply to an image, the most specific last.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        list of pathlib.Path
+            JSON files of the same suffix in the folders above the image, whose names hold entities of the
+            image only: those of outer folders first, and in one folder those with fewer entities.
+        """
+        entities, suffix = _split(image.name)
+        found = []
+        for folder in reversed(image.parents):
+            own = [
+                (len(named), path)
+                for path in self._listed(self._root / folder)
+                for named, kind in [_split(path.name)]
+                if kind == suffix and named <= entities
+            ]
+            found += [path for _, path in sorted(own)]
+        return found
+
+    def fields(self, image: PurePosixPath) -> dict[str, Any]:
+        """Merge the sidecars of an image; where two have the same field, the more specific file counts.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        dict
+            Empty without a sidecar.
+
+        Raises
+        ------
+        InputError
+            If one of the files cannot be read or is not a JSON object.
+        """
+        fields: dict[str, Any] = {}
+        for path in self.files(image):
+            fields |= self._read(path)
+        return fields
+
+    def fields_if_readable(self, image: PurePosixPath) -> dict[str, Any]:
+        """Merge the sidecars of an image as :meth:`fields` does; log a warning if one cannot be read.
+
+        Parameters
+        ----------
+        image : pathlib.PurePosixPath
+            Relative to the dataset.
+
+        Returns
+        -------
+        dict
+            Empty if one of the sidecars cannot be read.
+        """
+        try:
+            return self.fields(image)
+        except InputError as error:
+            LOGGER.warning("%s. The metadata of %s are not used", error, image.name)
+            return {}
+
+
+def _split(name: str) -> tuple[frozenset[str], str]:
+    """Split a file name into its entities and its suffix."""
+    *entities, suffix = name.split(".", 1)[0].split("_")
+    return frozenset(entities), suffix
+
 
 _NOT_ANAT = (
     "beh",
@@ -190,7 +280,7 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
     """Index the anatomical images of some participants of a raw dataset, and nothing else.
 
     Indexing everything is what makes BIDS apps slow to start on large datasets. Metadata are not indexed: one
-    broken sidecar would end the run, see :class:`bids_uad.dataset.inheritance.SidecarReader`. Entities are
+    broken sidecar would end the run, see :class:`bids_uad.dataset.inputs.SidecarReader`. Entities are
     read from the path below the root: pybids reads them from the whole path, where a folder above, such as
     ``sub-02``, would give its label to every image.
 
@@ -417,3 +507,89 @@ def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
             f"has no session {', '.join(missing)}",
             f"it has {listed(existing)}" if existing else "it has no sessions",
         )
+
+
+EXTENSIONS = [".nii.gz", ".nii"]
+
+SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"]}
+"""Suffixes of the images of each modality; UNIT1 is the T1-weighted image of MP2RAGE."""
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    modality: {
+        "datatype": "anat",
+        "suffix": suffixes,
+        "extension": EXTENSIONS,
+        "ceagent": None,
+        "part": [None, "mag"],
+        "chunk": None,
+        "inv": None,
+    }
+    for modality, suffixes in SUFFIXES.items()
+}
+
+
+def default_queries() -> dict[str, dict[str, Any]]:
+    """Give the query of each modality.
+
+    Contrast-enhanced (`ce-`) images are left out: the models have learnt plain T1w and T2w images, and a
+    vessel that shines with gadolinium is no anomaly. So are phase, real and imaginary images (`part-`),
+    parts of a scan (`chunk-`) and single inversions of MP2RAGE (`inv-`).
+    """
+    return {modality: translate(query) for modality, query in _DEFAULTS.items()}
+
+
+def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Merge a filter file into the default queries.
+
+    Parameters
+    ----------
+    path : pathlib.Path, optional
+        JSON: `t1w` and `t2w` (any case) map to entity filters. Null means that the entity must be
+        absent, `"*"` that it must be there with any value. Other keys belong to other apps and are
+        ignored.
+
+    Returns
+    -------
+    dict of str to dict
+        pybids query by modality.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not JSON of that form.
+    """
+    if path is None:
+        return default_queries()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--bids-filter-file {path} must hold an object with the keys 't1w' and 't2w'")
+    by_name = {name.lower(): filters for name, filters in content.items()}
+    queries = {}
+    for modality, default in _DEFAULTS.items():
+        own = by_name.get(modality.lower(), {})
+        if not isinstance(own, dict):
+            raise ConfigError(f"--bids-filter-file {path}: '{modality.lower()}' must be an object")
+        query = translate({**default, **own})
+        suffixes = listify(query.get("suffix"))
+        if not suffixes or any(suffix not in SUFFIXES[modality] for suffix in suffixes):
+            raise ConfigError(
+                f"--bids-filter-file {path}: '{modality.lower()}' must keep the suffix "
+                f"{' or '.join(SUFFIXES[modality])}"
+            )
+        queries[modality] = query
+    return queries
+
+
+def translate(filters: dict[str, Any]) -> dict[str, Any]:
+    """Turn null and `"*"`, alone or in a list, into pybids' query marks."""
+    marks = {None: Query.NONE, "*": Query.ANY}
+
+    def translated(value: Any) -> Any:
+        if isinstance(value, list):
+            return [translated(item) for item in value]
+        return marks.get(value, value) if value is None or isinstance(value, str) else value
+
+    return {name: translated(value) for name, value in filters.items()}

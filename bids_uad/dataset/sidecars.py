@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bids_uad import __version__
-from bids_uad.dataset.units import ImageUnit
+from bids_uad.dataset.naming import ImageUnit
 from bids_uad.space import NAME
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"

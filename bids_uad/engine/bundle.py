@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -13,12 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.atomic import atomic_paths, json_text, remove_unfinished
 from bids_uad.config import MODALITIES
-from bids_uad.constraints import Interval, Items, OneOf, allows, describe
+from bids_uad.constraints import (
+    Interval,
+    Items,
+    OneOf,
+    allows,
+    describe,
+)
 from bids_uad.engine.protocol import Protocol, protocol_of
-from bids_uad.errors import ModelError
-from bids_uad.listing import listed
+from bids_uad.errors import ModelError, listed
+from bids_uad.files import atomic_paths, json_text, remove_unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,7 +217,7 @@ class Bundle:
         Parameters
         ----------
         hashes : set of str
-            Of the subject, see `bids_uad.dataset.identity`.
+            Of the subject, see `bids_uad.dataset.participants`.
         """
         told = {"training": self.info.get("training", {}), "validation": self._calibrated().get("cohort", {})}
         if self.deviation == NORMATIVE:
@@ -225,7 +232,7 @@ class Bundle:
         ValueError
             If there is no such hyper-parameter, or the value is not allowed.
         """
-        from bids_uad.methods.hyper import change_hyper, names_of
+        from bids_uad.methods.base import change_hyper, names_of
 
         hyper = change_hyper(bundle_hyper(self), changes)
         changed = sorted({*self.info.get("changed", ()), *names_of(changes)})
@@ -417,7 +424,7 @@ def bundle_hyper(bundle: Bundle) -> Any:
     ModelError
         If there is no such detector, or a hyper-parameter is unknown or has a value that is not allowed.
     """
-    from bids_uad.methods.hyper import hyper_from_values
+    from bids_uad.methods.base import hyper_from_values
     from bids_uad.methods.registry import DETECTORS
 
     if bundle.detector not in DETECTORS:
@@ -512,8 +519,6 @@ def save_bundle(
     ModelError
         If a weight is no number, or too large to store.
     """
-    from bids_uad.engine.checkpoint import write_tensors
-
     tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     if wrong := not_finite(tensors):
         raise ModelError(f"{listed(wrong, 3)}: NaN or infinite after training; {folder} is not written")
@@ -549,3 +554,29 @@ def _halved(name: str, value: Tensor) -> Tensor:
     if not half.isfinite().all():
         raise ModelError(f"{name} holds numbers that are not finite as half floats; was the training stable?")
     return half
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a ``.safetensors`` file.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+    path : pathlib.Path
+    metadata : mapping of str to str, optional
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; safetensors itself raises an error of its own kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

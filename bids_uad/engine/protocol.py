@@ -9,7 +9,7 @@ import numpy as np
 
 from bids_uad import space
 from bids_uad.constraints import Constrained, Matches
-from bids_uad.preprocessing.intensity import SCALING
+from bids_uad.images import SCALING
 
 
 @dataclass(frozen=True)

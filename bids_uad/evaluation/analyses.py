@@ -15,12 +15,17 @@ from bids_uad.evaluation.comparison import compare_detectors
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.deviations import COLUMNS as DEVIATION_COLUMNS
 from bids_uad.evaluation.deviations import compare_deviations
-from bids_uad.evaluation.lesions import COLUMNS as LESION_COLUMNS
-from bids_uad.evaluation.lesions import MISSED_COLUMNS, Lesions, lesion_sensitivity, missed_by_all
-from bids_uad.evaluation.strata import COLUMNS as STRATA_COLUMNS
-from bids_uad.evaluation.strata import DISPARITY_COLUMNS, stratify
-from bids_uad.evaluation.thresholds import COLUMNS as THRESHOLD_COLUMNS
-from bids_uad.evaluation.thresholds import transfer_thresholds
+from bids_uad.evaluation.lesion_detection import COLUMNS as LESION_COLUMNS
+from bids_uad.evaluation.lesion_detection import (
+    MISSED_COLUMNS,
+    Lesions,
+    lesion_sensitivity,
+    missed_by_all,
+)
+from bids_uad.evaluation.subgroups import COLUMNS as STRATA_COLUMNS
+from bids_uad.evaluation.subgroups import DISPARITY_COLUMNS, stratify
+from bids_uad.evaluation.threshold_transfer import COLUMNS as THRESHOLD_COLUMNS
+from bids_uad.evaluation.threshold_transfer import transfer_thresholds
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,14 @@ class Analyses:
     comparison : pandas.DataFrame
         Of :func:`bids_uad.evaluation.comparison.compare_detectors`.
     strata, disparities : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.strata.stratify`.
+        Of :func:`bids_uad.evaluation.subgroups.stratify`.
     bias : Bias
     thresholds : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.thresholds.transfer_thresholds`.
+        Of :func:`bids_uad.evaluation.threshold_transfer.transfer_thresholds`.
     lesions : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.lesions.lesion_sensitivity`.
+        Of :func:`bids_uad.evaluation.lesion_detection.lesion_sensitivity`.
     missed : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.lesions.missed_by_all`.
+        Of :func:`bids_uad.evaluation.lesion_detection.missed_by_all`.
     deviations : pandas.DataFrame
         Of :func:`bids_uad.evaluation.deviations.compare_deviations`.
     """
@@ -85,7 +90,7 @@ def analyse(
     curves : mapping
         (detector, modality, cohort) -> `Curves` over the scans of one cohort.
     factors : sequence of str
-        What divides the cohort, see :func:`bids_uad.evaluation.strata.levels_of`.
+        What divides the cohort, see :func:`bids_uad.evaluation.subgroups.levels_of`.
     seed : int
         Seed of the bootstrap.
     lesions : Lesions, optional

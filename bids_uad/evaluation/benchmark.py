@@ -10,16 +10,15 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.dataset.participants import Participants
-from bids_uad.evaluation.absences import Absence, find_absences
+from bids_uad.errors import listed
 from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns, share_interval
 from bids_uad.evaluation.curves import Curves
-from bids_uad.evaluation.exclusions import find_exclusions
-from bids_uad.evaluation.lesions import Lesions
+from bids_uad.evaluation.lesion_detection import Lesions
 from bids_uad.evaluation.metrics import lesion_wise
-from bids_uad.evaluation.reading import EXCLUDED, read_scores
+from bids_uad.evaluation.missing import Absence, find_absences, find_exclusions
+from bids_uad.evaluation.scores import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
-from bids_uad.listing import listed
 
 ALL = "all"
 

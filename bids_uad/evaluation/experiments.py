@@ -11,8 +11,13 @@ import pandas as pd
 
 from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns
 from bids_uad.evaluation.comparison import COLUMNS as COMPARISON_COLUMNS
-from bids_uad.evaluation.comparison import OUTCOMES, compare_pair, corrected, participant_scores
-from bids_uad.evaluation.origins import Origin
+from bids_uad.evaluation.comparison import (
+    OUTCOMES,
+    compare_pair,
+    corrected,
+    participant_scores,
+)
+from bids_uad.evaluation.provenance import Origin
 
 REFERENCE = "reference"
 """Name of the variant that the others are compared with: the outputs that the group level works on."""

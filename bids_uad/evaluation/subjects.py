@@ -8,11 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from bids_uad.dataset.factors import image_columns
+from bids_uad.dataset.image_metadata import image_columns
 from bids_uad.dataset.participants import FACTS, Participants, describe_columns
 from bids_uad.dataset.sidecars import SCANNER_SEEN_LEVELS
 from bids_uad.errors import InputError
-from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
+from bids_uad.evaluation.metrics import (
+    average_precision,
+    confusion,
+    edge_index,
+    lesion_wise,
+)
 from bids_uad.evaluation.tables import UnitScores
 
 LESION_LOAD = "lesion load"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
+from bids_uad.files import MISSING, REMEDY, read_columns, read_row
 
 _NAME = re.compile(
     r"^(?P<prefix>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*?)"
     r"_space-SRI24_desc-(?P<modality>T1w|T2w)(?P<detector>[A-Za-z0-9]+)_metrics\.tsv$"
 )
-REMEDY = "run the participant level again for this subject"
 _METRICS_COLUMNS = (
     "source_image",
     "modality",
@@ -44,7 +42,6 @@ _OPTIONAL_COLUMNS = ("scanner_seen", *_COUNTING_COLUMNS)
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """What depends on the least volume; not known in tables without it."""
 _TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "model_has_met")
-_MISSING = frozenset({"n/a", "nan", ""})
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
 
 
@@ -224,91 +221,14 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         n_nonlesion=n_nonlesion,
         n_lesion=n_lesion,
         threshold=threshold,
-        scanner_seen=None if row["scanner_seen"] in _MISSING else row["scanner_seen"],
+        scanner_seen=None if row["scanner_seen"] in MISSING else row["scanner_seen"],
         **texts,
         **numbers,
     )
 
 
-def _read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Read the named columns of a tab-separated table as text, optional ones as n/a where they lack.
-
-    Tables are many and small: parsing them here is several times faster than pandas.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(path, "is missing", REMEDY) from error
-    except UnicodeDecodeError as error:
-        raise InputError(path, f"not a text file ({error})", REMEDY) from error
-    lines = list(filter(None, lines))
-    header = lines[0].split("\t") if lines else []
-    missing = [name for name in names if name not in header]
-    if missing:
-        raise InputError(path, f"no column {', '.join(missing)}", REMEDY)
-    width = len(header)
-    if {*map(str.count, lines, repeat("\t"))} != {width - 1}:
-        raise InputError(path, "rows of different length", REMEDY)
-    cells = "\t".join(lines[1:]).split("\t") if lines[1:] else []
-    columns = {name: cells[header.index(name) :: width] for name in (*names, *optional) if name in header}
-    return dict.fromkeys(optional, ["n/a"] * (len(lines) - 1)) | columns
-
-
-def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
-    """Read the named columns of a table that has one row, as text.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    names : sequence of str
-    optional : sequence of str
-        Columns that may lack, and are `n/a` then.
-
-    Returns
-    -------
-    dict of str to str
-
-    Raises
-    ------
-    InputError
-        If the table or a column is missing, or there is not one whole row.
-    """
-    columns = _read_columns(path, names, optional)
-    n_rows = len(columns[names[0]])
-    if n_rows != 1:
-        raise InputError(path, f"{n_rows} rows instead of one", REMEDY)
-    return {name: values[0] for name, values in columns.items()}
-
-
-def read_numbers(path: Path, names: Sequence[str]) -> np.ndarray:
-    """Read the named columns of a table as numbers.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    names : sequence of str
-
-    Returns
-    -------
-    numpy.ndarray of float64, shape (rows, columns)
-        NaN where a value is missing.
-
-    Raises
-    ------
-    InputError
-        If the table or a column is missing, or holds something else.
-    """
-    columns = _read_columns(path, names)
-    try:
-        return np.array(
-            [[float("nan") if text in _MISSING else float(text) for text in columns[name]] for name in names]
-        ).T
-    except ValueError as error:
-        raise InputError(path, f"not only numbers ({error})", REMEDY) from error
-
-
 def _number(path: Path, row: dict[str, str], column: str) -> float:
-    if row[column] in _MISSING:
+    if row[column] in MISSING:
         return float("nan")
     try:
         value = float(row[column])
@@ -321,9 +241,9 @@ def _number(path: Path, row: dict[str, str], column: str) -> float:
 
 def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return lower edges (float64), non-lesion and lesion counts (int64), each (n_bins,)."""
-    columns = _read_columns(path, _HISTOGRAM_COLUMNS)
+    columns = read_columns(path, _HISTOGRAM_COLUMNS)
     lower, upper, nonlesion, lesion = (columns[name] for name in _HISTOGRAM_COLUMNS)
-    unmasked = _MISSING.issuperset(lesion)
+    unmasked = MISSING.issuperset(lesion)
     try:
         edges = _edges(tuple(lower), tuple(upper))
         counts = [np.array(list(map(float, values))) for values in (nonlesion, () if unmasked else lesion)]

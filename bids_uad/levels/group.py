@@ -12,26 +12,26 @@ from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
-from bids_uad.atomic import remove_unfinished, write_json, write_tsv
 from bids_uad.config import DEFAULT_STRATA
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import read_participants, write_participants
 from bids_uad.errors import ConfigError, InputError
-from bids_uad.evaluation.absences import subject_folders
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.experiments import REFERENCE, Variant, compare_variants
-from bids_uad.evaluation.origins import read_origins
-from bids_uad.evaluation.strata import MIN_PARTICIPANTS
+from bids_uad.evaluation.missing import subject_folders
+from bids_uad.evaluation.provenance import read_origins
+from bids_uad.evaluation.subgroups import MIN_PARTICIPANTS
 from bids_uad.evaluation.subjects import LESION_LOAD, add_image_columns, add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
+from bids_uad.files import remove_unfinished, write_json, write_tsv
 from bids_uad.levels.group_tables import current_tables
 from bids_uad.reports.boilerplate import write_citation
 from bids_uad.reports.group import Provenance, write_group_report
-from bids_uad.reports.group_console import benchmark_table
 from bids_uad.reports.group_methods import group_methods_text
+from bids_uad.reports.group_text import benchmark_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bids_uad.config import RunConfig
     from bids_uad.dataset.participants import Participants
     from bids_uad.evaluation.benchmark import Evaluation
-    from bids_uad.evaluation.origins import Origin
+    from bids_uad.evaluation.provenance import Origin
 
 LOGGER = logging.getLogger(__name__)
 

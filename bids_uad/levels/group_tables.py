@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bids_uad.dataset.naming import entities_of
 from bids_uad.dataset.participants import Participants
+from bids_uad.errors import listed
 from bids_uad.evaluation.tables import subject_of
-from bids_uad.levels.participant.records import ModelRecord, Record, records_of
-from bids_uad.listing import listed
+from bids_uad.levels.participant.completion_records import ModelRecord, Record, records_of
 
 UNLISTED = "not listed by a record, since their run did not finish, or others have replaced it"
 REMOVED = "of images that are not in BIDS_DIR any more"

@@ -14,16 +14,34 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
-from bids_uad.networks.diffusion import (
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    NonNegative,
+    Positive,
+)
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    Stage,
+)
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.networks.ddpmpp import (
+    LITE_NETWORK,
+    NETWORK,
+    DDPMpp,
+    DDPMppConfig,
     NoisePredictor,
+    check_network,
     pyramid_noise,
     signal_and_noise,
     transition_weight,
 )
-from bids_uad.networks.keyed import SliceGenerator
 
 STEPS = 1000
 FIRST, LAST = 125, 26  # thousandths, where the aggregation begins and ends

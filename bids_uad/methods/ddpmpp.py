@@ -14,11 +14,34 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
-from bids_uad.networks.diffusion import NoisePredictor, layered_noise, pyramid_noise, signal_and_noise
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    NonNegative,
+    Positive,
+)
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    Stage,
+)
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.networks.ddpmpp import (
+    LITE_NETWORK,
+    NETWORK,
+    DDPMpp,
+    DDPMppConfig,
+    NoisePredictor,
+    check_network,
+    layered_noise,
+    pyramid_noise,
+    signal_and_noise,
+)
 
 TYPICAL_RATIO = 3.0  # of the sizes of the layers of pyramid noise; in training it is drawn from 2 to 4
 

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, Interval, Items, OneOf, Positive, invalid
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    Items,
+    OneOf,
+    Positive,
+    invalid,
+)
 from bids_uad.methods.base import (
     BRAIN_FIELD,
     WHOLE_SLICE,
@@ -26,7 +35,14 @@ from bids_uad.methods.base import (
     GradientStage,
     Stage,
 )
-from bids_uad.networks.corruptions import (
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.networks.ddpmpp import (
+    LITE_NETWORK,
+    DDPMpp,
+    DDPMppConfig,
+    check_network,
+)
+from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
     SHAPES,
     AnomalyConfig,
@@ -35,9 +51,6 @@ from bids_uad.networks.corruptions import (
     paint_anomalies,
     vary_intensity,
 )
-from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
-from bids_uad.networks.keyed import SliceGenerator
-from bids_uad.networks.windows import importance, window_starts
 
 LABELS = 100
 CODEBOOK_SAMPLES = 100_000
@@ -69,7 +82,7 @@ class DisyreHyper(Constrained):
         Tissue intensities of the anomaly generator.
     anomaly : AnomalyConfig
     anomalies : tuple of str
-        What synthetic anomalies are made of, see `bids_uad.networks.corruptions.COMPONENTS`; for ablations.
+        What synthetic anomalies are made of, see `synthetic_anomalies.COMPONENTS`; for ablations.
     augmentation : AugmentationConfig
     steps, batch_size, learning_rate
         Training schedule.
@@ -255,3 +268,37 @@ class Disyre(Detector):
         if hyper.foreground_weighting:
             result = result * brain.to(result.dtype).mean((1, 2, 3), keepdim=True)
         return result
+
+
+def window_starts(extent: int, window: int, stride: int) -> list[int]:
+    """First indices of the windows that cover one axis.
+
+    Parameters
+    ----------
+    extent, window, stride : int
+        `window` is at most `extent`.
+
+    Returns
+    -------
+    list of int
+        Ascending; the last window ends where the axis does.
+    """
+    end = extent - window
+    return [*range(0, end, stride), end]
+
+
+@cache
+def importance(height: int, width: int, device: torch.device) -> Tensor:
+    """Gaussian weight of a window's pixels, standard deviation an eighth of each side, at least 0.001.
+
+    Returns
+    -------
+    Tensor, shape (height, width)
+        1 at the centre.
+    """
+
+    def profile(size: int) -> Tensor:
+        offset = torch.arange(size, device=device) - (size - 1) / 2
+        return torch.exp(-0.5 * (offset / (size / 8)) ** 2)
+
+    return (profile(height)[:, None] * profile(width)[None]).clamp_min(1e-3)

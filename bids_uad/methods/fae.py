@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import Constrained, Count, Interval, Positive
-from bids_uad.methods.base import Batch, GradientStage, Stage
-from bids_uad.methods.features import FeatureDetector, stacked
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    Positive,
+)
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stacked
 from bids_uad.networks.backbones import BackboneConfig, check_maps
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
 
 STRIDE = 4  # of the finest map; the kernels of the decoder are laid out for its 56 x 56 pixels

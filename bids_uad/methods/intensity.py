@@ -15,8 +15,13 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.constraints import Constrained, Count
-from bids_uad.methods.base import Batch, Detector, FitStage, Stage
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.methods.base import (
+    Batch,
+    Detector,
+    FitStage,
+    Stage,
+)
+from bids_uad.networks.counter_rng import SliceGenerator
 
 
 def fluid_polarity(batches: Iterator[Batch]) -> Tensor:

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, OneOf, invalid
-from bids_uad.methods.base import Batch, FitStage, Stage
-from bids_uad.methods.features import FeatureDetector
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    CountOrZero,
+    Interval,
+    OneOf,
+    invalid,
+)
+from bids_uad.methods.base import Batch, FeatureDetector, FitStage, Stage
 from bids_uad.networks.backbones import BackboneConfig, check_maps
-from bids_uad.networks.coreset import farthest_points
-from bids_uad.networks.keyed import SliceGenerator
-from bids_uad.networks.patches import pooled_descriptors, published_descriptors
+from bids_uad.networks.counter_rng import SliceGenerator
 
 
 @dataclass(frozen=True)
@@ -182,3 +186,87 @@ class PatchCore(FeatureDetector):
             coarse[covered] = squared if self.hyper.squared else squared.sqrt()
         fine = F.interpolate(coarse[:, None], size=slices.shape[-2:], mode="bilinear", align_corners=False)
         return torch.where(brain, fine, 0.0)
+
+
+def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:
+    """Choose points greedily, each the farthest from those already chosen.
+
+    Parameters
+    ----------
+    points : Tensor, shape (N, C)
+        Distances are Euclidean in all C dimensions.
+    count : int
+        How many to keep, at most N.
+    generator : torch.Generator
+        Draws the first point.
+
+    Returns
+    -------
+    Tensor of int64, shape (count,)
+        Indices in the order chosen.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than asked for.
+    """
+    if len(points) < count:
+        raise ValueError(f"cannot choose {count} of {len(points)} descriptors; train on more slices")
+    squared = points.square().sum(1)
+    chosen = torch.empty(count, dtype=torch.int64, device=points.device)
+    current = torch.randint(len(points), (1,), generator=generator, device=points.device)
+    distance = torch.full((len(points),), torch.inf, device=points.device)
+    for index in range(count):
+        chosen[index] = current
+        to_current = squared + squared[current] - 2 * (points @ points[current[0]])
+        distance = torch.minimum(distance, to_current)
+        current = distance.argmax()[None]
+    return chosen
+
+
+def pooled_descriptors(fine: Tensor, coarse: Tensor, side: int) -> Tensor:
+    """Means of neighbourhoods in both maps, at the places of the finer one.
+
+    Parameters
+    ----------
+    fine : Tensor, shape (B, C, H, W)
+    coarse : Tensor, shape (B, D, H/2, W/2)
+    side : int
+        Of the neighbourhood, odd; zeros beyond the border count.
+
+    Returns
+    -------
+    Tensor, shape (B, H, W, C + D)
+    """
+    fine, coarse = (F.avg_pool2d(part, side, stride=1, padding=side // 2) for part in (fine, coarse))
+    coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat([fine, coarse], 1).movedim(1, -1)
+
+
+def published_descriptors(fine: Tensor, coarse: Tensor, side: int) -> Tensor:
+    """PatchCore's published descriptor in closed form.
+
+    The published code unfolds each place into its neighbourhood's C x side x side values, pools these
+    adaptively to 2 C numbers in each map, and both maps' numbers together to 2 C again. Since 2 C numbers out
+    of C side**2 are means of half a channel's neighbourhood each, and the last pooling takes means of pairs,
+    what remains are means over neighbourhoods: of each channel of the finer map, its centre twice, and of
+    each pair of channels of the coarser one. Nothing needs to be unfolded.
+
+    Parameters
+    ----------
+    fine : Tensor, shape (B, C, H, W)
+    coarse : Tensor, shape (B, 2 C, H/2, W/2)
+    side : int
+        Of the neighbourhood, odd; zeros beyond the border count.
+
+    Returns
+    -------
+    Tensor, shape (B, H, W, 2 C)
+    """
+    cells = side**2
+    mean = F.avg_pool2d(fine, side, stride=1, padding=side // 2)
+    near = (cells * mean + fine) / (cells + 1)
+    far = F.avg_pool2d(coarse, side, stride=1, padding=side // 2)
+    far = F.interpolate(far, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+    paired = far.unflatten(1, (-1, 2)).mean(2)
+    return torch.cat([near, paired], 1).movedim(1, -1)

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, Positive
-from bids_uad.methods.base import Batch, GradientStage, Stage
-from bids_uad.methods.features import FeatureDetector
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage
 from bids_uad.networks.backbones import BackboneConfig, check_maps
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from bids_uad.methods.base import Detector
 from bids_uad.methods.ddpmpp import PartialDiffusion
 from bids_uad.methods.disyre import Disyre
 from bids_uad.methods.fae import FAE
-from bids_uad.methods.fpi import FPI
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.itermask import IterMask
 from bids_uad.methods.patchcore import PatchCore
+from bids_uad.methods.pls.detector import FPI
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.riad import RIAD
 from bids_uad.methods.uniad import UniAD

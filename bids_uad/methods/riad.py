@@ -15,10 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, Interval, Items, Positive, invalid
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
-from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    Items,
+    Positive,
+    invalid,
+)
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    Stage,
+)
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.networks.ddpmpp import (
+    LITE_NETWORK,
+    NETWORK,
+    DDPMpp,
+    DDPMppConfig,
+    check_network,
+)
 from bids_uad.networks.similarity import gms_maps, ssim_map
 from bids_uad.space import CROP
 

@@ -15,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, invalid
-from bids_uad.methods.base import Batch, GradientStage, Stage
-from bids_uad.methods.features import FeatureDetector, stacked
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    NonNegative,
+    Positive,
+    invalid,
+)
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stacked
 from bids_uad.networks.backbones import BackboneConfig
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import CROP
 
 

@@ -9,16 +9,309 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, Positive, invalid
-from bids_uad.networks.corruptions import AnomalyConfig, AugmentationConfig
-from bids_uad.networks.efficientnet import EfficientNetB4
-from bids_uad.networks.resnet import resnet18, wide_resnet50_2
-from bids_uad.networks.tissuenet import TissueNet
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    CountOrZero,
+    Interval,
+    Items,
+    OneOf,
+    Positive,
+    invalid,
+)
+from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
 from bids_uad.space import SliceSide
+
+
+def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return conv, nn.BatchNorm2d(outputs)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int, widening: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_norm(inputs, planes, 3, stride)
+        self.conv2, self.bn2 = _conv_norm(planes, planes, 3)
+        project = stride != 1 or inputs != planes
+        self.downsample = nn.Sequential(*_conv_norm(inputs, planes, 1, stride)) if project else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, planes, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution and a shortcut; the 3x3 has `widening` times the planes."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int, widening: int) -> None:
+        super().__init__()
+        inner, outputs = planes * widening, planes * self.expansion
+        self.conv1, self.bn1 = _conv_norm(inputs, inner, 1)
+        self.conv2, self.bn2 = _conv_norm(inner, inner, 3, stride)
+        self.conv3, self.bn3 = _conv_norm(inner, outputs, 1)
+        project = stride != 1 or inputs != outputs
+        self.downsample = nn.Sequential(*_conv_norm(inputs, outputs, 1, stride)) if project else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, 4 planes, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        return F.relu(self.bn3(self.conv3(h)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """A ResNet up to one of its stages.
+
+    Parameters
+    ----------
+    block : type
+        :class:`BasicBlock` or :class:`Bottleneck`.
+    depths : tuple of int
+        Blocks of each of the four stages.
+    widening : int
+    stages : int
+        How many stages to build; 4 adds the classifier, too, and makes the published network whole.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, int, int, int],
+        widening: int = 1,
+        stages: int = 4,
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_norm(3, 64, 7, 2)
+        inputs = 64
+        self.stage_names = [f"layer{stage + 1}" for stage in range(stages)]
+        for stage, name in enumerate(self.stage_names):
+            planes = 64 * 2**stage
+            blocks = []
+            for number in range(depths[stage]):
+                blocks.append(block(inputs, planes, 2 if stage and not number else 1, widening))
+                inputs = planes * block.expansion
+            self.add_module(name, nn.Sequential(*blocks))
+        if stages == 4:
+            self.fc = nn.Linear(inputs, 1000)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps after the first pooling and after each stage.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+
+        Returns
+        -------
+        list of Tensor
+            At a quarter of the resolution twice, then at an eighth, and so on.
+        """
+        h = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        maps = [h]
+        for name in self.stage_names:
+            h = self.get_submodule(name)(h)
+            maps.append(h)
+        return maps
+
+
+def resnet18(stages: int = 4) -> ResNet:
+    """ResNet-18."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), stages=stages)
+
+
+def wide_resnet50_2(stages: int = 4) -> ResNet:
+    """Wide ResNet-50-2."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), widening=2, stages=stages)
+
+
+STEM, LAST = 48, 1792
+# Of each stage: expansion, kernel, stride, channels, blocks; the baseline's, scaled by 1.4 in width and 1.8
+# in depth.
+B4 = (
+    (1, 3, 1, 24, 2),
+    (6, 3, 2, 32, 4),
+    (6, 5, 2, 56, 4),
+    (6, 3, 2, 112, 6),
+    (6, 5, 1, 160, 6),
+    (6, 5, 2, 272, 8),
+    (6, 3, 1, 448, 2),
+)
+
+
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, activate: bool = True
+) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
+    return nn.Sequential(*layers, nn.SiLU()) if activate else nn.Sequential(*layers)
+
+
+class SqueezeExcitation(nn.Module):
+    """Weigh channels by what their means say."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel of x, shape (B, channels, H, W), by a number in (0, 1)."""
+        mean = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(nn.functional.silu(self.fc1(mean))).sigmoid()
+
+
+class InvertedResidual(nn.Module):
+    """Widen, filter channel by channel, weigh, narrow; with a shortcut where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.shortcut = stride == 1 and inputs == outputs
+        widen = [_conv(inputs, inner, 1)] if expansion != 1 else []
+        self.block = nn.Sequential(
+            *widen,
+            _conv(inner, inner, kernel, stride, groups=inner),
+            SqueezeExcitation(inner, max(1, inputs // 4)),
+            _conv(inner, outputs, 1, activate=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        h = self.block(x)
+        return h + x if self.shortcut else h
+
+
+class EfficientNetB4(nn.Module):
+    """EfficientNet-B4 up to one of its stages.
+
+    Parameters
+    ----------
+    stages : int
+        How many of the seven stages to build; 7 adds the last convolution and the classifier, too, and makes
+        the published network whole.
+    """
+
+    def __init__(self, stages: int = 7) -> None:
+        super().__init__()
+        layers = [_conv(3, STEM, 3, 2)]
+        inputs = STEM
+        for expansion, kernel, stride, channels, count in B4[:stages]:
+            blocks = []
+            for number in range(count):
+                blocks.append(InvertedResidual(inputs, channels, expansion, kernel, 1 if number else stride))
+                inputs = channels
+            layers.append(nn.Sequential(*blocks))
+        if stages == len(B4):
+            layers.append(_conv(inputs, LAST, 1))
+            self.classifier = nn.Sequential(nn.Dropout(0.4), nn.Linear(LAST, 1000))
+        self.features = nn.Sequential(*layers)
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Maps after each stage.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+
+        Returns
+        -------
+        list of Tensor
+            The first at half the resolution.
+        """
+        h = self.features[0](images)
+        maps = []
+        for stage in self.features[1:]:
+            h = stage(h)
+            maps.append(h)
+        return maps
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class TissueNet(nn.Module):
+    """Encoder of three halvings with a light decoder that names the tissue of each pixel.
+
+    Parameters
+    ----------
+    classes : int
+        Tissue classes, background included.
+    widths : tuple of int
+        Channels at full, half, quarter and eighth resolution.
+    """
+
+    def __init__(self, classes: int, widths: tuple[int, int, int, int] = (8, 24, 48, 96)) -> None:
+        super().__init__()
+        full, half, quarter, eighth = widths
+        self.at_full = _block(1, full)
+        self.at_half = nn.Sequential(_block(full, half, 2), _block(half, half))
+        self.at_quarter = nn.Sequential(_block(half, quarter, 2), _block(quarter, quarter))
+        self.at_eighth = nn.Sequential(
+            _block(quarter, eighth, 2), _block(eighth, eighth), _block(eighth, eighth)
+        )
+        self.merge_quarter = _block(eighth + quarter, quarter)
+        self.merge_half = _block(quarter + half, half)
+        self.head = nn.Conv2d(half + full, classes, 3, padding=1)
+
+    def forward(self, slices: Tensor) -> list[Tensor]:
+        """Encoder features at half, quarter and eighth resolution.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, H, W)
+            H and W divisible by 8.
+
+        Returns
+        -------
+        list of Tensor
+            Shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8, W/8).
+        """
+        half = self.at_half(self.at_full(slices))
+        quarter = self.at_quarter(half)
+        return [half, quarter, self.at_eighth(quarter)]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Class scores, which the network is trained by.
+
+        Returns
+        -------
+        Tensor, shape (B, classes, H, W)
+            Unnormalised log-probabilities.
+        """
+        full = self.at_full(images)
+        half = self.at_half(full)
+        quarter = self.at_quarter(half)
+        eighth = self.at_eighth(quarter)
+        h = self.merge_quarter(torch.cat([self._doubled(eighth), quarter], 1))
+        h = self.merge_half(torch.cat([self._doubled(h), half], 1))
+        return self.head(torch.cat([self._doubled(h), full], 1))
+
+    @staticmethod
+    def _doubled(x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
 
 MRI = "mri"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -26,11 +26,11 @@ import pandas as pd
 from scipy import ndimage
 
 from bids_uad import space
-from bids_uad.atomic import write_json, write_text, write_tsv
 from bids_uad.errors import InputError
+from bids_uad.files import write_json, write_text, write_tsv
 from bids_uad.images import save_image
-from bids_uad.preprocessing.overlap import dice
 from bids_uad.preprocessing.reference import digest, resolve_reference
+from bids_uad.preprocessing.registration import dice
 
 LOGGER = logging.getLogger("bids_uad")
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from bids_uad.errors import InputError
-from bids_uad.nifti import open_nifti, read_data
-from bids_uad.preprocessing.mp2rage import is_uniform_image, mask_background
+from bids_uad.images import open_nifti, read_data
+from bids_uad.preprocessing.intensity_correction import is_uniform_image, mask_background
 
 VOXEL_RANGE_MM = (0.2, 10.0)
 EXTENT_RANGE_MM = (40.0, 700.0)
@@ -76,7 +76,7 @@ def read_scan(path: str | PathLike[str]) -> Scan:
     """Read a scan that passes :func:`check_image`.
 
     NaN and infinite voxels of the background are set to 0. In an MP2RAGE image (suffix ``UNIT1``) the noise
-    outside the head is set to 0 as well, see :func:`bids_uad.preprocessing.mp2rage.mask_background`.
+    outside the head is set to 0 as well, see :func:`.intensity_correction.mask_background`.
 
     Parameters
     ----------

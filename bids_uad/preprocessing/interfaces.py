@@ -20,39 +20,48 @@ from nipype.interfaces.base import (
 )
 
 from bids_uad import space
+from bids_uad.config import EXTRACTIONS
 from bids_uad.errors import InputError
-from bids_uad.extraction.find import find_brain, load_network
-from bids_uad.images import make_image, save_image
-from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import (
+from bids_uad.images import make_image, save_image, scale_intensity
+from bids_uad.preprocessing.brain_extraction.masks import (
     AGREEMENT,
+    COMBINED,
+    NETWORK,
+    PROGRAMS,
+    TEMPLATE,
     VOLUME_ML,
     air_around,
     extract_brain,
+    extract_with,
     has_brain_volume,
     mask_of_stripped,
     mask_volume,
 )
-from bids_uad.preprocessing.check import header_doubts, is_skull_stripped, read_lesion, read_scan, read_volume
-from bids_uad.preprocessing.coregistration import (
+from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.check import (
+    header_doubts,
+    is_skull_stripped,
+    read_lesion,
+    read_scan,
+    read_volume,
+)
+from bids_uad.preprocessing.intensity_correction import correct_bias
+from bids_uad.preprocessing.quality import LEAST_LOCAL_CORRELATION, assess, covered, measure_image
+from bids_uad.preprocessing.registration import (
+    Volume,
     measure,
     register_same_head,
     register_to_anchor,
     register_to_reference,
 )
-from bids_uad.preprocessing.coverage import covered
-from bids_uad.preprocessing.external import PROGRAMS, extract_with
-from bids_uad.preprocessing.extraction import COMBINED, EXTRACTIONS, NETWORK, TEMPLATE
-from bids_uad.preprocessing.image_quality import measure_image
-from bids_uad.preprocessing.intensity import scale_intensity
-from bids_uad.preprocessing.quality import LEAST_LOCAL_CORRELATION, assess
-from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import (
+    read_itk,
     resample,
     resample_mask,
     resample_mask_through,
+    rotation_angle,
+    write_itk,
 )
-from bids_uad.preprocessing.transforms import read_itk, rotation_angle, write_itk
 
 GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
 ORIGINS = (GIVEN, BACKGROUND, EXTRACTED, ANCHOR)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
+from scipy.stats import median_abs_deviation
+from sklearn.mixture import GaussianMixture
 
-from bids_uad.preprocessing.brain import VOLUME_ML
-from bids_uad.preprocessing.overlap import dice
+from bids_uad.preprocessing.brain_extraction.masks import VOLUME_ML
+from bids_uad.preprocessing.check import background
+from bids_uad.preprocessing.registration import Volume, dice
+from bids_uad.preprocessing.resampling import field_of_view, resample
 
 LOW_OVERLAP, FAILED_OVERLAP = 0.80, 0.70
 LOW_SIMILARITY, FAILED_SIMILARITY = 0.022, 0.016
@@ -69,7 +75,7 @@ def assess(
     lesion : numpy.ndarray of bool or None
         Manual lesion mask on the same grid.
     image : dict
-        Metrics of :func:`bids_uad.preprocessing.image_quality.measure_image`.
+        Metrics of :func:`bids_uad.preprocessing.quality.measure_image`.
     doubts : mapping of str to bool
         Further sentences, and whether the scan fails by them.
 
@@ -149,3 +155,207 @@ def assess(
 
 def _within(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]
+
+
+TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
+"""From dark to bright."""
+FITTED_VOXELS = 50_000
+FEWEST_VOXELS = 10
+"""Of a tissue; with fewer there is none to speak of."""
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """What the metrics are computed from.
+
+    Attributes
+    ----------
+    csf, gm, wm : numpy.ndarray, one-dimensional
+        Intensities of the voxels that are most likely cerebrospinal fluid, grey and white matter.
+    shares : dict
+        Share of each tissue in the brain.
+    """
+
+    csf: np.ndarray
+    gm: np.ndarray
+    wm: np.ndarray
+    shares: dict[str, float]
+
+
+def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Intensities:
+    """Tell three tissues apart by intensity.
+
+    Parameters
+    ----------
+    values : numpy.ndarray, one-dimensional
+        Bias-corrected intensities in the brain.
+    modality : {"T1w", "T2w"}
+        Says which tissue is dark and which is bright.
+    seed : int
+        Of the voxels that the mixture is fitted to.
+
+    Returns
+    -------
+    Intensities
+    """
+    values = np.asarray(values, dtype=np.float64)
+    low, high = np.percentile(values, [1, 99])
+    kept = values[(values >= low) & (values <= high)]
+    rng = np.random.default_rng(seed)
+    fitted = rng.choice(kept, min(len(kept), FITTED_VOXELS), replace=False)[:, None]
+    start = np.percentile(fitted, [10, 50, 85])[:, None]
+    mixture = GaussianMixture(3, means_init=start, random_state=seed, max_iter=200).fit(fitted)
+    order = np.argsort(mixture.means_[:, 0])
+    posterior = mixture.predict_proba(kept[:, None])[:, order]
+    names = TISSUES[modality]
+    likeliest = posterior.argmax(axis=1)
+    tissues = {name: kept[likeliest == k] for k, name in enumerate(names)}
+    shares = {name: float(posterior[:, k].mean()) for k, name in enumerate(names)}
+    return Intensities(**tissues, shares=shares)
+
+
+def snr(tissue: np.ndarray) -> float:
+    """Signal-to-noise ratio within a tissue: median over standard deviation."""
+    return float(np.median(tissue) / np.std(tissue, ddof=1))
+
+
+def cnr(wm: np.ndarray, gm: np.ndarray, air_std: float) -> float:
+    """Contrast-to-noise ratio (Magnotta and Friedman 2006).
+
+    Difference of the medians of white and grey matter over the noise of both and of the air.
+    """
+    noise = np.sqrt(air_std**2 + np.var(wm) + np.var(gm))
+    return float(abs(np.median(wm) - np.median(gm)) / noise)
+
+
+def cjv(wm: np.ndarray, gm: np.ndarray) -> float:
+    """Coefficient of joint variation (Ganzetti et al. 2016): spread of both tissues over their contrast.
+
+    Medians, and median absolute deviations scaled to standard deviations; higher is worse.
+    """
+    spread = median_abs_deviation(wm, scale="normal") + median_abs_deviation(gm, scale="normal")
+    return float(spread / abs(np.median(wm) - np.median(gm)))
+
+
+def efc(image: np.ndarray) -> float:
+    """Entropy focus criterion (Atkinson et al. 1997), relative to that of a uniform image.
+
+    Shannon entropy of the voxels' shares in the energy of the image: 1 if all are alike, 0 if one voxel has
+    it all. Ghosts and blur from motion raise it.
+    """
+    values = np.abs(np.asarray(image, dtype=np.float64)).ravel()
+    share = values / np.sqrt(np.sum(values**2))
+    share = share[share > 0]
+    largest = np.sqrt(values.size) * np.log(np.sqrt(values.size))
+    return float(-(share * np.log(share)).sum() / largest)
+
+
+def wm2max(wm: np.ndarray, image: np.ndarray) -> float:
+    """Median of white matter over the 99.95th percentile of the image."""
+    return float(np.median(wm) / np.percentile(image, 99.95))
+
+
+def measure_image(image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality: str) -> dict[str, float]:
+    """Compute all metrics of a scan.
+
+    Parameters
+    ----------
+    image : numpy.ndarray, three-dimensional
+        Bias-corrected, whole head or brain.
+    mask, air : numpy.ndarray of bool
+        Brain, and the air around the head; the latter is empty in skull-stripped scans.
+    modality : {"T1w", "T2w"}
+
+    Returns
+    -------
+    dict
+        ``snr_csf``, ``snr_gm``, ``snr_wm``, ``snr_total`` (their mean), ``cnr``, ``cjv``, ``efc``,
+        ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``; ``efc`` alone if no three tissues can be told
+        apart. A ratio is left out where its denominator is 0.
+    """
+    tissues = tissue_intensities(image[mask], modality)
+    if min(len(tissues.csf), len(tissues.gm), len(tissues.wm)) < FEWEST_VOXELS:
+        return {"efc": efc(image)}
+    ratios = {f"snr_{name}": snr(getattr(tissues, name)) for name in TISSUES["T1w"]}
+    measured = {
+        **ratios,
+        "snr_total": float(np.mean(list(ratios.values()))),
+        "cnr": cnr(tissues.wm, tissues.gm, float(np.std(image[air])) if air.any() else 0.0),
+        "cjv": cjv(tissues.wm, tissues.gm),
+        "efc": efc(image),
+        "wm2max": wm2max(tissues.wm, image),
+        **{f"icvs_{name}": tissues.shares[name] for name in TISSUES["T1w"]},
+    }
+    return {name: value for name, value in measured.items() if np.isfinite(value)}
+
+
+SPACING = 2.0
+"""mm; margins are looked for on every voxel, or on every second, third, ... of finer grids."""
+LEAST_MARGIN_MM = 4.0
+"""Depth of a margin. Air and fluid have single voxels of exactly the background's value, too."""
+ABRUPT = 1 / 3
+"""Share of the largest cross-section from which the first slice of a skull-stripped brain is a cut.
+
+A brain tapers off: a slice that touches it by 5 mm shows at most a fifth.
+"""
+
+
+def covered(scan: Volume, stripped: bool, shape: tuple[int, int, int], affine: np.ndarray, pull: np.ndarray):
+    """Find the voxels of a grid that a scan has data for.
+
+    Resampling (to the grid of another image, or to 256 x 256 x 256 voxels) fills what lies outside the field
+    of view with the value of the background. Such margins are no data.
+
+    Parameters
+    ----------
+    scan : Volume
+        On its own grid, with the intensities it came with.
+    stripped : bool
+        Whether the scan is skull-stripped. Then only slices beyond an abrupt end of the brain are margins.
+    shape : tuple of int
+        Shape of the grid.
+    affine : numpy.ndarray, shape (4, 4)
+        Its voxel-to-world.
+    pull : numpy.ndarray, shape (4, 4)
+        World matrix from points of the grid to points of the scan.
+
+    Returns
+    -------
+    numpy.ndarray of bool, of `shape`
+    """
+    inside = field_of_view(scan.data.shape, scan.affine, shape, affine, pull)
+    steps = np.maximum(SPACING / np.linalg.norm(scan.affine[:3, :3], axis=0), 1).astype(int)
+    empty = scan.data[:: steps[0], :: steps[1], :: steps[2]] == background(scan.data)
+    thinned = scan.affine @ np.diag([*steps, 1.0])
+    margin = _beyond_cuts(empty) if stripped else _deep_margin(empty, np.linalg.norm(thinned[:3, :3], axis=0))
+    if not margin.any():
+        return inside
+    return inside & (resample(margin, thinned, shape, affine, pull, order=0, extend=True) < 0.5)
+
+
+def _beyond_cuts(empty: np.ndarray) -> np.ndarray:
+    """Mark the empty slices at the ends of the three axes, where the brain ends abruptly."""
+    margin = np.zeros_like(empty)
+    for axis in range(3):
+        area = np.count_nonzero(~empty, axis=tuple(other for other in range(3) if other != axis))
+        filled = np.flatnonzero(area)
+        if not filled.size:
+            return np.zeros_like(empty)
+        slices = np.moveaxis(margin, axis, 0)
+        if area[filled[0]] >= ABRUPT * area.max():
+            slices[: filled[0]] = True
+        if area[filled[-1]] >= ABRUPT * area.max():
+            slices[filled[-1] + 1 :] = True
+    return margin
+
+
+def _deep_margin(empty: np.ndarray, zooms: np.ndarray) -> np.ndarray:
+    """Keep the regions of empty voxels that are deep and reach the border of the grid."""
+    # What lies outside the grid is empty, so that a single slice at its border is deep enough if it is thick.
+    wide = np.pad(empty, 1, constant_values=True)
+    core = ndimage.distance_transform_edt(wide, sampling=zooms) > LEAST_MARGIN_MM
+    labels, _ = ndimage.label(core | np.pad(np.zeros_like(empty), 1, constant_values=True))
+    core = labels == labels[0, 0, 0]
+    near = ndimage.distance_transform_edt(~core, sampling=zooms) <= LEAST_MARGIN_MM
+    inner = (slice(1, -1),) * 3
+    return (near & wide)[inner]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from bids_uad import space
-from bids_uad.atomic import write_json
 from bids_uad.dataset.naming import entities_of
 from bids_uad.errors import InputError
+from bids_uad.files import write_json
 from bids_uad.images import save_image
 from bids_uad.preprocessing.check import read_volume
 from bids_uad.preprocessing.resampling import resample

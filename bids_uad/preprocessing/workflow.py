@@ -9,7 +9,7 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_uad.preprocessing.extraction import Extraction
+from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.interfaces import (
     Assess,
     BrainMask,
@@ -95,7 +95,7 @@ def init_preproc_wf(
             :graph2use: orig
             :simple_form: yes
 
-            from bids_uad.preprocessing.extraction import resolve_extraction
+            from bids_uad.preprocessing.brain_extraction.masks import resolve_extraction
             from bids_uad.preprocessing.reference import resolve_reference
             from bids_uad.preprocessing.workflow import init_preproc_wf
             wf = init_preproc_wf(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from bids_uad.dataset.lesions import written_mask
-from bids_uad.dataset.units import PREFIX_ENTITIES
+from bids_uad.dataset.lesion_masks import written_mask
+from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.space import NAME
 
 _PREPROC = re.compile(

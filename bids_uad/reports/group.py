@@ -14,24 +14,29 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import bids_uad
-from bids_uad.atomic import write_text
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants
-from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
-from bids_uad.evaluation.origins import Origin
+from bids_uad.evaluation.missing import Absence
+from bids_uad.evaluation.provenance import Origin
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
+from bids_uad.files import write_text
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.charts import Chart
 from bids_uad.reports.group_charts import detector_colours, group_charts
 from bids_uad.reports.group_panel import example_figures
 from bids_uad.reports.group_summary import count, summarise
-from bids_uad.reports.group_text import detector_name, fixed, interval, no_interval
+from bids_uad.reports.group_text import (
+    detector_name,
+    fixed,
+    interval,
+    no_interval,
+)
 
 OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
 MAX_SCAN_ROWS = 1000
@@ -85,7 +90,7 @@ class Provenance:
     date : str
         When.
     origins : dict
-        (detector, modality) -> :class:`bids_uad.evaluation.origins.Origin`.
+        (detector, modality) -> :class:`bids_uad.evaluation.provenance.Origin`.
     """
 
     command: tuple[str, ...]

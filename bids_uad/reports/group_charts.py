@@ -17,10 +17,15 @@ from bids_uad.evaluation.bootstrap import MAX_SHARE_WIDTH, MIN_SUBJECTS
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.experiments import REFERENCE
-from bids_uad.evaluation.lesions import CONTRAST, CONTRASTS, VOLUME, VOLUMES
+from bids_uad.evaluation.lesion_detection import (
+    CONTRAST,
+    CONTRASTS,
+    VOLUME,
+    VOLUMES,
+)
 from bids_uad.evaluation.metrics import precision_recall
 from bids_uad.evaluation.subjects import HEALTHY, LESION
-from bids_uad.evaluation.thresholds import VALIDATION
+from bids_uad.evaluation.threshold_transfer import VALIDATION
 from bids_uad.reports.charts import (
     DASHES,
     INK,
@@ -34,7 +39,12 @@ from bids_uad.reports.charts import (
     modality_panels,
     round_up,
 )
-from bids_uad.reports.group_text import DETECTOR_NAMES, detector_name, number, with_interval
+from bids_uad.reports.group_text import (
+    DETECTOR_NAMES,
+    detector_name,
+    number,
+    with_interval,
+)
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without yellow, which is faint on white.
 _PALETTE = (

@@ -9,7 +9,13 @@ import pandas as pd
 from bids_uad import __version__
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
-from bids_uad.evaluation.bias import CROSSED, LINEAR, MIXED, PRIOR_VOXELS, REPEATED
+from bids_uad.evaluation.bias import (
+    CROSSED,
+    LINEAR,
+    MIXED,
+    PRIOR_VOXELS,
+    REPEATED,
+)
 from bids_uad.evaluation.bootstrap import N_RESAMPLES
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION

@@ -17,13 +17,26 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bids_uad.dataset.lesions import written_mask
-from bids_uad.dataset.published import detector_desc, published
+from bids_uad.dataset.lesion_masks import written_mask
+from bids_uad.dataset.naming import detector_desc, published
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
-from bids_uad.evaluation.tables import REMEDY
-from bids_uad.reports.charts import INK, MUTED, PAPER, WIDTH, Chart
-from bids_uad.reports.figures.display import EDGE_LABELS, bounding_box, load_ras, plane, plane_label, to_grey
+from bids_uad.files import REMEDY
+from bids_uad.reports.charts import (
+    INK,
+    MUTED,
+    PAPER,
+    WIDTH,
+    Chart,
+)
+from bids_uad.reports.figures.display import (
+    EDGE_LABELS,
+    bounding_box,
+    load_ras,
+    plane,
+    plane_label,
+    to_grey,
+)
 from bids_uad.reports.figures.overlay import LESION_COLOUR
 from bids_uad.reports.figures.svg import Canvas, contour
 from bids_uad.reports.group_text import detector_name, fixed

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from bids_uad.evaluation.absences import Absence
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, EXCLUDED, Evaluation
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.experiments import REFERENCE
+from bids_uad.evaluation.missing import Absence
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.group_charts import ALPHA
 from bids_uad.reports.group_text import detector_name

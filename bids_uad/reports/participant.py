@@ -17,28 +17,33 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from nireports.assembler.report import Report
 
-from bids_uad.atomic import atomic_path, write_text
 from bids_uad.dataset.participants import Participants
-from bids_uad.evaluation.exclusions import find_exclusions
+from bids_uad.evaluation.missing import find_exclusions
+from bids_uad.files import atomic_path, write_text
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
-from bids_uad.reports.derivatives import Detection, Image, find_images, read_sidecar
+from bids_uad.reports.derivatives import (
+    Detection,
+    Image,
+    find_images,
+    read_sidecar,
+)
 from bids_uad.reports.figures.brain_mask import draw_brain_mask
 from bids_uad.reports.figures.display import Volume, load_ras
 from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
 from bids_uad.reports.group_text import detector_name
+from bids_uad.reports.participant_findings import COLUMNS as QUALITY_COLUMNS
 from bids_uad.reports.participant_findings import (
     PARCELLATIONS,
     Finding,
     component_rows,
+    quality_row,
     summarise,
     summary_row,
     tiles,
 )
-from bids_uad.reports.participant_quality import COLUMNS as QUALITY_COLUMNS
-from bids_uad.reports.participant_quality import quality_row
 from bids_uad.reports.participant_spec import anchor, expand_outline
 from bids_uad.space import NAME
 

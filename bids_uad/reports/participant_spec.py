@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from bids_uad.dataset.units import PREFIX_ENTITIES
+from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.reports.derivatives import Detection, Image
 from bids_uad.reports.group_text import detector_name
 from bids_uad.space import NAME

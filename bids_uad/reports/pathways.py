@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bids_uad.preprocessing.external import PROGRAMS
-from bids_uad.preprocessing.extraction import COMBINED, NETWORK
-from bids_uad.preprocessing.mp2rage import DESCRIPTION
+from bids_uad.preprocessing.brain_extraction.masks import COMBINED, NETWORK, PROGRAMS
+from bids_uad.preprocessing.intensity_correction import DESCRIPTION
 
 SAME_SESSION, OTHER_SESSION = "the same session", "another session"
 GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"

@@ -13,7 +13,7 @@ from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
 from bids_uad.simulation.anatomy import BUILT_IN, label_map_paths
 from bids_uad.simulation.cohort import Cohort, make_cohort
-from bids_uad.simulation.lesions import KINDS
+from bids_uad.simulation.pathology import KINDS
 from bids_uad.simulation.shapes import lesion_shapes
 from bids_uad.simulation.subject import World
 

@@ -11,15 +11,22 @@ import pandas as pd
 import torch
 
 import bids_uad
-from bids_uad.atomic import write_json, write_text, write_tsv
-from bids_uad.images import save_image
-from bids_uad.preprocessing.intensity import SCALING, scale_intensity
+from bids_uad.files import write_json, write_text, write_tsv
+from bids_uad.images import SCALING, save_image, scale_intensity
+from bids_uad.resources import worker_pool
 from bids_uad.simulation.acquisition import scan_on_grid
 from bids_uad.simulation.native import NativeScan, native_scan
 from bids_uad.simulation.spatial import tensor, to_grid
-from bids_uad.simulation.subject import Anatomy, Person, World, draw_person, make_anatomy, make_signal, stream
+from bids_uad.simulation.subject import (
+    Anatomy,
+    Person,
+    World,
+    draw_person,
+    make_anatomy,
+    make_signal,
+    stream,
+)
 from bids_uad.space import to_image
-from bids_uad.workers import worker_pool
 
 REFERENCE = "https://www.nitrc.org/projects/sri24/"
 BIDS_VERSION = "1.10.0"

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth, tensor
+from bids_uad.simulation.spatial import (
+    BOX_SHAPE,
+    box_points,
+    random_field,
+    smooth,
+    tensor,
+)
 
 MINIMUM_JACOBIAN = 0.2
 

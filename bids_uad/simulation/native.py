@@ -9,9 +9,20 @@ import numpy as np
 import torch
 
 from bids_uad.images import make_image
-from bids_uad.simulation.acquisition import Protocol, bias_field, rician, slice_matrix
-from bids_uad.simulation.alignment import rotation
-from bids_uad.simulation.spatial import BOX_AFFINE, apply_axis, sample, smooth, tensor
+from bids_uad.simulation.acquisition import (
+    Protocol,
+    bias_field,
+    rician,
+    slice_matrix,
+)
+from bids_uad.simulation.anatomy import rotation
+from bids_uad.simulation.spatial import (
+    BOX_AFFINE,
+    apply_axis,
+    sample,
+    smooth,
+    tensor,
+)
 from bids_uad.simulation.subject import TISSUE_LABELS, Anatomy
 
 NATIVE_SHAPE = (192, 224, 192)

@@ -7,13 +7,36 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from bids_uad.simulation import ageing, contrast, deformation, lesions
-from bids_uad.simulation.acquisition import Protocol, Scanner, draw_protocol, draw_scanner
-from bids_uad.simulation.alignment import rotation
-from bids_uad.simulation.anatomy import BUILT_IN, CLASSES, Source, built_in_source, label_map_source
-from bids_uad.simulation.brainmask import brain_mask
+from bids_uad.simulation import (
+    ageing,
+    contrast,
+    deformation,
+)
+from bids_uad.simulation import (
+    pathology as lesions,
+)
+from bids_uad.simulation.acquisition import (
+    Protocol,
+    Scanner,
+    brain_mask,
+    draw_protocol,
+    draw_scanner,
+)
+from bids_uad.simulation.anatomy import (
+    BUILT_IN,
+    CLASSES,
+    Source,
+    built_in_source,
+    label_map_source,
+    rotation,
+)
 from bids_uad.simulation.shapes import real_shape
-from bids_uad.simulation.spatial import occupied, sample, sample_inside, tensor
+from bids_uad.simulation.spatial import (
+    occupied,
+    sample,
+    sample_inside,
+    tensor,
+)
 
 TISSUES = {
     "csf": 1,

@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from bids_uad.dataset import naming, sidecars
-from bids_uad.dataset.units import ImageUnit
+from bids_uad.dataset.naming import ImageUnit
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS

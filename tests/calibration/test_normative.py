@@ -10,7 +10,13 @@ from scipy.ndimage import gaussian_filter
 
 from bids_uad.calibration import normative
 from bids_uad.calibration.deviation import DeviationCalibrator
-from bids_uad.calibration.normative import BLOCK, GRID, HealthyCohort, NormativeEstimator, NormativeReference
+from bids_uad.calibration.normative import (
+    BLOCK,
+    GRID,
+    HealthyCohort,
+    NormativeEstimator,
+    NormativeReference,
+)
 from bids_uad.errors import ModelError
 from bids_uad.space import SHAPE
 from tests.header_contract import header_faults

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bids_uad.calibration.histogram import above, count_scores, score_counts
-from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator
+from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator, above, count_scores, score_counts
 from bids_uad.errors import ModelError
 
 

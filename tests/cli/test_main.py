@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from bids_uad.cli import main as cli
-from bids_uad.errors import ConfigError, InputError, ModelError, UnavailableError, UserError
+from bids_uad.errors import (
+    ConfigError,
+    InputError,
+    ModelError,
+    UnavailableError,
+    UserError,
+)
 
 
 @pytest.fixture

@@ -2,9 +2,15 @@ import os
 
 import pytest
 
-from bids_uad.cgroups import oom_kills, why_killed
-from bids_uad.cli.resources import SHARE, available_cpus, available_memory_gb, parse_memory
 from bids_uad.errors import ConfigError
+from bids_uad.resources import (
+    SHARE,
+    available_cpus,
+    available_memory_gb,
+    oom_kills,
+    parse_memory,
+    why_killed,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from bids import BIDSLayout
 
-from bids_uad.dataset.factors import image_columns
+from bids_uad.dataset.image_metadata import image_columns
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
 from tests.dataset.skeleton import write_dataset

@@ -3,7 +3,12 @@ from __future__ import annotations
 import hashlib
 import json
 
-from bids_uad.dataset.identity import by_content, by_name, identities, source_name
+from bids_uad.dataset.participants import (
+    by_content,
+    by_name,
+    identities,
+    source_name,
+)
 
 
 def dataset(folder, **told):

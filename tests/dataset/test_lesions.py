@@ -11,8 +11,8 @@ import pytest
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
-from bids_uad.dataset.lesions import applicable_masks, written_mask
-from bids_uad.dataset.preprocessed import find_preprocessed
+from bids_uad.dataset.lesion_masks import applicable_masks, written_mask
+from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE as SRI24_AFFINE
 from bids_uad.space import SHAPE as SRI24_SHAPE

@@ -10,10 +10,15 @@ import pytest
 
 from bids_uad import space
 from bids_uad.dataset import naming
-from bids_uad.dataset.describe import ModelEntry, dataset_link, describe_dataset, refuse_foreign
-from bids_uad.dataset.outputs import DerivativesDataSink
-from bids_uad.dataset.units import ImageUnit
+from bids_uad.dataset.describe import (
+    ModelEntry,
+    dataset_link,
+    describe_dataset,
+    refuse_foreign,
+)
+from bids_uad.dataset.naming import ImageUnit
 from bids_uad.errors import ConfigError
+from bids_uad.levels.participant.interfaces import DerivativesDataSink
 from tests.dataset.skeleton import write_dataset
 from tests.header_contract import header_faults
 
@@ -81,7 +86,7 @@ def test_sink_agrees_with_the_names_and_pins_the_header(tmp_path):
 
 def test_import_leaves_the_templateflow_archive_and_home_alone(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "TEMPLATEFLOW_HOME": str(tmp_path / "mine")}
-    script = "import os, bids_uad.dataset.outputs; print(os.environ['TEMPLATEFLOW_HOME'])"
+    script = "import os, bids_uad.levels.participant.interfaces; print(os.environ['TEMPLATEFLOW_HOME'])"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )

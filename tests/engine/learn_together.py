@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bids_uad.engine.processes import start_fabric
-from bids_uad.engine.store import SliceStore
-from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.base import Detector, GradientStage
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.store import SliceStore
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bids_uad.atomic import write_json
 from bids_uad.engine import bundle as bundles
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
@@ -25,6 +24,7 @@ from bids_uad.engine.bundle import (
     save_bundle,
 )
 from bids_uad.errors import ModelError
+from bids_uad.files import write_json
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.backbones import BackboneConfig

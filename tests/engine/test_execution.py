@@ -9,7 +9,7 @@ from bids_uad.engine import execution
 from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.registry import build_detector
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30

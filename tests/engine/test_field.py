@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bids_uad.engine.field import covering_fields, usual_field
+from bids_uad.engine.inference import covering_fields, usual_field
 
 SIZE = (160, 192)
 

@@ -9,7 +9,7 @@ import torch
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.methods.registry import DETECTORS
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 from tests.methods.looking_trained import looking_trained, phantom
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

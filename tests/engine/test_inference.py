@@ -17,7 +17,7 @@ from bids_uad.engine.inference import anomaly_map
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
 from bids_uad.errors import ModelError
 from bids_uad.methods.base import Detector
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 
 
 @dataclass(frozen=True)

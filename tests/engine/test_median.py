@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy.ndimage import generic_filter, median_filter
 
-from bids_uad.engine import median
-from bids_uad.engine.median import masked_median, published_median
+from bids_uad.engine import inference as median
+from bids_uad.engine.inference import masked_median, published_median
 
 
 def test_inside_a_full_mask_it_is_scipys_median():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_uad.engine.store import SliceStore
+from bids_uad.training.store import SliceStore
 
 from .learn_together import Toy, ToyHyper
 from .test_training import store  # noqa: F401 - a fixture

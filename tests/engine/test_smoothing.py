@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter1d
 
-from bids_uad.engine.smoothing import smooth_across_slices
+from bids_uad.engine.inference import smooth_across_slices
 
 
 @pytest.mark.parametrize("sigma", [0.7, 2.0, 4.0])

@@ -12,18 +12,24 @@ import pytest
 import torch
 
 from bids_uad import space
-from bids_uad.engine.checkpoint import moving_average
-from bids_uad.engine.processes import start_fabric
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
-from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import Schedule, TrainingData, _Descent, rate, train_detector
 from bids_uad.methods.base import GradientStage
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.uniad import UniAD
 from bids_uad.networks.backbones import BackboneConfig
-from bids_uad.networks.corruptions import AnomalyConfig
 from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.synthetic_anomalies import AnomalyConfig
+from bids_uad.training.checkpoint import moving_average
+from bids_uad.training.loop import (
+    Schedule,
+    TrainingData,
+    _Descent,
+    rate,
+    start_fabric,
+    train_detector,
+)
+from bids_uad.training.store import SliceStore, Subject
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(

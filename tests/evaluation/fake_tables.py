@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bids_uad.atomic import write_json
-from bids_uad.levels.participant.records import ModelRecord, Record, read_record
+from bids_uad.files import write_json
+from bids_uad.levels.participant.completion_records import ModelRecord, Record, read_record
 
 EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 400)])
 SHA = {"disyre": "d" * 64, "patchcore": "a" * 64}

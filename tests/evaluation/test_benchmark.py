@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
 from bids_uad.evaluation.benchmark import COLUMNS, _names, evaluate
-from bids_uad.evaluation.reading import read_scores
+from bids_uad.evaluation.scores import read_scores
 from bids_uad.evaluation.tables import find_metrics_tables
 from tests.evaluation.fake_tables import Scan, write_cohort, write_participants
 

@@ -8,7 +8,15 @@ import pytest
 import statsmodels.formula.api as smf
 from scipy import stats
 
-from bids_uad.evaluation.bias import CROSSED, LINEAR, MIN_REPEATED, MIXED, PRIOR_VOXELS, REPEATED, model_bias
+from bids_uad.evaluation.bias import (
+    CROSSED,
+    LINEAR,
+    MIN_REPEATED,
+    MIXED,
+    PRIOR_VOXELS,
+    REPEATED,
+    model_bias,
+)
 from bids_uad.evaluation.mixed import CrossedModel
 
 VOXELS = 1_400_000

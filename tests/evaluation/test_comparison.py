@@ -7,7 +7,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bids_uad.evaluation.comparison import COLUMNS, compare_detectors, mean_ranks, participant_scores
+from bids_uad.evaluation.comparison import (
+    COLUMNS,
+    compare_detectors,
+    mean_ranks,
+    participant_scores,
+)
 
 
 def scans(seed: int = 0, n: int = 30) -> pd.DataFrame:

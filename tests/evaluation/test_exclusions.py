@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bids_uad.evaluation.exclusions import BY_HAND, find_exclusions
-from bids_uad.levels.participant.quality import quality_table
+from bids_uad.evaluation.missing import BY_HAND, find_exclusions
+from bids_uad.levels.participant.interfaces import quality_table
 
 FAILED = {"failures": ["The brain overlaps the reference brain by only 0.40 (Dice): check the registration."]}
 

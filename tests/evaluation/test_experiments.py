@@ -9,8 +9,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bids_uad.evaluation.experiments import COLUMNS, REFERENCE, Variant, compare_variants
-from bids_uad.evaluation.origins import Origin, read_origins
+from bids_uad.evaluation.experiments import (
+    COLUMNS,
+    REFERENCE,
+    Variant,
+    compare_variants,
+)
+from bids_uad.evaluation.provenance import Origin, read_origins
 
 PEOPLE = [f"sub-{k}" for k in range(12)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_uad.calibration.histogram import score_counts
+from bids_uad.calibration.thresholds import score_counts
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.bias import model_bias

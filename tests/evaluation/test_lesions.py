@@ -10,7 +10,7 @@ import pytest
 
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.evaluation.lesions import (
+from bids_uad.evaluation.lesion_detection import (
     ALL,
     COLUMNS,
     MISSED_COLUMNS,

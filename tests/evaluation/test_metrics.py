@@ -7,8 +7,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
-from bids_uad.calibration.histogram import score_counts
-from bids_uad.calibration.thresholds import ThresholdEstimator
+from bids_uad.calibration.thresholds import ThresholdEstimator, score_counts
 from bids_uad.evaluation.metrics import (
     average_precision,
     confusion,

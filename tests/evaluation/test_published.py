@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bids_uad.calibration.histogram import score_counts
-from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator
-from bids_uad.engine.median import published_median
+from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator, score_counts
+from bids_uad.engine.inference import published_median
 from bids_uad.evaluation.metrics import average_precision, confusion, dice_curve
-from bids_uad.levels.participant.maps import label_components, lesion_hits
+from bids_uad.levels.participant.postprocess import label_components, lesion_hits
 from tests.published import Case
 
 CASE = Case("metrics")

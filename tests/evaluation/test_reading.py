@@ -8,9 +8,9 @@ import pytest
 
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
-from bids_uad.evaluation import reading
+from bids_uad.evaluation import scores as reading
 from bids_uad.evaluation.curves import Curves
-from bids_uad.evaluation.reading import read_scores
+from bids_uad.evaluation.scores import read_scores
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
 from tests.evaluation.fake_tables import Scan, write_cohort
 

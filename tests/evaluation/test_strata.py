@@ -8,7 +8,13 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multicomp import pairwise_tukeyhsd
 
-from bids_uad.evaluation.strata import equal_means_p, hedges_g, levels_of, pairwise_differences, stratify
+from bids_uad.evaluation.subgroups import (
+    equal_means_p,
+    hedges_g,
+    levels_of,
+    pairwise_differences,
+    stratify,
+)
 
 
 @pytest.fixture

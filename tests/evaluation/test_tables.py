@@ -6,7 +6,7 @@ import pytest
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
-from bids_uad.levels.participant.maps import histogram_table, metrics_row
+from bids_uad.levels.participant.postprocess import histogram_table, metrics_row
 from tests.evaluation.fake_tables import EDGES, Scan, write_participants
 
 NOBODY = read_participants()
@@ -93,7 +93,7 @@ def test_a_missing_histogram_is_named(tmp_path):
 
 
 def test_reads_the_tables_of_the_participant_level(tmp_path):
-    from bids_uad.atomic import write_tsv
+    from bids_uad.files import write_tsv
 
     edges = np.array([0, 0.1, 0.30000000000000004, np.inf])
     labels = np.zeros((4, 4, 4), int)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bids_uad.evaluation.curves import Curves
-from bids_uad.evaluation.thresholds import transfer_thresholds
+from bids_uad.evaluation.threshold_transfer import transfer_thresholds
 
 EDGES = np.array([0.0, 1.0, 2.0, 3.0])
 

@@ -11,12 +11,18 @@ import torch
 from torch import nn
 
 from bids_uad.errors import InputError
-from bids_uad.extraction.__main__ import main
-from bids_uad.extraction.find import find_brain, load_network
-from bids_uad.extraction.grid import SHAPE, grid_around, scale
-from bids_uad.extraction.heads import Head, draw_head, read_head
-from bids_uad.extraction.network import BrainNet, _fold, _unfold
-from bids_uad.extraction.training import loss_of, train
+from bids_uad.preprocessing.brain_extraction.network import (
+    SHAPE,
+    BrainNet,
+    _fold,
+    _unfold,
+    find_brain,
+    grid_around,
+    load_network,
+    scale,
+)
+from bids_uad.training.brain_extraction import loss_of, main, train
+from bids_uad.training.heads import Head, draw_head, read_head
 
 CSF, CORTEX, WHITE, SKULL, SKIN = 24, 3, 2, 515, 507
 

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bids_uad.atomic import write_text
+from bids_uad.files import write_text
 from tests.integration.conftest import bids_uad, simulate
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from bids_uad import space
-from bids_uad.preprocessing.transforms import read_itk
+from bids_uad.preprocessing.resampling import read_itk
 from tests.header_contract import faults_below
 from tests.integration.conftest import DETECTORS, bids_uad
 

@@ -23,14 +23,18 @@ from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import space
-from bids_uad.atomic import atomic_path
-from bids_uad.calibration.normative import GRID, TERMS, HealthyCohort, NormativeReference
+from bids_uad.calibration.normative import (
+    GRID,
+    TERMS,
+    HealthyCohort,
+    NormativeReference,
+)
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.errors import InputError
-from bids_uad.images import make_image
-from bids_uad.nifti import open_nifti
+from bids_uad.files import atomic_path
+from bids_uad.images import make_image, open_nifti
 from bids_uad.preprocessing.reference import Reference
-from bids_uad.preprocessing.transforms import read_itk, write_itk
+from bids_uad.preprocessing.resampling import read_itk, write_itk
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
 THRESHOLD = 0.5

@@ -17,8 +17,20 @@ from pathlib import Path
 import pytest
 
 from bids_uad.cli.main import main
-from bids_uad.levels.participant import plugin, reporting, run, workflow, writing
-from bids_uad.levels.participant.records import sha256_of
+from bids_uad.files import sha256_of
+from bids_uad.levels.participant import (
+    executors as plugin,
+)
+from bids_uad.levels.participant import (
+    run,
+    workflow,
+)
+from bids_uad.levels.participant import (
+    summary as reporting,
+)
+from bids_uad.levels.participant import (
+    workflow as writing,
+)
 from bids_uad.methods.registry import DETECTORS
 from tests.engine.learn_together import Toy
 from tests.levels.fakes import FakeDetect, init_fake_preproc_wf
@@ -28,10 +40,10 @@ from tests.levels.study import Study
 MODULES = (
     "bids_uad.calibration.thresholds",
     "bids_uad.engine.inference",
-    "bids_uad.levels.calibrate",
+    "bids_uad.training.calibrate",
     "bids_uad.levels.group",
     "bids_uad.levels.participant.run",
-    "bids_uad.levels.train",
+    "bids_uad.training.train",
     "bids_uad.reports.participant",
 )
 CLEARED = 20.0

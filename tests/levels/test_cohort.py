@@ -7,8 +7,8 @@ import json
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.levels.calibrate import _healthy
-from bids_uad.levels.cohort import describe, healthy_cohort
+from bids_uad.training.calibrate import _healthy
+from bids_uad.training.cohort import describe, healthy_cohort
 
 TABLE = """participant_id\tsession_id\tAge\tGender\tgroup\tScanner
 1\t1\t408\t1\t0\t7

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from bids_uad.errors import UnavailableError
-from bids_uad.levels.participant.device import probe_device
+from bids_uad.levels.participant.run import probe_device
 
 
 def test_cpu_needs_no_probe(monkeypatch):

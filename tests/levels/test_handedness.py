@@ -14,11 +14,9 @@ from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.images import save_image
-from bids_uad.levels.participant.handedness import find_swapped
-from bids_uad.levels.participant.reporting import write_reports
+from bids_uad.levels.participant.summary import find_swapped, write_reports
 from bids_uad.preprocessing.reference import resolve_reference
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import rotation_about, translation
+from bids_uad.preprocessing.resampling import resample, rotation_about, translation
 
 CENTRE = np.array([-119.0, 116.0, 76.0])
 

@@ -6,7 +6,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from bids_uad.dataset.sidecars import LESION_COLUMNS
-from bids_uad.levels.participant.lesions import MIN_SHELL_VOXELS, contrasts, lesion_table
+from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, contrasts, lesion_table
 
 
 @pytest.fixture

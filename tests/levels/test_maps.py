@@ -4,7 +4,7 @@ from scipy import ndimage
 from skimage import measure
 
 from bids_uad import space
-from bids_uad.levels.participant import maps
+from bids_uad.levels.participant import postprocess as maps
 
 
 @pytest.fixture

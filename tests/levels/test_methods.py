@@ -9,11 +9,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bids_uad.dataset.identity import by_content
-from bids_uad.levels.participant.methods import as_it_was, methods_of
-from bids_uad.levels.participant.records import ModelRecord, Record, records_of, sha256_of
+from bids_uad.dataset.participants import by_content
+from bids_uad.files import sha256_of
+from bids_uad.levels.participant.completion_records import (
+    ModelRecord,
+    Record,
+    as_it_was,
+    methods_of,
+    records_of,
+)
 from bids_uad.reports.boilerplate import UsedModel
-from bids_uad.reports.pathways import ANCHOR, BACKGROUND, EXTRACTED, GIVEN, SAME_SESSION, Pathway
+from bids_uad.reports.pathways import (
+    ANCHOR,
+    BACKGROUND,
+    EXTRACTED,
+    GIVEN,
+    SAME_SESSION,
+    Pathway,
+)
 from tests.dataset.skeleton import write_mask
 from tests.levels.fakes import add_reference, fake_bundle
 from tests.levels.test_participant_run import Bench, reference, stand_ins  # noqa: F401

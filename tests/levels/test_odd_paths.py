@@ -20,14 +20,13 @@ from bids_uad.dataset.inputs import collect_units
 from bids_uad.dataset.sidecars import bids_uri
 from bids_uad.engine.bundle import load_bundle
 from bids_uad.errors import ConfigError
-from bids_uad.levels.participant import run, workflow, writing
-from bids_uad.levels.participant.plugin import prepare_nipype
-from bids_uad.levels.participant.records import sha256_of
-from bids_uad.levels.participant.scheduling import make_plugin
+from bids_uad.files import sha256_of
+from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import workflow as writing
+from bids_uad.levels.participant.executors import make_plugin, prepare_nipype
 from bids_uad.preprocessing.reference import _find_image
 from bids_uad.preprocessing.registration import Schedule, Volume, register_rigid
-from bids_uad.preprocessing.resampling import resample_mask_through
-from bids_uad.preprocessing.transforms import write_itk
+from bids_uad.preprocessing.resampling import resample_mask_through, write_itk
 from tests.dataset.skeleton import AFFINE, write_dataset
 from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
 from tests.levels.study import Study

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bids_uad.engine.bundle import Bundle
-from bids_uad.levels.participant.overlap import scanner_seen
+from bids_uad.levels.participant.leakage import scanner_seen
 
 
 @pytest.mark.parametrize(

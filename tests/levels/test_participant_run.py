@@ -12,13 +12,13 @@ import pytest
 
 from bids_uad import space
 from bids_uad.cli.main import main
-from bids_uad.dataset.identity import by_content
-from bids_uad.dataset.lesions import written_mask
-from bids_uad.dataset.participants import read_participants
+from bids_uad.dataset.lesion_masks import written_mask
+from bids_uad.dataset.participants import by_content, read_participants
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.levels.participant import run, workflow, writing
-from bids_uad.levels.participant.records import sha256_of
+from bids_uad.files import sha256_of
+from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import workflow as writing
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.header_contract import faults_below
 from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from nipype import Function, Node, Workflow
 
-from bids_uad.levels.participant.detection import explain
-from bids_uad.levels.participant.outcome import error_line
-from bids_uad.levels.participant.plugin import IsolatedPlugin, describe_death
+from bids_uad.levels.participant.executors import IsolatedPlugin, describe_death
+from bids_uad.levels.participant.interfaces import explain
+from bids_uad.levels.participant.summary import error_line
 
 
 class Task:
@@ -114,7 +114,7 @@ def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
 
 _RUN = """
 import time
-from bids_uad.levels.participant.plugin import IsolatedPlugin, prepare_nipype
+from bids_uad.levels.participant.executors import IsolatedPlugin, prepare_nipype
 from tests.levels.test_plugin import Task, wait
 if __name__ == "__main__":
     prepare_nipype()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
-from bids_uad.levels.participant.progress import Progress
+from bids_uad.levels.participant.summary import Progress
 
 
 def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:

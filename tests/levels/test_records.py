@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.levels.participant.records import (
+from bids_uad.levels.participant.completion_records import (
     ModelRecord,
     Record,
     all_there,

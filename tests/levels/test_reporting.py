@@ -7,8 +7,16 @@ import json
 import pytest
 
 from bids_uad.config import RunConfig
-from bids_uad.levels.participant.outcome import DONE, FAILED, PARTICIPANT, UNUSABLE, UP_TO_DATE, Outcome
-from bids_uad.levels.participant.reporting import last_run_file, remember
+from bids_uad.levels.participant.summary import (
+    DONE,
+    FAILED,
+    PARTICIPANT,
+    UNUSABLE,
+    UP_TO_DATE,
+    Outcome,
+    last_run_file,
+    remember,
+)
 from tests.dataset.skeleton import write_dataset
 
 A, B = "sub-01_ses-a_T1w", "sub-01_ses-b_T1w"

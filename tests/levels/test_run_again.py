@@ -12,8 +12,8 @@ import pytest
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.levels.group_tables import current_tables
-from bids_uad.levels.participant import writing
-from bids_uad.levels.participant.records import read_record
+from bids_uad.levels.participant import workflow as writing
+from bids_uad.levels.participant.completion_records import read_record
 from tests.dataset.skeleton import write_image, write_mask
 from tests.levels.fakes import FakeDetect, add_reference, fake_bundle
 from tests.levels.test_participant_run import T1W, Bench, reference, stand_ins  # noqa: F401

@@ -11,9 +11,15 @@ from nipype.pipeline.engine import Node, Workflow
 
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError
-from bids_uad.levels.participant.cluster import SlurmGraphPlugin, SlurmPlugin, describe_end
-from bids_uad.levels.participant.plugin import IsolatedPlugin, prepare_nipype
-from bids_uad.levels.participant.scheduling import make_plugin, read_plugin_file
+from bids_uad.levels.participant.executors import (
+    IsolatedPlugin,
+    SlurmGraphPlugin,
+    SlurmPlugin,
+    describe_end,
+    make_plugin,
+    prepare_nipype,
+    read_plugin_file,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "containers" / "slurm"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from bids_uad.atomic import locked_names, write_json
 from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset
 from bids_uad.dataset.participants import Participants
-from bids_uad.levels.participant import reporting
-from bids_uad.levels.participant.outcome import DONE, FAILED, Outcome
+from bids_uad.files import locked_names, write_json
+from bids_uad.levels.participant import summary as reporting
+from bids_uad.levels.participant.summary import DONE, FAILED, Outcome
 from bids_uad.reports import participant
 from tests.dataset.skeleton import write_dataset
 from tests.levels.fakes import fake_bundle, fake_reference

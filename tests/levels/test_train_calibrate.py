@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from bids_uad import space
-from bids_uad.atomic import write_json, write_tsv
 from bids_uad.cli.main import main
-from bids_uad.dataset.identity import by_name
-from bids_uad.engine.__main__ import main as score_in_process
+from bids_uad.dataset.participants import by_name
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
+from bids_uad.engine.inference import main as score_in_process
 from bids_uad.errors import ModelError
-from bids_uad.levels import calibrate
-from bids_uad.levels.participant.detection import explain
+from bids_uad.files import write_json, write_tsv
+from bids_uad.levels.participant.interfaces import explain
 from bids_uad.methods.intensity import Intensity
-from bids_uad.networks.resnet import resnet18
+from bids_uad.networks.backbones import resnet18
+from bids_uad.training import calibrate
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
 

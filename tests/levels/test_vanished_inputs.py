@@ -12,9 +12,10 @@ import pytest
 
 from bids_uad import space
 from bids_uad.errors import InputError
-from bids_uad.levels.participant import detection, run
+from bids_uad.levels.participant import interfaces as detection
+from bids_uad.levels.participant import run
 from bids_uad.preprocessing import interfaces
-from bids_uad.preprocessing.transforms import write_itk
+from bids_uad.preprocessing.resampling import write_itk
 from tests.dataset.skeleton import write_image, write_mask
 
 # Fixtures of the module with the stand-ins.

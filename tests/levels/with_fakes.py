@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from bids_uad.cli.main import main
-from bids_uad.levels.participant import run, workflow, writing
+from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import workflow as writing
 from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
 
 

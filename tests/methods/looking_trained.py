@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from bids_uad import space
+from bids_uad.images import scale_intensity
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import build_detector
-from bids_uad.preprocessing.intensity import scale_intensity
 
 
 def looking_trained(name: str, preset: str = "lite") -> Detector:

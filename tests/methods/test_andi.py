@@ -7,12 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bids_uad.methods.andi import ANDi, ANDiHyper, aggregation_constant, noise_levels
+from bids_uad.methods.andi import (
+    ANDi,
+    ANDiHyper,
+    aggregation_constant,
+    noise_levels,
+)
 from bids_uad.methods.base import Batch
 from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
-from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.diffusion import pyramid_noise, signal_and_noise, transition_weight
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.networks.ddpmpp import DDPMppConfig, pyramid_noise, signal_and_noise, transition_weight
 
 TINY = DDPMppConfig(
     size=32,

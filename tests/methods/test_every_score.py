@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.literal import LITERAL
 from bids_uad.engine.execution import Execution
-from bids_uad.engine.field import usual_field
-from bids_uad.engine.inference import anomaly_map
+from bids_uad.engine.inference import anomaly_map, usual_field
 from bids_uad.methods.registry import DETECTORS
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import to_slices
 from tests.methods.looking_trained import looking_trained, phantom
 

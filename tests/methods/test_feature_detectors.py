@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.methods.base import Batch
+from bids_uad.methods.base import Batch, stacked
 from bids_uad.methods.fae import FAE, FeatureAutoencoder
-from bids_uad.methods.features import stacked
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.uniad import UniAD, jittered, neighbourhoods
-from bids_uad.networks.backbones import BackboneConfig, ImageNetFeatures, build_backbone, find_published
+from bids_uad.networks.backbones import (
+    BackboneConfig,
+    ImageNetFeatures,
+    build_backbone,
+    find_published,
+)
 
 
 def count(module):

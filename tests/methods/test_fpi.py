@@ -11,12 +11,22 @@ import torch
 from scipy.special import expit, xlogy
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.fpi import FPI, Course
-from bids_uad.networks.blemishes import BlemishConfig, paint_blemishes
-from bids_uad.networks.corruptions import cut_windows, vary_intensity
+from bids_uad.methods.pls.detector import FPI, Course
+from bids_uad.methods.pls.training_samples import (
+    BlemishConfig,
+    bend_contrast,
+    cut_edge,
+    darken_nuclei,
+    darken_sinuses,
+    leave_remnants,
+    paint_blemishes,
+    shade,
+    shrink_rim,
+    soil_rim,
+    swell_middle,
+)
 from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
-from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
+from bids_uad.networks.synthetic_anomalies import cut_windows, vary_intensity
 from tests.methods.looking_trained import looking_trained
 
 SMALL = replace(

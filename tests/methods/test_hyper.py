@@ -8,30 +8,34 @@ from typing import Any
 import pytest
 import torch
 
-from bids_uad.constraints import Constrained, annotations, describe, is_constrained
+from bids_uad.constraints import (
+    Constrained,
+    annotations,
+    describe,
+    is_constrained,
+)
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.protocol import CORRECTED, Protocol
-from bids_uad.engine.training import Schedule
 from bids_uad.methods.andi import ANDi, ANDiHyper
-from bids_uad.methods.base import Batch, FitStage, GradientStage
+from bids_uad.methods.base import Batch, FitStage, GradientStage, change_hyper, hyper_from_values
 from bids_uad.methods.ddpmpp import PartialDiffusionHyper
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.fae import FAEHyper
-from bids_uad.methods.fpi import Course, FPIHyper
-from bids_uad.methods.hyper import change_hyper, hyper_from_values
 from bids_uad.methods.intensity import IntensityHyper
 from bids_uad.methods.itermask import IterMaskHyper
 from bids_uad.methods.patchcore import PatchCoreHyper
+from bids_uad.methods.pls.detector import Course, FPIHyper
+from bids_uad.methods.pls.training_samples import BlemishConfig
 from bids_uad.methods.rd import RDHyper
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.methods.riad import RIADHyper
 from bids_uad.methods.uniad import UniADHyper
 from bids_uad.networks.backbones import BackboneConfig, build_backbone
-from bids_uad.networks.blemishes import BlemishConfig
-from bids_uad.networks.corruptions import AnomalyConfig, AugmentationConfig
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
 from bids_uad.preprocessing.registration import Schedule as RegistrationSchedule
+from bids_uad.training.loop import Schedule
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,10 +10,15 @@ import torch
 from scipy.ndimage import binary_opening
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.itermask import IterMask, IterMaskHyper, frequency_condition, worst_pixels
+from bids_uad.methods.itermask import (
+    IterMask,
+    IterMaskHyper,
+    clustered_squares,
+    frequency_condition,
+    worst_pixels,
+)
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.keyed import SliceGenerator
-from bids_uad.networks.masks import clustered_squares
 
 TINY = IterMaskHyper(
     network=DDPMppConfig(

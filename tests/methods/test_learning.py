@@ -8,13 +8,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from bids_uad.dataset.preprocessed import find_preprocessed
+from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.processes import start_fabric
-from bids_uad.engine.store import SliceStore, Subject
-from bids_uad.engine.training import Schedule, TrainingData, train_detector
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.simulation.__main__ import main as simulate
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.store import SliceStore, Subject
 
 CPU = torch.device("cpu")
 TRAINING_SUBJECTS, TEST_SUBJECTS, VOLUMES = 4, 2, 10

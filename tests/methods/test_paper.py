@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED, protocol_of
 from bids_uad.methods.registry import DETECTORS, build_detector
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMpp
-from bids_uad.networks.keyed import SliceGenerator
 
 # detector: network, parameters, GFLOP of one call, input
 NETWORKS = [

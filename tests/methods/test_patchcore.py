@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper
+from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper, published_descriptors
 from bids_uad.networks.backbones import BackboneConfig
-from bids_uad.networks.patches import published_descriptors
 
 TINY = PatchCoreHyper(
     backbone=BackboneConfig(widths=(4, 8, 8, 16)),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bids_uad.methods.base import Batch
 from bids_uad.methods.itermask import frequency_condition, worst_pixels
 from bids_uad.methods.riad import RIAD
-from bids_uad.networks.diffusion import log_snr
+from bids_uad.networks.ddpmpp import log_snr
 from bids_uad.networks.similarity import ssim_map
 from tests.published import Case, FixedNoise
 

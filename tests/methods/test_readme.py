@@ -15,7 +15,7 @@ from bids_uad.engine.bundle import load_detector, save_bundle
 from bids_uad.methods.base import Batch, Detector, FitStage
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.registry import DETECTORS, build_detector
-from bids_uad.networks.keyed import SliceGenerator
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.reports.boilerplate import UsedModel, methods_text
 
 README = Path(bids_uad.methods.__file__).parent / "README.md"

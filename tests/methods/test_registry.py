@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bids_uad.methods.base import GradientStage
-from bids_uad.methods.hyper import hyper_from_values
+from bids_uad.methods.base import GradientStage, hyper_from_values
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.reports.boilerplate import assets
 from bids_uad.reports.group_text import detector_name

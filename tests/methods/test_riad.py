@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from bids_uad.methods.base import Batch
 from bids_uad.methods.riad import RIAD, RIADHyper, cell_parts
+from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.keyed import SliceGenerator
 from bids_uad.networks.similarity import gms_maps
 
 TINY = RIADHyper(

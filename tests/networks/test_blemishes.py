@@ -9,7 +9,12 @@ import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from bids_uad.networks.blemishes import BlemishConfig, paint_blemishes, ventricles, white_matter
+from bids_uad.methods.pls.training_samples import (
+    BlemishConfig,
+    paint_blemishes,
+    ventricles,
+    white_matter,
+)
 from tests.networks.conftest import seeded
 
 BRIGHT = torch.tensor(True)

@@ -8,9 +8,9 @@ import torch
 from scipy.ndimage import binary_closing, gaussian_filter, label
 
 from bids_uad.methods import disyre
-from bids_uad.methods.disyre import intensity_centres
-from bids_uad.networks.coreset import farthest_points
-from bids_uad.networks.corruptions import (
+from bids_uad.methods.disyre import importance, intensity_centres, window_starts
+from bids_uad.methods.patchcore import farthest_points
+from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
     AnomalyConfig,
     AugmentationConfig,
@@ -20,7 +20,6 @@ from bids_uad.networks.corruptions import (
     random_shapes,
     vary_intensity,
 )
-from bids_uad.networks.windows import importance, window_starts
 
 
 @pytest.mark.parametrize(

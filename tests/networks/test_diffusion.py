@@ -10,8 +10,8 @@ import torch
 from scipy.stats import kstest
 
 from benchmarks.literal import scales
-from bids_uad.networks import diffusion
-from bids_uad.networks.diffusion import (
+from bids_uad.networks import ddpmpp as diffusion
+from bids_uad.networks.ddpmpp import (
     NoisePredictor,
     layered_noise,
     log_snr,

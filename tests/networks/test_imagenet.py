@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.efficientnet import EfficientNetB4
-from bids_uad.networks.resnet import resnet18, wide_resnet50_2
+from bids_uad.networks.backbones import EfficientNetB4, resnet18, wide_resnet50_2
 
 
 @pytest.mark.parametrize(

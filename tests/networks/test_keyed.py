@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy.stats import kstest
 
-from bids_uad.networks.keyed import SliceGenerator, mix
+from bids_uad.networks.counter_rng import SliceGenerator, mix
 
 CPU = torch.device("cpu")
 WORD = 2**64

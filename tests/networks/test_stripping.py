@@ -10,7 +10,12 @@ from scipy.ndimage import binary_dilation, binary_erosion, label
 from scipy.optimize import brentq
 from scipy.stats import kstest
 
-from bids_uad.networks.stripping import cut_edge, leave_remnants, shrink_rim, soil_rim
+from bids_uad.methods.pls.training_samples import (
+    cut_edge,
+    leave_remnants,
+    shrink_rim,
+    soil_rim,
+)
 from tests.networks.conftest import seeded
 
 

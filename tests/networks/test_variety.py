@@ -8,8 +8,14 @@ import torch
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 from scipy.stats import kstest
 
-from bids_uad.networks.blemishes import smooth_field
-from bids_uad.networks.variety import bend_contrast, darken_nuclei, darken_sinuses, shade, swell_middle
+from bids_uad.methods.pls.training_samples import (
+    bend_contrast,
+    darken_nuclei,
+    darken_sinuses,
+    shade,
+    smooth_field,
+    swell_middle,
+)
 from tests.networks.conftest import seeded
 
 BRIGHT = torch.tensor(True)

@@ -11,8 +11,7 @@ import pytest
 from bids_uad.preprocessing.check import read_volume
 from bids_uad.preprocessing.reference import Reference, resolve_reference
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import rotation_about, translation
+from bids_uad.preprocessing.resampling import resample, rotation_about, translation
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NATIVE_SHAPE = (72, 84, 72)

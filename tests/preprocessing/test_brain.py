@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from bids_uad.extraction.find import find_brain, load_network
-from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import extract_brain, mask_of_stripped
+from bids_uad.preprocessing.brain_extraction.masks import extract_brain, mask_of_stripped, packaged_weights
+from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
 from bids_uad.preprocessing.check import read_scan, read_volume
-from bids_uad.preprocessing.coregistration import register_to_reference
-from bids_uad.preprocessing.extraction import packaged_weights
-from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import rotation_about
+from bids_uad.preprocessing.intensity_correction import correct_bias
+from bids_uad.preprocessing.registration import Volume, register_to_reference
+from bids_uad.preprocessing.resampling import resample, rotation_about
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, REAL_DATA, draw, known_move
 
@@ -63,9 +60,11 @@ def witnesses(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
     grid = np.indices((80, 80, 80)) - 39.5
     ball = (grid**2).sum(axis=0) < 25**2
     data = np.where(ball, 100.0, 0.0) + np.where((grid**2).sum(axis=0) < 34**2, 8.0, 0.0)
-    monkeypatch.setattr("bids_uad.preprocessing.brain._by_template", lambda *_: np.roll(ball, 1, axis=2))
-    monkeypatch.setattr("bids_uad.preprocessing.brain._refine", lambda mask, _: mask)
-    monkeypatch.setattr("bids_uad.preprocessing.brain.correct_bias", lambda data, *_: data)
+    monkeypatch.setattr(
+        "bids_uad.preprocessing.brain_extraction.masks._by_template", lambda *_: np.roll(ball, 1, axis=2)
+    )
+    monkeypatch.setattr("bids_uad.preprocessing.brain_extraction.masks._refine", lambda mask, _: mask)
+    monkeypatch.setattr("bids_uad.preprocessing.brain_extraction.masks.correct_bias", lambda data, *_: data)
     return Volume(data.astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])), ball
 
 

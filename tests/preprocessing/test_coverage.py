@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from bids_uad import space
-from bids_uad.preprocessing.coverage import covered
 from bids_uad.preprocessing.interfaces import ResampleToSRI24
+from bids_uad.preprocessing.quality import covered
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import rotation_about, translation, write_itk
+from bids_uad.preprocessing.resampling import resample, rotation_about, translation, write_itk
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 from .test_brain import head_around

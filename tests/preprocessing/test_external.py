@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError, UnavailableError
-from bids_uad.preprocessing.external import HD_BET_FOLDER, extract_with
-from bids_uad.preprocessing.extraction import Extraction, resolve_extraction
+from bids_uad.preprocessing.brain_extraction.masks import (
+    HD_BET_FOLDER,
+    Extraction,
+    extract_with,
+    resolve_extraction,
+)
 from bids_uad.preprocessing.interfaces import BrainMask
 from bids_uad.preprocessing.reference import Reference
 

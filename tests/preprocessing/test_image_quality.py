@@ -9,7 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from statsmodels.robust.scale import mad
 
-from bids_uad.preprocessing.image_quality import (
+from bids_uad.preprocessing.quality import (
     cjv,
     cnr,
     efc,

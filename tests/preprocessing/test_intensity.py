@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bids_uad.preprocessing.intensity import scale_intensity
+from bids_uad.images import scale_intensity
 
 
 def test_scale_intensity_brings_the_percentile_of_the_brain_to_one() -> None:

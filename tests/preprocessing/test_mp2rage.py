@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bids_uad.preprocessing.check import is_skull_stripped, read_scan
-from bids_uad.preprocessing.mp2rage import is_uniform_image, mask_background
+from bids_uad.preprocessing.intensity_correction import is_uniform_image, mask_background
 
 from .conftest import save
 

@@ -11,9 +11,8 @@ import pytest
 from bids_uad import space
 from bids_uad.images import save_image
 from bids_uad.preprocessing.interfaces import BrainMask, Conform
-from bids_uad.preprocessing.native import map_to_native
 from bids_uad.preprocessing.reference import Reference
-from bids_uad.preprocessing.transforms import write_itk
+from bids_uad.preprocessing.resampling import map_to_native, write_itk
 from tests.header_contract import header_faults, read_header, sform
 
 SHAPE = (44, 48, 40)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial import distance
 
-from bids_uad.preprocessing.overlap import dice
+from bids_uad.preprocessing.registration import dice
 
 
 def test_is_what_scipy_says():

@@ -11,12 +11,17 @@ import pytest
 from scipy import ndimage
 
 from bids_uad.errors import InputError
+from bids_uad.preprocessing.brain_extraction.masks import packaged_weights
 from bids_uad.preprocessing.check import is_skull_stripped
-from bids_uad.preprocessing.extraction import packaged_weights
 from bids_uad.preprocessing.interfaces import BrainMask, RegisterToAnchor, RegisterToReference
 from bids_uad.preprocessing.reference import Reference
-from bids_uad.preprocessing.registration import CUBE, EDGE, Volume, local_correlation
-from bids_uad.preprocessing.transforms import rotation_about, translation, write_itk
+from bids_uad.preprocessing.registration import (
+    CUBE,
+    EDGE,
+    Volume,
+    local_correlation,
+)
+from bids_uad.preprocessing.resampling import rotation_about, translation, write_itk
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 from .test_brain import dice, head_around

@@ -11,8 +11,7 @@ import pytest
 
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import resample
-from bids_uad.preprocessing.transforms import read_itk, translation, write_itk
+from bids_uad.preprocessing.resampling import read_itk, resample, translation, write_itk
 from bids_uad.preprocessing.workflow import Given, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like

@@ -11,7 +11,12 @@ import pytest
 
 from bids_uad import space
 from bids_uad.errors import InputError
-from bids_uad.preprocessing.reference import STAND_IN, Reference, resolve_reference, write_template
+from bids_uad.preprocessing.reference import (
+    STAND_IN,
+    Reference,
+    resolve_reference,
+    write_template,
+)
 from tests.header_contract import faults_below
 
 from .conftest import REAL_DATA

@@ -5,22 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.coregistration import POOR_OVERLAP, register_to_anchor, register_to_reference
-from bids_uad.preprocessing.refinement import refine_rigid
+from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
     BINS,
+    POOR_OVERLAP,
     Schedule,
     Volume,
     binned,
     centred_start,
     mask_overlap,
+    refine_rigid,
     register_best,
     register_rigid,
+    register_to_anchor,
+    register_to_reference,
     rotated_starts,
     similarity,
 )
-from bids_uad.preprocessing.transforms import rotation_about, translation
+from bids_uad.preprocessing.resampling import rotation_about, translation
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, t2w_like
 

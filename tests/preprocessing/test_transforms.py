@@ -9,15 +9,16 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from bids_uad.preprocessing import transforms
-from bids_uad.preprocessing.antspy import load_ants, to_ants
+from bids_uad.preprocessing import resampling as transforms
 from bids_uad.preprocessing.resampling import (
     field_of_view,
     isotropic,
+    load_ants,
     resample,
     resample_mask,
     resample_mask_through,
     smoothed,
+    to_ants,
 )
 
 from .conftest import NATIVE_AFFINE, known_move

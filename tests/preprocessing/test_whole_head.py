@@ -14,13 +14,11 @@ from scipy import ndimage
 from bids_uad import space
 from bids_uad.engine.bundle import load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.extraction.find import find_brain, load_network
-from bids_uad.preprocessing.bias import correct_bias
-from bids_uad.preprocessing.brain import extract_brain
-from bids_uad.preprocessing.coregistration import register_to_anchor, register_to_reference
-from bids_uad.preprocessing.extraction import packaged_weights
-from bids_uad.preprocessing.intensity import scale_intensity
-from bids_uad.preprocessing.registration import Volume
+from bids_uad.images import scale_intensity
+from bids_uad.preprocessing.brain_extraction.masks import extract_brain, packaged_weights
+from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.intensity_correction import correct_bias
+from bids_uad.preprocessing.registration import Volume, register_to_anchor, register_to_reference
 from bids_uad.preprocessing.resampling import resample, resample_mask
 
 HEAD = Path(__file__).parents[1] / "data" / "whole_head"

@@ -10,12 +10,16 @@ import pytest
 from scipy import ndimage
 
 from bids_uad import space
-from bids_uad.preprocessing.extraction import Extraction
-from bids_uad.preprocessing.native import map_to_native
+from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import resample_mask
-from bids_uad.preprocessing.transforms import read_itk, rotation_about, translation
+from bids_uad.preprocessing.resampling import (
+    map_to_native,
+    read_itk,
+    resample_mask,
+    rotation_about,
+    translation,
+)
 from bids_uad.preprocessing.workflow import init_lesion_wf, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like

@@ -14,12 +14,29 @@ from bids_uad.dataset.participants import read_participants
 from bids_uad.engine.bundle import PACKAGED, load_bundle
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.evaluation.bias import CROSSED, LINEAR, MIXED, REPEATED, Bias
+from bids_uad.evaluation.bias import (
+    CROSSED,
+    LINEAR,
+    MIXED,
+    REPEATED,
+    Bias,
+)
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.preprocessing.external import PROGRAMS
+from bids_uad.preprocessing.brain_extraction.masks import PROGRAMS
 from bids_uad.reports import boilerplate
-from bids_uad.reports.bibliography import cited_keys, entry_html, methods_html, read_entries
-from bids_uad.reports.boilerplate import UsedModel, assets, bibliography, methods_text, write_citation
+from bids_uad.reports.bibliography import (
+    cited_keys,
+    entry_html,
+    methods_html,
+    read_entries,
+)
+from bids_uad.reports.boilerplate import (
+    UsedModel,
+    assets,
+    bibliography,
+    methods_text,
+    write_citation,
+)
 from bids_uad.reports.group_methods import group_methods_text
 from bids_uad.reports.pathways import EXTRACTED, Pathway
 from tests.evaluation.fake_tables import write_cohort

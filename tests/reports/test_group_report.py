@@ -10,7 +10,7 @@ import pytest
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.evaluation.origins import read_origins
+from bids_uad.evaluation.provenance import read_origins
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports import group_charts

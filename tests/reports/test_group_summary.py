@@ -11,7 +11,12 @@ from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.reports.group_summary import _promise, count, listed, summarise
+from bids_uad.reports.group_summary import (
+    _promise,
+    count,
+    listed,
+    summarise,
+)
 from tests.evaluation.fake_tables import EDGES, Scan, write_cohort, write_participants
 
 NOTHING = np.zeros(len(EDGES), int)

@@ -24,7 +24,12 @@ from bids_uad.reports.figures.display import (
     side,
     telling_slices,
 )
-from bids_uad.reports.figures.histogram import ScoreCounts, display_edges, draw_histogram, rebin
+from bids_uad.reports.figures.histogram import (
+    ScoreCounts,
+    display_edges,
+    draw_histogram,
+    rebin,
+)
 from bids_uad.reports.figures.overlay import ColourScale, draw_overlay, main_finding
 from bids_uad.reports.figures.svg import Canvas, contour
 from bids_uad.reports.figures.tiles import lay_out

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from bids_uad import space
-from bids_uad.atomic import write_json, write_tsv
 from bids_uad.dataset.participants import Participants
+from bids_uad.files import write_json, write_tsv
 from bids_uad.reports.derivatives import find_images
 from bids_uad.reports.participant import write_subject_report
 from bids_uad.reports.participant_findings import component_rows

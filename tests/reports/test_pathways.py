@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bids_uad.preprocessing.external import PROGRAMS
+from bids_uad.preprocessing.brain_extraction.masks import PROGRAMS
 from bids_uad.reports.bibliography import cited_keys
 from bids_uad.reports.boilerplate import UsedModel, bibliography, methods_text
 from bids_uad.reports.pathways import (

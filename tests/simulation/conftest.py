@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bids_uad.simulation.subject import Anatomy, Person, World, draw_person, make_anatomy
+from bids_uad.simulation.subject import (
+    Anatomy,
+    Person,
+    World,
+    draw_person,
+    make_anatomy,
+)
 
 SEED, INDEX = 5, 0
 WORLD = World(SEED)

@@ -10,8 +10,14 @@ from scipy.spatial.transform import Rotation
 
 from bids_uad.errors import InputError
 from bids_uad.simulation import anatomy
-from bids_uad.simulation.alignment import label_map_to_sri24, rotation
-from bids_uad.simulation.anatomy import CLASSES, FREESURFER, built_in_source, icbm_to_sri24
+from bids_uad.simulation.anatomy import (
+    CLASSES,
+    FREESURFER,
+    built_in_source,
+    icbm_to_sri24,
+    label_map_to_sri24,
+    rotation,
+)
 
 
 def test_rotation_agrees_with_scipy():

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.simulation.anatomy import BUILT_IN, CLASSES, label_map_paths, read_label_map
+from bids_uad.simulation.anatomy import (
+    BUILT_IN,
+    CLASSES,
+    label_map_paths,
+    read_label_map,
+)
 
 TABLE = """index\tname
 7\tLeft-Cerebral-Cortex

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bids_uad.simulation.subject import World, draw_person, make_anatomy, make_signal
+from bids_uad.simulation.subject import (
+    World,
+    draw_person,
+    make_anatomy,
+    make_signal,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import binary_erosion
 from scipy.stats import spearmanr
 
-from bids_uad.simulation.recontrast import tissue_levels, to_t2w
+from bids_uad.simulation.contrast_transfer import tissue_levels, to_t2w
 
 LEVELS = (0.2, 0.6, 0.9)
 

@@ -7,11 +7,17 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bids_uad.simulation import ageing, lesions
+from bids_uad.simulation import ageing
+from bids_uad.simulation import pathology as lesions
 from bids_uad.simulation.acquisition import draw_scanner, scan_on_grid
 from bids_uad.simulation.anatomy import CLASSES, built_in_source, icbm_to_sri24
-from bids_uad.simulation.lesions import KINDS, Wish, make_lesion
-from bids_uad.simulation.subject import World, draw_person, make_signal, stream
+from bids_uad.simulation.pathology import KINDS, Wish, make_lesion
+from bids_uad.simulation.subject import (
+    World,
+    draw_person,
+    make_signal,
+    stream,
+)
 
 from .conftest import INDEX, SEED, WORLD
 

@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import Collection
-from bids_uad.dataset.lesions import LesionMask
+from bids_uad.dataset.lesion_masks import LesionMask
+from bids_uad.dataset.naming import ImageUnit, Problem
 from bids_uad.dataset.participants import Participants, Person
-from bids_uad.dataset.units import ImageUnit, Problem
 from bids_uad.engine.bundle import Bundle
-from bids_uad.errors import InputError
-from bids_uad.levels.participant.records import (
+from bids_uad.errors import InputError, listed
+from bids_uad.files import sha256_of
+from bids_uad.levels.participant.completion_records import (
     Record,
     all_there,
     make_fingerprint,
     read_record,
     record_path,
-    sha256_of,
 )
-from bids_uad.listing import listed
-from bids_uad.preprocessing.extraction import Extraction
+from bids_uad.preprocessing.brain_extraction.masks import Extraction
+from bids_uad.preprocessing.reference import Reference
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -306,3 +307,40 @@ def _needs(task: Task) -> set[str]:
     if task.lesion_provider not in (None, task.unit.key):
         needs.add(task.lesion_provider)
     return needs
+
+
+MAX_DETECTION_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Means:
+    """Options, reference image, brain extraction and device of a run.
+
+    Parameters
+    ----------
+    config : RunConfig
+    reference : Reference
+    extraction : Extraction
+    device : str
+        Resolved: `cpu`, `cuda` or `cuda:N`.
+    precision : str
+        Resolved: `fp32` or `bf16`.
+    """
+
+    config: RunConfig
+    reference: Reference
+    extraction: Extraction
+    device: str
+    precision: str = "fp32"
+
+    @property
+    def detection_threads(self) -> int:
+        """CPU threads of a detector; the command line alone decides, so that a rerun gives the same map."""
+        if self.device != "cpu":
+            return 1
+        return max(self.config.omp_nthreads, min(self.config.nprocs, MAX_DETECTION_THREADS))
+
+
+def crash_dir(config: RunConfig, subject: str) -> Path:
+    """Say where a participant's crash files go."""
+    return config.output_dir / f"sub-{subject}" / "log" / config.run_id

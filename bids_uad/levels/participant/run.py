@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,41 +17,60 @@ from nipype import config as nipype_config
 from rich.console import Console
 from rich.table import Table
 
-from bids_uad.atomic import remove_unfinished, write_text
 from bids_uad.config import RunConfig
-from bids_uad.dataset.describe import ModelEntry, describe_dataset, read_json, refuse_foreign
+from bids_uad.dataset.describe import (
+    ModelEntry,
+    describe_dataset,
+    read_json,
+    refuse_foreign,
+)
+from bids_uad.dataset.external import LESIONS
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
-from bids_uad.dataset.naming import detector_desc
+from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, detector_desc, entities_of
 from bids_uad.dataset.participants import Participants, read_if_usable, read_participants
-from bids_uad.dataset.prepared import LESIONS
-from bids_uad.dataset.units import ImageUnit
 from bids_uad.engine.bundle import Bundle, resolve_bundles
-from bids_uad.errors import ConfigError, InputError, UnavailableError, UserError
-from bids_uad.levels.participant.assumptions import assumptions
-from bids_uad.levels.participant.claims import claimed, clean, make_way, withdraw_unusable
-from bids_uad.levels.participant.device import probe_device
-from bids_uad.levels.participant.means import Means, crash_dir
-from bids_uad.levels.participant.methods import write_methods
-from bids_uad.levels.participant.outcome import (
+from bids_uad.errors import (
+    ConfigError,
+    InputError,
+    UnavailableError,
+    UserError,
+    listed,
+)
+from bids_uad.files import locked_names, remove_unfinished, sha256_of, write_text
+from bids_uad.levels.participant.completion_records import (
+    read_record,
+    record_path,
+    withdraw,
+    write_methods,
+)
+from bids_uad.levels.participant.executors import NodeFailure, make_plugin, prepare_nipype
+from bids_uad.levels.participant.leakage import assumptions, overlaps
+from bids_uad.levels.participant.plan import (
+    Means,
+    Task,
+    by_subject,
+    crash_dir,
+    drop_unreadable,
+    make_plan,
+    mask_warnings,
+    model_identity,
+    with_support,
+)
+from bids_uad.levels.participant.summary import (
     PARTICIPANT,
     UP_TO_DATE,
     Outcome,
+    Progress,
     Stopwatch,
     collect_outcomes,
     doubts,
     print_summary,
+    remember,
+    write_reports,
 )
-from bids_uad.levels.participant.overlap import overlaps
-from bids_uad.levels.participant.plan import Task, drop_unreadable, make_plan, mask_warnings
-from bids_uad.levels.participant.plugin import NodeFailure, prepare_nipype
-from bids_uad.levels.participant.progress import Progress
-from bids_uad.levels.participant.records import read_record, record_path, sha256_of
-from bids_uad.levels.participant.reporting import remember, write_reports
-from bids_uad.levels.participant.scheduling import make_plugin
-from bids_uad.levels.participant.workflow import build_workflow
-from bids_uad.listing import listed
+from bids_uad.levels.participant.workflow import build_workflow, folders_of_unit
+from bids_uad.preprocessing.brain_extraction.masks import Extraction, resolve_extraction
 from bids_uad.preprocessing.check import check_image
-from bids_uad.preprocessing.extraction import Extraction, resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 
 LOGGER = logging.getLogger("bids_uad")
@@ -396,3 +419,142 @@ def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console)
     console.print(table)
     for message in dict.fromkeys(problem.message for problem in collection.problems):
         console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+_PROBE = """
+import sys
+from bids_uad.errors import UserError
+try:
+    import torch
+    from bids_uad.engine.execution import resolve_device, resolve_precision
+    device = resolve_device(sys.argv[1])
+    torch.zeros(1, device=device)
+    precision = resolve_precision(sys.argv[2], device)
+except (UserError, RuntimeError) as error:
+    sys.exit(str(error).splitlines()[0])
+print(device, precision)
+"""
+
+
+def probe_device(device: str, precision: str) -> tuple[str, str]:
+    """Resolve where and how precisely detectors will run, in a process of its own.
+
+    Parameters
+    ----------
+    device : str
+        `auto`, `cpu`, `cuda` or `cuda:N`.
+    precision : {"auto", "fp32", "bf16"}
+
+    Returns
+    -------
+    device : str
+        `cpu`, `cuda` or `cuda:N`.
+    precision : {"fp32", "bf16"}
+
+    Raises
+    ------
+    UnavailableError
+        If a GPU is asked for and does not work, or cannot compute with that precision.
+    """
+    if device == "cpu":
+        return device, "fp32" if precision == "auto" else precision
+    probe = subprocess.run(
+        [sys.executable, "-c", _PROBE, device, precision], capture_output=True, text=True, check=False
+    )
+    if probe.returncode == 0:
+        device, precision = probe.stdout.split()[-2:]
+        return device, precision
+    lines = probe.stderr.strip().splitlines() or [f"the check ended with code {probe.returncode}"]
+    reason = lines[-1]
+    raise UnavailableError(reason if device in reason else f"--device {device}: {reason}")
+
+
+_MODALITIES = ("T1w", "T2w")
+
+
+@contextmanager
+def claimed(config: RunConfig, plan: Callable[[], list[Task]]) -> Iterator[list[Task]]:
+    """Plan a run, and keep other runs away from the images that it processes until it is over.
+
+    Jobs for several sessions, models or participants may share the output folder and the work folder. Where
+    two need one image, such as the T1w image of another session that a T2w image is registered to, the second
+    waits for the first, and finds it done.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `output_dir`, `work_dir` and `clean_workdir` are used.
+    plan : callable
+        Compares the images with their records.
+
+    Yields
+    ------
+    list of Task
+    """
+    held: set[str] = set()
+    with ExitStack() as stack:
+        while True:
+            tasks = plan()
+            needed = _images_in_use(tasks, everything=config.clean_workdir) - held
+            if not needed:
+                break
+            for folder in (config.output_dir / "logs", config.work_dir):
+                stack.enter_context(locked_names(folder / "images.lock", needed))
+            held |= needed
+        yield tasks
+
+
+def _images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
+    """Name the images whose working folders a run uses, or removes."""
+    if everything:
+        return {task.unit.key for task in tasks}
+    used = [with_support(own) for own in by_subject(tasks).values()]
+    return {task.unit.key for to_do, support in used for task in (*to_do, *support)}
+
+
+def clean(work_dir: Path, tasks: Sequence[Task]) -> None:
+    """Remove the working folders of some images.
+
+    The folder of the participant stays, even empty: another job may be about to put the folder of another
+    session there.
+    """
+    for task in tasks:
+        for folder in folders_of_unit(work_dir, task.unit):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_way(config: RunConfig, task: Task) -> None:
+    """Remove outputs of an image that hold no longer, and what a killed run has left unfinished."""
+    remove_unfinished(config.output_dir / task.unit.folder, lambda name: _is_of(name, task.unit))
+    withdraw(
+        record_path(config.output_dir, task.unit),
+        config.output_dir,
+        task.fingerprint,
+        {
+            bundle.scored_as: model_identity(bundle, config.precision, task.person, config.min_lesion_volume)
+            for bundle in task.bundles
+        },
+    )
+
+
+def _is_of(name: str, unit: ImageUnit) -> bool:
+    """Check whether a file in the folder of an image's outputs is named after this image."""
+    keys = {key: entity for entity, key in PREFIX_ENTITIES}
+    entities = {keys[key]: value for key, value in entities_of(Path(name)).items() if key in keys}
+    others = [modality for modality in _MODALITIES if modality != unit.modality]
+    return entities == unit.entities and not any(other in name for other in others)
+
+
+def withdraw_unusable(config: RunConfig, problems: Sequence[Problem]) -> None:
+    """Remove the outputs of images that cannot be used any more, since their file is another one now.
+
+    The outputs of a file that is not there (yet, or any more) are left alone.
+    """
+    for problem in problems:
+        for path in (config.output_dir / f"sub-{problem.subject}").glob(f"**/log/{problem.key}.json"):
+            record = read_record(path)
+            source = None if record is None else config.bids_dir / record.source
+            if source is None or not source.is_file():
+                continue
+            if record.fingerprint.get("input_sha256") != sha256_of(source):
+                withdraw(path, config.output_dir, {"input_sha256": sha256_of(source)}, {})

@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from bids_uad.reports.figures.display import Volume, bounding_box, to_grey
-from bids_uad.reports.figures.registration import REFERENCE_COLOUR, WIDTH, legend, three_plane_grid
+from bids_uad.reports.figures.registration import (
+    REFERENCE_COLOUR,
+    WIDTH,
+    legend,
+    three_plane_grid,
+)
 from bids_uad.reports.figures.svg import Canvas
 
 BRAIN_COLOUR = "#e69f00"

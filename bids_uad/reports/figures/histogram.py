@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bids_uad.atomic import atomic_path
+from bids_uad.files import atomic_path
 
 BINS = 120
 NONLESION_COLOUR, LESION_COLOUR, THRESHOLD_COLOUR = "#4d6a8a", "#d55e00", "#1a1a1a"

@@ -9,7 +9,13 @@ import matplotlib
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from bids_uad.reports.figures.display import Volume, bounding_box, extent, telling_slices, to_grey
+from bids_uad.reports.figures.display import (
+    Volume,
+    bounding_box,
+    extent,
+    telling_slices,
+    to_grey,
+)
 from bids_uad.reports.figures.registration import WIDTH, legend
 from bids_uad.reports.figures.svg import Canvas
 from bids_uad.reports.figures.tiles import MUTED, lay_out

@@ -7,7 +7,13 @@ from textwrap import shorten
 
 import numpy as np
 
-from bids_uad.reports.figures.display import CONVENTION, Volume, bounding_box, even_slices, to_grey
+from bids_uad.reports.figures.display import (
+    CONVENTION,
+    Volume,
+    bounding_box,
+    even_slices,
+    to_grey,
+)
 from bids_uad.reports.figures.svg import Canvas
 from bids_uad.reports.figures.tiles import MUTED, Grid, lay_out
 

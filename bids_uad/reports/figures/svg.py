@@ -12,7 +12,7 @@ import contourpy
 import numpy as np
 from PIL import Image
 
-from bids_uad.atomic import write_text
+from bids_uad.files import write_text
 
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 JPEG_QUALITY = 80

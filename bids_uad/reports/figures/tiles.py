@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bids_uad.reports.figures.display import EDGE_LABELS, Volume, plane, plane_label
+from bids_uad.reports.figures.display import (
+    EDGE_LABELS,
+    Volume,
+    plane,
+    plane_label,
+)
 from bids_uad.reports.figures.svg import Canvas, contour
 
 MUTED = 'fill="#9aa0a6"'

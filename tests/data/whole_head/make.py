@@ -21,7 +21,12 @@ from scipy.spatial.transform import Rotation
 
 from bids_uad.simulation import deformation
 from bids_uad.simulation.spatial import BOX_AFFINE, box_points
-from bids_uad.simulation.subject import World, draw_person, make_anatomy, make_signal
+from bids_uad.simulation.subject import (
+    World,
+    draw_person,
+    make_anatomy,
+    make_signal,
+)
 
 FOLDER = Path(__file__).parent
 SEED, INDEX = 23, 0

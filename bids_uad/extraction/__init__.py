@@ -1,1 +1,0 @@
-"""Brains in whole heads of any contrast, found by a small network that has learnt from label maps alone."""

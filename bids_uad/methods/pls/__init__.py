@@ -1,0 +1,1 @@
+"""Painted-lesion segmentation, the default detector."""

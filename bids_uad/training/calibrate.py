@@ -1,0 +1,302 @@
+"""The `calibrate` level: fix a bundle's thresholds on validation scans.
+
+``bids_uad VALIDATION MODELS calibrate --detector disyre --modality T2w --preset lite`` writes
+``MODELS/disyre-T2w-lite/calibration.json`` and, with healthy people enough, ``normative.nii.gz`` beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+import numpy as np
+
+from bids_uad.calibration.deviation import DeviationCalibrator
+from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
+from bids_uad.config import RunConfig
+from bids_uad.dataset.participants import identities
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.errors import ConfigError, InputError, ModelError, listed
+from bids_uad.files import (
+    atomic_paths,
+    json_text,
+    remove_unfinished,
+    temporary_folder,
+)
+from bids_uad.training.cohort import (
+    Cohort,
+    describe,
+    healthy_cohort,
+    read_truth,
+    warn_of_masked_controls,
+)
+from bids_uad.training.model_card import add_validation
+from bids_uad.training.train import bundle_folder
+
+if TYPE_CHECKING:
+    from bids_uad.engine.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+
+def run_calibrate(config: RunConfig) -> int:
+    """Score validation scans and keep the thresholds they imply in the bundle.
+
+    Hyper-parameters that are changed (`config.hyper`) are kept in the bundle, too; the weights must fit them.
+
+    Scans of healthy controls (by participants.tsv) give the false-positive thresholds, whether they have a
+    lesion mask or not; scans of others with a lesion mask give the Dice threshold, unless the mask is empty.
+    A scan that is neither is left out: a missing mask does not mean healthy. With `MIN_SUBJECTS` healthy
+    people or more, a normative reference of their scores is fitted, too; those of `normative_dir` have a part
+    in nothing else.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir` holds preprocessed validation scans, `output_dir` the bundle.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such hyper-parameter.
+    InputError
+        If no scan can be used, or `normative_dir` holds people of `bids_dir`.
+    ModelError
+        If the bundle is missing or damaged.
+    """
+    from rich.markup import escape
+    from rich.progress import track
+
+    from bids_uad.calibration.thresholds import ThresholdEstimator
+    from bids_uad.engine.bundle import (
+        NORMATIVE,
+        NORMATIVE_FILE,
+        file_sha256,
+        load_bundle,
+    )
+
+    bundle = load_bundle(bundle_folder(config))
+    if config.hyper:
+        try:
+            bundle = bundle.with_hyper(config.hyper)
+        except ValueError as error:
+            raise ConfigError(f"--hyper: {error}") from None
+    found = Cohort(config.bids_dir, tuple(find_preprocessed(config.bids_dir, bundle.modality)))
+    people = found.participants
+    for note in people.notes:
+        logger.warning(note)
+    controls = [scan for scan in found.scans if people.person(scan.subject, scan.session).healthy]
+    _check_masks(config.bids_dir, found.scans, controls)
+    scans = [scan for scan in found.scans if scan in controls or scan.lesion is not None]
+    validation = Cohort(config.bids_dir, tuple(scans))
+    others = [] if config.normative_dir is None else [_others(config.normative_dir, validation, bundle)]
+    healthy = _healthy([Cohort(config.bids_dir, tuple(controls)), *others])
+    scored = _scorer(config, bundle)
+    estimator = ThresholdEstimator()
+    for folder in (config.work_dir, bundle.folder):
+        remove_unfinished(folder)
+    with temporary_folder(config.work_dir, "calibrate") as waiting:
+        deviations = _deviations(healthy, waiting)
+        for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
+            scores, brain = scored(scan)
+            lesion = read_truth(scan)
+            if scan in controls:
+                brain, lesion = _unmasked(brain, lesion), None
+            kind = people.cohort(scan.subject, scan.session)
+            estimator.add(scores, brain, lesion, kind)
+            if deviations is not None:
+                person = people.person(scan.subject, scan.session).covariates
+                deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
+        if deviations is not None:
+            for scan, person in track(list(_people(others)), description="Scoring for the reference"):
+                scores, brain = scored(scan)
+                deviations.add_to_reference(scores, _unmasked(brain, read_truth(scan)), person=person)
+        calibration = estimator.summary()
+        normative = None if deviations is None else _finish(deviations)
+    calibration["cohort"] = describe([validation])
+    calibration["weights_sha256"] = bundle.sha256
+    names = [NORMATIVE_FILE] * (normative is not None) + ["bundle.json"] * bool(config.hyper)
+    targets = [bundle.folder / name for name in (*names, "MODEL_CARD.md", "calibration.json")]
+    # Thresholds of an earlier calibration must not stand beside what follows.
+    obsolete = [bundle.folder / name for name in ("calibration.json", NORMATIVE_FILE)]
+    with atomic_paths(targets, obsolete) as paths:
+        unfinished = dict(zip([target.name for target in targets], paths, strict=True))
+        if normative is not None:
+            reference, thresholds = normative
+            reference.write(unfinished[NORMATIVE_FILE])
+            calibration[NORMATIVE] = thresholds | {
+                "reference": reference.describe(),
+                "n_healthy_subjects": len(healthy),
+                "sha256": file_sha256(unfinished[NORMATIVE_FILE]),
+            }
+            if others:
+                calibration[NORMATIVE]["cohort"] = describe(others)
+        if config.hyper:
+            unfinished["bundle.json"].write_text(json_text(bundle.info), encoding="utf-8")
+        unfinished["calibration.json"].write_text(json_text(calibration), encoding="utf-8")
+        card = (bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        unfinished["MODEL_CARD.md"].write_text(add_validation(card, calibration), encoding="utf-8")
+    counts = calibration["validation"]
+    logger.info(
+        "%s: scans of healthy controls %d, with a lesion %d, of patients with an empty lesion mask %d",
+        bundle.name,
+        *(counts[name] for name in ("n_healthy", "n_lesion", "n_empty_mask")),
+    )
+    for name, value in calibration["thresholds"].items():
+        logger.info("%s: %s = %.5g", bundle.name, name, value)
+    for name, value in calibration.get(NORMATIVE, {"thresholds": {}})["thresholds"].items():
+        logger.info("%s, deviation: %s = %.5g", bundle.name, name, value)
+    return 0
+
+
+def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[str, Any]] | None:
+    """Fit the normative reference and its thresholds; None, with a warning, where that is not possible."""
+    try:
+        reference, thresholds = deviations.finish()
+        return reference, thresholds.summary()
+    except ModelError as error:
+        logger.warning("No normative reference: %s", error)
+        return None
+
+
+def _check_masks(
+    folder: Path, found: Sequence[PreprocessedScan], controls: Sequence[PreprocessedScan]
+) -> None:
+    """Read all lesion masks before anything is scored, and report what they leave for a calibration.
+
+    Raises
+    ------
+    InputError
+        If a mask cannot be used, or neither a healthy control nor a scan with a lesion is left.
+    """
+    warn_of_masked_controls(controls)
+    patients = [scan for scan in found if scan not in controls]
+    without = sorted({scan.subject for scan in patients if scan.lesion is None})
+    if without:
+        logger.warning(
+            "%d participant(s) left out, neither healthy by participants.tsv nor with a lesion mask: %s",
+            len(without),
+            listed(without),
+        )
+    masked = [scan for scan in patients if scan.lesion is not None]
+    empty = [scan for scan in masked if not (read_truth(scan) & _brain(scan)).any()]
+    if empty:
+        logger.warning(
+            "%d scan(s) of patients have a lesion mask without a voxel in the brain; they have no part in "
+            "any threshold and are counted apart (n_empty_mask): %s",
+            len(empty),
+            listed(sorted({scan.subject for scan in empty})),
+        )
+    if not controls and len(empty) == len(masked):
+        raise InputError(
+            folder,
+            "no scan of a healthy control and none with a lesion in its lesion mask",
+            "name controls in a column `group` of participants.tsv, or add lesion masks",
+        )
+
+
+def _brain(scan: PreprocessedScan) -> np.ndarray:
+    return np.asarray(nib.load(scan.brain).dataobj) > 0
+
+
+def _unmasked(brain: np.ndarray, lesion: np.ndarray | None) -> np.ndarray:
+    """Leave the voxels out that are masked in a healthy control, as the group level does."""
+    return brain if lesion is None else brain & ~lesion
+
+
+def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], tuple[np.ndarray, np.ndarray]]:
+    """Load a model; give what makes the map of a scan, and reads its brain mask."""
+    import torch
+
+    from bids_uad.engine.bundle import load_detector
+    from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
+    from bids_uad.engine.inference import anomaly_map
+
+    torch.set_num_threads(config.nprocs)
+    device = resolve_device(config.device)
+    execution = Execution(resolve_precision(config.precision, device), config.batch_size, config.compiled)
+    detector = execution.prepare(load_detector(bundle, str(device)))
+
+    def scored(scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
+        brain = _brain(scan)
+        volume = np.asarray(nib.load(scan.image).dataobj, dtype=np.float32)
+        if not brain.any():
+            raise InputError(scan.brain, "the brain mask is empty", "run the participant level again")
+        if not np.isfinite(volume).all():
+            raise InputError(scan.image, "NaN or infinite intensities", "run the participant level again")
+        scores = anomaly_map(
+            detector,
+            volume,
+            brain,
+            key=scan.key,
+            seed=config.random_seed,
+            protocol=bundle.protocol,
+            execution=execution,
+        )
+        return scores, brain
+
+    return scored
+
+
+def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
+    """Find the healthy people who are there for the reference alone.
+
+    Raises
+    ------
+    InputError
+        If one of them is in the validation, too, and would be judged by a reference that knows the person.
+    """
+    others = healthy_cohort(folder, bundle.modality)
+    known = identities(validation.folder, {scan.subject for scan in validation.scans})
+    twice = [
+        subject
+        for subject in sorted({scan.subject for scan in others.scans})
+        if not known.isdisjoint(identities(folder, [subject]))
+    ]
+    if twice:
+        raise InputError(
+            folder,
+            f"{listed(twice, 5)} among the validation scans, too",
+            "give --normative-dir other people than those of BIDS_DIR",
+        )
+    return others
+
+
+def _people(cohorts: Sequence[Cohort]) -> Iterator[tuple[PreprocessedScan, dict[str, float | None]]]:
+    """Go through the scans of cohorts of healthy controls, with age and sex."""
+    for cohort in cohorts:
+        for scan in cohort.scans:
+            yield scan, cohort.participants.person(scan.subject, scan.session).covariates
+
+
+def _healthy(cohorts: Sequence[Cohort]) -> dict[tuple[Path, str], dict[str | None, dict[str, float | None]]]:
+    """Return age and sex of healthy controls: by dataset and participant, then by session."""
+    people: dict[tuple[Path, str], dict[str | None, dict[str, float | None]]] = {}
+    for cohort in cohorts:
+        for scan, person in _people([cohort]):
+            people.setdefault((cohort.folder, scan.subject), {})[scan.session] = person
+    return people
+
+
+def _deviations(
+    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]], waiting: Path
+) -> DeviationCalibrator | None:
+    """Prepare a normative reference; None where there are too few healthy people for one."""
+    if len(healthy) < MIN_SUBJECTS:
+        logger.warning(
+            "%d healthy people are too few for a normative reference (%d are needed): --deviation normative "
+            "will not be possible with this model",
+            len(healthy),
+            MIN_SUBJECTS,
+        )
+        return None
+    persons = [person for sessions in healthy.values() for person in sessions.values()]
+    return DeviationCalibrator(HealthyCohort.of(persons), waiting)

@@ -1,0 +1,242 @@
+"""The `train` level: healthy preprocessed scans in, a model bundle out.
+
+``bids_uad DERIVATIVES MODELS train --detector disyre --modality T2w --preset lite`` writes
+``MODELS/disyre-T2w-lite``.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from bids_uad.config import RunConfig
+from bids_uad.dataset.sri24_scans import has_preprocessed
+from bids_uad.engine.bundle import Bundle, save_bundle
+from bids_uad.engine.execution import resolve_device, resolve_precision
+from bids_uad.engine.protocol import protocol_of
+from bids_uad.errors import ConfigError, InputError
+from bids_uad.files import remove_unfinished
+from bids_uad.methods.base import Detector, GradientStage, change_hyper, names_of
+from bids_uad.methods.registry import build_detector, preset_of
+from bids_uad.training.backbone import give_backbone
+from bids_uad.training.cohort import (
+    Cohort,
+    describe,
+    healthy_cohort,
+    scratch_folder,
+)
+from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.model_card import model_card
+from bids_uad.training.simulated import recontrasted_cohort, synthetic_cohort
+from bids_uad.training.store import SliceStore, Subject
+
+logger = logging.getLogger(__name__)
+
+LOG_LINES = 40
+NO_SCANS = "none"  # instead of a folder: learn from synthetic scans alone
+HELD_OUT = 0.05  # of the subjects, never learnt from
+Report = Callable[[str, int, int, float], None]
+
+
+def bundle_folder(config: RunConfig) -> Path:
+    """Where the bundle of this detector, modality and preset lies in OUTPUT_DIR."""
+    if config.detector is None or config.modality is None:
+        raise ConfigError("train and calibrate need --detector and --modality")
+    return config.output_dir / f"{config.detector}-{config.modality}-{config.preset}"
+
+
+def run_train(config: RunConfig) -> int:
+    """Train one detector on the healthy scans of a derivative dataset.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir` holds the preprocessed scans and `participants.tsv`; the bundle goes to `output_dir`. With
+        `synthetic` subjects `bids_dir` may be ``none``.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    ConfigError
+        If no detector, modality or known preset is given.
+    InputError
+        If there are no healthy preprocessed scans, or a stage lacks what it needs.
+    """
+    folder = bundle_folder(config)
+    device = resolve_device(config.device)
+    fabric = start_fabric(device, config.num_devices, config.num_nodes)
+    torch.set_num_threads(max(1, config.nprocs // config.num_devices))
+    detector = _build(config)
+    backbone = give_backbone(detector, config.backbone_weights)
+    with fabric.rank_zero_first():
+        cohorts = training_cohorts(config)
+        store = _open_store(config, cohorts)
+    training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
+    data = TrainingData(store, training_slices, held_out)
+    precision = resolve_precision(config.precision, device)
+    schedule = Schedule(config.random_seed, config.steps, config.batch_size, precision)
+    scratch = _scratch(config, folder.name, detector, store)
+    if fabric.is_global_zero:
+        remove_unfinished(scratch)
+    start = time.monotonic()
+    with _progress(fabric.is_global_zero) as report:
+        try:
+            losses = train_detector(detector, data, schedule, scratch, fabric=fabric, report=report)
+        except ValueError as error:
+            raise InputError(config.bids_dir, str(error), "look for artefacts in the scans") from error
+    if not fabric.is_global_zero:
+        return 0
+    training = _describe(config, cohorts, data, detector, backbone) | {
+        "final_loss": losses.training,
+        "held_out_loss": losses.held_out,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "device": str(device),
+        "n_processes": fabric.world_size,
+        "precision": precision,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    card = model_card(config, training, parameters)
+    bundle = save_bundle(
+        folder,
+        detector,
+        preset=config.preset,
+        modality=config.modality,
+        training=training,
+        card=card,
+        changed=names_of(config.hyper),
+    )
+    logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
+    return 0
+
+
+def _build(config: RunConfig) -> Detector:
+    """Build the detector with first weights that follow from the seed."""
+    torch.manual_seed(config.random_seed)
+    try:
+        hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
+        return build_detector(config.detector, hyper)
+    except KeyError as error:
+        raise ConfigError(error.args[0]) from None
+    except ValueError as error:
+        raise ConfigError(f"--hyper: {error}") from None
+
+
+def _open_store(config: RunConfig, cohorts: Sequence[Cohort]) -> SliceStore:
+    subjects = [
+        Subject(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
+        for cohort in cohorts
+        for scan in cohort.scans
+    ]
+    return SliceStore.open_or_build(subjects, config.work_dir, protocol_of(config.preset))
+
+
+def _describe(
+    config: RunConfig,
+    cohorts: Sequence[Cohort],
+    data: TrainingData,
+    detector: Detector,
+    backbone: Bundle | None,
+) -> dict[str, Any]:
+    """Say what was learnt, and from whom, as ``bundle.json`` keeps it."""
+    store = data.store
+    met = {store.names[owner] for owner in np.unique(store.owners[[*data.training, *data.held_out]])}
+    told = {
+        **describe([cohort.only(met) for cohort in cohorts]),
+        "n_slices": len(data.training),
+        "train_fraction": config.train_fraction,
+        "n_held_out_subjects": len(np.unique(store.owners[data.held_out])),
+        "stages": _schedule(detector, config),
+        "seed": config.random_seed,
+    }
+    if backbone is not None:
+        told["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
+        # Whom its features come from, the model has met, too.
+        told["subjects"] = sorted({*told["subjects"], *backbone.info["training"]["subjects"]})
+    return told
+
+
+def training_cohorts(config: RunConfig) -> list[Cohort]:
+    """Healthy scans to learn from: those of `bids_dir`, and ones that are made here of others or of nothing.
+
+    Raises
+    ------
+    ConfigError
+        If T1w scans are to get the contrast of T1w.
+    InputError
+        If there is none.
+    """
+    if config.recontrast and config.modality != "T2w":
+        raise ConfigError("--recontrast makes T2w-like images: give --modality T2w with it")
+    if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
+        return [synthetic_cohort(config)]
+    made = [recontrasted_cohort(config)] if config.recontrast else []
+    if config.synthetic:
+        made.append(synthetic_cohort(config))
+    # Real T2w scans are not needed where there are recontrasted ones.
+    if config.recontrast and not has_preprocessed(config.bids_dir, config.modality):
+        return made
+    return [healthy_cohort(config.bids_dir, config.modality), *made]
+
+
+def _scratch(config: RunConfig, bundle: str, detector: Detector, store: SliceStore) -> Path:
+    """Tell one training from another, so that none goes on where a different one stopped."""
+    told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
+    means = [str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes]
+    return scratch_folder(config.work_dir, f"training-{bundle}", *told, *means, store.folder.name)
+
+
+def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "steps": config.steps or stage.steps,
+            "batch_size": config.batch_size or stage.batch_size,
+            "learning_rate": stage.learning_rate,
+        }
+        if isinstance(stage, GradientStage)
+        else {"name": stage.name, "slices": stage.slices}
+        for stage in detector.stages()
+    ]
+
+
+@contextmanager
+def _progress(speaks: bool) -> Iterator[Report | None]:
+    """Show progress: a bar on a terminal, a line of log now and then elsewhere; of one process only."""
+    if not speaks:
+        yield None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+
+        def log(stage: str, step: int, steps: int, loss: float) -> None:
+            if step % max(1, steps // LOG_LINES) == 0 or step == steps:
+                logger.info("%s: step %d of %d, loss %.4f", stage, step, steps, loss)
+
+        yield log
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps, loss=loss)
+            progress.update(tasks[stage], completed=step, loss=loss)
+
+        yield draw
