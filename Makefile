@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench models models-T1w models-T2w fpi-T1w fpi-T2w models-tested extraction docs descriptor lint format clean
+.PHONY: demo test test-slow bench models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction docs descriptor lint format clean
 
 # torch first and by its exact version, so that nothing pulls another build in.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m bids_uad.simulation $(DEMO)/data --healthy 3 --stroke 1 --ms 1 --tumour 1 --seed 7 \
 	    --nprocs $(NPROCS)
 	$(BIN)/bids_uad $(DEMO)/data $(DEMO)/derivatives participant group --nprocs $(NPROCS) \
-	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work --models fpi disyre uniad intensity
+	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work --models pls disyre uniad intensity
 	@echo
 	@echo "Group report:    $(DEMO)/derivatives/group.html"
 	@echo "Subject reports: $(DEMO)/derivatives/sub-*.html"
@@ -40,7 +40,7 @@ bench: $(VENV)/installed
 
 # How the packaged models were made, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS holds
 # SynthSeg's training maps: ten to learn from, three to calibrate on, three to test on. LESIONS holds masks of real lesions
-# in MNI space and a lesions.tsv. HEALTHY is a folder of real T1w scans of healthy people, preprocessed, from which FPI
+# in MNI space and a lesions.tsv. HEALTHY is a folder of real T1w scans of healthy people, preprocessed, from which PLS
 # learns, too. `make models-tested` is the benchmark on simulated scans.
 HEALTHY ?= none
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
@@ -48,7 +48,7 @@ MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
 SIMULATE = $(BIN)/python -m bids_uad.simulation
 SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
 
-models: models-T1w models-T2w fpi-T1w fpi-T2w
+models: models-T1w models-T2w pls-T1w pls-T2w
 
 models-T2w: $(MODELS)/reference/participants.tsv
 models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
@@ -67,11 +67,11 @@ models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/vali
 	        --preset lite --nprocs 1 -w $(MODELS)/work $$more || exit 1; \
 	done
 
-fpi-T1w fpi-T2w: fpi-%: $(MODELS)/validation/participants.tsv
-	$(BIN)/bids_uad $(HEALTHY) $(MODELS)/bundles train --detector fpi --modality $* --random-seed 1 --nprocs 1 \
+pls-T1w pls-T2w: pls-%: $(MODELS)/validation/participants.tsv
+	$(BIN)/bids_uad $(HEALTHY) $(MODELS)/bundles train --detector pls --modality $* --random-seed 1 --nprocs 1 \
 	    -w $(MODELS)/work --synthetic 80 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) --precision bf16 \
 	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--recontrast))
-	$(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector fpi --modality $* --nprocs 1
+	$(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector pls --modality $* --nprocs 1
 
 # The network that finds brains (45 minutes of one core).
 extraction: $(VENV)/installed

@@ -105,7 +105,7 @@ def main() -> None:
     """Draw a picture for every model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--models", nargs="+", default=["fpi"], help="as of bids_uad (default: fpi)")
+    parser.add_argument("--models", nargs="+", default=["pls"], help="as of bids_uad (default: pls)")
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
     args = parser.parse_args()
     people = read_participants(args.out)

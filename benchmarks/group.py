@@ -118,7 +118,7 @@ def write_scores(
         "app_version": __version__,
         "threshold": repr(threshold),
         "threshold_name": name,
-        "model_has_met": "no",
+        "seen_in_training": "no",
         "brain_volume_mm3": VOXELS + (size or 0),
         "anomaly_volume_mm3": found,
         "lesion_volume_mm3": size,

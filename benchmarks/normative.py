@@ -60,7 +60,7 @@ def score_both(bundle: Bundle, test: Path, out: Path) -> None:
     reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
     people = read_participants(test)
     for scan in track(missing, description=bundle.name):
-        met = bundle.has_met(identities(test, [scan.subject]))
+        met = bundle.cohorts_containing(identities(test, [scan.subject]))
         brain = read(scan.brain) > 0
         scores = score(scan, brain)
         write_tables(scan, bundle, scores, brain, met, None, out)

@@ -68,7 +68,9 @@ def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]
         ``sub-<label>``.
     """
     hashes = {name: identities(data, [name]) for name in people.labels}
-    strangers = [name for name in hashes if not any(bundle.has_met(hashes[name]) for bundle in bundles)]
+    strangers = [
+        name for name in hashes if not any(bundle.cohorts_containing(hashes[name]) for bundle in bundles)
+    ]
     masks = (data / "derivatives" / "lesions").glob("sub-*/**/*_label-lesion_*mask.nii.gz")
     masked = {path.name.split("_")[0] for path in masks}
     sites: dict[str, list[str]] = {}

@@ -93,7 +93,7 @@ def write_tables(
         "app_version": __version__,
         "threshold": repr(threshold),
         "threshold_name": name,
-        "model_has_met": " and ".join(met) or "no",
+        "seen_in_training": " and ".join(met) or "no",
         "scanner_seen": seen,
     }
     write_tsv(
@@ -144,7 +144,7 @@ def main() -> None:
         missing = [scan for scan in scans if not tables_of(scan, bundle, args.out)[0].is_file()]
         detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
-            met = bundle.has_met(identities(args.test, [scan.subject]))
+            met = bundle.cohorts_containing(identities(args.test, [scan.subject]))
             scanner = people.person(scan.subject, scan.session).scanner
             seen = scanner_seen(bundle, scanner, source_name(args.test))
             score(scan, bundle, detector, met, seen, args.out)

@@ -27,7 +27,7 @@ from bids_uad.constraints import (
 )
 from bids_uad.errors import ConfigError
 
-DEFAULT_STRATA = ("sex", "age", "scanner", "scanner_seen", "lesion load")
+DEFAULT_SUBGROUPS = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
 """Analysis levels in the order they run when several are asked for in one call."""
 
@@ -43,6 +43,9 @@ DEFAULT_MIN_LESION_VOLUME = 3.0
 
 DEVIATIONS = ("none", "normative")
 """Scores as they are, or their deviation from healthy people of the same age and sex."""
+
+RENAMED_DETECTORS = {"fpi": "pls"}
+"""Detectors by the names that they had before; command line and model bundles may still use these."""
 
 RUN_SPECIFIC = frozenset(
     {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
@@ -120,7 +123,7 @@ class RunConfig(Constrained):
         Outputs of other models on the same images, by name, that `group` compares with its own.
     cohort : str, optional
         Column of participants.tsv whose values are the cohorts of `group`; `pathology` if not given.
-    strata : tuple of str
+    subgroups : tuple of str
         What `group` divides the cohort by: columns of participants.tsv, sessions.tsv or scans.tsv, fields of
         the raw images' sidecars, and `lesion load`.
     train_fraction : float
@@ -183,7 +186,7 @@ class RunConfig(Constrained):
     hyper: tuple[Text, ...] = ()
     experiments: dict[Text, Path] = field(default_factory=dict)
     cohort: Text | None = None
-    strata: tuple[Text, ...] = DEFAULT_STRATA
+    subgroups: tuple[Text, ...] = DEFAULT_SUBGROUPS
     train_fraction: Annotated[float, Interval(0, 1, closed="right")] = 1.0
     synthetic: CountOrZero = 0
     recontrast: bool = False

@@ -162,7 +162,7 @@ def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
     )
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def truncate_list(names: Iterable[str], most: int = 20) -> str:
     """Name the first few of many, and say how many more there are.
 
     Parameters

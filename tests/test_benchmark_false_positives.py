@@ -44,7 +44,7 @@ def derivatives(tmp_path):
 
 
 def test_only_what_is_known_to_be_healthy_is_counted(derivatives, tmp_path):
-    bundle = load_bundle(PACKAGED / "fpi-T1w-default")
+    bundle = load_bundle(PACKAGED / "pls-T1w-default")
     scans = find_preprocessed(derivatives, "T1w")
     marked = count_marked(scans, bundle, read_participants(derivatives))
     assert (marked.healthy, marked.patients) == (1, 1)

@@ -17,6 +17,7 @@ from bids_uad.config import (
     LEVELS,
     MODALITIES,
     PRECISIONS,
+    RENAMED_DETECTORS,
     RUN_SPECIFIC,
     Device,
     Label,
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
         help="make maps of the scores themselves ('none'), of their deviation from what healthy people of "
         "the same age and sex (participants.tsv) have at that place ('normative'), or both (default: "
-        "normative for fpi, which finds more so, none for the others)",
+        "normative for pls, which finds more so, none for the others)",
     )  # fmt: skip
     pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
     pick.add_argument(
@@ -187,11 +188,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="column of participants.tsv whose values are the cohorts of the benchmark (default: pathology)",
     )  # fmt: skip
     study.add_argument(
-        "--strata", nargs="+", metavar="COLUMN",
+        "--subgroups", nargs="+", metavar="COLUMN",
         help="what divides the cohort: columns of participants.tsv, sessions.tsv or scans.tsv, fields of the "
         "raw images' sidecars, and 'lesion load' (default: sex age scanner scanner_seen 'lesion load')",
     )  # fmt: skip
 
+    study.add_argument(
+        "--strata", dest="subgroups", nargs="+", help=argparse.SUPPRESS,  # deprecated
+    )  # fmt: skip
     study.add_argument(
         "--experiments", nargs="+", action="extend", metavar="NAME=PATH",
         help="outputs of other models on the same images (fewer training subjects, other hyper-parameters) "
@@ -199,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     models = parser.add_argument_group("train and calibrate")
-    models.add_argument("--detector", metavar="NAME", help="detector to train")
+    models.add_argument("--detector", metavar="NAME", type=_detector, help="detector to train")
     models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
     models.add_argument("--modality", choices=MODALITIES, help="images to train on")
     models.add_argument(
@@ -274,7 +278,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
         "deviations",
         "hyper",
         "label_maps",
-        "strata",
+        "subgroups",
     ):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
@@ -441,6 +445,10 @@ def _memory(text: str) -> float:
         return parse_memory(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _detector(text: str) -> str:
+    return RENAMED_DETECTORS.get(text, text)
 
 
 def _device(text: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bids_uad.errors import InputError, listed, unreadable
+from bids_uad.errors import InputError, truncate_list, unreadable
 
 MALE, FEMALE, OTHER = "male", "female", "other"
 SEXES = {MALE: 0.5, FEMALE: -0.5}
@@ -372,7 +372,7 @@ def read_table(path: Path, key: str) -> Table:
         header.pop()
     place = next((i for i, name in enumerate(header) if name.lower() == key), None)
     if place is None:
-        columns = listed(filter(None, header), 5)
+        columns = truncate_list(filter(None, header), 5)
         remedy = "add it, or separate columns by tabs"
         raise InputError(path, f"no column {key} (columns: {columns})", remedy)
     if separator != "tabs":
@@ -382,7 +382,9 @@ def read_table(path: Path, key: str) -> Table:
     names = list(dict.fromkeys(filter(None, header)))
     twice = [name for name in names if header.count(name) > 1]
     if twice:
-        notes.append(f"{path}: several columns are called {listed(twice, 5)}; the first of them is used")
+        notes.append(
+            f"{path}: several columns are called {truncate_list(twice, 5)}; the first of them is used"
+        )
     rows, uneven = [], []
     for row in cells[1:]:
         row = [cell.strip() for cell in row]
@@ -395,8 +397,8 @@ def read_table(path: Path, key: str) -> Table:
             rows.append({header[place]: row[place]})
     if uneven:
         notes.append(
-            f"{path}: rows with more or fewer cells than the header are not used ({listed(uneven, 5)}); "
-            "write n/a for what is not known"
+            f"{path}: rows with more or fewer cells than the header are not used "
+            f"({truncate_list(uneven, 5)}); write n/a for what is not known"
         )
     return Table(header[place], tuple(names), tuple(rows), tuple(notes))
 

@@ -70,7 +70,7 @@ What there may be for an image (`<T1w|T2w><Detector>` names the image and the de
 
 No threshold is chosen on these images: thresholds come with the models, and each sidecar says which
 validation scans they were fixed on (`ThresholdCohort`). `*_metrics.tsv` says whether the participant was
-among these, or among the training data (`model_has_met`). `logs/CITATION.md` describes what was done.
+among these, or among the training data (`seen_in_training`). `logs/CITATION.md` describes what was done.
 """
 
 

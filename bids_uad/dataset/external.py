@@ -13,8 +13,8 @@ import numpy as np
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.naming import (
     PREFIX_ENTITIES,
+    ExternalInputs,
     ImageUnit,
-    Prepared,
     Problem,
     entities_of,
 )
@@ -29,7 +29,7 @@ _SUFFIX = re.compile(r"_([0-9a-zA-Z]+)\.(?:nii|nii\.gz|txt)$")
 _IDENTIFYING = {key: name for name, key in PREFIX_ENTITIES}
 
 
-def attach_prepared(
+def attach_external_inputs(
     units: Sequence[ImageUnit], derivatives: Mapping[str, Path]
 ) -> tuple[list[ImageUnit], list[Problem]]:
     """Give every image what the derivative datasets of the run hold about it.
@@ -64,10 +64,10 @@ def attach_prepared(
             unit = replace(unit, anchor=done[unit.anchor.key])
         try:
             for name, root in sources.items():
-                prepared = _find(name, root, unit, taken)
-                if prepared.files:
-                    taken |= {prepared.image, prepared.brain_mask} - {None}
-                    unit = replace(unit, prepared=prepared)
+                external = _find(name, root, unit, taken)
+                if external.files:
+                    taken |= {external.image, external.brain_mask} - {None}
+                    unit = replace(unit, external=external)
                     break
         except InputError as error:
             problems.append(Problem(unit.subject, str(error), unit.key))
@@ -76,16 +76,16 @@ def attach_prepared(
     return list(done.values()), problems
 
 
-def _find(dataset: str, root: Path, unit: ImageUnit, taken: set[Path]) -> Prepared:
+def _find(dataset: str, root: Path, unit: ImageUnit, taken: set[Path]) -> ExternalInputs:
     """Collect what one dataset holds about an image."""
     files = [path for path in _files(root, unit) if path not in taken]
     image = _best(files, unit, suffix=unit.modality, spaces=(None, "T1w"), desc=("preproc",))
     grid = grid_of(unit.path if image is None else image)
     mask = _mask(files, unit, grid)
     if image is None and mask is None:
-        return Prepared()
+        return ExternalInputs()
     origin = "orig" if unit.modality == "T1w" else unit.modality
-    return Prepared(
+    return ExternalInputs(
         dataset=dataset,
         root=root,
         image=image,

@@ -18,10 +18,10 @@ from bids.utils import listify
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.demographics import read_object
-from bids_uad.dataset.external import LESIONS, attach_prepared
+from bids_uad.dataset.external import LESIONS, attach_external_inputs
 from bids_uad.dataset.lesion_masks import LesionMask, resolve_masks
 from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem
-from bids_uad.errors import ConfigError, InputError, listed
+from bids_uad.errors import ConfigError, InputError, truncate_list
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -217,7 +217,7 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     used = {unit.anchor.key for unit in anchored if unit.anchor is not None}
     anchors_only = frozenset(unit.key for unit in elsewhere) & used
     anchored = [unit for unit in anchored if unit not in elsewhere or unit.key in used]
-    units, unfitting = attach_prepared(anchored, config.derivatives)
+    units, unfitting = attach_external_inputs(anchored, config.derivatives)
     lesions, refused = _attach_lesions(config, [unit for unit in units if unit.key not in anchors_only])
     problems += [*misnamed, *ambiguous, *unusable, *unfitting, *refused]
     left_out = _left_out(layout, scope, {Path(file.path) for file, _ in found}, config) if labelled else {}
@@ -272,7 +272,9 @@ def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]
         raise InputError(bids_dir, "holds no participant (sub-* folder)", "give the root of a BIDS dataset")
     missing = sorted(set(labels) - set(existing))
     if missing:
-        raise InputError(bids_dir, f"has no participant {', '.join(missing)}", f"it has {listed(existing)}")
+        raise InputError(
+            bids_dir, f"has no participant {', '.join(missing)}", f"it has {truncate_list(existing)}"
+        )
     return tuple(label for label in existing if not labels or label in labels)
 
 
@@ -396,7 +398,7 @@ def _drop_ambiguous(units: list[ImageUnit]) -> tuple[list[ImageUnit], list[Probl
     for key, own in by_key.items():
         first, *others = sorted(own, key=lambda unit: unit.path)
         if others:
-            names = listed([unit.path.name for unit in others])
+            names = truncate_list([unit.path.name for unit in others])
             remedy = "keep one of them, e.g. with --bids-filter-file"
             error = InputError(first.path, f"same BIDS entities as {names}", remedy)
             problems.append(Problem(first.subject, str(error), key))
@@ -453,7 +455,7 @@ def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> 
         for path, reason in left_out.items()
         if path.relative_to(config.bids_dir).parts[0] == f"sub-{subject}"
     ]
-    return Problem(subject, f"{message}; left out: {listed(own, 3)}" if own else message)
+    return Problem(subject, f"{message}; left out: {truncate_list(own, 3)}" if own else message)
 
 
 def _left_out(
@@ -505,7 +507,7 @@ def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
         raise InputError(
             config.bids_dir,
             f"has no session {', '.join(missing)}",
-            f"it has {listed(existing)}" if existing else "it has no sessions",
+            f"it has {truncate_list(existing)}" if existing else "it has no sessions",
         )
 
 

@@ -309,8 +309,8 @@ def _fitting_sessions(
         try:
             grid = grid_of(mask)
             fitting = [session for session, images in raw.items() if _fits(mask, grid, images, roots)]
-            prepared = [unit for unit in units if unit.image != unit.path and belongs_to(mask, unit.path)]
-            fitting += [unit.session for unit in prepared if _is_on(grid, unit.image)]
+            external = [unit for unit in units if unit.image != unit.path and belongs_to(mask, unit.path)]
+            fitting += [unit.session for unit in external if _is_on(grid, unit.image)]
             fitting = list(dict.fromkeys(fitting))
             if len(fitting) == 1:
                 found.append((mask, fitting[0]))
@@ -451,15 +451,15 @@ def _place(
         for other in (*named, *unnamed):
             if _is_on(grids[path], other):
                 return placed(path, other=other)
-    listed = ", ".join(path.name for path in masks[1:])
+    others = ", ".join(path.name for path in masks[1:])
     raise InputError(
         masks[0],
         "lesion mask on the grid of none of the images it may serve, and no transform leads from its space"
-        + (f" (nor from {listed})" if listed else ""),
+        + (f" (nor from {others})" if others else ""),
         "resample it to the T1w with nearest-neighbour interpolation",
     )
 
 
 def _same_tree(transform: Path, unit: ImageUnit) -> bool:
     """Check whether a transform leads to another pipeline's version of an image."""
-    return unit.prepared.image is not None and transform.is_relative_to(unit.prepared.root)
+    return unit.external.image is not None and transform.is_relative_to(unit.external.root)

@@ -25,7 +25,7 @@ PREFIX_ENTITIES = (
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ExternalInputs:
     """What another pipeline has already done for an image.
 
     Parameters
@@ -84,7 +84,7 @@ class ImageUnit:
         The T1w that this T2w is registered to; none for an image that goes to the atlas directly.
     sidecar : dict
         BIDS metadata of the image.
-    prepared : Prepared
+    external : ExternalInputs
         What another pipeline has already done for it.
     """
 
@@ -95,12 +95,12 @@ class ImageUnit:
     entities: dict[str, str]
     anchor: ImageUnit | None = None
     sidecar: dict[str, Any] = field(default_factory=dict)
-    prepared: Prepared = Prepared()
+    external: ExternalInputs = ExternalInputs()
 
     @property
     def image(self) -> Path:
         """The image that is worked on: another pipeline's, if there is one, or the raw one."""
-        return self.prepared.image or self.path
+        return self.external.image or self.path
 
     @property
     def suffix(self) -> str:

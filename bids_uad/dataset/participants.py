@@ -37,7 +37,7 @@ from bids_uad.dataset.demographics import (
     read_table,
 )
 from bids_uad.dataset.describe import read_json
-from bids_uad.errors import InputError, listed
+from bids_uad.errors import InputError, truncate_list
 from bids_uad.files import write_json, write_tsv
 
 HEALTHY_COLUMNS = ("group", "diagnosis")
@@ -414,7 +414,7 @@ class _Reader:
             key = None if is_missing(session) else _prefixed(session, "ses-")
             found[subject][key].append(self._normalise(row, others, entries, str(path)))
         if malformed:
-            problem = f"not a participant_id: {listed(malformed, MOST_VALUES)}"
+            problem = f"not a participant_id: {truncate_list(malformed, MOST_VALUES)}"
             self._note(path, problem, "separate columns by tabs")
         for subject, by_session in found.items():
             self._add(path, subject, by_session)
@@ -563,8 +563,8 @@ class _Reader:
         if contradictory:
             self._note(
                 path,
-                f"{who} is listed more than once, with different {listed(contradictory, MOST_VALUES)}, which "
-                "count as missing",
+                f"{who} is listed more than once, with different "
+                f"{truncate_list(contradictory, MOST_VALUES)}, which count as missing",
                 "keep one row, or add a column session_id",
             )
         return {**values, **dict.fromkeys(contradictory)}
@@ -595,7 +595,7 @@ def _entry(entries: Mapping[str, Any], column: str) -> Any:
 
 
 def _some(values: Iterable[str]) -> str:
-    return listed(dict.fromkeys(values), MOST_VALUES)
+    return truncate_list(dict.fromkeys(values), MOST_VALUES)
 
 
 def _prefixed(label: str, prefix: str) -> str:

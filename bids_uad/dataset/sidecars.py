@@ -65,7 +65,7 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "preset": {"Description": "Hyper-parameter preset of the detector"},
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad"},
-    "model_has_met": {
+    "seen_in_training": {
         "Description": "Cohorts of the model that the subject was in, with 'and' between them: training, "
         "validation, normative reference; or no"
     },
@@ -211,13 +211,13 @@ def preprocessing_sidecars(
         Metadata by output field. Transforms have none: they are no BIDS yet.
     """
     sources = [raw_uri(unit, bids_dir)]
-    root, name = unit.prepared.root, unit.prepared.dataset
-    sources += [bids_uri(name, path.relative_to(root)) for path in unit.prepared.files]
+    root, name = unit.external.root, unit.external.dataset
+    sources += [bids_uri(name, path.relative_to(root)) for path in unit.external.files]
     if unit.anchor is not None:
         sources.append(raw_uri(unit.anchor, bids_dir))
     in_space = {"SpatialReference": SPATIAL_REFERENCE, "ReferenceImage": reference, "Sources": sources}
     corrected = (
-        "as corrected by another pipeline" if unit.prepared.image is not None else "bias-corrected (N4)"
+        "as corrected by another pipeline" if unit.external.image is not None else "bias-corrected (N4)"
     )
     return {
         "preproc": {

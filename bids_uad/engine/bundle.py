@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.config import MODALITIES
+from bids_uad.config import MODALITIES, RENAMED_DETECTORS
 from bids_uad.constraints import (
     Interval,
     Items,
@@ -24,7 +25,7 @@ from bids_uad.constraints import (
     describe,
 )
 from bids_uad.engine.protocol import Protocol, protocol_of
-from bids_uad.errors import ModelError, listed
+from bids_uad.errors import ModelError, truncate_list
 from bids_uad.files import atomic_paths, json_text, remove_unfinished
 
 if TYPE_CHECKING:
@@ -33,14 +34,16 @@ if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
 ALL = "all"
-DEFAULT_MODELS = ("fpi-T1w-default", "fpi-T2w-default")
+LOGGER = logging.getLogger("bids_uad")
+
+DEFAULT_MODELS = ("pls-T1w-default", "pls-T2w-default")
 """Those that find most in scans they have not met, see the README's tables."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from healthy people, and what its part of ``calibration.json`` is called."""
 NORMATIVE_FILE = "normative.nii.gz"
 WEIGHTS = "weights.safetensors"
-DEVIATING = ("fpi",)
+DEVIATING = ("pls",)
 """Detectors whose maps are deviations unless scores are asked for: they find more so. The published ones are
 as they were published."""
 
@@ -86,7 +89,7 @@ class Bundle:
     @property
     def detector(self) -> str:
         """Registry name."""
-        return self.info["detector"]
+        return RENAMED_DETECTORS.get(self.info["detector"], self.info["detector"])
 
     @property
     def preset(self) -> str:
@@ -209,7 +212,7 @@ class Bundle:
             "ThresholdCohort": (self.calibration or {}).get("cohort", {}).get("source"),
         }
 
-    def has_met(self, hashes: set[str]) -> list[str]:
+    def cohorts_containing(self, hashes: set[str]) -> list[str]:
         """Cohorts of this model that hold a subject: ``training``, ``validation``, ``normative reference``.
 
         Only deviations know the last: people whom nothing else was fixed on.
@@ -371,6 +374,11 @@ def resolve_bundles(
     if models == [ALL]:
         models = known
     for model in DEFAULT_MODELS if models is None else models:
+        detector, separator, rest = model.partition("-")
+        if detector in RENAMED_DETECTORS and not Path(model).is_dir():
+            current = RENAMED_DETECTORS[detector] + separator + rest
+            LOGGER.warning("--models %s is deprecated: the detector is called %s", model, current)
+            model = current
         if model in known:
             folders = [PACKAGED / model]
         elif Path(model).is_dir():
@@ -468,7 +476,7 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
     if wrong:
         raise ModelError(
             f"model bundle {bundle.folder}: weights.safetensors holds NaN or infinite values in "
-            f"{listed(wrong, 3)}; train the model again"
+            f"{truncate_list(wrong, 3)}; train the model again"
         )
     return detector.eval().to(device)
 
@@ -521,7 +529,9 @@ def save_bundle(
     """
     tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     if wrong := not_finite(tensors):
-        raise ModelError(f"{listed(wrong, 3)}: NaN or infinite after training; {folder} is not written")
+        raise ModelError(
+            f"{truncate_list(wrong, 3)}: NaN or infinite after training; {folder} is not written"
+        )
     if preset == "lite":
         tensors = {key: _halved(key, value) for key, value in tensors.items()}
     remove_unfinished(folder)

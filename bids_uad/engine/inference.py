@@ -18,7 +18,7 @@ from bids_uad import space
 from bids_uad.engine.bundle import load_bundle, load_detector
 from bids_uad.engine.execution import PLAIN, Execution, ran_out_of_memory, resolve_device
 from bids_uad.engine.protocol import CORRECTED, Protocol
-from bids_uad.errors import ModelError, UserError, listed
+from bids_uad.errors import ModelError, UserError, truncate_list
 from bids_uad.images import save_image
 from bids_uad.methods.base import Detector
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -268,7 +268,7 @@ def _check_finite(detector: Detector, scores: Tensor, key: str) -> None:
     numbers = torch.nonzero(wrong).flatten().tolist()
     raise ModelError(
         f"{detector.name} gave NaN or infinite scores for {key} in axial slice{'s' if numbers[1:] else ''} "
-        f"{listed(map(str, numbers), 5)} of the SRI24 grid (counted from 0); check the preprocessed "
+        f"{truncate_list(map(str, numbers), 5)} of the SRI24 grid (counted from 0); check the preprocessed "
         "image, or train the model again"
     )
 

@@ -22,8 +22,8 @@ from bids_uad.evaluation.lesion_detection import (
     lesion_sensitivity,
     missed_by_all,
 )
-from bids_uad.evaluation.subgroups import COLUMNS as STRATA_COLUMNS
-from bids_uad.evaluation.subgroups import DISPARITY_COLUMNS, stratify
+from bids_uad.evaluation.subgroups import COLUMNS as SUBGROUP_COLUMNS
+from bids_uad.evaluation.subgroups import DISPARITY_COLUMNS, compare_subgroups
 from bids_uad.evaluation.threshold_transfer import COLUMNS as THRESHOLD_COLUMNS
 from bids_uad.evaluation.threshold_transfer import transfer_thresholds
 
@@ -36,8 +36,8 @@ class Analyses:
     ----------
     comparison : pandas.DataFrame
         Of :func:`bids_uad.evaluation.comparison.compare_detectors`.
-    strata, disparities : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.subgroups.stratify`.
+    subgroups, disparities : pandas.DataFrame
+        Of :func:`bids_uad.evaluation.subgroups.compare_subgroups`.
     bias : Bias
     thresholds : pandas.DataFrame
         Of :func:`bids_uad.evaluation.threshold_transfer.transfer_thresholds`.
@@ -50,7 +50,7 @@ class Analyses:
     """
 
     comparison: pd.DataFrame
-    strata: pd.DataFrame
+    subgroups: pd.DataFrame
     disparities: pd.DataFrame
     bias: Bias
     thresholds: pd.DataFrame
@@ -63,7 +63,7 @@ class Analyses:
         """Each table by name, with what it is and what its columns are."""
         return {
             "comparison": (self.comparison, "Paired comparisons of detectors", COMPARISON_COLUMNS),
-            "strata": (self.strata, "Numbers for parts of the cohort", STRATA_COLUMNS),
+            "subgroups": (self.subgroups, "Numbers for parts of the cohort", SUBGROUP_COLUMNS),
             "disparities": (self.disparities, "Largest gaps between parts of the cohort", DISPARITY_COLUMNS),
             "thresholds": (self.thresholds, "Thresholds of one cohort on another", THRESHOLD_COLUMNS),
             "lesions": (self.lesions, "Lesions found, by size and contrast", LESION_COLUMNS),
@@ -101,11 +101,11 @@ def analyse(
     Analyses
     """
     table = (lesions or Lesions()).table
-    strata, disparities = stratify(subjects, factors, seed=seed)
+    subgroups, disparities = compare_subgroups(subjects, factors, seed=seed)
     bias = model_bias(subjects)
     return Analyses(
         comparison=compare_detectors(subjects, seed=seed),
-        strata=strata,
+        subgroups=subgroups,
         disparities=disparities,
         bias=bias,
         thresholds=transfer_thresholds(curves),

@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.dataset.participants import Participants
-from bids_uad.errors import listed
+from bids_uad.errors import truncate_list
 from bids_uad.evaluation.bootstrap import bootstrap_interval, interval_columns, share_interval
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.lesion_detection import Lesions
 from bids_uad.evaluation.metrics import lesion_wise
-from bids_uad.evaluation.missing import Absence, find_absences, find_exclusions
+from bids_uad.evaluation.missing import MissingData, find_exclusions, find_missing_data
 from bids_uad.evaluation.scores import EXCLUDED, read_scores
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
@@ -126,7 +126,7 @@ class Evaluation:
         (detector, modality) -> `Curves` over all scans.
     cohort_curves : dict
         (detector, modality, cohort) -> `Curves` over the scans of one cohort.
-    absences : list of Absence
+    absences : list of MissingData
         Participants and images without a score table.
     unreadable : list of str
         Tables that could not be read, one message each.
@@ -140,7 +140,7 @@ class Evaluation:
     benchmark: pd.DataFrame
     curves: dict[tuple[str, str], Curves]
     cohort_curves: dict[tuple[str, str, str], Curves]
-    absences: list[Absence]
+    missing_data: list[MissingData]
     unreadable: list[str]
     warnings: list[str]
     lesions: Lesions
@@ -202,18 +202,18 @@ def evaluate(
     subjects = subjects.sort_values(
         ["modality", "detector", "participant_id", "source_image"], ignore_index=True
     )
-    absences = sorted(
-        [*find_absences(root, participants, scores.present, only), *scores.excluded],
+    missing_data = sorted(
+        [*find_missing_data(root, participants, scores.present, only), *scores.excluded],
         key=lambda absence: absence.subject,
     )
-    expected = set(participants.labels) | {absence.subject for absence in absences}
+    expected = set(participants.labels) | {absence.subject for absence in missing_data}
     cohorts = {subject: participants.cohorts(subject) for subject in (expected & only if only else expected)}
     curves = _whole(scores.curves) | scores.curves
-    benchmark = _benchmark(subjects, curves, absences, cohorts, seed)
+    benchmark = _benchmark(subjects, curves, missing_data, cohorts, seed)
     warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)
     overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
     return Evaluation(
-        subjects, benchmark, overall, scores.curves, absences, unreadable, warnings, scores.lesions
+        subjects, benchmark, overall, scores.curves, missing_data, unreadable, warnings, scores.lesions
     )
 
 
@@ -229,7 +229,7 @@ def _whole(curves: Mapping[tuple[str, str, str], Curves]) -> dict[tuple[str, str
 def _benchmark(
     subjects: pd.DataFrame,
     curves: dict[tuple[str, str, str], Curves],
-    absences: list[Absence],
+    missing_data: list[MissingData],
     known: dict[str, set[str]],
     seed: int,
 ) -> pd.DataFrame:
@@ -243,7 +243,7 @@ def _benchmark(
             members = {who for who, what in known.items() if cohort == ALL or cohort in what}
             absent = [
                 absence
-                for absence in absences
+                for absence in missing_data
                 if absence.modality == modality
                 and absence.detector in (detector, None)
                 and absence.subject in members
@@ -328,13 +328,13 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
 
 def _names(people: Iterable[str]) -> str:
     """Name participants once each, but not hundreds of them."""
-    return listed(sorted(set(people)))
+    return truncate_list(sorted(set(people)))
 
 
 def _meetings(subjects: pd.DataFrame) -> list[str]:
     """Warn of participants that a model has met before."""
-    known = subjects[subjects["model_has_met"] != "no"]
-    groups = known.groupby(["detector", "modality", "model_has_met"], sort=True)["participant_id"]
+    known = subjects[subjects["seen_in_training"] != "no"]
+    groups = known.groupby(["detector", "modality", "seen_in_training"], sort=True)["participant_id"]
     return [
         f"The model of {detector} for {modality} has met {_names(people)} in {where}: its "
         "numbers on them say nothing about others."

@@ -17,7 +17,7 @@ _PREPROC = "_space-SRI24_desc-preproc_"
 
 
 @dataclass(frozen=True)
-class Absence:
+class MissingData:
     """One participant without a score table.
 
     Parameters
@@ -42,12 +42,12 @@ class Absence:
     crash_files: tuple[str, ...] = ()
 
 
-def find_absences(
+def find_missing_data(
     output_dir: str | Path,
     participants: Participants,
     present: Iterable[tuple[str, str, str]],
     only: frozenset[str] = frozenset(),
-) -> list[Absence]:
+) -> list[MissingData]:
     """List the score tables that one would expect and that are not there.
 
     Parameters
@@ -63,7 +63,7 @@ def find_absences(
 
     Returns
     -------
-    list of Absence
+    list of MissingData
         Sorted by subject. A participant without a preprocessed image of a modality that has other
         tables is not listed for that modality: most likely there is no such scan. Nor is a modality that
         nobody has tables of, if the participant has others: most likely it was not asked for.
@@ -77,11 +77,11 @@ def find_absences(
         with_tables.add(prefix.split("_", 1)[0])
     folders = subject_folders(root)
 
-    absences = []
+    missing_data = []
     expected = set(participants.labels) | set(folders)
     for subject in sorted(expected & only if only else expected):
         if subject not in folders:
-            absences.append(Absence(subject, subject, None, None, "no outputs at all"))
+            missing_data.append(MissingData(subject, subject, None, None, "no outputs at all"))
             continue
         crashes = tuple(
             str(path.relative_to(root)) for path in sorted((root / subject).glob("**/log/**/crash*"))
@@ -92,16 +92,16 @@ def find_absences(
         )
         if subject not in with_tables and not images:
             reason = "no preprocessed image"
-            absences.append(Absence(subject, subject, None, None, reason, crashes))
+            missing_data.append(MissingData(subject, subject, None, None, reason, crashes))
         for prefix, modality in images:
             for detector in sorted(detectors[modality]):
                 if (prefix, modality, detector) not in tables:
                     reason = "preprocessed, but no score table"
-                    absences.append(Absence(subject, prefix, modality, detector, reason, crashes))
+                    missing_data.append(MissingData(subject, prefix, modality, detector, reason, crashes))
             if not detectors[modality] and subject not in with_tables:
                 reason = "preprocessed, but no score table of any detector"
-                absences.append(Absence(subject, prefix, modality, None, reason, crashes))
-    return absences
+                missing_data.append(MissingData(subject, prefix, modality, None, reason, crashes))
+    return missing_data
 
 
 def subject_folders(output_dir: str | Path) -> list[str]:

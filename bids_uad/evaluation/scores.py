@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.dataset.participants import Participants
-from bids_uad.errors import InputError, listed
+from bids_uad.errors import InputError, truncate_list
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.lesion_detection import Lesions
-from bids_uad.evaluation.missing import Absence
+from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.subjects import LESION, subject_row
 from bids_uad.evaluation.tables import UnitScores, read_unit, subject_of
 from bids_uad.resources import worker_pool
@@ -105,8 +105,8 @@ class ConsistencyCheck:
         if self._uncounted:
             lines.append(
                 "Score tables of an earlier version, which has no least lesion volume, are left out of all "
-                f"lesion-wise numbers: {listed(sorted(self._uncounted))}. Run the participant level again "
-                "for these participants."
+                f"lesion-wise numbers: {truncate_list(sorted(self._uncounted))}. Run the participant "
+                "level again for these participants."
             )
         return lines
 
@@ -128,7 +128,7 @@ class Scores:
         (detector, modality, cohort) -> `Curves` over the scans of one cohort.
     present : list of (str, str, str)
         Image prefix, modality and detector of each table that could be read.
-    excluded : list of Absence
+    excluded : list of MissingData
         Tables of images that quality control leaves out.
     unreadable : list of str
         One message for each table that could not be read.
@@ -143,7 +143,7 @@ class Scores:
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: dict[tuple[str, str, str], Curves] = field(default_factory=dict)
     present: list[tuple[str, str, str]] = field(default_factory=list)
-    excluded: list[Absence] = field(default_factory=list)
+    excluded: list[MissingData] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     contradictions: set[str] = field(default_factory=set)
     consistency: ConsistencyCheck = field(default_factory=ConsistencyCheck)
@@ -223,7 +223,7 @@ def _read_part(
         reason = exclusions.get((unit.prefix, unit.modality))
         if reason is not None:
             which = (unit.subject, unit.prefix, unit.modality, unit.detector)
-            scores.excluded.append(Absence(*which, EXCLUDED + reason))
+            scores.excluded.append(MissingData(*which, EXCLUDED + reason))
             continue
         if row["role"] == LESION:
             try:

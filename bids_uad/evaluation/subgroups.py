@@ -155,7 +155,7 @@ def _quartiles(values: pd.Series, images: pd.Series) -> pd.Series:
     return pd.Series(np.array(QUARTILES)[place], index=values.index).where(values.notna()).astype("string")
 
 
-def stratify(
+def compare_subgroups(
     subjects: pd.DataFrame, factors: Sequence[str], *, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Average over the parts of a cohort, and measure how far apart they are.
@@ -171,12 +171,12 @@ def stratify(
 
     Returns
     -------
-    strata : pandas.DataFrame
+    subgroups : pandas.DataFrame
         Columns of `COLUMNS`.
     disparities : pandas.DataFrame
         Columns of `DISPARITY_COLUMNS`.
     """
-    strata: list[dict[str, Any]] = []
+    subgroups: list[dict[str, Any]] = []
     disparities: list[dict[str, Any]] = []
     for factor in factors:
         levels = levels_of(subjects, factor)
@@ -191,12 +191,12 @@ def stratify(
                 if means.shape[1] < 2:
                     continue
                 labels = {"detector": detector, "modality": modality, "outcome": outcome, "factor": factor}
-                strata += [labels | _stratum(name, means, seed) for name in means]
+                subgroups += [labels | _stratum(name, means, seed) for name in means]
                 means = means.loc[:, means.notna().sum() >= MIN_COMPARED].dropna(how="all")
                 if means.shape[1] > 1:
                     disparities.append(labels | _disparity(means))
     tables = (
-        pd.DataFrame(strata, columns=list(COLUMNS)),
+        pd.DataFrame(subgroups, columns=list(COLUMNS)),
         pd.DataFrame(disparities, columns=list(DISPARITY_COLUMNS)),
     )
     for table in tables:

@@ -44,7 +44,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         },
     },
     "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
-    "model_has_met": {
+    "seen_in_training": {
         "Description": "Cohorts of the model that the participant was in, with 'and' between them: training, "
         "validation, normative reference; or no"
     },
@@ -147,7 +147,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "cohort": unit.cohort,
         "role": role,
         "threshold_name": unit.threshold_name,
-        "model_has_met": unit.model_has_met,
+        "seen_in_training": unit.seen_in_training,
         "scanner_seen": unit.scanner_seen,
         "threshold": unit.threshold,
         "n_brain_voxels": n_brain_voxels,

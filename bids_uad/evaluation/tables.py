@@ -26,7 +26,6 @@ _METRICS_COLUMNS = (
     "app_version",
     "threshold",
     "threshold_name",
-    "model_has_met",
     "brain_volume_mm3",
     "anomaly_volume_mm3",
     "lesion_volume_mm3",
@@ -37,11 +36,13 @@ _METRICS_COLUMNS = (
 )
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
 """Columns of tables whose lesions are counted from a least volume."""
-_OPTIONAL_COLUMNS = ("scanner_seen", *_COUNTING_COLUMNS)
+_SEEN = ("seen_in_training", "model_has_met")
+"""Column on training data, and the name that it had before."""
+_OPTIONAL_COLUMNS = ("scanner_seen", *_SEEN, *_COUNTING_COLUMNS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """What depends on the least volume; not known in tables without it."""
-_TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "model_has_met")
+_TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name")
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
 
 
@@ -76,7 +77,7 @@ class UnitScores:
         The fixed threshold, one of `edges`.
     threshold_name, model_sha256, app_version, source_image : str
         Where the numbers come from.
-    model_has_met : str
+    seen_in_training : str
         Cohorts of the model that the participant was in: `training`, `validation`, both, or `no`.
     scanner_seen : str or None
         `seen`, `name seen elsewhere` or `unseen` in the training of the model; None if not known.
@@ -108,7 +109,7 @@ class UnitScores:
     model_sha256: str
     app_version: str
     source_image: str
-    model_has_met: str
+    seen_in_training: str
     scanner_seen: str | None
     brain_volume_mm3: float
     anomaly_volume_mm3: float
@@ -209,6 +210,9 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     if not np.isfinite(threshold):
         raise InputError(path, "no threshold", REMEDY)
     texts = {key: row[key] for key in _TEXTS}
+    seen = next((row[column] for column in _SEEN if row[column] not in MISSING), None)
+    if seen is None:
+        raise InputError(path, f"no column {_SEEN[0]}", REMEDY)
     return UnitScores(
         path=path,
         prefix=name["prefix"],
@@ -222,6 +226,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         n_lesion=n_lesion,
         threshold=threshold,
         scanner_seen=None if row["scanner_seen"] in MISSING else row["scanner_seen"],
+        seen_in_training=seen,
         **texts,
         **numbers,
     )

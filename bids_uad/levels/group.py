@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
-from bids_uad.config import DEFAULT_STRATA
+from bids_uad.config import DEFAULT_SUBGROUPS
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import read_participants, write_participants
 from bids_uad.errors import ConfigError, InputError
@@ -56,8 +56,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
     Reads the score tables below `config.output_dir`, and participants.tsv and sessions.tsv of `bids_dir`,
-    where `strata` asks for it also scans.tsv and sidecars. Tables that this level wrote are not read. Writes
-    `group_benchmark`, `group_subjects`, `group_comparison`, `group_strata`, `group_disparities`,
+    where `subgroups` asks for it also scans.tsv and sidecars. Tables that this level wrote are not read.
+    Writes `group_benchmark`, `group_subjects`, `group_comparison`, `group_subgroups`, `group_disparities`,
     `group_thresholds`, `group_lesions`, `group_missed`, `group_bias`, `group_deviations` and `participants`
     (each .tsv and .json), `sub-*_sessions.tsv` where participants differ between sessions, `group.html`,
     `group/figures` and `logs/CITATION_group`; with `experiments` also `group_experiments`. A few scans
@@ -66,7 +66,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants`, `experiments`, `cohort`, `strata`, `nprocs` and
+        `bids_dir`, `output_dir`, `participants`, `experiments`, `cohort`, `subgroups`, `nprocs` and
         `random_seed` are used.
     console : rich.console.Console, optional
         Where the benchmark is printed; the terminal by default.
@@ -119,8 +119,8 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
 
     write_participants(output_dir, participants, subject_folders(output_dir), PARTICIPANTS_DESCRIPTION)
     subjects, subject_columns = add_participant_columns(evaluation.subjects, participants)
-    strata = tuple(dict.fromkeys(map(participants.column, config.strata)))
-    asked = () if config.strata == DEFAULT_STRATA else strata
+    subgroups = tuple(dict.fromkeys(map(participants.column, config.subgroups)))
+    asked = () if config.subgroups == DEFAULT_SUBGROUPS else subgroups
     subjects, subject_columns = add_image_columns(
         subjects, subject_columns, asked, config.bids_dir, participants
     )
@@ -132,11 +132,11 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     analyses = analyse(
         subjects,
         evaluation.cohort_curves,
-        strata,
+        subgroups,
         seed=config.random_seed,
         lesions=evaluation.lesions,
     )
-    useless = _useless(asked, subjects, analyses.strata["factor"])
+    useless = _useless(asked, subjects, analyses.subgroups["factor"])
     outdated = [left_out] if left_out else []
     warnings = [*outdated, *participants.notes, *evaluation.warnings, *useless]
     evaluation = replace(evaluation, warnings=warnings)
@@ -228,8 +228,8 @@ def _command(config: RunConfig) -> tuple[str, ...]:
         command += ["--experiments", *(f"{name}={path}" for name, path in config.experiments.items())]
     if config.cohort is not None:
         command += ["--cohort", config.cohort]
-    if config.strata != DEFAULT_STRATA:
-        command += ["--strata", *config.strata]
+    if config.subgroups != DEFAULT_SUBGROUPS:
+        command += ["--subgroups", *config.subgroups]
     if config.random_seed:
         command += ["--random-seed", str(config.random_seed)]
     return tuple(command)
@@ -247,12 +247,12 @@ def _useless(asked: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> l
     for factor in asked:
         if factor not in subjects and factor != LESION_LOAD:
             lines.append(
-                f"--strata {factor}: no such column in participants.tsv, sessions.tsv or scans.tsv, and no "
-                "such field in the sidecars of the raw images."
+                f"--subgroups {factor}: no such column in participants.tsv, sessions.tsv or scans.tsv, and "
+                "no such field in the sidecars of the raw images."
             )
         elif factor not in set(used):
             lines.append(
-                f"--strata {factor}: no two parts of the cohort have {MIN_PARTICIPANTS} participants each."
+                f"--subgroups {factor}: no two parts of the cohort have {MIN_PARTICIPANTS} participants each."
             )
     return lines
 

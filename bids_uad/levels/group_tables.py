@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bids_uad.dataset.naming import entities_of
 from bids_uad.dataset.participants import Participants
-from bids_uad.errors import listed
+from bids_uad.errors import truncate_list
 from bids_uad.evaluation.tables import subject_of
-from bids_uad.levels.participant.completion_records import ModelRecord, Record, records_of
+from bids_uad.levels.participant.completion_records import CompletionRecord, ModelRecord, records_of
 
 UNLISTED = "not listed by a record, since their run did not finish, or others have replaced it"
 REMOVED = "of images that are not in BIDS_DIR any more"
@@ -61,7 +61,7 @@ def _message(left_out: dict[str, list[str]]) -> str:
     if not left_out:
         return ""
     total = sum(map(len, left_out.values()))
-    parts = [f"{len(names)} {reason} ({listed(names, 3)})" for reason, names in left_out.items()]
+    parts = [f"{len(names)} {reason} ({truncate_list(names, 3)})" for reason, names in left_out.items()]
     return (
         f"{total} score table{'s are' if total > 1 else ' is'} left out: {'; '.join(parts)}. Run the "
         "participant level again, or remove the outputs of images that are gone."
@@ -79,7 +79,7 @@ def _reasons(
             yield from ((name, why) for name in model.outputs)
 
 
-def _image_outdated(record: Record, raw: Path) -> str | None:
+def _image_outdated(record: CompletionRecord, raw: Path) -> str | None:
     source = raw / record.source
     if not os.path.lexists(source):
         return REMOVED
@@ -89,7 +89,7 @@ def _image_outdated(record: Record, raw: Path) -> str | None:
     return None
 
 
-def _model_outdated(record: Record, model: ModelRecord, participants: Participants) -> str | None:
+def _model_outdated(record: CompletionRecord, model: ModelRecord, participants: Participants) -> str | None:
     if not model.covariates:
         return None
     entities = entities_of(Path(record.key))

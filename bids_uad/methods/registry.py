@@ -12,7 +12,7 @@ from bids_uad.methods.fae import FAE
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.itermask import IterMask
 from bids_uad.methods.patchcore import PatchCore
-from bids_uad.methods.pls.detector import FPI
+from bids_uad.methods.pls.detector import PLS
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.riad import RIAD
 from bids_uad.methods.uniad import UniAD
@@ -29,7 +29,7 @@ DETECTORS: dict[str, type[Detector]] = {
         ReverseDistillation,
         PatchCore,
         FAE,
-        FPI,
+        PLS,
         Intensity,
     )
 }

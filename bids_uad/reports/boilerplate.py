@@ -37,7 +37,7 @@ class UsedModel:
     Attributes
     ----------
     detector, modality, preset : str
-        As in the model bundle; the detector with the deviation that its scores are (`fpi+normative`).
+        As in the model bundle; the detector with the deviation that its scores are (`pls+normative`).
     threshold : float
         The fixed threshold.
     threshold_name : str

@@ -162,7 +162,13 @@ def _detection(start: Path, modality: str, detector: str) -> Detection:
         _existing(start, f"_seg-{desc}_dseg.nii.gz"),
         _existing(start, f"_seg-{desc}_dseg.tsv"),
         _existing(start, f"_desc-{desc}_histogram.tsv"),
-        {} if metrics is None else pd.read_csv(metrics, sep="\t").iloc[0].dropna().to_dict(),
+        {}
+        if metrics is None
+        else pd.read_csv(metrics, sep="\t")
+        .rename(columns={"model_has_met": "seen_in_training"})
+        .iloc[0]
+        .dropna()
+        .to_dict(),
         {} if mask is None else read_sidecar(mask),
     )
 

@@ -20,7 +20,7 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
-from bids_uad.evaluation.missing import Absence
+from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.provenance import Origin
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
@@ -51,7 +51,7 @@ CONTENTS = {
     "comparison": "Comparison of detectors",
     "thresholds": "Thresholds and scores",
     "lesions": "Size and contrast of lesions",
-    "strata": "Parts of the cohort",
+    "subgroups": "Parts of the cohort",
     "bias": "Bias",
     "experiments": "Experiments",
     "further": "Further figures",
@@ -162,7 +162,7 @@ def write_group_report(
         "lesions": _parts(analyses.lesions, ["modality", "factor"]),
         "min_lesion_volume": evaluation.min_lesion_volume,
         "lesions_untold": evaluation.lesions.without,
-        "strata": _by_modality(analyses.strata),
+        "subgroups": _by_modality(analyses.subgroups),
         "no_examples": no_examples,
         "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
     }
@@ -185,7 +185,7 @@ def write_group_report(
         n_scan_rows=len(evaluation.subjects),
         has_sessions=bool(evaluation.subjects["session_id"].notna().any()),
         roles={LESION: "lesion", HEALTHY: "healthy", MISSING_MASK: "no mask"},
-        absences=_by_reason(evaluation.absences),
+        missing_data=_by_reason(evaluation.missing_data),
         most_named=MOST_NAMED,
         unreadable=evaluation.unreadable,
         warnings=evaluation.warnings,
@@ -228,7 +228,7 @@ def _without_modality(name: str) -> str:
 
 def _has(chapter: str, content: dict[str, Any]) -> bool:
     """Say whether a chapter has something to show."""
-    if chapter in ("comparison", "experiments", "strata", "methods"):
+    if chapter in ("comparison", "experiments", "subgroups", "methods"):
         return bool(content[chapter])
     if chapter == "lesions":
         return bool(content[chapter] or content["lesions_untold"])
@@ -353,9 +353,9 @@ def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
     return best
 
 
-def _by_reason(absences: list[Absence]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str, str], list[Absence]] = defaultdict(list)
-    for absence in absences:
+def _by_reason(missing_data: list[MissingData]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str, str], list[MissingData]] = defaultdict(list)
+    for absence in missing_data:
         detector = detector_name(absence.detector) if absence.detector else ""
         groups[absence.reason, absence.modality or "", detector].append(absence)
     return [

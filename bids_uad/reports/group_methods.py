@@ -70,9 +70,9 @@ def group_methods_text(
         parts.append(fragment("group_comparison"))
     if len(analyses.lesions):
         parts.append(fragment("group_lesions"))
-    if len(analyses.strata):
-        factors = list(dict.fromkeys(analyses.strata["factor"]))
-        parts.append(fragment("group_strata", factors=_and(factors)))
+    if len(analyses.subgroups):
+        factors = list(dict.fromkeys(analyses.subgroups["factor"]))
+        parts.append(fragment("group_subgroups", factors=_and(factors)))
     if len(analyses.disparities):
         parts.append(fragment("group_disparities"))
     if len(analyses.thresholds):
@@ -87,7 +87,7 @@ def group_methods_text(
 
 def _tuned(subjects: pd.DataFrame) -> str:
     """Say whether participants were among the scans that thresholds were fixed on."""
-    met = subjects[subjects["model_has_met"].astype(str).str.contains("validation")]
+    met = subjects[subjects["seen_in_training"].astype(str).str.contains("validation")]
     if met.empty:
         return "No participant was among the validation scans."
     pairs = met.drop_duplicates(["detector", "modality"])

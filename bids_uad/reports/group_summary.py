@@ -11,7 +11,7 @@ from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, EXCLUDED, Evaluation
 from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.experiments import REFERENCE
-from bids_uad.evaluation.missing import Absence
+from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.reports.group_charts import ALPHA
 from bids_uad.reports.group_text import detector_name
@@ -52,7 +52,9 @@ def summarise(
     told.append(("Bias", _bias(analyses)))
     if experiments is not None:
         told.append(("Experiments", _experiments(experiments)))
-    told.append(("Left out", _left_out(evaluation.subjects, evaluation.absences, len(evaluation.unreadable))))
+    told.append(
+        ("Left out", _left_out(evaluation.subjects, evaluation.missing_data, len(evaluation.unreadable)))
+    )
     few = [
         f"{count(people[role], 'person', 'people')} {words}"
         for role, words in ((LESION, "with a lesion mask"), (HEALTHY, "known to be healthy"))
@@ -62,8 +64,8 @@ def summarise(
         told.append(
             (
                 "How sure",
-                f"There are only {listed(few)}: numbers may be quite different in other people, and so may "
-                "the order of the detectors.",
+                f"There are only {truncate_list(few)}: numbers may be quite different in other people, and "
+                "so may the order of the detectors.",
             )
         )
     return told
@@ -74,7 +76,7 @@ def count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def listed(words: Iterable[str]) -> str:
+def truncate_list(words: Iterable[str]) -> str:
     """Join words as in a sentence: `a, b and c`."""
     words = list(words)
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
@@ -96,8 +98,8 @@ def _who(scans: pd.DataFrame, people: dict[str, int]) -> str:
     empty = _count_empty(images)
     empty = f" ({count(empty, 'scan')} with an empty one)" if empty else ""
     text = (
-        f"{detectors} scored {count(len(images), 'scan')} ({listed(sorted(set(images['modality'])))}) of "
-        f"{count(scans['participant_id'].nunique(), 'person', 'people')}: "
+        f"{detectors} scored {count(len(images), 'scan')} ({truncate_list(sorted(set(images['modality'])))}) "
+        f"of {count(scans['participant_id'].nunique(), 'person', 'people')}: "
         f"{people.get(LESION, 0)} with a lesion mask{empty}, {people.get(HEALTHY, 0)} known to be healthy"
     )
     neither = people.get(MISSING_MASK, 0)
@@ -163,7 +165,7 @@ def _differences(best: str, pairs: pd.DataFrame) -> str:
         text = f"{name} differs from none of the others by more than chance."
     else:
         text = f"{name} differs from {len(own) - len(others)} of {len(own)} others by more than chance"
-        text += f", but not from {listed(others)}." if len(others) <= 3 else "."
+        text += f", but not from {truncate_list(others)}." if len(others) <= 3 else "."
     told = int((tested["p_holm"] < ALPHA).sum())
     return f"{text} Of all {len(tested)} pairs of detectors {told} differ so."
 
@@ -225,15 +227,15 @@ def _bias(analyses: Analyses) -> str:
             continue
         models = len(rows.drop_duplicates(["detector", "modality"]))
         found = rows[rows["p_fdr"] < ALPHA].drop_duplicates(["detector", "modality", "term"])
-        terms = listed(f"{term} in {n}" for term, n in found["term"].value_counts().items())
+        terms = truncate_list(f"{term} in {n}" for term, n in found["term"].value_counts().items())
         people = int(rows["n_participants"].max())
         if terms:
             verb = "depends" if outcome == "dice" else "depend"
             texts.append(f"{words} {verb} on {terms} of {count(models, 'model')}.")
         else:
             texts.append(
-                f"{words}: no dependence on {listed(sorted(rows['term'].unique()))} was found in up to "
-                f"{people} people, which does not prove that there is none."
+                f"{words}: no dependence on {truncate_list(sorted(rows['term'].unique()))} was found in "
+                f"up to {people} people, which does not prove that there is none."
             )
     return " ".join(texts)
 
@@ -243,7 +245,9 @@ def _experiments(experiments: pd.DataFrame) -> str:
     if others.empty:
         return "The other outputs have no scan of a detector and modality of these."
     names = [detector_name(detector) for detector in sorted(others["detector"].unique())]
-    text = f"{count(others['variant'].nunique(), 'variant')} of {listed(names)} scored the same images."
+    text = (
+        f"{count(others['variant'].nunique(), 'variant')} of {truncate_list(names)} scored the same images."
+    )
     tested = others[others["p_holm"].notna()]
     if tested.empty:
         return f"{text} Whether they differ by more than chance cannot be told from so few people."
@@ -254,9 +258,9 @@ def _experiments(experiments: pd.DataFrame) -> str:
     )
 
 
-def _left_out(scans: pd.DataFrame, absences: list[Absence], n_unreadable: int) -> str:
-    excluded = {absence.image + (absence.modality or "") for absence in absences if _ruled_out(absence)}
-    rest = [absence for absence in absences if not _ruled_out(absence)]
+def _left_out(scans: pd.DataFrame, missing_data: list[MissingData], n_unreadable: int) -> str:
+    excluded = {absence.image + (absence.modality or "") for absence in missing_data if _ruled_out(absence)}
+    rest = [absence for absence in missing_data if not _ruled_out(absence)]
     nothing = {absence.subject for absence in rest if absence.modality is None}
     tables = [absence for absence in rest if absence.modality is not None]
     unused = scans.loc[scans["role"] == MISSING_MASK].drop_duplicates("source_image")
@@ -272,8 +276,8 @@ def _left_out(scans: pd.DataFrame, absences: list[Absence], n_unreadable: int) -
         for number, noun, why in parts
         if number
     ]
-    return f"{listed(found)}." if found else "Nothing."
+    return f"{truncate_list(found)}." if found else "Nothing."
 
 
-def _ruled_out(absence: Absence) -> bool:
+def _ruled_out(absence: MissingData) -> bool:
     return absence.reason.startswith(EXCLUDED)

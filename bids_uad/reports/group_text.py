@@ -67,7 +67,7 @@ DETECTOR_NAMES = {
     "patchcore": "PatchCore",
     "fae": "FAE",
     "intensity": "Intensity",
-    "fpi": "FPI",
+    "pls": "PLS",
 }
 """The detectors as their papers write them, in the order of the palette."""
 

@@ -265,7 +265,7 @@ def _write_detection(
 def _meetings(found: Sequence[tuple[Detection, Finding]]) -> list[str]:
     """Say which models have met the participant before."""
     met = {
-        detector_name(detection.detector.lower()): str(detection.metrics.get("model_has_met", "no"))
+        detector_name(detection.detector.lower()): str(detection.metrics.get("seen_in_training", "no"))
         for detection, _ in found
     }
     return [

@@ -19,7 +19,7 @@ from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, Normativ
 from bids_uad.config import RunConfig
 from bids_uad.dataset.participants import identities
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
-from bids_uad.errors import ConfigError, InputError, ModelError, listed
+from bids_uad.errors import ConfigError, InputError, ModelError, truncate_list
 from bids_uad.files import (
     atomic_paths,
     json_text,
@@ -184,7 +184,7 @@ def _check_masks(
         logger.warning(
             "%d participant(s) left out, neither healthy by participants.tsv nor with a lesion mask: %s",
             len(without),
-            listed(without),
+            truncate_list(without),
         )
     masked = [scan for scan in patients if scan.lesion is not None]
     empty = [scan for scan in masked if not (read_truth(scan) & _brain(scan)).any()]
@@ -193,7 +193,7 @@ def _check_masks(
             "%d scan(s) of patients have a lesion mask without a voxel in the brain; they have no part in "
             "any threshold and are counted apart (n_empty_mask): %s",
             len(empty),
-            listed(sorted({scan.subject for scan in empty})),
+            truncate_list(sorted({scan.subject for scan in empty})),
         )
     if not controls and len(empty) == len(masked):
         raise InputError(
@@ -264,7 +264,7 @@ def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
     if twice:
         raise InputError(
             folder,
-            f"{listed(twice, 5)} among the validation scans, too",
+            f"{truncate_list(twice, 5)} among the validation scans, too",
             "give --normative-dir other people than those of BIDS_DIR",
         )
     return others

@@ -18,7 +18,7 @@ from bids_uad import __version__
 from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants, identities, read_participants, source_name
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
-from bids_uad.errors import InputError, listed
+from bids_uad.errors import InputError, truncate_list
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE, SHAPE
 
@@ -135,7 +135,7 @@ def warn_of_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
     if masked:
         logger.warning(
             "Healthy by participants.tsv and yet with a lesion in the lesion mask: %s. They count as healthy",
-            listed(sorted(masked)),
+            truncate_list(sorted(masked)),
         )
 
 

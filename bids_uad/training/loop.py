@@ -21,7 +21,7 @@ from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.engine.bundle import not_finite
 from bids_uad.engine.execution import in_precision
 from bids_uad.engine.inference import usual_field
-from bids_uad.errors import listed
+from bids_uad.errors import truncate_list
 from bids_uad.files import atomic_path
 from bids_uad.methods.base import (
     Batch,
@@ -163,7 +163,9 @@ def train_detector(
             with in_precision(detector, schedule.precision):
                 _Descent(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
         if wrong := not_finite(detector.state_dict()):
-            raise ValueError(f"NaN or infinite values in {listed(wrong, 3)} after stage {stage.name!r}")
+            raise ValueError(
+                f"NaN or infinite values in {truncate_list(wrong, 3)} after stage {stage.name!r}"
+            )
         if fabric.is_global_zero:
             checkpoint.save(detector, (number + 1, 0))
     detector.eval()

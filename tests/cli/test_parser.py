@@ -220,9 +220,9 @@ def test_cohorts_and_strata(parse, tmp_path):
     (tmp_path / "out").mkdir()
     config = parse(levels=("group",))
     assert config.cohort is None
-    assert config.strata == ("sex", "age", "scanner", "scanner_seen", "lesion load")
-    config = parse("--cohort", "site", "--strata", "Manufacturer", "age", levels=("group",))
-    assert (config.cohort, config.strata) == ("site", ("Manufacturer", "age"))
+    assert config.subgroups == ("sex", "age", "scanner", "scanner_seen", "lesion load")
+    config = parse("--cohort", "site", "--subgroups", "Manufacturer", "age", levels=("group",))
+    assert (config.cohort, config.subgroups) == ("site", ("Manufacturer", "age"))
 
 
 # Values that are not allowed, of each field whose type alone does not say what is.
@@ -252,7 +252,7 @@ ILLEGAL = {
     "hyper": [("",)],
     "experiments": [{"a": None}],
     "cohort": [""],
-    "strata": [("",), "age"],
+    "subgroups": [("",), "age"],
     "train_fraction": [0.0, 1.5],
     "synthetic": [-1],
     "label_maps": [("",)],

@@ -45,7 +45,7 @@ def given(found):
     """Names of what each image was given, without the participant's prefix."""
     names = {}
     for unit in found.units:
-        own = unit.prepared
+        own = unit.external
         pairs = {field: getattr(own, field) for field in ("image", "brain_mask", "from_raw", "to_sri24")}
         names[unit.key] = {field: path.name for field, path in pairs.items() if path is not None}
     return names
@@ -79,7 +79,7 @@ def test_fmriprep_of_one_session(run):
     }
     t1w, t2w = found.units
     assert t1w.image.name == "sub-01_desc-preproc_T1w.nii.gz"
-    assert t2w.prepared.aligned
+    assert t2w.external.aligned
     assert t2w.anchor == t1w
 
 
@@ -126,4 +126,4 @@ def test_our_own_output_is_read_with_the_reference_it_leads_to(run, tmp_path):
     xfms = [f"sub-01/anat/sub-01_from-{m}_to-SRI24_mode-image_xfm.txt" for m in ("T1w", "T2w")]
     found = run([T1W, T2W], xfms, name="bids_uad")
     assert given(found)["sub-01_T1w"] == {"brain_mask": mask[12:], "to_sri24": xfms[0][12:]}
-    assert found.units[0].prepared.reference_sha256 == "abc"
+    assert found.units[0].external.reference_sha256 == "abc"

@@ -218,7 +218,7 @@ def test_resolving(folder, tmp_path, monkeypatch):
 
 
 ALL_PACKAGED = [
-    f"{detector}-{modality}-{'default' if detector == 'fpi' else 'lite'}"
+    f"{detector}-{modality}-{'default' if detector == 'pls' else 'lite'}"
     for detector in DETECTORS
     for modality in ("T1w", "T2w")
 ]
@@ -241,9 +241,9 @@ def test_without_a_choice_the_best_of_each_modality_runs():
 
 
 def test_unless_asked_fpi_deviates_from_healthy_people_and_published_detectors_do_not():
-    models = ["fpi", "disyre", "uniad"]  # on T2w, all three have a reference
+    models = ["pls", "disyre", "uniad"]  # on T2w, all three have a reference
     usual = {bundle.detector: bundle.deviation for bundle in resolve_bundles(models, ["T2w"], ())}
-    assert usual == {"fpi": "normative", "disyre": "none", "uniad": "none"}
+    assert usual == {"pls": "normative", "disyre": "none", "uniad": "none"}
     asked = resolve_bundles(models, ["T2w"], ["normative", "none"])
     assert [(bundle.detector, bundle.deviation) for bundle in asked] == [
         (detector, deviation) for detector in sorted(models) for deviation in ("normative", "none")
@@ -251,7 +251,7 @@ def test_unless_asked_fpi_deviates_from_healthy_people_and_published_detectors_d
 
 
 def test_without_a_reference_nothing_deviates(tmp_path):
-    folder = tmp_path / "fpi-T2w-default"
+    folder = tmp_path / "pls-T2w-default"
     shutil.copytree(PACKAGED / folder.name, folder)
     calibration = json.loads((folder / "calibration.json").read_text())
     del calibration[NORMATIVE]

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from bids_uad.files import write_json
-from bids_uad.levels.participant.completion_records import ModelRecord, Record, read_record
+from bids_uad.levels.participant.completion_records import CompletionRecord, ModelRecord, read_record
 
 EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 400)])
 SHA = {"disyre": "d" * 64, "patchcore": "a" * 64}
@@ -75,7 +75,7 @@ class Scan:
             "app_version": self.version,
             "threshold": threshold,
             "threshold_name": "max_dice",
-            "model_has_met": self.met,
+            "seen_in_training": self.met,
             "scanner_seen": self.seen,
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
@@ -103,7 +103,9 @@ class Scan:
         names = [path.relative_to(root).as_posix() for path in written]
         source = f"{Path(names[0]).parent.as_posix()}/{key}.nii.gz"
         target = written[0].parent.parent / "log" / f"{key}.json"
-        record = read_record(target) or Record(key, "run", source, {"input_bytes": self.source_bytes})
+        record = read_record(target) or CompletionRecord(
+            key, "run", source, {"input_bytes": self.source_bytes}
+        )
         model = ModelRecord(self.detector, "identity", self.covariates, names)
         write_json(target, asdict(replace(record, models={**record.models, self.detector: model})))
 

@@ -232,7 +232,7 @@ def test_absences_have_reasons(cohort):
     anat = cohort / "sub-8" / "anat"
     anat.mkdir()
     (anat / "sub-8_space-SRI24_desc-preproc_T1w.nii.gz").touch()
-    found = {absence.subject: absence for absence in run(cohort).absences}
+    found = {absence.subject: absence for absence in run(cohort).missing_data}
     assert set(found) == {"sub-8", "sub-9"}
     assert found["sub-9"].reason == "no outputs at all"
     assert found["sub-8"].reason == "preprocessed, but no score table"
@@ -244,10 +244,10 @@ def test_absences_have_reasons(cohort):
 def test_a_modality_that_nobody_was_scored_in_is_not_missed(cohort):
     anat = cohort / "sub-1" / "anat"
     (anat / "sub-1_space-SRI24_desc-preproc_T2w.nii.gz").touch()
-    assert run(cohort).absences == []
+    assert run(cohort).missing_data == []
     for file in (cohort / "sub-1").rglob("*Disyre*"):
         file.unlink()
-    (absence,) = run(cohort).absences
+    (absence,) = run(cohort).missing_data
     assert (absence.modality, absence.detector) == ("T2w", None)
     assert absence.reason == "preprocessed, but no score table of any detector"
 
@@ -270,7 +270,7 @@ def test_images_that_quality_control_rules_out_are_left_out_and_counted(cohort):
     assert (row["n_scans"], row["n_excluded_scans"]) == (before.benchmark.iloc[0]["n_scans"] - 2, 2)
     assert (row["n_missing_participants"], row["n_failed_scans"]) == (0, 0)
     assert row["dice_mean"] == pytest.approx(kept["dice"].mean())
-    assert {absence.subject: absence.reason for absence in result.absences} == {
+    assert {absence.subject: absence.reason for absence in result.missing_data} == {
         "sub-1": "left out by quality control: The head was turned.",
         "sub-3": "left out by quality control: no reason given",
     }

@@ -110,7 +110,7 @@ def test_reads_the_tables_of_the_participant_level(tmp_path):
         "app_version": "0.1.0",
         "threshold": edges[2],
         "threshold_name": "max_dice",
-        "model_has_met": "no",
+        "seen_in_training": "no",
     }
     path = tmp_path / "sub-01" / "sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
     write_tsv(path, metrics_row(facts, labels, brain, lesion, 3.0))

@@ -129,13 +129,13 @@ def test_odd_and_plain_participants_give_the_same_tables(tmp_path):
             (study / "raw" / "participants.tsv").write_bytes(odd.encode("latin-1"))
             (study / "raw" / "participants.json").write_text('{"Age": {"Units": "months"}}')
         asked = ("Age", "gender", "Scanner") if name == "odd" else ("age", "sex", "scanner")
-        assert group(study, strata=asked)[0] == 0
-        tables = ("benchmark", "strata", "disparities", "bias")
+        assert group(study, subgroups=asked)[0] == 0
+        tables = ("benchmark", "subgroups", "disparities", "bias")
         found.append({table: (study / "out" / f"group_{table}.tsv").read_text() for table in tables})
     assert found[0] == found[1]
-    strata = pd.read_csv(tmp_path / "odd" / "out" / "group_strata.tsv", sep="\t", dtype=str)
-    assert set(strata["factor"]) == {"age", "sex", "scanner"}
-    assert set(strata.loc[strata["factor"] == "scanner", "level"]) <= {str(101 + k) for k in range(9)}
+    subgroups = pd.read_csv(tmp_path / "odd" / "out" / "group_subgroups.tsv", sep="\t", dtype=str)
+    assert set(subgroups["factor"]) == {"age", "sex", "scanner"}
+    assert set(subgroups.loc[subgroups["factor"] == "scanner", "level"]) <= {str(101 + k) for k in range(9)}
     assert {"age", "sex"} <= set(pd.read_csv(tmp_path / "odd" / "out" / "group_bias.tsv", sep="\t")["term"])
     subjects = pd.read_csv(tmp_path / "odd" / "out" / "group_subjects.tsv", sep="\t")
     assert subjects.groupby("participant_id")[["age", "sex"]].first().loc["sub-05"].tolist() == [
@@ -228,7 +228,7 @@ def test_an_earlier_run_changes_nothing(tmp_path, between, final):
     assert contents(study / "out") == expected
     fresh()
     between(study)
-    run(**({} if between is take_the_participants_away else {"cohort": "sex", "strata": ("age", "group")}))
+    run(**({} if between is take_the_participants_away else {"cohort": "sex", "subgroups": ("age", "group")}))
     shutil.rmtree(study / "raw")
     write_cohort(tmp_path / "spare", study / "raw", n_voxels=2_000)
     shutil.rmtree(study / "out" / "sub-99", ignore_errors=True)
@@ -451,14 +451,14 @@ def test_strata_come_from_scans_and_sidecars_too(study, caplog):
         )
     people["group"] = "control"
     people.to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
-    assert group(study, strata=("Manufacturer", "operator", "Only", "shoe size"))[0] == 0
+    assert group(study, subgroups=("Manufacturer", "operator", "Only", "shoe size"))[0] == 0
     subjects = pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")
     first = subjects["participant_id"] <= "sub-03"
     assert set(subjects.loc[first, "Manufacturer"]) == {"A"}
     assert set(subjects.loc[~first, "Manufacturer"]) == {"B"}
-    strata = pd.read_csv(study / "out" / "group_strata.tsv", sep="\t")
-    assert set(strata["factor"]) == {"Manufacturer", "operator"}
-    operators = strata[strata["factor"] == "operator"]
+    subgroups = pd.read_csv(study / "out" / "group_subgroups.tsv", sep="\t")
+    assert set(subgroups["factor"]) == {"Manufacturer", "operator"}
+    operators = subgroups[subgroups["factor"] == "operator"]
     assert set(operators["modality"]) == {"T1w"}
     assert set(operators["n_participants"]) == {3}
     fpr = subjects[(subjects["detector"] == "disyre") & (subjects["modality"] == "T1w")]
@@ -466,9 +466,9 @@ def test_strata_come_from_scans_and_sidecars_too(study, caplog):
     assert row["mean"] == pytest.approx(fpr.loc[fpr["operator"] == "kim", "fpr"].mean())
     columns = json.loads((study / "out" / "group_subjects.json").read_text())
     assert "sidecar of the raw image" in columns["Manufacturer"]["Description"]
-    assert "--strata shoe size: no such column" in caplog.text
-    assert "--strata Only: no two parts" in caplog.text
-    assert "--strata shoe size: no such column" in (study / "out" / "group.html").read_text()
+    assert "--subgroups shoe size: no such column" in caplog.text
+    assert "--subgroups Only: no two parts" in caplog.text
+    assert "--subgroups shoe size: no such column" in (study / "out" / "group.html").read_text()
 
 
 def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
@@ -480,13 +480,13 @@ def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
         rows.append({"participant_id": f"sub-{k}", "group": "control"})
     write_participants(tmp_path / "raw", rows)
     assert group(tmp_path)[0] == 0
-    strata = pd.read_csv(tmp_path / "out" / "group_strata.tsv", sep="\t").set_index("level")
-    assert set(strata["factor"]) == {"scanner_seen"}
-    assert strata["n_participants"].to_dict() == {"seen": 3, "unseen": 3}
+    subgroups = pd.read_csv(tmp_path / "out" / "group_subgroups.tsv", sep="\t").set_index("level")
+    assert set(subgroups["factor"]) == {"scanner_seen"}
+    assert subgroups["n_participants"].to_dict() == {"seen": 3, "unseen": 3}
     subjects = pd.read_csv(tmp_path / "out" / "group_subjects.tsv", sep="\t")
-    means = subjects.groupby("scanner_seen")["fpr"].mean()
-    assert strata["mean"].to_dict() == pytest.approx(means.to_dict())
-    assert strata.loc["unseen", "hedges_g_ci_low"] > 0
+    context = subjects.groupby("scanner_seen")["fpr"].mean()
+    assert subgroups["mean"].to_dict() == pytest.approx(context.to_dict())
+    assert subgroups.loc["unseen", "hedges_g_ci_low"] > 0
 
 
 def test_tables_of_earlier_versions_say_nothing_about_scanners(study):

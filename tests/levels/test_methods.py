@@ -12,8 +12,8 @@ import pytest
 from bids_uad.dataset.participants import by_content
 from bids_uad.files import sha256_of
 from bids_uad.levels.participant.completion_records import (
+    CompletionRecord,
     ModelRecord,
-    Record,
     as_it_was,
     methods_of,
     records_of,
@@ -51,14 +51,14 @@ def test_what_preprocessing_found_out_is_what_counts(before, quality, origin):
     assert found["skull_stripped"] == quality["skull_stripped"]
 
 
-def record(key: str, *models: UsedModel, version: str = "1.0", **changes) -> Record:
+def record(key: str, *models: UsedModel, version: str = "1.0", **changes) -> CompletionRecord:
     way = asdict(replace(Pathway("T1w", EXTRACTED, False, "combined"), **changes)) | {"parcellations": []}
     own = {model.detector: ModelRecord(model.detector, "x", methods=asdict(model)) for model in models}
-    return Record(key, "run", "x", {"app_version": version}, ["file"], own, methods=way)
+    return CompletionRecord(key, "run", "x", {"app_version": version}, ["file"], own, methods=way)
 
 
 def test_the_text_sums_up_images_in_any_order():
-    model = UsedModel("fpi+normative", "T1w", "default", 3.0, "max_dice", covariates=("age",))
+    model = UsedModel("pls+normative", "T1w", "default", 3.0, "max_dice", covariates=("age",))
     met = replace(model, met=("validation",), assumed=True)
     records = [
         record("a", model),
@@ -66,12 +66,12 @@ def test_the_text_sums_up_images_in_any_order():
         record("c"),
         record("d", skull_stripped=True),
     ]
-    records = [Record(**{**vars(one), "models": one.models}) for one in records]
+    records = [CompletionRecord(**{**vars(one), "models": one.models}) for one in records]
     # As they are read back.
     again = [json.loads(json.dumps(asdict(one))) for one in records]
     for one in again:
         one["models"] = {name: ModelRecord(**told) for name, told in one["models"].items()}
-    read = [Record(**one) for one in again]
+    read = [CompletionRecord(**one) for one in again]
     text = methods_of(read)
     assert text == methods_of(reversed(read)) == methods_of(records)
     assert "*bids_uad* 1.0 and 2.0" in text

@@ -554,7 +554,7 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     seen = {name: row["scanner_seen"] for name, row in rows.items()}
     assert pd.isna(seen.pop("sub-01 T2w"))  # that model does not say where it has learnt
     assert seen == {"sub-01 T1w": "seen", "sub-02 T1w": "unseen"}
-    met = {name: row["model_has_met"] for name, row in rows.items()}
+    met = {name: row["seen_in_training"] for name, row in rows.items()}
     assert met == {"sub-01 T1w": "training", "sub-01 T2w": "no", "sub-02 T1w": "no"}
     assert main([str(bench.raw), str(bench.out), "group"]) == 0
     said = " ".join(capsys.readouterr().err.split())

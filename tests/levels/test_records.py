@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bids_uad.levels.participant.completion_records import (
+    CompletionRecord,
     ModelRecord,
-    Record,
     all_there,
     read_record,
     withdraw,
@@ -37,7 +37,7 @@ def finish(out: Path, name: str, identity: str = "first", fingerprint: dict = OL
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(identity)
     models = {name: ModelRecord(f"{name}-T1w", identity, outputs=outputs_of(name))}
-    record = Record(KEY, "run", "sub-01/anat/sub-01_T1w.nii.gz", fingerprint, [PREPROC], models)
+    record = CompletionRecord(KEY, "run", "sub-01/anat/sub-01_T1w.nii.gz", fingerprint, [PREPROC], models)
     write_record(path_in(out), out, record)
 
 
@@ -69,25 +69,25 @@ def test_a_damaged_record_is_none(tmp_path, text):
 
 def test_a_model_is_added_to_those_of_earlier_runs(tmp_path):
     finish(tmp_path, "rd")
-    finish(tmp_path, "fpi")
-    assert set(read_record(path_in(tmp_path)).models) == {"rd", "fpi"}
+    finish(tmp_path, "pls")
+    assert set(read_record(path_in(tmp_path)).models) == {"rd", "pls"}
 
 
 @pytest.mark.parametrize(
     ("fingerprint", "identities", "left", "removed"),
     [
-        pytest.param(OLD, {}, {"rd", "fpi"}, set(), id="nothing has changed"),
-        pytest.param(OLD, {"rd": "first"}, {"rd", "fpi"}, set(), id="the same model again"),
-        pytest.param(OLD, {"uniad": "first"}, {"rd", "fpi"}, set(), id="a further model"),
-        pytest.param(OLD, {"rd": "second"}, {"fpi"}, set(outputs_of("rd")), id="another model"),
+        pytest.param(OLD, {}, {"rd", "pls"}, set(), id="nothing has changed"),
+        pytest.param(OLD, {"rd": "first"}, {"rd", "pls"}, set(), id="the same model again"),
+        pytest.param(OLD, {"uniad": "first"}, {"rd", "pls"}, set(), id="a further model"),
+        pytest.param(OLD, {"rd": "second"}, {"pls"}, set(outputs_of("rd")), id="another model"),
         pytest.param(
-            NEW, {"rd": "first"}, set(), {PREPROC, *outputs_of("rd"), *outputs_of("fpi")}, id="other inputs"
+            NEW, {"rd": "first"}, set(), {PREPROC, *outputs_of("rd"), *outputs_of("pls")}, id="other inputs"
         ),
     ],
 )
 def test_what_holds_no_longer_is_removed_before_a_run(tmp_path, fingerprint, identities, left, removed):
     finish(tmp_path, "rd")
-    finish(tmp_path, "fpi")
+    finish(tmp_path, "pls")
     foreign = tmp_path / "sub-01" / "anat" / "notes.txt"
     foreign.write_text("not ours")
     before = on_disk(tmp_path)
@@ -118,10 +118,10 @@ def test_a_run_that_was_killed_while_it_removed_files_is_finished_by_the_next(tm
 
 def test_files_of_other_inputs_that_another_job_wrote_meanwhile_are_removed(tmp_path):
     finish(tmp_path, "rd", fingerprint=OLD)
-    finish(tmp_path, "fpi", fingerprint=NEW)
+    finish(tmp_path, "pls", fingerprint=NEW)
     record = read_record(path_in(tmp_path))
     assert record.fingerprint == NEW
-    assert on_disk(tmp_path) == record.files == {PREPROC, *outputs_of("fpi")}
+    assert on_disk(tmp_path) == record.files == {PREPROC, *outputs_of("pls")}
 
 
 def test_jobs_with_different_models_at_once_lose_nothing(tmp_path):

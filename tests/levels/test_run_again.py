@@ -32,7 +32,7 @@ def patchcore(again):
     return str(fake_bundle(again.folder / "patchcore-T1w", "patchcore", "T1w"))
 
 
-def listed(again: Bench) -> set[str]:
+def truncate_list(again: Bench) -> set[str]:
     """Detectors whose tables the group level reads."""
     paths = find_metrics_tables(again.out)
     current, _ = current_tables(again.out, paths, again.raw, read_participants(again.raw))
@@ -65,11 +65,11 @@ def test_a_lost_file_does_not_make_a_run_forget_other_models(again, patchcore, l
     assert set(record(again).models) == {"disyre", "patchcore"}
     assert again.run(models=[patchcore, again.models[0]]) == 0
     assert on_disk(again) == record(again).files
-    assert listed(again) == {DISYRE, PATCHCORE}
+    assert truncate_list(again) == {DISYRE, PATCHCORE}
     # And so they go with the inputs that they were made of, also in a run without their model.
     assert again.run("--random-seed", "1", models=[patchcore]) == 0
     assert on_disk(again) == record(again).files
-    assert listed(again) == tables(again) == {PATCHCORE}
+    assert truncate_list(again) == tables(again) == {PATCHCORE}
 
 
 def test_two_bundles_of_one_detector_replace_each_other(again):
@@ -128,10 +128,10 @@ def test_nothing_outdated_is_read_after_a_run_that_fails(again, patchcore, monke
     apply(again)
     monkeypatch.setattr(writing, "Detect", Killed)
     assert again.run(*(option.format(folder=again.folder) for option in options)) == 1
-    assert listed(again) == tables(again) == holding
+    assert truncate_list(again) == tables(again) == holding
     monkeypatch.setattr(writing, "Detect", FakeDetect)
     assert again.run(*(option.format(folder=again.folder) for option in options)) == 0
-    assert listed(again) == {DISYRE} | holding
+    assert truncate_list(again) == {DISYRE} | holding
 
 
 def test_deviations_follow_the_age(again, capfd):
@@ -139,11 +139,11 @@ def test_deviations_follow_the_age(again, capfd):
     (again.raw / "participants.tsv").write_text("participant_id\tage\nsub-01\t40\n")
     add_reference(Path(again.models[0]))
     assert again.run("--deviation", "normative", "none") == 0
-    assert listed(again) == {DISYRE, f"{DISYRE}Normative"}
+    assert truncate_list(again) == {DISYRE, f"{DISYRE}Normative"}
     another_age(again)
-    assert listed(again) == {DISYRE}
+    assert truncate_list(again) == {DISYRE}
     assert again.run("--deviation", "normative", "none") == 0
-    assert listed(again) == {DISYRE, f"{DISYRE}Normative"}
+    assert truncate_list(again) == {DISYRE, f"{DISYRE}Normative"}
     assert record(again).models["disyre+normative"].covariates["age"] == 41
 
 
@@ -167,7 +167,7 @@ def test_images_that_a_run_leaves_out_keep_their_outputs(again):
     filters.write_text(json.dumps({"t1w": {"acquisition": None}}))
     assert again.run("--bids-filter-file", str(filters)) == 0
     assert len(find_metrics_tables(again.out)) == 2
-    assert listed(again) == {DISYRE}
+    assert truncate_list(again) == {DISYRE}
 
 
 def test_a_deleted_record_is_made_again(again):
@@ -175,9 +175,9 @@ def test_a_deleted_record_is_made_again(again):
     assert again.run() == 0
     path = again.out / "sub-01" / "log" / "sub-01_T1w.json"
     path.unlink()
-    assert listed(again) == set()
+    assert truncate_list(again) == set()
     assert again.run() == 0
-    assert listed(again) == {DISYRE}
+    assert truncate_list(again) == {DISYRE}
     assert on_disk(again) == record(again).files
 
 

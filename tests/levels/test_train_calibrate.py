@@ -328,9 +328,9 @@ def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
 def test_a_bundle_knows_whom_it_has_met(models):
     bundle = load_bundle(models / "intensity-T2w-lite")
     learnt_from, judged_by, stranger = ({by_name("Thirty slices", f"sub-{k}")} for k in ("1", "3", "4"))
-    assert bundle.has_met(learnt_from) == ["training", "validation"]
-    assert bundle.has_met(judged_by) == ["validation"]
-    assert bundle.has_met(stranger) == []
+    assert bundle.cohorts_containing(learnt_from) == ["training", "validation"]
+    assert bundle.cohorts_containing(judged_by) == ["validation"]
+    assert bundle.cohorts_containing(stranger) == []
 
 
 @pytest.mark.timeout(300)
@@ -523,7 +523,10 @@ def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path
     assert "2 of them are there for that alone (Others)." in card
     raw, deviating = resolve_bundles([str(folders[1])], ["T2w"], ["none", "normative"])
     stranger = {by_name("Others", "sub-7")}
-    assert (raw.has_met(stranger), deviating.has_met(stranger)) == ([], ["normative reference"])
+    assert (raw.cohorts_containing(stranger), deviating.cohorts_containing(stranger)) == (
+        [],
+        ["normative reference"],
+    )
 
     twice = ["--normative-dir", str(scans)]
     assert call(scans, tmp_path / "more", "calibrate", "intensity", *twice) == 66

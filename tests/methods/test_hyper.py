@@ -24,7 +24,7 @@ from bids_uad.methods.fae import FAEHyper
 from bids_uad.methods.intensity import IntensityHyper
 from bids_uad.methods.itermask import IterMaskHyper
 from bids_uad.methods.patchcore import PatchCoreHyper
-from bids_uad.methods.pls.detector import Course, FPIHyper
+from bids_uad.methods.pls.detector import Course, PLSHyper
 from bids_uad.methods.pls.training_samples import BlemishConfig
 from bids_uad.methods.rd import RDHyper
 from bids_uad.methods.registry import DETECTORS, build_detector
@@ -203,7 +203,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         **SCHEDULE,
     },
     Course: COURSE,
-    FPIHyper: {
+    PLSHyper: {
         **COURSE,
         "network": [None],
         "field_of_view": [(162, 192), *FIELD],
@@ -325,7 +325,7 @@ WIDE = BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
         (lambda: DisyreHyper(network=TIMELESS), "must be True in DisyreHyper"),
         (lambda: RIADHyper(network=TIMED), "must be False in RIADHyper"),
         (lambda: IterMaskHyper(network=TIMED), "must be False in IterMaskHyper"),
-        (lambda: FPIHyper(network=TIMED), "must be False in FPIHyper"),
+        (lambda: PLSHyper(network=TIMED), "must be False in FPIHyper"),
         (lambda: ANDiHyper(field_of_view=(160, 176)), r"'field_of_view' .* divisible by 32 .*\(160, 176\)"),
         (lambda: DisyreHyper(window=(128, 136)), "'window' .* divisible by 16"),
         (lambda: DisyreHyper(window=(192, 192)), "'window' .* no larger than 'field_of_view'"),
@@ -370,7 +370,7 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
         "rd": {"embedding_blocks": 1, "student_blocks": (1, 1, 1)},
         "patchcore": {"neighbourhood": 27, "bank": 1, "candidates": 1, "projection": 1, "bank_slices": 1},
         "fae": {"training_window": 55, "scoring_window": 55, "dropout": 0.0, "widths": (1, 1, 1, 1)},
-        "fpi": {"visible": 1e-3, "soiled": 1.0, "swollen": 1.0, "small_weight": 0.0, "iron": 1.0, "flow": 1.0,
+        "pls": {"visible": 1e-3, "soiled": 1.0, "swollen": 1.0, "small_weight": 0.0, "iron": 1.0, "flow": 1.0,
                 "remnants": 1.0, "cut": 1.0, "field_of_view": (32, 32)},
         "intensity": {"slices": 1},
     }  # fmt: skip

@@ -168,7 +168,7 @@ def test_the_default_detector_finds_the_tumour(truths, t1w_brain, t1w_pull, t2w,
     brain = resample_mask(volume.mask, scan.affine, *grid)
     lesion = resample_mask(scan.lesion, scan.affine, *grid) & brain
     image = scale_intensity(resample(volume.data, scan.affine, *grid), brain)
-    (bundle,) = resolve_bundles(["fpi"], [modality], ["none"])
+    (bundle,) = resolve_bundles(["pls"], [modality], ["none"])
     scores = anomaly_map(load_detector(bundle), image, brain, key="head")
     found = (scores > bundle.default_threshold[1]) & brain
     assert dice(found, lesion) > least

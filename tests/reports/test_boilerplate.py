@@ -149,8 +149,8 @@ def test_group_text_tells_which_models_of_bias_there_were(cohort):
         {"term": term, "model": model}
         for term, model in (("age", LINEAR), ("scanner: A", LINEAR), ("scanner (spread)", MIXED))
     ]
-    strata = pd.DataFrame({"factor": ["sex", "age", "sex", "scanner"]})
-    asked = replace(analyses, strata=strata, bias=Bias(pd.DataFrame(rows), [], []))
+    subgroups = pd.DataFrame({"factor": ["sex", "age", "sex", "scanner"]})
+    asked = replace(analyses, subgroups=subgroups, bias=Bias(pd.DataFrame(rows), [], []))
     text = group_methods_text(cohort, asked, seed=0)
     assert "divided by sex, age and scanner," in text
     assert "modelled by age and scanner," in text

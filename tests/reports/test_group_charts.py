@@ -18,7 +18,7 @@ def colours_of(detectors):
 
 @pytest.mark.parametrize(
     "detectors",
-    [KNOWN[:10], [KNOWN[0], KNOWN[-1]], ["fpi", "fpi+normative", "disyre", "disyre+normative", "mine"]],
+    [KNOWN[:10], [KNOWN[0], KNOWN[-1]], ["pls", "pls+normative", "disyre", "disyre+normative", "mine"]],
 )
 def test_ten_detectors_have_ten_colours(detectors):
     colours = colours_of(detectors)

@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_alone(study):
     for anchor in anchors:
         assert f'id="{anchor}"' in page
     files = {link for link in parser.links if not link.startswith("#")}
-    names = ("benchmark", "subjects", "comparison", "strata", "disparities", "thresholds", "bias")
+    names = ("benchmark", "subjects", "comparison", "subgroups", "disparities", "thresholds", "bias")
     names += ("lesions", "missed", "deviations")
     assert files == {"sub-01.html", *(f"group_{name}.tsv" for name in names)}
 

@@ -14,8 +14,8 @@ from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports.group_summary import (
     _promise,
     count,
-    listed,
     summarise,
+    truncate_list,
 )
 from tests.evaluation.fake_tables import EDGES, Scan, write_cohort, write_participants
 
@@ -191,9 +191,9 @@ def test_experiments_are_counted(tmp_path, p, words):
 def test_words():
     assert count(1, "scan") == "1 scan"
     assert count(2, "person", "people") == "2 people"
-    assert listed([]) == ""
-    assert listed("a") == "a"
-    assert listed("abc") == "a, b and c"
+    assert truncate_list([]) == ""
+    assert truncate_list("a") == "a"
+    assert truncate_list("abc") == "a, b and c"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_les
         "app_version": "0.1.0",
         "threshold": TAU,
         "threshold_name": "max_dice",
-        "model_has_met": "no",
+        "seen_in_training": "no",
         "brain_volume_mm3": int(brain.sum()),
         "anomaly_volume_mm3": int((scores > TAU).sum()),
         "lesion_volume_mm3": int(lesion.sum()) if with_lesion else np.nan,

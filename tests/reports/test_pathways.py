@@ -142,8 +142,8 @@ def test_images_that_went_other_ways_are_counted_apart_in_any_order():
     assert text.count("**Preprocessing") == 3
 
 
-FPI = UsedModel(
-    "fpi+normative",
+PLS = UsedModel(
+    "pls+normative",
     "T1w",
     "default",
     3.5,
@@ -163,12 +163,12 @@ NOT_TUNED = "No threshold was tuned on the data reported here."
 
 
 def changed(**changes) -> UsedModel:
-    return UsedModel(**{name: getattr(FPI, name) for name in FPI.__dataclass_fields__} | changes)
+    return UsedModel(**{name: getattr(PLS, name) for name in PLS.__dataclass_fields__} | changes)
 
 
 MODELS = {
     "usual": (
-        [FPI],
+        [PLS],
         {
             TORCH,
             "Gaussian of 2 mm standard deviation across slices, then median",
@@ -204,18 +204,18 @@ MODELS = {
     "age of a participant not known": ([changed(assumed=True)], {"mean of the reference was taken"}, set()),
     "other healthy controls": ([changed(reference="Site B")], {"(validation scans and Site B)"}, set()),
     "scores": (
-        [changed(detector="fpi", covariates=())],
+        [changed(detector="pls", covariates=())],
         {"were turned into masks"},
         {"**Normative reference.**", "linear in age"},
     ),
     "trained elsewhere": ([changed(training={})], set(), {"**Training.**"}),
     "simulated": (
-        [changed(training=FPI.training | {"anatomies": ["training_seg_01"]})],
+        [changed(training=PLS.training | {"anatomies": ["training_seg_01"]})],
         {"[@synthseg]"},
         set(),
     ),
     "two filters": (
-        [FPI, changed(detector="rd", post_processing="median of 3 x 3 x 3", covariates=())],
+        [PLS, changed(detector="rd", post_processing="median of 3 x 3 x 3", covariates=())],
         {"median of 3 x 3 x 3 for "},
         set(),
     ),

@@ -17,7 +17,7 @@ from bids_uad.dataset.naming import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import unreadable
 from bids_uad.files import locked, sha256_of, write_json
-from bids_uad.levels.participant.leakage import STRANGER, deviation_sidecar, model_has_met
+from bids_uad.levels.participant.leakage import UNSEEN, deviation_sidecar, seen_in_training
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.intensity_correction import is_uniform_image
 from bids_uad.reports import pathways
@@ -25,7 +25,7 @@ from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
 from bids_uad.reports.pathways import Pathway
 
 if TYPE_CHECKING:
-    from bids_uad.levels.participant.plan import Means, Task
+    from bids_uad.levels.participant.plan import RunContext, Task
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
-class Record:
+class CompletionRecord:
     """What was written for one image, and what it depends on.
 
     Every file in the dataset that the group level may read is listed in a record. What holds no longer is
@@ -102,7 +102,7 @@ def record_path(output_dir: Path, unit: ImageUnit) -> Path:
     return output_dir / unit.session_folder / "log" / f"{unit.key}.json"
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(path: Path) -> CompletionRecord | None:
     """Read a record.
 
     Parameters
@@ -117,12 +117,12 @@ def read_record(path: Path) -> Record | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
-        return Record(**content, models=models)
+        return CompletionRecord(**content, models=models)
     except (FileNotFoundError, TypeError, ValueError, KeyError, AttributeError):
         return None
 
 
-def records_of(output_dir: Path, subject: str = "sub-*") -> Iterator[Record]:
+def records_of(output_dir: Path, subject: str = "sub-*") -> Iterator[CompletionRecord]:
     """Read the records of a participant, or of all.
 
     Parameters
@@ -175,7 +175,7 @@ def withdraw(path: Path, output_dir: Path, fingerprint: Mapping[str, Any], model
         _remove(outdated, output_dir)
 
 
-def write_record(path: Path, output_dir: Path, record: Record) -> Path:
+def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path:
     """Write the record of an image whose outputs are all there.
 
     What other runs have written for it since this one began is kept, if it depends on the same inputs and
@@ -185,7 +185,7 @@ def write_record(path: Path, output_dir: Path, record: Record) -> Path:
     ----------
     path : pathlib.Path
     output_dir : pathlib.Path
-    record : Record
+    record : CompletionRecord
         Of this run: `models` are those that it has run.
 
     Returns
@@ -257,7 +257,7 @@ def make_fingerprint(
 
 def _prepared(unit: ImageUnit) -> list[str]:
     """Checksums of what another pipeline has done for an image."""
-    return [sha256_of(path) for path in unit.prepared.files]
+    return [sha256_of(path) for path in unit.external.files]
 
 
 def all_there(names: Iterable[str], output_dir: Path) -> bool:
@@ -279,34 +279,34 @@ def _has_content(path: Path) -> bool:
 _TRAINING = ("n_scans", "n_subjects", "n_held_out_subjects", "source", "anatomies")
 
 
-def describe_preprocessing(task: Task, means: Means) -> dict[str, Any]:
+def describe_preprocessing(task: Task, context: RunContext) -> dict[str, Any]:
     """Describe how an image is preprocessed, as far as it is known before.
 
     Parameters
     ----------
     task : Task
-    means : Means
+    context : RunContext
 
     Returns
     -------
     dict
         A :class:`~bids_uad.reports.pathways.Pathway` of JSON types, and `parcellations`, those of the atlas.
     """
-    unit, prepared, reference = task.unit, task.unit.prepared, means.reference
-    given = prepared.to_sri24 is not None and prepared.reference_sha256 == reference.sha256
+    unit, external, reference = task.unit, task.unit.external, context.reference
+    given = external.to_sri24 is not None and external.reference_sha256 == reference.sha256
     anchor = ""
     if unit.anchor is not None:
         same = unit.anchor.session == unit.session
         anchor = pathways.SAME_SESSION if same else pathways.OTHER_SESSION
     pathway = Pathway(
         modality=unit.modality,
-        mask_origin=pathways.GIVEN if prepared.brain_mask is not None and not anchor else "",
+        mask_origin=pathways.GIVEN if external.brain_mask is not None and not anchor else "",
         skull_stripped=bool(unit.skull_stripped),
-        extraction=means.extraction.program,
+        extraction=context.extraction.program,
         anchor=anchor,
-        image_given=prepared.image is not None,
+        image_given=external.image is not None,
         transform_given=given,
-        aligned=prepared.aligned,
+        aligned=external.aligned,
         stand_in=bool(reference.metadata.get("StandIn")),
         t2w_reference=unit.modality == "T2w" and not anchor and reference.t2w is not None,
         mp2rage=is_uniform_image(unit.image),
@@ -347,11 +347,11 @@ def as_it_was(methods: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[st
     return {**methods, "skull_stripped": stripped, "mask_origin": quality.get("brain_mask_origin", origin)}
 
 
-def describe_model(task: Task, bundle: Bundle, means: Means) -> dict[str, Any]:
+def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str, Any]:
     """Describe a model that is applied to an image: a `UsedModel` of JSON types."""
     name, threshold = bundle.default_threshold
     training = bundle.info.get("training", {})
-    met = model_has_met(bundle, task.unit, means.config.bids_dir)
+    met = seen_in_training(bundle, task.unit, context.config.bids_dir)
     model = UsedModel(
         detector=bundle.scored_as,
         modality=bundle.modality,
@@ -360,8 +360,8 @@ def describe_model(task: Task, bundle: Bundle, means: Means) -> dict[str, Any]:
         threshold_name=name,
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
-        precision=means.precision,
-        met=() if met == STRANGER else tuple(met.split(" and ")),
+        precision=context.precision,
+        met=() if met == UNSEEN else tuple(met.split(" and ")),
     )
     if bundle.deviation != "none":
         cohort = HealthyCohort.read(bundle.normative["reference"]["covariates"])
@@ -375,12 +375,12 @@ def describe_model(task: Task, bundle: Bundle, means: Means) -> dict[str, Any]:
     return asdict(model)
 
 
-def methods_of(records: Iterable[Record]) -> str:
+def methods_of(records: Iterable[CompletionRecord]) -> str:
     """Write the methods text of images.
 
     Parameters
     ----------
-    records : iterable of Record
+    records : iterable of CompletionRecord
 
     Returns
     -------

@@ -30,7 +30,7 @@ from bids_uad.resources import oom_kills, why_killed
 if TYPE_CHECKING:
     import numpy as np
 
-_EMPTY_ARCHIVE = Path(__file__).parents[1] / "data" / "templateflow"
+_EMPTY_ARCHIVE = Path(__file__).parents[2] / "data" / "templateflow"
 
 
 def _import_sink() -> type:

@@ -16,11 +16,11 @@ from bids_uad.files import sha256_of
 if TYPE_CHECKING:
     from bids_uad.levels.participant.plan import Task
 
-STRANGER = "no"
+UNSEEN = "no"
 SEEN, NAME_SEEN, UNSEEN = sidecars.SCANNER_SEEN_LEVELS
 
 
-def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
+def seen_in_training(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
     """Say where a model has met the subject of an image.
 
     Parameters
@@ -32,7 +32,7 @@ def model_has_met(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
     Returns
     -------
     str
-        ``no``, or cohorts of the model (:meth:`Bundle.has_met`) with ``and`` between them.
+        ``no``, or cohorts of the model (:meth:`Bundle.cohorts_containing`) with ``and`` between them.
     """
     return _where(bundle, unit, source_name(bids_dir))
 
@@ -41,7 +41,7 @@ def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
     hashes = {by_content(sha256_of(unit.path))}
     if dataset:
         hashes.add(by_name(dataset, f"sub-{unit.subject}"))
-    return " and ".join(bundle.has_met(hashes)) or STRANGER
+    return " and ".join(bundle.cohorts_containing(hashes)) or UNSEEN
 
 
 def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> str | None:
@@ -87,7 +87,7 @@ def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Pa
         for unit in units:
             if unit.modality == bundle.modality:
                 met.setdefault(_where(bundle, unit, dataset), set()).add(f"sub-{unit.subject}")
-        met.pop(STRANGER, None)
+        met.pop(UNSEEN, None)
         lines += [
             f"{bundle.name} has met {', '.join(sorted(subjects))} in {where}: how well it does on them says "
             "nothing about others"

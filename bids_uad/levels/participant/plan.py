@@ -13,10 +13,10 @@ from bids_uad.dataset.lesion_masks import LesionMask
 from bids_uad.dataset.naming import ImageUnit, Problem
 from bids_uad.dataset.participants import Participants, Person
 from bids_uad.engine.bundle import Bundle
-from bids_uad.errors import InputError, listed
+from bids_uad.errors import InputError, truncate_list
 from bids_uad.files import sha256_of
 from bids_uad.levels.participant.completion_records import (
-    Record,
+    CompletionRecord,
     all_there,
     make_fingerprint,
     read_record,
@@ -194,7 +194,7 @@ def _anchor_only(unit: ImageUnit) -> Task:
     )
 
 
-def _is_current(record: Record | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
+def _is_current(record: CompletionRecord | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
     """Check that the outputs of a model are there and are those of this very model."""
     model = None if record is None else record.models.get(bundle.scored_as)
     return model is not None and model.identity == identity and all_there(model.outputs, output_dir)
@@ -238,12 +238,14 @@ def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
         lines.append(f"{lesions_dir} holds no usable lesion mask for any of the images; {text}")
     if empty:
         text = "Dice is 1 where nothing is found, else 0, and they are counted apart"
-        lines.append(f"The lesion mask is empty: {listed(sorted(empty))}; {text}")
+        lines.append(f"The lesion mask is empty: {truncate_list(sorted(empty))}; {text}")
     if controls:
         text = "Healthy by participants.tsv and yet with a lesion in the lesion mask"
-        lines.append(f"{text}: {listed(sorted(controls))}. They count as healthy")
+        lines.append(f"{text}: {truncate_list(sorted(controls))}. They count as healthy")
     if without:
-        lines.append(f"No lesion mask for {listed(without)}: the masks of their session name other images")
+        lines.append(
+            f"No lesion mask for {truncate_list(without)}: the masks of their session name other images"
+        )
     return lines
 
 
@@ -265,7 +267,7 @@ def drop_unreadable(collection: Collection) -> Collection:
         lesion = collection.lesions.get(unit.key)
         needed = [unit] if lesion is None else [unit, by_key[lesion.provider]]
         needed += [other.anchor for other in needed if other.anchor is not None]
-        files = [path for own in needed for path in (own.path, *own.prepared.files)]
+        files = [path for own in needed for path in (own.path, *own.external.files)]
         try:
             for path in (*files, *(() if lesion is None else lesion.files)):
                 sha256_of(path)
@@ -313,7 +315,7 @@ MAX_DETECTION_THREADS = 4
 
 
 @dataclass(frozen=True)
-class Means:
+class RunContext:
     """Options, reference image, brain extraction and device of a run.
 
     Parameters

@@ -34,7 +34,7 @@ from bids_uad.errors import (
     InputError,
     UnavailableError,
     UserError,
-    listed,
+    truncate_list,
 )
 from bids_uad.files import locked_names, remove_unfinished, sha256_of, write_text
 from bids_uad.levels.participant.completion_records import (
@@ -46,7 +46,7 @@ from bids_uad.levels.participant.completion_records import (
 from bids_uad.levels.participant.executors import NodeFailure, make_plugin, prepare_nipype
 from bids_uad.levels.participant.leakage import assumptions, overlaps
 from bids_uad.levels.participant.plan import (
-    Means,
+    RunContext,
     Task,
     by_subject,
     crash_dir,
@@ -163,8 +163,8 @@ def _run(
     withdraw_unusable(config, collection.problems)
     if pending:
         _describe(config, tasks, bundles, reference)
-        means = Means(config, reference, extraction, device, precision)
-        failures = _process(config, tasks, means, stopwatch)
+        context = RunContext(config, reference, extraction, device, precision)
+        failures = _process(config, tasks, context, stopwatch)
         _describe(config, tasks, bundles, reference)
         write_methods(config.output_dir)
     outcomes = collect_outcomes(
@@ -201,8 +201,8 @@ def _cautions(config: RunConfig, tasks: Sequence[Task], bundles: Sequence[Bundle
     if lost:
         images = [task.unit.key for task in tasks if task.lost]
         lines.append(
-            f"the outputs of {listed(lost, 5)} are out of date for {listed(images, 5)}, since inputs or "
-            "options have changed; they are removed, and made again by a run with these --models"
+            f"the outputs of {truncate_list(lost, 5)} are out of date for {truncate_list(images, 5)}, since "
+            "inputs or options have changed; they are removed, and made again by a run with these --models"
         )
     return lines
 
@@ -300,7 +300,9 @@ def _describe(
     write_template(reference, config.output_dir)
 
 
-def _process(config: RunConfig, tasks: list[Task], means: Means, stopwatch: Stopwatch) -> list[NodeFailure]:
+def _process(
+    config: RunConfig, tasks: list[Task], context: RunContext, stopwatch: Stopwatch
+) -> list[NodeFailure]:
     """Build and run the workflow; give the nodes that failed."""
     prepare_nipype()
     nipype_config.update_config(
@@ -316,7 +318,7 @@ def _process(config: RunConfig, tasks: list[Task], means: Means, stopwatch: Stop
         }
     )
     try:
-        workflow = build_workflow(tasks, means)
+        workflow = build_workflow(tasks, context)
     except UserError:
         raise
     except Exception as error:
@@ -399,7 +401,7 @@ def _tell_collection(collection: Collection) -> None:
     for path, reason in collection.left_out.items():
         by_reason[reason].append(path.name)
     for reason, names in by_reason.items():
-        LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, listed(names, 5))
+        LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, truncate_list(names, 5))
 
 
 def _print_plan(tasks: Sequence[Task], collection: Collection, console: Console) -> None:

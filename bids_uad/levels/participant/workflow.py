@@ -22,8 +22,8 @@ from bids_uad.dataset.naming import ImageUnit
 from bids_uad.dataset.participants import source_name
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.completion_records import (
+    CompletionRecord,
     ModelRecord,
-    Record,
     as_it_was,
     describe_model,
     describe_preprocessing,
@@ -39,8 +39,15 @@ from bids_uad.levels.participant.interfaces import (
     WriteQuality,
     sidecar_of,
 )
-from bids_uad.levels.participant.leakage import deviation_sidecar, model_has_met, scanner_seen
-from bids_uad.levels.participant.plan import Means, Task, by_subject, crash_dir, model_identity, with_support
+from bids_uad.levels.participant.leakage import deviation_sidecar, scanner_seen, seen_in_training
+from bids_uad.levels.participant.plan import (
+    RunContext,
+    Task,
+    by_subject,
+    crash_dir,
+    model_identity,
+    with_support,
+)
 from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
 from bids_uad.space import NAME
 
@@ -74,32 +81,32 @@ def place_of_node(name: str) -> tuple[str, str]:
     return subject, part
 
 
-def build_workflow(tasks: Sequence[Task], means: Means) -> LiterateWorkflow:
+def build_workflow(tasks: Sequence[Task], context: RunContext) -> LiterateWorkflow:
     """Build the workflow of a run.
 
     Parameters
     ----------
     tasks : sequence of Task
         Of all participants; what is done is left out.
-    means : Means
+    context : RunContext
 
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
     """
-    workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(means.config.work_dir))
+    workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(context.config.work_dir))
     for subject, own in by_subject(tasks).items():
         if all(task.done for task in own):
             continue
-        part = init_subject_wf(subject, own, means)
-        part.config["execution"]["crashdump_dir"] = str(crash_dir(means.config, subject))
+        part = init_subject_wf(subject, own, context)
+        part.config["execution"]["crashdump_dir"] = str(crash_dir(context.config, subject))
         for node in part._get_all_nodes():
             node.config = deepcopy(part.config)
         workflow.add_nodes([part])
     return workflow
 
 
-def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> LiterateWorkflow:
+def init_subject_wf(subject: str, tasks: Sequence[Task], context: RunContext) -> LiterateWorkflow:
     """Build the workflow of one participant.
 
     Parameters
@@ -108,7 +115,7 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
         Label without `sub-`.
     tasks : sequence of Task
         The participant's images, anchors first.
-    means : Means
+    context : RunContext
 
     Returns
     -------
@@ -119,7 +126,7 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
     preprocessed, lesions = {}, {}
     for task in (*to_do, *support):
         key, name = task.unit.key, _identifier(task.unit.key)
-        preprocessed[key] = _init_preprocessing(task, means, f"{name}_preproc_wf")
+        preprocessed[key] = _init_preprocessing(task, context, f"{name}_preproc_wf")
         workflow.add_nodes([preprocessed[key]])
         if not task.provides_lesion:
             continue
@@ -129,7 +136,7 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], means: Means) -> Litera
             anchor = preprocessed[task.unit.anchor.key]
             workflow.connect([(anchor, preprocessed[task.unit.key], _fields(FROM_ANCHOR))])
     for task in to_do:
-        writing = init_writing_wf(task, means, name=f"{_identifier(task.unit.key)}_writing_wf")
+        writing = init_writing_wf(task, context, name=f"{_identifier(task.unit.key)}_writing_wf")
         fields = {field: field for field in FROM_PREPROCESSING}
         workflow.connect([(preprocessed[task.unit.key], writing, _fields(fields))])
         if task.lesion_provider is not None:
@@ -160,33 +167,33 @@ def _fields(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(f"outputnode.{ours}", f"inputnode.{theirs}") for ours, theirs in pairs.items()]
 
 
-def _init_preprocessing(task: Task, means: Means, name: str) -> LiterateWorkflow:
+def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateWorkflow:
     """Build the preprocessing of one image."""
-    unit, prepared = task.unit, task.unit.prepared
+    unit, external = task.unit, task.unit.external
     # A transform to another reference image leads elsewhere.
-    xfm = prepared.to_sri24 if prepared.reference_sha256 == means.reference.sha256 else None
+    xfm = external.to_sri24 if external.reference_sha256 == context.reference.sha256 else None
     given = Given(
-        image=prepared.image is not None,
-        mask=prepared.brain_mask is not None,
+        image=external.image is not None,
+        mask=external.brain_mask is not None,
         xfm=xfm is not None,
-        aligned=prepared.aligned,
+        aligned=external.aligned,
     )
     workflow = init_preproc_wf(
         name=name,
         modality=unit.modality,
         is_anchor=unit.is_anchor,
-        skull_stripped=unit.skull_stripped if prepared.image is None else None,
-        omp_nthreads=means.config.omp_nthreads,
-        reference=means.reference,
+        skull_stripped=unit.skull_stripped if external.image is None else None,
+        omp_nthreads=context.config.omp_nthreads,
+        reference=context.reference,
         given=given,
         lesion_on_raw=task.lesion is None or not task.lesion.on_prepared,
-        extraction=means.extraction,
+        extraction=context.extraction,
     )
     files = {
         "in_file": unit.image,
         "raw_file": unit.path if given.image else None,
-        "from_raw": prepared.from_raw,
-        "given_mask": prepared.brain_mask,
+        "from_raw": external.from_raw,
+        "given_mask": external.brain_mask,
         "given_xfm": xfm,
     }
     for field, path in files.items():
@@ -205,13 +212,13 @@ POSTPROCESS_GB = 1.0
 FIELDS = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc", "lesion")
 
 
-def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
+def init_writing_wf(task: Task, context: RunContext, *, name: str) -> LiterateWorkflow:
     """Build what follows from preprocessing one image.
 
     Parameters
     ----------
     task : Task
-    means : Means
+    context : RunContext
     name : str
 
     Returns
@@ -225,11 +232,11 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
     lesion
         The image's lesion mask in SRI24 space, if there is one.
     """
-    unit, config = task.unit, means.config
+    unit, config = task.unit, context.config
     workflow = LiterateWorkflow(name=name)
     inputs = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
     written: list[tuple[Node, str]] = []
-    metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, means.reference.metadata)
+    metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, context.reference.metadata)
     quality = Node(AddQuality(metadata=metadata["preproc"]), name="add_quality", run_without_submitting=True)
     workflow.connect(inputs, "qc", quality, "quality")
     # Only the name is used. It is not that of the raw file, which need not be there any more.
@@ -240,7 +247,7 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         if field == "preproc":
             workflow.connect(quality, "metadata", sink, "meta_dict")
         written.append((sink, "out_file"))
-    table = Node(_quality_table(task, means), name="quality_table", run_without_submitting=True)
+    table = Node(_quality_table(task, context), name="quality_table", run_without_submitting=True)
     workflow.connect(inputs, "qc", table, "quality")
     written.append((table, "out_file"))
     if task.provides_lesion:
@@ -254,15 +261,15 @@ def init_writing_wf(task: Task, means: Means, *, name: str) -> LiterateWorkflow:
         workflow.connect(inputs, "lesion", sink, "in_file")
         written.append((sink, "out_file"))
     if task.bundles:
-        written += _connect_detection(workflow, task, means, inputs)
-    _connect_record(workflow, task, means, inputs, written)
+        written += _connect_detection(workflow, task, context, inputs)
+    _connect_record(workflow, task, context, inputs, written)
     return workflow
 
 
-def _quality_table(task: Task, means: Means) -> WriteQuality:
+def _quality_table(task: Task, context: RunContext) -> WriteQuality:
     """Make the interface that writes the quality of an image."""
     outputs = naming.preprocessing_outputs(task.unit)
-    raw = sidecars.raw_uri(task.unit, means.config.bids_dir)
+    raw = sidecars.raw_uri(task.unit, context.config.bids_dir)
     return WriteQuality(
         facts={
             "source_image": raw,
@@ -270,15 +277,15 @@ def _quality_table(task: Task, means: Means) -> WriteQuality:
             "depends_on": ", ".join(task.depends_on) or "n/a",
         },
         sidecar=sidecars.quality_sidecar(outputs["preproc"], outputs["brain_mask"]),
-        target=str(means.config.output_dir / naming.quality_output(task.unit)),
+        target=str(context.config.output_dir / naming.quality_output(task.unit)),
     )
 
 
 def _connect_record(
-    workflow: LiterateWorkflow, task: Task, means: Means, inputs: Node, written: list[tuple[Node, str]]
+    workflow: LiterateWorkflow, task: Task, context: RunContext, inputs: Node, written: list[tuple[Node, str]]
 ) -> None:
     """Connect the completion record to everything that is written."""
-    unit, config = task.unit, means.config
+    unit, config = task.unit, context.config
     collect = Node(Merge(len(written)), name="collect", run_without_submitting=True)
     for number, (node, field) in enumerate(written, start=1):
         workflow.connect(node, field, collect, f"in{number}")
@@ -286,7 +293,7 @@ def _connect_record(
         Complete(
             output_dir=str(config.output_dir),
             record_file=str(record_path(config.output_dir, unit)),
-            record=asdict(_record(task, means)),
+            record=asdict(_record(task, context)),
         ),
         name="complete",
         run_without_submitting=True,
@@ -295,10 +302,10 @@ def _connect_record(
     workflow.connect(inputs, "qc", complete, "quality")
 
 
-def _record(task: Task, means: Means) -> Record:
+def _record(task: Task, context: RunContext) -> CompletionRecord:
     """Make the record of what this run writes for an image, the files of its preprocessing apart."""
-    unit, config = task.unit, means.config
-    return Record(
+    unit, config = task.unit, context.config
+    return CompletionRecord(
         key=unit.key,
         run_id=config.run_id,
         source=unit.path.relative_to(config.bids_dir).as_posix(),
@@ -309,11 +316,11 @@ def _record(task: Task, means: Means) -> Record:
                 identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
                 covariates={} if bundle.deviation == "none" else task.person.covariates,
                 outputs=_with_sidecars(_detection_files(task, bundle).values()),
-                methods=describe_model(task, bundle, means),
+                methods=describe_model(task, bundle, context),
             )
             for bundle in task.bundles
         },
-        methods=describe_preprocessing(task, means),
+        methods=describe_preprocessing(task, context),
     )
 
 
@@ -330,12 +337,12 @@ def _with_sidecars(files: Iterable[Path]) -> list[str]:
 def _connect_detection(
     workflow: LiterateWorkflow,
     task: Task,
-    means: Means,
+    context: RunContext,
     inputs: Node,
 ) -> list[tuple[Node, str]]:
     """Connect one detection process and, for each model, what is made of its map."""
-    unit, config = task.unit, means.config
-    threads = means.detection_threads
+    unit, config = task.unit, context.config
+    threads = context.detection_threads
     # Scores and their deviation come from one scoring.
     models = {bundle.name: bundle for bundle in task.bundles}
     detect = Node(
@@ -344,23 +351,23 @@ def _connect_detection(
             seed=config.random_seed,
             bundles=[str(bundle.folder) for bundle in models.values()],
             sha256=[bundle.sha256 for bundle in models.values()],
-            device=means.device,
-            precision=means.precision,
+            device=context.device,
+            precision=context.precision,
             batch_size=config.batch_size or 0,
             compiled=config.compiled,
-            use_cuda=means.device != "cpu",
+            use_cuda=context.device != "cpu",
             threads=threads,
         ),
         name="detect",
         # The scheduler reads a GPU node's process count as its number of GPU slots.
-        n_procs=1 if means.device != "cpu" else threads,
+        n_procs=1 if context.device != "cpu" else threads,
         mem_gb=DETECTION_GB,
     )
     workflow.connect([(inputs, detect, [("preproc", "image"), ("brain_mask", "brain")])])
     written = []
     for bundle in task.bundles:
         name = f"post_{bundle.scored_as.replace('+', '_')}"
-        post = Node(_postprocess(task, bundle, means), name=name, mem_gb=POSTPROCESS_GB)
+        post = Node(_postprocess(task, bundle, context), name=name, mem_gb=POSTPROCESS_GB)
         position = list(models).index(bundle.name)
         workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
         fields = [("brain_mask", "brain_mask"), ("native_mask", "native_ref"), ("from_sri24", "from_sri24")]
@@ -371,9 +378,9 @@ def _connect_detection(
     return written
 
 
-def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
+def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess:
     """Make the interface that writes what one model found."""
-    unit, config = task.unit, means.config
+    unit, config = task.unit, context.config
     threshold_name, threshold = bundle.default_threshold
     files = _detection_files(task, bundle)
     preprocessed = naming.preprocessing_outputs(unit)
@@ -400,8 +407,8 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
         **bundle.origin,
     }
     run = {
-        "Device": means.device,
-        "Precision": means.precision,
+        "Device": context.device,
+        "Precision": context.precision,
         "TorchVersion": version("torch"),
         "RandomSeed": config.random_seed,
     }
@@ -420,7 +427,7 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             "app_version": __version__,
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
-            "model_has_met": model_has_met(bundle, unit, config.bids_dir),
+            "seen_in_training": seen_in_training(bundle, unit, config.bids_dir),
             "scanner_seen": scanner_seen(bundle, task.person.scanner, source_name(config.bids_dir)),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
@@ -429,10 +436,10 @@ def _postprocess(task: Task, bundle: Bundle, means: Means) -> Postprocess:
             inputs,
             model,
             run,
-            means.reference.parcellations,
+            context.reference.parcellations,
             min_lesion_volume=config.min_lesion_volume,
         ),
-        parcellations={name: str(path) for name, path in means.reference.parcellations.items()},
+        parcellations={name: str(path) for name, path in context.reference.parcellations.items()},
         min_lesion_volume=config.min_lesion_volume,
     )
 
@@ -492,7 +499,7 @@ class Complete(SimpleInterface):
         root = Path(self.inputs.output_dir)
         content = dict(self.inputs.record)
         models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
-        record = Record(**content, models=models)
+        record = CompletionRecord(**content, models=models)
         written = [Path(path).relative_to(root) for path in self.inputs.files]
         outputs = set(_with_sidecars(written)) - record.files
         present = sorted(name for name in outputs if (root / name).is_file())

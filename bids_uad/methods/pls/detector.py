@@ -1,4 +1,4 @@
-"""FPI: a network that has learnt to see foreign tissue, on tissue that was made foreign.
+"""PLS: a network that has learnt to see foreign tissue, on tissue that was made foreign.
 
 Tan et al. 2022 ("Detecting outliers with foreign patch interpolation"): patches are blended into healthy
 slices, and a network learns to say of every pixel how strongly. Here the patches are blemishes of many looks
@@ -95,8 +95,8 @@ class Course(Constrained):
 
 
 @dataclass(frozen=True)
-class FPIHyper(Course):
-    """Hyper-parameters of FPI: the first course, and what holds for all.
+class PLSHyper(Course):
+    """Hyper-parameters of PLS: the first course, and what holds for all.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ class FPIHyper(Course):
         check_network(self, "field_of_view", time_embedding=False)
 
 
-class FPI(Detector):
+class PLS(Detector):
     """Foreign patch interpolation.
 
     Parameters
@@ -146,11 +146,11 @@ class FPI(Detector):
     hyper : FPIHyper
     """
 
-    name: ClassVar[str] = "fpi"
-    title: ClassVar[str] = "FPI"
+    name: ClassVar[str] = "pls"
+    title: ClassVar[str] = "PLS"
     citation: ClassVar[str] = "fpi"
-    presets: ClassVar[dict[str, FPIHyper]] = {
-        "default": FPIHyper(
+    presets: ClassVar[dict[str, PLSHyper]] = {
+        "default": PLSHyper(
             network=replace(NETWORK, width=24, multipliers=(1, 2, 3, 4), blocks=(1, 1, 1, 1)),
             blemish=BLEMISH,
             augmentation=replace(AUGMENTATION, intensity=0.5),
@@ -181,13 +181,13 @@ class FPI(Detector):
                 learning_rate=1e-3,
             ),
         ),
-        "lite": FPIHyper(
+        "lite": PLSHyper(
             network=replace(NETWORK, width=12, multipliers=(1, 2, 4, 8), blocks=(0, 1, 1, 1)),
             augmentation=replace(AUGMENTATION, intensity=0.4),
         ),
     }
 
-    def __init__(self, hyper: FPIHyper) -> None:
+    def __init__(self, hyper: PLSHyper) -> None:
         super().__init__(hyper)
         self.network = DDPMpp(hyper.network)
         self.register_buffer("polarity", torch.ones(()))

@@ -9,11 +9,11 @@ from scipy import stats
 from statsmodels.stats.multicomp import pairwise_tukeyhsd
 
 from bids_uad.evaluation.subgroups import (
+    compare_subgroups,
     equal_means_p,
     hedges_g,
     levels_of,
     pairwise_differences,
-    stratify,
 )
 
 
@@ -45,9 +45,9 @@ def subjects() -> pd.DataFrame:
 
 
 def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
-    strata, disparities = stratify(subjects, ["sex", "nothing", "scanner"], seed=0)
-    assert set(strata["factor"]) == {"sex"}  # one scanner has nothing to be compared with
-    fpr = strata[strata["outcome"] == "fpr"].set_index("level")
+    subgroups, disparities = compare_subgroups(subjects, ["sex", "nothing", "scanner"], seed=0)
+    assert set(subgroups["factor"]) == {"sex"}  # one scanner has nothing to be compared with
+    fpr = subgroups[subgroups["outcome"] == "fpr"].set_index("level")
     men, women = (subjects[(subjects["sex"] == sex) & (subjects["role"] == "healthy")]["fpr"] for sex in "MF")
     row = fpr.loc["M"]
     assert row["n_participants"] == 30
@@ -66,7 +66,7 @@ def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
     assert row["p"] == pytest.approx(p)
     assert gap["p"] == pytest.approx(p)
     assert (gap["n_participants"], gap["n_shared"]) == (60, 0)
-    assert strata["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(strata["p"]))
+    assert subgroups["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(subgroups["p"]))
     assert disparities["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(disparities["p"]))
 
 
@@ -96,8 +96,8 @@ def test_lesions_and_many_numbers_are_cut_at_quartiles_of_images(subjects: pd.Da
     assert levels[60] == "1st quarter"
     assert levels[99] == "4th quarter"
     assert set(levels_of(subjects, "weight").value_counts()) == {25}
-    strata, _ = stratify(subjects, ["lesion load"], seed=0)
-    dice = strata[strata["outcome"] == "dice"].set_index("level")["mean"]
+    subgroups, _ = compare_subgroups(subjects, ["lesion load"], seed=0)
+    dice = subgroups[subgroups["outcome"] == "dice"].set_index("level")["mean"]
     assert dice["1st quarter"] == pytest.approx(np.mean(np.arange(60, 70) / 100))
     assert list(dice.index) == ["1st quarter", "2nd quarter", "3rd quarter", "4th quarter"]
 
@@ -119,13 +119,15 @@ def test_levels_of_cuts_other_columns_of_numbers_at_quartiles(subjects: pd.DataF
 
 def test_parts_of_one_or_two_are_not_averaged(subjects: pd.DataFrame) -> None:
     subjects.loc[subjects.index[:2], "sex"] = "X"
-    strata, _ = stratify(subjects, ["sex"], seed=0)
-    assert set(strata["level"]) == {"F", "M"}
+    subgroups, _ = compare_subgroups(subjects, ["sex"], seed=0)
+    assert set(subgroups["level"]) == {"F", "M"}
 
 
 def test_several_scans_of_one_count_once(subjects: pd.DataFrame) -> None:
     twice = pd.concat([subjects, subjects], ignore_index=True)
-    for one, other in zip(stratify(subjects, ["sex"], seed=1), stratify(twice, ["sex"], seed=1), strict=True):
+    for one, other in zip(
+        compare_subgroups(subjects, ["sex"], seed=1), compare_subgroups(twice, ["sex"], seed=1), strict=True
+    ):
         pd.testing.assert_frame_equal(one, other)
 
 
@@ -197,10 +199,10 @@ def test_a_participant_on_several_scanners_is_one_in_each_comparison(subjects: p
     travelled["fpr"] += (travelled["scanner"] == "C") * np.random.default_rng(0).normal(
         1e-3, 1e-3, len(travelled)
     )
-    strata, disparities = stratify(travelled.reset_index(drop=True), ["scanner"], seed=0)
+    subgroups, disparities = compare_subgroups(travelled.reset_index(drop=True), ["scanner"], seed=0)
     gap = disparities.iloc[0]
     assert (gap["n_levels"], gap["n_participants"], gap["n_shared"]) == (3, 60, 20)
-    row = strata.set_index("level").loc["C"]
+    row = subgroups.set_index("level").loc["C"]
     # The others of C are all participants of A, whose scans on A and B are averaged.
     others = healthy["fpr"]
     assert row["difference"] == pytest.approx(row["mean"] - others.mean())
@@ -221,7 +223,7 @@ def test_gap_of_eight_equal_scanners_seldom_excludes_zero() -> None:
         people = {"participant_id": [f"sub-{k}" for k in range(96)], "detector": "made", "modality": "T1w"}
         table = pd.DataFrame(people | {"role": "healthy", "scanner": list("ABCDEFGH") * 12})
         table = table.assign(fpr=rng.normal(0.02, 0.004, 96), dice=np.nan, sensitivity=np.nan)
-        gap = stratify(table, ["scanner"], seed=0)[1].iloc[0]
+        gap = compare_subgroups(table, ["scanner"], seed=0)[1].iloc[0]
         excluded += gap["gap_ci_low"] > 0
     assert excluded <= 0.12 * n
 

@@ -1,4 +1,4 @@
-"""FPI: its loss and its score by hand, and what it has learnt to see."""
+"""PLS: its loss and its score by hand, and what it has learnt to see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from scipy.special import expit, xlogy
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.pls.detector import FPI, Course
+from bids_uad.methods.pls.detector import PLS, Course
 from bids_uad.methods.pls.training_samples import (
     BlemishConfig,
     bend_contrast,
@@ -30,7 +30,7 @@ from bids_uad.networks.synthetic_anomalies import cut_windows, vary_intensity
 from tests.methods.looking_trained import looking_trained
 
 SMALL = replace(
-    FPI.presets["lite"],
+    PLS.presets["lite"],
     network=DDPMppConfig(
         size=64, width=8, multipliers=(1, 2), blocks=(1, 1), attention=(), middle_attention=False,
         dropout=0.0, time_embedding=False, fold=2,
@@ -49,7 +49,7 @@ def brains(count: int = 8) -> Batch:
     return Batch((torch.where(radius < 8, 0.9, 0.4) + noise).clamp(0, 1) * brain, brain)
 
 
-def literal_loss(detector: FPI, course: Course, batch: Batch, seen: list, outputs: list) -> float:
+def literal_loss(detector: PLS, course: Course, batch: Batch, seen: list, outputs: list) -> float:
     """Repeat the steps of the loss with a generator of the same seed; the sums are NumPy's and SciPy's."""
     hyper, generator = detector.hyper, torch.Generator().manual_seed(0)
     bright = detector.polarity > 0
@@ -94,7 +94,7 @@ COURSES = {
 @pytest.mark.parametrize("polarity", [1.0, -1.0])
 def test_the_loss_is_the_weighted_cross_entropy_with_what_was_painted(course, polarity):
     torch.manual_seed(0)
-    detector = FPI(replace(SMALL, soiled=0.5, swollen=0.5, mottled=0.06))
+    detector = PLS(replace(SMALL, soiled=0.5, swollen=0.5, mottled=0.06))
     detector.polarity.fill_(polarity)
     torch.nn.init.normal_(detector.network.leave.weight, std=0.5)
     seen, outputs = [], []
@@ -113,7 +113,7 @@ def test_the_loss_is_the_weighted_cross_entropy_with_what_was_painted(course, po
 def test_nothing_painted_is_nothing_foreign():
     """A network that always gives the logit -5 pays log(1 + e^-5) for every pixel that was left as it is."""
     torch.manual_seed(0)
-    detector = FPI(SMALL)
+    detector = PLS(SMALL)
     detector.network.leave.bias.data.fill_(-5.0)
     nothing = Course(blemish=BlemishConfig(chance=(0.0, 0.0, 0.0)))
     loss = detector.loss(nothing, brains(), torch.Generator().manual_seed(0)).item()
@@ -121,7 +121,7 @@ def test_nothing_painted_is_nothing_foreign():
 
 
 def test_the_score_is_the_mean_probability_of_a_slice_and_its_mirror_image():
-    detector = looking_trained("fpi")
+    detector = looking_trained("pls")
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 1, 160, 192, generator=generator)
     brain = torch.zeros(x.shape, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_the_score_is_the_mean_probability_of_a_slice_and_its_mirror_image():
 
 
 def test_fluid_is_learnt_first():
-    detector = FPI(SMALL)
+    detector = PLS(SMALL)
     fit, descent = detector.stages()
     assert (fit.name, descent.name) == ("polarity", "blemishes")
     batch = brains()
@@ -152,8 +152,8 @@ def test_fluid_is_learnt_first():
 
 
 def test_small_blemishes_have_a_course_of_their_own():
-    hyper = FPI.presets["default"]
-    _, first, second, third, fourth = FPI(hyper).stages()
+    hyper = PLS.presets["default"]
+    _, first, second, third, fourth = PLS(hyper).stages()
     assert (first.name, first.steps) == ("blemishes", hyper.steps)
     assert (second.name, second.steps) == ("small blemishes", hyper.second.steps)
     assert (third.name, third.steps) == ("linings", hyper.third.steps)
@@ -167,7 +167,7 @@ def test_training_beats_the_best_answer_that_does_not_look():
     steady = replace(SMALL.augmentation, spatial=0.0, intensity=0.0)
     blemish = BlemishConfig(chance=(1.0, 0.0, 0.0), opacity=(0.8, 1.0), texture=0.0)
     hyper = replace(SMALL, augmentation=steady, blemish=blemish)
-    detector = FPI(hyper)
+    detector = PLS(hyper)
     batch, fresh = brains(), brains(4)
 
     def mean_loss() -> float:
