@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from threading import Timer
+from typing import Any
 
 from bids_uad.cli.parser import parse_args
 from bids_uad.config import RunConfig
@@ -160,11 +163,22 @@ def _orderly_end() -> Iterator[None]:
 
     The first process of a container would ignore it, and jobs of a cluster would go on.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    handler, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+    sys.unraisablehook = partial(_repeat_interruption, hook)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
+        sys.unraisablehook = hook
+
+
+def _repeat_interruption(otherwise: Callable[[Any], Any], unraisable: Any) -> None:
+    """Send a signal again that arrived in a destructor, where Python drops the exception that it raises."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        number = signal.SIGTERM if issubclass(unraisable.exc_type, _Terminated) else signal.SIGINT
+        Timer(0.1, os.kill, (os.getpid(), number)).start()
+    else:
+        otherwise(unraisable)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -122,6 +122,27 @@ def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
     assert "goes on where this run stopped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_arrives_in_a_destructor_ends_the_run(arguments, monkeypatch, capsys, number, code):
+    """As they do where much is collected; Python drops what a destructor raises."""
+
+    class Interrupted:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    def run(config):
+        Interrupted()
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(run_participant=run))
+    hook = sys.unraisablehook
+    assert cli.main([*arguments, "participant"]) == code
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bids_uad: interrupted")
+
+
 @pytest.mark.parametrize(
     ("own", "spins"),
     [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
