@@ -17,7 +17,7 @@ from bids_uad.dataset.naming import ImageUnit
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import unreadable
 from bids_uad.files import locked, sha256_of, write_json
-from bids_uad.levels.participant.leakage import UNSEEN, deviation_sidecar, seen_in_training
+from bids_uad.levels.participant.leakage import NOT_SEEN, deviation_sidecar, seen_in_training
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.intensity_correction import is_uniform_image
 from bids_uad.reports import pathways
@@ -361,7 +361,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
         precision=context.precision,
-        met=() if met == UNSEEN else tuple(met.split(" and ")),
+        met=() if met == NOT_SEEN else tuple(met.split(" and ")),
     )
     if bundle.deviation != "none":
         cohort = HealthyCohort.read(bundle.normative["reference"]["covariates"])

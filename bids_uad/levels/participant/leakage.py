@@ -16,7 +16,7 @@ from bids_uad.files import sha256_of
 if TYPE_CHECKING:
     from bids_uad.levels.participant.plan import Task
 
-UNSEEN = "no"
+NOT_SEEN = "no"
 SEEN, NAME_SEEN, UNSEEN = sidecars.SCANNER_SEEN_LEVELS
 
 
@@ -41,7 +41,7 @@ def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
     hashes = {by_content(sha256_of(unit.path))}
     if dataset:
         hashes.add(by_name(dataset, f"sub-{unit.subject}"))
-    return " and ".join(bundle.cohorts_containing(hashes)) or UNSEEN
+    return " and ".join(bundle.cohorts_containing(hashes)) or NOT_SEEN
 
 
 def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> str | None:
@@ -87,7 +87,7 @@ def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Pa
         for unit in units:
             if unit.modality == bundle.modality:
                 met.setdefault(_where(bundle, unit, dataset), set()).add(f"sub-{unit.subject}")
-        met.pop(UNSEEN, None)
+        met.pop(NOT_SEEN, None)
         lines += [
             f"{bundle.name} has met {', '.join(sorted(subjects))} in {where}: how well it does on them says "
             "nothing about others"
