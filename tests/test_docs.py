@@ -1,8 +1,10 @@
-"""The documentation builds without a warning, says all that the code says, and needs no network."""
+"""The documentation builds without a warning and network, and is complete; its commands parse."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 import subprocess
 import sys
 from html import unescape
@@ -15,6 +17,7 @@ from bids_uad.dataset.sidecars import LESION_COLUMNS, METRICS_COLUMNS, QUALITY_C
 from bids_uad.methods.registry import DETECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPECTED = ROOT / "tests" / "integration" / "expected_outputs.txt"
 
 
@@ -29,12 +32,12 @@ def site(tmp_path_factory) -> Path:
 
 
 def words(page: Path) -> str:
-    """What a reader sees of a page."""
+    """Return the visible text of a page."""
     text = page.read_text(encoding="utf-8")
     return unescape(re.sub(r"<[^>]+>", "", text[text.index("<article") :]))
 
 
-def test_no_page_asks_another_host_for_anything(site):
+def test_no_page_loads_from_another_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 10
     for page in pages:
@@ -56,7 +59,7 @@ def test_every_option_is_explained(site):
         name
         for action in build_parser()._actions
         for name in action.option_strings
-        if "_" not in name.lstrip("-") and name != "--notrack"
+        if action.help != argparse.SUPPRESS and "_" not in name.lstrip("-")
     ]
     assert [name for name in spellings if name not in text] == []
 
@@ -78,3 +81,37 @@ def test_every_detector_has_a_section(site):
     text = (site / "detectors.html").read_text(encoding="utf-8")
     for detector in DETECTORS.values():
         assert re.search(rf"<h2>{re.escape(detector.title)}<", text), detector.name
+
+
+def commands(page: Path) -> list[str]:
+    """Return the command lines of a page: indented by four spaces, continued by a backslash."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in re.findall(r"^(?: {4}| {7})(\S.*)$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_parse(page, capsys):
+    for command in commands(page):
+        words = shlex.split(command.replace("[OPTIONS]", "").replace("LEVEL [LEVEL ...]", "group"))
+        if "bids_uad" not in words:
+            continue
+        arguments = words[words.index("bids_uad") + 1 :]
+        if arguments != ["--version"]:
+            try:
+                build_parser().parse_args(arguments)
+            except SystemExit:
+                pytest.fail(f"{command}: {capsys.readouterr().err}")
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    mentioned = {
+        name for page in PAGES for name in re.findall(r"(?:`| {4})make (?:-j\d )?([a-z-]+)", page.read_text())
+    }
+    assert "demo" in mentioned
+    assert mentioned <= targets
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / "README.md").read_text())
+    assert [link for link in links if not (ROOT / link).is_file()] == []
