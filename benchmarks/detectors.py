@@ -23,7 +23,7 @@ from benchmarks.scan import Scan, load_scan, number_of_slices, simulate
 from bids_uad import __version__
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.files import write_json
-from bids_uad.methods.registry import DETECTORS
+from bids_uad.methods.registry import DETECTORS, detector_class
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +46,7 @@ def main() -> None:
         store_slices(simulate(scratch / "brains", healthy=1), scratch, args.preset)
         rows = []
         for name in args.detectors:
-            if args.preset not in DETECTORS[name].presets:
+            if args.preset not in detector_class(name).presets:
                 continue
             bundle = find_model(name, args.preset, args.models, scratch, device)
             literal = measure(Run(bundle, archive, str(device), literal=True))

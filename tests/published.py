@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bids_uad.methods.base import Detector
-from bids_uad.methods.registry import DETECTORS
+from bids_uad.methods.registry import detector_class
 
 FOLDER = Path(__file__).parent / "data" / "published"
 
@@ -63,7 +63,7 @@ class Case:
 
     def detector(self, **changes: object) -> Detector:
         """The detector with preset `paper`, its weights as they were drawn at first."""
-        kind = DETECTORS[self.detector_name]
+        kind = detector_class(self.detector_name)
         return kind(replace(kind.presets["paper"], **changes)).eval()
 
 

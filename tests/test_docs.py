@@ -79,8 +79,8 @@ def test_every_file_and_column_is_explained(site):
 
 def test_every_detector_has_a_section(site):
     text = (site / "detectors.html").read_text(encoding="utf-8")
-    for detector in DETECTORS.values():
-        assert re.search(rf"<h2>{re.escape(detector.title)}<", text), detector.name
+    for name, entry in DETECTORS.items():
+        assert re.search(rf"<h2>{re.escape(entry.title)}<", text), name
 
 
 def commands(page: Path) -> list[str]:

@@ -433,11 +433,11 @@ def bundle_hyper(bundle: Bundle) -> Any:
         If there is no such detector, or a hyper-parameter is unknown or has a value that is not allowed.
     """
     from bids_uad.methods.base import hyper_from_values
-    from bids_uad.methods.registry import DETECTORS
+    from bids_uad.methods.registry import DETECTORS, detector_class
 
     if bundle.detector not in DETECTORS:
         raise ModelError(f"model bundle {bundle.folder}: this version has no detector {bundle.detector!r}")
-    kind = type(next(iter(DETECTORS[bundle.detector].presets.values())))
+    kind = type(next(iter(detector_class(bundle.detector).presets.values())))
     try:
         return hyper_from_values(kind, bundle.info["hyper"])
     except ValueError as error:

@@ -110,7 +110,6 @@ class ANDi(Detector):
     """
 
     name: ClassVar[str] = "andi"
-    title: ClassVar[str] = "ANDi"
     citation: ClassVar[str] = "andi"
     presets: ClassVar[dict[str, ANDiHyper]] = {
         "paper": ANDiHyper(

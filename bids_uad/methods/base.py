@@ -213,8 +213,6 @@ class Detector(nn.Module, ABC):
     ----------
     name : str
         Registry name.
-    title : str
-        Name in reports.
     citation : str
         Key in ``boilerplate/bids_uad.bib``.
     presets : dict
@@ -224,7 +222,6 @@ class Detector(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     citation: ClassVar[str]
     presets: ClassVar[dict[str, Any]]
 

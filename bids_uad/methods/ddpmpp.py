@@ -91,7 +91,6 @@ class PartialDiffusion(Detector):
     """
 
     name: ClassVar[str] = "ddpmpp"
-    title: ClassVar[str] = "DDPM++"
     citation: ClassVar[str] = "anoddpm"
     presets: ClassVar[dict[str, PartialDiffusionHyper]] = {
         "paper": PartialDiffusionHyper(

@@ -158,7 +158,6 @@ class Disyre(Detector):
     """
 
     name: ClassVar[str] = "disyre"
-    title: ClassVar[str] = "Disyre"
     citation: ClassVar[str] = "disyre"
     presets: ClassVar[dict[str, DisyreHyper]] = {
         "paper": DisyreHyper(

@@ -99,7 +99,6 @@ class FAE(FeatureDetector):
     """
 
     name: ClassVar[str] = "fae"
-    title: ClassVar[str] = "FAE"
     citation: ClassVar[str] = "fae"
     presets: ClassVar[dict[str, FAEHyper]] = {
         "paper": FAEHyper(training_window=5),

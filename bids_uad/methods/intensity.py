@@ -59,7 +59,6 @@ class Intensity(Detector):
     """
 
     name: ClassVar[str] = "intensity"
-    title: ClassVar[str] = "Intensity"
     citation: ClassVar[str] = "meissen2022"
     presets: ClassVar[dict[str, IntensityHyper]] = {"lite": IntensityHyper()}
 

@@ -144,7 +144,6 @@ class IterMask(Detector):
     """
 
     name: ClassVar[str] = "itermask"
-    title: ClassVar[str] = "IterMask"
     citation: ClassVar[str] = "itermask"
     presets: ClassVar[dict[str, IterMaskHyper]] = {
         "paper": IterMaskHyper(

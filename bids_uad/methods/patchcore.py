@@ -90,7 +90,6 @@ class PatchCore(FeatureDetector):
     """
 
     name: ClassVar[str] = "patchcore"
-    title: ClassVar[str] = "PatchCore"
     citation: ClassVar[str] = "patchcore"
     presets: ClassVar[dict[str, PatchCoreHyper]] = {
         "paper": PatchCoreHyper(

@@ -163,7 +163,6 @@ class ReverseDistillation(FeatureDetector):
     """
 
     name: ClassVar[str] = "rd"
-    title: ClassVar[str] = "RD"
     citation: ClassVar[str] = "rd"
     presets: ClassVar[dict[str, RDHyper]] = {
         "paper": RDHyper(backbone=BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3), normalise=False)),

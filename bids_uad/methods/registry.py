@@ -1,53 +1,112 @@
-"""The detectors by name."""
+"""Registered detectors: name, class, and title and colour in reports."""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bids_uad.methods.andi import ANDi
-from bids_uad.methods.base import Detector
-from bids_uad.methods.ddpmpp import PartialDiffusion
-from bids_uad.methods.disyre import Disyre
-from bids_uad.methods.fae import FAE
-from bids_uad.methods.intensity import Intensity
-from bids_uad.methods.itermask import IterMask
-from bids_uad.methods.patchcore import PatchCore
-from bids_uad.methods.pls.detector import PLS
-from bids_uad.methods.rd import ReverseDistillation
-from bids_uad.methods.riad import RIAD
-from bids_uad.methods.uniad import UniAD
+if TYPE_CHECKING:
+    from bids_uad.methods.base import Detector
 
-DETECTORS: dict[str, type[Detector]] = {
-    detector.name: detector
-    for detector in (
-        PartialDiffusion,
-        ANDi,
-        IterMask,
-        Disyre,
-        RIAD,
-        UniAD,
-        ReverseDistillation,
-        PatchCore,
-        FAE,
-        PLS,
-        Intensity,
-    )
+
+class Entry(NamedTuple):
+    """One registered detector.
+
+    Title and colour are kept here and not in the class, because importing a class imports PyTorch, which
+    takes seconds and hundreds of MB and which reports do not need.
+    """
+
+    module: str
+    """Module that defines the class."""
+    class_name: str
+    """Name of the class, a subclass of :class:`bids_uad.methods.base.Detector`."""
+    title: str
+    """Name in reports, tables and the documentation."""
+    colour: str
+    """Colour in charts, as ``#RRGGBB``."""
+
+
+# Colours of Okabe and Ito without yellow, and five more; colour-blind readers can distinguish them.
+DETECTORS: dict[str, Entry] = {
+    "ddpmpp": Entry("bids_uad.methods.ddpmpp", "PartialDiffusion", "DDPM++ (partial)", "#882255"),
+    "andi": Entry("bids_uad.methods.andi", "ANDi", "ANDi", "#D55E00"),
+    "itermask": Entry("bids_uad.methods.itermask", "IterMask", "IterMask", "#009E73"),
+    "disyre": Entry("bids_uad.methods.disyre", "Disyre", "Disyre", "#CC79A7"),
+    "riad": Entry("bids_uad.methods.riad", "RIAD", "RIAD", "#E69F00"),
+    "uniad": Entry("bids_uad.methods.uniad", "UniAD", "UniAD", "#56B4E9"),
+    "rd": Entry("bids_uad.methods.rd", "ReverseDistillation", "RD", "#4D4D4D"),
+    "patchcore": Entry("bids_uad.methods.patchcore", "PatchCore", "PatchCore", "#8C564B"),
+    "fae": Entry("bids_uad.methods.fae", "FAE", "FAE", "#7A5FB5"),
+    "pls": Entry("bids_uad.methods.pls.detector", "PLS", "PLS", "#0072B2"),
+    "intensity": Entry("bids_uad.methods.intensity", "Intensity", "Intensity", "#9AA60A"),
 }
+"""Detectors by the name that ``--models`` and ``--detector`` take."""
 
 
-def build_detector(name: str, hyper: Any) -> Detector:
-    """Make an untrained detector.
+def detector_class(name: str) -> type[Detector]:
+    """Import the class of a detector.
 
     Parameters
     ----------
     name : str
-        Registry name.
+        Key of `DETECTORS`.
+
+    Returns
+    -------
+    type
+        Subclass of :class:`bids_uad.methods.base.Detector`.
+
+    Raises
+    ------
+    KeyError
+        If no detector has this name; the message lists the registered ones.
+    """
+    if name not in DETECTORS:
+        raise KeyError(f"no detector named {name!r}; there are {', '.join(DETECTORS)}")
+    entry = DETECTORS[name]
+    return getattr(import_module(entry.module), entry.class_name)
+
+
+def preset_of(name: str, preset: str) -> Any:
+    """Return the hyper-parameters of a preset.
+
+    Parameters
+    ----------
+    name : str
+        Key of `DETECTORS`.
+    preset : str
+        Name of the preset, for example ``lite``.
+
+    Returns
+    -------
+    dataclass
+        Hyper-parameters, of the type that belongs to the detector.
+
+    Raises
+    ------
+    KeyError
+        If the detector or its preset is unknown; the message lists those there are.
+    """
+    presets = detector_class(name).presets
+    if preset not in presets:
+        raise KeyError(f"{name} has no preset {preset!r}; it has {', '.join(presets)}")
+    return presets[preset]
+
+
+def build_detector(name: str, hyper: Any) -> Detector:
+    """Build an untrained detector.
+
+    Parameters
+    ----------
+    name : str
+        Key of `DETECTORS`.
     hyper : str or dataclass
-        A preset's name, or hyper-parameters.
+        Name of a preset, or hyper-parameters.
 
     Returns
     -------
     Detector
+        With random weights, in training mode.
 
     Raises
     ------
@@ -56,24 +115,4 @@ def build_detector(name: str, hyper: Any) -> Detector:
     """
     if isinstance(hyper, str):
         hyper = preset_of(name, hyper)
-    return _kind(name)(hyper)
-
-
-def preset_of(name: str, preset: str) -> Any:
-    """Give the hyper-parameters of a preset.
-
-    Raises
-    ------
-    KeyError
-        If the detector or its preset is unknown; the message lists those there are.
-    """
-    presets = _kind(name).presets
-    if preset not in presets:
-        raise KeyError(f"{name} has no preset {preset!r}; it has {', '.join(presets)}")
-    return presets[preset]
-
-
-def _kind(name: str) -> type[Detector]:
-    if name not in DETECTORS:
-        raise KeyError(f"no detector named {name!r}; there are {', '.join(DETECTORS)}")
-    return DETECTORS[name]
+    return detector_class(name)(hyper)

@@ -114,7 +114,6 @@ class RIAD(Detector):
     """
 
     name: ClassVar[str] = "riad"
-    title: ClassVar[str] = "RIAD"
     citation: ClassVar[str] = "riad"
     presets: ClassVar[dict[str, RIADHyper]] = {
         "paper": RIADHyper(

@@ -187,7 +187,6 @@ class UniAD(FeatureDetector):
     """
 
     name: ClassVar[str] = "uniad"
-    title: ClassVar[str] = "UniAD"
     citation: ClassVar[str] = "uniad"
     presets: ClassVar[dict[str, UniADHyper]] = {
         "paper": UniADHyper(

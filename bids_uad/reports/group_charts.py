@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from bids_uad.evaluation.lesion_detection import (
 from bids_uad.evaluation.metrics import precision_recall
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 from bids_uad.evaluation.threshold_transfer import VALIDATION
+from bids_uad.methods.registry import DETECTORS
 from bids_uad.reports.charts import (
     DASHES,
     INK,
@@ -40,17 +42,11 @@ from bids_uad.reports.charts import (
     round_up,
 )
 from bids_uad.reports.group_text import (
-    DETECTOR_NAMES,
     detector_name,
     number,
     with_interval,
 )
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without yellow, which is faint on white.
-_PALETTE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
-    "#56B4E9", "#4D4D4D", "#8C564B", "#7A5FB5", "#9AA60A",
-)  # fmt: skip
 _HEALTHY, _LESION, _SHADE = "#0072B2", "#D55E00", "#56B4E9"
 MAX_DOTS = 300
 """Scans of one detector up to which each is drawn as a dot."""
@@ -70,20 +66,24 @@ Key = tuple[str, str]
 
 
 def detector_colours(evaluation: Evaluation) -> dict[str, str]:
-    """Give every detector of a cohort its colour, the same in all charts.
+    """Return the colour of each detector of a cohort, the same in all charts.
 
-    Known detectors have the same colour in all cohorts, as long as it is free.
+    Parameters
+    ----------
+    evaluation : Evaluation
+        Its curves name the detectors, for example ``pls`` or ``pls+normative``.
+
+    Returns
+    -------
+    dict of str to str
+        ``#RRGGBB`` by detector. Registered detectors have a fixed colour; the others get those of the
+        registered detectors that are absent, and repeat colours when none is left.
     """
     present = {detector for detector, _ in evaluation.curves}
-    order = [*DETECTOR_NAMES, *sorted(present - set(DETECTOR_NAMES))]
-    free = list(_PALETTE)
-    colours = {}
-    for position, detector in enumerate(order):
-        if detector in present:
-            own = _PALETTE[position % len(_PALETTE)]
-            colours[detector] = own if own in free or not free else free[0]
-            free = [colour for colour in free if colour != colours[detector]]
-    return colours
+    known = {name: entry.colour for name, entry in DETECTORS.items()}
+    colours = {name: known[name] for name in known if name in present}
+    free = [colour for name, colour in known.items() if name not in present] or list(known.values())
+    return colours | dict(zip(sorted(present - set(known)), cycle(free), strict=False))
 
 
 def group_charts(

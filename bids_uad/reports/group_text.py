@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bids_uad.evaluation.benchmark import ALL
 from bids_uad.evaluation.bootstrap import MIN_SUBJECTS
+from bids_uad.methods.registry import DETECTORS
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -56,24 +57,8 @@ def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float =
     return f"{fixed(row[column], scale, digits)} {interval(row, name, scale, digits)}".strip()
 
 
-DETECTOR_NAMES = {
-    "ddpmpp": "DDPM++",
-    "andi": "ANDi",
-    "itermask": "IterMask",
-    "disyre": "Disyre",
-    "riad": "RIAD",
-    "uniad": "UniAD",
-    "rd": "RD",
-    "patchcore": "PatchCore",
-    "fae": "FAE",
-    "intensity": "Intensity",
-    "pls": "PLS",
-}
-"""The detectors as their papers write them, in the order of the palette."""
-
-
 def detector_name(detector: str) -> str:
-    """Return the name of a detector as its paper writes it, with `(Z)` where its scores are deviations.
+    """Return the title of a detector, with `(Z)` if its scores are deviations from a normative reference.
 
     Parameters
     ----------
@@ -81,7 +66,7 @@ def detector_name(detector: str) -> str:
         As in tables (`disyre+normative`) or, in lower case, in file names (`disyrenormative`).
     """
     plain = detector.removesuffix("normative").rstrip("+")
-    name = DETECTOR_NAMES.get(plain, plain.capitalize())
+    name = DETECTORS[plain].title if plain in DETECTORS else plain.capitalize()
     return name if plain == detector else f"{name} (Z)"
 
 

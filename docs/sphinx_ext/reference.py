@@ -23,7 +23,7 @@ from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
-from bids_uad.methods.registry import DETECTORS
+from bids_uad.methods.registry import detector_class
 
 ROOT = Path("/data")
 UNIT = ImageUnit(ROOT / "sub-01" / "anat" / "sub-01_T1w.nii.gz", "01", None, "T1w", {"subject": "01"})
@@ -100,7 +100,7 @@ class Presets(Generated):
         """Write one row for each hyper-parameter."""
         presets = {
             name: dict(flat(dataclasses.asdict(hyper)))
-            for name, hyper in DETECTORS[self.arguments[0]].presets.items()
+            for name, hyper in detector_class(self.arguments[0]).presets.items()
         }
         yield from table_head("hyper-parameter", *(f"`{name}`" for name in presets))
         names = dict.fromkeys(name for values in presets.values() for name in values)

@@ -31,8 +31,7 @@ from bids_uad.levels.participant import (
 from bids_uad.levels.participant import (
     workflow as writing,
 )
-from bids_uad.methods.registry import DETECTORS
-from tests.engine.learn_together import Toy
+from bids_uad.methods.registry import DETECTORS, Entry
 from tests.levels.fakes import FakeDetect, init_fake_preproc_wf
 from tests.levels.study import Study
 
@@ -210,7 +209,7 @@ def stand_ins(reference) -> Iterator[None]:
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(plugin, "START_METHOD", "fork")
         patch.setattr(reporting, "START_METHOD", "fork")
-        patch.setitem(DETECTORS, "toy", Toy)
+        patch.setitem(DETECTORS, "toy", Entry("tests.engine.learn_together", "Toy", "Toy", "#000000"))
         sha256_of.cache_clear()
         yield
 

@@ -27,7 +27,7 @@ from bids_uad.methods.patchcore import PatchCoreHyper
 from bids_uad.methods.pls.detector import Course, PLSHyper
 from bids_uad.methods.pls.training_samples import BlemishConfig
 from bids_uad.methods.rd import RDHyper
-from bids_uad.methods.registry import DETECTORS, build_detector
+from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
 from bids_uad.methods.riad import RIADHyper
 from bids_uad.methods.uniad import UniADHyper
 from bids_uad.networks.backbones import BackboneConfig, build_backbone
@@ -268,7 +268,7 @@ def nested(kind: type):
 HYPERS = sorted(
     {
         part
-        for detector in DETECTORS.values()
+        for detector in map(detector_class, DETECTORS)
         for hyper in detector.presets.values()
         for part in nested(type(hyper))
     },
@@ -376,7 +376,7 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
     }  # fmt: skip
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    detector = build_detector(name, replace(DETECTORS[name].presets["lite"], **limits[name]))
+    detector = build_detector(name, replace(detector_class(name).presets["lite"], **limits[name]))
     height, width = detector.field_of_view
     slices = torch.rand(2, 1, height, width, generator=generator)
     brain = torch.zeros(2, 1, height, width, dtype=torch.bool)

@@ -147,7 +147,6 @@ class PLS(Detector):
     """
 
     name: ClassVar[str] = "pls"
-    title: ClassVar[str] = "PLS"
     citation: ClassVar[str] = "fpi"
     presets: ClassVar[dict[str, PLSHyper]] = {
         "default": PLSHyper(
