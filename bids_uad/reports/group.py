@@ -355,10 +355,10 @@ def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
 
 def _by_reason(missing_data: list[MissingData]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], list[MissingData]] = defaultdict(list)
-    for absence in missing_data:
-        detector = detector_name(absence.detector) if absence.detector else ""
-        groups[absence.reason, absence.modality or "", detector].append(absence)
+    for missing in missing_data:
+        detector = detector_name(missing.detector) if missing.detector else ""
+        groups[missing.reason, missing.modality or "", detector].append(missing)
     return [
-        {"reason": reason, "what": f"{detector} {modality}".strip(), "absences": members}
+        {"reason": reason, "what": f"{detector} {modality}".strip(), "images": members}
         for (reason, modality, detector), members in sorted(groups.items())
     ]

@@ -152,7 +152,7 @@ def test_group_text_tells_which_models_of_bias_there_were(cohort):
     subgroups = pd.DataFrame({"factor": ["sex", "age", "sex", "scanner"]})
     asked = replace(analyses, subgroups=subgroups, bias=Bias(pd.DataFrame(rows), [], []))
     text = group_methods_text(cohort, asked, seed=0)
-    assert "divided by sex, age and scanner," in text
+    assert "subgroups of the cohort by sex, age and scanner," in text
     assert "modelled by age and scanner," in text
     assert {"hc3", "mixed", "hedges", "statsmodels"} <= set(cited_keys(text))
     assert "mixed" not in cited_keys(
