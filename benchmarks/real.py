@@ -90,15 +90,24 @@ def best_dice(nonlesion: np.ndarray, lesion: np.ndarray) -> float:
 
 
 def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality: str) -> tuple[float, float]:
-    """Best Dice and average precision of the scan's own intensity, median of 3 x 3 x 3 voxels.
+    """Compute the best Dice and the average precision of the scan's intensity, median of 3 x 3 x 3 voxels.
 
     Parameters
     ----------
     volume : numpy.ndarray of float
+        Preprocessed scan.
     brain, lesion : numpy.ndarray of bool
+        Brain and lesion masks on the same grid.
     modality : str
-        Lesions are bright in T2w and dark in T1w.
+        `T2w`, in which lesions are hyperintense, or `T1w`, in which they are hypointense.
+
+    Returns
+    -------
+    dice, average_precision : float
+        NaN if no voxel inside the brain is lesion.
     """
+    if not lesion[brain].any():
+        return float("nan"), float("nan")
     scores = median_filter(volume, 3)[brain] * (1 if modality == "T2w" else -1)
     _, bins = np.unique(scores, return_inverse=True)
     inside, rest = np.bincount(bins, lesion[brain]), np.bincount(bins, ~lesion[brain])

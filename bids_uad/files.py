@@ -19,7 +19,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bids_uad.errors import InputError, unreadable
+from bids_uad.errors import ConfigError, InputError, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -258,6 +258,39 @@ def write_json(target: str | os.PathLike[str], content: dict[str, Any]) -> Path:
 def json_text(content: dict[str, Any]) -> str:
     """Return `content` as indented JSON; see :func:`write_json`."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a derivative dataset, or a dataset description.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    dict
+        Fields of the object; empty if there is no such file.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not valid JSON or does not hold an object.
+    InputError
+        If the file cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); repair it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a JSON object; repair it")
+    return content
 
 
 def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:

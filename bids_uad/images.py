@@ -21,6 +21,10 @@ from bids_uad.errors import InputError, unreadable
 from bids_uad.files import atomic_path
 
 DTYPES = (np.uint8, np.int16, np.int32, np.float32)
+GRID_TOLERANCE_MM = 0.1
+
+Grid = tuple[tuple[int, ...], np.ndarray]
+"""Shape of the first three axes, and affine."""
 
 
 def make_image(volume: np.ndarray, affine: np.ndarray, dtype: type, *, code: int = 1) -> nib.Nifti1Image:
@@ -258,3 +262,61 @@ def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
         raise ValueError("the image has no positive intensity inside the brain mask")
     scaled = np.maximum(np.asarray(volume, dtype=np.float32) / np.float32(upper), 0.0)
     return np.where(brain, scaled, np.float32(0.0)).astype(np.float32)
+
+
+def grid_of(path: Path) -> Grid:
+    """Read the grid of an image from its header.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        NIfTI image.
+
+    Returns
+    -------
+    shape : tuple of int
+        Voxels along the first three axes.
+    affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world matrix, mm.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or not an image, see :func:`open_nifti`, or its affine is singular.
+    """
+    image = open_nifti(path)
+    affine = np.asarray(image.affine)
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
+        raise InputError(path, "the header's affine is singular or not finite", "repair the NIfTI header")
+    return tuple(int(size) for size in image.shape[:3]), affine
+
+
+def same_grid(one: Grid, other: Grid) -> bool:
+    """Return whether two grids have their voxels at the same positions, in any storage order.
+
+    Parameters
+    ----------
+    one, other : tuple of shape and affine
+        Grids as :func:`grid_of` returns them.
+
+    Returns
+    -------
+    bool
+        True if, after reordering both to RAS, the shapes are equal and no corner differs by more than 0.1 mm.
+    """
+    (shape_one, affine_one), (shape_other, affine_other) = _to_ras(*one), _to_ras(*other)
+    if shape_one != shape_other:
+        return False
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape_one])).reshape(3, -1).T
+    offset = nib.affines.apply_affine(affine_one, corners) - nib.affines.apply_affine(affine_other, corners)
+    return bool(np.linalg.norm(offset, axis=1).max() < GRID_TOLERANCE_MM)
+
+
+def _to_ras(shape: tuple[int, ...], affine: np.ndarray) -> Grid:
+    """Return shape and affine of a grid after reordering its voxels to RAS."""
+    orientation = nib.io_orientation(affine)
+    reordered = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    new_shape = [0, 0, 0]
+    for axis, (target, _) in enumerate(orientation):
+        new_shape[int(target)] = shape[axis]
+    return tuple(new_shape), reordered

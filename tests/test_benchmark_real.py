@@ -39,6 +39,11 @@ def test_the_floor_is_that_of_scikit_learn(brain_with_lesion, modality, sign):
     assert precision == pytest.approx(average_precision_score(truth, scores))
 
 
+def test_floor_of_is_undefined_for_an_empty_mask(brain_with_lesion):
+    volume, brain, lesion = brain_with_lesion
+    assert np.isnan(floor_of(volume, brain, lesion & ~brain, "T2w")).all()
+
+
 def test_best_dice_by_hand():
     # Above the second edge: 3 of 4 lesion voxels and 1 other, 2 * 3 / (4 + 4).
     assert best_dice(np.array([90, 1, 0]), np.array([1, 1, 2])) == pytest.approx(0.75)

@@ -9,9 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bids_uad.dataset.external import grid_of, same_grid
 from bids_uad.errors import InputError
-from bids_uad.images import open_nifti, read_data
+from bids_uad.images import grid_of, open_nifti, read_data, same_grid
 from bids_uad.preprocessing.check import header_doubts, read_scan
 
 SHAPE = (12, 12, 12)

@@ -160,8 +160,8 @@ def beside(label: str, sidecar: bytes | Callable[[Path], None]) -> Row:
 
 
 def alone(label: str, folder: str = "anat", **files: bytes) -> Row:
-    """A participant without an image to work on."""
-    return Row(label, files, {"": (REFUSED, f"sub-{label}: no T1w or T2w image to work on")}, folder=folder)
+    """A participant without a usable image."""
+    return Row(label, files, {"": (REFUSED, f"sub-{label}: no usable T1w or T2w image")}, folder=folder)
 
 
 def link(target: str) -> Callable[[Path], None]:
@@ -479,7 +479,7 @@ NAMES = [
             "part-phase_T1w.nii.gz": (LEFT_OUT, "part-phase; only"),
             "": (
                 REFUSED,
-                "sub-phaseonly: no T1w or T2w image to work on; left out: sub-phaseonly_part-phase_T1w.nii",
+                "sub-phaseonly: no usable T1w or T2w image; left out: sub-phaseonly_part-phase_T1w.nii",
             ),
         },
     ),
@@ -490,7 +490,7 @@ NAMES = [
             "chunk-2_T1w.nii.gz": (LEFT_OUT, "chunk-; a part of a scan"),
             "": (
                 REFUSED,
-                "sub-chunks: no T1w or T2w image to work on; left out: sub-chunks_chunk-1_T1w.nii.gz",
+                "sub-chunks: no usable T1w or T2w image; left out: sub-chunks_chunk-1_T1w.nii.gz",
             ),
         },
     ),
@@ -540,13 +540,13 @@ NAMES = [
             "T2W.nii.gz": (LEFT_OUT, "suffix T2W, which BIDS spells T2w"),
             "": (
                 REFUSED,
-                "sub-misspelt: no T1w or T2w image to work on; left out: sub-misspelt_T2W.nii.gz (suffix T2W",
+                "sub-misspelt: no usable T1w or T2w image; left out: sub-misspelt_T2W.nii.gz (suffix T2W",
             ),
         },
     ),
     among_others(
         "stranger",
-        {"sub-other_T1w.nii.gz": (REFUSED, "the name of the image does not agree with its folder")},
+        {"sub-other_T1w.nii.gz": (REFUSED, "file name does not match its folder")},
     ),
     Row(
         "noprefix",
@@ -554,7 +554,7 @@ NAMES = [
         {
             T1W: (
                 REFUSED,
-                "the name of the image does not agree with its folder sub-noprefix/anat; let it start",
+                "file name does not match its folder sub-noprefix/anat; start the name",
             )
         },
         started="x_",
@@ -567,7 +567,7 @@ NAMES = [
         {
             "ses-b_T1w.nii.gz": (
                 REFUSED,
-                "the name of the image does not agree with its folder sub-wrongsession/ses-a",
+                "file name does not match its folder sub-wrongsession/ses-a",
             )
         },
         folder="ses-a/anat",
@@ -582,7 +582,7 @@ NAMES = [
         Row(
             label,
             {T1W: PACKED},
-            {"": (REFUSED, f"{{}}/sub-{label}: a participant label holds letters and digits only")},
+            {"": (REFUSED, f"{{}}/sub-{label}: BIDS allows letters and digits only in a label")},
         )
         for label in ("müller", "01-02", "a.b", "a b", "a_b", "")
     ],
@@ -837,10 +837,10 @@ def test_a_run_of_refused_inputs_alone_is_no_input(finished, collection, monkeyp
     [
         (None, 2, "has no dataset_description.json; is it the root of a BIDS dataset?"),
         ("{}", 0, ""),
-        ("{", 2, "dataset_description.json is not valid JSON"),
-        ("", 2, "dataset_description.json is not valid JSON"),
-        ("[]", 2, "dataset_description.json must hold a JSON object"),
-        ('{"Name": "Köln"}'.encode("latin-1"), 2, "dataset_description.json is not valid JSON"),
+        ("{", 2, "dataset_description.json: not valid JSON"),
+        ("", 2, "dataset_description.json: not valid JSON"),
+        ("[]", 2, "dataset_description.json: not a JSON object"),
+        ('{"Name": "Köln"}'.encode("latin-1"), 2, "dataset_description.json: not valid JSON"),
     ],
 )
 def test_dataset_description(tmp_path, monkeypatch, capfd, content, code, message):

@@ -6,7 +6,6 @@ file here is written atomically, by one job after the other, and what earlier ru
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -20,12 +19,7 @@ import pandas as pd
 from bids_uad import __version__
 from bids_uad.dataset.sidecars import NOT_CLINICAL
 from bids_uad.errors import ConfigError
-from bids_uad.files import (
-    locked,
-    write_json,
-    write_text,
-    write_tsv,
-)
+from bids_uad.files import locked, read_json, write_json, write_text, write_tsv
 
 BIDS_VERSION = "1.10.1"
 HED_VERSION = "8.4.0"
@@ -275,22 +269,3 @@ def _write_if_new(path: Path, content: dict[str, Any]) -> None:
     """Write JSON unless the file already says the same."""
     if read_json(path) != content:
         write_json(path, content)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one.
-
-    Raises
-    ------
-    ConfigError
-        If the file holds anything else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); repair it") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object; repair it")
-    return content

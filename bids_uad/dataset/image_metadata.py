@@ -10,9 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from bids_uad.dataset.demographics import is_missing, read_table
-from bids_uad.dataset.inputs import SidecarReader
 from bids_uad.dataset.participants import Participants
+from bids_uad.dataset.raw_metadata import SidecarReader, is_missing, read_table
 
 
 def image_columns(

@@ -1,14 +1,12 @@
-"""What is read: the T1w and T2w images of a BIDS dataset, each with its anchor and its ground truth."""
+"""Search for the inputs of a run: T1w and T2w images of a BIDS dataset, their anchors and lesion masks."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,103 +15,35 @@ from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 from bids.utils import listify
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.demographics import read_object
 from bids_uad.dataset.external import LESIONS, attach_external_inputs
 from bids_uad.dataset.lesion_masks import LesionMask, resolve_masks
 from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem
+from bids_uad.dataset.raw_metadata import SidecarReader
 from bids_uad.errors import ConfigError, InputError, truncate_list
 
-LOGGER = logging.getLogger("bids_uad")
+EXTENSIONS = [".nii.gz", ".nii"]
 
+SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"]}
+"""Suffixes of each modality; UNIT1 is the T1-weighted image of MP2RAGE."""
 
-class SidecarReader:
-    """Read the metadata of the images of one dataset; files that several images share are read once.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    modality: {
+        "datatype": "anat",
+        "suffix": suffixes,
+        "extension": EXTENSIONS,
+        "ceagent": None,
+        "part": [None, "mag"],
+        "chunk": None,
+        "inv": None,
+    }
+    for modality, suffixes in SUFFIXES.items()
+}
+"""Default pybids filters of each modality.
 
-    Parameters
-    ----------
-    root : pathlib.Path
-        The dataset.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._read = cache(read_object)
-        self._listed = cache(lambda folder: sorted(folder.glob("*.json")))
-
-    def files(self, image: PurePosixPath) -> list[Path]:
-        """List the sidecars that apply to an image, the most specific last.
-
-        Parameters
-        ----------
-        image : pathlib.PurePosixPath
-            Relative to the dataset.
-
-        Returns
-        -------
-        list of pathlib.Path
-            JSON files of the same suffix in the folders above the image, whose names hold entities of the
-            image only: those of outer folders first, and in one folder those with fewer entities.
-        """
-        entities, suffix = _split(image.name)
-        found = []
-        for folder in reversed(image.parents):
-            own = [
-                (len(named), path)
-                for path in self._listed(self._root / folder)
-                for named, kind in [_split(path.name)]
-                if kind == suffix and named <= entities
-            ]
-            found += [path for _, path in sorted(own)]
-        return found
-
-    def fields(self, image: PurePosixPath) -> dict[str, Any]:
-        """Merge the sidecars of an image; where two have the same field, the more specific file counts.
-
-        Parameters
-        ----------
-        image : pathlib.PurePosixPath
-            Relative to the dataset.
-
-        Returns
-        -------
-        dict
-            Empty without a sidecar.
-
-        Raises
-        ------
-        InputError
-            If one of the files cannot be read or is not a JSON object.
-        """
-        fields: dict[str, Any] = {}
-        for path in self.files(image):
-            fields |= self._read(path)
-        return fields
-
-    def fields_if_readable(self, image: PurePosixPath) -> dict[str, Any]:
-        """Merge the sidecars of an image as :meth:`fields` does; log a warning if one cannot be read.
-
-        Parameters
-        ----------
-        image : pathlib.PurePosixPath
-            Relative to the dataset.
-
-        Returns
-        -------
-        dict
-            Empty if one of the sidecars cannot be read.
-        """
-        try:
-            return self.fields(image)
-        except InputError as error:
-            LOGGER.warning("%s. The metadata of %s are not used", error, image.name)
-            return {}
-
-
-def _split(name: str) -> tuple[frozenset[str], str]:
-    """Split a file name into its entities and its suffix."""
-    *entities, suffix = name.split(".", 1)[0].split("_")
-    return frozenset(entities), suffix
-
+Contrast-enhanced images (`ce-`) are left out: the detectors are trained on images without contrast agent and
+would mark enhancing vessels. Phase, real and imaginary images (`part-`), parts of a scan (`chunk-`) and
+single inversions of MP2RAGE (`inv-`) are left out as well.
+"""
 
 _NOT_ANAT = (
     "beh",
@@ -133,31 +63,31 @@ _NOT_ANAT = (
 
 _LABEL = re.compile(r"[0-9a-zA-Z+]+")
 _IMAGE_NAME = re.compile(r"\.(?:nii|img|hdr|mgz|mgh|mnc|nrrd|nhdr|dcm|ima)(?:\.[0-9a-z]+)?$", re.IGNORECASE)
-"""Names of images, in formats that BIDS allows or does not."""
+"""Extensions of images, including formats that BIDS does not allow."""
 
-CONTRAST_ENHANCED = "contrast-enhanced; a --bids-filter-file can ask for them"
-"""Why images with `ce-` are left out."""
+CONTRAST_ENHANCED = "contrast-enhanced; a --bids-filter-file can select them"
+"""Reason for leaving out images with `ce-`."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a run works on.
+    """Inputs of a run.
 
     Parameters
     ----------
     subjects : tuple of str
-        Participants asked for, also those without images.
+        Labels of the requested participants, also of those without images.
     units : tuple of ImageUnit
-        Images, a participant's anchors before what is registered to them.
-    lesions : dict
-        Lesion mask by the key of the image it belongs to.
-    problems : tuple of Problem
-        What could not be used.
-    left_out : dict of pathlib.Path to str
-        T1w and T2w images (or files that pass for one) that are not used, and why.
-    anchors_only : frozenset of str
-        Keys of the units of sessions that were not asked for. T2w images of other sessions are registered to
-        them; nothing is written about them.
+        Images, each anchor before the images that are registered to it.
+    lesions : dict of str to LesionMask, default={}
+        Lesion masks by the key of the image.
+    problems : tuple of Problem, default=()
+        Participants, images and lesion masks that cannot be used.
+    left_out : dict of pathlib.Path to str, default={}
+        T1w and T2w images, or files with such names, that are not used, with the reason.
+    anchors_only : frozenset of str, default=frozenset()
+        Keys of images of sessions that were not requested. T2w images of requested sessions are registered to
+        them; no output is written for them.
     """
 
     subjects: tuple[str, ...]
@@ -169,132 +99,142 @@ class Collection:
 
 
 def collect_units(config: RunConfig) -> list[ImageUnit]:
-    """List the images of a run; see :func:`collect` for all that was found."""
+    """Return the images of a run; see :func:`collect`."""
     return list(collect(config).units)
 
 
 def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None) -> Collection:
-    """Find the images, anchors and lesion masks of the participants that were asked for.
+    """Find the images, anchors and lesion masks of the requested participants.
 
     Parameters
     ----------
     config : RunConfig
+        Configuration of the run.
     check : callable, optional
-        Raises InputError for an image that cannot be used. Such an image is reported and left out before
-        anchors are chosen, so that it takes no other image with it.
+        Function that raises InputError for an image that cannot be used. Such an image is reported and left
+        out before anchors are chosen, so that other images get another anchor.
 
     Returns
     -------
     Collection
+        Inputs of the run, and what cannot be used.
 
     Raises
     ------
     InputError
-        If a participant or session that was asked for does not exist, or nothing is left.
+        If a requested participant or session does not exist.
     ConfigError
-        If the filter file is not usable.
+        If the filter file cannot be used.
     """
     subjects = requested_subjects(config.bids_dir, config.participants)
     queries = read_queries(config.filter_file)
-    labelled = [subject for subject in subjects if _LABEL.fullmatch(subject)]
-    layout = open_layout(config.bids_dir, labelled)
+    valid = [subject for subject in subjects if _LABEL.fullmatch(subject)]
+    layout = open_layout(config.bids_dir, valid)
     _check_sessions(layout, config)
-    scope: dict[str, Any] = {"subject": labelled, "datatype": "anat"}
+    scope: dict[str, Any] = {"subject": valid, "datatype": "anat"}
     if config.sessions:
         scope["session"] = list(config.sessions)
 
-    found = [
+    files = [
         (file, modality)
         for modality, query in queries.items()
-        for file in (_query(layout, {**query, **scope}, config) if labelled else [])
+        for file in (_query(layout, {**query, **scope}, config) if valid else [])
     ]
-    problems = [_misnamed_folder(config.bids_dir, subject) for subject in subjects if subject not in labelled]
-    raw, misnamed = _make_units(found, config.bids_dir)
+    problems = [_invalid_label(config.bids_dir, subject) for subject in subjects if subject not in valid]
+    raw, misnamed = _make_units(files, config.bids_dir)
     raw, ambiguous = _drop_ambiguous(raw)
-    raw, unusable = _refuse_unusable(raw, config.modalities, check)
-    elsewhere = _anchors_elsewhere(layout, queries["T1w"], raw, config, check)
-    anchored = set_anchors([*raw, *elsewhere], config.modalities)
+    raw, unusable = _drop_unusable(raw, config.modalities, check)
+    other_sessions = _anchors_of_other_sessions(layout, queries["T1w"], raw, config, check)
+    anchored = set_anchors([*raw, *other_sessions], config.modalities)
     used = {unit.anchor.key for unit in anchored if unit.anchor is not None}
-    anchors_only = frozenset(unit.key for unit in elsewhere) & used
-    anchored = [unit for unit in anchored if unit not in elsewhere or unit.key in used]
-    units, unfitting = attach_external_inputs(anchored, config.derivatives)
-    lesions, refused = _attach_lesions(config, [unit for unit in units if unit.key not in anchors_only])
-    problems += [*misnamed, *ambiguous, *unusable, *unfitting, *refused]
-    left_out = _left_out(layout, scope, {Path(file.path) for file, _ in found}, config) if labelled else {}
+    anchors_only = frozenset(unit.key for unit in other_sessions) & used
+    anchored = [unit for unit in anchored if unit not in other_sessions or unit.key in used]
+    units, off_grid = attach_external_inputs(anchored, config.derivatives)
+    lesions, bad_masks = _find_lesions(config, [unit for unit in units if unit.key not in anchors_only])
+    problems += [*misnamed, *ambiguous, *unusable, *off_grid, *bad_masks]
+    left_out = _left_out(layout, scope, {Path(file.path) for file, _ in files}, config) if valid else {}
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
             problems.append(_no_image(subject, config, left_out))
     return Collection(subjects, tuple(units), lesions, tuple(problems), left_out, anchors_only)
 
 
-def _anchors_elsewhere(
+def _anchors_of_other_sessions(
     layout: BIDSLayout,
     query: dict[str, Any],
     units: Sequence[ImageUnit],
     config: RunConfig,
     check: Callable[[ImageUnit], None] | None,
 ) -> list[ImageUnit]:
-    """Find the T1w images of sessions that were not asked for, for T2w images of sessions without one.
+    """Find T1w images of sessions that were not requested, for T2w images of sessions without a T1w.
 
-    A job for one session registers a T2w image to the same T1w image as a run on the whole participant does.
+    A job for one session thus registers a T2w image to the same T1w image as a run on all sessions does.
     """
     with_t1w = {(unit.subject, unit.session) for unit in units if unit.modality == "T1w"}
-    alone = {
+    subjects = {
         unit.subject
         for unit in units
         if unit.modality == "T2w" and (unit.subject, unit.session) not in with_t1w
     }
-    if not config.sessions or "T2w" not in config.modalities or not alone:
+    if not config.sessions or "T2w" not in config.modalities or not subjects:
         return []
-    files = _query(layout, {**query, "subject": sorted(alone)}, config)
-    found, _ = _make_units([(file, "T1w") for file in files], config.bids_dir)
-    found, _ = _drop_ambiguous([unit for unit in found if unit.session not in config.sessions])
-    # What is wrong with the others is for the runs on their sessions to report.
-    return _refuse_unusable(found, ("T1w",), check)[0]
+    files = _query(layout, {**query, "subject": sorted(subjects)}, config)
+    others, _ = _make_units([(file, "T1w") for file in files], config.bids_dir)
+    others, _ = _drop_ambiguous([unit for unit in others if unit.session not in config.sessions])
+    # Problems of these images are reported by the runs on their sessions.
+    return _drop_unusable(others, ("T1w",), check)[0]
 
 
 def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]:
-    """List the participants to process.
+    """Return the labels of the participants to process.
 
     Parameters
     ----------
     bids_dir : pathlib.Path
+        Root of the raw dataset.
     labels : sequence of str
-        Labels without `sub-`; empty means all.
+        Requested labels without `sub-`; empty means all participants.
+
+    Returns
+    -------
+    tuple of str
+        Labels without `sub-`, sorted.
 
     Raises
     ------
     InputError
-        If the dataset has no participant, or lacks one that was asked for.
+        If the dataset has no participant, or not all of the requested ones.
     """
     existing = sorted(path.name.removeprefix("sub-") for path in bids_dir.glob("sub-*") if path.is_dir())
     if not existing:
-        raise InputError(bids_dir, "holds no participant (sub-* folder)", "give the root of a BIDS dataset")
+        raise InputError(bids_dir, "no participant (sub-* folder)", "give the root of a BIDS dataset")
     missing = sorted(set(labels) - set(existing))
     if missing:
         raise InputError(
-            bids_dir, f"has no participant {', '.join(missing)}", f"it has {truncate_list(existing)}"
+            bids_dir, f"no participant {', '.join(missing)}", f"choose from {truncate_list(existing)}"
         )
     return tuple(label for label in existing if not labels or label in labels)
 
 
 def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
-    """Index the anatomical images of some participants of a raw dataset, and nothing else.
+    """Index the anatomical images of some participants of a raw dataset.
 
-    Indexing everything is what makes BIDS apps slow to start on large datasets. Metadata are not indexed: one
-    broken sidecar would end the run, see :class:`bids_uad.dataset.inputs.SidecarReader`. Entities are
-    read from the path below the root: pybids reads them from the whole path, where a folder above, such as
-    ``sub-02``, would give its label to every image.
+    Only these are indexed, since indexing a large dataset takes minutes. Sidecars are read by
+    :class:`bids_uad.dataset.raw_metadata.SidecarReader` instead of pybids, where a single broken one ends the
+    run. Entities are read from the path below the root; by default pybids reads them from the whole path, so
+    that a parent folder named ``sub-02`` would change the label of every image.
 
     Parameters
     ----------
     bids_dir : pathlib.Path
+        Root of the raw dataset.
     subjects : sequence of str
         Labels without `sub-`.
 
     Returns
     -------
     bids.layout.BIDSLayout
+        Index without metadata.
     """
     config = json.loads((resources.files("bids.layout.config") / "bids.json").read_text(encoding="utf-8"))
     below_root = f"^{re.escape(str(bids_dir.absolute()))}(?=/).*?"
@@ -315,18 +255,18 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
 
 
 def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[ImageUnit]:
-    """Say which image each T2w is registered to, and drop what nobody needs.
+    """Choose the T1w image that each T2w image is registered to, and drop images that are not needed.
 
     The anchor is the first T1w of the same session, else the first T1w of the participant; a T2w of a
-    participant without T1w goes to the atlas directly. Plain images come before contrast-enhanced ones.
+    participant without T1w is registered to the reference image directly. Images without contrast agent come
+    before contrast-enhanced ones.
 
     Parameters
     ----------
     units : sequence of ImageUnit
         Images of both modalities.
     modalities : sequence of str
-        Those that anomalies are looked for in. A T1w that is not wanted itself is kept if it is an
-        anchor.
+        Modalities to detect anomalies in. A T1w that is not among them is kept if it is an anchor.
 
     Returns
     -------
@@ -338,9 +278,9 @@ def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[I
     for unit in sorted((unit for unit in units if unit.modality == "T2w"), key=_order):
         if "T2w" not in modalities:
             continue
-        own = [candidate for candidate in t1w if candidate.subject == unit.subject]
-        near = [candidate for candidate in own if candidate.session == unit.session]
-        anchor = next(iter(near + own), None)
+        candidates = [candidate for candidate in t1w if candidate.subject == unit.subject]
+        same_session = [candidate for candidate in candidates if candidate.session == unit.session]
+        anchor = next(iter(same_session + candidates), None)
         if anchor is not None and anchor not in chosen:
             chosen.append(anchor)
         chosen.append(replace(unit, anchor=anchor))
@@ -348,7 +288,7 @@ def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[I
 
 
 def _order(unit: ImageUnit) -> tuple:
-    """Sort key of a participant's images: by session; plain images first, T1w before UNIT1; by run."""
+    """Return the sort key of an image: participant, session, contrast agent, UNIT1 after T1w, run."""
     run = unit.entities.get("run", "0")
     return (
         unit.subject,
@@ -361,18 +301,18 @@ def _order(unit: ImageUnit) -> tuple:
 
 
 def _query(layout: BIDSLayout, query: dict[str, Any], config: RunConfig) -> list:
-    """Ask pybids; a session in the filter file and one on the command line must both hold."""
+    """Query pybids; raise ConfigError if a filter is not valid."""
     try:
         return layout.get(**query)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"--bids-filter-file {config.filter_file}: {error}") from error
 
 
-def _make_units(found: Sequence[tuple[Any, str]], bids_dir: Path) -> tuple[list[ImageUnit], list[Problem]]:
-    """Make units of pybids files, each with its modality; refuse those whose name and folder disagree."""
+def _make_units(files: Sequence[tuple[Any, str]], bids_dir: Path) -> tuple[list[ImageUnit], list[Problem]]:
+    """Convert pybids files, each with its modality, to image units; report names that contradict folders."""
     sidecars = SidecarReader(bids_dir)
     units, problems = [], []
-    for file, modality in found:
+    for file, modality in files:
         entities = file.get_entities()
         own = {name: str(entities[name]) for name, _ in PREFIX_ENTITIES if name in entities}
         path = Path(file.path)
@@ -380,8 +320,8 @@ def _make_units(found: Sequence[tuple[Any, str]], bids_dir: Path) -> tuple[list[
         expected = [f"sub-{unit.subject}"] + ([f"ses-{unit.session}"] if unit.session else [])
         named = [part for part in path.name.split("_") if part.startswith(("sub-", "ses-"))]
         if named[:1] != expected[:1] or named[1:] not in ([], expected[1:]):
-            problem = f"the name of the image does not agree with its folder {unit.folder.as_posix()}"
-            error = InputError(path, problem, f"let it start with {'_'.join(expected)}, or move it")
+            problem = f"file name does not match its folder {unit.folder.as_posix()}"
+            error = InputError(path, problem, f"start the name with {'_'.join(expected)}, or move the file")
             problems.append(Problem(unit.subject, str(error), path.name.split(".", 1)[0]))
             continue
         metadata = sidecars.fields_if_readable(PurePosixPath(path.relative_to(bids_dir)))
@@ -405,10 +345,10 @@ def _drop_ambiguous(units: list[ImageUnit]) -> tuple[list[ImageUnit], list[Probl
     return [own[0] for own in by_key.values() if len(own) == 1], problems
 
 
-def _refuse_unusable(
+def _drop_unusable(
     units: list[ImageUnit], modalities: Sequence[str], check: Callable[[ImageUnit], None] | None
 ) -> tuple[list[ImageUnit], list[Problem]]:
-    """Leave out the images that do not pass the check; T2w images that nobody wants are not looked at."""
+    """Drop images that do not pass the check; T2w images are checked only if that modality is requested."""
     usable, problems = [], []
     for unit in units:
         if check is not None and (unit.modality in modalities or unit.modality == "T1w"):
@@ -421,10 +361,10 @@ def _refuse_unusable(
     return usable, problems
 
 
-def _attach_lesions(
+def _find_lesions(
     config: RunConfig, units: Sequence[ImageUnit]
 ) -> tuple[dict[str, LesionMask], list[Problem]]:
-    """Find the lesion mask of each image, by the image's key."""
+    """Find the lesion mask of each image, by the key of the image."""
     lesions: dict[str, LesionMask] = {}
     problems: list[Problem] = []
     root = config.derivatives.get(LESIONS)
@@ -432,24 +372,24 @@ def _attach_lesions(
         return lesions, problems
     for subject in dict.fromkeys(unit.subject for unit in units):
         own = [unit for unit in units if unit.subject == subject]
-        found, refused = resolve_masks(root, own, config.bids_dir, list(config.derivatives.values()))
-        lesions |= found
-        problems += [Problem(subject, str(error)) for error in refused]
+        masks, errors = resolve_masks(root, own, config.bids_dir, list(config.derivatives.values()))
+        lesions |= masks
+        problems += [Problem(subject, str(error)) for error in errors]
     return lesions, problems
 
 
-def _misnamed_folder(bids_dir: Path, subject: str) -> Problem:
-    """Refuse a participant whose label BIDS does not allow."""
+def _invalid_label(bids_dir: Path, subject: str) -> Problem:
+    """Report a participant whose label BIDS does not allow."""
     folder = bids_dir / f"sub-{subject}"
     error = InputError(
-        folder, "a participant label holds letters and digits only", "rename the folder and its files"
+        folder, "BIDS allows letters and digits only in a label", "rename the folder and its files"
     )
     return Problem(subject, str(error))
 
 
 def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> Problem:
-    """Report a participant without images, and which files were left out."""
-    message = f"sub-{subject}: no {' or '.join(config.modalities)} image to work on"
+    """Report a participant without usable images, and the files that were left out."""
+    message = f"sub-{subject}: no usable {' or '.join(config.modalities)} image"
     own = [
         f"{path.name} ({reason})"
         for path, reason in left_out.items()
@@ -461,25 +401,25 @@ def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> 
 def _left_out(
     layout: BIDSLayout, scope: Mapping[str, Any], used: set[Path], config: RunConfig
 ) -> dict[Path, str]:
-    """List the T1w and T2w images that are not used although no filter excludes them, and why."""
+    """List the T1w and T2w images that are not used although no filter excludes them, with the reason."""
     suffixes = [suffix for modality in config.modalities for suffix in SUFFIXES[modality]]
-    found = {}
+    reasons = {}
     for file in sorted(layout.get(**scope), key=lambda file: file.path):
         path = Path(file.path)
         if path not in used and _IMAGE_NAME.search(path.name):
-            found[path] = _why_left_out(file.get_entities(), suffixes)
+            reasons[path] = _reason_left_out(file.get_entities(), suffixes)
     # pybids does not report folders.
     for subject in scope["subject"]:
         for session in scope.get("session", ["*"]):
             for pattern in ("anat/*.nii*", f"ses-{session}/anat/*.nii*"):
                 for path in sorted((config.bids_dir / f"sub-{subject}").glob(pattern)):
                     if path.name.split(".", 1)[0].endswith(tuple(suffixes)) and path.is_dir():
-                        found[path] = "a folder, not a file"
-    return {path: reason for path, reason in found.items() if reason}
+                        reasons[path] = "a folder, not a file"
+    return {path: reason for path, reason in reasons.items() if reason}
 
 
-def _why_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> str:
-    """Say why an image is not used; empty if a filter excludes it or it is neither T1w nor T2w."""
+def _reason_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> str:
+    """Return why an image is not used; empty if a filter excludes it or it is neither T1w nor T2w."""
     suffix = str(entities.get("suffix"))
     if suffix == "MP2RAGE" and "UNIT1" in suffixes:
         return "one inversion of MP2RAGE; its UNIT1 image is used"
@@ -500,43 +440,19 @@ def _why_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> str:
 
 
 def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
-    """Refuse sessions that no participant has."""
+    """Raise InputError if a requested session does not exist."""
     existing = sorted(layout.get_sessions())
     missing = sorted(set(config.sessions) - set(existing))
     if missing:
         raise InputError(
             config.bids_dir,
-            f"has no session {', '.join(missing)}",
-            f"it has {truncate_list(existing)}" if existing else "it has no sessions",
+            f"no session {', '.join(missing)}",
+            f"choose from {truncate_list(existing)}" if existing else "the dataset has no sessions",
         )
 
 
-EXTENSIONS = [".nii.gz", ".nii"]
-
-SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"]}
-"""Suffixes of the images of each modality; UNIT1 is the T1-weighted image of MP2RAGE."""
-
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    modality: {
-        "datatype": "anat",
-        "suffix": suffixes,
-        "extension": EXTENSIONS,
-        "ceagent": None,
-        "part": [None, "mag"],
-        "chunk": None,
-        "inv": None,
-    }
-    for modality, suffixes in SUFFIXES.items()
-}
-
-
 def default_queries() -> dict[str, dict[str, Any]]:
-    """Give the query of each modality.
-
-    Contrast-enhanced (`ce-`) images are left out: the models have learnt plain T1w and T2w images, and a
-    vessel that shines with gadolinium is no anomaly. So are phase, real and imaginary images (`part-`),
-    parts of a scan (`chunk-`) and single inversions of MP2RAGE (`inv-`).
-    """
+    """Return the default pybids query of each modality."""
     return {modality: translate(query) for modality, query in _DEFAULTS.items()}
 
 
@@ -546,9 +462,9 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     Parameters
     ----------
     path : pathlib.Path, optional
-        JSON: `t1w` and `t2w` (any case) map to entity filters. Null means that the entity must be
-        absent, `"*"` that it must be there with any value. Other keys belong to other apps and are
-        ignored.
+        JSON file in which `t1w` and `t2w` (in any case) map to entity filters. Null requires that the entity
+        is absent, `"*"` that it is present with any value. Other keys are ignored, since a file may serve
+        several apps.
 
     Returns
     -------
@@ -558,7 +474,7 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        If the file is not JSON of that form.
+        If the file is not JSON of this form.
     """
     if path is None:
         return default_queries()
@@ -568,10 +484,10 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--bids-filter-file {path} must hold an object with the keys 't1w' and 't2w'")
-    by_name = {name.lower(): filters for name, filters in content.items()}
+    filters = {name.lower(): value for name, value in content.items()}
     queries = {}
     for modality, default in _DEFAULTS.items():
-        own = by_name.get(modality.lower(), {})
+        own = filters.get(modality.lower(), {})
         if not isinstance(own, dict):
             raise ConfigError(f"--bids-filter-file {path}: '{modality.lower()}' must be an object")
         query = translate({**default, **own})
@@ -586,12 +502,23 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def translate(filters: dict[str, Any]) -> dict[str, Any]:
-    """Turn null and `"*"`, alone or in a list, into pybids' query marks."""
-    marks = {None: Query.NONE, "*": Query.ANY}
+    """Replace null and `"*"`, alone or in a list, by the constants of pybids.
+
+    Parameters
+    ----------
+    filters : dict
+        Value or list of values by entity.
+
+    Returns
+    -------
+    dict
+        The same filters for :meth:`bids.layout.BIDSLayout.get`.
+    """
+    constants = {None: Query.NONE, "*": Query.ANY}
 
     def translated(value: Any) -> Any:
         if isinstance(value, list):
             return [translated(item) for item in value]
-        return marks.get(value, value) if value is None or isinstance(value, str) else value
+        return constants.get(value, value) if value is None or isinstance(value, str) else value
 
     return {name: translated(value) for name, value in filters.items()}

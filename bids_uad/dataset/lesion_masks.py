@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bids_uad.dataset.external import Grid, grid_of, same_grid
-from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, entities_of, lesion_output
+from bids_uad.dataset.naming import IDENTIFYING_KEYS, ImageUnit, entities_of, lesion_output
 from bids_uad.errors import InputError
+from bids_uad.images import Grid, grid_of, same_grid
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE, NAME, SHAPE
 
@@ -22,7 +22,6 @@ _MASK_NAME = re.compile(
 )
 _WRITTEN = f"*_space-{NAME}_label-lesion_desc-manual_mask.nii.gz"
 _DESC_RANK = {None: 0, "manual": 1}
-_IDENTIFYING = {key: name for name, key in PREFIX_ENTITIES}
 _INDICES = ("run", "echo")
 _MODALITIES = {"T1w": "T1w", "T2w": "T2w", "UNIT1": "T1w"}
 """Modality of the images that anomalies are looked for in, by suffix."""
@@ -84,7 +83,7 @@ def identifying_entities(path: Path) -> dict[str, str]:
     dict of str to str
         By key (`ses`, `run`); indices without leading zeros, since BIDS reads `run-1` and `run-01` alike.
     """
-    found = {key: value for key, value in entities_of(path).items() if key in _IDENTIFYING}
+    found = {key: value for key, value in entities_of(path).items() if key in IDENTIFYING_KEYS}
     return {key: value.lstrip("0") or "0" if key in _INDICES else value for key, value in found.items()}
 
 
@@ -421,7 +420,7 @@ def _place(
     def placed(path: Path, unit: ImageUnit = users[0], **how: Any) -> LesionMask:
         shared = {
             name: value
-            for key, name in _IDENTIFYING.items()
+            for key, name in IDENTIFYING_KEYS.items()
             if key in (*identifying_entities(path), "ses")
             and (value := unit.entities.get(name)) is not None
             and all(user.entities.get(name) == value for user in users)

@@ -1,4 +1,4 @@
-"""How outputs are named: one set of patterns, for the data sink and for whoever looks for files."""
+"""Images of a run with their entities, and the names of all outputs."""
 
 from __future__ import annotations
 
@@ -21,31 +21,63 @@ PREFIX_ENTITIES = (
     ("echo", "echo"),
     ("part", "part"),
 )
-"""pybids entity name and key in file names, in BIDS order, of what identifies an image."""
+"""Entities that identify an image, in BIDS order: name in pybids and key in file names."""
+IDENTIFYING_KEYS = {key: name for name, key in PREFIX_ENTITIES}
+"""pybids name of these entities by the key in file names."""
+_OUTPUT_ENTITIES = (
+    ("from", "from"),
+    ("to", "to"),
+    ("mode", "mode"),
+    ("space", "space"),
+    ("segmentation", "seg"),
+    ("label", "label"),
+    ("desc", "desc"),
+)
+
+ENTITIES: list[dict[str, Any]] = [
+    {"name": name, "pattern": rf"[_/\\]+{key}-([a-zA-Z0-9+]+)"}
+    for name, key in (*PREFIX_ENTITIES, *_OUTPUT_ENTITIES)
+] + [
+    {"name": "suffix", "pattern": r"[_/\\]([a-zA-Z0-9]+)\.[^/\\]+$"},
+    {"name": "extension", "pattern": r"[^./\\](\.[^/\\]+)$"},
+    {"name": "datatype", "pattern": r"[/\\](anat)[/\\]"},
+]
+"""pybids entities of the outputs, in the order in which names have them."""
+
+_FOLDER = "sub-{subject}[/ses-{session}]/anat/"
+_PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name, key in PREFIX_ENTITIES[1:])
+
+PATTERNS = [
+    _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
+    _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
+    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+]  # fmt: skip
+"""pybids path patterns of the outputs."""
+_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z+]+)(?=_)")
 
 
 @dataclass(frozen=True)
 class ExternalInputs:
-    """What another pipeline has already done for an image.
+    """External derivatives of an image: files that another pipeline or an earlier run has made from it.
 
     Parameters
     ----------
-    dataset : str
-        Name of the derivative dataset; empty if nothing was done.
-    root : pathlib.Path
-        Its folder.
+    dataset : str, default=""
+        Name of the derivative dataset (``-d NAME=PATH``); empty if there are no files.
+    root : pathlib.Path, default=Path()
+        Root of the derivative dataset.
     image : pathlib.Path, optional
         Bias-corrected image in native space, whole head or brain.
     brain_mask : pathlib.Path, optional
-        On the grid of `image`, or of the raw image if there is none.
+        Brain mask on the grid of `image`, or of the raw image if there is no `image`.
     from_raw : pathlib.Path, optional
         ITK transform that resamples the raw image to the space of `image`.
     to_sri24 : pathlib.Path, optional
-        ITK transform that resamples `image` to SRI24, or the raw image if there is none.
+        ITK transform that resamples `image`, or else the raw image, to SRI24.
     reference_sha256 : str, optional
-        The reference image that transform leads to.
-    aligned : bool
-        Whether `image` lies on the grid of the anchor and needs no registration.
+        SHA-256 of the reference image of `to_sri24`.
+    aligned : bool, default=False
+        Whether `image` is on the grid of the anchor, so that it needs no registration.
     """
 
     dataset: str = ""
@@ -59,33 +91,34 @@ class ExternalInputs:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that there is."""
-        found = (self.image, self.brain_mask, self.from_raw, self.to_sri24)
-        return tuple(path for path in found if path is not None)
+        """All external files of the image."""
+        files = (self.image, self.brain_mask, self.from_raw, self.to_sri24)
+        return tuple(path for path in files if path is not None)
 
 
 @dataclass(frozen=True)
 class ImageUnit:
-    """One raw image and what it is registered to.
+    """Raw image with its metadata, the image it is registered to, and its external derivatives.
 
     Parameters
     ----------
     path : pathlib.Path
-        The raw file.
+        Raw image file.
     subject : str
-        Label without `sub-`.
-    session : str, optional
-        Label without `ses-`.
-    modality : str
-        `T1w` (also of an MP2RAGE image, `UNIT1`) or `T2w`.
-    entities : dict
-        pybids entities that identify the image (keys of `PREFIX_ENTITIES`), as text.
+        Participant label without `sub-`.
+    session : str or None
+        Session label without `ses-`; None without sessions.
+    modality : {"T1w", "T2w"}
+        Modality; that of an MP2RAGE image (`UNIT1`) is T1w.
+    entities : dict of str to str
+        Entities that identify the image, by pybids name (first column of `PREFIX_ENTITIES`).
     anchor : ImageUnit, optional
-        The T1w that this T2w is registered to; none for an image that goes to the atlas directly.
-    sidecar : dict
+        T1w image that this T2w image is registered to; None for an image that is registered to the reference
+        image directly.
+    sidecar : dict, default={}
         BIDS metadata of the image.
-    external : ExternalInputs
-        What another pipeline has already done for it.
+    external : ExternalInputs, default=ExternalInputs()
+        External derivatives of the image.
     """
 
     path: Path
@@ -99,7 +132,7 @@ class ImageUnit:
 
     @property
     def image(self) -> Path:
-        """The image that is worked on: another pipeline's, if there is one, or the raw one."""
+        """Image that is processed: the preprocessed image of another pipeline, else the raw image."""
         return self.external.image or self.path
 
     @property
@@ -109,10 +142,10 @@ class ImageUnit:
 
     @property
     def output_entities(self) -> dict[str, str]:
-        """Entities that the names of all outputs start with.
+        """Entities at the start of the names of all outputs.
 
-        The outputs of an MP2RAGE image (``UNIT1``), which is processed as a T1w image, get `rec-UNIT1` (or
-        `rec-<label>UNIT1`), so that they are told from those of a T1w image with the same entities.
+        Outputs of an MP2RAGE image (``UNIT1``), which is processed as T1w, have `rec-UNIT1` (or
+        `rec-<label>UNIT1`), which distinguishes them from those of a T1w image with the same entities.
         """
         if self.suffix != "UNIT1":
             return self.entities
@@ -121,13 +154,13 @@ class ImageUnit:
 
     @property
     def prefix(self) -> str:
-        """First part of every output's name, `sub-X[_ses-Y][_acq-Z]...`."""
-        named = self.output_entities
-        return "_".join(f"{key}-{named[name]}" for name, key in PREFIX_ENTITIES if name in named)
+        """Start of the name of every output, `sub-X[_ses-Y][_acq-Z]...`."""
+        entities = self.output_entities
+        return "_".join(f"{key}-{entities[name]}" for name, key in PREFIX_ENTITIES if name in entities)
 
     @property
     def key(self) -> str:
-        """Name of the unit in logs, records and random streams, `<prefix>_<modality>`."""
+        """Name of the image in logs, completion records and random streams, `<prefix>_<modality>`."""
         return f"{self.prefix}_{self.modality}"
 
     @property
@@ -143,28 +176,28 @@ class ImageUnit:
 
     @property
     def is_anchor(self) -> bool:
-        """Whether the image goes to the atlas directly."""
+        """Whether the image is registered to the reference image directly."""
         return self.anchor is None
 
     @property
     def skull_stripped(self) -> bool | None:
-        """What the sidecar says about skull-stripping; none if it says nothing."""
+        """Field `SkullStripped` of the sidecar; None if it is missing or not a boolean."""
         value = self.sidecar.get("SkullStripped")
         return value if isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that could not be used, told by name.
+    """Input file or participant that cannot be processed.
 
     Parameters
     ----------
     subject : str
-        Label without `sub-`.
+        Participant label without `sub-`.
     message : str
-        One line.
+        File, problem and remedy, on one line.
     key : str, optional
-        The unit it concerns; none if it concerns the participant.
+        Key of the image concerned; None if the problem concerns the whole participant.
     """
 
     subject: str
@@ -172,85 +205,57 @@ class Problem:
     key: str | None = None
 
 
-_OWN_ENTITIES = (
-    ("from", "from"),
-    ("to", "to"),
-    ("mode", "mode"),
-    ("space", "space"),
-    ("segmentation", "seg"),
-    ("label", "label"),
-    ("desc", "desc"),
-)
-
-ENTITIES: list[dict[str, Any]] = [
-    {"name": name, "pattern": rf"[_/\\]+{key}-([a-zA-Z0-9+]+)"}
-    for name, key in (*PREFIX_ENTITIES, *_OWN_ENTITIES)
-] + [
-    {"name": "suffix", "pattern": r"[_/\\]([a-zA-Z0-9]+)\.[^/\\]+$"},
-    {"name": "extension", "pattern": r"[^./\\](\.[^/\\]+)$"},
-    {"name": "datatype", "pattern": r"[/\\](anat)[/\\]"},
-]
-"""Entities of our outputs, in the order of their names."""
-
-_FOLDER = "sub-{subject}[/ses-{session}]/anat/"
-_PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name, key in PREFIX_ENTITIES[1:])
-
-PATTERNS = [
-    _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
-    _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
-]  # fmt: skip
-"""pybids path patterns of our outputs."""
-
-
-_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z+]+)(?=_)")
-
-
 def entities_of(path: Path) -> dict[str, str]:
-    """Read the `key-value` pairs of a BIDS file name."""
+    """Return the entities of a BIDS file name by key, such as ``{"sub": "01", "run": "2"}``."""
     return dict(_ENTITY.findall(path.name))
 
 
 def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **entities: str) -> Path:
-    """Name one output of an image, relative to the derivative dataset.
+    """Return the path of an output of an image, relative to the derivative dataset.
 
     Parameters
     ----------
     unit : ImageUnit
-        The image whose entities the name starts with.
-    suffix, extension : str
+        Image whose entities the name starts with.
+    suffix : str
+        Suffix, such as `mask`.
+    extension : str, default=".nii.gz"
+        File extension.
     **entities : str
-        pybids names: `space`, `segmentation`, `label`, `desc`, or `from`, `to`, `mode` for transforms.
+        Further entities by pybids name: `space`, `segmentation`, `label`, `desc`, or `from`, `to`, `mode` for
+        transforms.
 
     Returns
     -------
     pathlib.Path
+        Path of the output.
 
     Raises
     ------
     ValueError
-        If no pattern takes these entities.
+        If none of `PATTERNS` has these entities.
     """
-    return _named({**unit.output_entities, **entities, "suffix": suffix, "extension": extension})
+    return _build({**unit.output_entities, **entities, "suffix": suffix, "extension": extension})
 
 
-def _named(values: Mapping[str, str]) -> Path:
-    # Here, since levels that only look for lesion masks need not wait for pybids.
+def _build(values: Mapping[str, str]) -> Path:
+    """Return the path that a pattern makes of these entities."""
+    # Imported here, since pybids is slow to import and most levels only search for lesion masks.
     from bids.layout.writing import build_path
 
     name = build_path(dict(values), PATTERNS, strict=True)
     if name is None:
-        raise ValueError(f"no output is named with {values}")
+        raise ValueError(f"no path pattern for {values}")
     return Path(name)
 
 
 def brain_desc(unit: ImageUnit) -> str:
-    """Give the `desc-` of an image's brain mask: a T2w beside a T1w has its own, named apart."""
+    """Return the `desc-` of the brain mask: `brain`, or `T2wBrain` for a T2w registered to a T1w."""
     return "brain" if unit.is_anchor else f"{unit.modality}Brain"
 
 
 def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:
-    """Name what preprocessing writes for an image, by the name of the workflow's output field."""
+    """Return the paths of the preprocessing outputs of an image, by output field of the workflow."""
     brain = brain_desc(unit)
     forward = {"from": unit.modality, "to": NAME, "mode": "image"}
     inverse = {"from": NAME, "to": unit.modality, "mode": "image"}
@@ -264,34 +269,50 @@ def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:
 
 
 def quality_output(unit: ImageUnit) -> Path:
-    """Name the table of an image's quality."""
+    """Return the path of the quality-control table of an image."""
     return output_path(unit, space=NAME, desc=f"{unit.modality}Preproc", suffix="qc", extension=".tsv")
 
 
 def lesion_output(entities: Mapping[str, str]) -> Path:
-    """Name a lesion mask in SRI24 space, relative to the derivative dataset.
+    """Return the path of a lesion mask in SRI24 space, relative to the derivative dataset.
 
     Parameters
     ----------
     entities : mapping of str to str
-        Those of the images it belongs to, by pybids name (`subject`, `session`, `run`).
+        Entities shared by the images of the mask, by pybids name (`subject`, `session`, `run`).
 
     Returns
     -------
     pathlib.Path
+        Path of the mask.
     """
-    own = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask", "extension": ".nii.gz"}
-    return _named({**entities, **own})
+    fixed = {"space": NAME, "label": "lesion", "desc": "manual", "suffix": "mask", "extension": ".nii.gz"}
+    return _build({**entities, **fixed})
 
 
-def detection_outputs(unit: ImageUnit, detector: str, *, with_truth: bool = False) -> dict[str, Path]:
-    """Name what one detector writes for an image, by kind; `lesions` only with ground truth."""
+def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = False) -> dict[str, Path]:
+    """Return the paths of the outputs of one detector for an image.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+        The image.
+    detector : str
+        Name of the detector, such as `disyre` or `disyre+normative`.
+    with_lesions : bool, default=False
+        Whether the image has a lesion mask, so that there is a table of its lesions (`lesions`).
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        Paths by kind of output, relative to the derivative dataset.
+    """
     desc = detector_desc(unit.modality, detector)
     in_space = {"space": NAME, "desc": desc}
     components = {"space": NAME, "segmentation": desc, "suffix": "dseg"}
     lesions = {"lesions": output_path(unit, **in_space, suffix="lesions", extension=".tsv")}
     return {
-        **(lesions if with_truth else {}),
+        **(lesions if with_lesions else {}),
         "anomalymap": output_path(unit, **in_space, suffix="anomalymap"),
         "probseg": output_path(unit, **in_space, label="anomaly", suffix="probseg"),
         "mask": output_path(unit, **in_space, label="anomaly", suffix="mask"),
@@ -303,36 +324,34 @@ def detection_outputs(unit: ImageUnit, detector: str, *, with_truth: bool = Fals
     }
 
 
-_LABEL = re.compile(r"(?P<entity>sub|ses)-(?P<label>[A-Za-z0-9+]+)(?=_)")
-
-
 def detector_desc(modality: str, detector: str) -> str:
-    """Give the `desc-` of a detector's outputs: `T1wPatchcore`, or `T1wPatchcoreNormative` of deviations."""
+    """Return the `desc-` of the outputs of a detector, such as `T1wPatchcore` or `T1wPatchcoreNormative`."""
     return modality + "".join(part[:1].upper() + part[1:] for part in detector.split("+"))
 
 
-def published(source_image: str, modality: str, rest: str) -> Path:
-    """Name an output of an image in SRI24 space, relative to the derivatives.
+def output_of_source(source_image: str, modality: str, ending: str) -> Path:
+    """Return the path of an output in SRI24 space, relative to the derivative dataset.
 
     Parameters
     ----------
     source_image : str
-        The raw image, as its score tables name it (a BIDS URI or a relative path).
+        Raw image as in the column `source_image` of score tables: a BIDS URI or a relative path.
     modality : str
-        Its suffix.
-    rest : str
-        What the output's name has after the space, such as ``desc-preproc_T1w.nii.gz``.
+        Suffix of the raw image.
+    ending : str
+        Part of the output's name after the space, such as ``desc-preproc_T1w.nii.gz``.
 
     Returns
     -------
     pathlib.Path
+        Path of the output.
     """
     stem = source_image.rsplit("/", 1)[-1].split(f"_{modality}.")[0]
-    labels = {match["entity"]: match["label"] for match in _LABEL.finditer(f"{stem}_")}
+    labels = entities_of(Path(f"{stem}_"))
     session = f"ses-{labels['ses']}" if "ses" in labels else ""
-    return Path(f"sub-{labels['sub']}") / session / "anat" / f"{stem}_space-{NAME}_{rest}"
+    return Path(f"sub-{labels['sub']}") / session / "anat" / f"{stem}_space-{NAME}_{ending}"
 
 
 def score_sidecar(source_image: str, modality: str, detector: str) -> Path:
-    """Name the sidecar of the score table of an image and detector, relative to the derivatives."""
-    return published(source_image, modality, f"desc-{detector_desc(modality, detector)}_metrics.json")
+    """Return the path of the sidecar of a score table, relative to the derivative dataset."""
+    return output_of_source(source_image, modality, f"desc-{detector_desc(modality, detector)}_metrics.json")

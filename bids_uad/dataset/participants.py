@@ -1,6 +1,6 @@
 """Age, sex, group and scanner of participants at each session, from `participants.tsv` and `sessions.tsv`.
 
-Every level reads them here, by one set of rules (:mod:`bids_uad.dataset.demographics`). At a session,
+Every level reads them here, by one set of rules (:mod:`bids_uad.dataset.raw_metadata`). At a session,
 `sub-<label>_sessions.tsv` is first, then a row of `participants.tsv` with that `session_id`, then the row of
 the participant. What is missing or contradictory stays missing.
 """
@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 
-from bids_uad.dataset.demographics import (
+from bids_uad.dataset.raw_metadata import (
     FEMALE,
     MALE,
     MAX_AGE,
@@ -33,12 +33,11 @@ from bids_uad.dataset.demographics import (
     parse_age,
     parse_group,
     parse_sex,
-    read_object,
+    read_json_object,
     read_table,
 )
-from bids_uad.dataset.describe import read_json
 from bids_uad.errors import InputError, truncate_list
-from bids_uad.files import write_json, write_tsv
+from bids_uad.files import read_json, write_json, write_tsv
 
 HEALTHY_COLUMNS = ("group", "diagnosis")
 COHORT_COLUMN = "pathology"
@@ -394,7 +393,7 @@ class _Reader:
         """Read `participants.tsv`, and return whom it lists."""
         table = read_table(path, "participant_id")
         self._notes += table.notes
-        self._entries = entries = read_object(path.with_suffix(".json"))
+        self._entries = entries = read_json_object(path.with_suffix(".json"))
         session_key = next((name for name in table.columns if name.lower() == "session_id"), None)
         others = [name for name in table.columns if name not in (table.key, session_key)]
         self._sex_codes = _values(table.rows, others, "sex")
@@ -425,9 +424,9 @@ class _Reader:
         for path in paths:
             subject = path.parent.name
             try:
-                shared = read_object(root / "sessions.json")
+                shared = read_json_object(root / "sessions.json")
                 table = read_table(path, "session_id")
-                entries = {**self._entries, **shared, **read_object(path.with_suffix(".json"))}
+                entries = {**self._entries, **shared, **read_json_object(path.with_suffix(".json"))}
             except InputError as error:
                 self._session_notes.append(f"{error}; until then it is not used")
                 continue

@@ -11,7 +11,7 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
-from bids_uad.dataset.demographics import SEXES
+from bids_uad.dataset.raw_metadata import SEXES
 from bids_uad.evaluation.bootstrap import CONFIDENCE
 from bids_uad.evaluation.comparison import corrected
 from bids_uad.evaluation.mixed import CrossedModel

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.naming import score_sidecar
+from bids_uad.files import read_json
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from bids_uad.config import DEFAULT_SUBGROUPS
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import read_participants, write_participants
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.analyses import analyse
@@ -26,7 +25,7 @@ from bids_uad.evaluation.provenance import read_origins
 from bids_uad.evaluation.subgroups import MIN_PARTICIPANTS
 from bids_uad.evaluation.subjects import LESION_LOAD, add_image_columns, add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.files import remove_unfinished, write_json, write_tsv
+from bids_uad.files import read_json, remove_unfinished, write_json, write_tsv
 from bids_uad.levels.group_tables import current_tables
 from bids_uad.reports.boilerplate import write_citation
 from bids_uad.reports.group import Provenance, write_group_report

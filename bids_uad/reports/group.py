@@ -14,7 +14,6 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import bids_uad
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
@@ -24,7 +23,7 @@ from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.provenance import Origin
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
-from bids_uad.files import write_text
+from bids_uad.files import read_json, write_text
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.charts import Chart

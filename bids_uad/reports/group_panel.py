@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from bids_uad.dataset.lesion_masks import written_mask
-from bids_uad.dataset.naming import detector_desc, published
+from bids_uad.dataset.naming import detector_desc, output_of_source
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
 from bids_uad.files import REMEDY
@@ -127,7 +127,7 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
     """
     source, modality, detector = (scan[key] for key in ("source_image", "modality", "detector"))
     desc = detector_desc(modality, detector)
-    preprocessed = root / published(source, modality, f"desc-preproc_{modality}.nii.gz")
+    preprocessed = root / output_of_source(source, modality, f"desc-preproc_{modality}.nii.gz")
     lesion_path = written_mask(preprocessed)
     if lesion_path is None:
         raise InputError(preprocessed, "its lesion mask is missing", REMEDY)
@@ -137,7 +137,7 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
     shape = lesion.data.shape
     shown = {}
     for rest, kind in ((f"desc-preproc_{modality}", np.float32), (f"label-anomaly_desc-{desc}_mask", bool)):
-        path = root / published(source, modality, f"{rest}.nii.gz")
+        path = root / output_of_source(source, modality, f"{rest}.nii.gz")
         volume = _read(path, kind)
         if volume.data.shape != shape:
             raise InputError(path, f"not on the grid of {lesion_path.name}", REMEDY)

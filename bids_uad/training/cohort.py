@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import Participants, identities, read_participants, source_name
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import InputError, truncate_list
+from bids_uad.files import read_json
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE, SHAPE
 

@@ -9,10 +9,9 @@ import nibabel as nib
 import numpy as np
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.participants import write_participants
 from bids_uad.dataset.sri24_scans import PreprocessedScan
-from bids_uad.files import write_json
+from bids_uad.files import read_json, write_json
 from bids_uad.images import save_image
 from bids_uad.simulation.anatomy import label_map_paths
 from bids_uad.simulation.cohort import Cohort as SimulatedCohort

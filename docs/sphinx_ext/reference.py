@@ -158,7 +158,7 @@ def output_files() -> Iterator[tuple[Path, str]]:
     preproc = naming.preprocessing_outputs(UNIT)["preproc"]
     yield naming.quality_output(UNIT), sidecars.quality_sidecar(preproc, preproc)["Description"]
     yield naming.lesion_output(UNIT.entities), sidecars.lesion_sidecar("", {})["Description"]
-    files = naming.detection_outputs(UNIT, "disyre", with_truth=True)
+    files = naming.detection_outputs(UNIT, "disyre", with_lesions=True)
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
     described = sidecars.detection_sidecars(files, inputs, {}, {}, min_lesion_volume=0)
     for kind, path in files.items():

@@ -114,9 +114,9 @@ def test_only_requested_participants_and_sessions(make):
 
 def test_labels_that_do_not_exist_are_named(make):
     files = ["sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
-    with pytest.raises(InputError, match="no participant 07; it has 01"):
+    with pytest.raises(InputError, match="no participant 07; choose from 01"):
         collect(make(files, participants=("07",)))
-    with pytest.raises(InputError, match="no session z; it has a"):
+    with pytest.raises(InputError, match="no session z; choose from a"):
         collect(make(files, sessions=("z",)))
 
 
@@ -133,7 +133,7 @@ def test_derivatives_and_functional_images_are_not_read(make):
 def test_participant_without_image_is_named(make):
     config = make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz"])
     (problem,) = collect(config).problems
-    assert problem.message == "sub-02: no T1w or T2w image to work on"
+    assert problem.message == "sub-02: no usable T1w or T2w image"
 
 
 def test_images_that_would_share_a_name_are_refused(make):

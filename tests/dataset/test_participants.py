@@ -331,7 +331,7 @@ ODD_TABLES = {
     "a column twice": (
         b"participant_id\tage\tage\nsub-1\t3\t4\n",
         {"sub-1": Person(3.0)},
-        "several columns are called age; the first of them is used",
+        "several columns named age; the first is used",
     ),
     "only ids": (b"participant_id\nsub-1\n", {"sub-1": Person()}, None),
     "only a header": (b"participant_id\tage\n", {}, None),

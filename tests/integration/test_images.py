@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from bids_uad import __version__
-from bids_uad.dataset.describe import read_json
+from bids_uad.files import read_json
 from tests.integration.conftest import simulate
 from tests.integration.test_whole_run import validate
 

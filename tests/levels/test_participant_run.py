@@ -333,7 +333,7 @@ def test_nothing_usable_is_no_input(bench, capsys):
     bench.dataset("sub-03/anat/sub-03_FLAIR.nii.gz")
     assert bench.run() == 66
     assert bench.run("--participant-label", "99") == 66
-    assert "has no participant 99; it has 03" in capsys.readouterr().err
+    assert "no participant 99; choose from 03" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(bench, capsys):

@@ -21,7 +21,6 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import (
     ModelEntry,
     describe_dataset,
-    read_json,
     refuse_foreign,
 )
 from bids_uad.dataset.external import LESIONS
@@ -36,7 +35,7 @@ from bids_uad.errors import (
     UserError,
     truncate_list,
 )
-from bids_uad.files import locked_names, remove_unfinished, sha256_of, write_text
+from bids_uad.files import locked_names, read_json, remove_unfinished, sha256_of, write_text
 from bids_uad.levels.participant.completion_records import (
     read_record,
     record_path,

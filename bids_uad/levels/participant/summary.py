@@ -22,10 +22,9 @@ from rich.text import Text
 
 from bids_uad import __version__
 from bids_uad.config import RunConfig
-from bids_uad.dataset.describe import read_json
 from bids_uad.dataset.naming import Problem, detection_outputs, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, read_if_usable
-from bids_uad.files import locked, write_json
+from bids_uad.files import locked, read_json, write_json
 from bids_uad.levels.participant.completion_records import read_record, record_path, records_of
 from bids_uad.levels.participant.executors import START_METHOD, NodeFailure, raise_if_unwritable
 from bids_uad.levels.participant.interfaces import sidecar_of

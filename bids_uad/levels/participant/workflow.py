@@ -16,10 +16,10 @@ from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad import __version__
 from bids_uad.dataset import naming, sidecars
-from bids_uad.dataset.inputs import SidecarReader
 from bids_uad.dataset.lesion_masks import LesionMask
 from bids_uad.dataset.naming import ImageUnit
 from bids_uad.dataset.participants import source_name
+from bids_uad.dataset.raw_metadata import SidecarReader
 from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
@@ -326,7 +326,7 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
 
 def _detection_files(task: Task, bundle: Bundle) -> dict[str, Path]:
     """Name what one model writes for an image, by kind, relative to the dataset."""
-    return naming.detection_outputs(task.unit, bundle.scored_as, with_truth=task.lesion is not None)
+    return naming.detection_outputs(task.unit, bundle.scored_as, with_lesions=task.lesion is not None)
 
 
 def _with_sidecars(files: Iterable[Path]) -> list[str]:

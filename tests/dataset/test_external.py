@@ -1,4 +1,4 @@
-"""What other pipelines have done is found by name, and given to the image it belongs to."""
+"""External derivatives are found by name and attached to the right image."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FINER_SHAPE = (48, 48, 48)
 
 @pytest.fixture
 def run(tmp_path):
-    """Give a function that writes a raw dataset and files of an earlier pipeline, and collects."""
+    """Return a function that writes a raw dataset and derivatives of another pipeline, and collects them."""
 
-    def collected(raw, earlier, name="fmriprep"):
+    def collected(raw, derived, name="fmriprep"):
         config = RunConfig(
             write_dataset(tmp_path / "raw", dict.fromkeys(raw)),
             tmp_path / "out",
@@ -28,7 +28,7 @@ def run(tmp_path):
             tmp_path / "work",
             derivatives={name: tmp_path / name},
         )
-        for path in earlier:
+        for path in derived:
             target = tmp_path / name / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.name.endswith(".nii.gz"):
@@ -41,8 +41,8 @@ def run(tmp_path):
     return collected
 
 
-def given(found):
-    """Names of what each image was given, without the participant's prefix."""
+def external_names(found):
+    """Return the names of the external files of each image."""
     names = {}
     for unit in found.units:
         own = unit.external
@@ -51,7 +51,7 @@ def given(found):
     return names
 
 
-def test_fmriprep_of_one_session(run):
+def test_fmriprep_outputs_of_one_session_are_attached(run):
     found = run(
         [T1W, T2W],
         [
@@ -67,7 +67,7 @@ def test_fmriprep_of_one_session(run):
         ],
     )
     assert not found.problems
-    assert given(found) == {
+    assert external_names(found) == {
         "sub-01_T1w": {
             "image": "sub-01_desc-preproc_T1w.nii.gz",
             "brain_mask": "sub-01_desc-brain_mask.nii.gz",
@@ -83,7 +83,7 @@ def test_fmriprep_of_one_session(run):
     assert t2w.anchor == t1w
 
 
-def test_sessions_and_runs_get_their_own(run):
+def test_images_get_the_external_files_of_their_session_and_run(run):
     raw = [f"sub-01/ses-{s}/anat/sub-01_ses-{s}_run-{r}_T1w.nii.gz" for s in "ab" for r in (1, 2)]
     found = run(
         raw,
@@ -93,7 +93,7 @@ def test_sessions_and_runs_get_their_own(run):
             "sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
         ],
     )
-    assert {key: names.get("image") for key, names in given(found).items()} == {
+    assert {key: names.get("image") for key, names in external_names(found).items()} == {
         "sub-01_ses-a_run-1_T1w": "sub-01_desc-preproc_T1w.nii.gz",
         "sub-01_ses-a_run-2_T1w": "sub-01_ses-a_run-2_desc-preproc_T1w.nii.gz",
         "sub-01_ses-b_run-1_T1w": "sub-01_ses-b_desc-preproc_T1w.nii.gz",
@@ -101,15 +101,15 @@ def test_sessions_and_runs_get_their_own(run):
     }
 
 
-def test_a_mask_alone_is_taken_on_the_raw_grid(run, tmp_path):
+def test_mask_alone_is_used_on_the_raw_grid(run, tmp_path):
     mask = tmp_path / "stripped" / "sub-01/anat/sub-01_desc-brain_mask.nii.gz"
     write_mask(mask)
     found = run([T1W], [], name="stripped")
-    assert given(found) == {"sub-01_T1w": {"brain_mask": mask.name}}
+    assert external_names(found) == {"sub-01_T1w": {"brain_mask": mask.name}}
     assert found.units[0].image == found.units[0].path
 
 
-def test_a_mask_on_no_known_grid_is_refused_by_name_and_others_go_on(run):
+def test_mask_on_another_grid_is_reported_and_other_participants_remain(run):
     found = run([T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz"], ["sub-01/anat/sub-01_desc-brain_mask.nii.gz"])
     assert [unit.key for unit in found.units] == ["sub-02_T1w"]
     assert "sub-01_desc-brain_mask.nii.gz" in found.problems[0].message
@@ -117,13 +117,37 @@ def test_a_mask_on_no_known_grid_is_refused_by_name_and_others_go_on(run):
     assert "its T1w image cannot be used" in found.problems[1].message
 
 
-def test_our_own_output_is_read_with_the_reference_it_leads_to(run, tmp_path):
-    sidecar = tmp_path / "bids_uad" / "tpl-SRI24" / "anat" / "tpl-SRI24_desc-brain_T1w.json"
-    sidecar.parent.mkdir(parents=True)
-    sidecar.write_text(json.dumps({"ReferenceSHA256": "abc"}))
-    mask = "sub-01/anat/sub-01_desc-brain_mask.nii.gz"
-    write_mask(tmp_path / "bids_uad" / mask)
-    xfms = [f"sub-01/anat/sub-01_from-{m}_to-SRI24_mode-image_xfm.txt" for m in ("T1w", "T2w")]
-    found = run([T1W, T2W], xfms, name="bids_uad")
-    assert given(found)["sub-01_T1w"] == {"brain_mask": mask[12:], "to_sri24": xfms[0][12:]}
+@pytest.fixture
+def run_on_own_outputs(run, tmp_path):
+    """Return a function that collects with own outputs whose reference sidecar has the given text."""
+
+    def collected(reference):
+        sidecar = tmp_path / "bids_uad" / "tpl-SRI24" / "anat" / "tpl-SRI24_desc-brain_T1w.json"
+        sidecar.parent.mkdir(parents=True)
+        sidecar.write_text(reference)
+        for number in (1, 2):
+            write_mask(tmp_path / f"bids_uad/sub-0{number}/anat/sub-0{number}_desc-brain_mask.nii.gz")
+        xfms = [f"sub-01/anat/sub-01_from-{m}_to-SRI24_mode-image_xfm.txt" for m in ("T1w", "T2w")]
+        return run([T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz"], xfms, name="bids_uad")
+
+    return collected
+
+
+def test_own_outputs_are_attached_with_the_reference_of_their_transforms(run_on_own_outputs):
+    found = run_on_own_outputs(json.dumps({"ReferenceSHA256": "abc"}))
+    assert external_names(found)["sub-01_T1w"] == {
+        "brain_mask": "sub-01_desc-brain_mask.nii.gz",
+        "to_sri24": "sub-01_from-T1w_to-SRI24_mode-image_xfm.txt",
+    }
     assert found.units[0].external.reference_sha256 == "abc"
+
+
+@pytest.mark.parametrize("reference", ["{", "[]", ""])
+def test_broken_reference_sidecar_costs_one_warning_and_the_transforms(run_on_own_outputs, caplog, reference):
+    found = run_on_own_outputs(reference)
+    (warning,) = caplog.messages
+    assert "tpl-SRI24_desc-brain_T1w.json: not" in warning
+    assert warning.endswith("The transforms to SRI24 of the dataset bids_uad are not used")
+    assert not found.problems
+    assert external_names(found)["sub-01_T1w"] == {"brain_mask": "sub-01_desc-brain_mask.nii.gz"}
+    assert len(found.units) == 3

@@ -1,3 +1,7 @@
+"""Names of outputs, and the data sink that writes them."""
+
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -10,16 +14,8 @@ import pytest
 
 from bids_uad import space
 from bids_uad.dataset import naming
-from bids_uad.dataset.describe import (
-    ModelEntry,
-    dataset_link,
-    describe_dataset,
-    refuse_foreign,
-)
 from bids_uad.dataset.naming import ImageUnit
-from bids_uad.errors import ConfigError
 from bids_uad.levels.participant.interfaces import DerivativesDataSink
-from tests.dataset.skeleton import write_dataset
 from tests.header_contract import header_faults
 
 UNIT = ImageUnit(
@@ -44,13 +40,13 @@ def test_names():
         "histogram": "_space-SRI24_desc-T2wPatchcore_histogram.tsv",
         "metrics": "_space-SRI24_desc-T2wPatchcore_metrics.tsv",
     }
-    with_truth = naming.detection_outputs(UNIT, "patchcore", with_truth=True)
-    assert str(with_truth.pop("lesions")) == f"{START}_space-SRI24_desc-T2wPatchcore_lesions.tsv"
-    assert with_truth == names
+    with_lesions = naming.detection_outputs(UNIT, "patchcore", with_lesions=True)
+    assert str(with_lesions.pop("lesions")) == f"{START}_space-SRI24_desc-T2wPatchcore_lesions.tsv"
+    assert with_lesions == names
     assert (
         str(naming.preprocessing_outputs(UNIT)["to_sri24"]) == f"{START}_from-T2w_to-SRI24_mode-image_xfm.txt"
     )
-    with pytest.raises(ValueError, match="no output is named"):
+    with pytest.raises(ValueError, match="no path pattern"):
         naming.output_path(UNIT, suffix="statmap")
 
 
@@ -93,49 +89,3 @@ def test_import_leaves_the_templateflow_archive_and_home_alone(tmp_path):
     assert done.stdout.strip() == str(tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
     assert not (tmp_path / ".cache" / "templateflow").exists()
-
-
-def test_description_is_repeatable_and_keeps_what_earlier_runs_wrote(tmp_path):
-    raw = write_dataset(tmp_path / "raw", {})
-    out = tmp_path / "raw" / "derivatives" / "uad"
-
-    def describe(*models, **descriptions):
-        describe_dataset(out, raw, {}, [ModelEntry(name, "0.1.0", "a" * 64) for name in models], descriptions)
-        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-
-    first = describe("one", preproc="image")
-    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert describe("one", preproc="image") == first
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
-    both = describe("two", brain="mask")
-    described = json.loads(both["dataset_description.json"])
-    assert [entry["Name"] for entry in described["GeneratedBy"]] == ["bids_uad", "one", "two"]
-    assert described["DatasetLinks"] == {"raw": "../.."}
-    assert described["License"] == "CC0"
-    assert both["descriptions.tsv"].decode().splitlines() == [
-        "desc_id\tdescription",
-        "desc-brain\tmask",
-        "desc-preproc\timage",
-    ]
-    (out / ".bidsignore").write_text("mine\n")
-    assert describe()[".bidsignore"].decode().startswith("mine\n*.html\n")
-
-
-def test_links_tell_no_paths_of_the_host(tmp_path):
-    far = Path("/somewhere/else/entirely/raw")
-    near = tmp_path / "out"
-    assert dataset_link(tmp_path / "raw", near, {}) == "../raw"
-    assert dataset_link(Path("/data"), Path("/out"), {}) == "../data"
-    assert dataset_link(far, near, {"DatasetDOI": "10.1/x"}) == "doi:10.1/x"
-    assert dataset_link(far, near, {"Name": "A b"}) == "urn:bids-dataset:A%20b"
-    assert "somewhere" not in dataset_link(far, near, {})
-
-
-def test_other_datasets_are_not_written_into(tmp_path):
-    write_dataset(tmp_path / "raw", {})
-    with pytest.raises(ConfigError, match="already holds another dataset"):
-        refuse_foreign(tmp_path / "raw")
-    (tmp_path / "raw" / "dataset_description.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        refuse_foreign(tmp_path / "raw")
-    refuse_foreign(tmp_path / "nowhere")
