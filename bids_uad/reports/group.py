@@ -1,4 +1,4 @@
-"""The group report: one HTML page that needs no other file and no network."""
+"""Group report: a single HTML page without external resources, and its figures as files."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from bids_uad.reports.group_text import (
 
 OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
 MAX_SCAN_ROWS = 1000
-"""Rows of the table of scans; the rest is in group_subjects.tsv only."""
-MOST_NAMED = 50
-"""Participants that are named for one reason; the rest is counted."""
+"""Rows of the table of scans; group_subjects.tsv has all of them."""
+MAX_LISTED = 50
+"""Images or participants that are listed per reason; the others are counted."""
 CONTENTS = {
-    "summary": "In short",
+    "summary": "Summary",
     "benchmark": "Benchmark",
     "examples": "Examples",
-    "false_alarms": "False alarms",
+    "false_positives": "False positives",
     "comparison": "Comparison of detectors",
     "thresholds": "Thresholds and scores",
-    "lesions": "Size and contrast of lesions",
-    "subgroups": "Parts of the cohort",
+    "lesions": "Lesion size and contrast",
+    "subgroups": "Subgroups",
     "bias": "Bias",
     "experiments": "Experiments",
     "further": "Further figures",
     "scans": "Scans",
-    "problems": "Problems",
+    "problems": "Missing and failed",
     "provenance": "Provenance",
     "definitions": "Definitions",
     "methods": "Methods text",
@@ -65,7 +65,7 @@ CHAPTERS = {
     "dice_by_volume": "benchmark",
     "precision_recall": "benchmark",
     "examples": "examples",
-    "fpr_healthy": "false_alarms",
+    "fpr_healthy": "false_positives",
     "ranks": "comparison",
     "dice_by_threshold": "thresholds",
     "thresholds": "thresholds",
@@ -75,21 +75,21 @@ CHAPTERS = {
     "scaling": "experiments",
     "ablation": "experiments",
 }
-"""Where each figure is shown, by its name without the modality."""
+"""Chapter of each figure, by the name of the figure without modality, in order of display."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a page came about.
+    """Command, date and models of a group report.
 
     Parameters
     ----------
-    command : sequence of str
-        What was asked for.
+    command : tuple of str
+        Command line, printed in the report.
     date : str
-        When.
+        Date of the run.
     origins : dict
-        (detector, modality) -> :class:`bids_uad.evaluation.provenance.Origin`.
+        Provenance of the model of each (detector, modality).
     """
 
     command: tuple[str, ...]
@@ -105,43 +105,43 @@ def write_group_report(
     provenance: Provenance,
     experiments: pd.DataFrame | None = None,
 ) -> Path:
-    """Write `group.html` and the single figures in `group/figures`; the methods text is taken from `logs`.
+    """Write `group.html` and its figures in `group/figures`; the methods text is read from `logs`.
 
     Parameters
     ----------
     out_dir : path-like
-        Root of the derivatives.
+        Root of the derivative dataset.
     evaluation : Evaluation
-        The numbers.
+        Benchmark table, scores per scan, and the scans that are missing or unreadable.
     analyses : Analyses
-        What more was asked.
+        Secondary analyses: comparison of detectors, subgroups, bias, thresholds, lesions, deviations.
     participants : Participants
-        Who was expected.
+        Contents of participants.tsv; listed participants without scores are reported as missing.
     provenance : Provenance
-        How the page came about.
+        Command line, date and model bundles.
     experiments : pandas.DataFrame, optional
         Of :func:`bids_uad.evaluation.experiments.compare_variants`.
 
     Returns
     -------
     pathlib.Path
-        The page.
+        Path of `group.html`.
     """
     root = Path(out_dir)
     colours = detector_colours(evaluation)
     examples, no_examples = example_figures(root, evaluation.subjects)
     figures = [*group_charts(evaluation, analyses, experiments), *examples]
-    _write_alone(root / "group" / "figures", figures)
+    _write_figures(root / "group" / "figures", figures)
     chapters: dict[str, list[Chart]] = {chapter: [] for chapter in CONTENTS}
-    for figure in sorted(figures, key=_place):
+    for figure in sorted(figures, key=_position):
         chapters[CHAPTERS.get(_without_modality(figure.name), "further")].append(figure)
 
     text = root / "logs" / "CITATION_group.md"
-    whole = evaluation.benchmark["cohort"] == ALL
+    overall = evaluation.benchmark["cohort"] == ALL
     tables = {
         "benchmark": ("Benchmark", BENCHMARK_COLUMNS),
-        "subjects": ("Numbers of each image and detector", SUBJECT_COLUMNS),
-        **{name: (what, columns) for name, (_, what, columns) in analyses.tables.items()},
+        "subjects": ("Scores of each image and detector", SUBJECT_COLUMNS),
+        **{name: (title, columns) for name, (_, title, columns) in analyses.tables.items()},
     }
     if experiments is not None:
         tables["experiments"] = ("Models compared on the same images", EXPERIMENT_COLUMNS)
@@ -155,12 +155,12 @@ def write_group_report(
     environment.globals |= {"interval": interval, "no_interval": no_interval, "colours": colours}
     content = {
         "figures": chapters,
-        "comparison": _parts(analyses.comparison, ["modality", "outcome"]),
-        "disparities": _parts(analyses.disparities, ["modality", "factor"]),
-        "experiments": [] if experiments is None else _parts(experiments, ["modality", "detector"]),
-        "lesions": _parts(analyses.lesions, ["modality", "factor"]),
+        "comparison": _split(analyses.comparison, ["modality", "outcome"]),
+        "disparities": _split(analyses.disparities, ["modality", "factor"]),
+        "experiments": [] if experiments is None else _split(experiments, ["modality", "detector"]),
+        "lesions": _split(analyses.lesions, ["modality", "factor"]),
         "min_lesion_volume": evaluation.min_lesion_volume,
-        "lesions_untold": evaluation.lesions.without,
+        "n_without_lesion_table": evaluation.lesions.without,
         "subgroups": _by_modality(analyses.subgroups),
         "no_examples": no_examples,
         "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
@@ -171,13 +171,13 @@ def write_group_report(
         contents=[(name, title) for name, title in CONTENTS.items() if _has(name, content)],
         summary=summarise(evaluation, analyses, experiments),
         overview=_overview(evaluation, participants),
-        benchmark=_by_modality(_ranked(evaluation.benchmark[whole])),
-        cohorts=_cohorts(evaluation.benchmark[~whole]),
+        benchmark=_by_modality(_ranked(evaluation.benchmark[overall])),
+        cohorts=_cohorts(evaluation.benchmark[~overall]),
         cohort_column=participants.cohort_column,
-        best=_best(evaluation.benchmark[whole]),
+        best=_best(evaluation.benchmark[overall]),
         missed=_records(analyses.missed),
-        bias=_parts(_odds(analyses.bias.coefficients), ["modality", "outcome"]),
-        deviations=_by_modality(_factors(analyses.deviations)),
+        bias=_split(_odds_ratios(analyses.bias.coefficients), ["modality", "outcome"]),
+        deviations=_by_modality(_exponentiate_effects(analyses.deviations)),
         remarks=analyses.bias.remarks,
         outcomes=OUTCOMES,
         scans=_records(evaluation.subjects.head(MAX_SCAN_ROWS)),
@@ -185,7 +185,7 @@ def write_group_report(
         has_sessions=bool(evaluation.subjects["session_id"].notna().any()),
         roles={LESION: "lesion", HEALTHY: "healthy", MISSING_MASK: "no mask"},
         missing_data=_by_reason(evaluation.missing_data),
-        most_named=MOST_NAMED,
+        max_listed=MAX_LISTED,
         unreadable=evaluation.unreadable,
         warnings=evaluation.warnings,
         origins=provenance.origins,
@@ -194,28 +194,28 @@ def write_group_report(
         definitions=[
             (
                 name,
-                what,
+                title,
                 [(key, column["Description"]) for key, column in columns.items() if "_ci_" not in key],
             )
-            for name, (what, columns) in tables.items()
+            for name, (title, columns) in tables.items()
         ],
     )
     return write_text(root / "group.html", page + "\n")
 
 
-def _write_alone(folder: Path, figures: Iterable[Chart]) -> None:
-    """Write each figure as a file; those of earlier runs go."""
+def _write_figures(folder: Path, figures: Iterable[Chart]) -> None:
+    """Write each figure as a file, and remove those of earlier runs."""
     names = set()
     for figure in figures:
-        # Links of the page start at the root of the derivatives.
-        alone = figure.svg.replace('<a href="sub-', '<a href="../../sub-')
-        names.add(write_text(folder / f"{figure.name}.svg", alone + "\n"))
+        # Links in the report are relative to the root of the derivatives.
+        svg = figure.svg.replace('<a href="sub-', '<a href="../../sub-')
+        names.add(write_text(folder / f"{figure.name}.svg", svg + "\n"))
     for stale in set(folder.glob("*.svg")) - names:
         stale.unlink()
 
 
-def _place(figure: Chart) -> int:
-    """Say where a figure comes among the others; one without a chapter comes last."""
+def _position(figure: Chart) -> int:
+    """Return the position of a figure in the report; figures without a chapter come last."""
     order = list(CHAPTERS)
     name = _without_modality(figure.name)
     return order.index(name) if name in order else len(order)
@@ -226,14 +226,14 @@ def _without_modality(name: str) -> str:
 
 
 def _has(chapter: str, content: dict[str, Any]) -> bool:
-    """Say whether a chapter has something to show."""
+    """Return whether a chapter has content."""
     if chapter in ("comparison", "experiments", "subgroups", "methods"):
         return bool(content[chapter])
     if chapter == "lesions":
-        return bool(content[chapter] or content["lesions_untold"])
+        return bool(content[chapter] or content["n_without_lesion_table"])
     if chapter == "examples":
         return bool(content["figures"][chapter] or content["no_examples"])
-    if chapter in ("false_alarms", "thresholds", "further"):
+    if chapter in ("false_positives", "thresholds", "further"):
         return bool(content["figures"][chapter])
     return True
 
@@ -242,8 +242,8 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return table.to_dict(orient="records")
 
 
-def _parts(table: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:
-    """Divide a table by the values of its columns `keys`."""
+def _split(table: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:
+    """Split a table by the values of its columns `keys`."""
     return [(key, _records(rows)) for key, rows in table.groupby(keys, sort=True)]
 
 
@@ -251,14 +251,14 @@ def _by_modality(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     return {modality: _records(rows) for modality, rows in table.groupby("modality", sort=True)}
 
 
-def _factors(deviations: pd.DataFrame) -> pd.DataFrame:
-    """Write log odds as factors on the odds."""
+def _exponentiate_effects(deviations: pd.DataFrame) -> pd.DataFrame:
+    """Turn log odds ratios of age and sex into odds ratios."""
     effects = [column for column in deviations if column.startswith(("age_", "sex_"))]
     return deviations.assign(**{column: np.exp(deviations[column].astype(float)) for column in effects})
 
 
 def _ranked(benchmark: pd.DataFrame) -> pd.DataFrame:
-    """Put the best Dice first, or the fewest false positives where there is no Dice."""
+    """Sort by mean Dice, best first; without Dice, by false-positive rate."""
     return benchmark.sort_values(
         ["dice_mean", "fpr_healthy_mean"], ascending=[False, True], kind="stable", ignore_index=True
     )
@@ -279,16 +279,16 @@ def _cohorts(benchmark: pd.DataFrame) -> dict[str, dict[str, Any]]:
             for detector, own in rows.groupby("detector", sort=True)
         ]
         highest = rows["dice_mean"] == rows.groupby("cohort")["dice_mean"].transform("max")
-        rivals = rows.groupby("cohort")["dice_mean"].transform("nunique") > 1
-        winners = rows[highest & rivals].groupby("cohort")["detector"].agg(set).to_dict()
-        best = {cohort: winners.get(cohort, set()) for cohort, _ in names}
+        several = rows.groupby("cohort")["dice_mean"].transform("nunique") > 1
+        found = rows[highest & several].groupby("cohort")["detector"].agg(set).to_dict()
+        best = {cohort: found.get(cohort, set()) for cohort, _ in names}
         if names:
             parts[modality] = {"names": names, "rows": records, "best": best}
     return parts
 
 
-def _odds(coefficients: pd.DataFrame) -> pd.DataFrame:
-    """Write coefficients as factors on the odds where they are log odds."""
+def _odds_ratios(coefficients: pd.DataFrame) -> pd.DataFrame:
+    """Add columns `shown*`: odds ratios of models of false positives, coefficients of models of Dice."""
     shown = coefficients.copy()
     ratio = shown["odds_ratio"].notna()
     for name, source in {"shown": "estimate", "shown_ci_low": "ci_low", "shown_ci_high": "ci_high"}.items():
@@ -298,9 +298,9 @@ def _odds(coefficients: pd.DataFrame) -> pd.DataFrame:
 
 
 def _provenance(root: Path, provenance: Provenance, participants: Participants) -> list[tuple[str, str]]:
-    """Say how the page came about."""
+    """Return terms and texts of the list at the end of the chapter on provenance."""
     atlas = read_json(root / "tpl-SRI24" / "anat" / "tpl-SRI24_desc-brain_T1w.json")
-    name = "not told: no tpl-SRI24 in the outputs"
+    name = "unknown (no tpl-SRI24 in the outputs)"
     if atlas:
         checksum = atlas["ReferenceSHA256"][:12]
         name = f"{atlas['ReferenceName']} ({atlas['ReferenceSource']}; SHA-256 {checksum})"
@@ -332,7 +332,7 @@ def _overview(evaluation: Evaluation, participants: Participants) -> dict[str, A
 
 
 def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
-    """Mark the best number of each modality over all scans, where there are rivals."""
+    """Return (detector, modality, column) of the best values over all scans, unless all are equal."""
     directions: dict[str, Callable[[pd.Series], float]] = {
         "dice_mean": pd.Series.max,
         "auprc_mean": pd.Series.max,
@@ -347,8 +347,8 @@ def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
     for modality, rows in benchmark.groupby("modality"):
         for column, extreme in directions.items():
             if rows[column].nunique() > 1:
-                winners = rows.loc[rows[column] == extreme(rows[column]), "detector"]
-                best |= {(winner, modality, column) for winner in winners}
+                detectors = rows.loc[rows[column] == extreme(rows[column]), "detector"]
+                best |= {(detector, modality, column) for detector in detectors}
     return best
 
 

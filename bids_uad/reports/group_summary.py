@@ -1,7 +1,8 @@
-"""The group report in a few plain sentences, each of which is true of any cohort."""
+"""Summary of the group report: one or two sentences per topic, generated from the tables."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -17,19 +18,21 @@ from bids_uad.reports.group_charts import ALPHA
 from bids_uad.reports.group_text import detector_name
 
 FEW = 10
-"""Numbers that rest on fewer people are called so."""
-_PROMISE = re.compile(r"fpr_(\d+)pct")
+"""Number of participants below which the summary warns about the sample size."""
+_FPR_THRESHOLD = re.compile(r"fpr_(\d+)pct")
 
 
 def summarise(
     evaluation: Evaluation, analyses: Analyses, experiments: pd.DataFrame | None = None
 ) -> list[tuple[str, str]]:
-    """Say what came out.
+    """Summarise the results of a cohort in sentences.
 
     Parameters
     ----------
     evaluation : Evaluation
+        Benchmark table, scores per scan, and scans that are missing or unreadable.
     analyses : Analyses
+        Comparison of detectors and bias models.
     experiments : pandas.DataFrame, optional
         Of :func:`bids_uad.evaluation.experiments.compare_variants`.
 
@@ -39,44 +42,41 @@ def summarise(
         Topic and sentences.
     """
     benchmark = evaluation.benchmark[evaluation.benchmark["cohort"] == ALL]
-    people = {
+    n_by_role = {
         role: rows["participant_id"].nunique()
         for role, rows in evaluation.subjects.groupby("role", sort=True)
     }
-    told = [("Who", _who(evaluation.subjects, people))]
+    topics = [("Data", _data(evaluation.subjects, n_by_role))]
     for modality, rows in benchmark.groupby("modality", sort=True):
         scans = evaluation.subjects[evaluation.subjects["modality"] == modality]
         pairs = analyses.comparison[analyses.comparison["modality"] == modality]
-        told.append((f"Lesions in {modality}", _lesions(rows, scans, pairs[pairs["outcome"] == "dice"])))
-        told.append((f"False alarms in {modality}", _false_alarms(rows, scans)))
-    told.append(("Bias", _bias(analyses)))
+        topics.append((f"Lesions, {modality}", _lesions(rows, scans, pairs[pairs["outcome"] == "dice"])))
+        topics.append((f"False positives, {modality}", _false_positives(rows, scans)))
+    topics.append(("Bias", _bias(analyses)))
     if experiments is not None:
-        told.append(("Experiments", _experiments(experiments)))
-    told.append(
-        ("Left out", _left_out(evaluation.subjects, evaluation.missing_data, len(evaluation.unreadable)))
-    )
+        topics.append(("Experiments", _experiments(experiments)))
+    missing = _missing(evaluation.subjects, evaluation.missing_data, len(evaluation.unreadable))
+    topics.append(("Excluded or missing", missing))
     few = [
-        f"{count(people[role], 'person', 'people')} {words}"
-        for role, words in ((LESION, "with a lesion mask"), (HEALTHY, "known to be healthy"))
-        if 0 < people.get(role, 0) < FEW
+        count(n_by_role[role], *nouns)
+        for role, nouns in (
+            (LESION, ("participant with a lesion mask", "participants with a lesion mask")),
+            (HEALTHY, ("healthy control",)),
+        )
+        if 0 < n_by_role.get(role, 0) < FEW
     ]
     if few:
-        told.append(
-            (
-                "How sure",
-                f"There are only {truncate_list(few)}: numbers may be quite different in other people, and "
-                "so may the order of the detectors.",
-            )
-        )
-    return told
+        text = f"Only {join_words(few)}: means and the order of detectors may differ in other samples."
+        topics.append(("Sample size", text))
+    return topics
 
 
 def count(number: int, one: str, many: str | None = None) -> str:
-    """Write a number with its noun: `1 scan`, `2 scans`."""
+    """Return a number with its noun: `1 scan`, `2 scans`."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def truncate_list(words: Iterable[str]) -> str:
+def join_words(words: Iterable[str]) -> str:
     """Join words as in a sentence: `a, b and c`."""
     words = list(words)
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
@@ -86,24 +86,25 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else "less than 0.001"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share >= 0.00005 or share == 0 else "less than 0.01 %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2g} %" if fraction >= 0.00005 or fraction == 0 else "less than 0.01 %"
 
 
-def _who(scans: pd.DataFrame, people: dict[str, int]) -> str:
+def _data(scans: pd.DataFrame, n_by_role: dict[str, int]) -> str:
     if scans.empty:
-        return "No image could be used."
-    detectors = count(scans["detector"].nunique(), "detector")
+        return "No usable image."
     images = scans.drop_duplicates("source_image")
-    empty = _count_empty(images)
-    empty = f" ({count(empty, 'scan')} with an empty one)" if empty else ""
-    text = (
-        f"{detectors} scored {count(len(images), 'scan')} ({truncate_list(sorted(set(images['modality'])))}) "
-        f"of {count(scans['participant_id'].nunique(), 'person', 'people')}: "
-        f"{people.get(LESION, 0)} with a lesion mask{empty}, {people.get(HEALTHY, 0)} known to be healthy"
+    n_empty, n_neither = _count_empty(images), n_by_role.get(MISSING_MASK, 0)
+    return (
+        f"{count(scans['detector'].nunique(), 'detector')}, {count(len(images), 'image')} "
+        f"({join_words(sorted(set(images['modality'])))}) "
+        f"of {count(scans['participant_id'].nunique(), 'participant')}: "
+        f"{n_by_role.get(LESION, 0)} with a lesion mask"
+        + (f" (empty in {count(n_empty, 'image')})" if n_empty else "")
+        + f", {count(n_by_role.get(HEALTHY, 0), 'healthy control')}"
+        + (f", {n_neither} neither" if n_neither else "")
+        + "."
     )
-    neither = people.get(MISSING_MASK, 0)
-    return f"{text}{f', {neither} neither' if neither else ''}."
 
 
 def _count_empty(scans: pd.DataFrame) -> int:
@@ -112,37 +113,33 @@ def _count_empty(scans: pd.DataFrame) -> int:
 
 
 def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> str:
-    """Say who finds most, and from whom that is told."""
+    """Name the detectors with the highest mean Dice, and the significant differences."""
     lesions = scans[(scans["role"] == LESION) & (scans["n_lesion_voxels"] > 0)]
-    people = count(lesions["participant_id"].nunique(), "person", "people")
+    n_participants = count(lesions["participant_id"].nunique(), "participant")
     ranked = rows[rows["dice_mean"].notna()].sort_values("dice_mean", ascending=False, kind="stable")
     if lesions.empty or ranked.empty:
-        return "No scan has a lesion in its mask, so nothing is known about finding lesions."
-    best = ranked.iloc[0]
-    if (ranked["dice_nonempty_mean"] == 0).all():
-        verb = "No detector marks" if len(ranked) > 1 else f"{detector_name(best['detector'])} does not mark"
-        return f"{verb} any lesion voxel of {people} at the fixed threshold."
+        return "No lesion mask with a voxel in the brain: Dice and sensitivity cannot be computed."
+    best, several = ranked.iloc[0], len(ranked) > 1
     name = detector_name(best["detector"])
-    picked = ", not corrected for its being the best," if len(ranked) > 1 else ""
-    interval = (
-        f"95 % interval{picked} {_number(best['dice_ci_low'])} to {_number(best['dice_ci_high'])}"
-        if best["dice_ci_low"] == best["dice_ci_low"]
-        else "too few people for an interval"
-    )
-    # Their Dice, 1 where nothing is found and 0 elsewhere, is part of the mean.
-    empty = _count_empty(scans.drop_duplicates("source_image"))
-    empty = f" and {count(empty, 'scan')} with an empty mask" if empty else ""
-    verb = "finds most: its" if len(ranked) > 1 else "was tried alone: its"
-    text = (
-        f"{name} {verb} mean Dice is {_number(best['dice_mean'])} ({interval}; {people} with lesions{empty})."
-    )
-    if len(ranked) == 1:
-        return text
+    if (ranked["dice_nonempty_mean"] == 0).all():
+        verb = "No detector marks" if several else f"{name} does not mark"
+        return f"{verb} any lesion voxel at the fixed threshold ({n_participants} with lesions)."
+    interval = "too few participants for an interval"
+    if not math.isnan(best["dice_ci_low"]):
+        interval = f"95 % interval {_number(best['dice_ci_low'])} to {_number(best['dice_ci_high'])}"
+        interval += ", not corrected for the selection of the best" if several else ""
+    # The Dice of scans with an empty mask (1 without a finding, else 0) is part of the mean.
+    n_empty = _count_empty(scans.drop_duplicates("source_image"))
+    empty = f" and {count(n_empty, 'scan')} with an empty mask" if n_empty else ""
+    start = "Highest mean Dice" if several else "Mean Dice"
+    text = f"{start}: {name}, {_number(best['dice_mean'])} ({interval}; {n_participants} with lesions{empty})"
+    if not several:
+        return f"{text}."
     second = ranked.iloc[1]
-    text += f" Next is {detector_name(second['detector'])} with {_number(second['dice_mean'])}."
-    first = mean_ranks(participant_scores(lesions, lesions["modality"].iloc[0], "dice"), "dice")
-    if len(first) and first.index[0] != best["detector"]:
-        text += f" Ranked within each person, {detector_name(first.index[0])} comes first."
+    text += f", followed by {detector_name(second['detector'])} with {_number(second['dice_mean'])}."
+    ranks = mean_ranks(participant_scores(lesions, lesions["modality"].iloc[0], "dice"), "dice")
+    if len(ranks) and ranks.index[0] != best["detector"]:
+        text += f" {detector_name(ranks.index[0])} has the best mean rank within participants."
     return f"{text} {_differences(best['detector'], pairs)}"
 
 
@@ -150,92 +147,95 @@ def _differences(best: str, pairs: pd.DataFrame) -> str:
     tested = pairs[pairs["p_holm"].notna()]
     own = tested[(tested["detector_a"] == best) | (tested["detector_b"] == best)]
     if own.empty:
-        return "Whether detectors differ by more than chance cannot be told from so few people."
-    alike = own[own["p_holm"] >= ALPHA]
+        return "Too few participants to test differences between detectors."
+    similar = own[own["p_holm"] >= ALPHA]
     others = [
         detector_name(row.detector_b if row.detector_a == best else row.detector_a)
-        for row in alike.itertuples()
+        for row in similar.itertuples()
     ]
-    name = detector_name(best)
     if len(own) == 1:
-        return f"The difference between the two is {'not ' if others else ''}told from chance."
+        return f"The difference between the two is {'not ' if others else ''}significant."
+    start = f"{detector_name(best)} differs significantly from"
     if not others:
-        text = f"{name} differs from all {len(own)} others by more than chance."
+        text = f"{start} all {len(own)} others."
     elif len(others) == len(own):
-        text = f"{name} differs from none of the others by more than chance."
+        text = f"{start} none of the others."
     else:
-        text = f"{name} differs from {len(own) - len(others)} of {len(own)} others by more than chance"
-        text += f", but not from {truncate_list(others)}." if len(others) <= 3 else "."
-    told = int((tested["p_holm"] < ALPHA).sum())
-    return f"{text} Of all {len(tested)} pairs of detectors {told} differ so."
+        text = f"{start} {len(own) - len(others)} of {len(own)} others"
+        text += f", but not from {join_words(others)}." if len(others) <= 3 else "."
+    n_significant = int((tested["p_holm"] < ALPHA).sum())
+    return f"{text} {n_significant} of all {len(tested)} pairs of detectors differ significantly."
 
 
-def _false_alarms(rows: pd.DataFrame, scans: pd.DataFrame) -> str:
-    """Say how much of healthy brains is marked, and whether that is what the thresholds promised."""
+def _false_positives(rows: pd.DataFrame, scans: pd.DataFrame) -> str:
+    """Report the false-positive rates of healthy controls, and compare them with those of the thresholds."""
     healthy = scans[scans["role"] == HEALTHY]
     known = rows[rows["fpr_healthy_mean"].notna()].sort_values("fpr_healthy_mean", kind="stable")
     if known.empty:
-        return "No scan is known to be of a healthy person, so nothing is known about false alarms in them."
-    people = count(healthy["participant_id"].nunique(), "healthy person", "healthy people")
+        return "No healthy controls: the false-positive rate cannot be computed."
     low, high = known.iloc[0], known.iloc[-1]
     if len(known) == 1:
         text = f"{detector_name(low['detector'])} marks {_percent(low['fpr_healthy_mean'])} of the brain"
     else:
         text = (
-            f"The detectors mark between {_percent(low['fpr_healthy_mean'])} "
-            f"({detector_name(low['detector'])}) and {_percent(high['fpr_healthy_mean'])} "
-            f"({detector_name(high['detector'])}) of the brain"
+            f"The detectors mark {_percent(low['fpr_healthy_mean'])} ({detector_name(low['detector'])}) to "
+            f"{_percent(high['fpr_healthy_mean'])} ({detector_name(high['detector'])}) of the brain"
         )
-    text += f" on average over {people}."
-    promises = known["threshold_name"].str.extract(_PROMISE, expand=False).astype(float)
-    for promise, kept in known.groupby(promises):
-        above = kept[kept["fpr_healthy_mean"] > promise / 100]
+    text += f" on average ({count(healthy['participant_id'].nunique(), 'healthy control')})."
+    nominal = known["threshold_name"].str.extract(_FPR_THRESHOLD, expand=False).astype(float)
+    for percent, models in known.groupby(nominal):
+        above = models[models["fpr_healthy_mean"] > percent / 100]
         lows = above["fpr_healthy_mean_ci_low"]
-        n_surely = None if lows.isna().all() else int((lows > promise / 100).sum())
-        text += f" {_promise(promise, len(kept), len(known), len(above), n_surely)}"
+        n_clearly = None if lows.isna().all() else int((lows > percent / 100).sum())
+        text += f" {_nominal_rate(percent, len(models), len(known), len(above), n_clearly)}"
     return text
 
 
-def _promise(percent: float, n: int, n_detectors: int, n_above: int, n_surely: int | None) -> str:
-    if n == n_detectors:
-        whose = "Its threshold" if n == 1 else "Their thresholds"
-    else:
-        whose = f"The threshold{'s' if n > 1 else ''} of {n} of them"
-    start = f"{whose} promised {percent:g} % on validation data:"
-    surely = f"the 95 % intervals of {n_surely} lie above it (each alone, not corrected for their number)"
-    if n_surely is None:
-        surely = "too few people for an interval"
+def _nominal_rate(percent: float, n: int, n_detectors: int, n_above: int, n_clearly: int | None) -> str:
+    """Compare false-positive rates with the rate at which the thresholds were fixed.
+
+    Parameters
+    ----------
+    percent : float
+        False-positive rate on validation data, in percent.
+    n, n_detectors : int
+        Number of detectors whose threshold was fixed at that rate, and of all detectors.
+    n_above : int
+        Number of those `n` with a higher mean rate.
+    n_clearly : int or None
+        Number of those `n_above` whose 95 % interval lies above the rate; None without intervals.
+    """
+    of = "" if n == n_detectors else f" ({n} of {n_detectors} detectors)"
+    start = f"Rate at which the threshold was fixed on validation data{of}: {percent:g} %,"
     if n_above == 0:
-        return f"{start} {'it keeps' if n == 1 else 'all keep'} to that."
-    if n == 1:
-        chance = f"{'by' if n_surely else 'not by'} more than chance"
-        return f"{start} it marks more, {surely if n_surely is None else chance}."
-    if n_above == n:
-        return f"{start} all mark more, {surely}."
-    keep, mark = "keeps" if n - n_above == 1 else "keep", "marks" if n_above == 1 else "mark"
-    return f"{start} {n - n_above} {keep} to that, {n_above} {mark} more, {surely}."
+        return f"{start} not exceeded."
+    if n_clearly is None:
+        interval = "too few participants for an interval"
+    elif n == 1:
+        interval = f"its 95 % interval {'lies above' if n_clearly else 'includes'} this rate"
+    else:
+        interval = f"the 95 % intervals of {n_clearly} lie above it (not corrected for their number)"
+    return f"{start} exceeded{'' if n == 1 else f' by {n_above} of {n}'}; {interval}."
 
 
 def _bias(analyses: Analyses) -> str:
     coefficients = analyses.bias.coefficients
     if coefficients.empty:
-        return "Could not be modelled in this cohort; the section on bias says why."
+        return "No model could be fitted to this cohort; see the section Bias."
     texts = []
-    for outcome, words in (("fpr", "False alarms in healthy brains"), ("dice", "Dice on lesions")):
+    for outcome, words in (("fpr", "False-positive rate of healthy controls"), ("dice", "Dice on lesions")):
         rows = coefficients[coefficients["outcome"] == outcome]
         if rows.empty:
             continue
-        models = len(rows.drop_duplicates(["detector", "modality"]))
-        found = rows[rows["p_fdr"] < ALPHA].drop_duplicates(["detector", "modality", "term"])
-        terms = truncate_list(f"{term} in {n}" for term, n in found["term"].value_counts().items())
-        people = int(rows["n_participants"].max())
+        n_models = len(rows.drop_duplicates(["detector", "modality"]))
+        significant = rows[rows["p_fdr"] < ALPHA].drop_duplicates(["detector", "modality", "term"])
+        terms = join_words(f"{term} in {n}" for term, n in significant["term"].value_counts().items())
         if terms:
-            verb = "depends" if outcome == "dice" else "depend"
-            texts.append(f"{words} {verb} on {terms} of {count(models, 'model')}.")
+            texts.append(f"{words}: associated with {terms} of {count(n_models, 'model')}.")
         else:
             texts.append(
-                f"{words}: no dependence on {truncate_list(sorted(rows['term'].unique()))} was found in "
-                f"up to {people} people, which does not prove that there is none."
+                f"{words}: no significant association with {join_words(sorted(rows['term'].unique()))} "
+                f"(up to {int(rows['n_participants'].max())} participants), which does not exclude one."
             )
     return " ".join(texts)
 
@@ -243,41 +243,37 @@ def _bias(analyses: Analyses) -> str:
 def _experiments(experiments: pd.DataFrame) -> str:
     others = experiments[experiments["variant"] != REFERENCE]
     if others.empty:
-        return "The other outputs have no scan of a detector and modality of these."
+        return "The other outputs have no detector and modality in common with these."
     names = [detector_name(detector) for detector in sorted(others["detector"].unique())]
-    text = (
-        f"{count(others['variant'].nunique(), 'variant')} of {truncate_list(names)} scored the same images."
-    )
+    text = f"{count(others['variant'].nunique(), 'variant')} of {join_words(names)} on the same images."
     tested = others[others["p_holm"].notna()]
     if tested.empty:
-        return f"{text} Whether they differ by more than chance cannot be told from so few people."
-    told = int((tested["p_holm"] < ALPHA).sum())
+        return f"{text} Too few participants to test differences."
+    n_significant = int((tested["p_holm"] < ALPHA).sum())
     return (
-        f"{text} Of {count(len(tested), 'comparison')} with the models of this page (Dice, AUPRC, "
-        f"false alarms) {told} differ{'s' if told == 1 else ''} by more than chance."
+        f"{text} {n_significant} of {count(len(tested), 'comparison')} with the models of this report (Dice, "
+        f"AUPRC, false-positive rate) {'is' if n_significant == 1 else 'are'} significant."
     )
 
 
-def _left_out(scans: pd.DataFrame, missing_data: list[MissingData], n_unreadable: int) -> str:
-    excluded = {absence.image + (absence.modality or "") for absence in missing_data if _ruled_out(absence)}
-    rest = [absence for absence in missing_data if not _ruled_out(absence)]
-    nothing = {absence.subject for absence in rest if absence.modality is None}
-    tables = [absence for absence in rest if absence.modality is not None]
-    unused = scans.loc[scans["role"] == MISSING_MASK].drop_duplicates("source_image")
+def _missing(scans: pd.DataFrame, missing_data: list[MissingData], n_unreadable: int) -> str:
+    excluded = [missing for missing in missing_data if missing.reason.startswith(EXCLUDED)]
+    rest = [missing for missing in missing_data if not missing.reason.startswith(EXCLUDED)]
+    unused = scans.loc[scans["role"] == MISSING_MASK, "source_image"].nunique()
     parts = [
-        (len(excluded), "scan", "by quality control"),
-        (len(nothing), "person", "without any preprocessed scan"),
-        (len(tables), "score table", "missing"),
+        (
+            len({missing.image + (missing.modality or "") for missing in excluded}),
+            "scan",
+            "excluded by quality control",
+        ),
+        (
+            len({missing.subject for missing in rest if missing.modality is None}),
+            "participant",
+            "without a preprocessed scan",
+        ),
+        (sum(missing.modality is not None for missing in rest), "score table", "missing"),
         (n_unreadable, "table", "not readable"),
-        (len(unused), "scan", "without a lesion mask of people not known to be healthy"),
+        (unused, "scan", "without lesion mask, of participants not known to be healthy"),
     ]
-    found = [
-        f"{count(number, noun, 'people' if noun == 'person' else None)} {why}"
-        for number, noun, why in parts
-        if number
-    ]
-    return f"{truncate_list(found)}." if found else "Nothing."
-
-
-def _ruled_out(absence: MissingData) -> bool:
-    return absence.reason.startswith(EXCLUDED)
+    found = [f"{count(number, noun)} {reason}" for number, noun, reason in parts if number]
+    return f"{join_words(found)}." if found else "None."

@@ -132,7 +132,7 @@ def test_group_puts_both_side_by_side(bench):
     pairs = pd.read_csv(bench.out / "group_deviations.tsv", sep="\t")
     assert pairs["deviation"].tolist() == ["none", "normative"]
     page = (bench.out / "group.html").read_text()
-    assert "With and without the normative reference" in page
+    assert "Raw scores and normative deviations" in page
     assert "Disyre (Z)" in page
 
 

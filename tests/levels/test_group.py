@@ -279,8 +279,8 @@ def test_everybody_is_left_out(tmp_path):
     quality.write_text("exclude\texclude_reasons\nyes\tblurred\n")
     assert group(tmp_path)[0] == 0
     page = (tmp_path / "out" / "group.html").read_text()
-    assert "No image could be used." in page
-    assert "1 scan by quality control." in page
+    assert "No usable image." in page
+    assert "1 scan excluded by quality control." in page
 
 
 def test_a_t2w_leaves_the_group_with_the_t1w_it_was_registered_to(tmp_path):
@@ -409,7 +409,7 @@ def test_models_of_other_detectors_leave_nothing_to_compare(study):
     Scan("01", modality="T2w", detector="fae", sha256="f" * 64).write(study / "fae")
     assert group(study, experiments={"fae": study / "fae"})[0] == 0
     page = (study / "out" / "group.html").read_text()
-    assert "The other outputs have no scan of a detector and modality of these." in page
+    assert "The other outputs have no detector and modality in common with these." in page
 
 
 def test_experiments_without_tables_are_refused(study):
@@ -521,10 +521,10 @@ def test_lesions_are_told_by_size_where_their_tables_are_there(study):
     first, *others = out.glob("sub-*/anat/*_lesions.tsv")
     first.unlink()
     assert group(study)[0] == 0
-    assert "left out here: 1. Score these images again to see them" in (out / "group.html").read_text()
+    assert "1 score tables of images with lesions were written by an earlier version" in (out / "group.html").read_text()
     for path in others:
         path.unlink()
     assert group(study)[0] == 0
     page = (out / "group.html").read_text()
-    assert "left out here: 16. Score these images again to see this chapter" in page
+    assert "16 score tables of images with lesions were written by an earlier version" in page
     assert 'id="lesion_size_T1w"' not in page
