@@ -521,7 +521,8 @@ def test_lesions_are_told_by_size_where_their_tables_are_there(study):
     first, *others = out.glob("sub-*/anat/*_lesions.tsv")
     first.unlink()
     assert group(study)[0] == 0
-    assert "1 score tables of images with lesions were written by an earlier version" in (out / "group.html").read_text()
+    page = (out / "group.html").read_text()
+    assert "1 score tables of images with lesions were written by an earlier version" in page
     for path in others:
         path.unlink()
     assert group(study)[0] == 0
