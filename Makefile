@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m bids_uad.simulation $(DEMO)/data --healthy 3 --stroke 1 --ms 1 --tumour 1 --seed 7 \
+	$(BIN)/bids_uad simulate $(DEMO)/data --healthy 3 --stroke 1 --ms 1 --tumour 1 --seed 7 \
 	    --nprocs $(NPROCS)
 	$(BIN)/bids_uad $(DEMO)/data $(DEMO)/derivatives participant group --nprocs $(NPROCS) \
 	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work --models pls disyre uniad intensity
@@ -45,7 +45,7 @@ bench: $(VENV)/installed
 HEALTHY ?= none
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
-SIMULATE = $(BIN)/python -m bids_uad.simulation
+SIMULATE = $(BIN)/bids_uad simulate
 SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
 
 models: models-T1w models-T2w pls-T1w pls-T2w
@@ -61,21 +61,21 @@ models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/vali
 	        fae-T2w|disyre-T2w) more="--normative-dir $(MODELS)/reference";; \
 	        *) more=;; \
 	    esac; \
-	    $(BIN)/bids_uad $(MODELS)/train $(MODELS)/bundles train --detector $$detector --modality $* --preset lite \
+	    $(BIN)/bids_uad train $(MODELS)/train $(MODELS)/bundles --detector $$detector --modality $* --preset lite \
 	        --random-seed 1 --nprocs 1 -w $(MODELS)/work $$features && \
-	    $(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector $$detector --modality $* \
+	    $(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector $$detector --modality $* \
 	        --preset lite --nprocs 1 -w $(MODELS)/work $$more || exit 1; \
 	done
 
 pls-T1w pls-T2w: pls-%: $(MODELS)/validation/participants.tsv
-	$(BIN)/bids_uad $(HEALTHY) $(MODELS)/bundles train --detector pls --modality $* --random-seed 1 --nprocs 1 \
+	$(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector pls --modality $* --random-seed 1 --nprocs 1 \
 	    -w $(MODELS)/work --synthetic 80 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) --precision bf16 \
-	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--recontrast))
-	$(BIN)/bids_uad $(MODELS)/validation $(MODELS)/bundles calibrate --detector pls --modality $* --nprocs 1
+	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--contrast-transfer))
+	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector pls --modality $* --nprocs 1
 
 # The network that finds brains (45 minutes of one core).
 extraction: $(VENV)/installed
-	$(BIN)/python -m bids_uad.training.brain_extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
+	$(BIN)/bids_uad extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
 	    --steps 3000
 
 models-tested: $(MODELS)/test/participants.tsv

@@ -1,4 +1,4 @@
-"""Run the command line with `python -m bids_uad`."""
+"""Entry point of ``python -m bids_uad``."""
 
 from __future__ import annotations
 

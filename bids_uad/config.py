@@ -47,6 +47,9 @@ DEVIATIONS = ("none", "normative")
 RENAMED_DETECTORS = {"fpi": "pls"}
 """Detectors by the names that they had before; command line and model bundles may still use these."""
 
+RENAMED_FIELDS = {"strata": "subgroups", "recontrast": "contrast_transfer"}
+"""Deprecated keys of configuration files, and the fields that they set."""
+
 RUN_SPECIFIC = frozenset(
     {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
 )
@@ -130,8 +133,8 @@ class RunConfig(Constrained):
         Share of the training subjects that is learnt from.
     synthetic : int
         Healthy subjects that are simulated to learn from.
-    recontrast : bool
-        Learn from healthy T1w scans, too, with the contrast of T2w.
+    contrast_transfer : bool
+        Also train on T1w scans of healthy controls that are mapped to T2w contrast.
     label_maps : tuple of str
         Label maps and folders of them that they are simulated from; empty means the built-in template.
     normative_dir : pathlib.Path, optional
@@ -189,7 +192,7 @@ class RunConfig(Constrained):
     subgroups: tuple[Text, ...] = DEFAULT_SUBGROUPS
     train_fraction: Annotated[float, Interval(0, 1, closed="right")] = 1.0
     synthetic: CountOrZero = 0
-    recontrast: bool = False
+    contrast_transfer: bool = False
     label_maps: tuple[Text, ...] = ()
     normative_dir: Path | None = None
     num_devices: Count = 1
@@ -255,6 +258,7 @@ def read_fields(text: str) -> dict[str, Any]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the configuration file is not valid TOML: {error}") from error
+    content = {RENAMED_FIELDS.get(name, name): value for name, value in content.items()}
     allowed = annotations(RunConfig)
     unknown = sorted(set(content) - set(allowed))
     if unknown:

@@ -1,4 +1,4 @@
-"""Errors that are told to the user in one line, without a traceback."""
+"""Errors that the command line reports in one line without a traceback, and its exit codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from os import PathLike
 from pathlib import Path
 from tempfile import gettempdir
@@ -20,25 +21,47 @@ _STORAGE = {
     errno.ENOTDIR: "remove the file that is where a folder is expected",
     errno.EEXIST: "remove the file that is where a folder is expected",
 }
-"""What to do about each reason (errno) why a folder cannot be written."""
-_NOTHING_LEFT = 1 << 16
-"""Free bytes below which a disk is full, and the likely cause of an error that does not give its reason."""
+"""Remedy for each reason (errno) why a folder cannot be written."""
+_DISK_FULL_BYTES = 1 << 16
+"""Free space in bytes below which a disk counts as full."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line; those from 66 to 73 as in `sysexits.h`."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_INPUT = 66
+    UNAVAILABLE = 69
+    SOFTWARE = 70
+    UNWRITABLE = 73
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what and how."""
+    """An error that the user can correct; the message names the cause and the remedy."""
+
+    exit_code = ExitCode.SOFTWARE
 
 
 class ConfigError(UserError):
-    """The command line or a configuration file asks for something impossible."""
+    """An option of the command line or of a configuration file is not valid."""
+
+    exit_code = ExitCode.USAGE
 
 
 class ModelError(UserError):
     """A model bundle is missing, damaged or does not fit the images."""
 
+    exit_code = ExitCode.UNAVAILABLE
+
 
 class UnavailableError(UserError):
-    """A resource that was asked for (GPU, atlas) is not on this machine."""
+    """A requested resource (GPU, atlas) is not available."""
+
+    exit_code = ExitCode.UNAVAILABLE
 
 
 class StorageError(UserError):
@@ -51,6 +74,8 @@ class StorageError(UserError):
     code : int
         Reason, as in :mod:`errno`.
     """
+
+    exit_code = ExitCode.UNWRITABLE
 
     def __init__(self, folder: str | PathLike[str], code: int) -> None:
         remedy = _STORAGE.get(code, "check its disk")
@@ -65,21 +90,21 @@ class StorageError(UserError):
 
 
 def storage_error(message: str, folders: Sequence[Path], *, guess: bool = False) -> StorageError | None:
-    """Find out whether an error means that a folder cannot be written.
+    """Return the storage error that an error message describes.
 
     Parameters
     ----------
     message : str
-        Of the error, which may come from another process or program.
+        Message of the error, which may come from another process or program.
     folders : sequence of pathlib.Path
-        Where outputs and intermediate files go. The folder for temporary files counts as one of them.
+        Output and work folders. The folder for temporary files is checked, too.
     guess : bool, default=False
-        Whether an error that does not give a reason is put down to a full disk, if a disk is full.
+        Whether an error without a known reason is attributed to a full disk, if one of the disks is full.
 
     Returns
     -------
     StorageError or None
-        None if the error means something else, such as an input that cannot be read.
+        None if the error has another cause, such as an unreadable input.
     """
     code = next((code for code in _STORAGE if os.strerror(code) in message), None)
     if code in (*_FULL, errno.EROFS):
@@ -91,7 +116,7 @@ def storage_error(message: str, folders: Sequence[Path], *, guess: bool = False)
         return StorageError(min(folders, key=_free_bytes), code)
     if code == errno.EROFS:
         return StorageError(next((folder for folder in folders if not is_writable(folder)), folders[0]), code)
-    full = [folder for folder in folders if _free_bytes(folder) < _NOTHING_LEFT]
+    full = [folder for folder in folders if _free_bytes(folder) < _DISK_FULL_BYTES]
     return StorageError(full[0], errno.ENOSPC) if guess and full else None
 
 
@@ -101,7 +126,7 @@ def existing_part(folder: Path) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether files can be made in a folder, or the folder itself where it does not exist."""
+    """Return whether files can be created in a folder; if it does not exist, whether it can be created."""
     return os.access(existing_part(folder), os.W_OK | os.X_OK)
 
 
@@ -122,6 +147,8 @@ class InputError(UserError):
         What the user can do about it.
     """
 
+    exit_code = ExitCode.NO_INPUT
+
     def __init__(self, path: str | PathLike[str], problem: str, remedy: str) -> None:
         super().__init__(f"{path}: {problem}; {remedy}")
         self.path = str(path)
@@ -134,22 +161,24 @@ class InputError(UserError):
 
 
 def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
-    """Describe a file that the operating system does not let us read.
+    """Return the error that reports an unreadable input file.
+
+    Links to content that is not present (git-annex), missing files and other errors have different messages.
 
     Parameters
     ----------
     path : path-like
         The file.
     error : OSError
-        What opening or reading it raised.
+        Error raised when it was opened or read.
 
     Returns
     -------
     InputError
-        It tells links to content that is elsewhere (git-annex) from files that are missing.
+        With cause and remedy.
     """
     path = Path(path)
-    # Path's own methods raise where a folder may not be entered.
+    # Path's own methods raise if a parent folder may not be entered.
     if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
         problem = "the file is a link to content that is not here"
         return InputError(path, problem, "fetch it with `datalad get`")
@@ -163,18 +192,19 @@ def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
 
 
 def truncate_list(names: Iterable[str], most: int = 20) -> str:
-    """Name the first few of many, and say how many more there are.
+    """Join names by commas, and replace those after the first few by their number.
 
     Parameters
     ----------
     names : iterable of str
-        Named in their order.
-    most : int
+        Names, printed in this order.
+    most : int, default=20
+        Maximum number of names that are printed.
 
     Returns
     -------
     str
-        Such as ``sub-01, sub-02 and 5 more``.
+        For example ``sub-01, sub-02 and 5 more``.
     """
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

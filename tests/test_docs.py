@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import build_parser
+from bids_uad.cli.parser import build_parser, build_training_parser, subcommand_of
 from bids_uad.dataset.sidecars import LESION_COLUMNS, METRICS_COLUMNS, QUALITY_COLUMNS
 from bids_uad.methods.registry import DETECTORS
+from bids_uad.preprocessing import atlas
+from bids_uad.simulation import __main__ as simulation
+from bids_uad.training import brain_extraction
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,6 +86,16 @@ def test_every_detector_has_a_section(site):
         assert re.search(rf"<h2>{re.escape(entry.title)}<", text), name
 
 
+PARSERS = {
+    None: build_parser,
+    "train": lambda: build_training_parser("train"),
+    "calibrate": lambda: build_training_parser("calibrate"),
+    "simulate": simulation.build_parser,
+    "atlas": atlas.build_parser,
+    "extraction": brain_extraction.build_parser,
+}
+
+
 def commands(page: Path) -> list[str]:
     """Return the command lines of a page: indented by four spaces, continued by a backslash."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -92,13 +105,14 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_parse(page, capsys):
     for command in commands(page):
-        words = shlex.split(command.replace("[OPTIONS]", "").replace("LEVEL [LEVEL ...]", "group"))
+        words = shlex.split(command.replace("[OPTIONS]", "").replace("{participant,group} ...", "group"))
         if "bids_uad" not in words:
             continue
         arguments = words[words.index("bids_uad") + 1 :]
-        if arguments != ["--version"]:
+        if arguments != ["--version"] and "{" not in arguments[0]:
+            subcommand = subcommand_of(arguments)
             try:
-                build_parser().parse_args(arguments)
+                PARSERS[subcommand]().parse_args(arguments[subcommand is not None :])
             except SystemExit:
                 pytest.fail(f"{command}: {capsys.readouterr().err}")
 

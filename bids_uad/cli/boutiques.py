@@ -1,7 +1,7 @@
-"""The command line as a Boutiques descriptor, which ``python -m bids_uad.cli.boutiques`` prints.
+"""Print the Boutiques descriptor of the participant and group levels: ``python -m bids_uad.cli.boutiques``.
 
-Boutiques (Glatard et al. 2018, doi:10.1093/gigascience/giy016) lets platforms such as CBRAIN show a form for
-a program and start it.
+Boutiques (Glatard et al. 2018, doi:10.1093/gigascience/giy016) describes a command line in JSON, from which
+platforms such as CBRAIN make a form and start the program.
 """
 
 from __future__ import annotations
@@ -12,22 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from bids_uad import __version__
-from bids_uad.cli import main
-from bids_uad.cli.parser import build_parser
+from bids_uad.cli.parser import TRAINING, build_parser
+from bids_uad.errors import ExitCode
 
 SCHEMA_VERSION = "0.5"
 SKIPPED = ("help", "version")
 WRITTEN = ("output_dir", "work_dir")
-"""Folders that need not be there before the run."""
+"""Folders that need not exist before the run."""
+ERRORS = {
+    ExitCode.FAILED: "An image or report failed; the others are complete",
+    ExitCode.USAGE: "Wrong usage",
+    ExitCode.NO_INPUT: "No usable input",
+    ExitCode.UNAVAILABLE: "A GPU, model or atlas is not available",
+    ExitCode.SOFTWARE: "The workflow could not be built",
+    ExitCode.UNWRITABLE: "A folder cannot be written (disk full, read-only)",
+    ExitCode.INTERRUPTED: "Interrupted",
+}
 
 
 def descriptor() -> dict[str, Any]:
-    """Describe the program: every option that its help shows, and what its exit codes mean.
+    """Describe every option of the participant and group levels, and the exit codes.
 
     Returns
     -------
     dict
-        As JSON.
+        Descriptor of schema version 0.5, for JSON.
     """
     parser = build_parser()
     actions = [
@@ -52,15 +61,7 @@ def descriptor() -> dict[str, Any]:
                 "path-template": "[OUTPUT_DIR]",
             }
         ],
-        "error-codes": [
-            {"code": main.FAILED, "description": "A participant or report failed; the others are complete"},
-            {"code": main.USAGE, "description": "Wrong usage"},
-            {"code": main.NO_INPUT, "description": "Nothing to work on"},
-            {"code": main.UNAVAILABLE, "description": "A GPU, model or atlas is not available"},
-            {"code": main.SOFTWARE, "description": "The workflow could not be built"},
-            {"code": main.UNWRITABLE, "description": "A folder cannot be written (disk full, read-only)"},
-            {"code": main.INTERRUPTED, "description": "Interrupted"},
-        ],
+        "error-codes": [{"code": int(code), "description": text} for code, text in ERRORS.items()],
         "tags": {"domain": ["neuroinformatics", "mri", "bids"]},
     }
 
@@ -81,7 +82,7 @@ def _input(action: argparse.Action) -> dict[str, Any]:
     if action.nargs == "+":
         item["list"] = True
     if action.choices:
-        item["value-choices"] = list(action.choices)
+        item["value-choices"] = [choice for choice in action.choices if choice not in TRAINING]
     if isinstance(_sample(action), int):
         item["integer"] = True
     return item
@@ -96,7 +97,7 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _sample(action: argparse.Action) -> Any:
-    """Read a one as the option does: what gives a one back takes numbers."""
+    """Return what the option reads from the text "1": the number 1 if its values are numbers."""
     try:
         return action.type("1") if action.type else "1"
     except argparse.ArgumentTypeError:

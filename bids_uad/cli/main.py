@@ -1,4 +1,4 @@
-"""From the command line to an exit code."""
+"""Entry point: run the levels or the subcommand of a command line, and return the exit code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from functools import partial
 from threading import Timer
 from typing import Any
 
-from bids_uad.cli.parser import parse_args
+from bids_uad.cli.parser import TRAINING, parse_args, subcommand_of
 from bids_uad.config import RunConfig
 from bids_uad.errors import (
-    ConfigError,
-    InputError,
-    ModelError,
+    ExitCode,
     StorageError,
-    UnavailableError,
     UserError,
     existing_part,
     is_writable,
@@ -30,19 +27,23 @@ from bids_uad.errors import (
     unreadable,
 )
 
-OK, FAILED, USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE, UNWRITABLE = 0, 1, 2, 66, 69, 70, 73
-INTERRUPTED, TERMINATED = 130, 143
-
-_DOORS = {
+LEVEL_RUNNERS = {
     "participant": ("bids_uad.levels.participant.run", "run_participant"),
     "train": ("bids_uad.training.train", "run_train"),
     "calibrate": ("bids_uad.training.calibrate", "run_calibrate"),
     "group": ("bids_uad.levels.group", "run_group"),
 }
+"""Module and function of each level, imported when it runs."""
+PROGRAMS = {
+    "simulate": "bids_uad.simulation.__main__",
+    "atlas": "bids_uad.preprocessing.atlas",
+    "extraction": "bids_uad.training.brain_extraction",
+}
+"""Module of each subcommand that has a `main` function with options of its own."""
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers and container engines send before they kill."""
+    """Raised on SIGTERM, which schedulers and container engines send before SIGKILL."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,18 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments; the process's own by default.
+        Arguments without the program's name; those of the process by default.
 
     Returns
     -------
     int
-        0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work on, 69 a GPU,
-        model or atlas is not available, 70 the workflow could not be built, 73 a folder cannot be
-        written, 130 interrupted, 143 ended by SIGTERM.
+        One of :class:`bids_uad.errors.ExitCode`.
     """
     config = None
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = subcommand_of(arguments)
     try:
-        config = parse_args(argv)
+        if command in PROGRAMS:
+            return importlib.import_module(PROGRAMS[command]).main(arguments[1:])
+        config = parse_args(arguments)
+        if command is None:
+            _warn_deprecated_levels(config.levels)
         _set_up_process(config)
         with _orderly_end():
             _check_folders(config)
@@ -74,46 +79,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problem is None:
             raise
         print(f"bids_uad: {problem}", file=sys.stderr)
-        return exit_code(problem)
+        return problem.exit_code
     except KeyboardInterrupt as end:
-        print("bids_uad: interrupted; the same command goes on where this run stopped", file=sys.stderr)
-        return TERMINATED if isinstance(end, _Terminated) else INTERRUPTED
+        print("bids_uad: interrupted; run the same command again to continue", file=sys.stderr)
+        return ExitCode.TERMINATED if isinstance(end, _Terminated) else ExitCode.INTERRUPTED
 
 
-def exit_code(error: UserError) -> int:
-    """Translate an error for the user into the process's exit code."""
-    kinds = {
-        ConfigError: USAGE,
-        InputError: NO_INPUT,
-        ModelError: UNAVAILABLE,
-        UnavailableError: UNAVAILABLE,
-        StorageError: UNWRITABLE,
-    }
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), SOFTWARE)
+def _warn_deprecated_levels(levels: Sequence[str]) -> None:
+    """Print the present spelling of `train` and `calibrate` if they are given as analysis levels."""
+    for level in TRAINING:
+        if level in levels:
+            old, new = (f"'bids_uad {text}'" for text in (f"... {level}", f"{level} DERIVATIVES MODELS"))
+            print(f"bids_uad: {old} is deprecated; use {new}", file=sys.stderr)
 
 
 def _check_folders(config: RunConfig) -> None:
-    """Refuse output and work folders that cannot be written before anything is done.
+    """Check that the output and work folders can be written.
 
     Raises
     ------
     StorageError
-        Naming the folder.
+        If one cannot.
     """
     written = [] if config.dry_run else [config.output_dir]
     if not config.dry_run and not config.reports_only and config.levels != ("group",):
         written.append(config.work_dir)
     for folder in written:
-        there = existing_part(folder)
-        if not there.is_dir():
-            raise StorageError(there, errno.ENOTDIR)
+        existing = existing_part(folder)
+        if not existing.is_dir():
+            raise StorageError(existing, errno.ENOTDIR)
         if not is_writable(folder):
-            read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
             raise StorageError(folder, errno.EROFS if read_only else errno.EACCES)
 
 
 def _explain(error: OSError, config: RunConfig | None) -> UserError | None:
-    """Translate an error of the operating system; None if it does not name a file or folder."""
+    """Return the error for the user that describes an OSError; None if it names no file or folder."""
     folders = [] if config is None else [config.output_dir, config.work_dir]
     if (found := storage_error(str(error), folders, guess=error.errno is None)) is not None:
         in_the_way = found.code in (errno.ENOTDIR, errno.EEXIST) and error.filename is not None
@@ -122,19 +123,19 @@ def _explain(error: OSError, config: RunConfig | None) -> UserError | None:
 
 
 def _run_levels(config: RunConfig) -> int:
-    """Run the levels in order; a failed participant does not keep the group level from running."""
-    worst = OK
+    """Run the levels in order; the group level runs even if a participant failed."""
+    worst = ExitCode.OK
     for level in config.levels:
-        module, function = _DOORS[level]
+        module, function = LEVEL_RUNNERS[level]
         code = getattr(importlib.import_module(module), function)(config)
-        if code > FAILED:
+        if code > ExitCode.FAILED:
             return code
         worst = max(worst, code)
     return worst
 
 
 def _set_up_process(config: RunConfig) -> None:
-    """Set logging, and the thread counts that numerical libraries read when they are first imported."""
+    """Set up logging, and the thread counts that numerical libraries read on import."""
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -142,7 +143,7 @@ def _set_up_process(config: RunConfig) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other soon leave their core to whoever else works on the machine.
+        # Idle threads stop spinning soon, and free their cores for other processes.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
 
@@ -153,15 +154,15 @@ def _set_up_process(config: RunConfig) -> None:
     logger.propagate = False
     logger.setLevel(logging.DEBUG if config.verbosity else logging.INFO)
     if not config.verbosity:
-        # It logs what is odd about a header without naming the file; our errors do.
+        # Its messages about image headers do not name the file; ours do.
         logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def _orderly_end() -> Iterator[None]:
-    """Let SIGTERM end the levels as an interruption does.
+    """End the levels on SIGTERM as on an interruption.
 
-    The first process of a container would ignore it, and jobs of a cluster would go on.
+    By default, the first process of a container ignores SIGTERM, and submitted cluster jobs continue.
     """
     handler, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
     sys.unraisablehook = partial(_repeat_interruption, hook)
@@ -173,7 +174,7 @@ def _orderly_end() -> Iterator[None]:
 
 
 def _repeat_interruption(otherwise: Callable[[Any], Any], unraisable: Any) -> None:
-    """Send a signal again that arrived in a destructor, where Python drops the exception that it raises."""
+    """Send a signal again whose exception Python dropped, since it was raised in a destructor."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         number = signal.SIGTERM if issubclass(unraisable.exc_type, _Terminated) else signal.SIGINT
         Timer(0.1, os.kill, (os.getpid(), number)).start()

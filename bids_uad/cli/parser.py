@@ -1,4 +1,4 @@
-"""The command line, spelt as fMRIPrep spells it wherever fMRIPrep has the flag."""
+"""Options of the command line, with fMRIPrep's names where fMRIPrep has the option."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import dataclasses
 import errno
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bids_uad import __version__
 from bids_uad.config import (
@@ -30,263 +32,396 @@ from bids_uad.resources import available_cpus, available_memory_gb, parse_memory
 
 FOLDERS = ("derivatives", "experiments")
 """Options that name folders, `NAME=PATH`."""
+SEQUENCES = (
+    "participants", "sessions", "modalities", "models", "deviations", "hyper", "label_maps", "subgroups"
+)  # fmt: skip
+"""Options that take several values; duplicates are dropped."""
+
+SUBCOMMANDS = ("train", "calibrate", "simulate", "atlas", "extraction")
+"""First argument of a command line that does not name a dataset for the participant or group level."""
+TRAINING = ("train", "calibrate")
+
+USAGE = """bids_uad BIDS_DIR OUTPUT_DIR {participant,group} ... [options]
+       bids_uad {train,calibrate,simulate,atlas,extraction} --help"""
+EXIT_CODES = (
+    "Exit codes: 0 success, 1 an image or report failed, 2 wrong usage, 66 no usable input, 69 GPU, model "
+    "or atlas not available, 70 workflow could not be built, 73 folder not writable or disk full."
+)
 
 
-class _Help(argparse.HelpFormatter):
-    """Names the value of an option once, and leaves out the spellings with underscores."""
+class LongHelp(argparse.HelpFormatter):
+    """Help with the full text of each option, without deprecated spellings with underscores."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return f"{text.partition(' ')[0]} ..." if action.nargs == argparse.ONE_OR_MORE else text
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
+        if not action.option_strings:
             return super()._format_action_invocation(action)
-        names = [name for name in action.option_strings if "_" not in name]
-        return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
+        names = ", ".join(self._names(action))
+        return names if action.nargs == 0 else f"{names} {self._format_args(action, action.dest.upper())}"
+
+    def _names(self, action: argparse.Action) -> list[str]:
+        return [name for name in action.option_strings if "_" not in name]
+
+
+class ShortHelp(LongHelp):
+    """Help that fits one screen: the first name and the first sentence of each option."""
+
+    def _names(self, action: argparse.Action) -> list[str]:
+        names = super()._names(action)
+        first_long = next(name for name in names if name.startswith("--"))
+        return [*(name for name in names if not name.startswith("--")), first_long]
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return super()._expand_help(action).partition(". ")[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the argument parser; every flag in it does something, except the hidden `--notrack`."""
-    parser = argparse.ArgumentParser(
+    """Build the parser of the participant and group levels.
+
+    It also accepts the deprecated levels `train` and `calibrate` with their options, which its help omits.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+        Options without a value on the command line are absent from its namespace.
+    """
+    parser = _new_parser(
         prog="bids_uad",
-        usage="%(prog)s BIDS_DIR OUTPUT_DIR LEVEL [LEVEL ...] [options]",
-        description=(
-            "Find what does not belong in a brain MRI with models that have only learnt what healthy "
-            "looks like. Research software, not for clinical use."
-        ),
-        epilog="Exit codes: 0 all done, 1 a participant or report failed, 2 wrong usage, 66 nothing to work "
-        "on, 69 GPU, model or atlas not available, 70 the workflow could not be built, 73 a folder cannot be "
-        "written (disk full, read-only).",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=_Help,
-        allow_abbrev=False,
+        usage=USAGE,
+        description="Detect anomalies in T1w and T2w brain MRI of a BIDS dataset with models trained on "
+        "healthy controls only. Not for clinical use. Details of the options: docs/command_line.md.",
+        epilog=EXIT_CODES,
+        formatter_class=ShortHelp,
+        add_help=False,
     )
-    parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
-    parser.add_argument("output_dir", type=Path, help="where the derivatives go")
-    parser.add_argument(
-        "levels",
-        metavar="analysis_level",
-        nargs="+",
-        choices=LEVELS,
-        help="one or more of: participant, group, train, calibrate",
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
+    inputs.add_argument("output_dir", type=Path, help="folder of the derivatives")
+    inputs.add_argument(
+        "levels", metavar="analysis_level", nargs="+", choices=LEVELS, help="participant, group, or both"
     )
-    parser.add_argument("--version", action="version", version=f"bids_uad {__version__}")
-
-    pick = parser.add_argument_group("what to work on")
-    pick.add_argument(
-        "--participant-label", "--participant_label", dest="participants", nargs="+", metavar="LABEL",
-        type=_label("sub-"), help="participants to process, with or without 'sub-' (default: all)",
-    )  # fmt: skip
-    pick.add_argument(
-        "--session-label", "--session_label", "--session-id", dest="sessions", nargs="+", metavar="LABEL",
-        type=_label("ses-"), help="sessions to process, with or without 'ses-' (default: all)",
-    )  # fmt: skip
-    pick.add_argument(
-        "--bids-filter-file", dest="filter_file", type=Path, metavar="FILE",
-        help="JSON with entity filters under the keys 't1w' and 't2w'; null: the entity must be absent, "
-        "'*': any value. Other keys are ignored",
-    )  # fmt: skip
-    pick.add_argument(
-        "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
-        help="other derivative datasets: 'lesions=PATH' gives lesion masks to compare with, any other (such "
-        "as 'fmriprep=PATH') preprocessed images, brain masks and transforms to take over",
-    )  # fmt: skip
-    pick.add_argument(
-        "--modalities",
-        nargs="+",
-        choices=MODALITIES,
-        help="images to look for anomalies in (default: T1w T2w)",
-    )
-    pick.add_argument(
-        "--models", nargs="+", metavar="NAME|PATH",
-        help="model bundles, by packaged name or path (default: the best packaged ones; 'all': all of them; "
-        "'none': only preprocess)",
-    )  # fmt: skip
-    pick.add_argument(
-        "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
-        help="make maps of the scores themselves ('none'), of their deviation from what healthy people of "
-        "the same age and sex (participants.tsv) have at that place ('normative'), or both (default: "
-        "normative for pls, which finds more so, none for the others)",
-    )  # fmt: skip
-    pick.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder that holds tpl-SRI24")
-    pick.add_argument(
-        "--brain-extraction", choices=EXTRACTIONS, metavar="NAME",
-        help="what finds the brain in whole heads without a brain mask: registration of the 'template', a "
-        "'network', both ('combined', the default), or 'synthstrip' or 'hd-bet' that you have installed",
-    )  # fmt: skip
-    pick.add_argument(
-        "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
-        help="its weights, where they are not packaged: a trained weights.safetensors, "
-        "SynthStrip's file, or HD-BET's folder hd-bet_params",
-    )  # fmt: skip
-
-    pick.add_argument(
-        "--min-lesion-volume", type=_volume, metavar="MM3",
-        help="least volume of a lesion in mm3: smaller ones, and smaller false components, are not counted; "
-        "0 counts all (default: 3, as in the MSSEG challenge; BraTS uses 50)",
-    )  # fmt: skip
-
-    means = parser.add_argument_group("means")
-    means.add_argument(
-        "--nprocs", "--nthreads", "--n-cpus", "--n_cpus", type=_positive, metavar="N",
-        help="CPUs in all (default: as many as this process was granted)",
-    )  # fmt: skip
-    means.add_argument(
-        "--omp-nthreads", type=_positive, metavar="N",
-        help="threads of one step (default: 1, which repeats to the bit)",
-    )  # fmt: skip
-    means.add_argument(
-        "--mem", "--mem-mb", "--mem_mb", dest="mem_gb", type=_memory, metavar="SIZE",
-        help="memory in all: 16G, 1.5GB, or a bare number in MB (default: what was granted)",
-    )  # fmt: skip
-    means.add_argument(
-        "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N}",
-        help="where detectors run; 'auto' takes a GPU when there is one (default: auto)",
-    )  # fmt: skip
-    means.add_argument(
-        "--precision", choices=PRECISIONS,
-        help="arithmetic of the networks: 'fp32' repeats to the bit on one machine, 'bf16' is faster; 'auto' "
-        "takes bf16 on GPUs that have it, and fp32 elsewhere (default: auto)",
-    )  # fmt: skip
-    means.add_argument(
-        "--batch-size", type=_positive, metavar="N",
-        help="slices at once (default: what fits; for train, the preset's)",
-    )  # fmt: skip
-    means.add_argument(
-        "--compile", dest="compiled", action="store_true",
-        help="compile the networks (torch.compile); the first scan waits a minute for it",
-    )  # fmt: skip
-    means.add_argument(
-        "--n-gpu-procs", "--n_gpu_procs", type=_positive, metavar="N",
-        help="images at a time on the GPU (default: 1)",
-    )  # fmt: skip
-    means.add_argument(
-        "--use-plugin", "--nipype-plugin-file", dest="plugin_file", type=Path, metavar="FILE",
-        help="YAML with a nipype plugin (MultiProc, SLURM or SLURMGraph) and its plugin_args",
-    )  # fmt: skip
-    means.add_argument("--random-seed", "--seed", type=int, metavar="N", help="seed (default: 0)")
-
+    _add_input_options(inputs)
+    _add_detection_options(parser.add_argument_group("preprocessing and detection"))
+    resources = parser.add_argument_group("resources")
+    _add_resource_options(resources)
+    _add_scheduling_options(resources)
     control = parser.add_argument_group("run control")
-    control.add_argument("-w", "--work-dir", type=Path, metavar="PATH", help="scratch space (./work)")
+    _add_control_options(control)
+    _add_run_options(control)
+    control.add_argument("-h", "--help", action="help", help="show this help and exit")
     control.add_argument(
-        "--clean-workdir", action="store_true",
-        help="empty the scratch space before the run, and after it if all went well",
-    )  # fmt: skip
-    control.add_argument(
-        "--stop-on-first-crash", action="store_true", help="stop at the first failure instead of going on"
+        "--version", action="version", version=f"bids_uad {__version__}", help="show the version and exit"
     )
-    control.add_argument(
-        "--config-file", type=Path, metavar="FILE", help="TOML of an earlier run; the command line wins"
-    )
-    control.add_argument("--reports-only", action="store_true", help="only write participant reports again")
-    control.add_argument("--dry-run", action="store_true", help="list what would be done, and stop")
-    control.add_argument(
-        "-v", "--verbose", dest="verbosity", action="count", help="say more; -vv adds tracebacks"
-    )
-    control.add_argument("--notrack", action="store_true", help=argparse.SUPPRESS)
-
-    study = parser.add_argument_group("group")
-    study.add_argument(
-        "--cohort", metavar="COLUMN",
-        help="column of participants.tsv whose values are the cohorts of the benchmark (default: pathology)",
-    )  # fmt: skip
-    study.add_argument(
-        "--subgroups", nargs="+", metavar="COLUMN",
-        help="what divides the cohort: columns of participants.tsv, sessions.tsv or scans.tsv, fields of the "
-        "raw images' sidecars, and 'lesion load' (default: sex age scanner scanner_seen 'lesion load')",
-    )  # fmt: skip
-
-    study.add_argument(
-        "--strata", dest="subgroups", nargs="+", help=argparse.SUPPRESS,  # deprecated
-    )  # fmt: skip
-    study.add_argument(
-        "--experiments", nargs="+", action="extend", metavar="NAME=PATH",
-        help="outputs of other models on the same images (fewer training subjects, other hyper-parameters) "
-        "to compare with those in OUTPUT_DIR",
-    )  # fmt: skip
-
-    models = parser.add_argument_group("train and calibrate")
-    models.add_argument("--detector", metavar="NAME", type=_detector, help="detector to train")
-    models.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
-    models.add_argument("--modality", choices=MODALITIES, help="images to train on")
-    models.add_argument(
-        "--hyper", nargs="+", action="extend", metavar="NAME=VALUE",
-        help="hyper-parameters of the preset to change, such as stride=4; with calibrate, those of a trained "
-        "model that its weights do not depend on",
-    )  # fmt: skip
-    models.add_argument(
-        "--train-fraction", type=_fraction, metavar="F",
-        help="learn from this share of the subjects; a smaller share is part of a larger (default: 1)",
-    )  # fmt: skip
-    models.add_argument(
-        "--synthetic", type=_positive, metavar="N",
-        help="simulate N healthy subjects, and learn from them, too; BIDS_DIR may then be 'none'",
-    )  # fmt: skip
-    models.add_argument(
-        "--recontrast", action="store_true",
-        help="with --modality T2w: learn from the T1w scans of BIDS_DIR, too, given the contrast of T2w",
-    )  # fmt: skip
-    models.add_argument(
-        "--labelmaps", dest="label_maps", nargs="+", metavar="PATH",
-        help="label maps, or folders of *_dseg.nii.gz, to simulate from (default: the built-in template)",
-    )  # fmt: skip
-    models.add_argument(
-        "--normative-dir", type=Path, metavar="PATH",
-        help="with calibrate: more healthy people, preprocessed, for the normative reference alone",
-    )  # fmt: skip
-    models.add_argument(
-        "--num-devices", type=_positive, metavar="N",
-        help="GPUs (or CPU processes) per node that share a training (default: 1)",
-    )  # fmt: skip
-    models.add_argument("--num-nodes", type=_positive, metavar="N", help="nodes that do so (default: 1)")
-    models.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: preset's)")
-    models.add_argument(
-        "--backbone-weights",
-        type=Path,
-        metavar="PATH",
-        help="torchvision's weights (.pth, .safetensors) or a folder that holds them, for presets that look "
-        "at ImageNet features",
-    )
+    _add_group_options(parser.add_argument_group("group level"))
+    hidden = parser.add_argument_group("deprecated levels")
+    _add_training_options(hidden, *TRAINING)
+    for action in hidden._group_actions:
+        action.help = argparse.SUPPRESS
     return parser
 
 
+def build_training_parser(command: str) -> argparse.ArgumentParser:
+    """Build the parser of a subcommand that makes models.
+
+    Parameters
+    ----------
+    command : {"train", "calibrate"}
+        Name of the subcommand.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+        Its namespace names the two folders as that of :func:`build_parser` does.
+    """
+    train = command == "train"
+    parser = _new_parser(
+        prog=f"bids_uad {command}",
+        description="Train a detector on preprocessed scans of healthy controls, and write a model bundle."
+        if train
+        else "Calibrate a model bundle on preprocessed validation scans: thresholds and normative reference.",
+        epilog=EXIT_CODES,
+        formatter_class=LongHelp,
+    )
+    scans = "output of the participant level (--models none is enough), with participants.tsv"
+    parser.add_argument(
+        "bids_dir", metavar="DERIVATIVES", type=Path,
+        help=scans + "; 'none' with --synthetic" if train else f"{scans}; participants not used for training",
+    )  # fmt: skip
+    parser.add_argument("output_dir", metavar="MODELS", type=Path, help="folder of the model bundles")
+    model = parser.add_argument_group("model")
+    _add_training_options(model, command)
+    _add_resource_options(parser.add_argument_group("resources"))
+    _add_control_options(parser.add_argument_group("run control"))
+    return parser
+
+
+def _new_parser(**options: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
+
+
+def _add_input_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that select images."""
+    group.add_argument(
+        "--participant-label", "--participant_label", dest="participants", nargs="+", metavar="LABEL",
+        type=_label("sub-"), help="participants to process, with or without 'sub-' (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--session-label", "--session_label", "--session-id", dest="sessions", nargs="+", metavar="LABEL",
+        type=_label("ses-"), help="sessions to process, with or without 'ses-' (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--bids-filter-file", dest="filter_file", type=Path, metavar="FILE",
+        help="JSON with BIDS entity filters for 't1w' and 't2w'. A value of null requires the entity to be "
+        "absent, '*' accepts any value; other keys are ignored",
+    )  # fmt: skip
+    group.add_argument(
+        "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
+        help="derivative datasets: lesions=PATH, fmriprep=PATH. 'lesions' holds lesion masks for the "
+        "evaluation; from any other, preprocessed images, brain masks and transforms are used",
+    )  # fmt: skip
+    group.add_argument(
+        "--modalities", nargs="+", choices=MODALITIES, help="images to score (default: T1w T2w)"
+    )
+
+
+def _add_detection_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of preprocessing, detection and evaluation of an image."""
+    group.add_argument(
+        "--models", nargs="+", metavar="NAME|PATH",
+        help="packaged models or paths (default: the best packaged). 'all' selects all packaged "
+        "models, 'none' only preprocesses",
+    )  # fmt: skip
+    group.add_argument(
+        "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
+        help="write scores, or deviations from controls of the same age. 'none' writes the scores; "
+        "'normative' writes the deviation of the scores from those of healthy controls of the same age and "
+        "sex (participants.tsv) at the same voxel; default: normative for pls, none for other detectors",
+    )  # fmt: skip
+    group.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder with tpl-SRI24")
+    group.add_argument(
+        "--brain-extraction", choices=EXTRACTIONS, metavar="NAME",
+        help="method for whole heads without a mask (default: combined). 'template' registers the template, "
+        "'network' is a U-Net, 'combined' uses both; 'synthstrip' and 'hd-bet' have to be installed",
+    )  # fmt: skip
+    group.add_argument(
+        "--brain-extraction-weights", dest="extraction_weights", type=Path, metavar="PATH",
+        help="weights of the method, if not packaged. A trained weights.safetensors, SynthStrip's file, or "
+        "HD-BET's folder hd-bet_params",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-lesion-volume", type=_volume, metavar="MM3",
+        help="smallest lesion and component counted (default: 3 mm3). 0 counts all; 3 mm3 as in the MSSEG "
+        "challenge, BraTS uses 50",
+    )  # fmt: skip
+
+
+def _add_resource_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that every level has for CPUs, device and arithmetic."""
+    group.add_argument(
+        "--nprocs", "--nthreads", "--n-cpus", "--n_cpus", type=_positive, metavar="N",
+        help="CPUs in total (default: all that are granted)",
+    )  # fmt: skip
+    group.add_argument(
+        "--omp-nthreads", type=_positive, metavar="N",
+        help="threads per process (default: 1). With 1, results are reproducible to the bit",
+    )  # fmt: skip
+    group.add_argument(
+        "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N}",
+        help="device of the networks (default: auto). 'auto' selects a GPU if there is one",
+    )  # fmt: skip
+    group.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="arithmetic of the networks (default: auto). 'fp32' is reproducible to the bit on one machine, "
+        "'bf16' is faster; 'auto' selects bf16 on GPUs that support it, else fp32",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-size", type=_positive, metavar="N",
+        help="slices per batch (default: as memory allows). For training: that of the preset",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", dest="compiled", action="store_true",
+        help="compile the networks with torch.compile (once, about 1 min)",
+    )  # fmt: skip
+    group.add_argument("--random-seed", "--seed", type=int, metavar="N", help="seed (default: 0)")
+
+
+def _add_scheduling_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the participant level for memory and parallel jobs."""
+    group.add_argument(
+        "--mem", "--mem-mb", "--mem_mb", dest="mem_gb", type=_memory, metavar="SIZE",
+        help="memory in total: 16G, or in MB (default: all that is granted)",
+    )  # fmt: skip
+    group.add_argument(
+        "--n-gpu-procs", "--n_gpu_procs", type=_positive, metavar="N",
+        help="images scored at a time on the GPU (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--use-plugin", "--nipype-plugin-file", dest="plugin_file", type=Path, metavar="FILE",
+        help="YAML with a nipype plugin and its plugin_args. MultiProc, SLURM or SLURMGraph",
+    )  # fmt: skip
+
+
+def _add_control_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that every level has for its work folder, configuration and log."""
+    group.add_argument(
+        "-w", "--work-dir", type=Path, metavar="PATH", help="working directory (default: work)"
+    )
+    group.add_argument(
+        "--config-file", type=Path, metavar="FILE",
+        help="TOML file of an earlier run. The command line takes precedence",
+    )  # fmt: skip
+    group.add_argument(
+        "-v", "--verbose", dest="verbosity", action="count", help="log more; -vv adds tracebacks"
+    )
+    group.add_argument("--notrack", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that control a run of the participant level."""
+    group.add_argument(
+        "--clean-workdir", action="store_true",
+        help="empty the working directory before the run. And after it, if it succeeds",
+    )  # fmt: skip
+    group.add_argument("--stop-on-first-crash", action="store_true", help="stop at the first failure")
+    group.add_argument("--reports-only", action="store_true", help="only rewrite participant reports")
+    group.add_argument("--dry-run", action="store_true", help="list what would be processed, and exit")
+
+
+def _add_group_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the group level."""
+    group.add_argument(
+        "--cohort", metavar="COLUMN", help="cohorts, a column of participants.tsv (default: pathology)"
+    )
+    group.add_argument(
+        "--subgroups", nargs="+", metavar="COLUMN",
+        help="columns that define subgroups (default: sex age ...). Columns of participants.tsv, "
+        "sessions.tsv or scans.tsv, fields of the raw images' sidecars, 'lesion load'; "
+        "default: sex age scanner scanner_seen 'lesion load'",
+    )  # fmt: skip
+    group.add_argument("--strata", dest="subgroups", nargs="+", help=argparse.SUPPRESS)  # deprecated
+    group.add_argument(
+        "--experiments", nargs="+", action="extend", metavar="NAME=PATH",
+        help="outputs of other models on the same images, to compare with. For example, of models with "
+        "fewer training participants or other hyper-parameters",
+    )  # fmt: skip
+
+
+def _add_training_options(group: argparse._ArgumentGroup, *commands: str) -> None:
+    """Add the options of `train`, `calibrate` or both."""
+    group.add_argument(
+        "--detector", metavar="NAME", type=_detector, help="detector, for example disyre (required)"
+    )
+    group.add_argument("--modality", choices=MODALITIES, help="images of the model (required)")
+    group.add_argument("--preset", metavar="NAME", help="paper, default or lite (default: default)")
+    group.add_argument(
+        "--hyper", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="hyper-parameters that differ from the preset, such as stride=4; after training, only those "
+        "that the weights do not depend on",
+    )  # fmt: skip
+    if "calibrate" in commands:
+        group.add_argument(
+            "--normative-dir", type=Path, metavar="PATH",
+            help="preprocessed scans of further healthy controls, for the normative reference only",
+        )  # fmt: skip
+    if "train" in commands:
+        _add_learning_options(group)
+
+
+def _add_learning_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of `train` alone."""
+    group.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: the preset's)")
+    group.add_argument(
+        "--train-fraction", type=_fraction, metavar="F",
+        help="fraction of the participants to train on; a smaller one is a subset of a larger (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--synthetic", type=_positive, metavar="N",
+        help="number of simulated healthy participants to train on; DERIVATIVES may then be 'none'",
+    )  # fmt: skip
+    group.add_argument(
+        "--labelmaps", dest="label_maps", nargs="+", metavar="PATH",
+        help="label maps, or folders of *_dseg.nii.gz, to simulate from (default: the built-in template)",
+    )  # fmt: skip
+    group.add_argument(
+        "--contrast-transfer", "--recontrast", action="store_true",
+        help="with --modality T2w: also train on the T1w scans of DERIVATIVES, mapped to T2w contrast",
+    )  # fmt: skip
+    group.add_argument(
+        "--backbone-weights", type=Path, metavar="PATH",
+        help="ImageNet weights of torchvision (.pth, .safetensors), or a folder with them, for presets with "
+        "such a backbone",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-devices", type=_positive, metavar="N",
+        help="GPUs (or CPU processes) per node for distributed training (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-nodes", type=_positive, metavar="N", help="nodes for distributed training (default: 1)"
+    )
+
+
+def subcommand_of(arguments: Sequence[str]) -> str | None:
+    """Return the subcommand of a command line; None if it names a dataset and levels.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        Arguments without the program's name. The first is the subcommand, unless the third is
+        `participant` or `group`: then it is a dataset of this name.
+
+    Returns
+    -------
+    str or None
+        One of `SUBCOMMANDS`, or None.
+    """
+    if not arguments or arguments[0] not in SUBCOMMANDS or arguments[2:3] in (["participant"], ["group"]):
+        return None
+    return arguments[0]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
-    """Turn the command line into a checked run configuration.
+    """Parse and check the command line of a level, `train` or `calibrate`.
 
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments; the process's own by default.
+        Arguments without the program's name; those of the process by default.
 
     Returns
     -------
     RunConfig
+        With absolute paths, and the granted CPUs and memory where no option sets them.
 
     Raises
     ------
     ConfigError
-        If the arguments ask for something impossible.
+        If options contradict each other, or a path does not exist.
     SystemExit
         Code 2 on malformed arguments, code 0 after `--help` and `--version`.
     """
-    given = vars(build_parser().parse_args(argv))
-    given.pop("notrack", None)
-    config_file = given.pop("config_file", None)
-    values = {} if config_file is None else _earlier(config_file)
-    for name in (
-        "participants",
-        "sessions",
-        "modalities",
-        "models",
-        "deviations",
-        "hyper",
-        "label_maps",
-        "subgroups",
-    ):
-        if name in given:
-            given[name] = tuple(dict.fromkeys(given[name]))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = subcommand_of(arguments)
+    if command in TRAINING:
+        options = vars(build_training_parser(command).parse_args(arguments[1:])) | {"levels": [command]}
+    else:
+        options = vars(build_parser().parse_args(arguments))
+    options.pop("notrack", None)
+    config_file = options.pop("config_file", None)
+    values = {} if config_file is None else _read_config_file(config_file)
+    for name in SEQUENCES:
+        if name in options:
+            options[name] = tuple(dict.fromkeys(options[name]))
     for name in FOLDERS:
-        if name in given:
-            given[name] = parse_folders(given[name], f"--{name}")
-    given["levels"] = tuple(level for level in LEVELS if level in given["levels"])
-    values.update(given)
+        if name in options:
+            options[name] = parse_folders(options[name], f"--{name}")
+    options["levels"] = tuple(level for level in LEVELS if level in options["levels"])
+    values.update(options)
     values.setdefault("work_dir", Path("work"))
     values.setdefault("nprocs", available_cpus())
     values.setdefault("mem_gb", available_memory_gb())
@@ -301,49 +436,55 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def parse_folders(items: Sequence[str], flag: str) -> dict[str, Path]:
-    """Read `NAME=PATH` items; a bare path is named after its folder.
+    """Parse `NAME=PATH` items; a path without a name is named after its folder.
 
     Parameters
     ----------
     items : sequence of str
-        Only the first `=` separates, and only when a plain name stands before it, so that paths may
-        hold the sign.
+        Values of the option. Only the first `=` separates, and only after a name of letters, digits, `_`
+        and `-`, so that paths may contain the sign.
     flag : str
-        Where they were given.
+        The option, for messages.
 
     Returns
     -------
     dict of str to pathlib.Path
+        Path of each name.
 
     Raises
     ------
     ConfigError
-        If a name comes twice, or is that of the raw dataset.
+        If a name occurs twice, is empty, or is `raw` in `--derivatives`.
     """
     found: dict[str, Path] = {}
     for item in items:
         name, sign, path = item.partition("=")
         if not sign or not re.fullmatch(r"[0-9a-zA-Z_-]+", name):
             path = item
-            # The name becomes a part of BIDS URIs.
+            # The name becomes part of BIDS URIs.
             name = re.sub(r"[^0-9a-zA-Z_.-]+", "-", Path(item).resolve().name).strip("-")
         if not path:
             raise ConfigError(f"{flag} {item}: no path after the '='")
         if not name or (flag == "--derivatives" and name == "raw"):
-            raise ConfigError(f"{flag} {item}: '{name}' cannot be the name of it; name it: NAME=PATH")
+            raise ConfigError(f"{flag} {item}: '{name}' is not a valid name; choose one with NAME=PATH")
         if name in found:
-            raise ConfigError(f"{flag} gives '{name}' twice; name them apart: NAME=PATH")
+            raise ConfigError(f"{flag}: the name '{name}' occurs twice; choose names with NAME=PATH")
         found[name] = Path(path)
     return found
 
 
 def check(config: RunConfig) -> None:
-    """Refuse impossible combinations before anything is written.
+    """Check paths and combinations of options before anything is written.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Configuration with absolute paths.
 
     Raises
     ------
     ConfigError
-        Naming the path or flag at fault.
+        If a path does not exist, or folders lie inside each other.
     InputError
         If the dataset cannot be read.
     """
@@ -354,7 +495,7 @@ def check(config: RunConfig) -> None:
         )
     for name, folder in (("work", config.work_dir), ("output", config.output_dir)):
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"the {name} folder is not a folder: {folder}")
+            raise ConfigError(f"{folder}: not a folder; choose another {name} folder")
     if config.bids_dir.is_dir() and not os.access(config.bids_dir, os.R_OK | os.X_OK):
         raise unreadable(config.bids_dir, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if config.work_dir.is_relative_to(config.bids_dir):
@@ -374,7 +515,7 @@ def check(config: RunConfig) -> None:
                 f"{config.bids_dir} has no dataset_description.json; is it the root of a BIDS dataset?"
             )
     if config.levels == ("group",) and not config.output_dir.is_dir():
-        raise ConfigError(f"there is nothing to group: {config.output_dir} does not exist")
+        raise ConfigError(f"{config.output_dir} does not exist; run the participant level first")
     for path, flag in (
         (config.filter_file, "--bids-filter-file"),
         (config.plugin_file, "--use-plugin"),
@@ -392,8 +533,8 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"--experiments names the output folder itself ({config.output_dir})")
 
 
-def _earlier(config_file: Path) -> dict:
-    """Read the fields that an earlier run hands on."""
+def _read_config_file(config_file: Path) -> dict:
+    """Read the options of an earlier run, except those that belong to that run alone."""
     if not config_file.is_file():
         raise ConfigError(f"--config-file {config_file} does not exist")
     try:
@@ -404,11 +545,11 @@ def _earlier(config_file: Path) -> dict:
     return {name: value for name, value in fields.items() if name not in RUN_SPECIFIC}
 
 
-def _label(prefix: str):
+def _label(prefix: str) -> Callable[[str], str]:
     def convert(text: str) -> str:
         label = text.removeprefix(prefix)
         if not allows(Label, label):
-            raise argparse.ArgumentTypeError(f"'{text}' is no BIDS label (letters and digits)")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a BIDS label (letters and digits)")
         return label
 
     return convert
@@ -416,7 +557,7 @@ def _label(prefix: str):
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
     return int(text)
 
 
@@ -426,7 +567,7 @@ def _fraction(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number in the range (0, 1]")
     return value
 
 
@@ -436,7 +577,7 @@ def _volume(text: str) -> float:
     except ValueError:
         value = -1.0
     if not allows(NonNegative, value):
-        raise argparse.ArgumentTypeError(f"'{text}' is no volume in mm3 (0 or more)")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a volume in mm3 (0 or more)")
     return value
 
 
@@ -453,5 +594,5 @@ def _detector(text: str) -> str:
 
 def _device(text: str) -> str:
     if not allows(Device, text):
-        raise argparse.ArgumentTypeError(f"'{text}' is none of auto, cpu, cuda, cuda:N")
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, cuda, cuda:N")
     return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from bids_uad.config import DEFAULT_SUBGROUPS
 from bids_uad.dataset.participants import read_participants, write_participants
-from bids_uad.errors import ConfigError, InputError
+from bids_uad.errors import ConfigError, ExitCode, InputError
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.benchmark import evaluate
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 PARTICIPANTS_DESCRIPTION = "Participants of the source dataset and of this one"
-EXIT_OK, EXIT_FAILED = 0, 1
-EXIT_NO_INPUT = os.EX_NOINPUT
 
 
 # The matrices are small: threads would wait for each other more than they work.
@@ -95,14 +92,14 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
             "%s: no score tables (sub-*/**/*_metrics.tsv); run the participant level first",
             output_dir,
         )
-        return EXIT_NO_INPUT
+        return ExitCode.NO_INPUT
 
     paths, left_out = current_tables(output_dir, paths, config.bids_dir, participants)
     if left_out:
         LOGGER.warning(left_out)
     if not paths:
         LOGGER.error("%s: no score table is up to date; run the participant level again", output_dir)
-        return EXIT_NO_INPUT
+        return ExitCode.NO_INPUT
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Reading score tables", total=len(paths))
@@ -157,7 +154,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     for text in (*evaluation.unreadable, *evaluation.warnings[len(outdated) :]):
         LOGGER.warning(text)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
-    return EXIT_FAILED if evaluation.unreadable else EXIT_OK
+    return ExitCode.FAILED if evaluation.unreadable else ExitCode.OK
 
 
 def _read_participants(config: RunConfig) -> Participants:

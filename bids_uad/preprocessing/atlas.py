@@ -1,6 +1,6 @@
 """Install the SRI24 atlas from what a user downloaded.
 
-``python -m bids_uad.preprocessing.atlas FILE ARCHIVE``. The atlas (Rohlfing et al. 2010,
+``bids_uad atlas FILE ARCHIVE``. The atlas (Rohlfing et al. 2010,
 doi:10.1002/hbm.20906) is distributed by NITRC (https://www.nitrc.org/projects/sri24) in several packages
 whose headers differ: a trailing axis, no qform, other origins, voxels in LAS order. They are brought to one
 form here, a TemplateFlow ``tpl-SRI24`` folder, and told apart from anything else by the checksum of their
@@ -257,12 +257,19 @@ def _description(checksum: str) -> dict[str, object]:
     }
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``bids_uad atlas``."""
+    parser = argparse.ArgumentParser(
+        prog="bids_uad atlas", description="Install the SRI24 atlas from a file downloaded from NITRC."
+    )
+    parser.add_argument("source", type=Path, help="downloaded zip file or folder")
+    parser.add_argument("archive", type=Path, help="folder for tpl-SRI24, the value of --atlas-dir")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Install the atlas; exit code 0, or 66 if the source cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m bids_uad.preprocessing.atlas", description=__doc__)
-    parser.add_argument("source", type=Path, help="zip file or folder that was downloaded")
-    parser.add_argument("archive", type=Path, help="where tpl-SRI24 goes; give it to --atlas-dir")
-    args = parser.parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     try:
         folder = install_atlas(args.source, args.archive)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Command line: ``python -m bids_uad.simulation OUT --healthy 200 --stroke 50``."""
+"""Command line: ``bids_uad simulate OUT --healthy 200 --stroke 50``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TITLES = {
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the generator."""
     parser = argparse.ArgumentParser(
-        prog="python -m bids_uad.simulation",
+        prog="bids_uad simulate",
         description="Make a cohort of synthetic skull-stripped brains with known truth.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")

@@ -94,22 +94,29 @@ blobs for lesions, thick slices, bias fields, noise, and parts that are cut off.
 
 ## Make it again
 
-    python -m bids_uad.training.brain_extraction LABELMAPS OUT --steps {steps} \\
+    bids_uad extraction LABELMAPS OUT --steps {steps} \\
         --seed {seed} --precision {precision}
 """
 SOURCE = "label maps of SynthSeg's training (Billot et al. 2023, Apache-2.0)"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train, and write weights and card; exit code 0."""
-    parser = argparse.ArgumentParser(prog="python -m bids_uad.training.brain_extraction", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``bids_uad extraction``."""
+    parser = argparse.ArgumentParser(
+        prog="bids_uad extraction", description="Train the brain extraction network on label maps of heads."
+    )
     parser.add_argument("labelmaps", nargs="+", type=Path, help="label maps of whole heads")
     parser.add_argument("out", type=Path, help="folder for weights.safetensors and MODEL_CARD.md")
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--source", default=SOURCE, help="where the label maps are from, for the card")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, and write weights and card; exit code 0."""
+    args = build_parser().parse_args(arguments)
     torch.set_num_threads(1)
     start = time.monotonic()
     heads = [read_head(path) for path in args.labelmaps]

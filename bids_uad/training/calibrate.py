@@ -1,6 +1,6 @@
 """The `calibrate` level: fix a bundle's thresholds on validation scans.
 
-``bids_uad VALIDATION MODELS calibrate --detector disyre --modality T2w --preset lite`` writes
+``bids_uad calibrate VALIDATION MODELS --detector disyre --modality T2w --preset lite`` writes
 ``MODELS/disyre-T2w-lite/calibration.json`` and, with healthy people enough, ``normative.nii.gz`` beside it.
 """
 

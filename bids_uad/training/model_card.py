@@ -36,7 +36,7 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
     if config.synthetic:
         changes += f" \\\n        --synthetic {config.synthetic}"
         changes += " --labelmaps PATH" if config.label_maps else ""
-    changes += " --recontrast" if config.recontrast else ""
+    changes += " --contrast-transfer" if config.contrast_transfer else ""
     if "backbone" in training:
         changes += f" \\\n        --backbone-weights MODELS/{training['backbone']['bundle']}"
     return f"""# {config.detector} for {config.modality}, preset {config.preset}
@@ -61,9 +61,9 @@ trained numbers. It has only seen healthy brains.
 
 ## Make it again
 
-    bids_uad DERIVATIVES MODELS train --detector {config.detector} --modality {config.modality} \\
+    bids_uad train DERIVATIVES MODELS --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset} --random-seed {config.random_seed}{changes}
-    bids_uad VALIDATION MODELS calibrate --detector {config.detector} --modality {config.modality} \\
+    bids_uad calibrate VALIDATION MODELS --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset}
 """
 

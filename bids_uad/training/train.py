@@ -1,6 +1,6 @@
 """The `train` level: healthy preprocessed scans in, a model bundle out.
 
-``bids_uad DERIVATIVES MODELS train --detector disyre --modality T2w --preset lite`` writes
+``bids_uad train DERIVATIVES MODELS --detector disyre --modality T2w --preset lite`` writes
 ``MODELS/disyre-T2w-lite``.
 """
 
@@ -181,15 +181,15 @@ def training_cohorts(config: RunConfig) -> list[Cohort]:
     InputError
         If there is none.
     """
-    if config.recontrast and config.modality != "T2w":
-        raise ConfigError("--recontrast makes T2w-like images: give --modality T2w with it")
+    if config.contrast_transfer and config.modality != "T2w":
+        raise ConfigError("--contrast-transfer makes T2w-like images: give --modality T2w with it")
     if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
         return [synthetic_cohort(config)]
-    made = [recontrasted_cohort(config)] if config.recontrast else []
+    made = [recontrasted_cohort(config)] if config.contrast_transfer else []
     if config.synthetic:
         made.append(synthetic_cohort(config))
     # Real T2w scans are not needed where there are recontrasted ones.
-    if config.recontrast and not has_preprocessed(config.bids_dir, config.modality):
+    if config.contrast_transfer and not has_preprocessed(config.bids_dir, config.modality):
         return made
     return [healthy_cohort(config.bids_dir, config.modality), *made]
 

@@ -111,14 +111,15 @@ class Presets(Generated):
 
 
 class CommandLine(Generated):
-    """``{command-line} module:function``: the options of a parser, group by group."""
+    """``{command-line} module:function [argument]``: the options of a parser, group by group."""
 
     required_arguments = 1
+    optional_arguments = 1
 
     def lines(self) -> Iterator[str]:
         """Write a table for each group of options."""
         module, name = self.arguments[0].split(":")
-        parser: argparse.ArgumentParser = getattr(import_module(module), name)()
+        parser: argparse.ArgumentParser = getattr(import_module(module), name)(*self.arguments[1:])
         for group in parser._action_groups:
             shown = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
             if not shown:

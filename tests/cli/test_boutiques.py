@@ -41,11 +41,11 @@ def test_it_is_valid_and_the_check_can_tell():
 def test_values_are_of_the_kind_that_the_parser_reads():
     kinds = {item["id"]: (item["type"], item.get("integer", False)) for item in descriptor()["inputs"]}
     assert kinds["nprocs"] == kinds["random_seed"] == ("Number", True)
-    assert kinds["train_fraction"] == ("Number", False)
+    assert kinds["min_lesion_volume"] == ("Number", False)
     assert kinds["bids_dir"] == kinds["atlas_dir"] == ("File", False)
     assert kinds["output_dir"] == kinds["mem_gb"] == kinds["device"] == ("String", False)
     assert kinds["dry_run"] == ("Flag", False)
-    assert not {"notrack", "help", "version"} & set(kinds)
+    assert not {"notrack", "help", "version", "train_fraction"} & set(kinds)
 
 
 def test_its_command_line_is_understood(capsys, tmp_path):
@@ -58,7 +58,7 @@ def test_its_command_line_is_understood(capsys, tmp_path):
         "modalities": ["T1w"],
         "nprocs": 2,
         "clean_workdir": True,
-        "train_fraction": 0.1,
+        "min_lesion_volume": 0.5,
     }
     program, *arguments = simulated(capsys, tmp_path, invocation)
     # A list of values takes in what follows, so the positional arguments come first.
@@ -72,5 +72,5 @@ def test_its_command_line_is_understood(capsys, tmp_path):
         "modalities": ["T1w"],
         "nprocs": 2,
         "clean_workdir": True,
-        "train_fraction": 0.1,
+        "min_lesion_volume": 0.5,
     }

@@ -94,8 +94,9 @@ def test_interrupt(arguments, levels):
 def test_module_runs_and_starts_light():
     script = (
         "import sys; from bids_uad.cli.main import main\n"
-        "try: main(['--version'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
+        "for line in (['--version'], ['--help'], ['train', '--help']):\n"
+        "    try: main(line)\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'ants', 'nipype', 'bids', 'nilearn'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -110,6 +111,34 @@ def test_module_runs_and_starts_light():
     assert "does not exist" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["simulate", "atlas", "extraction"])
+def test_programs_get_the_arguments_after_their_name(command, monkeypatch):
+    module = SimpleNamespace(main=lambda arguments: arguments)
+    imported = []
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: imported.append(name) or module)
+    assert cli.main([command, "out", "--seed", "1"]) == ["out", "--seed", "1"]
+    assert imported == [cli.PROGRAMS[command]]
+
+
+@pytest.mark.parametrize("command", ["simulate", "atlas", "extraction"])
+def test_programs_have_their_own_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: bids_uad {command} ")
+
+
+def test_train_as_a_level_is_deprecated_and_runs(arguments, levels, capsys):
+    folders = arguments[:2]
+    assert cli.main([*folders, "train", "calibrate"]) == 0
+    text = capsys.readouterr().err
+    assert "use 'bids_uad train DERIVATIVES MODELS'" in text
+    assert "use 'bids_uad calibrate DERIVATIVES MODELS'" in text
+    assert cli.main(["train", *folders]) == 0
+    assert capsys.readouterr().err == ""
+    assert levels[1] == ["run_train", "run_calibrate", "run_train"]
+
+
 def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
     def run(config):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -119,7 +148,7 @@ def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main([*arguments, "participant"]) == 143
     assert signal.getsignal(signal.SIGTERM) == before
-    assert "goes on where this run stopped" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,8 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import build_parser, parse_args, parse_folders
+from bids_uad.cli.parser import build_parser, build_training_parser, parse_args, parse_folders, subcommand_of
 from bids_uad.config import RunConfig
 from bids_uad.constraints import annotations, is_constrained
 from bids_uad.errors import ConfigError
@@ -98,8 +99,63 @@ def test_help_fits_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = build_parser().format_help()
     assert max(map(len, text.splitlines())) <= 80
-    assert "--participant-label LABEL [LABEL ...]" in text
-    assert "--participant_label" not in text.split("what to work on:")[1]
+    assert "--participant-label LABEL ..." in text
+    assert "--participant_label" not in text
+
+
+def test_help_of_the_levels_fits_one_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = build_parser().format_help()
+    assert len(text.splitlines()) <= 54
+    assert "{train,calibrate,simulate,atlas,extraction}" in text
+    assert "--detector" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "other"),
+    [("train", "--steps", "--normative"), ("calibrate", "--normative-dir", "--steps")],
+)
+def test_help_of_training_lists_its_own_options(command, own, other):
+    text = build_training_parser(command).format_help()
+    assert own in text
+    assert other not in text
+    assert "--participant-label" not in text
+    assert "--recontrast" not in text.replace("--contrast-transfer, --recontrast", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("train scans models", "train"),
+        ("train scans train", "train"),
+        ("simulate --help", "simulate"),
+        ("train", "train"),
+        ("train out participant", None),
+        ("atlas out group --nprocs 2", None),
+        ("./train out participant", None),
+        ("raw out train", None),
+        ("", None),
+    ],
+)
+def test_subcommand_of_tells_datasets_from_subcommands(line, command):
+    assert subcommand_of(line.split()) == command
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate"])
+def test_subcommand_and_deprecated_level_give_the_same_configuration(tmp_path, command):
+    chosen = ["--detector", "fpi", "--modality", "T2w", "--seed", "3", "--hyper", "a=1"]
+    folders = [str(tmp_path / "scans"), str(tmp_path / "models")]
+    new = parse_args([command, *folders, *chosen])
+    old = parse_args([*folders, command, *chosen])
+    assert (new.levels, new.detector, new.hyper) == ((command,), "pls", ("a=1",))
+    assert replace(new, run_id="x") == replace(old, run_id="x")
+
+
+def test_a_dataset_may_be_called_like_a_subcommand(dataset, tmp_path, monkeypatch):
+    dataset.rename(tmp_path / "train")
+    monkeypatch.chdir(tmp_path)
+    config = parse_args(["train", "out", "participant"])
+    assert (config.bids_dir, config.levels) == (tmp_path / "train", ("participant",))
 
 
 def test_version_and_help_succeed(capsys):
@@ -166,7 +222,7 @@ def test_output_may_lie_inside_the_dataset(parse, dataset):
 
 
 def test_group_does_not_need_the_raw_dataset(parse, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to group"):
+    with pytest.raises(ConfigError, match="run the participant level first"):
         parse(levels=("group",), bids=tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     assert parse(levels=("group",), bids=tmp_path / "nowhere").levels == ("group",)
@@ -175,7 +231,7 @@ def test_group_does_not_need_the_raw_dataset(parse, tmp_path):
 def test_configuration_survives_toml(parse, tmp_path):
     (tmp_path / "l").mkdir()
     config = parse(
-        "-d", f"lesions={tmp_path / 'l'}", "--models", "a", "b", "--steps", "5", "-vv", "--mem", "2G"
+        "-d", f"lesions={tmp_path / 'l'}", "--models", "a", "b", "--batch-size", "5", "-vv", "--mem", "2G"
     )
     assert RunConfig.from_toml(config.to_toml()) == config
 
@@ -216,7 +272,14 @@ def test_bad_configuration_files_are_refused(parse, tmp_path, text, message):
         parse("--config-file", str(file))
 
 
-def test_cohorts_and_strata(parse, tmp_path):
+def test_renamed_keys_of_configuration_files_are_read(parse, tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text("strata = ['age']\nrecontrast = true\n")
+    config = parse("--config-file", str(file))
+    assert (config.subgroups, config.contrast_transfer) == (("age",), True)
+
+
+def test_cohorts_and_subgroups(parse, tmp_path):
     (tmp_path / "out").mkdir()
     config = parse(levels=("group",))
     assert config.cohort is None
@@ -298,4 +361,4 @@ def test_least_lesion_volume(parse, capsys):
     for text in ("-1", "nan", "inf", "three"):
         with pytest.raises(SystemExit):
             parse(f"--min-lesion-volume={text}")
-        assert f"'{text}' is no volume in mm3 (0 or more)" in capsys.readouterr().err
+        assert f"'{text}' is not a volume in mm3 (0 or more)" in capsys.readouterr().err

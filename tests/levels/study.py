@@ -66,7 +66,7 @@ class Study:
         if level in ("train", "calibrate"):
             chosen = ["--detector", self.detector, "--modality", "T2w", "--preset", "lite"]
             quick = ["--steps", "60", "--batch-size", "2"] if level == "train" else []
-            return [str(self.scans), str(self.trained), level, *chosen, *quick, *own]
+            return [level, str(self.scans), str(self.trained), *chosen, *quick, *own]
         if level == "group":
             return [str(self.raw), str(self.out), level, *own]
         own += ["-d", f"lesions={self.lesions}"] + (["--reports-only"] if level == "reports" else [])

@@ -108,7 +108,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_is_gone_on_with(bench, level
         assert difference(content(target(study, level)), bench.expected[level]) == []
     assert ended == code, process.log.read_text()
     said = process.log.read_text()
-    assert said.splitlines()[-1] == "bids_uad: interrupted; the same command goes on where this run stopped"
+    assert said.splitlines()[-1] == "bids_uad: interrupted; run the same command again to continue"
     assert "Traceback" not in said
     end = time.monotonic() + CLEARED
     while process.members():

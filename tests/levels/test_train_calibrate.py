@@ -69,7 +69,7 @@ def scans(tmp_path_factory):
 
 def call(scans, models, level, detector="intensity", *extra, modality="T2w"):
     chosen = ["--detector", detector, "--modality", modality, "--preset", "lite"]
-    return main([str(scans), str(models), level, *chosen, "-w", str(models / "scratch"), *extra])
+    return main([level, str(scans), str(models), *chosen, "-w", str(models / "scratch"), *extra])
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_a_killed_training_ends_with_the_same_weights(scans, tmp_path):
     chosen += ["--steps", "60", "--batch-size", "2", "--random-seed", "4"]
 
     def command(name):
-        folders = [str(scans), str(tmp_path / name), "train", "-w", str(tmp_path / f"{name}-work")]
+        folders = ["train", str(scans), str(tmp_path / name), "-w", str(tmp_path / f"{name}-work")]
         return [sys.executable, "-m", "bids_uad", *folders, *chosen]
 
     subprocess.run(command("whole"), check=True)
@@ -353,7 +353,7 @@ def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, cap
     shutil.copytree(scans, t1w)
     for image in t1w.glob("sub-*/anat/*_T2w.nii.gz"):
         image.rename(str(image).replace("_T2w", "_T1w"))
-    chosen = ["--recontrast", "--seed", "3"]
+    chosen = ["--contrast-transfer", "--seed", "3"]
     assert call(t1w, tmp_path, "train", "intensity", *chosen) == 0
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert (training["source"], training["n_scans"]) == ("Thirty slices", 2)
@@ -366,7 +366,7 @@ def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, cap
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert (training["source"], training["n_scans"]) == ("Thirty slices; Thirty slices", 3)
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert call(t1w, tmp_path, "train", "intensity", "--recontrast", modality="T1w") == 2
+    assert call(t1w, tmp_path, "train", "intensity", "--contrast-transfer", modality="T1w") == 2
     assert "--modality T2w" in capsys.readouterr().err
 
 
@@ -401,7 +401,7 @@ def test_without_participants_nobody_is_healthy(scans, tmp_path, capsys):
 
 def test_imagenet_backbones_need_their_weights(scans, tmp_path, capsys):
     """Nothing is ever downloaded: the user names a file, and it must be the right one."""
-    command = [str(scans), str(tmp_path / "models"), "train", "--detector", "fae", "--modality", "T2w"]
+    command = ["train", str(scans), str(tmp_path / "models"), "--detector", "fae", "--modality", "T2w"]
     assert main([*command, "-w", str(tmp_path / "scratch")]) == 2
     assert "resnet18, which is trained on ImageNet" in capsys.readouterr().err
     wrong = tmp_path / "wrong.safetensors"
@@ -417,7 +417,7 @@ def test_imagenet_weights_travel_in_the_bundle(scans, tmp_path):
     torch.manual_seed(0)
     network = resnet18(2)
     save_file(network.state_dict(), tmp_path / "resnet18.safetensors")
-    command = [str(scans), str(tmp_path / "models"), "train", "--detector", "fae", "--modality", "T2w"]
+    command = ["train", str(scans), str(tmp_path / "models"), "--detector", "fae", "--modality", "T2w"]
     extra = [
         "--backbone-weights",
         str(tmp_path / "resnet18.safetensors"),

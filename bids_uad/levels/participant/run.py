@@ -30,6 +30,7 @@ from bids_uad.dataset.participants import Participants, read_if_usable, read_par
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import (
     ConfigError,
+    ExitCode,
     InputError,
     UnavailableError,
     UserError,
@@ -73,8 +74,6 @@ from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 
 LOGGER = logging.getLogger("bids_uad")
-
-OK, FAILED = 0, 1
 
 
 class WorkflowError(UserError):
@@ -131,7 +130,7 @@ def run_participant(config: RunConfig) -> int:
         for line in _cautions(config, tasks, bundles):
             LOGGER.warning(line)
         _print_plan(tasks, collection, console)
-        return OK
+        return ExitCode.OK
     with claimed(config, plan) as tasks:
         return _run(config, collection, tasks, bundles, reference, extraction, console)
 
@@ -177,10 +176,10 @@ def _run(
     for line in dict.fromkeys([outcome.message for outcome in outcomes if not outcome.good] + unwritten):
         LOGGER.error(line)
     if unwritten or not all(outcome.good for outcome in outcomes):
-        return FAILED
+        return ExitCode.FAILED
     if config.clean_workdir:
         clean(config.work_dir, tasks)
-    return OK
+    return ExitCode.OK
 
 
 def _remove_unfinished(config: RunConfig, subjects: Iterable[str]) -> None:
@@ -390,7 +389,7 @@ def _rebuild_reports(config: RunConfig) -> int:
     for line in unwritten:
         LOGGER.error(line)
     LOGGER.info("%d report(s) written to %s", len(subjects) - len(unwritten), config.output_dir)
-    return FAILED if unwritten else OK
+    return ExitCode.FAILED if unwritten else ExitCode.OK
 
 
 def _tell_collection(collection: Collection) -> None:

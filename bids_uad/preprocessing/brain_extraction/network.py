@@ -139,7 +139,7 @@ MARGIN_VOXELS = 2
 
 
 def load_network(weights: Path) -> BrainNet:
-    """Load what ``python -m bids_uad.training.brain_extraction`` wrote.
+    """Load what ``bids_uad extraction`` wrote.
 
     Parameters
     ----------
