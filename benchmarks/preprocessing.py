@@ -22,11 +22,11 @@ from rich.table import Table
 from bids_uad.files import write_json
 from bids_uad.preprocessing.brain_extraction.masks import (
     extract_brain,
-    mask_of_stripped,
+    mask_from_background,
     packaged_weights,
     resolve_extraction,
 )
-from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.check import is_skull_stripped, read_volume
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.reference import Reference, resolve_reference
@@ -110,7 +110,7 @@ def brain_of(scan: Volume, mask: np.ndarray) -> Volume:
 
 def brain_mask(head: Volume, template: Volume, scratch: Path) -> np.ndarray:
     """Find the brain in a whole head, as the workflow does."""
-    seen = find_brain(head.data, head.affine, load_network(packaged_weights()))
+    seen = predict_brain_mask(head.data, head.affine, load_network(packaged_weights()))
     return extract_brain(head, template, scratch, seen)[0]
 
 
@@ -147,7 +147,7 @@ def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[
         subject = result.name.split("_")[0]
         head = volume(brains / subject / "anat" / f"{subject}_{modality}.nii.gz")
         done = volume(result)
-        done = Volume(done.data, done.affine, mask_of_stripped(done.data))
+        done = Volume(done.data, done.affine, mask_from_background(done.data))
         if anchor is None:
             mask = brain_mask(head, target(reference, "T1w"), scratch)
             anchor = brain_of(head, mask)
@@ -171,7 +171,7 @@ def known_moves(
     rows = []
     for path in stripped(brains):
         scan = volume(path)
-        brain = brain_of(scan, mask_of_stripped(scan.data))
+        brain = brain_of(scan, mask_from_background(scan.data))
         fixed = target(reference, "T1w")
         plain = register_to_reference(fixed, brain, scratch)[0]
         other = register_to_reference(target(stand_in, "T1w"), brain, scratch)[0]

@@ -11,7 +11,7 @@ import pytest
 
 from bids_uad.errors import InputError
 from bids_uad.images import grid_of, open_nifti, read_data, same_grid
-from bids_uad.preprocessing.check import header_doubts, read_scan
+from bids_uad.preprocessing.check import header_warnings, read_scan
 
 SHAPE = (12, 12, 12)
 AFFINE = np.diag([9.0, 9.0, 9.0, 1.0])
@@ -31,7 +31,7 @@ def grids_are_comparable(path: Path) -> None:
 def scan_and_doubts(path: Path) -> None:
     """Read as the first node of preprocessing does."""
     read_scan(path)
-    header_doubts(path)
+    header_warnings(path)
 
 
 def pixels(path: Path) -> None:

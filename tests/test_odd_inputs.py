@@ -645,7 +645,7 @@ def write_odd_dataset(root: Path) -> Path:
 
 class _WriteInputSpec(BaseInterfaceInputSpec):
     image = File(exists=True, mandatory=True)
-    doubts = traits.Dict(mandatory=True)
+    warnings = traits.Dict(mandatory=True)
     target = traits.Str(mandatory=True)
 
 
@@ -666,7 +666,9 @@ class Write(SimpleInterface):
         target = Path(self.inputs.target)
         target.parent.mkdir(parents=True, exist_ok=True)
         read = {"value": data[centre], "finite": bool(np.isfinite(data).all()), "shape": data.shape}
-        target.write_text(json.dumps({**read, "affine": image.affine.tolist(), "doubts": self.inputs.doubts}))
+        target.write_text(
+            json.dumps({**read, "affine": image.affine.tolist(), "warnings": self.inputs.warnings})
+        )
         self._results["out_file"] = str(target)
         return runtime
 
@@ -678,7 +680,7 @@ def init_reading_wf(*, name: str, **_: object) -> LiterateWorkflow:
     outputnode = Node(IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     conform = Node(Conform(), name="conform")
     part.connect([(inputnode, conform, [("in_file", "in_file")])])
-    part.connect([(conform, outputnode, [("out_file", "preproc"), ("doubts", "qc")])])
+    part.connect([(conform, outputnode, [("out_file", "preproc"), ("warnings", "qc")])])
     return part
 
 
@@ -688,7 +690,7 @@ def init_recording_wf(task, means, *, name: str) -> LiterateWorkflow:
     inputnode = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
     target = means.config.output_dir / task.unit.folder / f"{task.unit.key}_read.json"
     write = Node(Write(target=str(target)), name="write")
-    part.connect([(inputnode, write, [("preproc", "image"), ("qc", "doubts")])])
+    part.connect([(inputnode, write, [("preproc", "image"), ("qc", "warnings")])])
     connect_record(part, task, means, inputnode, [(write, "out_file")])
     return part
 
@@ -764,7 +766,7 @@ def test_outcome_of_each_odd_input(finished, collection, row, name):
         read = json.loads((finished.out / unit.folder / f"{unit.key}_read.json").read_text())
         assert read["finite"]
         assert read["value"] == pytest.approx(row.value, rel=1e-3)
-        assert [text[: len(message)] for text in read["doubts"]] == ([message] if message else [])
+        assert [text[: len(message)] for text in read["warnings"]] == ([message] if message else [])
         assert not any(str(path) in problem for problem in problems)
         return
     assert path not in used

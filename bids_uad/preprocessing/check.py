@@ -214,7 +214,7 @@ def background(data: np.ndarray) -> float:
     return float(values[np.argmax(counts)])
 
 
-def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
+def header_warnings(path: str | PathLike[str]) -> dict[str, bool]:
     """Tell where the orientations and voxel sizes of a header contradict each other; the sform is used.
 
     Parameters
@@ -231,7 +231,7 @@ def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
     sform, sform_code = image.get_sform(coded=True)
     qform, qform_code = image.get_qform(coded=True)
     if sform_code and not qform_code:
-        return _zoom_doubts(image)
+        return _pixdim_warnings(image)
     if not sform_code:
         return {}
     if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
@@ -245,7 +245,7 @@ def header_doubts(path: str | PathLike[str]) -> dict[str, bool]:
     return {f"The header's sform and qform are up to {distance:.0f} mm apart; the sform was used.": False}
 
 
-def _zoom_doubts(image: nib.Nifti1Image) -> dict[str, bool]:
+def _pixdim_warnings(image: nib.Nifti1Image) -> dict[str, bool]:
     """Compare the voxel size that the header states (pixdim) with that of the sform."""
     stated = np.array(image.header.get_zooms()[:3], dtype=float)
     zooms = nib.affines.voxel_sizes(image.affine)

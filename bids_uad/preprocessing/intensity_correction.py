@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from bids_uad.preprocessing.registration import Volume
-from bids_uad.preprocessing.resampling import isotropic, load_ants, resample, to_ants
+from bids_uad.preprocessing.resampling import load_ants, resample, resample_isotropic, to_ants
 
 FIELD_SPACING_MM = 5.0
 ITERATIONS = (40, 40, 40)
@@ -53,8 +53,8 @@ def correct_bias(
     typical = float(np.median(volume[mask]))
     if not typical > 0:
         raise ValueError("most of the mask has no signal")
-    weight, coarse_affine = isotropic(mask, affine, FIELD_SPACING_MM)
-    total, _ = isotropic(np.where(mask, volume, 0.0), affine, FIELD_SPACING_MM)
+    weight, coarse_affine = resample_isotropic(mask, affine, FIELD_SPACING_MM)
+    total, _ = resample_isotropic(np.where(mask, volume, 0.0), affine, FIELD_SPACING_MM)
     region = weight > 0.5
     # A fixed median makes the logarithm of N4 independent of the scanner's units.
     coarse = np.divide(total * (100.0 / typical), weight, out=np.zeros_like(total), where=region)

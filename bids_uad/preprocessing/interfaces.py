@@ -30,29 +30,34 @@ from bids_uad.preprocessing.brain_extraction.masks import (
     PROGRAMS,
     TEMPLATE,
     VOLUME_ML,
-    air_around,
+    air_mask,
     extract_brain,
-    extract_with,
     has_brain_volume,
-    mask_of_stripped,
+    mask_from_background,
     mask_volume,
+    run_external_program,
 )
-from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.check import (
-    header_doubts,
+    header_warnings,
     is_skull_stripped,
     read_lesion,
     read_scan,
     read_volume,
 )
 from bids_uad.preprocessing.intensity_correction import correct_bias
-from bids_uad.preprocessing.quality import LEAST_LOCAL_CORRELATION, assess, covered, measure_image
+from bids_uad.preprocessing.quality import (
+    LEAST_LOCAL_CORRELATION,
+    assess_quality,
+    coverage_mask,
+    image_quality_metrics,
+)
 from bids_uad.preprocessing.registration import (
     Volume,
-    measure,
-    register_same_head,
+    coregister,
     register_to_anchor,
     register_to_reference,
+    registration_metrics,
 )
 from bids_uad.preprocessing.resampling import (
     read_itk,
@@ -63,8 +68,8 @@ from bids_uad.preprocessing.resampling import (
     write_itk,
 )
 
-GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
-ORIGINS = (GIVEN, BACKGROUND, EXTRACTED, ANCHOR)
+EXTERNAL, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
+ORIGINS = (EXTERNAL, BACKGROUND, EXTRACTED, ANCHOR)
 """Where a brain mask comes from; see `dataset.sidecars.QUALITY_COLUMNS`."""
 
 
@@ -74,7 +79,7 @@ class _ConformInputSpec(BaseInterfaceInputSpec):
 
 class _ConformOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="three-dimensional float32 scan on the same grid")
-    doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
+    warnings = traits.Dict(desc="warnings about the header, and whether they are grave")
 
 
 class Conform(SimpleInterface):
@@ -90,7 +95,7 @@ class Conform(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         scan = read_scan(self.inputs.in_file)
         self._results["out_file"] = _save(runtime, "conformed.nii.gz", scan.data, scan.affine, np.float32)
-        self._results["doubts"] = header_doubts(self.inputs.in_file) | dict.fromkeys(scan.notes, False)
+        self._results["warnings"] = header_warnings(self.inputs.in_file) | dict.fromkeys(scan.notes, False)
         return runtime
 
 
@@ -99,7 +104,7 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     template = File(exists=True, mandatory=True, desc="skull-stripped reference image")
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
-    given_mask = File(desc="brain mask on the grid of the scan, from elsewhere")
+    external_mask = File(desc="brain mask on the grid of the scan, from elsewhere")
     source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="what extracts the brain")
     weights = traits.Str(desc="weights of the network or program")
@@ -109,7 +114,7 @@ class _BrainMaskOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the scan")
     skull_stripped = traits.Bool(desc="what was found")
     origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
-    doubts = traits.Dict(desc="doubts about the mask, and whether they are grave")
+    warnings = traits.Dict(desc="warnings about the mask, and whether they are grave")
 
 
 class BrainMask(SimpleInterface):
@@ -124,22 +129,22 @@ class BrainMask(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file)
-        doubts: dict[str, bool] = {}
+        warnings: dict[str, bool] = {}
         mask = None
-        if isdefined(self.inputs.given_mask):
-            mask, origin = _on_grid_of(scan, self.inputs.given_mask), GIVEN
+        if isdefined(self.inputs.external_mask):
+            mask, origin = _on_grid_of(scan, self.inputs.external_mask), EXTERNAL
             if not has_brain_volume(mask, scan.affine):
-                said = f"The brain mask {Path(self.inputs.given_mask).name} of another pipeline"
-                doubts[_replaced(said, mask, scan)] = False
+                said = f"The brain mask {Path(self.inputs.external_mask).name} of another pipeline"
+                warnings[_replaced(said, mask, scan)] = False
                 mask = None
         stripped = _stripped(self.inputs.skull_stripped, scan)
         if stripped and mask is None:
-            mask, origin = mask_of_stripped(scan.data), BACKGROUND
+            mask, origin = mask_from_background(scan.data), BACKGROUND
             if not has_brain_volume(mask, scan.affine):
-                doubts[_replaced(_STATED, mask, scan)] = False
+                warnings[_replaced(_STATED, mask, scan)] = False
                 mask, stripped = None, False
         if mask is None:
-            mask, origin = self._extract(scan, Path(runtime.cwd), doubts), EXTRACTED
+            mask, origin = self._extract(scan, Path(runtime.cwd), warnings), EXTRACTED
             if not has_brain_volume(mask, scan.affine):
                 raise InputError(
                     _source(self),
@@ -147,27 +152,27 @@ class BrainMask(SimpleInterface):
                     "exclude the scan if it shows no whole brain, or give its brain mask with -d",
                 )
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
-        self._results |= {"skull_stripped": stripped, "origin": origin, "doubts": doubts}
+        self._results |= {"skull_stripped": stripped, "origin": origin, "warnings": warnings}
         return runtime
 
-    def _extract(self, scan: Volume, folder: Path, doubts: dict[str, bool]) -> np.ndarray:
+    def _extract(self, scan: Volume, folder: Path, warnings: dict[str, bool]) -> np.ndarray:
         """Find the brain as in a whole head, with the program that was asked for."""
         if self.inputs.program in PROGRAMS:
             weights = Path(self.inputs.weights)
-            found = extract_with(self.inputs.program, weights, Path(self.inputs.in_file), folder)
+            found = run_external_program(self.inputs.program, weights, Path(self.inputs.in_file), folder)
             return _on_grid_of(scan, str(found))
         template = seen = None
         if self.inputs.program in (COMBINED, TEMPLATE):
             template = _volume(self.inputs.template, self.inputs.template_mask)
         if self.inputs.program in (COMBINED, NETWORK):
-            seen = find_brain(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
+            seen = predict_brain_mask(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
         mask, agreement = extract_brain(scan, template, folder, seen)
         if agreement is not None and agreement < AGREEMENT:
             text = (
                 f"The template and the network disagree about the brain (Dice {agreement:.2f}); the "
                 "network was believed: check the brain mask."
             )
-            doubts[text] = False
+            warnings[text] = False
         return mask
 
 
@@ -203,7 +208,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     mask = File(exists=True, mandatory=True, desc="its mask")
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
-    given_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    external_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
     source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference has a left and a right")
 
@@ -224,9 +229,9 @@ class RegisterToReference(SimpleInterface):
         folder = Path(runtime.cwd)
         reference = _volume(self.inputs.reference, self.inputs.reference_mask)
         brain = _volume(self.inputs.in_file, self.inputs.mask)
-        if isdefined(self.inputs.given_xfm):
-            pull = read_itk(self.inputs.given_xfm)
-            qc = measure(reference, brain, pull)
+        if isdefined(self.inputs.external_xfm):
+            pull = read_itk(self.inputs.external_xfm)
+            qc = registration_metrics(reference, brain, pull)
         else:
             sided = self.inputs.asymmetric
             pull, qc = register_to_reference(reference, brain, folder, asymmetric=sided)
@@ -244,8 +249,10 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
     skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
     aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
-    judged = traits.Bool(True, usedefault=True, desc="whether the agreement of the two is measured")
-    given_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    measure_agreement = traits.Bool(
+        True, usedefault=True, desc="whether the agreement of the two is measured"
+    )
+    external_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
@@ -254,7 +261,7 @@ class _RegisterToAnchorOutputSpec(TraitedSpec):
     from_sri24 = File(exists=True, desc="its inverse")
     skull_stripped = traits.Bool(desc="what was found")
     origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
-    doubts = traits.Dict(desc="doubts about the mask, and whether they are grave")
+    warnings = traits.Dict(desc="warnings about the mask, and whether they are grave")
     qc = traits.Dict(desc="similarity, mask_overlap, restarted")
 
 
@@ -269,25 +276,25 @@ class RegisterToAnchor(SimpleInterface):
         scan = _volume(self.inputs.in_file)
         anchor = _volume(self.inputs.anchor, self.inputs.anchor_mask)
         stripped = _stripped(self.inputs.skull_stripped, scan)
-        own_mask = mask_of_stripped(scan.data) if stripped else None
-        doubts: dict[str, bool] = {}
+        own_mask = mask_from_background(scan.data) if stripped else None
+        warnings: dict[str, bool] = {}
         if own_mask is not None and not has_brain_volume(own_mask, scan.affine):
-            doubts[_replaced(_STATED, own_mask, scan, "the brain mask of the T1w image was taken alone")] = (
-                False
-            )
+            warnings[
+                _replaced(_STATED, own_mask, scan, "the brain mask of the T1w image was taken alone")
+            ] = False
             own_mask, stripped = None, False
         anchor_xfm = read_itk(self.inputs.anchor_xfm)
         moving = Volume(scan.data, scan.affine, own_mask)
-        if self.inputs.aligned or isdefined(self.inputs.given_xfm):
-            given = None if self.inputs.aligned else read_itk(self.inputs.given_xfm)
-            pull = np.eye(4) if given is None else given @ np.linalg.inv(anchor_xfm)
-            qc = measure(anchor, moving, pull, folder)
+        if self.inputs.aligned or isdefined(self.inputs.external_xfm):
+            external = None if self.inputs.aligned else read_itk(self.inputs.external_xfm)
+            pull = np.eye(4) if external is None else external @ np.linalg.inv(anchor_xfm)
+            qc = registration_metrics(anchor, moving, pull, folder)
             _refuse_other_objects(_source(self), qc, "its T1w image")
-        elif self.inputs.judged:
+        elif self.inputs.measure_agreement:
             pull, qc = register_to_anchor(anchor, moving, folder)
             _refuse_other_objects(_source(self), qc, "its T1w image")
         else:
-            pull, qc = register_same_head(anchor, moving, folder), {}
+            pull, qc = coregister(anchor, moving, folder), {}
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
         if own_mask is not None:
             mask &= own_mask
@@ -300,7 +307,7 @@ class RegisterToAnchor(SimpleInterface):
         to_sri24 = pull @ anchor_xfm
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
         self._results |= _both_ways(folder, to_sri24)
-        self._results |= {"skull_stripped": stripped, "origin": ANCHOR, "doubts": doubts, "qc": qc}
+        self._results |= {"skull_stripped": stripped, "origin": ANCHOR, "warnings": warnings, "qc": qc}
         return runtime
 
 
@@ -318,7 +325,7 @@ class _RelateToRawOutputSpec(TraitedSpec):
     from_sri24 = File(exists=True, desc="its inverse")
 
 
-class RelateToRaw(SimpleInterface):
+class RegisterRaw(SimpleInterface):
     """Find the way from SRI24 to the raw scan, where another pipeline's image is what was registered.
 
     Results go back to the raw scan's grid. The two images show the same head; without a transform they are
@@ -334,7 +341,7 @@ class RelateToRaw(SimpleInterface):
         if isdefined(self.inputs.from_raw):
             pull = read_itk(self.inputs.from_raw)
         else:
-            pull = register_same_head(scan, Volume(raw.data, raw.affine), folder)
+            pull = coregister(scan, Volume(raw.data, raw.affine), folder)
         to_sri24 = pull @ read_itk(self.inputs.to_sri24)
         mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)
@@ -357,7 +364,7 @@ class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
 class _ResampleToSRI24OutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="scan on the SRI24 grid, scaled in the brain and 0 outside")
     out_mask = File(exists=True, desc="brain mask on the SRI24 grid, within the field of view")
-    covered = File(exists=True, desc="voxels of the SRI24 grid that the scan has data for")
+    coverage = File(exists=True, desc="voxels of the SRI24 grid that the scan has data for")
 
 
 class ResampleToSRI24(SimpleInterface):
@@ -370,7 +377,7 @@ class ResampleToSRI24(SimpleInterface):
         scan = _volume(self.inputs.in_file, self.inputs.native_mask)
         pull = read_itk(self.inputs.to_sri24)
         grid = (space.SHAPE, space.AFFINE)
-        has_data = covered(_volume(self.inputs.conformed), self.inputs.skull_stripped, *grid, pull)
+        has_data = coverage_mask(_volume(self.inputs.conformed), self.inputs.skull_stripped, *grid, pull)
         brain = has_data.copy()
         if isdefined(self.inputs.brain_mask):
             other = _mask(self.inputs.brain_mask)
@@ -388,7 +395,7 @@ class ResampleToSRI24(SimpleInterface):
             ) from error
         self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
         self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
-        self._results["covered"] = _save_sri24(runtime, "covered.nii.gz", has_data, np.uint8)
+        self._results["coverage"] = _save_sri24(runtime, "coverage.nii.gz", has_data, np.uint8)
         return runtime
 
 
@@ -424,7 +431,7 @@ class ResampleLesion(SimpleInterface):
         return runtime
 
 
-class _AssessInputSpec(BaseInterfaceInputSpec):
+class _AssessQualityInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
     modality = traits.Enum("T1w", "T2w", mandatory=True)
     registration = traits.Dict(mandatory=True, desc="figures of the registration")
@@ -434,28 +441,28 @@ class _AssessInputSpec(BaseInterfaceInputSpec):
     brain_mask = File(exists=True, mandatory=True, desc="brain mask on the SRI24 grid")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
-    covered = File(exists=True, mandatory=True, desc="voxels of the SRI24 grid that the scan has data for")
+    coverage = File(exists=True, mandatory=True, desc="voxels of the SRI24 grid that the scan has data for")
     lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
-    doubts = traits.Dict(desc="doubts about the header, and whether they are grave")
-    mask_doubts = traits.Dict(desc="doubts about the brain mask, likewise")
+    header_warnings = traits.Dict(desc="warnings about the header, and whether each excludes the scan")
+    mask_warnings = traits.Dict(desc="warnings about the brain mask, and whether each excludes the scan")
 
 
-class _AssessOutputSpec(TraitedSpec):
+class _AssessQualityOutputSpec(TraitedSpec):
     qc = traits.Dict(desc="figures and warnings for the report")
 
 
-class Assess(SimpleInterface):
-    """Collect the quality figures of one scan and put doubts into words."""
+class AssessQuality(SimpleInterface):
+    """Collect the quality figures of one scan and put warnings into words."""
 
-    input_spec = _AssessInputSpec
-    output_spec = _AssessOutputSpec
+    input_spec = _AssessQualityInputSpec
+    output_spec = _AssessQualityOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         native = _volume(self.inputs.in_file, self.inputs.native_mask)
         stripped = self.inputs.skull_stripped
-        air = np.zeros_like(native.mask) if stripped else air_around(native)
+        air = np.zeros_like(native.mask) if stripped else air_mask(native)
         voxel = float(abs(np.linalg.det(native.affine[:3, :3])))
-        self._results["qc"] = assess(
+        self._results["qc"] = assess_quality(
             registration=self.inputs.registration,
             skull_stripped=stripped,
             mask_origin=self.inputs.mask_origin,
@@ -463,10 +470,10 @@ class Assess(SimpleInterface):
             brain=_mask(self.inputs.brain_mask).data,
             native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
-            covered=_mask(self.inputs.covered).data,
+            covered=_mask(self.inputs.coverage).data,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
-            doubts=(self.inputs.doubts or {}) | (self.inputs.mask_doubts or {}),
-            image=measure_image(native.data, native.mask, air, self.inputs.modality),
+            warnings=(self.inputs.header_warnings or {}) | (self.inputs.mask_warnings or {}),
+            image=image_quality_metrics(native.data, native.mask, air, self.inputs.modality),
         )
         return runtime
 

@@ -41,7 +41,7 @@ brains and atlas hardly: 0.96 to 1.01 as they are, 1.07 to 1.15 in six that are 
 LOW_LESION_SHARE = 0.5
 
 
-def assess(
+def assess_quality(
     registration: dict[str, Any],
     skull_stripped: bool,
     mask_origin: str,
@@ -52,7 +52,7 @@ def assess(
     covered: np.ndarray,
     lesion: np.ndarray | None,
     image: dict[str, float],
-    doubts: Mapping[str, bool],
+    warnings: Mapping[str, bool],
 ) -> dict[str, Any]:
     """Collect the figures of one scan and judge them.
 
@@ -75,8 +75,8 @@ def assess(
     lesion : numpy.ndarray of bool or None
         Manual lesion mask on the same grid.
     image : dict
-        Metrics of :func:`bids_uad.preprocessing.quality.measure_image`.
-    doubts : mapping of str to bool
+        Metrics of :func:`bids_uad.preprocessing.quality.image_quality_metrics`.
+    warnings : mapping of str to bool
         Further sentences, and whether the scan fails by them.
 
     Returns
@@ -145,9 +145,9 @@ def assess(
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
         "kept_share": round(kept, 4),
         **{name: round(value, 4) for name, value in image.items()},
-        "warnings": [*doubts, *(text for text, (doubtful, _) in judged.items() if doubtful)],
+        "warnings": [*warnings, *(text for text, (doubtful, _) in judged.items() if doubtful)],
         "failures": [
-            *(text for text, grave in doubts.items() if grave),
+            *(text for text, grave in warnings.items() if grave),
             *(text for text, (_, failed) in judged.items() if failed),
         ],
     }
@@ -165,7 +165,7 @@ FEWEST_VOXELS = 10
 
 
 @dataclass(frozen=True)
-class Intensities:
+class TissueIntensities:
     """What the metrics are computed from.
 
     Attributes
@@ -182,7 +182,7 @@ class Intensities:
     shares: dict[str, float]
 
 
-def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Intensities:
+def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> TissueIntensities:
     """Tell three tissues apart by intensity.
 
     Parameters
@@ -196,7 +196,7 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Inte
 
     Returns
     -------
-    Intensities
+    TissueIntensities
     """
     values = np.asarray(values, dtype=np.float64)
     low, high = np.percentile(values, [1, 99])
@@ -211,7 +211,7 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Inte
     likeliest = posterior.argmax(axis=1)
     tissues = {name: kept[likeliest == k] for k, name in enumerate(names)}
     shares = {name: float(posterior[:, k].mean()) for k, name in enumerate(names)}
-    return Intensities(**tissues, shares=shares)
+    return TissueIntensities(**tissues, shares=shares)
 
 
 def snr(tissue: np.ndarray) -> float:
@@ -255,7 +255,9 @@ def wm2max(wm: np.ndarray, image: np.ndarray) -> float:
     return float(np.median(wm) / np.percentile(image, 99.95))
 
 
-def measure_image(image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality: str) -> dict[str, float]:
+def image_quality_metrics(
+    image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality: str
+) -> dict[str, float]:
     """Compute all metrics of a scan.
 
     Parameters
@@ -300,7 +302,9 @@ A brain tapers off: a slice that touches it by 5 mm shows at most a fifth.
 """
 
 
-def covered(scan: Volume, stripped: bool, shape: tuple[int, int, int], affine: np.ndarray, pull: np.ndarray):
+def coverage_mask(
+    scan: Volume, stripped: bool, shape: tuple[int, int, int], affine: np.ndarray, pull: np.ndarray
+):
     """Find the voxels of a grid that a scan has data for.
 
     Resampling (to the grid of another image, or to 256 x 256 x 256 voxels) fills what lies outside the field

@@ -22,10 +22,10 @@ from bids_uad.constraints import (
 from bids_uad.preprocessing.resampling import (
     field_of_view,
     from_itk_parameters,
-    isotropic,
     load_ants,
     nearest_rigid,
     resample,
+    resample_isotropic,
     resample_mask,
     rotation_about,
     to_ants,
@@ -57,10 +57,10 @@ class Volume:
 
     def coarse(self, spacing: float = SPACING) -> Volume:
         """Return the volume on isotropic voxels of `spacing` mm."""
-        data, affine = isotropic(self.data, self.affine, spacing)
+        data, affine = resample_isotropic(self.data, self.affine, spacing)
         if self.mask is None:
             return Volume(data, affine)
-        return Volume(data, affine, isotropic(self.mask, self.affine, spacing)[0] > 0.5)
+        return Volume(data, affine, resample_isotropic(self.mask, self.affine, spacing)[0] > 0.5)
 
     def centre(self) -> np.ndarray:
         """Return the world position of the centre of the mask (of the grid if there is none)."""
@@ -214,7 +214,9 @@ def similarity(fixed: Volume, moving: Volume, pull: np.ndarray) -> float:
     region = np.ones(shape, dtype=bool) if fixed.mask is None else fixed.mask
     if moving.mask is not None:
         region = region | (resample(moving.mask, moving.affine, shape, fixed.affine, pull) > 0.5)
-    joint, _, _ = np.histogram2d(binned(fixed.data[region]), binned(values[region]), bins=BINS)
+    joint, _, _ = np.histogram2d(
+        rescale_percentiles(fixed.data[region]), rescale_percentiles(values[region]), bins=BINS
+    )
     return mutual_information(joint)
 
 
@@ -321,7 +323,7 @@ def rotated_starts(fixed: Volume, moving: Volume, keep: int) -> list[np.ndarray]
     return [candidates[i] for i in np.argsort(scores)[::-1][:keep]]
 
 
-def binned(values: np.ndarray) -> np.ndarray:
+def rescale_percentiles(values: np.ndarray) -> np.ndarray:
     """Scale values to [0, 1] between their 0.5th and 99.5th percentile; constant values become 0."""
     low, high = np.percentile(values, [0.5, 99.5])
     if high <= low:
@@ -364,7 +366,7 @@ def refine_rigid(fixed: Volume, moving: Volume, pull: np.ndarray) -> np.ndarray:
     region = ndimage.binary_dilation(fixed.mask, iterations=RIM)
     where = np.argwhere(region)
     points = fixed.affine @ np.vstack([where.T, np.ones(len(where))])
-    fixed_bins = np.rint(binned(_smooth(fixed)[region]) * (BINS - 1)).astype(np.intp)
+    fixed_bins = np.rint(rescale_percentiles(_smooth(fixed)[region]) * (BINS - 1)).astype(np.intp)
     values = _smooth(moving)
     low, high = np.percentile(values[moving.mask], [0.5, 99.5])
     to_voxels, centre = np.linalg.inv(moving.affine), fixed.centre()
@@ -458,7 +460,9 @@ def register_to_reference(
     }
 
 
-def measure(fixed: Volume, moving: Volume, pull: np.ndarray, folder: Path | None = None) -> dict[str, Any]:
+def registration_metrics(
+    fixed: Volume, moving: Volume, pull: np.ndarray, folder: Path | None = None
+) -> dict[str, Any]:
     """Give the figures of a transform that was found elsewhere.
 
     Parameters
@@ -510,7 +514,7 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
         head), ``restarted``.
     """
     fixed, moving = _coarse(anchor), scan.coarse()
-    pull, score = _register_same_head(fixed, moving, folder)
+    pull, score = _coregister(fixed, moving, folder)
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
     return pull, {
         "similarity": round(score, 4),
@@ -521,7 +525,7 @@ def register_to_anchor(anchor: Volume, scan: Volume, folder: Path) -> tuple[np.n
     }
 
 
-def register_same_head(anchor: Volume, scan: Volume, folder: Path) -> np.ndarray:
+def coregister(anchor: Volume, scan: Volume, folder: Path) -> np.ndarray:
     """Find the way of :func:`register_to_anchor` alone, for scans whose agreement is not judged.
 
     Parameters
@@ -534,10 +538,10 @@ def register_same_head(anchor: Volume, scan: Volume, folder: Path) -> np.ndarray
     numpy.ndarray, shape (4, 4)
         RAS+ matrix from anchor points to scan points.
     """
-    return _register_same_head(_coarse(anchor), scan.coarse(), folder)[0]
+    return _coregister(_coarse(anchor), scan.coarse(), folder)[0]
 
 
-def _register_same_head(fixed: Volume, moving: Volume, folder: Path) -> tuple[np.ndarray, float]:
+def _coregister(fixed: Volume, moving: Volume, folder: Path) -> tuple[np.ndarray, float]:
     starts = [np.eye(4), centred_start(fixed, moving)]
     return register_best(fixed, moving, starts, folder)
 

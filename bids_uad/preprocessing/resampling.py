@@ -128,7 +128,7 @@ def resample_mask_through(
         except OSError as error:
             raise unreadable(path, error) from error
     ants = load_ants()
-    with plain_names(transforms) as names:
+    with link_plain_names(transforms) as names:
         moved = ants.apply_transforms(
             fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),
             moving=to_ants(mask.astype(np.float32), affine),
@@ -163,7 +163,9 @@ def field_of_view(
     return _inside(volume_shape, shape, _voxel_matrix(affine, target_affine, pull))
 
 
-def isotropic(volume: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+def resample_isotropic(
+    volume: np.ndarray, affine: np.ndarray, spacing: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Resample to isotropic voxels along the image's own axes, smoothing first where it gets coarser.
 
     Parameters
@@ -180,7 +182,7 @@ def isotropic(volume: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[n
         The corner of the first voxel stays where it was.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    smooth = smoothed(volume, affine, spacing)
+    smooth = smooth_to_spacing(volume, affine, spacing)
     shape = tuple(int(n) for n in np.maximum(np.ceil(np.array(volume.shape) * zooms / spacing - 1e-3), 1))
     step = spacing / zooms
     to_old = np.diag([*step, 1.0])
@@ -189,7 +191,7 @@ def isotropic(volume: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[n
     return resample(smooth, affine, shape, coarse_affine), coarse_affine
 
 
-def smoothed(volume: np.ndarray, affine: np.ndarray, spacing: float) -> np.ndarray:
+def smooth_to_spacing(volume: np.ndarray, affine: np.ndarray, spacing: float) -> np.ndarray:
     """Smooth a volume as far as voxels of `spacing` mm would, along each axis that is finer.
 
     Parameters
@@ -395,7 +397,7 @@ def load_ants() -> ModuleType:
 
 
 @contextmanager
-def plain_names(paths: Sequence[str]) -> Iterator[list[str]]:
+def link_plain_names(paths: Sequence[str]) -> Iterator[list[str]]:
     """Give files names that ANTs can read, whatever their paths hold.
 
     ANTs takes commas and brackets in a path for its own syntax. The files are linked to from a temporary

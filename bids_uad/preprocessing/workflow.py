@@ -11,13 +11,13 @@ from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.interfaces import (
-    Assess,
+    AssessQuality,
     BrainMask,
     Conform,
     CorrectBias,
+    RegisterRaw,
     RegisterToAnchor,
     RegisterToReference,
-    RelateToRaw,
     ResampleLesion,
     ResampleToSRI24,
 )
@@ -30,8 +30,8 @@ INPUTS = (
     "anchor_xfm",
     "lesion_mask",
     "lesion_xfm",
-    "given_mask",
-    "given_xfm",
+    "external_mask",
+    "external_xfm",
     "raw_file",
     "from_raw",
 )
@@ -50,7 +50,7 @@ OUTPUTS = (
 
 
 @dataclass(frozen=True)
-class Given:
+class ExternalInputs:
     """What another pipeline has already done for a scan.
 
     Parameters
@@ -69,7 +69,7 @@ class Given:
     aligned: bool = False
 
 
-NOTHING = Given()
+NO_EXTERNAL_INPUTS = ExternalInputs()
 
 
 def init_preproc_wf(
@@ -80,7 +80,7 @@ def init_preproc_wf(
     skull_stripped: bool | None,
     omp_nthreads: int,
     reference: Reference,
-    given: Given = NOTHING,
+    external: ExternalInputs = NO_EXTERNAL_INPUTS,
     lesion_on_raw: bool = True,
     extraction: Extraction,
 ) -> LiterateWorkflow:
@@ -123,7 +123,7 @@ def init_preproc_wf(
         bit for bit; the number is what the scheduler reserves at most.
     reference : bids_uad.preprocessing.reference.Reference
         Reference images on the SRI24 grid.
-    given : Given
+    external : ExternalInputs
         What another pipeline has done for the scan.
     lesion_on_raw : bool
         Whether the lesion mask lies on the raw scan and not on the image of another pipeline.
@@ -144,7 +144,7 @@ def init_preproc_wf(
     lesion_mask, lesion_xfm
         Manual lesion mask, and the ITK transform that resamples its space to the scan's, if they differ.
         Optional.
-    given_mask, given_xfm
+    external_mask, external_xfm
         Brain mask on the grid of the scan, and ITK transform of the scan to SRI24, where they are given.
     raw_file, from_raw
         Where an image is given: the raw scan, and the ITK transform between the two, if there is one.
@@ -168,7 +168,7 @@ def init_preproc_wf(
     lesion
         Lesion mask on the SRI24 grid; undefined without ``lesion_mask``.
     qc
-        Dictionary of :func:`bids_uad.preprocessing.quality.assess`.
+        Dictionary of :func:`bids_uad.preprocessing.quality.assess_quality`.
 
     Returns
     -------
@@ -185,10 +185,10 @@ def init_preproc_wf(
     inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
-    correct_bias = pe.Node(CorrectBias(corrected=given.image), name="correct_bias", mem_gb=1.0)
+    correct_bias = pe.Node(CorrectBias(corrected=external.image), name="correct_bias", mem_gb=1.0)
     resample = pe.Node(ResampleToSRI24(), name="resample", mem_gb=1.0)
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
-    assess = Assess(reference_mask=str(reference.brain_mask), modality=modality)
+    assess = AssessQuality(reference_mask=str(reference.brain_mask), modality=modality)
     quality = pe.Node(assess, name="quality", mem_gb=1.0)
     if is_anchor:
         mask, register = _connect_anchor(workflow, correct_bias, modality, reference)
@@ -197,15 +197,15 @@ def init_preproc_wf(
             mask.inputs.weights = str(extraction.weights)
         workflow.connect(inputnode, "in_file", mask, "source")
     else:
-        mask = register = _connect_to_anchor(workflow, inputnode, aligned=given.aligned)
+        mask = register = _connect_to_anchor(workflow, inputnode, aligned=external.aligned)
         workflow.connect([
             (inputnode, resample, [("anchor_mask", "brain_mask"), ("anchor_xfm", "brain_xfm")]),
         ])  # fmt: skip
-    if given.mask and is_anchor:
-        workflow.connect(inputnode, "given_mask", mask, "given_mask")
-    if given.xfm:
-        workflow.connect(inputnode, "given_xfm", register, "given_xfm")
-    native = _connect_to_raw(workflow, inputnode, conform, mask, register) if given.image else None
+    if external.mask and is_anchor:
+        workflow.connect(inputnode, "external_mask", mask, "external_mask")
+    if external.xfm:
+        workflow.connect(inputnode, "external_xfm", register, "external_xfm")
+    native = _connect_to_raw(workflow, inputnode, conform, mask, register) if external.image else None
     workflow.connect((native if native and lesion_on_raw else register), "to_sri24", lesion, "to_sri24")
     if skull_stripped is not None:
         mask.inputs.skull_stripped = skull_stripped
@@ -220,12 +220,12 @@ def init_preproc_wf(
         (mask, resample, [("out_mask", "native_mask"), ("skull_stripped", "skull_stripped")]),
         (register, resample, [("to_sri24", "to_sri24")]),
         (inputnode, register, [("in_file", "source")]),
-        (conform, quality, [("doubts", "doubts")]),
-        (mask, quality, [("doubts", "mask_doubts"), ("origin", "mask_origin")]),
+        (conform, quality, [("warnings", "header_warnings")]),
+        (mask, quality, [("warnings", "mask_warnings"), ("origin", "mask_origin")]),
         (correct_bias, quality, [("out_file", "in_file")]),
         (register, quality, [("qc", "registration"), ("to_sri24", "to_sri24")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
-        (resample, quality, [("out_mask", "brain_mask"), ("covered", "covered")]),
+        (resample, quality, [("out_mask", "brain_mask"), ("coverage", "coverage")]),
         (lesion, quality, [("out_file", "lesion")]),
         (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
         (mask, outputnode, [("out_mask", "own_mask")]),
@@ -281,7 +281,7 @@ def init_lesion_wf(*, name: str) -> LiterateWorkflow:
     outputnode = pe.Node(niu.IdentityInterface(fields=["lesion"]), name="outputnode")
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
     register = _connect_to_anchor(workflow, inputnode, aligned=False)
-    register.inputs.judged = False
+    register.inputs.measure_agreement = False
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
     workflow.connect([
         (inputnode, conform, [("in_file", "in_file")]),
@@ -325,7 +325,7 @@ def _connect_anchor(
 def _connect_to_raw(
     workflow: LiterateWorkflow, inputnode: pe.Node, conform: pe.Node, mask: pe.Node, register: pe.Node
 ) -> pe.Node:
-    native = pe.Node(RelateToRaw(), name="native", mem_gb=0.7)
+    native = pe.Node(RegisterRaw(), name="native", mem_gb=0.7)
     workflow.connect([
         (inputnode, native, [("raw_file", "raw"), ("from_raw", "from_raw")]),
         (conform, native, [("out_file", "in_file")]),

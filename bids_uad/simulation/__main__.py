@@ -15,7 +15,7 @@ from bids_uad.simulation.anatomy import BUILT_IN, label_map_paths
 from bids_uad.simulation.cohort import Cohort, make_cohort
 from bids_uad.simulation.pathology import KINDS
 from bids_uad.simulation.shapes import lesion_shapes
-from bids_uad.simulation.subject import World
+from bids_uad.simulation.subject import Population
 
 TITLES = {
     "stroke": "chronic stroke",
@@ -109,7 +109,7 @@ def cohort_of(args: argparse.Namespace) -> Cohort:
         If label maps or lesion masks cannot be found, or there is no such device.
     """
     kinds = [None] * args.healthy + [kind for kind in KINDS for _ in range(getattr(args, kind))]
-    world = World(
+    world = Population(
         seed=args.seed,
         sources=tuple(label_map_paths(args.labelmaps)),
         scanners=args.scanners,

@@ -110,7 +110,7 @@ class Protocol:
     gamma: float
 
 
-def draw_protocol(scanner: Scanner, modality: str, rng: np.random.Generator) -> Protocol:
+def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator) -> Protocol:
     """Draw the settings of one scan.
 
     Parameters
@@ -176,7 +176,7 @@ def bias_field(rng: np.random.Generator, strength: float, shape: tuple[int, int,
     return torch.exp(strength * random_field(rng, 80.0, shape)[0])
 
 
-def rician(image: torch.Tensor, sigma: float, rng: np.random.Generator) -> torch.Tensor:
+def add_rician_noise(image: torch.Tensor, sigma: float, rng: np.random.Generator) -> torch.Tensor:
     """Magnitude of the image plus complex Gaussian noise of standard deviation `sigma`."""
     real, imaginary = (tensor(rng.standard_normal(tuple(image.shape), dtype=np.float32)) for _ in range(2))
     return torch.hypot(image + sigma * real, sigma * imaginary)
@@ -208,11 +208,11 @@ def scan_on_grid(
     if protocol.thickness > 1:
         offset = float(rng.uniform(0, protocol.thickness))
         thick = slice_matrix(depth, protocol.thickness, offset)
-        noisy = rician(apply_axis(image, thick, 2), protocol.noise, rng)
+        noisy = add_rician_noise(apply_axis(image, thick, 2), protocol.noise, rng)
         noisy = smooth(noisy, (0.4, 0.4, 0.0))
         return apply_axis(noisy, interpolation_matrix(depth, protocol.thickness, offset, len(thick)), 2)
     # The one resampling of the preprocessing smooths the noise a little.
-    return smooth(rician(image, protocol.noise, rng), float(rng.uniform(0.25, 0.45)))
+    return smooth(add_rician_noise(image, protocol.noise, rng), float(rng.uniform(0.25, 0.45)))
 
 
 def closed(tissue: torch.Tensor, reach: int) -> torch.Tensor:

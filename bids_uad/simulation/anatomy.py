@@ -135,7 +135,7 @@ def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def built_in_source() -> Source:
+def template_source() -> Source:
     """Tissue maps of the ICBM152 template.
 
     The template knows grey and white matter only. Deep nuclei, cerebellum and brainstem are told apart by
@@ -368,7 +368,7 @@ def _coarse(maps: list[torch.Tensor], affine: np.ndarray) -> tuple[torch.Tensor,
 @lru_cache(maxsize=1)
 def _target() -> tuple[torch.Tensor, torch.Tensor]:
     """Put the grouped template maps on the coarse grid; also return the points of that grid."""
-    source: Source = built_in_source()
+    source: Source = template_source()
     points = box_points()[::STEP, ::STEP, ::STEP].contiguous()
     maps = [sum(source.fractions[CLASSES.index(name)] for name in group) for group in GROUPS]
     return sample(*_coarse(maps, source.affine), points), points

@@ -19,12 +19,12 @@ from bids_uad.simulation.native import NativeScan, native_scan
 from bids_uad.simulation.spatial import tensor, to_grid
 from bids_uad.simulation.subject import (
     Anatomy,
-    Person,
-    World,
-    draw_person,
+    Population,
+    SubjectInfo,
+    draw_subject_info,
     make_anatomy,
     make_signal,
-    stream,
+    random_stream,
 )
 from bids_uad.space import to_image
 
@@ -54,7 +54,7 @@ class Cohort:
     ----------
     out : pathlib.Path
         Dataset folder.
-    world : World
+    world : Population
         What its subjects are drawn from.
     kinds : tuple of (str or None)
         Kind of lesion of each subject, None for a healthy one.
@@ -67,7 +67,7 @@ class Cohort:
     """
 
     out: Path
-    world: World
+    world: Population
     kinds: tuple[str | None, ...]
     modalities: tuple[str, ...] = ("T1w", "T2w")
     derivatives: bool = False
@@ -83,14 +83,16 @@ class Cohort:
         return f"sub-{index + 1:03d}"
 
 
-def _write_derivatives(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> dict:
+def _write_derivatives(cohort: Cohort, index: int, person: SubjectInfo, anatomy: Anatomy) -> dict:
     """Write one subject in SRI24 space; returns the drawn scan parameters."""
     name = cohort.name(index)
     stem = cohort.out / name / "anat" / f"{name}_space-SRI24"
     drawn = {}
     for modality in cohort.modalities:
         image, protocol, drawn[modality] = make_signal(cohort.world, index, person, anatomy, modality)
-        scan = scan_on_grid(image, protocol, anatomy.brain, stream(cohort.seed, index, f"{modality}-scan"))
+        scan = scan_on_grid(
+            image, protocol, anatomy.brain, random_stream(cohort.seed, index, f"{modality}-scan")
+        )
         scaled = scale_intensity(scan.cpu().numpy(), anatomy.brain.cpu().numpy())
         target = stem.with_name(f"{stem.name}_desc-preproc_{modality}")
         save_image(to_image(to_grid(tensor(scaled))), target.with_suffix(".nii.gz"))
@@ -111,7 +113,7 @@ def _write_derivatives(cohort: Cohort, index: int, person: Person, anatomy: Anat
     return drawn
 
 
-def _scanner(person: Person) -> dict:
+def _scanner(person: SubjectInfo) -> dict:
     """Scanner fields of a sidecar."""
     return {
         "Modality": "MR",
@@ -121,7 +123,7 @@ def _scanner(person: Person) -> dict:
     }
 
 
-def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> dict:
+def _write_raw(cohort: Cohort, index: int, person: SubjectInfo, anatomy: Anatomy) -> dict:
     """Write one subject as raw scans on their own grids; returns the drawn scan parameters."""
     name = cohort.name(index)
     drawn = {}
@@ -131,8 +133,8 @@ def _write_raw(cohort: Cohort, index: int, person: Person, anatomy: Anatomy) -> 
             image,
             protocol,
             anatomy,
-            stream(cohort.seed, index, "pose"),
-            stream(cohort.seed, index, f"{modality}-scan"),
+            random_stream(cohort.seed, index, "pose"),
+            random_stream(cohort.seed, index, f"{modality}-scan"),
             truth=position == 0,
         )
         drawn[modality] |= scan.drawn
@@ -176,7 +178,7 @@ def make_subject(cohort: Cohort, index: int) -> dict:
     torch.set_num_threads(1)
     kind = cohort.kinds[index]
     with torch.no_grad(), torch.device(cohort.device):
-        person = draw_person(cohort.world, index)
+        person = draw_subject_info(cohort.world, index)
         anatomy = make_anatomy(cohort.world, index, person, kind)
         writer = _write_derivatives if cohort.derivatives else _write_raw
         scans = writer(cohort, index, person, anatomy)

@@ -43,7 +43,7 @@ def tissue_levels(volume: NDArray[np.floating], brain: NDArray[np.bool_]) -> tup
     return float(fluid), float(grey), float(white)
 
 
-def to_t2w(
+def t1w_to_t2w(
     volume: NDArray[np.floating], brain: NDArray[np.bool_], rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """Give a T1w scan the contrast of a T2w scan of some scanner.

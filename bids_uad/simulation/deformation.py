@@ -114,7 +114,7 @@ def push(centre: np.ndarray, radius: float, amount: float) -> torch.Tensor:
     return -offset / radius * torch.exp((1 - ratio**2) / 2) * amount
 
 
-def fold_free(displacement: torch.Tensor) -> torch.Tensor:
+def remove_folds(displacement: torch.Tensor) -> torch.Tensor:
     """Shrink a displacement until its Jacobian determinant is safely positive everywhere.
 
     Parameters
@@ -133,7 +133,7 @@ def fold_free(displacement: torch.Tensor) -> torch.Tensor:
     return displacement
 
 
-def pull_points(
+def source_points(
     displacement: torch.Tensor, size: np.ndarray, turn: np.ndarray, step: int = 1
 ) -> torch.Tensor:
     """Find where in SRI24 world each voxel of the box takes its tissue from.

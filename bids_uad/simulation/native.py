@@ -11,8 +11,8 @@ import torch
 from bids_uad.images import make_image
 from bids_uad.simulation.acquisition import (
     Protocol,
+    add_rician_noise,
     bias_field,
-    rician,
     slice_matrix,
 )
 from bids_uad.simulation.anatomy import rotation
@@ -112,7 +112,7 @@ def native_scan(
         )
     brain = moved[1] > 0.5
     units = float(rng.uniform(500.0, 3000.0))
-    scan = (rician(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
+    scan = (add_rician_noise(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
     result = make_image(scan.to(torch.int16).cpu().numpy(), affine, np.int16)
     lesion = tissue = None
     if truth:

@@ -66,7 +66,7 @@ def _pick(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
     return np.array(np.unravel_index(min(position, flat.size - 1), BOX_SHAPE), dtype=float)
 
 
-def mass_site(rng: np.random.Generator, volume: float | None = None) -> tuple[np.ndarray, float]:
+def draw_tumour_site(rng: np.random.Generator, volume: float | None = None) -> tuple[np.ndarray, float]:
     """Centre (index in the box) and core radius (mm) of a tumour, before the anatomy is made.
 
     Parameters
@@ -165,7 +165,7 @@ def _tumour(
 
 
 @dataclass(frozen=True)
-class Wish:
+class LesionTarget:
     """What a lesion should be like.
 
     Parameters
@@ -193,7 +193,7 @@ def make_lesion(
     brain: torch.Tensor,
     draw: Callable[[], np.random.Generator],
     site: tuple[np.ndarray, float] | None = None,
-    wish: Wish | None = None,
+    target: LesionTarget | None = None,
 ) -> Lesion:
     """Draw a lesion of a kind into a brain.
 
@@ -208,15 +208,15 @@ def make_lesion(
     draw : callable
         Gives the same random numbers from the start at every call.
     site : tuple, optional
-        From `mass_site`; needed for a tumour, whose mass effect is part of the anatomy.
-    wish : Wish, optional
+        From `draw_tumour_site`; needed for a tumour, whose mass effect is part of the anatomy.
+    target : LesionTarget, optional
 
     Returns
     -------
     Lesion
         Zero outside the brain.
     """
-    wish = wish or Wish()
+    target = target or LesionTarget()
     inside = brain.float()
     scale, best = 1.0, None
     for _ in range(ATTEMPTS):
@@ -224,17 +224,17 @@ def make_lesion(
             share, core, drawn = _tumour(fractions, draw(), scale, site)
         else:
             maker = {"stroke": _stroke, "ms": _plaques, "wmh": _hyperintensities}[kind]
-            share, core, drawn = maker(fractions, draw(), scale, wish.shape)
+            share, core, drawn = maker(fractions, draw(), scale, target.shape)
         share = share * inside
         volume = float((share > 0.5).sum()) / 1000
-        drawn |= {"scale": scale, "volume_ml": volume, "contrast": wish.contrast}
-        lesion = Lesion(kind, share, torch.minimum(core, share), wish.contrast, drawn)
-        off = 0.0 if wish.volume is None else abs(volume / wish.volume - 1)
+        drawn |= {"scale": scale, "volume_ml": volume, "contrast": target.contrast}
+        lesion = Lesion(kind, share, torch.minimum(core, share), target.contrast, drawn)
+        off = 0.0 if target.volume is None else abs(volume / target.volume - 1)
         if best is None or off < best[0]:
             best = (off, lesion)
         if off <= CLOSE:
             break
-        scale *= float(np.clip((wish.volume / max(volume, 0.001)) ** (1 / 3), 0.4, 2.5))
+        scale *= float(np.clip((target.volume / max(volume, 0.001)) ** (1 / 3), 0.4, 2.5))
     return best[1]
 
 

@@ -188,7 +188,7 @@ def sample_inside(
     return result
 
 
-def occupied(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
+def nonzero_points(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
     """Points at which a single-channel volume may be non-zero, found on every fourth point.
 
     Returns

@@ -19,20 +19,20 @@ from bids_uad.simulation.acquisition import (
     Protocol,
     Scanner,
     brain_mask,
-    draw_protocol,
+    draw_scan_settings,
     draw_scanner,
 )
 from bids_uad.simulation.anatomy import (
     BUILT_IN,
     CLASSES,
     Source,
-    built_in_source,
     label_map_source,
     rotation,
+    template_source,
 )
 from bids_uad.simulation.shapes import real_shape
 from bids_uad.simulation.spatial import (
-    occupied,
+    nonzero_points,
     sample,
     sample_inside,
     tensor,
@@ -72,7 +72,7 @@ STREAMS = (
 )
 
 
-def stream(seed: int, index: int, purpose: str) -> np.random.Generator:
+def random_stream(seed: int, index: int, purpose: str) -> np.random.Generator:
     """Random numbers of one purpose for one subject.
 
     Purposes do not share a stream, so giving a subject a lesion changes nothing else about it.
@@ -81,7 +81,7 @@ def stream(seed: int, index: int, purpose: str) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Person:
+class SubjectInfo:
     """Who a subject is.
 
     Attributes
@@ -140,7 +140,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class World:
+class Population:
     """What the subjects of a cohort are drawn from.
 
     Parameters
@@ -168,49 +168,49 @@ class World:
     lesion_volume: tuple[float, float] | None = None
     lesion_contrast: float = 1.0
 
-    def wish(self, index: int, kind: str, points: torch.Tensor) -> lesions.Wish:
+    def lesion_target(self, index: int, kind: str, points: torch.Tensor) -> lesions.LesionTarget:
         """What the lesion of a subject should be like."""
-        rng = stream(self.seed, index, "lesion-shape")
+        rng = random_stream(self.seed, index, "lesion-shape")
         paths = self.shapes.get(kind)
         shape = real_shape(str(rng.choice(paths)), points, rng) if paths else None
-        return lesions.Wish(shape, self.volume(index), self.lesion_contrast)
+        return lesions.LesionTarget(shape, self.volume(index), self.lesion_contrast)
 
     def volume(self, index: int) -> float | None:
         """Volume that a subject's lesion should have, mL; small and large ones by order of magnitude."""
         if self.lesion_volume is None:
             return None
-        rng = stream(self.seed, index, "lesion-volume")
+        rng = random_stream(self.seed, index, "lesion-volume")
         return float(np.exp(rng.uniform(*np.log(self.lesion_volume))))
 
 
-def draw_person(world: World, index: int) -> Person:
+def draw_subject_info(world: Population, index: int) -> SubjectInfo:
     """Draw age, sex, scanner and source of anatomy.
 
     Parameters
     ----------
-    world : World
+    world : Population
     index : int
 
     Returns
     -------
-    Person
+    SubjectInfo
     """
-    rng = stream(world.seed, index, "person")
+    rng = random_stream(world.seed, index, "person")
     age = float(np.round(rng.uniform(20.0, 85.0), 1))
     sex = str(rng.choice(["F", "M"]))
     number = int(rng.integers(world.scanners))
-    scanner = draw_scanner(number, world.randomised, stream(world.seed, number, "scanner"))
-    return Person(age, sex, scanner, world.sources[int(rng.integers(len(world.sources)))])
+    scanner = draw_scanner(number, world.randomised, random_stream(world.seed, number, "scanner"))
+    return SubjectInfo(age, sex, scanner, world.sources[int(rng.integers(len(world.sources)))])
 
 
-def make_anatomy(world: World, index: int, person: Person, kind: str | None) -> Anatomy:
+def make_anatomy(world: Population, index: int, person: SubjectInfo, kind: str | None) -> Anatomy:
     """Make the tissue maps, the brain mask and the lesion of a subject.
 
     Parameters
     ----------
-    world : World
+    world : Population
     index : int
-    person : Person
+    person : SubjectInfo
     kind : str or None
         One of `lesions.KINDS`, or None for a healthy subject.
 
@@ -219,8 +219,8 @@ def make_anatomy(world: World, index: int, person: Person, kind: str | None) -> 
     Anatomy
     """
     seed = world.seed
-    source = built_in_source() if person.source == BUILT_IN else label_map_source(person.source)
-    rng = stream(seed, index, "shape")
+    source = template_source() if person.source == BUILT_IN else label_map_source(person.source)
+    rng = random_stream(seed, index, "shape")
     size = np.exp(rng.normal(0.0, 0.02) + rng.normal(0.0, 0.012, 3)) * (1.015 if person.sex == "M" else 0.985)
     # Two label maps in one family of heads would look alike without a mirror image now and then.
     mirror = np.diag([-1.0 if rng.uniform() < 0.5 else 1.0, 1.0, 1.0])
@@ -229,32 +229,32 @@ def make_anatomy(world: World, index: int, person: Person, kind: str | None) -> 
     amplitude = float(rng.uniform(1.5, 3.0))
     displacement = deformation.individual(rng, amplitude)
 
-    age_rng = stream(seed, index, "age")
+    age_rng = random_stream(seed, index, "age")
     growth = ageing.ventricle_growth(age_rng, person.age, ageing.apparent_age(source.fractions))
-    plain = deformation.pull_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
+    plain = deformation.source_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
     ventricle = sample(source.fractions[ageing.VENTRICLE][None], source.affine, plain)[0]
     displacement = displacement + deformation.expansion(ventricle, growth)
     site = None
     if kind == "tumour":
-        lesion_rng = stream(seed, index, "lesion")
-        site = lesions.mass_site(lesion_rng, world.volume(index))
+        lesion_rng = random_stream(seed, index, "lesion")
+        site = lesions.draw_tumour_site(lesion_rng, world.volume(index))
         displacement = displacement + deformation.push(*site, float(lesion_rng.uniform(1.0, 5.0)))
-    displacement = deformation.fold_free(displacement)
-    points = deformation.pull_points(displacement, size, turn)
+    displacement = deformation.remove_folds(displacement)
+    points = deformation.source_points(displacement, size, turn)
 
-    inside = occupied(source.fractions.sum(0), source.affine, points)
+    inside = nonzero_points(source.fractions.sum(0), source.affine, points)
     fractions = sample_inside(source.fractions, source.affine, points, inside)
     detail = None
     if source.detail is not None:
         detail = sample_inside(source.detail[None], source.affine, points, inside)[0]
     fractions, sulci = ageing.widen_sulci(fractions, age_rng, person.age)
     change, white_change = ageing.white_matter_change(fractions, age_rng, person.age)
-    brain, rim = brain_mask(fractions, stream(seed, index, "mask"))
+    brain, rim = brain_mask(fractions, random_stream(seed, index, "mask"))
     lesion = None
     if kind is not None:
-        wish = world.wish(index, kind, points)
+        target = world.lesion_target(index, kind, points)
         lesion = lesions.make_lesion(
-            kind, fractions, brain, lambda: stream(seed, index, "lesion"), site, wish
+            kind, fractions, brain, lambda: random_stream(seed, index, "lesion"), site, target
         )
     drawn = {
         "source": source.name,
@@ -272,15 +272,15 @@ def make_anatomy(world: World, index: int, person: Person, kind: str | None) -> 
 
 
 def make_signal(
-    world: World, index: int, person: Person, anatomy: Anatomy, modality: str
+    world: Population, index: int, person: SubjectInfo, anatomy: Anatomy, modality: str
 ) -> tuple[torch.Tensor, Protocol, dict]:
     """Noise-free signal of one scan, and the settings to acquire it with.
 
     Parameters
     ----------
-    world : World
+    world : Population
     index : int
-    person : Person
+    person : SubjectInfo
     anatomy : Anatomy
     modality : {"T1w", "T2w"}
 
@@ -291,11 +291,11 @@ def make_signal(
     drawn : dict
         Class means and protocol, for the record.
     """
-    rng = stream(world.seed, index, modality)
-    protocol = draw_protocol(person.scanner, modality, rng)
+    rng = random_stream(world.seed, index, modality)
+    protocol = draw_scan_settings(person.scanner, modality, rng)
     means = contrast.vary(person.scanner.means[modality], rng)
     image = contrast.signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
     if anatomy.lesion is not None:
-        painter = stream(world.seed, index, f"{modality}-lesion")
+        painter = random_stream(world.seed, index, f"{modality}-lesion")
         image = lesions.paint(modality, image, anatomy.lesion, means, painter)
     return image, protocol, {"means": means, "protocol": asdict(protocol)}

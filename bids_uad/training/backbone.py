@@ -10,7 +10,7 @@ from bids_uad.methods.base import Detector, FeatureDetector
 from bids_uad.networks.backbones import find_published
 
 
-def give_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
+def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
     """Give a detector the weights of its backbone, if they come from elsewhere.
 
     Parameters

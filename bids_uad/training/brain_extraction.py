@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bids_uad.files import atomic_path, write_text
 from bids_uad.preprocessing.brain_extraction.network import BrainNet
 from bids_uad.training.checkpoint import moving_average
-from bids_uad.training.heads import Head, draw_head, read_head
+from bids_uad.training.heads import Head, read_head, simulate_head
 from bids_uad.training.loop import CLIP_NORM, rate
 
 LEARNING_RATE = 2e-3
@@ -64,7 +64,7 @@ def train(
     optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
-        scan, brain = draw_head(heads[int(rng.integers(len(heads)))], rng)
+        scan, brain = simulate_head(heads[int(rng.integers(len(heads)))], rng)
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

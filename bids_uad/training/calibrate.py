@@ -30,8 +30,8 @@ from bids_uad.training.cohort import (
     Cohort,
     describe,
     healthy_cohort,
-    read_truth,
-    warn_of_masked_controls,
+    read_lesion_mask,
+    warn_about_masked_controls,
 )
 from bids_uad.training.model_card import add_validation
 from bids_uad.training.train import bundle_folder
@@ -107,7 +107,7 @@ def run_calibrate(config: RunConfig) -> int:
         deviations = _deviations(healthy, waiting)
         for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
             scores, brain = scored(scan)
-            lesion = read_truth(scan)
+            lesion = read_lesion_mask(scan)
             if scan in controls:
                 brain, lesion = _unmasked(brain, lesion), None
             kind = people.cohort(scan.subject, scan.session)
@@ -118,7 +118,7 @@ def run_calibrate(config: RunConfig) -> int:
         if deviations is not None:
             for scan, person in track(list(_people(others)), description="Scoring for the reference"):
                 scores, brain = scored(scan)
-                deviations.add_to_reference(scores, _unmasked(brain, read_truth(scan)), person=person)
+                deviations.add_to_reference(scores, _unmasked(brain, read_lesion_mask(scan)), person=person)
         calibration = estimator.summary()
         normative = None if deviations is None else _finish(deviations)
     calibration["cohort"] = describe([validation])
@@ -177,7 +177,7 @@ def _check_masks(
     InputError
         If a mask cannot be used, or neither a healthy control nor a scan with a lesion is left.
     """
-    warn_of_masked_controls(controls)
+    warn_about_masked_controls(controls)
     patients = [scan for scan in found if scan not in controls]
     without = sorted({scan.subject for scan in patients if scan.lesion is None})
     if without:
@@ -187,7 +187,7 @@ def _check_masks(
             truncate_list(without),
         )
     masked = [scan for scan in patients if scan.lesion is not None]
-    empty = [scan for scan in masked if not (read_truth(scan) & _brain(scan)).any()]
+    empty = [scan for scan in masked if not (read_lesion_mask(scan) & _brain(scan)).any()]
     if empty:
         logger.warning(
             "%d scan(s) of patients have a lesion mask without a voxel in the brain; they have no part in "

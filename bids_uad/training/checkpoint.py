@@ -102,7 +102,7 @@ class Checkpoint:
             detector.load_state_dict(_unprefixed(DETECTOR, self.tensors))
         return self.position
 
-    def restore_descent(self, stage: int, optimiser: torch.optim.Optimizer, average: AveragedModel) -> int:
+    def restore_stage(self, stage: int, optimiser: torch.optim.Optimizer, average: AveragedModel) -> int:
         """Put the state of a stage into optimiser and average; gives the step that was reached."""
         if self.position[0] != stage or self.position[1] == 0:
             return 0

@@ -88,7 +88,7 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
         logger.warning(note)
     found, people = cohort.scans, cohort.participants
     healthy = [scan for scan in found if people.person(scan.subject, scan.session).healthy]
-    warn_of_masked_controls(healthy)
+    warn_about_masked_controls(healthy)
     if not healthy:
         raise InputError(
             folder / "participants.tsv",
@@ -98,7 +98,7 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
     return Cohort(folder, tuple(healthy))
 
 
-def read_truth(scan: PreprocessedScan) -> np.ndarray | None:
+def read_lesion_mask(scan: PreprocessedScan) -> np.ndarray | None:
     """Read the lesion mask of a preprocessed scan.
 
     Parameters
@@ -123,7 +123,7 @@ def read_truth(scan: PreprocessedScan) -> np.ndarray | None:
     return lesion
 
 
-def warn_of_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
+def warn_about_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
     """Warn of healthy controls in whose lesion mask a voxel is lesion.
 
     Parameters
@@ -131,7 +131,7 @@ def warn_of_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
     scans : iterable of PreprocessedScan
         Of healthy controls.
     """
-    masked = {scan.subject for scan in scans if scan.lesion is not None and read_truth(scan).any()}
+    masked = {scan.subject for scan in scans if scan.lesion is not None and read_lesion_mask(scan).any()}
     if masked:
         logger.warning(
             "Healthy by participants.tsv and yet with a lesion in the lesion mask: %s. They count as healthy",

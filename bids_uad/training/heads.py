@@ -82,7 +82,7 @@ def read_head(path: Path) -> Head:
     )
 
 
-def draw_head(head: Head, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def simulate_head(head: Head, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Draw a scan of a head that nobody has.
 
     Parameters

@@ -161,7 +161,7 @@ def train_detector(
                     f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
                 )
             with in_precision(detector, schedule.precision):
-                _Descent(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
+                _StageTrainer(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
         if wrong := not_finite(detector.state_dict()):
             raise ValueError(
                 f"NaN or infinite values in {truncate_list(wrong, 3)} after stage {stage.name!r}"
@@ -203,7 +203,7 @@ class _Loss(nn.Module):
         return self.loss(Batch(slices, brain, tissue), generator)
 
 
-class _Descent:
+class _StageTrainer:
     """One gradient stage."""
 
     def __init__(
@@ -228,12 +228,12 @@ class _Descent:
 
     def run(self, checkpoint: Checkpoint, log: TrainingLog, report: Report | None) -> None:
         """Descend from where the checkpoint is, and leave the averaged weights in the module."""
-        done = checkpoint.restore_descent(self.number, self.optimiser, self.average)
+        done = checkpoint.restore_stage(self.number, self.optimiser, self.average)
         checks = self.fabric.is_global_zero and len(self.data.held_out) > 0
         check_every = max(1, self.steps // HELD_OUT_CHECKS)
         save_every = max(STEPS_APART, self.steps // CHECKPOINTS)
         for step in range(done + 1, self.steps + 1):
-            loss = self._descend(step)
+            loss = self._step(step)
             held_out = None
             if checks and (step % check_every == 0 or step == self.steps):
                 held_out = self._held_out_loss()
@@ -249,7 +249,7 @@ class _Descent:
         self.module.load_state_dict(self.average.module.state_dict())
         self.module.eval()
 
-    def _descend(self, step: int) -> float:
+    def _step(self, step: int) -> float:
         rng, rank = self.schedule.stream(self.number, step), self.fabric.global_rank
         # Processes look at the same place of their slices, and draw what they do to them each for itself.
         own = rng if rank == 0 else self.schedule.stream(self.number, step, rank)

@@ -16,8 +16,8 @@ from bids_uad.images import save_image
 from bids_uad.simulation.anatomy import label_map_paths
 from bids_uad.simulation.cohort import Cohort as SimulatedCohort
 from bids_uad.simulation.cohort import make_cohort
-from bids_uad.simulation.contrast_transfer import to_t2w
-from bids_uad.simulation.subject import World
+from bids_uad.simulation.contrast_transfer import t1w_to_t2w
+from bids_uad.simulation.subject import Population
 from bids_uad.space import to_image
 from bids_uad.training.cohort import Cohort, healthy_cohort, scratch_folder
 
@@ -37,9 +37,9 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
     Cohort
         On the SRI24 grid. Two of them share a scanner on average.
     """
-    world = World(
+    world = Population(
         config.random_seed,
-        tuple(label_map_paths(config.label_maps)) if config.label_maps else World.sources,
+        tuple(label_map_paths(config.label_maps)) if config.label_maps else Population.sources,
         scanners=max(1, config.synthetic // 2),
     )
     folder = scratch_folder(
@@ -55,7 +55,7 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
     return Cohort(folder, cohort.scans, prefix="synthetic-")
 
 
-def recontrasted_cohort(config: RunConfig) -> Cohort:
+def contrast_transfer_cohort(config: RunConfig) -> Cohort:
     """Give the healthy T1w scans of `bids_dir` the contrast of T2w, unless an earlier run has done so.
 
     Parameters
@@ -78,7 +78,7 @@ def recontrasted_cohort(config: RunConfig) -> Cohort:
     folder = scratch_folder(config.work_dir, "recontrasted", config.random_seed, stamps)
     if not (folder / "dataset_description.json").is_file():  # which is written last
         for number, scan in enumerate(source.scans):
-            _recontrast(scan, folder, np.random.default_rng([config.random_seed, number]))
+            _transfer_contrast(scan, folder, np.random.default_rng([config.random_seed, number]))
             logger.info(
                 "%s: T1w with the contrast of T2w (%d of %d)", scan.key, number + 1, len(source.scans)
             )
@@ -93,10 +93,10 @@ def recontrasted_cohort(config: RunConfig) -> Cohort:
     return Cohort(folder, cohort.scans, prefix="recontrasted-")
 
 
-def _recontrast(scan: PreprocessedScan, folder: Path, rng: np.random.Generator) -> None:
+def _transfer_contrast(scan: PreprocessedScan, folder: Path, rng: np.random.Generator) -> None:
     """Write one scan's T2w-like image and its brain mask."""
     brain = np.asarray(nib.load(scan.brain).dataobj) > 0
-    image = to_t2w(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
+    image = t1w_to_t2w(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
     brain &= image > 0
     stem = folder / scan.subject / "anat" / scan.image.name.split("desc-")[0]
     save_image(to_image(image), stem.with_name(f"{stem.name}desc-preproc_T2w.nii.gz"))

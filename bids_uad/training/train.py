@@ -28,7 +28,7 @@ from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import remove_unfinished
 from bids_uad.methods.base import Detector, GradientStage, change_hyper, names_of
 from bids_uad.methods.registry import build_detector, preset_of
-from bids_uad.training.backbone import give_backbone
+from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
     Cohort,
     describe,
@@ -37,7 +37,7 @@ from bids_uad.training.cohort import (
 )
 from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
 from bids_uad.training.model_card import model_card
-from bids_uad.training.simulated import recontrasted_cohort, synthetic_cohort
+from bids_uad.training.simulated import contrast_transfer_cohort, synthetic_cohort
 from bids_uad.training.store import SliceStore, Subject
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def run_train(config: RunConfig) -> int:
     fabric = start_fabric(device, config.num_devices, config.num_nodes)
     torch.set_num_threads(max(1, config.nprocs // config.num_devices))
     detector = _build(config)
-    backbone = give_backbone(detector, config.backbone_weights)
+    backbone = initialise_backbone(detector, config.backbone_weights)
     with fabric.rank_zero_first():
         cohorts = training_cohorts(config)
         store = _open_store(config, cohorts)
@@ -185,7 +185,7 @@ def training_cohorts(config: RunConfig) -> list[Cohort]:
         raise ConfigError("--contrast-transfer makes T2w-like images: give --modality T2w with it")
     if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
         return [synthetic_cohort(config)]
-    made = [recontrasted_cohort(config)] if config.contrast_transfer else []
+    made = [contrast_transfer_cohort(config)] if config.contrast_transfer else []
     if config.synthetic:
         made.append(synthetic_cohort(config))
     # Real T2w scans are not needed where there are recontrasted ones.

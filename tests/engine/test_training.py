@@ -24,7 +24,7 @@ from bids_uad.training.checkpoint import moving_average
 from bids_uad.training.loop import (
     Schedule,
     TrainingData,
-    _Descent,
+    _StageTrainer,
     rate,
     start_fabric,
     train_detector,
@@ -96,7 +96,7 @@ def test_every_slice_is_seen_once_a_pass(store):
     data = TrainingData(store, np.arange(len(store)), np.arange(0))
     schedule = Schedule(seed=0, steps=10, batch_size=len(store) // 2)
     stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
-    descent = _Descent(Disyre(TINY), 0, stage, data, schedule, start_fabric(CPU))
+    descent = _StageTrainer(Disyre(TINY), 0, stage, data, schedule, start_fabric(CPU))
     passes = [np.concatenate([descent._slices(step) for step in steps]) for steps in ((1, 2), (3, 4))]
     for order in passes:
         assert sorted(order) == list(range(len(store)))

@@ -16,13 +16,13 @@ from bids_uad.preprocessing.brain_extraction.network import (
     BrainNet,
     _fold,
     _unfold,
-    find_brain,
-    grid_around,
+    grid_affine,
     load_network,
+    predict_brain_mask,
     scale,
 )
 from bids_uad.training.brain_extraction import loss_of, main, train
-from bids_uad.training.heads import Head, draw_head, read_head
+from bids_uad.training.heads import Head, read_head, simulate_head
 
 CSF, CORTEX, WHITE, SKULL, SKIN = 24, 3, 2, 515, 507
 
@@ -71,7 +71,7 @@ def test_a_label_map_is_read_as_a_head(head: Head) -> None:
 
 
 def test_a_head_is_a_function_of_its_stream(head: Head) -> None:
-    one, other, third = (draw_head(head, np.random.default_rng(seed)) for seed in (4, 4, 5))
+    one, other, third = (simulate_head(head, np.random.default_rng(seed)) for seed in (4, 4, 5))
     for a, b in zip(one, other, strict=True):
         assert a.shape == SHAPE
         assert torch.equal(a, b)
@@ -84,7 +84,7 @@ def test_a_head_is_a_function_of_its_stream(head: Head) -> None:
 
 def test_a_brain_is_where_its_tissue_is_drawn(head: Head) -> None:
     """Over many heads the brain keeps its volume, give or take size and what is cut off."""
-    volumes = [float(draw_head(head, np.random.default_rng([1, n]))[1].sum()) * 27 for n in range(8)]
+    volumes = [float(simulate_head(head, np.random.default_rng([1, n]))[1].sum()) * 27 for n in range(8)]
     # A voxel of the map is taken for one millimetre.
     assert np.median(volumes) == pytest.approx(float(head.brain.sum()), rel=0.25)
 
@@ -127,16 +127,16 @@ def test_what_the_network_says_comes_back_on_the_scan(axes: tuple[int, int, int]
     data = np.random.default_rng(0).normal(20, 2, ball.shape) + 100.0 * ball
     data[2:5, 2:5, 2:5] = 300  # a bright speck elsewhere
     data, truth = data.transpose(axes), ball.transpose(axes)
-    found = find_brain(data, affine[:, [*axes, 3]], Bright())
+    found = predict_brain_mask(data, affine[:, [*axes, 3]], Bright())
     assert dice(found, truth) > 0.98
 
 
 def test_nothing_is_found_where_nothing_is() -> None:
-    assert not find_brain(np.zeros((30, 30, 30)), np.diag([4.0, 4, 4, 1]), Bright()).any()
+    assert not predict_brain_mask(np.zeros((30, 30, 30)), np.diag([4.0, 4, 4, 1]), Bright()).any()
 
 
 def test_the_grid_lies_about_its_centre() -> None:
-    affine = grid_around(np.array([3.0, -4.0, 5.0]))
+    affine = grid_affine(np.array([3.0, -4.0, 5.0]))
     middle = affine[:3, :3] @ ((np.array(SHAPE) - 1) / 2) + affine[:3, 3]
     np.testing.assert_allclose(middle, [3, -4, 5])
 

@@ -57,8 +57,8 @@ class _FakePreprocInputSpec(BaseInterfaceInputSpec):
     anchor_xfm = File(exists=True)
     lesion_mask = File()
     lesion_xfm = File()
-    given_mask = File()
-    given_xfm = File()
+    external_mask = File()
+    external_xfm = File()
     raw_file = File()
     from_raw = File()
 
@@ -94,11 +94,11 @@ class FakePreproc(SimpleInterface):
             b"a" * HUNGER
         folder = Path(runtime.cwd)
         native = open_nifti(self.inputs.in_file)
-        for given in (self.inputs.given_mask, self.inputs.lesion_mask):
+        for given in (self.inputs.external_mask, self.inputs.lesion_mask):
             if isdefined(given):
                 open_nifti(given)
-        if isdefined(self.inputs.given_xfm):
-            read_itk(self.inputs.given_xfm)
+        if isdefined(self.inputs.external_xfm):
+            read_itk(self.inputs.external_xfm)
         mask = make_image(np.ones(native.shape[:3]), native.affine, np.uint8)
         nib.save(mask, folder / "native_mask.nii.gz")
         nib.save(native, folder / "brain.nii.gz")
@@ -124,7 +124,7 @@ class FakePreproc(SimpleInterface):
 
 
 def init_fake_preproc_wf(
-    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, given, lesion_on_raw, extraction
+    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, external, lesion_on_raw, extraction
 ):
     """Same door as `preprocessing.workflow.init_preproc_wf`."""
     workflow = LiterateWorkflow(name=name)

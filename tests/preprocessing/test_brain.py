@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from bids_uad.preprocessing.brain_extraction.masks import extract_brain, mask_of_stripped, packaged_weights
-from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.brain_extraction.masks import (
+    extract_brain,
+    mask_from_background,
+    packaged_weights,
+)
+from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.check import read_scan, read_volume
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import Volume, register_to_reference
@@ -28,7 +32,7 @@ def test_the_mask_of_a_stripped_scan_has_no_holes_and_no_crumbs(background: floa
     data = np.where(radius < 15, 100.0, background)
     data[radius < 4] = background  # dark ventricle
     data[1, 1, 1] = 3.0  # crumb
-    np.testing.assert_array_equal(mask_of_stripped(data), radius < 15)
+    np.testing.assert_array_equal(mask_from_background(data), radius < 15)
 
 
 def head_around(brain: np.ndarray) -> np.ndarray:
@@ -111,7 +115,7 @@ def test_a_brain_is_found_in_real_heads(
     image = read_scan(REAL_DATA / "brains" / scan.format("", ".nii.gz"))
     mask = scan.format("space-", "_desc-brain_mask.nii.gz")
     truth = read_volume(REAL_DATA / "brains" / "derivatives" / "brainmasks" / mask)[0] > 0
-    seen = find_brain(image.data, image.affine, load_network(packaged_weights()))
+    seen = predict_brain_mask(image.data, image.affine, load_network(packaged_weights()))
     found, _ = extract_brain(Volume(image.data, image.affine), reference_volume, tmp_path, seen)
     assert dice(found, truth) > least
 
@@ -161,7 +165,7 @@ def test_a_head_is_preprocessed_on_unusual_grids(
     data[(z < bottom) & (np.hypot(x - centre[0], y - centre[1]) < 60)] = 700.0
     data[(z < bottom - 90) & (np.abs(x - centre[0]) < 150) & (np.abs(y - centre[1]) < 80)] = 600.0
     data += np.abs(np.random.default_rng(0).normal(0, 15, shape))
-    seen = find_brain(data, affine, load_network(packaged_weights()))
+    seen = predict_brain_mask(data, affine, load_network(packaged_weights()))
     mask, _ = extract_brain(Volume(data, affine), reference_volume, tmp_path, seen)
     assert dice(mask, truth) > 0.95
     corrected = np.where(mask, correct_bias(data, affine, mask), 0.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.preprocessing.check import check_image, header_doubts, is_skull_stripped
+from bids_uad.preprocessing.check import check_image, header_warnings, is_skull_stripped
 
 from .conftest import REAL_DATA, save
 
@@ -181,7 +181,7 @@ def two_forms(folder: Path, sform: np.ndarray, qform: np.ndarray, codes: tuple[i
     ],
 )
 def test_contradictions_in_a_header_are_told(tmp_path: Path, qform, codes, sentence, grave) -> None:
-    found = header_doubts(two_forms(tmp_path, AFFINE, qform, codes))
+    found = header_warnings(two_forms(tmp_path, AFFINE, qform, codes))
     assert list(found.values()) == ([] if sentence is None else [grave])
     assert all(sentence in text for text in found)
 

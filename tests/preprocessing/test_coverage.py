@@ -10,7 +10,7 @@ import pytest
 
 from bids_uad import space
 from bids_uad.preprocessing.interfaces import ResampleToSRI24
-from bids_uad.preprocessing.quality import covered
+from bids_uad.preprocessing.quality import coverage_mask
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import resample, rotation_about, translation, write_itk
 
@@ -37,7 +37,7 @@ BRAIN = distance() < 70
 
 def found(data: np.ndarray, stripped: bool = False, affine: np.ndarray = AFFINE) -> np.ndarray:
     """Ask for the coverage of the grid of `head`."""
-    return covered(Volume(data.astype(np.float32), affine), stripped, SHAPE, AFFINE, np.eye(4))
+    return coverage_mask(Volume(data.astype(np.float32), affine), stripped, SHAPE, AFFINE, np.eye(4))
 
 
 @pytest.mark.parametrize("stripped", [True, False])
@@ -45,7 +45,7 @@ def test_a_smaller_grid_covers_the_voxels_inside_it(stripped: bool) -> None:
     move = rotation_about(np.zeros(3), (5.0, -8.0, 12.0)) @ translation(np.array([3.0, -2.0, 1.0]))
     smaller = (90, 100, 60)
     data = np.random.default_rng(0).uniform(100, 200, smaller)
-    result = covered(Volume(data, AFFINE), stripped, SHAPE, AFFINE, move)
+    result = coverage_mask(Volume(data, AFFINE), stripped, SHAPE, AFFINE, move)
     points = nib.affines.apply_affine(np.linalg.inv(AFFINE) @ move @ AFFINE, np.argwhere(BRAIN))
     inside = ((points > -0.5) & (points < np.array(smaller) - 0.5)).all(axis=1)
     assert 0.3 < inside.mean() < 0.8
@@ -91,7 +91,7 @@ def test_a_stripped_brain_is_covered_all_around_its_natural_surface() -> None:
     data = np.where(BRAIN, 400.0, 0.0)
     assert found(data, stripped=True).all()
     thick = data[:, :, ::3]
-    assert covered(
+    assert coverage_mask(
         Volume(thick, AFFINE @ np.diag([1.0, 1, 3, 1])), True, (90, 100, 88), AFFINE, np.eye(4)
     ).all()
 
@@ -111,7 +111,7 @@ def test_nothing_is_covered_beyond_the_cut_of_a_stripped_brain(axis: int, upper:
 
 def test_a_scan_elsewhere_covers_nothing() -> None:
     far = translation(np.array([500.0, 0.0, 0.0]))
-    assert not covered(Volume(head(), AFFINE), False, space.SHAPE, space.AFFINE, far).any()
+    assert not coverage_mask(Volume(head(), AFFINE), False, space.SHAPE, space.AFFINE, far).any()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -142,5 +142,5 @@ def test_the_brain_mask_ends_where_the_scan_does(
     assert found[height > first].mean() > 0.97
     image = np.asarray(nib.load(outputs.out_file).dataobj)[reference_volume.mask]
     assert image[height < first - 1].max() == 0
-    seen = np.asarray(nib.load(outputs.covered).dataobj)[reference_volume.mask]
+    seen = np.asarray(nib.load(outputs.coverage).dataobj)[reference_volume.mask]
     assert 1 - seen.mean() == pytest.approx((height < first - 0.5).mean(), abs=0.02)

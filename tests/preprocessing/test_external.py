@@ -13,8 +13,8 @@ from bids_uad.errors import InputError, UnavailableError
 from bids_uad.preprocessing.brain_extraction.masks import (
     HD_BET_FOLDER,
     Extraction,
-    extract_with,
     resolve_extraction,
+    run_external_program,
 )
 from bids_uad.preprocessing.interfaces import BrainMask
 from bids_uad.preprocessing.reference import Reference
@@ -97,7 +97,7 @@ def test_the_mask_of_a_program_is_taken(
 def test_a_failure_names_the_scan_and_repeats_what_was_said(programs, tmp_path: Path) -> None:
     empty = save(tmp_path / "sub-01_T1w.nii.gz", np.ones((20, 20, 20), np.float32), AFFINE)
     with pytest.raises(InputError, match=r"sub-01_T1w.*SynthStrip found no brain.*nothing there"):
-        extract_with("synthstrip", programs["synthstrip"], empty, tmp_path)
+        run_external_program("synthstrip", programs["synthstrip"], empty, tmp_path)
 
 
 def test_what_is_not_there_is_told_before_anything_is_done(programs, tmp_path: Path, monkeypatch) -> None:

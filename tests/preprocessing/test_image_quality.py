@@ -13,7 +13,7 @@ from bids_uad.preprocessing.quality import (
     cjv,
     cnr,
     efc,
-    measure_image,
+    image_quality_metrics,
     snr,
     tissue_intensities,
     wm2max,
@@ -72,14 +72,16 @@ def test_noise_lowers_the_ratios_and_raises_the_joint_variation(modality: str) -
     mask[5:-5, 5:-5, 5:-5] = True
     none = np.zeros_like(mask)
     quiet, loud = (
-        measure_image(np.abs(np.where(mask, levels, 0) + rng.normal(0, s, mask.shape)), mask, air, modality)
+        image_quality_metrics(
+            np.abs(np.where(mask, levels, 0) + rng.normal(0, s, mask.shape)), mask, air, modality
+        )
         for s, air in ((20.0, ~mask), (60.0, ~mask))
     )
     for name in ("snr_csf", "snr_gm", "snr_wm", "snr_total", "cnr"):
         assert quiet[name] > 1.5 * loud[name], name
     assert quiet["cjv"] < 0.7 * loud["cjv"]
     assert quiet["efc"] < loud["efc"]
-    stripped = measure_image(
+    stripped = image_quality_metrics(
         np.where(mask, levels, 0) + rng.normal(0, 20, mask.shape) * mask, mask, none, modality
     )
     assert stripped["cnr"] > quiet["cnr"]
@@ -88,7 +90,7 @@ def test_noise_lowers_the_ratios_and_raises_the_joint_variation(modality: str) -
 def test_an_image_without_three_tissues_has_no_ratios() -> None:
     image = np.zeros((20, 20, 20))
     image[5:-5, 5:-5, 5:-5] = 100 + np.random.default_rng(4).normal(0, 1e-3, (10, 10, 10))
-    assert set(measure_image(image, image > 0, np.zeros_like(image, bool), "T1w")) == {"efc"}
+    assert set(image_quality_metrics(image, image > 0, np.zeros_like(image, bool), "T1w")) == {"efc"}
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
@@ -96,7 +98,7 @@ def test_metrics_without_a_value_are_left_out() -> None:
     """Three tissues of one intensity each have no noise, so that their ratio to it is infinite."""
     image = np.repeat([100.0, 500.0, 900.0], 1000).reshape(30, 10, 10)
     mask = np.ones(image.shape, bool)
-    found = measure_image(image, mask, ~mask, "T1w")
+    found = image_quality_metrics(image, mask, ~mask, "T1w")
     assert "efc" in found
     assert not {"snr_csf", "snr_total", "cnr"} & set(found)
     assert all(math.isfinite(value) for value in found.values())

@@ -71,9 +71,9 @@ def test_a_stripped_image_that_holds_more_than_a_brain_is_extracted_anew(
     outputs, mask = find_mask(badly_stripped, reference, tmp_path, skull_stripped=True)
     assert dice(mask, brain > 0) > 0.93
     assert (outputs.origin, outputs.skull_stripped) == ("extracted", False)
-    (text,) = outputs.doubts
+    (text,) = outputs.warnings
     assert "stated or appears to be skull-stripped, holds 2,7" in text
-    assert outputs.doubts[text] is False
+    assert outputs.warnings[text] is False
 
 
 def test_detection_does_not_take_it_for_skull_stripped(badly_stripped: np.ndarray) -> None:
@@ -85,10 +85,10 @@ def test_a_given_mask_that_is_none_is_replaced_by_the_background(
     mm: float, brain: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, mm), tmp_path)
-    outputs, mask = find_mask(brain, reference, tmp_path, given_mask=wrong)
+    outputs, mask = find_mask(brain, reference, tmp_path, external_mask=wrong)
     np.testing.assert_array_equal(mask, brain > 0)
     assert (outputs.origin, outputs.skull_stripped) == ("background", True)
-    (text,) = outputs.doubts
+    (text,) = outputs.warnings
     assert text.startswith("The brain mask sub-01_desc-brain_mask.nii.gz of another pipeline holds ")
 
 
@@ -96,24 +96,24 @@ def test_a_given_mask_that_is_none_is_replaced_by_extraction(
     brain: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, 18.0), tmp_path)
-    outputs, mask = find_mask(head_around(brain), reference, tmp_path, given_mask=wrong)
+    outputs, mask = find_mask(head_around(brain), reference, tmp_path, external_mask=wrong)
     assert dice(mask, brain > 0) > 0.93
     assert outputs.origin == "extracted"
-    assert len(outputs.doubts) == 1
+    assert len(outputs.warnings) == 1
 
 
 def test_both_wrong_masks_are_told(
     brain: np.ndarray, badly_stripped: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, -24.0), tmp_path)
-    outputs, _ = find_mask(badly_stripped, reference, tmp_path, given_mask=wrong, skull_stripped=True)
-    assert (outputs.origin, len(outputs.doubts)) == ("extracted", 2)
+    outputs, _ = find_mask(badly_stripped, reference, tmp_path, external_mask=wrong, skull_stripped=True)
+    assert (outputs.origin, len(outputs.warnings)) == ("extracted", 2)
 
 
 def test_a_plausible_given_mask_is_taken(brain: np.ndarray, reference: Reference, tmp_path: Path) -> None:
-    outputs, mask = find_mask(brain, reference, tmp_path, given_mask=given(grown(brain, -6.0), tmp_path))
+    outputs, mask = find_mask(brain, reference, tmp_path, external_mask=given(grown(brain, -6.0), tmp_path))
     np.testing.assert_array_equal(mask, grown(brain, -6.0))
-    assert (outputs.origin, outputs.doubts) == ("given", {})
+    assert (outputs.origin, outputs.warnings) == ("given", {})
 
 
 @pytest.mark.parametrize("millilitres", [400, 2500])
@@ -147,7 +147,7 @@ def test_a_t2w_image_falls_back_on_the_mask_of_its_t1w(wrong: str, brain: np.nda
     outputs = interface.run(cwd=str(tmp_path)).outputs
     np.testing.assert_array_equal(np.asarray(nib.load(outputs.out_mask).dataobj) > 0, brain > 0)
     assert (outputs.origin, outputs.skull_stripped) == ("anchor", False)
-    (text,) = outputs.doubts
+    (text,) = outputs.warnings
     assert "the brain mask of the T1w image was taken alone" in text
 
 
@@ -198,7 +198,7 @@ def test_a_phantom_is_refused_by_name(kind: str, angle: float, reference: Refere
     pull = translation(-centre) @ rotation_about(centre, (0.0, angle, 0.0))
     xfm = write_itk(tmp_path / "given.txt", pull)
     with pytest.raises(InputError, match=REFUSED):
-        register_phantom(kind, reference, tmp_path, given_xfm=str(xfm))
+        register_phantom(kind, reference, tmp_path, external_xfm=str(xfm))
 
 
 @pytest.mark.slow

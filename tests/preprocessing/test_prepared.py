@@ -12,7 +12,7 @@ import pytest
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume
 from bids_uad.preprocessing.resampling import read_itk, resample, translation, write_itk
-from bids_uad.preprocessing.workflow import Given, init_preproc_wf
+from bids_uad.preprocessing.workflow import ExternalInputs, init_preproc_wf
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 from .test_workflow import BY_TEMPLATE, T2W_AFFINE, T2W_SHAPE, dice, run
@@ -38,18 +38,18 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, reference: Reference, refe
     files["t2w"] = save(folder / "T2w.nii.gz", t2w_like(moved), NATIVE_AFFINE)
     files["mask"] = save(folder / "mask.nii.gz", (moved > 0).astype(np.uint8), NATIVE_AFFINE)
     common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference, "extraction": BY_TEMPLATE}
-    given = Given(image=True, mask=True)
+    external = ExternalInputs(image=True, mask=True)
     anchor = run(
-        init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, given=given, **common),
+        init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, external=external, **common),
         folder,
         in_file=files["t1w"],
-        given_mask=files["mask"],
+        external_mask=files["mask"],
         raw_file=files["raw_t1w"],
         from_raw=files["from_raw"],
     )
-    given = Given(image=True, aligned=True)
+    external = ExternalInputs(image=True, aligned=True)
     other = run(
-        init_preproc_wf(name="t2w_wf", modality="T2w", is_anchor=False, given=given, **common),
+        init_preproc_wf(name="t2w_wf", modality="T2w", is_anchor=False, external=external, **common),
         folder,
         in_file=files["t2w"],
         anchor_file=anchor.brain,
@@ -102,12 +102,12 @@ def test_a_given_transform_is_taken_as_it_is(earlier, reference: Reference, tmp_
             omp_nthreads=1,
             reference=reference,
             extraction=BY_TEMPLATE,
-            given=Given(mask=True, xfm=True),
+            external=ExternalInputs(mask=True, xfm=True),
         ),
         tmp_path,
         in_file=earlier.raw_t1w,
-        given_mask=save(tmp_path / "mask.nii.gz", mask.astype(np.uint8), NATIVE_AFFINE),
-        given_xfm=xfm,
+        external_mask=save(tmp_path / "mask.nii.gz", mask.astype(np.uint8), NATIVE_AFFINE),
+        external_xfm=xfm,
     )
     np.testing.assert_array_equal(read_itk(result.to_sri24), known_move())
     assert result.qc["registration_overlap"] > 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bids_uad.preprocessing.quality import assess
+from bids_uad.preprocessing.quality import assess_quality
 from bids_uad.space import SHAPE
 
 REGISTRATION = {
@@ -45,10 +45,10 @@ def judged(**changes):
         "covered": np.ones(SHAPE, bool),
         "lesion": None,
         "image": {"cjv": 0.43219},
-        "doubts": {},
+        "warnings": {},
     }
     inputs |= {"native_volume_mm3": float(changes.get("brain", REFERENCE).sum())}
-    return assess(**inputs | changes)
+    return assess_quality(**inputs | changes)
 
 
 def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
@@ -86,8 +86,8 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ),
         ({"registration": REGISTRATION | {"mirrored_similarity": 0.33}}, "left and right swapped", False),
         ({"registration": REGISTRATION | {"mirrored_similarity": 0.6}}, "left and right swapped", True),
-        ({"doubts": {"The forms disagree.": False}}, "forms disagree", False),
-        ({"doubts": {"Left is right.": True}}, "Left is right", True),
+        ({"warnings": {"The forms disagree.": False}}, "forms disagree", False),
+        ({"warnings": {"Left is right.": True}}, "Left is right", True),
     ],
 )
 def test_doubts_are_told_and_failures_ruled_out(changes, word: str, failed: bool) -> None:

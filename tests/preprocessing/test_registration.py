@@ -11,7 +11,6 @@ from bids_uad.preprocessing.registration import (
     POOR_OVERLAP,
     Schedule,
     Volume,
-    binned,
     centred_start,
     mask_overlap,
     refine_rigid,
@@ -19,6 +18,7 @@ from bids_uad.preprocessing.registration import (
     register_rigid,
     register_to_anchor,
     register_to_reference,
+    rescale_percentiles,
     rotated_starts,
     similarity,
 )
@@ -132,7 +132,7 @@ def test_similarity_is_mutual_information_over_joint_entropy(scan: Volume) -> No
     moved = Volume(t2w_like(small.data), small.affine, small.mask)
     one, other = (
         np.histogram_bin_edges([0.0, 1.0], BINS)
-        .searchsorted(binned(volume.data[small.mask]), side="right")
+        .searchsorted(rescale_percentiles(volume.data[small.mask]), side="right")
         .clip(1, BINS)
         for volume in (small, moved)
     )
@@ -150,7 +150,8 @@ def test_similarity_counts_the_voxels_of_either_mask(scan: Volume) -> None:
     moved = Volume(np.roll(fixed.data, shift, axis=1), fixed.affine, np.roll(fixed.mask, shift, axis=1))
     region = fixed.mask | moved.mask
     levels = [
-        np.minimum((binned(volume.data[region]) * BINS).astype(int), BINS - 1) for volume in (fixed, moved)
+        np.minimum((rescale_percentiles(volume.data[region]) * BINS).astype(int), BINS - 1)
+        for volume in (fixed, moved)
     ]
     counts = np.unique(np.stack(levels), axis=1, return_counts=True)[1] / region.sum()
     expected = mutual_info_score(*levels) / -(counts * np.log(counts)).sum()
@@ -159,8 +160,8 @@ def test_similarity_counts_the_voxels_of_either_mask(scan: Volume) -> None:
 
 def test_binned_puts_percentiles_at_zero_and_one() -> None:
     values = np.random.default_rng(0).permutation(np.arange(1001.0))
-    np.testing.assert_allclose(binned(values), np.clip((values - 5) / 990, 0, 1), atol=1e-12)
-    assert not binned(np.full(7, 3.0)).any()
+    np.testing.assert_allclose(rescale_percentiles(values), np.clip((values - 5) / 990, 0, 1), atol=1e-12)
+    assert not rescale_percentiles(np.full(7, 3.0)).any()
 
 
 @pytest.mark.parametrize("apart", [0.0, 9.0, 20.0, 45.0])

@@ -12,12 +12,12 @@ from scipy.spatial.transform import Rotation
 from bids_uad.preprocessing import resampling as transforms
 from bids_uad.preprocessing.resampling import (
     field_of_view,
-    isotropic,
     load_ants,
     resample,
+    resample_isotropic,
     resample_mask,
     resample_mask_through,
-    smoothed,
+    smooth_to_spacing,
     to_ants,
 )
 
@@ -116,7 +116,7 @@ def test_smoothed_widens_an_impulse_to_the_new_voxel_where_it_gets_coarser() -> 
     impulse = np.zeros((41, 41, 41), dtype=np.float32)
     impulse[20, 20, 20] = 1
     edges = (2.0, 9.0, 3.0)
-    found = smoothed(impulse, OBLIQUE @ np.diag([1, 4.5, 1, 1]), 8.0)
+    found = smooth_to_spacing(impulse, OBLIQUE @ np.diag([1, 4.5, 1, 1]), 8.0)
     assert found.sum() == pytest.approx(1, rel=1e-5)
     for axis, edge in enumerate(edges):
         profile = found.sum(axis=tuple({0, 1, 2} - {axis}))
@@ -132,7 +132,7 @@ def test_isotropic_samples_world_coordinates_at_its_own_voxels(spacing) -> None:
     corner = [-0.5, -0.5, -0.5, 1]
     edges = np.linalg.norm(OBLIQUE[:3, :3], axis=0)
     for axis in range(3):
-        found, affine = isotropic(world[..., axis], OBLIQUE, spacing)
+        found, affine = resample_isotropic(world[..., axis], OBLIQUE, spacing)
         assert found.shape == tuple(np.ceil(np.array(shape) * edges / spacing - 1e-3).astype(int))
         np.testing.assert_allclose(affine @ corner, OBLIQUE @ corner, atol=1e-9)
         np.testing.assert_allclose(affine[:3, :3] / spacing, OBLIQUE[:3, :3] / edges, atol=1e-12)

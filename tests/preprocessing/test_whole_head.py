@@ -16,7 +16,7 @@ from bids_uad.engine.bundle import load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.images import scale_intensity
 from bids_uad.preprocessing.brain_extraction.masks import extract_brain, packaged_weights
-from bids_uad.preprocessing.brain_extraction.network import find_brain, load_network
+from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import Volume, register_to_anchor, register_to_reference
 from bids_uad.preprocessing.resampling import resample, resample_mask
@@ -76,7 +76,9 @@ def truths() -> dict[str, Truth]:
 def seen(truths) -> dict[str, np.ndarray]:
     """Brain masks of the network."""
     network = load_network(packaged_weights())
-    return {modality: find_brain(scan.data, scan.affine, network) for modality, scan in truths.items()}
+    return {
+        modality: predict_brain_mask(scan.data, scan.affine, network) for modality, scan in truths.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -5,28 +5,28 @@ import torch
 
 from bids_uad.simulation.subject import (
     Anatomy,
-    Person,
-    World,
-    draw_person,
+    Population,
+    SubjectInfo,
+    draw_subject_info,
     make_anatomy,
 )
 
 SEED, INDEX = 5, 0
-WORLD = World(SEED)
+WORLD = Population(SEED)
 
 
 @pytest.fixture(scope="session")
-def person() -> Person:
-    return draw_person(WORLD, INDEX)
+def person() -> SubjectInfo:
+    return draw_subject_info(WORLD, INDEX)
 
 
 @pytest.fixture(scope="session")
-def healthy(person: Person) -> Anatomy:
+def healthy(person: SubjectInfo) -> Anatomy:
     with torch.no_grad():
         return make_anatomy(WORLD, INDEX, person, None)
 
 
 @pytest.fixture(scope="session")
-def stroke(person: Person) -> Anatomy:
+def stroke(person: SubjectInfo) -> Anatomy:
     with torch.no_grad():
         return make_anatomy(WORLD, INDEX, person, "stroke")

@@ -26,10 +26,10 @@ def test_interpolation_puts_slices_back_where_they_were():
 
 
 def test_rician_moments():
-    noise = acquisition.rician(torch.zeros(40, 40, 40), 0.1, np.random.default_rng(0))
+    noise = acquisition.add_rician_noise(torch.zeros(40, 40, 40), 0.1, np.random.default_rng(0))
     # Rayleigh: mean sigma * sqrt(pi / 2).
     assert abs(float(noise.mean()) - 0.1 * np.sqrt(np.pi / 2)) < 0.002
-    bright = acquisition.rician(torch.ones(40, 40, 40), 0.05, np.random.default_rng(1))
+    bright = acquisition.add_rician_noise(torch.ones(40, 40, 40), 0.05, np.random.default_rng(1))
     assert abs(float(bright.std()) - 0.05) < 0.002
 
 
@@ -43,7 +43,7 @@ def test_protocols_are_thick_more_often_for_t2w():
 
     def share(modality: str) -> float:
         rng = np.random.default_rng(0)
-        drawn = [acquisition.draw_protocol(scanner, modality, rng) for _ in range(300)]
+        drawn = [acquisition.draw_scan_settings(scanner, modality, rng) for _ in range(300)]
         return np.mean([p.thickness > 1 for p in drawn])
 
     assert share("T2w") > share("T1w") + 0.1

@@ -13,10 +13,10 @@ from bids_uad.simulation import anatomy
 from bids_uad.simulation.anatomy import (
     CLASSES,
     FREESURFER,
-    built_in_source,
     icbm_to_sri24,
     label_map_to_sri24,
     rotation,
+    template_source,
 )
 
 
@@ -29,7 +29,7 @@ def test_rotation_agrees_with_scipy():
 @pytest.fixture(scope="module")
 def tilted_template(tmp_path_factory) -> tuple[Path, np.ndarray]:
     """The template as a label map whose world was turned and moved by a known rigid transform."""
-    source = built_in_source()
+    source = template_source()
     fractions = source.fractions
     labels = np.zeros(fractions.shape[1:], dtype=np.int16)
     largest = fractions.argmax(0).numpy()
@@ -52,7 +52,7 @@ def test_a_tilted_label_map_is_put_back(tilted_template):
 
 def test_label_map_source_keeps_classes(tilted_template):
     source = anatomy.label_map_source(tilted_template[0])
-    built_in = built_in_source()
+    built_in = template_source()
     for name in ("white", "cortex", "ventricle"):
         index = CLASSES.index(name)
         ours = float((built_in.fractions.argmax(0) == index)[built_in.fractions.sum(0) > 0.5].sum())

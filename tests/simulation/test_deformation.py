@@ -20,7 +20,7 @@ def test_jacobian_of_a_linear_map_is_its_determinant():
 def test_fold_free_tames_a_folding_field_at_full_resolution():
     wild = deformation.individual(np.random.default_rng(0), 25.0)
     assert deformation.jacobian_determinant(wild).min() < 0
-    tame = deformation.fold_free(wild)
+    tame = deformation.remove_folds(wild)
     assert deformation.jacobian_determinant(tame).min() > 0
     assert tame.abs().max() < wild.abs().max()
 
@@ -29,7 +29,7 @@ def test_expansion_enlarges_a_region():
     distance = (box_points() - torch.tensor([-119.0, 107.0, 77.0])).norm(dim=-1)
     region = (distance < 12).float()
     displacement = deformation.expansion(region[::2, ::2, ::2].contiguous(), 2.5)
-    points = deformation.pull_points(displacement, np.ones(3), np.eye(3))
+    points = deformation.source_points(displacement, np.ones(3), np.eye(3))
     moved = (points - torch.tensor([-119.0, 107.0, 77.0])).norm(dim=-1) < 12
     assert moved.sum() > 1.3 * region.sum()
 
@@ -45,6 +45,6 @@ def test_push_moves_tissue_away_and_fades():
 
 def test_pull_points_scale_about_the_head_centre():
     none = torch.zeros(3, *BOX_SHAPE)
-    points = deformation.pull_points(none, np.full(3, 1.1), np.eye(3))
+    points = deformation.source_points(none, np.full(3, 1.1), np.eye(3))
     centre = torch.tensor([-119.0, 107.0, 77.0])
     torch.testing.assert_close((points - centre) * 1.1, box_points() - centre, atol=1e-3, rtol=0)

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import binary_erosion
 from scipy.stats import spearmanr
 
-from bids_uad.simulation.contrast_transfer import tissue_levels, to_t2w
+from bids_uad.simulation.contrast_transfer import t1w_to_t2w, tissue_levels
 
 LEVELS = (0.2, 0.6, 0.9)
 
@@ -30,7 +30,7 @@ def test_levels_of_tissues_are_found(phantom):
 @pytest.mark.parametrize("seed", range(5))
 def test_fluid_is_brightest_and_white_matter_darkest(phantom, seed):
     volume, brain, tissue = phantom
-    t2w = to_t2w(volume, brain, np.random.default_rng(seed))
+    t2w = t1w_to_t2w(volume, brain, np.random.default_rng(seed))
     inner = binary_erosion(brain)
     assert np.array_equal(t2w > 0, inner)
     assert np.percentile(t2w[inner], 99.5) == pytest.approx(1)
@@ -42,12 +42,12 @@ def test_fluid_is_brightest_and_white_matter_darkest(phantom, seed):
 
 def test_the_order_of_grey_values_is_turned_round(phantom):
     volume, brain, _ = phantom
-    t2w = to_t2w(volume, brain, np.random.default_rng(1))
+    t2w = t1w_to_t2w(volume, brain, np.random.default_rng(1))
     inner = binary_erosion(brain)
     assert spearmanr(volume[inner], t2w[inner]).statistic < -0.98
 
 
 def test_scanners_differ(phantom):
     volume, brain, _ = phantom
-    one, other = (to_t2w(volume, brain, np.random.default_rng(seed)) for seed in (1, 2))
+    one, other = (t1w_to_t2w(volume, brain, np.random.default_rng(seed)) for seed in (1, 2))
     assert np.abs(one - other).max() > 0.02

@@ -56,7 +56,7 @@ def test_sample_inside_equals_sample_where_occupied():
     affine = np.eye(4)
     axes = [torch.arange(n, dtype=torch.float32) - 2 for n in (24, 24, 24)]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    inside = spatial.occupied(volume[0], affine, points)
+    inside = spatial.nonzero_points(volume[0], affine, points)
     torch.testing.assert_close(
         spatial.sample_inside(volume, affine, points, inside), spatial.sample(volume, affine, points)
     )

@@ -10,13 +10,13 @@ from scipy import ndimage
 from bids_uad.simulation import ageing
 from bids_uad.simulation import pathology as lesions
 from bids_uad.simulation.acquisition import draw_scanner, scan_on_grid
-from bids_uad.simulation.anatomy import CLASSES, built_in_source, icbm_to_sri24
-from bids_uad.simulation.pathology import KINDS, Wish, make_lesion
+from bids_uad.simulation.anatomy import CLASSES, icbm_to_sri24, template_source
+from bids_uad.simulation.pathology import KINDS, LesionTarget, make_lesion
 from bids_uad.simulation.subject import (
-    World,
-    draw_person,
+    Population,
+    draw_subject_info,
     make_signal,
-    stream,
+    random_stream,
 )
 
 from .conftest import INDEX, SEED, WORLD
@@ -30,7 +30,7 @@ def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
 def test_tissue_order_of_means(modality, person, healthy):
     with torch.no_grad():
         image, protocol, _ = make_signal(WORLD, INDEX, person, healthy, modality)
-        image = scan_on_grid(image, protocol, healthy.brain, stream(SEED, INDEX, f"{modality}-scan"))
+        image = scan_on_grid(image, protocol, healthy.brain, random_stream(SEED, INDEX, f"{modality}-scan"))
     fluid, grey, white = (
         region_mean(image, healthy.fractions[CLASSES.index(name)])
         for name in ("ventricle", "cortex", "white")
@@ -77,7 +77,7 @@ def test_lesion_twin_differs_only_where_the_lesion_is(modality, person, healthy,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_lesion_is_soft_bounded_and_inside_the_brain(kind, healthy):
-    site = lesions.mass_site(np.random.default_rng(3)) if kind == "tumour" else None
+    site = lesions.draw_tumour_site(np.random.default_rng(3)) if kind == "tumour" else None
     lesion = make_lesion(kind, healthy.fractions, healthy.brain, lambda: np.random.default_rng(3), site)
     assert lesion.share.min() >= 0
     assert lesion.share.max() <= 1
@@ -109,15 +109,15 @@ def test_template_lands_on_the_sri24_brain():
     assert affine.shape == (4, 4)
     # The anterior commissure, the origin of ICBM152, lies near the middle of the SRI24 grid.
     assert np.linalg.norm(affine[:3, 3] - [-119, 126, 72]) < 6
-    source = built_in_source()
+    source = template_source()
     indices = np.argwhere(source.fractions[CLASSES.index("white")].numpy() > 0.9)
     world = indices @ source.affine[:3, :3].T + source.affine[:3, 3]
     assert np.linalg.norm(world.mean(0) - [-119, 107, 85]) < 12
 
 
 def test_people_differ_and_repeat():
-    people = [draw_person(World(1), index) for index in range(40)]
-    assert people == [draw_person(World(1), index) for index in range(40)]
+    people = [draw_subject_info(Population(1), index) for index in range(40)]
+    assert people == [draw_subject_info(Population(1), index) for index in range(40)]
     assert len({p.age for p in people}) > 30
     assert len({p.scanner.name for p in people}) >= 4
     assert {p.sex for p in people} == {"F", "M"}
@@ -125,13 +125,13 @@ def test_people_differ_and_repeat():
 
 
 def test_a_scanner_is_shared_by_its_subjects_and_belongs_to_its_seed():
-    people = [draw_person(World(1, scanners=3), index) for index in range(30)]
+    people = [draw_subject_info(Population(1, scanners=3), index) for index in range(30)]
     by_name = {}
     for person in people:
         assert by_name.setdefault(person.scanner.name, person.scanner) == person.scanner
     assert sorted(by_name) == ["scanner01", "scanner02", "scanner03"]
     assert len({scanner.noise for scanner in by_name.values()}) == 3
-    elsewhere = draw_scanner(0, False, stream(2, 0, "scanner"))
+    elsewhere = draw_scanner(0, False, random_stream(2, 0, "scanner"))
     assert elsewhere.means != by_name["scanner01"].means
 
 
@@ -156,9 +156,14 @@ def test_contrast_of_a_lesion_goes_down_to_invisible(modality, person, healthy, 
 
 @pytest.mark.parametrize(("kind", "volume"), [("stroke", 2.0), ("ms", 8.0), ("wmh", 12.0), ("tumour", 30.0)])
 def test_a_volume_that_is_wished_for_is_reached(kind, volume, healthy):
-    site = lesions.mass_site(np.random.default_rng(8), volume) if kind == "tumour" else None
+    site = lesions.draw_tumour_site(np.random.default_rng(8), volume) if kind == "tumour" else None
     lesion = make_lesion(
-        kind, healthy.fractions, healthy.brain, lambda: np.random.default_rng(8), site, Wish(volume=volume)
+        kind,
+        healthy.fractions,
+        healthy.brain,
+        lambda: np.random.default_rng(8),
+        site,
+        LesionTarget(volume=volume),
     )
     measured = float((lesion.share > 0.5).sum()) / 1000
     assert measured == pytest.approx(volume, rel=0.1)
@@ -166,7 +171,7 @@ def test_a_volume_that_is_wished_for_is_reached(kind, volume, healthy):
 
 
 def test_volumes_are_drawn_within_their_range():
-    world = World(1, lesion_volume=(0.5, 50.0))
+    world = Population(1, lesion_volume=(0.5, 50.0))
     volumes = [world.volume(index) for index in range(200)]
     assert 0.5 <= min(volumes) < 1
     assert 25 < max(volumes) <= 50
@@ -175,5 +180,5 @@ def test_volumes_are_drawn_within_their_range():
 
 def test_streams_differ_by_seed_subject_and_purpose():
     keys = [(1, 0, "T1w"), (2, 0, "T1w"), (1, 1, "T1w"), (1, 0, "T2w"), (1, 0, "T1w-lesion")]
-    assert len({stream(*key).integers(2**62) for key in keys}) == len(keys)
-    assert stream(1, 0, "T1w").integers(2**62) == stream(1, 0, "T1w").integers(2**62)
+    assert len({random_stream(*key).integers(2**62) for key in keys}) == len(keys)
+    assert random_stream(1, 0, "T1w").integers(2**62) == random_stream(1, 0, "T1w").integers(2**62)

@@ -48,7 +48,7 @@ from bids_uad.levels.participant.plan import (
     model_identity,
     with_support,
 )
-from bids_uad.preprocessing.workflow import Given, init_lesion_wf, init_preproc_wf
+from bids_uad.preprocessing.workflow import ExternalInputs, init_lesion_wf, init_preproc_wf
 from bids_uad.space import NAME
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
@@ -172,7 +172,7 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
     unit, external = task.unit, task.unit.external
     # A transform to another reference image leads elsewhere.
     xfm = external.to_sri24 if external.reference_sha256 == context.reference.sha256 else None
-    given = Given(
+    inputs = ExternalInputs(
         image=external.image is not None,
         mask=external.brain_mask is not None,
         xfm=xfm is not None,
@@ -185,16 +185,16 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
         skull_stripped=unit.skull_stripped if external.image is None else None,
         omp_nthreads=context.config.omp_nthreads,
         reference=context.reference,
-        given=given,
+        external=inputs,
         lesion_on_raw=task.lesion is None or not task.lesion.on_prepared,
         extraction=context.extraction,
     )
     files = {
         "in_file": unit.image,
-        "raw_file": unit.path if given.image else None,
+        "raw_file": unit.path if inputs.image else None,
         "from_raw": external.from_raw,
-        "given_mask": external.brain_mask,
-        "given_xfm": xfm,
+        "external_mask": external.brain_mask,
+        "external_xfm": xfm,
     }
     for field, path in files.items():
         if path is not None:

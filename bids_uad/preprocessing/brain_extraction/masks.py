@@ -71,7 +71,7 @@ PROGRAMS = {
 }
 
 
-def extract_with(name: str, weights: Path, image: Path, folder: Path) -> Path:
+def run_external_program(name: str, weights: Path, image: Path, folder: Path) -> Path:
     """Run a program on a scan.
 
     Parameters
@@ -212,7 +212,7 @@ POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
 SHAPE = Schedule((300, 150, 40))
 
 
-def mask_of_stripped(data: np.ndarray) -> np.ndarray:
+def mask_from_background(data: np.ndarray) -> np.ndarray:
     """Take the brain mask of a skull-stripped scan from its background.
 
     Parameters
@@ -224,7 +224,7 @@ def mask_of_stripped(data: np.ndarray) -> np.ndarray:
     numpy.ndarray of bool
         Largest connected piece that is not background, holes filled: fluid that happens to be zero is inside.
     """
-    return ndimage.binary_fill_holes(largest_piece(data != background(data)))
+    return ndimage.binary_fill_holes(largest_component(data != background(data)))
 
 
 def mask_volume(mask: np.ndarray, affine: np.ndarray) -> float:
@@ -303,7 +303,7 @@ def extract_brain(
         elif other.any():
             mask = other
     mask = resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
-    return ndimage.binary_fill_holes(largest_piece(mask)), agreement
+    return ndimage.binary_fill_holes(largest_component(mask)), agreement
 
 
 def _agreed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -332,7 +332,7 @@ def _by_template(coarse: Volume, tissue: np.ndarray, template: Volume, folder: P
     return resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
 
 
-def air_around(head: Volume) -> np.ndarray:
+def air_mask(head: Volume) -> np.ndarray:
     """Find the air around a head, well away from the skin.
 
     Parameters
@@ -418,11 +418,11 @@ def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
     """
     core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
     if not core.any():
-        return ndimage.binary_fill_holes(largest_piece(mask))
+        return ndimage.binary_fill_holes(largest_component(mask))
     typical = float(np.median(data[core]))
     added = ndimage.binary_dilation(mask, iterations=1) & (data < BRIGHT_SHARE * typical)
     follow = ((mask | added) & (data > DARK_SHARE * typical)) | core
-    follow = largest_piece(ndimage.binary_opening(follow, _ball(2))) | core
+    follow = largest_component(ndimage.binary_opening(follow, _ball(2))) | core
     margin = 4
     closed = ndimage.binary_closing(np.pad(follow, margin), _ball(3))
     inner = (slice(margin, -margin),) * 3
@@ -447,7 +447,7 @@ def _foreground(data: np.ndarray) -> np.ndarray:
     """Separate the head from air: Otsu's threshold, loosened, largest piece, holes filled."""
     values = np.clip(data, *np.percentile(data, [0.5, 99.0]))
     mask = values > 0.5 * _otsu(values)
-    mask = largest_piece(ndimage.binary_opening(mask, iterations=1))
+    mask = largest_component(ndimage.binary_opening(mask, iterations=1))
     return ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=2))
 
 
@@ -462,7 +462,7 @@ def _otsu(values: np.ndarray, bins: int = 256) -> float:
     return float(centres[np.nanargmax(between)])
 
 
-def largest_piece(mask: np.ndarray) -> np.ndarray:
+def largest_component(mask: np.ndarray) -> np.ndarray:
     """Keep the largest connected piece of a mask; one that is empty stays so."""
     labels, count = ndimage.label(mask)
     if count == 0:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bids_uad.errors import InputError
-from bids_uad.preprocessing.brain_extraction.masks import largest_piece
-from bids_uad.preprocessing.resampling import resample, smoothed
+from bids_uad.preprocessing.brain_extraction.masks import largest_component
+from bids_uad.preprocessing.resampling import resample, smooth_to_spacing
 
 GROUPS = 8
 FOLD = 2
@@ -97,7 +97,7 @@ BRIGHT = 0.98
 AIR = 0.02
 
 
-def grid_around(centre: np.ndarray) -> np.ndarray:
+def grid_affine(centre: np.ndarray) -> np.ndarray:
     """Affine of the grid whose middle is a point of the world.
 
     Parameters
@@ -166,7 +166,7 @@ def load_network(weights: Path) -> BrainNet:
     return network.eval()
 
 
-def find_brain(data: np.ndarray, affine: np.ndarray, network: BrainNet) -> np.ndarray:
+def predict_brain_mask(data: np.ndarray, affine: np.ndarray, network: BrainNet) -> np.ndarray:
     """Find the brain in a scan of a whole head, whatever its contrast.
 
     The head is looked at from its centre of mass, then once more from where the brain was found.
@@ -183,18 +183,18 @@ def find_brain(data: np.ndarray, affine: np.ndarray, network: BrainNet) -> np.nd
     numpy.ndarray of bool, of the shape of `data`
         Empty if there is none.
     """
-    smooth = np.maximum(smoothed(data, affine, SPACING), 0.0)
+    smooth = np.maximum(smooth_to_spacing(data, affine, SPACING), 0.0)
     middle = np.array(ndimage.center_of_mass(np.minimum(smooth, np.percentile(smooth, 99))))
     centre = affine[:3, :3] @ middle + affine[:3, 3]
     for _ in range(PASSES):
-        grid = grid_around(centre)
+        grid = grid_affine(centre)
         scan = scale(torch.from_numpy(resample(smooth, affine, SHAPE, grid)))
         with torch.inference_mode():
             likely = torch.sigmoid(network(scan[None, None]))[0, 0].numpy()
-        brain = largest_piece(likely > 0.5)
+        brain = largest_component(likely > 0.5)
         if not brain.any():
             return np.zeros(data.shape, dtype=bool)
         centre = grid[:3, :3] @ np.array(ndimage.center_of_mass(brain)) + grid[:3, 3]
     likely[~ndimage.binary_dilation(brain, iterations=MARGIN_VOXELS)] = 0.0
     found = resample(likely, grid, data.shape, affine) > 0.5
-    return ndimage.binary_fill_holes(largest_piece(found))
+    return ndimage.binary_fill_holes(largest_component(found))

@@ -22,8 +22,8 @@ from scipy.spatial.transform import Rotation
 from bids_uad.simulation import deformation
 from bids_uad.simulation.spatial import BOX_AFFINE, box_points
 from bids_uad.simulation.subject import (
-    World,
-    draw_person,
+    Population,
+    draw_subject_info,
     make_anatomy,
     make_signal,
 )
@@ -155,15 +155,15 @@ def main(folder: Path = FOLDER) -> None:
     the simulator takes the tissue of each brain voxel.
     """
     torch.set_num_threads(1)
-    world = World(SEED, lesion_volume=(40.0, 40.0))
+    world = Population(SEED, lesion_volume=(40.0, 40.0))
     sources: list[torch.Tensor] = []
 
-    def recorded(*arguments: object, original=deformation.pull_points, **options: object) -> torch.Tensor:
+    def recorded(*arguments: object, original=deformation.source_points, **options: object) -> torch.Tensor:
         sources.append(original(*arguments, **options))
         return sources[-1]
 
-    with torch.no_grad(), mock.patch.object(deformation, "pull_points", recorded):
-        person = draw_person(world, INDEX)
+    with torch.no_grad(), mock.patch.object(deformation, "source_points", recorded):
+        person = draw_subject_info(world, INDEX)
         anatomy = make_anatomy(world, INDEX, person, "tumour")
         signals = {m: make_signal(world, INDEX, person, anatomy, m)[0].numpy() for m in GRIDS}
     brain = np.pad(anatomy.brain.numpy(), MARGINS)
