@@ -1,7 +1,7 @@
-"""The files that make a folder a BIDS derivative dataset.
+"""Dataset-level files of the derivatives: dataset_description.json, README, CHANGES and so on.
 
-Several participants may be processed at once into one folder, by jobs that know nothing of each other: every
-file here is written atomically, by one job after the other, and what earlier runs put there is kept.
+Several jobs may write into one folder at the same time. Each file is therefore written atomically and under a
+lock, and the entries of earlier runs are kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from bids_uad.files import locked, read_json, write_json, write_text, write_tsv
 BIDS_VERSION = "1.10.1"
 HED_VERSION = "8.4.0"
 MAX_STEPS_UP = 2
+"""Parent folders up to which another dataset is linked by a relative path."""
 
-# Without trailing slashes: 'figures/' would hide the files and report the folder itself.
+
 BIDSIGNORE = (
     "*.html",
     "figures",
@@ -38,48 +39,51 @@ BIDSIGNORE = (
     "*_lesions.*",
     "*_qc.*",
 )
+"""Patterns of .bidsignore, without trailing slashes: with `figures/` the validator reports the folder
+itself."""
 
-README = f"""# Anomaly maps made by bids_uad
+README = f"""# Anomaly maps of brain MRI (bids_uad)
 
-T1w and T2w images of the source dataset, brought to the grid of the SRI24 atlas by rigid transforms, and maps
-of how unusual detectors find each voxel of the brain. {NOT_CLINICAL}
+This dataset contains T1w and T2w images of the source dataset, rigidly registered to the SRI24 atlas, and the
+anomaly scores that unsupervised detectors assign to each brain voxel. {NOT_CLINICAL}
 
-What there may be for an image (`<T1w|T2w><Detector>` names the image and the detector):
+Files of an image (`<T1w|T2w><Detector>` in a name stands for modality and detector, such as `T1wDisyre`):
 
 | file | content |
 |---|---|
-| `*_space-SRI24_desc-preproc_T1w.nii.gz` | brain, 99.5th percentile of its intensities at 1, not cut |
-| `*_desc-brain_mask.nii.gz` | brain mask, on the image's own grid and in SRI24 space |
-| `*_desc-T2wBrain_mask.nii.gz` | the same of a T2w image that was registered to a T1w image |
-| `*_xfm.txt` | transforms between the image and SRI24, ITK text |
-| `*_qc.tsv` | quality of the image, and whether the group level leaves it out |
-| `*_anomalymap.nii.gz` | anomaly score, or its deviation from a normative reference, unbounded |
-| `*_label-anomaly_*_probseg.nii.gz` | score squashed to [0, 1), 0.5 at the threshold; not a probability |
-| `*_label-anomaly_*_mask.nii.gz` | score above the threshold, also on the own grid (`space-orig`) |
-| `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask and a table of them |
-| `*_histogram.tsv`, `*_metrics.tsv` | score counts and volumes, which the group level reads |
-| `*_lesions.tsv` | with a lesion mask: each lesion's volume and contrast, and what was found of it |
-| `*_label-lesion_desc-manual_mask.nii.gz` | the lesion mask that was given, in SRI24 space |
-| `sub-*.html`, `group.html` | reports of participants, and of the group level once it has run |
+| `*_space-SRI24_desc-preproc_T1w.nii.gz` | skull-stripped image, 99.5th percentile of the brain at 1 |
+| `*_desc-brain_mask.nii.gz` | brain mask, in native and in SRI24 space |
+| `*_desc-T2wBrain_mask.nii.gz` | brain mask of a T2w image that was registered to a T1w image |
+| `*_xfm.txt` | rigid transforms between native and SRI24 space (ITK text format) |
+| `*_qc.tsv` | image quality metrics, and whether the group level excludes the image |
+| `*_anomalymap.nii.gz` | anomaly score, or its deviation from a normative reference; unbounded |
+| `*_label-anomaly_*_probseg.nii.gz` | score rescaled to [0, 1), 0.5 at the threshold; not a probability |
+| `*_label-anomaly_*_mask.nii.gz` | voxels above the threshold, in SRI24 and in native space (`space-orig`) |
+| `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask, and a table of them |
+| `*_histogram.tsv`, `*_metrics.tsv` | score histogram, volumes and lesion counts, read by the group level |
+| `*_lesions.tsv` | if there is a lesion mask: volume, contrast and detected fraction of each lesion |
+| `*_label-lesion_desc-manual_mask.nii.gz` | lesion mask provided by the user, in SRI24 space |
+| `sub-*.html`, `group.html` | reports of each participant, and of the group level if it was run |
 
-No threshold is chosen on these images: thresholds come with the models, and each sidecar says which
-validation scans they were fixed on (`ThresholdCohort`). `*_metrics.tsv` says whether the participant was
-among these, or among the training data (`seen_in_training`). `logs/CITATION.md` describes what was done.
+The thresholds are not chosen on these images. They are part of the models; the field `ThresholdCohort` of
+each sidecar names the validation scans they were chosen on. The column `seen_in_training` of `*_metrics.tsv`
+states whether the participant is part of the training or validation data. `logs/CITATION.md` describes the
+methods.
 """
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What the dataset description says about one model.
+    """Entry of a model in dataset_description.json.
 
     Parameters
     ----------
     name : str
-        Bundle name.
+        Name of the model bundle.
     version : str
-        Code version that trained it.
+        Version of bids_uad that trained the model.
     sha256 : str
-        Of the bundle.
+        SHA-256 of the bundle.
     """
 
     name: str
@@ -94,73 +98,80 @@ def describe_dataset(
     models: Iterable[ModelEntry],
     descriptions: dict[str, str],
 ) -> None:
-    """Write or complete the dataset-level files.
+    """Write or update the dataset-level files.
 
     Parameters
     ----------
     output_dir : pathlib.Path
         Derivative dataset.
     bids_dir : pathlib.Path
-        Raw dataset; licence and name are taken from its description.
+        Raw dataset; name, licence and authors are taken from its description.
     derivatives : dict of str to pathlib.Path
-        Other datasets that were read, by name.
+        Other input datasets of the run, by name.
     models : iterable of ModelEntry
-        Added to those of earlier runs.
+        Models of the run, added to those of earlier runs.
     descriptions : dict of str to str
-        `desc-` labels and what they mean; added to those of earlier runs.
+        Meaning of each `desc-` label of the run, added to those of earlier runs.
 
     Raises
     ------
     ConfigError
-        If the folder holds another kind of dataset.
+        If the folder holds a dataset that bids_uad did not write.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    # What is added to what is there must not be read before, and written after, another job adds something.
+    # The lock covers reading and writing, so that no entry of another job is lost in between.
     with locked(output_dir / "logs" / "dataset.lock"):
         target = output_dir / "dataset_description.json"
         earlier = read_json(target)
         refuse_foreign(output_dir)
         _write_if_new(target, _description(output_dir, bids_dir, derivatives, models, earlier))
-        text = output_dir / "README.md"
-        if not text.exists():
-            write_text(text, README)
-        _complete_changes(output_dir / "CHANGES")
-        _complete_bidsignore(output_dir / ".bidsignore")
-        _complete_descriptions(output_dir, descriptions)
+        readme = output_dir / "README.md"
+        if not readme.exists():
+            write_text(readme, README)
+        _update_changes(output_dir / "CHANGES")
+        _update_bidsignore(output_dir / ".bidsignore")
+        _update_descriptions(output_dir, descriptions)
 
 
 def refuse_foreign(output_dir: Path) -> None:
-    """Refuse a folder that holds a raw dataset or another pipeline's derivatives.
+    """Check that the output folder does not hold a dataset that bids_uad did not write.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Output folder of the run.
 
     Raises
     ------
     ConfigError
+        If the folder holds a raw dataset or the derivatives of another pipeline.
     """
     earlier = read_json(output_dir / "dataset_description.json")
     names = [entry.get("Name") for entry in earlier.get("GeneratedBy", [])]
     if earlier and "bids_uad" not in names:
         raise ConfigError(
-            f"{output_dir} already holds another dataset ('{earlier.get('Name', 'unnamed')}'); "
-            "give a folder of its own"
+            f"{output_dir}: already holds another dataset ('{earlier.get('Name', 'unnamed')}'); "
+            "choose another output folder"
         )
 
 
 def dataset_link(target: Path, start: Path, description: dict[str, Any]) -> str:
-    """Give the URI by which a derivative dataset refers to another, without telling paths of this host.
+    """Return the URI of another dataset for `DatasetLinks`, without absolute paths of this computer.
 
     Parameters
     ----------
     target : pathlib.Path
-        The dataset referred to.
+        Dataset that is linked to.
     start : pathlib.Path
-        The derivative dataset.
+        Derivative dataset that holds the link.
     description : dict
-        The target's dataset_description.json.
+        Content of the dataset_description.json of `target`.
 
     Returns
     -------
     str
-        A relative path where the two lie close together, else the DOI, else a name that is no path.
+        Relative path if it goes up at most `MAX_STEPS_UP` folders, else the DOI, else a URN with the name of
+        the dataset.
     """
     relative = Path(os.path.relpath(target, start))
     if relative.parts.count("..") <= MAX_STEPS_UP or target.is_relative_to(start):
@@ -220,32 +231,32 @@ def _description(
 
 
 def _authors(raw: dict[str, Any]) -> list[str]:
-    """Give the source's authors and the app: the validator asks for more than one."""
+    """Return the authors of the source dataset and of the app, since the validator requires two or more."""
     authors = [str(author) for author in raw.get("Authors", []) if author]
     return [*(authors or ["Authors of the source dataset"]), "bids_uad developers"]
 
 
-def _complete_changes(path: Path) -> None:
+def _update_changes(path: Path) -> None:
     """Add an entry for this version, newest first."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if re.search(rf"^{re.escape(__version__)}\b", text, re.MULTILINE):
         return
-    # Without a date: two jobs that start around midnight must write the same file.
+    # Without a date, so that jobs that start around midnight write the same text.
     write_text(
         path, f"{__version__}\n  - Outputs of bids_uad {__version__}\n" + ("\n" + text if text else "")
     )
 
 
-def _complete_bidsignore(path: Path) -> None:
-    """Add our patterns to those that are there."""
+def _update_bidsignore(path: Path) -> None:
+    """Add the patterns that are missing."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     missing = [pattern for pattern in BIDSIGNORE if pattern not in lines]
     if missing:
         write_text(path, "\n".join([*lines, *missing]) + "\n")
 
 
-def _complete_descriptions(output_dir: Path, descriptions: dict[str, str]) -> None:
-    """Write descriptions.tsv, one row for each `desc-` label."""
+def _update_descriptions(output_dir: Path, descriptions: dict[str, str]) -> None:
+    """Add the `desc-` labels of the run to descriptions.tsv."""
     path = output_dir / "descriptions.tsv"
     rows = {}
     if path.exists():
@@ -258,14 +269,14 @@ def _complete_descriptions(output_dir: Path, descriptions: dict[str, str]) -> No
     _write_if_new(
         output_dir / "descriptions.json",
         {
-            "Description": "What the desc- labels in file names mean",
+            "Description": "Meaning of the desc- labels in file names",
             "desc_id": {"Description": "Label of the desc- entity"},
-            "description": {"Description": "What files with this label hold"},
+            "description": {"Description": "Content of the files with this label"},
         },
     )
 
 
 def _write_if_new(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON unless the file already says the same."""
+    """Write JSON unless the file already has this content."""
     if read_json(path) != content:
         write_json(path, content)

@@ -1,4 +1,4 @@
-"""The JSON that stands beside every output: what it is, of what it was made, and how."""
+"""JSON sidecars of all outputs, and the data dictionaries of the tables of the participant level."""
 
 from __future__ import annotations
 
@@ -12,203 +12,223 @@ from bids_uad.dataset.naming import ImageUnit
 from bids_uad.space import NAME
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
-ANOMALY_MAP = "Anomaly score of every brain voxel, unbounded, 0 outside the brain; not a probability"
+ANOMALY_MAP = "Anomaly score of each brain voxel; unbounded, not a probability; 0 outside the brain"
 DEVIATION_MAP = (
-    "Deviation of the anomaly score of every brain voxel from what a normative reference of healthy controls "
-    "predicts for the brain volume, NormativeAge and NormativeSex at this position, in standard deviations; "
-    "0 where the score is lower, and outside the brain"
+    "Deviation of the anomaly score of each brain voxel from the mean that a normative model of healthy "
+    "controls predicts at this position for the brain volume, NormativeAge and NormativeSex, in standard "
+    "deviations; 0 for negative deviations and outside the brain"
 )
 PROBSEG_FORMULA = "score / (score + Threshold)"
 NOT_CLINICAL = "Research software, not for clinical use."
 
-# `index` and `name` are BIDS's own columns of such a table and must not be described again.
-COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
-    "volume_mm3": {"Description": "Volume", "Units": "mm^3"},
-    "peak_score": {"Description": "Highest anomaly score in the component"},
-    "mean_score": {"Description": "Mean anomaly score of the component"},
+_CENTROID_COLUMNS: dict[str, dict[str, Any]] = {
     "centroid_x": {"Description": "Centre of mass, left to right, SRI24 space", "Units": "mm"},
     "centroid_y": {"Description": "Centre of mass, posterior to anterior, SRI24 space", "Units": "mm"},
     "centroid_z": {"Description": "Centre of mass, inferior to superior, SRI24 space", "Units": "mm"},
+}
+# BIDS defines the columns `index` and `name` of this table, so they must not be described again.
+COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
+    "volume_mm3": {"Description": "Volume of the component", "Units": "mm^3"},
+    "peak_score": {"Description": "Highest anomaly score in the component"},
+    "mean_score": {"Description": "Mean anomaly score of the component"},
+    **_CENTROID_COLUMNS,
 }
 
 HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {
-    "score_lower": {"Description": "Lower edge of the bin, not included (in the first bin it is)"},
-    "score_upper": {"Description": "Upper edge of the bin, included; inf for the last"},
-    "n_nonlesion": {"Description": "Brain voxels in the bin outside the lesion mask (all, without a mask)"},
-    "n_lesion": {"Description": "Brain voxels in the bin inside the lesion mask; n/a without a mask"},
+    "score_lower": {"Description": "Lower edge of the bin; excluded, except in the first bin"},
+    "score_upper": {"Description": "Upper edge of the bin, included; inf for the last bin"},
+    "n_nonlesion": {
+        "Description": "Brain voxels in the bin outside the lesion mask; all of them without a lesion mask"
+    },
+    "n_lesion": {"Description": "Brain voxels in the bin inside the lesion mask; n/a without a lesion mask"},
 }
 
 LESION_COLUMNS: dict[str, dict[str, Any]] = {
-    "lesion": {"Description": "Number of the lesion, largest first; the same for all detectors"},
-    "volume_mm3": {"Description": "Volume inside the brain mask, SRI24 space", "Units": "mm^3"},
-    "found_share": {"Description": "Share of its voxels above the fixed threshold"},
-    "detected": {"Description": "1 if any of its voxels is above the threshold, else 0"},
-    "contrast": {
-        "Description": "Mean intensity of the preprocessed image in the lesion minus that of the brain "
-        "around it (up to 6 mm away, more than 2 mm from any lesion), divided by the standard deviation "
-        "there; n/a where there are fewer than 20 such voxels"
+    "lesion": {"Description": "Number of the lesion, the largest first; the same for all detectors"},
+    "volume_mm3": {
+        "Description": "Volume of the lesion inside the brain mask, SRI24 space",
+        "Units": "mm^3",
     },
-    "centroid_x": {"Description": "Centre of mass, left to right, SRI24 space", "Units": "mm"},
-    "centroid_y": {"Description": "Centre of mass, posterior to anterior, SRI24 space", "Units": "mm"},
-    "centroid_z": {"Description": "Centre of mass, inferior to superior, SRI24 space", "Units": "mm"},
+    "found_share": {"Description": "Fraction of the lesion voxels above the threshold"},
+    "detected": {"Description": "1 if at least one lesion voxel is above the threshold, else 0"},
+    "contrast": {
+        "Description": "Mean intensity of the preprocessed image in the lesion minus the mean in the "
+        "surrounding brain (up to 6 mm from this lesion, more than 2 mm from any lesion), divided by the "
+        "standard deviation there; n/a with fewer than 20 surrounding voxels"
+    },
+    **_CENTROID_COLUMNS,
 }
 
 SCANNER_SEEN_LEVELS = {
-    "seen": "A scanner of that name in a dataset of that name is among those it has learnt from",
-    "name seen elsewhere": "A scanner of that name is, in a dataset of another name",
-    "unseen": "None of that name is",
+    "seen": "The training data include a scanner of this name in a dataset of this name",
+    "name seen elsewhere": "The training data include a scanner of this name, but in another dataset",
+    "unseen": "The training data include no scanner of this name",
 }
+"""Values of the column `scanner_seen`."""
 METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "source_image": {"Description": "Raw image, as BIDS URI"},
-    "modality": {"Description": "Suffix of the raw image"},
-    "detector": {"Description": "Detector"},
-    "preset": {"Description": "Hyper-parameter preset of the detector"},
+    "modality": {"Description": "Modality of the raw image, T1w or T2w"},
+    "detector": {"Description": "Name of the detector"},
+    "preset": {"Description": "Hyperparameter preset of the detector"},
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad"},
     "seen_in_training": {
-        "Description": "Cohorts of the model that the subject was in, with 'and' between them: training, "
-        "validation, normative reference; or no"
+        "Description": "Data of the model that include the participant: training, validation or normative "
+        "reference, several joined by 'and'; else no"
     },
     "scanner_seen": {
-        "Description": "Whether the model has learnt from the subject's scanner (column scanner of "
-        "participants.tsv); n/a where the scanner, or those of the training, are not known",
+        "Description": "Whether the training data include the scanner of the participant (column scanner of "
+        "participants.tsv); n/a if the scanner or those of the training data are not known",
         "Levels": SCANNER_SEEN_LEVELS,
     },
-    "threshold": {"Description": "Score above which a voxel is called anomalous"},
-    "threshold_name": {"Description": "How the threshold was fixed on validation data"},
+    "threshold": {"Description": "Score above which a voxel is anomalous"},
+    "threshold_name": {"Description": "Criterion by which the threshold was chosen on validation data"},
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
-    "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
+    "anomaly_volume_mm3": {"Description": "Volume of the anomaly mask", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},
-    "n_components": {"Description": "26-connected components of the anomaly mask"},
+    "n_components": {"Description": "Number of 26-connected components of the anomaly mask"},
     "min_lesion_volume_mm3": {
-        "Description": "Least volume of lesions that are counted, and of components that are called false "
+        "Description": "Minimum volume of counted lesions and of false-positive components "
         "(--min-lesion-volume)",
         "Units": "mm^3",
     },
-    "n_counted_components": {"Description": "Components of at least that volume"},
-    "n_lesions": {
-        "Description": "26-connected components of the lesion mask inside the brain, of at least that volume"
+    "n_counted_components": {
+        "Description": "Number of components of the anomaly mask of at least min_lesion_volume_mm3"
     },
-    "n_lesions_detected": {"Description": "Those of them that share a voxel with the anomaly mask"},
+    "n_lesions": {
+        "Description": "Number of lesions: 26-connected components of the lesion mask inside the brain, of "
+        "at least min_lesion_volume_mm3"
+    },
+    "n_lesions_detected": {"Description": "Number of these lesions that overlap with the anomaly mask"},
     "n_false_components": {
-        "Description": "Components of the anomaly mask, of at least that volume, that share no voxel with "
-        "any lesion; one that touches smaller lesions alone counts neither as a hit nor as false"
+        "Description": "Number of false-positive components: components of the anomaly mask of at least "
+        "min_lesion_volume_mm3 that overlap with no lesion of any size"
     },
 }
 
-
-_AS_MRIQC = "as in MRIQC, tissues by intensity"
+_AS_MRIQC = "as in MRIQC, tissues segmented by intensity"
 QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "source_image": {"Description": "Raw image, as BIDS URI"},
-    "modality": {"Description": "Suffix of the raw image"},
+    "modality": {"Description": "Modality of the raw image, T1w or T2w"},
     "exclude": {
-        "Description": "Whether the group level leaves the image out; may be changed by hand",
-        "Levels": {"yes": "Something failed, or looks as if it had", "no": "Nothing did"},
+        "Description": "Whether the group level excludes the image; may be edited by hand",
+        "Levels": {
+            "yes": "Preprocessing has failed, or a quality check indicates that it may have",
+            "no": "All checks have passed",
+        },
     },
-    "exclude_reasons": {"Description": "Why, in words"},
+    "exclude_reasons": {"Description": "Failed checks, in words"},
     "depends_on": {
-        "Description": "Other images of the participant whose brain mask or registration it rests on: "
-        "the T1w image that it was registered to, and the image on whose grid the lesion mask lies"
+        "Description": "Other images of the participant whose brain mask or registration was used for this "
+        "image: the T1w image that it was registered to, and the image on whose grid the lesion mask is"
     },
     "exclude_dependents": {
-        "Description": "Whether an excluded image takes the images that depend on it (depends_on) out of the "
-        "group level, too; of no effect while exclude is no; may be changed by hand",
+        "Description": "Whether excluding this image also excludes the images that depend on it "
+        "(depends_on); no effect if exclude is no; may be edited by hand",
         "Levels": {
             "yes": "Its brain mask or registration failed",
-            "no": "A reason to exclude it, such as noise, would concern this image alone",
+            "no": "The reason, such as noise, concerns this image only",
         },
     },
     "snr_csf": {"Description": f"Signal-to-noise ratio of cerebrospinal fluid, {_AS_MRIQC}"},
     "snr_gm": {"Description": f"Signal-to-noise ratio of grey matter, {_AS_MRIQC}"},
     "snr_wm": {"Description": f"Signal-to-noise ratio of white matter, {_AS_MRIQC}"},
-    "snr_total": {"Description": "Mean of the three"},
+    "snr_total": {"Description": "Mean of snr_csf, snr_gm and snr_wm"},
     "cnr": {
-        "Description": f"Contrast-to-noise ratio of white and grey matter, {_AS_MRIQC}; the noise of the air "
-        "counts as 0 in skull-stripped images"
+        "Description": f"Contrast-to-noise ratio of white and grey matter, {_AS_MRIQC}; background noise is "
+        "taken as 0 in skull-stripped images"
     },
     "cjv": {"Description": f"Coefficient of joint variation of white and grey matter, {_AS_MRIQC}"},
     "efc": {"Description": "Entropy focus criterion, as in MRIQC; lower in skull-stripped images"},
-    "wm2max": {"Description": "Median of white matter / 99.95th percentile of the image, as in MRIQC"},
-    "icvs_csf": {"Description": "Share of cerebrospinal fluid in the brain mask"},
-    "icvs_gm": {"Description": "Share of grey matter"},
-    "icvs_wm": {"Description": "Share of white matter"},
+    "wm2max": {"Description": "White-matter median divided by the 99.95th percentile, as in MRIQC"},
+    "icvs_csf": {"Description": "Fraction of cerebrospinal fluid in the brain mask"},
+    "icvs_gm": {"Description": "Fraction of grey matter in the brain mask"},
+    "icvs_wm": {"Description": "Fraction of white matter in the brain mask"},
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "native_brain_volume_mm3": {"Description": "Volume of the brain mask in native space", "Units": "mm^3"},
-    "kept_share": {"Description": "Share of the brain mask that lies on the grid and in the field of view"},
-    "outside_fov_fraction": {
-        "Description": "Fraction of the reference brain that lies outside the field of view of the image"
+    "kept_share": {
+        "Description": "Fraction of the brain mask inside the SRI24 grid and the field of view of the image"
     },
-    "mask_overlap": {"Description": "Dice of the brain mask with that of the reference image"},
+    "outside_fov_fraction": {
+        "Description": "Fraction of the reference brain outside the field of view of the image"
+    },
+    "mask_overlap": {"Description": "Dice coefficient of the brain mask with that of the reference image"},
     "similarity": {
-        "Description": "Normalised mutual information with the image it was registered to: 0 none, 1 full"
+        "Description": "Normalised mutual information with the image it was registered to, from 0 (none) to 1"
     },
     "mirrored_similarity": {
-        "Description": "The same with the mirror image: higher if left and right are swapped; n/a where the "
-        "reference is symmetric"
+        "Description": "Normalised mutual information after mirroring left and right; larger than similarity "
+        "if left and right are swapped; n/a for a symmetric reference image"
     },
     "local_correlation": {
-        "Description": "Median, over cubes of 12 mm in the brain, of the correlation with the image it was "
-        "registered to; negative where the contrasts are opposite"
+        "Description": "Correlation with the image it was registered to, median over 12 mm cubes of the "
+        "brain; negative for opposite contrasts"
     },
-    "rotation_degrees": {"Description": "Angle between the scan and the atlas", "Units": "degree"},
-    "restarted": {"Description": "Whether the registration had to start again from rotated positions"},
-    "skull_stripped": {"Description": "Whether the image came skull-stripped"},
+    "rotation_degrees": {
+        "Description": "Rotation angle of the registration to the atlas",
+        "Units": "degree",
+    },
+    "restarted": {"Description": "Whether the registration was repeated from rotated start positions"},
+    "skull_stripped": {"Description": "Whether the raw image was skull-stripped"},
     "brain_mask_origin": {
-        "Description": "Where the brain mask comes from",
+        "Description": "Source of the brain mask",
         "Levels": {
-            "given": "Another pipeline",
+            "given": "Brain mask of another pipeline",
             "background": "Background of the skull-stripped image",
             "extracted": "Brain extraction",
-            "anchor": "The T1w image that the image was registered to",
+            "anchor": "Brain mask of the T1w image that this image was registered to",
         },
     },
 }
 
 
 def bids_uri(dataset: str, path: Path) -> str:
-    """Write the BIDS URI of a file.
+    """Return the BIDS URI of a file.
 
     Parameters
     ----------
     dataset : str
-        Its name in `DatasetLinks`; empty for the dataset that the URI is in.
+        Name of the dataset in `DatasetLinks`; empty for the dataset that contains the URI.
     path : pathlib.Path
-        Relative to the dataset. Characters that a URI does not hold, such as spaces, are percent-encoded;
-        `+`, which labels may hold, is not.
+        Path relative to the dataset. Characters that are not allowed in a URI, such as spaces, are
+        percent-encoded; `+`, which labels may contain, is kept.
 
     Returns
     -------
     str
+        URI such as ``bids:raw:sub-01/anat/sub-01_T1w.nii.gz``.
     """
     return f"bids:{dataset}:{quote(path.as_posix(), safe='/+')}"
 
 
 def raw_uri(unit: ImageUnit, bids_dir: Path) -> str:
-    """Give the BIDS URI of a raw image."""
+    """Return the BIDS URI of a raw image."""
     return bids_uri("raw", unit.path.relative_to(bids_dir))
 
 
 def own_uri(path: Path) -> str:
-    """Give the BIDS URI of one of our own outputs (path relative to the derivative dataset)."""
+    """Return the BIDS URI of an output of this dataset (path relative to the dataset)."""
     return bids_uri("", path)
 
 
 def preprocessing_sidecars(
     unit: ImageUnit, bids_dir: Path, reference: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Describe what preprocessing writes for an image.
+    """Return the sidecars of the preprocessing outputs of an image.
 
     Parameters
     ----------
     unit : ImageUnit
+        The image.
     bids_dir : pathlib.Path
+        Root of the raw dataset.
     reference : dict
         Metadata of the reference image.
 
     Returns
     -------
     dict of str to dict
-        Metadata by output field. Transforms have none: they are no BIDS yet.
+        Metadata by output field. Transforms have no sidecar, since BIDS does not define them yet.
     """
     sources = [raw_uri(unit, bids_dir)]
     root, name = unit.external.root, unit.external.dataset
@@ -221,8 +241,8 @@ def preprocessing_sidecars(
     )
     return {
         "preproc": {
-            "Description": f"Brain of the {unit.modality} image in {NAME} space, {corrected}, divided by the "
-            "99.5th percentile inside the brain mask, so that values may exceed 1; 0 outside",
+            "Description": f"Skull-stripped {unit.modality} image in {NAME} space, {corrected}, divided by "
+            "its 99.5th percentile inside the brain mask (values may exceed 1); 0 outside the brain",
             "SkullStripped": True,
             **in_space,
         },
@@ -232,7 +252,7 @@ def preprocessing_sidecars(
             **in_space,
         },
         "native_mask": {
-            "Description": f"Brain mask of the {unit.modality} image on its own grid",
+            "Description": f"Brain mask of the {unit.modality} image in native space",
             "Type": "Brain",
             "SpatialReference": "orig",
             "Sources": sources,
@@ -241,9 +261,9 @@ def preprocessing_sidecars(
 
 
 def quality_sidecar(preproc: Path, brain_mask: Path) -> dict[str, Any]:
-    """Describe the table of an image's quality; the paths are relative to the dataset."""
+    """Return the sidecar of a quality-control table; the paths are relative to the dataset."""
     return {
-        "Description": "Quality of an image and of its preprocessing",
+        "Description": "Image quality metrics and quality control of the preprocessing of one image",
         **QUALITY_COLUMNS,
         "Sources": [own_uri(preproc), own_uri(brain_mask)],
         "SpatialReference": SPATIAL_REFERENCE,
@@ -252,29 +272,30 @@ def quality_sidecar(preproc: Path, brain_mask: Path) -> dict[str, Any]:
 
 
 def lesion_uri(mask: Path, lesions_dir: Path) -> str:
-    """Give the BIDS URI of a lesion mask."""
+    """Return the BIDS URI of a lesion mask."""
     return bids_uri("lesions", mask.relative_to(lesions_dir))
 
 
 def lesion_sidecar(mask_uri: str, own: dict[str, Any]) -> dict[str, Any]:
-    """Describe the ground truth in SRI24 space.
+    """Return the sidecar of a lesion mask in SRI24 space.
 
     Parameters
     ----------
     mask_uri : str
-        BIDS URI of the mask as it was given.
+        BIDS URI of the input mask.
     own : dict
-        Sidecar of that mask. Whether it was drawn by hand (`Manual`) is repeated if it says so.
+        Sidecar of the input mask, from which the field `Manual` (drawn by hand) is copied.
 
     Returns
     -------
     dict
+        Metadata of the mask.
     """
-    said = {"Manual": own["Manual"]} if isinstance(own.get("Manual"), bool) else {}
+    manual = {"Manual": own["Manual"]} if isinstance(own.get("Manual"), bool) else {}
     return {
-        "Description": f"Lesion mask given by the user, brought to {NAME} space",
+        "Description": f"Lesion mask provided by the user, resampled to {NAME} space",
         "Type": "Lesion",
-        **said,
+        **manual,
         "SpatialReference": SPATIAL_REFERENCE,
         "Sources": [mask_uri],
     }
@@ -289,27 +310,27 @@ def detection_sidecars(
     *,
     min_lesion_volume: float,
 ) -> dict[str, dict[str, Any]]:
-    """Describe what one detector writes for an image.
+    """Return the sidecars of the outputs of one detector for an image.
 
     Parameters
     ----------
     files : dict of str to pathlib.Path
-        Outputs by kind, relative to the dataset (`naming.detection_outputs`).
+        Outputs by kind, relative to the dataset (:func:`bids_uad.dataset.naming.detection_outputs`).
     inputs : dict of str to pathlib.Path
-        `preproc`, `brain_mask` and `raw` (a BIDS URI) and, with ground truth, `lesion`.
+        Inputs: `preproc`, `brain_mask`, `raw` (a BIDS URI) and, with a lesion mask, `lesion`.
     model : dict
-        Keys to repeat in every sidecar: `Model`, `ModelSHA256`, `Threshold` and so on.
+        Fields of the model in every sidecar: `Model`, `ModelSHA256`, `Threshold` and so on.
     run : dict
-        Keys to repeat in every sidecar: `Device`, `RandomSeed` and so on.
-    parcellations : iterable of str
-        Those that the table of components has a column for.
+        Fields of the run in every sidecar: `Device`, `RandomSeed` and so on.
+    parcellations : iterable of str, default=()
+        Parcellations that have a column in the table of components.
     min_lesion_volume : float
-        Least volume of a lesion that is counted, in mm3.
+        Minimum volume of a counted lesion in mm3.
 
     Returns
     -------
     dict of str to dict
-        Metadata by kind, for every kind in `files`. `dseg` and `components` share one file.
+        Metadata by kind, for every kind in `files`. `dseg` and `components` share one sidecar.
     """
     common = {**model, **run, "SoftwareVersion": __version__, "Note": NOT_CLINICAL}
     in_space = {"SpatialReference": SPATIAL_REFERENCE}
@@ -322,15 +343,17 @@ def detection_sidecars(
         "Description": "26-connected components of the anomaly mask, largest first",
         **COMPONENT_COLUMNS,
         **{
-            name.lower(): {"Description": f"Region of {name} that holds most of the component; n/a in none"}
+            name.lower(): {
+                "Description": f"Region of {name} with most of the component; n/a outside all regions"
+            }
             for name in parcellations
         },
         **derived,
     }
     lesions = {
         "lesions": {
-            "Description": "26-connected lesions of the lesion mask inside the brain, of any size, and what "
-            "the detector found of each; those smaller than MinLesionVolume (mm3) are not counted elsewhere",
+            "Description": "Lesions (26-connected components of the lesion mask inside the brain) of any "
+            "size, and their detection; lesions below MinLesionVolume (mm3) are not counted in other tables",
             **LESION_COLUMNS,
             **in_space,
             "Sources": [own_uri(inputs["preproc"]), *counted],
@@ -344,13 +367,12 @@ def detection_sidecars(
             **scored,
         },
         "probseg": {
-            "Description": "Anomaly score squashed to [0, 1) so that 0.5 is the threshold; "
-            "not a calibrated probability",
+            "Description": "Anomaly score rescaled to [0, 1), with the threshold at 0.5; not a probability",
             "Formula": PROBSEG_FORMULA,
             **derived,
         },
         "mask": {
-            "Description": "Voxels whose anomaly score is above the threshold",
+            "Description": "Anomaly mask: voxels whose score is above the threshold",
             "Type": "Lesion",
             **derived,
         },
@@ -364,14 +386,14 @@ def detection_sidecars(
             **common,
         },
         "histogram": {
-            "Description": "Counts of brain voxels by anomaly score",
+            "Description": "Histogram of the anomaly scores of the brain voxels",
             **HISTOGRAM_COLUMNS,
             **in_space,
             "Sources": counted,
             **common,
         },
         "metrics": {
-            "Description": "What the detector found in one image, in numbers",
+            "Description": "Volumes and lesion counts of one image at the threshold of the detector",
             **METRICS_COLUMNS,
             **in_space,
             "Sources": counted,

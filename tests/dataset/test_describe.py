@@ -12,7 +12,7 @@ from bids_uad.errors import ConfigError
 from tests.dataset.skeleton import write_dataset
 
 
-def test_description_is_repeatable_and_keeps_what_earlier_runs_wrote(tmp_path):
+def test_describe_dataset_is_repeatable_and_keeps_entries_of_earlier_runs(tmp_path):
     raw = write_dataset(tmp_path / "raw", {})
     out = tmp_path / "raw" / "derivatives" / "uad"
 
@@ -38,7 +38,7 @@ def test_description_is_repeatable_and_keeps_what_earlier_runs_wrote(tmp_path):
     assert describe()[".bidsignore"].decode().startswith("mine\n*.html\n")
 
 
-def test_links_tell_no_paths_of_the_host(tmp_path):
+def test_dataset_link_has_no_absolute_path(tmp_path):
     far = Path("/somewhere/else/entirely/raw")
     near = tmp_path / "out"
     assert dataset_link(tmp_path / "raw", near, {}) == "../raw"
@@ -48,7 +48,7 @@ def test_links_tell_no_paths_of_the_host(tmp_path):
     assert "somewhere" not in dataset_link(far, near, {})
 
 
-def test_other_datasets_are_not_written_into(tmp_path):
+def test_refuse_foreign_rejects_datasets_that_the_app_did_not_write(tmp_path):
     write_dataset(tmp_path / "raw", {})
     with pytest.raises(ConfigError, match="already holds another dataset"):
         refuse_foreign(tmp_path / "raw")

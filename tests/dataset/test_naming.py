@@ -28,7 +28,7 @@ UNIT = ImageUnit(
 START = "sub-01/ses-a/anat/sub-01_ses-a_acq-x_run-01"
 
 
-def test_names():
+def test_names_of_the_outputs_of_an_image():
     names = naming.detection_outputs(UNIT, "patchcore")
     assert {kind: str(path).removeprefix(START) for kind, path in names.items()} == {
         "anomalymap": "_space-SRI24_desc-T2wPatchcore_anomalymap.nii.gz",
@@ -50,7 +50,7 @@ def test_names():
         naming.output_path(UNIT, suffix="statmap")
 
 
-def test_sink_agrees_with_the_names_and_pins_the_header(tmp_path):
+def test_data_sink_writes_to_the_named_path_with_the_header_contract(tmp_path):
     image = nib.Nifti1Image(np.full(space.SHAPE, 0.5), space.AFFINE)
     image.set_sform(image.affine, 4)
     nib.save(image, tmp_path / "x.nii.gz")
@@ -80,7 +80,7 @@ def test_sink_agrees_with_the_names_and_pins_the_header(tmp_path):
     ]
 
 
-def test_import_leaves_the_templateflow_archive_and_home_alone(tmp_path):
+def test_import_does_not_write_to_home_or_the_templateflow_archive(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "TEMPLATEFLOW_HOME": str(tmp_path / "mine")}
     script = "import os, bids_uad.levels.participant.interfaces; print(os.environ['TEMPLATEFLOW_HOME'])"
     done = subprocess.run(
