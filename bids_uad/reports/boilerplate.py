@@ -1,4 +1,4 @@
-"""The methods text that users may copy into their manuscript, with its references."""
+"""Methods text of the participant level, which users may copy into a manuscript, and its files in `logs/`."""
 
 from __future__ import annotations
 
@@ -26,38 +26,40 @@ THRESHOLD_NAMES = {
 }
 REGION_SOURCES = {"LPBA40": "LPBA40 [@lpba40]", "TZO116": "TZO116 [@tzo116]"}
 SYNTHSEG_MAPS = "training_seg_"
-"""What the label maps of SynthSeg's training are called."""
+"""Prefix of the names of SynthSeg's training label maps."""
+RENAMED_FIELDS = {"met": "seen_in", "reference": "normative_cohort", "assumed": "imputed"}
+"""Fields of `UsedModel` in completion records of earlier versions, and their names now."""
 _PANDOC_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class UsedModel:
-    """A model that took part in a run.
+    """A model that was applied in a run.
 
     Attributes
     ----------
     detector, modality, preset : str
-        As in the model bundle; the detector with the deviation that its scores are (`pls+normative`).
+        As in the model bundle; the detector with the suffix of its deviation (`pls+normative`).
     threshold : float
         The fixed threshold.
     threshold_name : str
         How it was fixed, such as ``max_dice``.
-    training : mapping
-        Cohort that it was trained on: `n_scans`, `n_subjects`, `n_held_out_subjects`, `source` and
-        `anatomies` of `training` in its ``bundle.json``.
-    post_processing : str
-        What is done to the scores of the slices (`Bundle.post_processing`); empty if not known.
-    precision : str
-        Arithmetic of the networks, `fp32` or `bf16`; empty if not known.
-    met : tuple of str
-        Cohorts of the model that participants of this dataset belong to: `training`, `validation`,
+    training : mapping, default={}
+        Training cohort: `n_scans`, `n_subjects`, `n_held_out_subjects`, `source` and `anatomies` of
+        `training` in ``bundle.json``.
+    post_processing : str, default=""
+        Filter of the scores (`Bundle.post_processing`); empty if not known.
+    precision : str, default=""
+        Precision of the networks, `fp32` or `bf16`; empty if not known.
+    seen_in : tuple of str, default=()
+        Cohorts of the model to which participants of this dataset belong: `training`, `validation`,
         `normative reference`.
-    covariates : tuple of str
-        What the reference of a deviation takes into account beside brain volume: `age`, `sex`.
-    reference : str
-        Dataset that the reference was fitted on beside the validation scans; empty without one.
-    assumed : bool
-        Whether age or sex of a participant was not known to the reference.
+    covariates : tuple of str, default=()
+        Covariates of the normative reference besides brain volume: `age`, `sex`.
+    normative_cohort : str, default=""
+        Dataset on which the normative reference was fitted in addition to the validation scans.
+    imputed : bool, default=False
+        Whether a missing age or sex of a participant was replaced by the mean of the reference.
     """
 
     detector: str
@@ -68,30 +70,38 @@ class UsedModel:
     training: Mapping[str, Any] = field(default_factory=dict)
     post_processing: str = ""
     precision: str = ""
-    met: tuple[str, ...] = ()
+    seen_in: tuple[str, ...] = ()
     covariates: tuple[str, ...] = ()
-    reference: str = ""
-    assumed: bool = False
+    normative_cohort: str = ""
+    imputed: bool = False
+
+    @classmethod
+    def from_record(cls, fields: Mapping[str, Any]) -> UsedModel:
+        """Create the description from a completion record, also one of an earlier version."""
+        values = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+        return cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        )
 
     @property
     def title(self) -> str:
-        """Detector and modality, as the text names them."""
+        """Detector and modality, as printed in the text."""
         return f"{detector_name(self.detector)} on {self.modality}"
 
 
 def assets() -> Traversable:
-    """Find the folder with the fragments: inside the installed package, or beside it in a checkout.
+    """Return the folder of the text fragments: inside the installed package, or beside it in a checkout.
 
     Raises
     ------
     FileNotFoundError
-        If neither is there: the installation is broken.
+        If there is none, because the installation is incomplete.
     """
     package = resources.files("bids_uad")
     for folder in (package / "data" / "boilerplate", Path(str(package)).parent / "boilerplate"):
         if (folder / "bids_uad.bib").is_file():
             return folder
-    raise FileNotFoundError("the methods text's fragments are not installed with bids_uad")
+    raise FileNotFoundError("the fragments of the methods text are not installed; install bids_uad again")
 
 
 def bibliography() -> dict[str, dict[str, str]]:
@@ -99,8 +109,8 @@ def bibliography() -> dict[str, dict[str, str]]:
     return read_entries((assets() / "bids_uad.bib").read_text(encoding="utf-8"))
 
 
-def threshold_words(name: str) -> str:
-    """Say how a threshold was fixed."""
+def describe_threshold(name: str) -> str:
+    """Return how a threshold was fixed, in words; names that are not known are returned unchanged."""
     return THRESHOLD_NAMES.get(name, name)
 
 
@@ -116,19 +126,18 @@ def methods_text(
     Parameters
     ----------
     models : sequence of UsedModel
-        In the order they are named.
+        Models that were applied, in the order in which they are named.
     pathways : mapping of Pathway to int, optional
-        How the images were preprocessed, and how many of each.
-    parcellations : sequence of str
-        Of the atlas, by whose regions components are named.
+        Number of images of each preprocessing pathway.
+    parcellations : sequence of str, default=()
+        Parcellations of the atlas that name the components.
     version : str
-        Version of bids_uad.
+        Version of bids_uad; by default this one.
 
     Returns
     -------
     str
-        Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``. Every sentence follows from
-        the arguments.
+        Markdown with `[@key]` citations of ``bids_uad.bib``.
     """
     pathways = pathways or {}
     parts = [fragment("introduction", version=version)]
@@ -149,7 +158,7 @@ def methods_text(
 
 
 def _detection(models: Sequence[UsedModel]) -> list[str]:
-    """Describe detectors, training, deviations and thresholds, a paragraph each."""
+    """Describe detectors, training, deviations and thresholds, one paragraph each."""
     names = list(dict.fromkeys(model.detector.split("+")[0] for model in models))
     parts = [fragment("detection", detectors=_detector_list(models), filters=_filters(models))]
     protocols = {"published" if model.preset == "paper" else "corrected" for model in models}
@@ -157,25 +166,25 @@ def _detection(models: Sequence[UsedModel]) -> list[str]:
     parts += [_detector_fragment(name) for name in names]
     parts += _training(models)
     parts += _normative(models)
-    met = [model for model in models if "validation" in model.met]
+    seen = [model for model in models if "validation" in model.seen_in]
     tuned = (
-        f"Participants of this dataset were among the validation scans of {_titles(met)}, so that figures of "
-        "these on them are optimistic."
-        if met
+        f"Participants of this dataset were among the validation scans of {_titles(seen)}, for which results "
+        "are therefore optimistic."
+        if seen
         else "No threshold was tuned on the data reported here."
     )
     return [*parts, fragment("thresholds", thresholds=threshold_list(models), tuned=tuned)]
 
 
 def _filters(models: Sequence[UsedModel]) -> str:
-    """Say how the scores of slices are filtered, models with the same filter together, and how exactly."""
+    """Describe the filters of the scores, grouping models with the same filter, and the precision."""
     filters: dict[str, list[UsedModel]] = {}
     for model in models:
         filters.setdefault(model.post_processing or "three-dimensional median filter", []).append(model)
     if len(filters) == 1:
         texts = list(filters)
     else:
-        texts = [f"{text} for {_titles(own)}" for text, own in filters.items()]
+        texts = [f"{text} for {_titles(group)}" for text, group in filters.items()]
     reduced = [model for model in models if model.precision == "bf16"]
     if not reduced:
         return "; ".join(texts)
@@ -188,24 +197,26 @@ def _titles(models: Sequence[UsedModel]) -> str:
 
 
 def _software(models: Sequence[UsedModel], pathways: Mapping[Pathway, int]) -> str:
-    """Name the software that had a part in it."""
-    found = not all(pathway.transform_given or pathway.aligned for pathway in pathways)
+    """Describe the software; ANTs and PyTorch only if they were used."""
+    registered = not all(pathway.transform_given or pathway.aligned for pathway in pathways)
     corrected = not all(pathway.image_given for pathway in pathways)
-    ants = " and ".join(["registered images"] * found + ["corrected intensity non-uniformity"] * corrected)
+    ants = " and ".join(
+        ["registered images"] * registered + ["corrected intensity non-uniformity"] * corrected
+    )
     parts = [fragment("software_ants", did=ants)] if ants else []
     parts += [fragment("software_torch")] if models else []
     return fragment("software", further="".join(f"{part} " for part in parts))
 
 
 def fragment(name: str, /, **values: str) -> str:
-    """Read a piece of methods text and fill it in.
+    """Read a fragment of methods text and insert values.
 
     Parameters
     ----------
     name : str
-        File in ``boilerplate/methods``.
+        Name of a file in ``boilerplate/methods``, without extension.
     **values : str
-        What stands for each ``$name``; a name that is not given is that of a package, whose version it is.
+        Value of each ``$name``. Other names are those of packages, and are replaced by their versions.
     """
     template = Template((assets() / "methods" / f"{name}.md").read_text(encoding="utf-8"))
     versions = {
@@ -215,16 +226,16 @@ def fragment(name: str, /, **values: str) -> str:
 
 
 def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Path]:
-    """Write the methods text into ``logs/``, beside its bibliography.
+    """Write the methods text and its bibliography to ``logs/``.
 
     Parameters
     ----------
     out_dir : pathlib.Path
         Root of the derivative dataset.
     text : str
-        From `methods_text`.
-    name : str
-        Of the files; the bibliography is ``CITATION.bib`` for all of them.
+        Markdown of `methods_text`.
+    name : str, default="CITATION"
+        Name of the files without extension; the bibliography is always ``CITATION.bib``.
 
     Returns
     -------
@@ -237,7 +248,7 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
     written = [write_text(logs / f"{name}.md", text), references]
     for kind in ("html", "tex"):
         page = logs / f"{name}.{kind}"
-        # A page of an earlier run must not stay beside a newer text.
+        # Remove the page of an earlier run, which would contradict the text.
         page.unlink(missing_ok=True)
         content = _pandoc(text, kind, references)
         if content is not None:
@@ -246,7 +257,7 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
 
 
 def _pandoc(text: str, kind: str, references: Path) -> str | None:
-    """Let pandoc make a page; None unless it is installed and gives a whole one."""
+    """Convert the text with pandoc; return None if it is not installed or its output is incomplete."""
     pandoc = shutil.which("pandoc")
     if pandoc is None:
         return None
@@ -268,7 +279,7 @@ def _pandoc(text: str, kind: str, references: Path) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return None
-    # Report assemblers look for the body and fall over a fragment.
+    # fMRIPrep-like report assemblers require a complete page.
     return done.stdout if done.returncode == 0 and end in done.stdout else None
 
 
@@ -285,7 +296,7 @@ def _detector_list(models: Sequence[UsedModel]) -> str:
 
 
 def _training(models: Sequence[UsedModel]) -> list[str]:
-    """Describe the training cohorts, models with the same cohort together."""
+    """Describe the training cohorts, grouping models with the same cohort."""
     cohorts: dict[str, list[UsedModel]] = {}
     anatomies: set[str] = set()
     for model in models:
@@ -299,10 +310,10 @@ def _training(models: Sequence[UsedModel]) -> list[str]:
         anatomies.update(cohort.get("anatomies") or ())
     if not cohorts:
         return []
-    text = "; ".join(f"{words}: {_titles(own)}" for words, own in cohorts.items())
-    met = [model for model in models if "training" in model.met]
-    if met:
-        text += f". Participants of this dataset were among the training data of {_titles(met)}"
+    text = "; ".join(f"{words}: {_titles(group)}" for words, group in cohorts.items())
+    seen = [model for model in models if "training" in model.seen_in]
+    if seen:
+        text += f". Participants of this dataset were among the training data of {_titles(seen)}"
     parts = [fragment("training", cohorts=text)]
     if any(name.startswith(SYNTHSEG_MAPS) for name in anatomies):
         parts.append(fragment("training_synthseg"))
@@ -310,25 +321,26 @@ def _training(models: Sequence[UsedModel]) -> list[str]:
 
 
 def _normative(models: Sequence[UsedModel]) -> list[str]:
-    """Describe the references of deviations, models with the same kind of reference together."""
-    kinds: dict[tuple[tuple[str, ...], str], list[UsedModel]] = {}
+    """Describe the normative references, grouping models with the same covariates and cohort."""
+    groups: dict[tuple[tuple[str, ...], str], list[UsedModel]] = {}
     for model in models:
         if "+" in model.detector:
-            kinds.setdefault((model.covariates, model.reference), []).append(model)
+            groups.setdefault((model.covariates, model.normative_cohort), []).append(model)
     parts = []
-    for (covariates, reference), own in kinds.items():
+    for (covariates, added), group in groups.items():
         names = ", ".join(covariates) + " and brain volume" if covariates else "brain volume"
         names += ", with a variance linear in age" if "age" in covariates else ""
-        cohort = f"validation scans and {reference}" if reference else "validation scans"
-        words = {"models": _titles(own), "covariates": names, "cohort": cohort, "fwhm": f"{FWHM:g}"}
-        parts.append(fragment("normative", **words))
-        if any(model.assumed for model in own):
-            parts.append(fragment("normative_assumed"))
+        cohort = f"validation scans and {added}" if added else "validation scans"
+        values = {"models": _titles(group), "covariates": names, "cohort": cohort, "fwhm": f"{FWHM:g}"}
+        parts.append(fragment("normative", **values))
+        if any(model.imputed for model in group):
+            parts.append(fragment("normative_imputed"))
     return parts
 
 
 def threshold_list(models: Sequence[UsedModel]) -> str:
-    """Name each model's threshold and how it was fixed."""
+    """List the threshold of each model and how it was fixed."""
     return "; ".join(
-        f"{model.title}: {model.threshold:.4g} ({threshold_words(model.threshold_name)})" for model in models
+        f"{model.title}: {model.threshold:.4g} ({describe_threshold(model.threshold_name)})"
+        for model in models
     )

@@ -1,8 +1,6 @@
-"""The methods text of a group analysis: what was asked of this cohort, and how."""
+"""Methods text of the group level: the analyses that were made of a cohort."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pandas as pd
 
@@ -20,6 +18,7 @@ from bids_uad.evaluation.bootstrap import N_RESAMPLES
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 from bids_uad.reports.boilerplate import UsedModel, fragment, threshold_list
+from bids_uad.reports.group_summary import join_words
 from bids_uad.reports.group_text import detector_name
 
 
@@ -31,7 +30,9 @@ def group_methods_text(
     Parameters
     ----------
     evaluation : Evaluation
+        Benchmark table and scores per scan.
     analyses : Analyses
+        Secondary analyses; those without results are not described.
     experiments : pandas.DataFrame, optional
         Columns of :data:`bids_uad.evaluation.experiments.COLUMNS`.
     seed : int
@@ -40,8 +41,7 @@ def group_methods_text(
     Returns
     -------
     str
-        Markdown with `[@key]` citations, each of which is in ``bids_uad.bib``. Only what the cohort had data
-        for is told.
+        Markdown with `[@key]` citations of ``bids_uad.bib``.
     """
     images = evaluation.subjects.drop_duplicates("source_image")
     roles = images["role"].value_counts()
@@ -72,28 +72,28 @@ def group_methods_text(
         parts.append(fragment("group_lesions"))
     if len(analyses.subgroups):
         factors = list(dict.fromkeys(analyses.subgroups["factor"]))
-        parts.append(fragment("group_subgroups", factors=_and(factors)))
+        parts.append(fragment("group_subgroups", factors=join_words(factors)))
     if len(analyses.disparities):
         parts.append(fragment("group_disparities"))
     if len(analyses.thresholds):
         parts.append(fragment("group_thresholds"))
     if experiments is not None:
         variants = [name for name in dict.fromkeys(experiments["variant"]) if name != REFERENCE]
-        parts += [fragment("group_experiments", variants=_and(variants))] if variants else []
+        parts += [fragment("group_experiments", variants=join_words(variants))] if variants else []
     parts += _bias(analyses.bias.coefficients)
     parts += [fragment("group_software"), fragment("copyright")]
     return "\n\n".join(parts) + "\n"
 
 
 def _tuned(subjects: pd.DataFrame) -> str:
-    """Say whether participants were among the scans that thresholds were fixed on."""
-    met = subjects[subjects["seen_in_training"].astype(str).str.contains("validation")]
-    if met.empty:
+    """Return a sentence on whether participants were among the validation scans of models."""
+    seen = subjects[subjects["seen_in_training"].astype(str).str.contains("validation")]
+    if seen.empty:
         return "No participant was among the validation scans."
-    pairs = met.drop_duplicates(["detector", "modality"])
+    pairs = seen.drop_duplicates(["detector", "modality"])
     models = [f"{detector_name(row.detector)} on {row.modality}" for row in pairs.itertuples()]
     text = "Participants were among the validation scans of"
-    return f"{text} {_and(models)}, so that figures of these are optimistic."
+    return f"{text} {join_words(models)}, for which results are therefore optimistic."
 
 
 def _models(benchmark: pd.DataFrame) -> list[UsedModel]:
@@ -107,7 +107,7 @@ def _bias(coefficients: pd.DataFrame) -> list[str]:
         return []
     # 'scanner: A' and 'scanner (spread)' are both the scanner.
     covariates = list(dict.fromkeys(coefficients["term"].str.replace(r"^scanner\b.*", "scanner", regex=True)))
-    parts = [fragment("group_bias", prior=f"{PRIOR_VOXELS:g}", covariates=_and(covariates))]
+    parts = [fragment("group_bias", prior=f"{PRIOR_VOXELS:g}", covariates=join_words(covariates))]
     for models, name in (
         ((LINEAR,), "group_bias_linear"),
         ((MIXED, CROSSED), "group_bias_mixed"),
@@ -116,7 +116,3 @@ def _bias(coefficients: pd.DataFrame) -> list[str]:
         if coefficients["model"].isin(models).any():
             parts.append(fragment(name))
     return parts
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.evaluation.metrics import Confusion
-from bids_uad.reports.boilerplate import threshold_words
+from bids_uad.reports.boilerplate import describe_threshold
 from bids_uad.reports.derivatives import Detection
 from bids_uad.reports.figures.display import side
 from bids_uad.space import VOXEL_MM3
@@ -90,7 +90,7 @@ def summarise(
     brain_volume = metrics.get("brain_volume_mm3", None if brain is None else brain.sum() * VOXEL_MM3)
     return Finding(
         threshold=detection.threshold,
-        threshold_source=threshold_words(detection.threshold_name),
+        threshold_source=describe_threshold(detection.threshold_name),
         volume_ml=None if volume is None else float(volume) / 1000,
         share=None if volume is None or not brain_volume else float(volume) / float(brain_volume),
         n_components=_count(metrics, "n_components"),

@@ -1,4 +1,4 @@
-"""How images came to the SRI24 grid, in sentences of the methods text."""
+"""Methods text about preprocessing: one paragraph for each combination of steps that images went through."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from bids_uad.preprocessing.intensity_correction import DESCRIPTION
 
 SAME_SESSION, OTHER_SESSION = "the same session", "another session"
 GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
-"""Where a brain mask is from: another pipeline, a skull-stripped image, a whole head, the T1w image."""
+"""Origins of brain masks: another pipeline, background of a skull-stripped image, extraction, T1w image."""
 ON_SCAN, ON_ATLAS, BY_TRANSFORM, ON_OTHER = "scan", "atlas", "transform", "other image"
-"""Grids on which lesion masks lie: that of a scan, SRI24, a space with a given transform, another image."""
+"""Grids of lesion masks: a scan, SRI24, a space with a provided transform, another image of the session."""
 
 _TEMPLATE = (
-    "by registering the skull-stripped template to the head (SyN) [@ants_syn] and carrying its brain mask "
-    "back"
+    "by registering the skull-stripped template to the head (SyN) [@ants_syn] and transforming its brain "
+    "mask to the image"
 )
 _NETWORK = (
     "by a convolutional network that was trained on synthetic heads of random contrast, after SynthStrip "
     "[@synthstrip]"
 )
 _LESIONS = {
-    ON_SCAN: "Lesion masks on the grid of a scan were brought to the SRI24 grid with the scan's transform.",
-    ON_ATLAS: "Lesion masks in SRI24 space were used as they were given.",
-    BY_TRANSFORM: "Lesion masks in other spaces were resampled once, through a transform that was given and "
-    "that of the scan.",
-    ON_OTHER: "Images that lesion masks were drawn on were registered rigidly to a scan of their session "
-    "(mutual information inside its brain mask), and the masks resampled once through both transforms.",
+    ON_SCAN: "Lesion masks on the grid of a scan were resampled to SRI24 with the transform of the scan.",
+    ON_ATLAS: "Lesion masks in SRI24 space were used as provided.",
+    BY_TRANSFORM: "Lesion masks in other spaces were resampled once, through a provided transform and that "
+    "of the scan.",
+    ON_OTHER: "Images on which lesion masks were drawn were registered rigidly to a scan of their session "
+    "(mutual information inside its brain mask), and the masks were resampled once through both transforms.",
 }
 
 
 @dataclass(frozen=True)
 class Pathway:
-    """What was done to an image before anomaly detection.
+    """Preprocessing steps of an image.
 
     Parameters
     ----------
@@ -43,26 +43,26 @@ class Pathway:
     mask_origin : str
         `given`, `background`, `extracted` or `anchor`.
     skull_stripped : bool
-        Whether the image came skull-stripped.
+        Whether the input image was skull-stripped.
     extraction : str
-        What finds brains in whole heads (`preprocessing.extraction.EXTRACTIONS`).
-    anchor : str
-        Session of the T1w image that it was registered to, `the same session` or `another session`; empty for
-        an image that went to the reference image itself.
-    image_given : bool
-        Whether the image is another pipeline's, corrected for intensity non-uniformity.
-    transform_given : bool
-        Whether its transform to SRI24 was given.
-    aligned : bool
-        Whether it was on the grid of its T1w image already.
-    stand_in : bool
-        Whether the built-in reference image took the place of the SRI24 atlas.
-    t2w_reference : bool
+        Method of brain extraction, one of `bids_uad.config.EXTRACTIONS`.
+    anchor : str, default=""
+        Session of the T1w image to which it was registered, `the same session` or `another session`; empty
+        for an image that was registered to the reference image.
+    image_given : bool, default=False
+        Whether a preprocessed image of another pipeline was used, corrected for intensity non-uniformity.
+    transform_given : bool, default=False
+        Whether its transform to SRI24 was provided.
+    aligned : bool, default=False
+        Whether the image was already on the grid of its T1w image.
+    stand_in : bool, default=False
+        Whether the built-in reference image was used instead of the SRI24 atlas.
+    t2w_reference : bool, default=False
         Whether the T2w channel of the reference image was the target.
-    mp2rage : bool
+    mp2rage : bool, default=False
         Whether the image is the uniform image of MP2RAGE, whose background is masked.
-    lesion : str
-        What the lesion mask lies on: `scan`, `atlas`, `transform` or `other image`; empty without a mask.
+    lesion : str, default=""
+        Grid of the lesion mask: `scan`, `atlas`, `transform` or `other image`; empty without a mask.
     """
 
     modality: str
@@ -85,12 +85,12 @@ def preprocessing_text(pathways: Mapping[Pathway, int]) -> str:
     Parameters
     ----------
     pathways : mapping of Pathway to int
-        Number of images of each.
+        Number of images of each pathway.
 
     Returns
     -------
     str
-        A paragraph for each way that images went, by modality, with citations in Markdown.
+        A paragraph for each pathway, by modality, with citations in Markdown.
     """
     counts: dict[str, dict[str, int]] = {}
     for pathway, number in pathways.items():
@@ -105,7 +105,7 @@ def preprocessing_text(pathways: Mapping[Pathway, int]) -> str:
 
 
 def lesion_text(pathways: Mapping[Pathway, int]) -> str:
-    """Describe how lesion masks came to SRI24; empty if no image has one."""
+    """Describe how lesion masks were resampled to SRI24; empty if no image has one."""
     kinds = {pathway.lesion for pathway in pathways}
     return " ".join(text for kind, text in _LESIONS.items() if kind in kinds)
 
@@ -130,15 +130,15 @@ def _brain_mask(pathway: Pathway) -> str:
     if pathway.mask_origin == GIVEN:
         return "The brain mask was that of an earlier pipeline."
     if pathway.mask_origin == BACKGROUND:
-        return "The images were skull-stripped already; their background gave the brain mask."
+        return "The images were already skull-stripped; the brain mask was derived from their background."
     if pathway.mask_origin == ANCHOR:
-        text = "The brain mask of the T1w image was carried over"
-        cut = ", and restricted to the brain of the T2w image, which was skull-stripped already"
+        text = "The brain mask of the T1w image was transformed to the T2w image"
+        cut = ", and restricted to the brain of the T2w image, which was already skull-stripped"
         return f"{text}{cut if pathway.skull_stripped else ''}."
     if pathway.extraction == COMBINED:
         return (
             f"The brain was extracted twice, {_TEMPLATE}, and {_NETWORK}; the surface halfway between the "
-            "two masks was taken, or the network's where they contradicted each other."
+            "two masks was used, or the mask of the network if the two disagreed."
         )
     program = PROGRAMS.get(pathway.extraction)
     by = f"by {program.title} [@{program.citation}]" if program else _TEMPLATE
@@ -148,25 +148,25 @@ def _brain_mask(pathway: Pathway) -> str:
 def _to_anchor(pathway: Pathway) -> str:
     t1w = f"a T1w image of {pathway.anchor}"
     if pathway.aligned:
-        text = f"They were on the grid of {t1w}"
+        text = f"They were already on the grid of {t1w}"
     elif pathway.transform_given:
-        text = f"They were brought to {t1w} by a transform that was given"
+        text = f"They were transformed to {t1w} by a provided transform"
     else:
         text = f"They were registered rigidly to {t1w} (mutual information inside its brain mask)"
-    return f"{text}, and follow its transform to the SRI24 grid."
+    return f"{text}; the transform of the T1w image to the SRI24 grid was then applied."
 
 
 def _to_reference(pathway: Pathway) -> str:
     target = "the SRI24 atlas [@sri24]"
     if pathway.stand_in:
         target = (
-            "the ICBM152 template [@icbm152] as distributed with nilearn [@nilearn], brought to the grid of "
-            "the SRI24 atlas [@sri24] by an affine transform"
+            "the ICBM152 template [@icbm152] as distributed with nilearn [@nilearn], resampled to the grid "
+            "of the SRI24 atlas [@sri24] by an affine transform"
         )
     target += ", T2w channel" if pathway.t2w_reference else ""
     if pathway.transform_given:
-        return f"The brain was brought to {target}, by a rigid transform that was given."
+        return f"The brain was transformed to {target}, by a provided rigid transform."
     return (
         f"The brain was registered rigidly (six degrees of freedom, mutual information) to {target}, and the "
-        "transform refined over all voxels by Powell's method [@powell]."
+        "transform was refined over all voxels by Powell's method [@powell]."
     )

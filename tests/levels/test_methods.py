@@ -59,7 +59,7 @@ def record(key: str, *models: UsedModel, version: str = "1.0", **changes) -> Com
 
 def test_the_text_sums_up_images_in_any_order():
     model = UsedModel("pls+normative", "T1w", "default", 3.0, "max_dice", covariates=("age",))
-    met = replace(model, met=("validation",), assumed=True)
+    met = replace(model, seen_in=("validation",), imputed=True)
     records = [
         record("a", model),
         record("b", met, version="2.0"),
@@ -77,7 +77,7 @@ def test_the_text_sums_up_images_in_any_order():
     assert "*bids_uad* 1.0 and 2.0" in text
     assert "T1w images (n = 4)" in text
     assert text.count("validation scans of") == 1
-    assert "mean of the reference was taken" in text
+    assert "replaced by the mean of the reference" in text
     withdrawn = replace(records[0], outputs=[], models={}, fingerprint={})
     assert methods_of([withdrawn]) == ""
 
@@ -105,7 +105,7 @@ def test_generated_texts_say_what_this_run_did(finished):
     assert "same session" not in text
     assert "among the validation scans of" in text
     assert "No threshold was tuned" not in text
-    assert "mean of the reference was taken" in text  # nobody's age is known
+    assert "replaced by the mean of the reference" in text  # nobody's age is known
     assert "Disyre on T1w" not in text
     assert "Ground truth" not in text
     labels = set(pd.read_csv(finished.out / "descriptions.tsv", sep="\t")["desc_id"])

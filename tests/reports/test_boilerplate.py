@@ -1,4 +1,4 @@
-"""The methods text: every citation resolves, and nothing half-made is left behind."""
+"""Methods text of both levels, its citations, and its files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MODELS = [
 ]
 
 
-def test_every_entry_is_read_whole():
+def test_bibliography_entries_are_read_completely():
     text = (assets() / "bids_uad.bib").read_text(encoding="utf-8")
     found = bibliography()
     assert len(found) == len(re.findall(r"^@\w+\{", text, re.MULTILINE)) == len(set(found))
@@ -92,7 +92,7 @@ def test_methods_text_names_models_and_thresholds():
     assert "3 x 3 x 3 neighbours" in text
 
 
-def test_methods_text_tells_the_published_protocol_from_ours():
+def test_methods_text_describes_the_protocol_of_the_preset():
     paper = UsedModel("andi", "T2w", "paper", 2.1e-5, "max_dice")
     text = methods_text([paper])
     assert "4 x 4 x 4 voxels" in text
@@ -124,7 +124,7 @@ def cohort(tmp_path_factory):
     return evaluate(root, find_metrics_tables(root), read_participants(root), seed=0)
 
 
-def test_group_text_tells_what_was_asked(cohort):
+def test_group_text_describes_the_analyses_of_the_cohort(cohort):
     analyses = analyse(cohort.subjects, cohort.cohort_curves, ("lesion load",), seed=3)
     text = group_methods_text(cohort, analyses, seed=3)
     assert set(cited_keys(text)) <= set(bibliography())
@@ -135,15 +135,15 @@ def test_group_text_tells_what_was_asked(cohort):
     assert "@wilcoxon" in text
     assert "26-connected components of at least 3 mm³" in text
     assert "Disyre on T1w: " in text
-    # Too few participants for a model, and no strata asked for.
+    # Too few participants for a model, and no subgroups requested.
     assert "@statsmodels" not in text
     assert "@hedges" not in text
     assert "Other models" not in text
     variants = pd.DataFrame({"variant": ["reference", "tenth", "third", "tenth"]})
-    assert "otherwise (tenth and third)" in group_methods_text(cohort, analyses, variants, seed=3)
+    assert "differently (tenth and third)" in group_methods_text(cohort, analyses, variants, seed=3)
 
 
-def test_group_text_tells_which_models_of_bias_there_were(cohort):
+def test_group_text_describes_the_bias_models(cohort):
     analyses = analyse(cohort.subjects, cohort.cohort_curves, (), seed=0)
     rows = [
         {"term": term, "model": model}
@@ -153,7 +153,7 @@ def test_group_text_tells_which_models_of_bias_there_were(cohort):
     asked = replace(analyses, subgroups=subgroups, bias=Bias(pd.DataFrame(rows), [], []))
     text = group_methods_text(cohort, asked, seed=0)
     assert "subgroups of the cohort by sex, age and scanner," in text
-    assert "modelled by age and scanner," in text
+    assert "regressed on age and scanner," in text
     assert {"hc3", "mixed", "hedges", "statsmodels"} <= set(cited_keys(text))
     assert "mixed" not in cited_keys(
         group_methods_text(cohort, replace(asked, bias=Bias(pd.DataFrame(rows[:2]), [], [])), seed=0)
@@ -207,7 +207,7 @@ def test_citation_files_are_written(tmp_path, monkeypatch):
         ("cat >/dev/null; echo '<html><body></body></html> \\\\end{document}'; exit 3", False),
     ],
 )
-def test_page_is_written_only_if_pandoc_makes_a_whole_one(tmp_path, monkeypatch, script, made):
+def test_page_is_written_only_if_the_output_of_pandoc_is_complete(tmp_path, monkeypatch, script, made):
     pandoc = tmp_path / "pandoc"
     pandoc.write_text(f"#!/bin/sh\n{script}\n")
     pandoc.chmod(0o755)
@@ -226,3 +226,10 @@ def test_assets_are_found_inside_the_package_first(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "bids_uad.bib").write_text("")
         assert assets() == folder
+
+
+def test_used_model_is_read_from_records_of_earlier_versions():
+    fields = {"detector": "pls+normative", "modality": "T1w", "preset": "default", "threshold": 3.0}
+    fields |= {"threshold_name": "max_dice", "met": ["training"], "reference": "Site B", "assumed": True}
+    model = UsedModel.from_record(fields)
+    assert (model.seen_in, model.normative_cohort, model.imputed) == (("training",), "Site B", True)

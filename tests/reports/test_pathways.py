@@ -1,4 +1,4 @@
-"""Each sentence of the methods text follows from what was done: a table of runs, and what their text says."""
+"""Methods text for each preprocessing pathway and model: sentences that must and must not occur."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from bids_uad.reports.pathways import (
 
 
 def pathway(modality: str = "T1w", **changes) -> Pathway:
-    """A whole head that went to the SRI24 atlas by itself, with what differs."""
+    """Return the pathway of a whole-head image that was registered to the SRI24 atlas, with changes."""
     usual = {"mask_origin": EXTRACTED, "skull_stripped": False, "extraction": "combined"}
     return Pathway(modality, **usual | changes)
 
 
 def t2w(**changes) -> Pathway:
-    """A whole head that was registered to a T1w image of its session, with what differs."""
+    """Return the pathway of a whole-head T2w image registered to a T1w image of its session, with changes."""
     return pathway("T2w", **{"mask_origin": ANCHOR, "anchor": SAME_SESSION} | changes)
 
 
 N4, SYN, NETWORK = "with N4 [@n4]", "[@ants_syn]", "[@synthstrip]"
 TO_ATLAS, TO_STAND_IN = "to the SRI24 atlas [@sri24]", "to the ICBM152 template [@icbm152]"
 OF_SAME, OF_OTHER = "a T1w image of the same session", "a T1w image of another session"
-CARRIED, CUT = "mask of the T1w image was carried over", "restricted to the brain of the T2w image"
-RIGID, GIVEN_XFM, ON_GRID = "registered rigidly", "transform that was given", "on the grid of a T1w image"
+CARRIED, CUT = "mask of the T1w image was transformed to the T2w", "restricted to the brain of the T2w image"
+RIGID, GIVEN_XFM, ON_GRID = "registered rigidly", "provided transform", "on the grid of a T1w image"
 TRUTH, ANTS, TORCH = "**Ground truth.**", "*ANTsPy*", "*PyTorch*"
 
 PATHWAYS = {
@@ -54,7 +54,7 @@ PATHWAYS = {
     "by program": (pathway(extraction="hd-bet"), {"[@hdbet]"}, {SYN, NETWORK}),
     "skull-stripped": (
         pathway(mask_origin=BACKGROUND, skull_stripped=True),
-        {"skull-stripped already; their background gave the brain mask", N4},
+        {"already skull-stripped; the brain mask was derived from their background", N4},
         {SYN, NETWORK, "Unless"},
     ),
     "mask given": (
@@ -73,7 +73,7 @@ PATHWAYS = {
     ),
     "all given": (
         pathway(mask_origin=GIVEN, image_given=True, transform_given=True),
-        {"by a rigid transform that was given"},
+        {"by a provided rigid transform"},
         {N4, RIGID, "Powell", ANTS},
     ),
     "T2w alone": (
@@ -102,25 +102,25 @@ PATHWAYS = {
     "T2w transform given": (t2w(transform_given=True), {f"to {OF_SAME} by a {GIVEN_XFM}"}, {RIGID}),
     "mask on the scan": (
         pathway(lesion=ON_SCAN),
-        {TRUTH, "with the scan's transform"},
-        {"as they were given"},
+        {TRUTH, "with the transform of the scan"},
+        {"as provided"},
     ),
-    "mask on the atlas": (pathway(lesion=ON_ATLAS), {TRUTH, "as they were given"}, {"scan's transform"}),
-    "mask by transform": (pathway(lesion=BY_TRANSFORM), {TRUTH, GIVEN_XFM}, {"as they were given"}),
+    "mask on the atlas": (pathway(lesion=ON_ATLAS), {TRUTH, "as provided"}, {"transform of the scan."}),
+    "mask by transform": (pathway(lesion=BY_TRANSFORM), {TRUTH, GIVEN_XFM}, {"as provided"}),
     "mask on a FLAIR": (
         pathway(lesion=ON_OTHER),
-        {TRUTH, "Images that lesion masks were drawn on"},
+        {TRUTH, "Images on which lesion masks were drawn"},
         {GIVEN_XFM},
     ),
 }
 
 
 @pytest.mark.parametrize("name", PATHWAYS)
-def test_the_text_says_what_was_done_to_images_and_no_more(name):
-    way, said, not_said = PATHWAYS[name]
+def test_text_describes_the_preprocessing_and_no_more(name):
+    way, expected, excluded = PATHWAYS[name]
     text = methods_text([], pathways={way: 1}).replace("\n", " ")
-    assert {part for part in said if part not in text} == set()
-    assert {part for part in not_said if part in text} == set()
+    assert {part for part in expected if part not in text} == set()
+    assert {part for part in excluded if part in text} == set()
     assert "[0, 1]" not in text
     assert TORCH not in text
     assert "$" not in text
@@ -133,7 +133,7 @@ def test_each_program_that_extracts_brains_is_cited(program):
     assert f"extracted by {PROGRAMS[program].title} [@{PROGRAMS[program].citation}]" in text
 
 
-def test_images_that_went_other_ways_are_counted_apart_in_any_order():
+def test_pathways_are_counted_separately_in_any_order():
     ways = {pathway(): 3, pathway(lesion=ON_SCAN): 2, pathway(mask_origin=BACKGROUND): 1, t2w(): 4}
     text = preprocessing_text(ways)
     assert text == preprocessing_text(dict(reversed(ways.items())))
@@ -178,20 +178,20 @@ MODELS = {
         },
         {
             "bfloat16",
-            "mean of the reference was taken",
+            "replaced by the mean of the reference",
             "Participants of this dataset",
             "[@synthseg]",
             "also",
         },
     ),
     "bfloat16": ([changed(precision="bf16")], {"Networks were evaluated in bfloat16"}, set()),
-    "met in validation": (
-        [changed(met=("validation",))],
+    "seen in validation": (
+        [changed(seen_in=("validation",))],
         {"Participants of this dataset were among the validation scans of"},
         {NOT_TUNED, "among the training data"},
     ),
-    "met in training": (
-        [changed(met=("training",))],
+    "seen in training": (
+        [changed(seen_in=("training",))],
         {"Participants of this dataset were among the training data of", NOT_TUNED},
         {"among the validation scans"},
     ),
@@ -201,8 +201,16 @@ MODELS = {
         {"linear in age", "age, sex"},
     ),
     "sex alone": ([changed(covariates=("sex",))], {"on sex and brain volume, fitted"}, {"linear in age"}),
-    "age of a participant not known": ([changed(assumed=True)], {"mean of the reference was taken"}, set()),
-    "other healthy controls": ([changed(reference="Site B")], {"(validation scans and Site B)"}, set()),
+    "age of a participant not known": (
+        [changed(imputed=True)],
+        {"replaced by the mean of the reference"},
+        set(),
+    ),
+    "other healthy controls": (
+        [changed(normative_cohort="Site B")],
+        {"(validation scans and Site B)"},
+        set(),
+    ),
     "scores": (
         [changed(detector="pls", covariates=())],
         {"were turned into masks"},
@@ -224,10 +232,10 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_text_says_what_models_did_and_no_more(name):
-    models, said, not_said = MODELS[name]
+def test_text_describes_the_models_and_no_more(name):
+    models, expected, excluded = MODELS[name]
     text = " ".join(methods_text(models).split())
-    assert {part for part in said if part not in text} == set()
-    assert {part for part in not_said if part in text} == set()
+    assert {part for part in expected if part not in text} == set()
+    assert {part for part in excluded if part in text} == set()
     assert "**Preprocessing" not in text
     assert "$" not in text

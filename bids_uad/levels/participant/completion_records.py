@@ -361,7 +361,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
         precision=context.precision,
-        met=() if met == NOT_SEEN else tuple(met.split(" and ")),
+        seen_in=() if met == NOT_SEEN else tuple(met.split(" and ")),
     )
     if bundle.deviation != "none":
         cohort = HealthyCohort.read(bundle.normative["reference"]["covariates"])
@@ -369,8 +369,8 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         model = replace(
             model,
             covariates=tuple(key for key, mean in known.items() if mean is not None),
-            reference=bundle.normative.get("cohort", {}).get("source", ""),
-            assumed=bool(deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]),
+            normative_cohort=bundle.normative.get("cohort", {}).get("source", ""),
+            imputed=bool(deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]),
         )
     return asdict(model)
 
@@ -409,13 +409,11 @@ def methods_of(records: Iterable[CompletionRecord]) -> str:
 
 def _add_model(models: dict[str, UsedModel], told: Mapping[str, Any]) -> None:
     """Add a model to those that are known; what differs from image to image is summed up."""
-    model = UsedModel(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    )
-    key = repr(replace(model, met=(), assumed=False))
+    model = UsedModel.from_record(told)
+    key = repr(replace(model, seen_in=(), imputed=False))
     known = models.get(key, model)
-    met = tuple(sorted({*known.met, *model.met}))
-    models[key] = replace(model, met=met, assumed=known.assumed or model.assumed)
+    seen_in = tuple(sorted({*known.seen_in, *model.seen_in}))
+    models[key] = replace(model, seen_in=seen_in, imputed=known.imputed or model.imputed)
 
 
 def write_methods(output_dir: Path) -> None:
