@@ -104,8 +104,9 @@ class Bundle:
     @property
     def post_processing(self) -> str:
         """What is done to a map after scoring, in words."""
-        depth = self.info.get("hyper", {}).get("depth", 0)
-        smoothing = f"Gaussian of {depth:g} mm standard deviation across slices, then " if depth else ""
+        hyper = self.info.get("hyper", {})
+        sigma = hyper.get("slice_smoothing", hyper.get("depth", 0))  # the name until 0.1
+        smoothing = f"Gaussian of {sigma:g} mm standard deviation across slices, then " if sigma else ""
         return smoothing + self.protocol.filtering
 
     @property
@@ -235,10 +236,10 @@ class Bundle:
         ValueError
             If there is no such hyper-parameter, or the value is not allowed.
         """
-        from bids_uad.methods.base import change_hyper, names_of
+        from bids_uad.methods.base import change_hyper, changed_names
 
         hyper = change_hyper(bundle_hyper(self), changes)
-        changed = sorted({*self.info.get("changed", ()), *names_of(changes)})
+        changed = sorted(set(changed_names(type(hyper), [*self.info.get("changed", ()), *changes])))
         return Bundle(self.folder, {**self.info, "hyper": asdict(hyper), "changed": changed}, None)
 
     def _fixed(self) -> dict[str, Any]:

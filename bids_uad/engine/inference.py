@@ -254,8 +254,8 @@ def anomaly_map(
     # Here, since neither the smoothing nor the median filters below would keep every NaN.
     _check_finite(detector, total, key)
     scores = total / times.clamp_min(1) if len(fields) > 1 else total
-    if detector.depth:
-        scores = smooth_across_slices(scores, inside.to(device), detector.depth)
+    if detector.slice_smoothing:
+        scores = smooth_across_slices(scores, inside.to(device), detector.slice_smoothing)
     smooth = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
     return space.from_slices(smooth.cpu().numpy()) * brain
 

@@ -1,8 +1,9 @@
-"""What every detector offers: training stages and a score."""
+"""Base classes of detectors: training batches and stages, the score, and hyper-parameters as plain values."""
 
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
@@ -18,105 +19,31 @@ from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.synthetic_anomalies import cut_windows, paint_anomalies, vary_intensity
 from bids_uad.space import CROP, SliceSide
 
+LOGGER = logging.getLogger("bids_uad")
 
-def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
-    """Rebuild a (nested) hyper-parameter dataclass.
-
-    Parameters
-    ----------
-    kind : type
-        The dataclass.
-    values : dict
-        As read from JSON: lists for tuples, dictionaries for nested dataclasses.
-
-    Returns
-    -------
-    instance of `kind`
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, one without a default is missing, or a value is not allowed. The default of an
-        option stands for what was done before it came, which is what older bundles mean.
-    """
-    hints = get_type_hints(kind)
-    names = {entry.name for entry in fields(kind)}
-    needed = {
-        entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING
-    }
-    odd = sorted((set(values) - names) | (needed - set(values)))
-    if odd:
-        raise ValueError(f"hyper-parameters of {kind.__name__} do not match: {', '.join(odd)}")
-
-    def rebuilt(name: str, value: Any) -> Any:
-        if is_dataclass(hints[name]) and isinstance(value, dict):
-            return hyper_from_values(hints[name], value)
-        return tuple(value) if isinstance(value, list) else value
-
-    hyper = kind(**{name: rebuilt(name, value) for name, value in values.items()})
-    check_parameters(hyper)
-    return hyper
-
-
-def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
-    """Replace hyper-parameters by what a user gave.
-
-    Parameters
-    ----------
-    hyper : dataclass
-    changes : sequence of str
-        ``NAME=VALUE``, the value as in JSON: ``stride=4``, ``labels=[74, 24]``.
-
-    Returns
-    -------
-    dataclass
-        Of the same kind.
-
-    Raises
-    ------
-    ValueError
-        If there is no such hyper-parameter, or the value is not allowed.
-    """
-    plain = {
-        entry.name: getattr(hyper, entry.name)
-        for entry in fields(hyper)
-        if not is_dataclass(getattr(hyper, entry.name))
-    }
-    found = {}
-    for change in changes:
-        name, _, text = change.partition("=")
-        if name not in plain:
-            raise ValueError(f"no hyper-parameter {name!r}; there are {', '.join(plain)}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if isinstance(value, list):
-            value = tuple(value)
-        if isinstance(plain[name], float) and type(value) is int:
-            value = float(value)
-        found[name] = value
-    changed = replace(hyper, **found)
-    check_parameters(changed)
-    return changed
-
-
-def names_of(changes: Sequence[str]) -> list[str]:
-    """Give the names of the hyper-parameters that ``NAME=VALUE`` items change."""
-    return [change.partition("=")[0] for change in changes]
+FieldOfView = tuple[SliceSide, SliceSide]
+"""Height and width in pixels of the part of a slice that a detector processes."""
+WHOLE_SLICE = (CROP, CROP)
+BRAIN_FIELD = (160, 192)
+"""Field of view that contains a brain 160 mm wide and 192 mm long."""
+N_INTENSITY_CLASSES = 10
+"""Intensity classes among which the bias of painted anomalies is drawn, in the training of a backbone."""
+MIN_PAINTED_CHANGE = 0.05
+"""Smallest intensity change (image range 0 to 1) that is labelled as painted anomaly."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Healthy slices to learn from.
+    """Healthy slices for training.
 
     Parameters
     ----------
     slices : Tensor, shape (B, 1, H, W)
         Intensities in [0, 1].
     brain : Tensor of bool, shape (B, 1, H, W)
+        Brain masks.
     tissue : Tensor of int64, shape (B, H, W), optional
-        Tissue classes, 0 outside the brain; only where the training data have them.
+        Tissue classes, 0 outside the brain. None if the training data have none.
     """
 
     slices: Tensor
@@ -124,7 +51,7 @@ class Batch:
     tissue: Tensor | None = None
 
     def cut(self, rows: slice, columns: slice) -> Batch:
-        """Keep a rectangle of every slice."""
+        """Return the given rows and columns of every slice, as views."""
         inside = (..., rows, columns)
         tissue = None if self.tissue is None else self.tissue[inside]
         return Batch(self.slices[inside], self.brain[inside], tissue)
@@ -132,18 +59,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class GradientStage(Constrained):
-    """A training stage that descends a loss.
+    """A training stage that minimises a loss.
+
+    The optimiser is AdamW, with a learning rate that falls to zero by half a cosine period.
 
     Parameters
     ----------
     name : str
+        Name in logs and in ``bundle.json``.
     module : nn.Module
-        What is trained; everything else stays as it is.
+        Module that is trained; all others are left unchanged.
     loss : callable
-        ``loss(batch, generator)``, a scalar Tensor.
-    steps, batch_size, learning_rate
-        The preset's schedule: AdamW, the learning rate falling to zero by a half cosine.
-    needs_tissue : bool
+        ``loss(batch, generator)``, which returns a scalar Tensor.
+    steps : int
+        Optimiser steps.
+    batch_size : int
+        Slices per step.
+    learning_rate : float
+        Initial learning rate.
+    needs_tissue : bool, default=False
         Whether the batches must have tissue classes.
     """
 
@@ -164,7 +98,7 @@ class GradientStage(Constrained):
         schedule: Any,
         **options: Any,
     ) -> GradientStage:
-        """Make a stage whose `steps`, `batch_size` and `learning_rate` are those of `schedule`."""
+        """Make a stage whose `steps`, `batch_size` and `learning_rate` are attributes of `schedule`."""
         return cls(
             name,
             module,
@@ -178,16 +112,18 @@ class GradientStage(Constrained):
 
 @dataclass(frozen=True)
 class FitStage(Constrained):
-    """A training stage without gradients: it sees batches once and keeps what it needs.
+    """A training stage without gradients, in one pass over the batches.
 
     Parameters
     ----------
     name : str
+        Name in logs and in ``bundle.json``.
     fit : callable
         ``fit(batches, generator)``.
     slices : int
-        How many randomly chosen slices it is shown.
+        Number of randomly chosen slices.
     batch_size : int
+        Slices per batch.
     """
 
     name: str
@@ -198,27 +134,23 @@ class FitStage(Constrained):
 
 Stage = GradientStage | FitStage
 
-FieldOfView = tuple[SliceSide, SliceSide]
-"""Height and width in pixels of the part of a slice that a detector is shown."""
-
-WHOLE_SLICE = (CROP, CROP)
-BRAIN_FIELD = (160, 192)
-"""Holds a brain of 160 mm from side to side and 192 mm from front to back."""
-
 
 class Detector(nn.Module, ABC):
     """An unsupervised anomaly detector for axial brain slices.
 
+    Parameters
+    ----------
+    hyper : dataclass
+        Hyper-parameters.
+
     Attributes
     ----------
     name : str
-        Registry name.
+        Key in :data:`bids_uad.methods.registry.DETECTORS`.
     citation : str
         Key in ``boilerplate/bids_uad.bib``.
     presets : dict
         Hyper-parameters by preset name: ``paper``, ``default`` or ``lite``.
-    hyper : dataclass
-        The hyper-parameters of this instance.
     """
 
     name: ClassVar[str]
@@ -231,52 +163,45 @@ class Detector(nn.Module, ABC):
 
     @property
     def field_of_view(self) -> tuple[int, int]:
-        """Height and width in pixels of what the detector is shown of a slice.
-
-        The whole of it, unless the hyper-parameters name a smaller one: brains leave a wide margin, and a
-        network that has never seen the margin need not be shown it.
-        """
+        """Height and width in pixels of the part of a slice that is processed, by default the whole slice."""
         return getattr(self.hyper, "field_of_view", WHOLE_SLICE)
 
     @property
-    def depth(self) -> float:
-        """Standard deviation in mm of the Gaussian across slices that smooths the map; 0: none does."""
-        return getattr(self.hyper, "depth", 0.0)
+    def slice_smoothing(self) -> float:
+        """Standard deviation in mm of the Gaussian that smooths the map across slices; 0 is none."""
+        return getattr(self.hyper, "slice_smoothing", 0.0)
 
     def describe(self) -> dict[str, Any]:
-        """Hyper-parameters as plain values, for a bundle's JSON."""
+        """Return the hyper-parameters as plain values, for ``bundle.json``."""
         return asdict(self.hyper)
 
     @abstractmethod
     def stages(self) -> list[Stage]:
-        """Training stages, in the order they are run."""
+        """Return the training stages in order."""
 
     @abstractmethod
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Score every pixel of a batch of slices.
+        """Compute the anomaly score of every pixel of a batch of slices.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, *field_of_view)
             Intensities in [0, 1], 0 outside the brain.
         brain : Tensor of bool, shape (B, 1, *field_of_view)
+            Brain masks.
         generator : SliceGenerator
-            Random numbers that depend on subject, slice and step only, so that a stochastic map does not
-            depend on which slices share a batch. Deterministic detectors leave it alone.
+            Random numbers that depend on image, slice and step only, so that the map of a slice does not
+            depend on the other slices of the batch. Deterministic detectors ignore it.
 
         Returns
         -------
         Tensor, shape (B, 1, *field_of_view)
-            Higher is more anomalous; 0 outside the brain.
+            Scores, higher for more anomalous pixels, 0 outside the brain.
         """
 
 
-INTENSITIES = 10  # classes of intensity that a painted bias keeps to
-VISIBLE = 0.05  # change of intensity from which a pixel counts as painted
-
-
 class FeatureDetector(Detector):
-    """A detector that looks at features of a frozen backbone.
+    """A detector that scores features of a frozen backbone.
 
     Parameters
     ----------
@@ -287,64 +212,208 @@ class FeatureDetector(Detector):
     def __init__(self, hyper: Any) -> None:
         super().__init__(hyper)
         self.backbone = build_backbone(hyper.backbone)
-        self._backbone_is_given = hyper.backbone.pretrained
+        self._backbone_is_trained = hyper.backbone.pretrained
 
     def use_backbone(self, other: nn.Module) -> None:
-        """Take the weights of a trained backbone of the same make, instead of training one."""
+        """Copy the weights of a trained backbone of the same architecture, so that none is trained."""
         self.backbone.load_state_dict(other.state_dict())
-        self._backbone_is_given = True
+        self._backbone_is_trained = True
 
     def backbone_stages(self) -> list[GradientStage]:
-        """The stage that trains a backbone of our own; none where it comes trained."""
+        """Return the stage that trains the backbone; an empty list if it is already trained."""
         config: BackboneConfig = self.hyper.backbone
-        if self._backbone_is_given:
+        if self._backbone_is_trained:
             return []
         return [
             GradientStage.scheduled("features", self.backbone, self.feature_loss, config, needs_tissue=True)
         ]
 
     def feature_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Cross-entropy of the tissue classes, and of anomalies painted over them, which are the last class.
+        """Compute the cross-entropy of tissue classes, with painted anomalies as the last class.
 
-        Features that only tell tissues apart learn to overlook what is odd about them, as
-        ``benchmarks/backbones.py`` measures.
+        Without painted anomalies the features respond less to lesions, see ``benchmarks/backbones.py``.
+
+        Parameters
+        ----------
+        batch : Batch
+            Healthy slices with tissue classes.
+        generator : torch.Generator
+            Random numbers of augmentation and anomalies.
+
+        Returns
+        -------
+        Tensor, scalar
+            The loss.
         """
         config = self.hyper.backbone
         images, tissue = cut_windows(
             batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
         )
         images = vary_intensity(images, tissue > 0, config.augmentation, generator)
-        intensities = torch.linspace(0, 1, INTENSITIES, device=images.device)
-        painted, _ = paint_anomalies(images, tissue > 0, intensities, config.anomaly, generator)
-        visible = (painted - images).abs() > VISIBLE
-        classes = torch.where(visible, config.classes - 1, tissue)
+        codebook = torch.linspace(0, 1, N_INTENSITY_CLASSES, device=images.device)
+        painted, _ = paint_anomalies(images, tissue > 0, codebook, config.anomaly, generator)
+        changed = (painted - images).abs() > MIN_PAINTED_CHANGE
+        classes = torch.where(changed, config.classes - 1, tissue)
         return F.cross_entropy(self.backbone.classify(painted), classes[:, 0])
 
     @torch.no_grad()
     def features(self, slices: Tensor) -> list[Tensor]:
-        """Maps of the backbone that the detector looks at, fine to coarse.
+        """Compute the feature maps that the detector uses.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
-            In [0, 1].
+            Intensities in [0, 1].
+
+        Returns
+        -------
+        list of Tensor, shape (B, C, h, w)
+            Maps that `taps` of the backbone selects, from fine to coarse.
         """
         maps = self.backbone(slices)
         return [maps[tap] for tap in self.hyper.backbone.taps]
 
 
-def stacked(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Resize maps to one size, corners aligned, and stack their channels.
+def stack_maps(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize feature maps to one size, with corners aligned, and concatenate their channels.
 
     Parameters
     ----------
-    maps : list of Tensor, shapes (B, C, H, W)
+    maps : list of Tensor, shape (B, C, H, W)
+        Feature maps.
     size : tuple of int
+        Height and width of the result.
 
     Returns
     -------
     Tensor, shape (B, sum of C, *size)
+        Stacked maps.
     """
     return torch.cat(
         [F.interpolate(part, size=size, mode="bilinear", align_corners=True) for part in maps], 1
     )
+
+
+def current_name(kind: type, name: str) -> str:
+    """Return the present name of a hyper-parameter that may have been renamed.
+
+    Parameters
+    ----------
+    kind : type
+        Dataclass of hyper-parameters; its class variable `renamed_fields`, if any, maps old to new names.
+    name : str
+        Present or former name of a field.
+
+    Returns
+    -------
+    str
+        Present name; `name` itself if no field of this name was renamed.
+    """
+    return getattr(kind, "renamed_fields", {}).get(name, name)
+
+
+def hyper_from_values(kind: type, values: dict[str, Any]) -> Any:
+    """Rebuild a (nested) dataclass of hyper-parameters from plain values.
+
+    Parameters
+    ----------
+    kind : type
+        The dataclass.
+    values : dict
+        Values as in JSON: lists for tuples, dictionaries for nested dataclasses. Former names of fields are
+        accepted. A field that is missing gets its default.
+
+    Returns
+    -------
+    instance of `kind`
+        Checked hyper-parameters.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, a field without a default is missing, or a value is not allowed.
+    """
+    hints = get_type_hints(kind)
+    values = {current_name(kind, name): value for name, value in values.items()}
+    names = {entry.name for entry in fields(kind)}
+    required = {
+        entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING
+    }
+    wrong = sorted((set(values) - names) | (required - set(values)))
+    if wrong:
+        raise ValueError(f"hyper-parameters of {kind.__name__} do not match: {', '.join(wrong)}")
+
+    def rebuild(name: str, value: Any) -> Any:
+        if is_dataclass(hints[name]) and isinstance(value, dict):
+            return hyper_from_values(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    hyper = kind(**{name: rebuild(name, value) for name, value in values.items()})
+    check_parameters(hyper)
+    return hyper
+
+
+def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
+    """Replace hyper-parameters by the values of ``--hyper``.
+
+    Parameters
+    ----------
+    hyper : dataclass
+        Hyper-parameters.
+    changes : sequence of str
+        ``NAME=VALUE``, the value as in JSON: ``stride=4``, ``labels=[74, 24]``. Former names are accepted
+        with a warning.
+
+    Returns
+    -------
+    dataclass
+        Changed copy of `hyper`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such hyper-parameter, or the value is not allowed.
+    """
+    present = {
+        entry.name: getattr(hyper, entry.name)
+        for entry in fields(hyper)
+        if not is_dataclass(getattr(hyper, entry.name))
+    }
+    replaced = {}
+    for change in changes:
+        old_name, _, text = change.partition("=")
+        name = current_name(type(hyper), old_name)
+        if name not in present:
+            raise ValueError(f"no hyper-parameter {name!r}; there are {', '.join(present)}")
+        if name != old_name:
+            LOGGER.warning("--hyper %s is deprecated: the hyper-parameter is called %s", old_name, name)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(present[name], float) and type(value) is int:
+            value = float(value)
+        replaced[name] = value
+    changed = replace(hyper, **replaced)
+    check_parameters(changed)
+    return changed
+
+
+def changed_names(kind: type, changes: Sequence[str]) -> list[str]:
+    """Return the present names of the hyper-parameters that ``NAME=VALUE`` items change.
+
+    Parameters
+    ----------
+    kind : type
+        Dataclass of hyper-parameters.
+    changes : sequence of str
+        ``NAME=VALUE``, or only ``NAME``.
+
+    Returns
+    -------
+    list of str
+        Names of fields of `kind`, in the order of `changes`.
+    """
+    return [current_name(kind, change.partition("=")[0]) for change in changes]

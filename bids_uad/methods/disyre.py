@@ -177,7 +177,7 @@ class Disyre(Detector):
             labels=(49,),
             anomaly=AnomalyConfig(size=(5.0, 70.0), log_size=True, max_shapes=4),
             augmentation=AugmentationConfig(
-                spatial=0.3, zoom=(0.85, 1.15), shift=0.05, back_to_front=False, intensity=0.25
+                spatial=0.3, zoom=(0.85, 1.15), shift=0.05, flip_front_back=False, intensity=0.25
             ),
             steps=5_000,
             batch_size=8,

@@ -20,7 +20,7 @@ from bids_uad.constraints import (
     Interval,
     Positive,
 )
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stacked
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
@@ -126,7 +126,7 @@ class FAE(FeatureDetector):
     def feature_stack(self, slices: Tensor) -> Tensor:
         """Stack the backbone's maps at the size of the finest."""
         maps = self.features(slices)
-        return stacked(maps, maps[0].shape[-2:])
+        return stack_maps(maps, maps[0].shape[-2:])
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """One minus the mean SSIM of features and restored features."""

@@ -23,7 +23,7 @@ from bids_uad.constraints import (
     Positive,
     invalid,
 )
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stacked
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import CROP
@@ -219,7 +219,7 @@ class UniAD(FeatureDetector):
     def tokens(self, slices: Tensor) -> Tensor:
         """Stack the backbone's maps on the grid, shape (B, grid**2, channels)."""
         grid = (self.hyper.grid, self.hyper.grid)
-        return stacked(self.features(slices), grid).flatten(2).transpose(1, 2)
+        return stack_maps(self.features(slices), grid).flatten(2).transpose(1, 2)
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Squared error of the features restored from jittered ones."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +276,7 @@ class AugmentationConfig(Constrained):
         Range of the isotropic zoom.
     shift : float
         Largest shift of the window off the brain's centre, as a share of its side.
-    back_to_front : bool
+    flip_front_back : bool
         Mirror front to back as well as left to right. Brains never come that way, and a network that need
         not allow for it learns sooner what belongs where.
     intensity : float
@@ -287,8 +287,10 @@ class AugmentationConfig(Constrained):
     rotation: Annotated[float, Interval(0, 180)] = 15.0
     zoom: PositiveRange = (0.75, 1.25)
     shift: Annotated[float, Interval(0, 1)] = 0.25
-    back_to_front: bool = True
+    flip_front_back: bool = True
     intensity: Probability = 0.15
+
+    renamed_fields: ClassVar[dict[str, str]] = {"back_to_front": "flip_front_back"}
 
 
 def cut_windows(
@@ -335,7 +337,7 @@ def cut_windows(
     angle = turned * uniform((batch,), -1.0, 1.0, generator) * math.radians(config.rotation)
     zoom = 1 + turned * (uniform((batch,), *config.zoom, generator) - 1)
     flips = torch.randint(0, 2, (2, batch), generator=generator, device=device) * 2.0 - 1
-    if not config.back_to_front:
+    if not config.flip_front_back:
         flips[1] = 1.0
     r = (torch.arange(h, device=device) - (h - 1) / 2)[None, :, None] * flips[0, :, None, None]
     c = (torch.arange(w, device=device) - (w - 1) / 2)[None, None, :] * flips[1, :, None, None]

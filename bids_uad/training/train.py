@@ -26,7 +26,7 @@ from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.engine.protocol import protocol_of
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import remove_unfinished
-from bids_uad.methods.base import Detector, GradientStage, change_hyper, names_of
+from bids_uad.methods.base import Detector, GradientStage, change_hyper, changed_names
 from bids_uad.methods.registry import build_detector, preset_of
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
@@ -119,7 +119,7 @@ def run_train(config: RunConfig) -> int:
         modality=config.modality,
         training=training,
         card=card,
-        changed=names_of(config.hyper),
+        changed=changed_names(type(detector.hyper), config.hyper),
     )
     logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
     return 0

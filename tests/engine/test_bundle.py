@@ -131,8 +131,8 @@ def test_weights_of_another_shape_are_refused(folder):
 
 def test_unknown_hyper_parameters_are_refused(folder):
     values = json.loads((folder / "bundle.json").read_text())["hyper"]
-    edit(folder / "bundle.json", hyper={**values, "depth": 3})
-    with pytest.raises(ModelError, match="depth"):
+    edit(folder / "bundle.json", hyper={**values, "slice_smoothing": 3})
+    with pytest.raises(ModelError, match="slice_smoothing"):
         load_detector(load_bundle(folder))
 
 

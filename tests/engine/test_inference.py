@@ -135,7 +135,7 @@ def test_the_published_protocol_scales_by_the_extremes_and_filters_with_scipys_m
 
 def test_a_detector_may_have_its_map_smoothed_across_slices_before_the_median(scan):
     class Echo(Noisy):
-        depth = 2.0
+        slice_smoothing = 2.0
 
         def score(self, slices, brain, generator):
             return slices
@@ -182,12 +182,12 @@ class Broken(Noisy):
 
     name = "broken"
 
-    def __init__(self, value: float, where: int | tuple[int, ...], depth: float = 0.0) -> None:
+    def __init__(self, value: float, where: int | tuple[int, ...], sigma: float = 0.0) -> None:
         super().__init__()
-        self.value, self.where, self.sigma = value, where if isinstance(where, tuple) else (where,), depth
+        self.value, self.where, self.sigma = value, where if isinstance(where, tuple) else (where,), sigma
 
     @property
-    def depth(self) -> float:
+    def slice_smoothing(self) -> float:
         return self.sigma
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
@@ -201,12 +201,12 @@ class Broken(Noisy):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("protocol", [CORRECTED, PUBLISHED])
-@pytest.mark.parametrize("depth", [0.0, 2.0])
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
 def test_a_score_that_is_no_number_is_an_error_that_names_detector_scan_and_slice(
-    scan, value, protocol, depth
+    scan, value, protocol, sigma
 ):
     with pytest.raises(ModelError, match=r"broken gave NaN .* for sub-01_T1w in axial slice 47 of the SRI24"):
-        anomaly_map(Broken(value, 47, depth), *scan, key="sub-01_T1w", protocol=protocol)
+        anomaly_map(Broken(value, 47, sigma), *scan, key="sub-01_T1w", protocol=protocol)
 
 
 def test_the_first_slices_with_nan_are_named(scan):

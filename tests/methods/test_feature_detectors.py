@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.methods.base import Batch, stacked
+from bids_uad.methods.base import Batch, stack_maps
 from bids_uad.methods.fae import FAE, FeatureAutoencoder
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.uniad import UniAD, jittered, neighbourhoods
@@ -149,7 +149,7 @@ def test_rd_score_is_the_cosine_by_hand(batch):
         total = 0
         for a, b in zip(taught, learnt, strict=True):
             cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-8)
-            total = total + stacked([1 - cosine[:, None]], (224, 224))
+            total = total + stack_maps([1 - cosine[:, None]], (224, 224))
     torch.testing.assert_close(ours, total * batch.brain, atol=1e-4, rtol=1e-4)
 
 
@@ -159,9 +159,9 @@ def test_uniad_score_is_the_distance_of_tokens(batch):
     with torch.no_grad():
         ours = detector.score(batch.slices, batch.brain, [])
         maps = detector.features(batch.slices)
-        tokens = stacked(maps, (14, 14)).flatten(2).transpose(1, 2)
+        tokens = stack_maps(maps, (14, 14)).flatten(2).transpose(1, 2)
         distance = ((detector.transformer(tokens) - tokens) ** 2).sum(2).sqrt().view(2, 1, 14, 14)
-    torch.testing.assert_close(ours, stacked([distance], (224, 224)) * batch.brain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, stack_maps([distance], (224, 224)) * batch.brain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [FAE, ReverseDistillation, UniAD])

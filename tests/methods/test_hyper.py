@@ -17,15 +17,22 @@ from bids_uad.constraints import (
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.andi import ANDi, ANDiHyper
-from bids_uad.methods.base import Batch, FitStage, GradientStage, change_hyper, hyper_from_values
+from bids_uad.methods.base import (
+    Batch,
+    FitStage,
+    GradientStage,
+    change_hyper,
+    changed_names,
+    hyper_from_values,
+)
 from bids_uad.methods.ddpmpp import PartialDiffusionHyper
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.fae import FAEHyper
 from bids_uad.methods.intensity import IntensityHyper
 from bids_uad.methods.itermask import IterMaskHyper
 from bids_uad.methods.patchcore import PatchCoreHyper
-from bids_uad.methods.pls.detector import Course, PLSHyper
-from bids_uad.methods.pls.training_samples import BlemishConfig
+from bids_uad.methods.pls.detector import CurriculumStage, PLSHyper
+from bids_uad.methods.pls.training_samples import SyntheticLesionConfig
 from bids_uad.methods.rd import RDHyper
 from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
 from bids_uad.methods.riad import RIADHyper
@@ -41,13 +48,13 @@ NAN, INF = float("nan"), float("inf")
 
 # Values that are not allowed, of each field of each class.
 SCHEDULE = {"steps": [0, 2.5], "batch_size": [0, -8], "learning_rate": [0.0, -1e-3, NAN]}
-COURSE = {
-    "blemish": [None, {}],
-    "small_weight": [-1.0, NAN],
-    "iron": [-0.1, 1.1],
-    "flow": [-0.1, 1.1],
-    "remnants": [-0.1, 1.1],
-    "cut": [-0.1, 1.1],
+CURRICULUM = {
+    "lesion": [None, {}],
+    "small_lesion_weight": [-1.0, NAN],
+    "dark_nuclei_prob": [-0.1, 1.1],
+    "flow_void_prob": [-0.1, 1.1],
+    "strip_remnant_prob": [-0.1, 1.1],
+    "edge_cut_prob": [-0.1, 1.1],
     "steps": [-1, 0.5],
     "batch_size": [0],
     "learning_rate": [0.0, INF],
@@ -85,22 +92,22 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "rotation": [-15.0, 181.0],
         "zoom": [(0.0, 1.0), (1.2, 0.8), 1.0],
         "shift": [-0.1, 1.1],
-        "back_to_front": [None],
+        "flip_front_back": [None],
         "intensity": [-0.15],
     },
-    BlemishConfig: {
-        "large": [(0.0, 90.0), (90.0, 10.0)],
-        "core": [(40.0, 5.0)],
-        "small": [(-2.0, 16.0), (3.0, INF)],
-        "chance": [(0.6, 0.3), (0.6, 0.3, 1.5), 0.5],
-        "most_small": [0],
-        "wet": [1.01, NAN],
-        "texture": [-0.2],
+    SyntheticLesionConfig: {
+        "large_size": [(0.0, 90.0), (90.0, 10.0)],
+        "core_size": [(40.0, 5.0)],
+        "small_size": [(-2.0, 16.0), (3.0, INF)],
+        "probabilities": [(0.6, 0.3), (0.6, 0.3, 1.5), 0.5],
+        "max_small": [0],
+        "fluid_like_prob": [1.01, NAN],
+        "foreign_texture_prob": [-0.2],
         "opacity": [(0.15, 1.5), (1.0, 0.15)],
-        "blur": [-3.0],
-        "in_white": [2],
-        "lining": [-0.4],
-        "thickness": [(0.0, 6.0), (6.0, 1.0)],
+        "max_blur": [-3.0],
+        "white_matter_prob": [2],
+        "periventricular_prob": [-0.4],
+        "periventricular_thickness": [(0.0, 6.0), (6.0, 1.0)],
     },
     BackboneConfig: {
         "name": ["resnet50", "MRI"],
@@ -202,20 +209,20 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "scoring_window": [-11, 4],
         **SCHEDULE,
     },
-    Course: COURSE,
+    CurriculumStage: CURRICULUM,
     PLSHyper: {
-        **COURSE,
+        **CURRICULUM,
         "network": [None],
         "field_of_view": [(162, 192), *FIELD],
         "augmentation": [None],
-        "visible": [0.0, -0.15],
-        "soiled": [1.1],
-        "swollen": [-0.6],
-        "mottled": [-0.06],
-        "depth": [-2.0, INF],
-        "second": [None],
-        "third": ["third"],
-        "fourth": [{}],
+        "full_target_change": [0.0, -0.15],
+        "rim_artifact_prob": [1.1],
+        "ventricle_scaling_prob": [-0.6],
+        "fine_bias_strength": [-0.06],
+        "slice_smoothing": [-2.0, INF],
+        "stage2": [None],
+        "stage3": ["third"],
+        "stage4": [{}],
         "steps": [0],
     },
     IntensityHyper: {"slices": [0, 2.0]},
@@ -302,6 +309,12 @@ class TestEveryHyperClass:
     def test_has_a_refused_value_for_every_field_in_the_table(self, kind):
         assert set(ILLEGAL[kind]) == {entry.name for entry in fields(kind)}
 
+    def test_renamed_fields_lead_to_present_fields(self, kind):
+        names = {entry.name for entry in fields(kind)}
+        renamed = getattr(kind, "renamed_fields", {})
+        assert set(renamed.values()) <= names
+        assert not set(renamed) & names
+
 
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
 def test_other_classes_have_a_refused_value_for_every_field_in_the_table(kind):
@@ -325,7 +338,7 @@ WIDE = BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
         (lambda: DisyreHyper(network=TIMELESS), "must be True in DisyreHyper"),
         (lambda: RIADHyper(network=TIMED), "must be False in RIADHyper"),
         (lambda: IterMaskHyper(network=TIMED), "must be False in IterMaskHyper"),
-        (lambda: PLSHyper(network=TIMED), "must be False in FPIHyper"),
+        (lambda: PLSHyper(network=TIMED), "must be False in PLSHyper"),
         (lambda: ANDiHyper(field_of_view=(160, 176)), r"'field_of_view' .* divisible by 32 .*\(160, 176\)"),
         (lambda: DisyreHyper(window=(128, 136)), "'window' .* divisible by 16"),
         (lambda: DisyreHyper(window=(192, 192)), "'window' .* no larger than 'field_of_view'"),
@@ -370,8 +383,9 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
         "rd": {"embedding_blocks": 1, "student_blocks": (1, 1, 1)},
         "patchcore": {"neighbourhood": 27, "bank": 1, "candidates": 1, "projection": 1, "bank_slices": 1},
         "fae": {"training_window": 55, "scoring_window": 55, "dropout": 0.0, "widths": (1, 1, 1, 1)},
-        "pls": {"visible": 1e-3, "soiled": 1.0, "swollen": 1.0, "small_weight": 0.0, "iron": 1.0, "flow": 1.0,
-                "remnants": 1.0, "cut": 1.0, "field_of_view": (32, 32)},
+        "pls": {"full_target_change": 1e-3, "rim_artifact_prob": 1.0, "ventricle_scaling_prob": 1.0,
+                "small_lesion_weight": 0.0, "dark_nuclei_prob": 1.0, "flow_void_prob": 1.0,
+                "strip_remnant_prob": 1.0, "edge_cut_prob": 1.0, "field_of_view": (32, 32)},
         "intensity": {"slices": 1},
     }  # fmt: skip
     torch.manual_seed(0)
@@ -470,3 +484,30 @@ def test_options_that_came_after_a_model_have_their_default():
         hyper_from_values(Needy, {"width": 4})
     with pytest.raises(ValueError, match="height"):
         hyper_from_values(Needy, {"depth": 1, "height": 4})
+
+
+def test_former_names_of_hyper_parameters_are_read():
+    """PLS stored a nested dataclass under other names until version 0.1."""
+    hyper = PLSHyper(
+        stage2=CurriculumStage(lesion=SyntheticLesionConfig(max_small=7), dark_nuclei_prob=0.5),
+        slice_smoothing=2.0,
+    )
+
+    def former(values, kind):
+        names = {new: old for old, new in kind.renamed_fields.items()}
+        return {names.get(name, name): value for name, value in values.items()}
+
+    values = former(asdict(hyper), PLSHyper)
+    for stage in ("second", "third", "fourth"):
+        values[stage] = former(values[stage], CurriculumStage)
+        values[stage]["blemish"] = former(values[stage]["blemish"], SyntheticLesionConfig)
+    assert (values["second"]["blemish"]["most_small"], values["second"]["iron"]) == (7, 0.5)
+    assert hyper_from_values(PLSHyper, values) == hyper
+
+
+def test_former_names_in_changes_warn(caplog):
+    hyper = PLSHyper()
+    with caplog.at_level("WARNING", logger="bids_uad"):
+        assert change_hyper(hyper, ["depth=3"]).slice_smoothing == 3.0
+    assert "--hyper depth is deprecated: the hyper-parameter is called slice_smoothing" in caplog.text
+    assert changed_names(PLSHyper, ["depth=3", "visible=0.1"]) == ["slice_smoothing", "full_target_change"]

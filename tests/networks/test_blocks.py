@@ -197,7 +197,7 @@ def test_unturned_windows_are_copies(healthy):
 
 def test_windows_stay_upright_and_centred_if_asked(healthy):
     images, brain = (part[..., :80] for part in healthy)  # the disc is cut at one end
-    config = AugmentationConfig(spatial=0.0, shift=0.0, back_to_front=False)
+    config = AugmentationConfig(spatial=0.0, shift=0.0, flip_front_back=False)
     cut, _ = cut_windows(images, brain, (96, 80), config, torch.Generator().manual_seed(0))
     as_they_were = [torch.allclose(a, b, atol=1e-5) for a, b in zip(cut, images, strict=True)]
     mirrored = [torch.allclose(a, b.flip(-2), atol=1e-5) for a, b in zip(cut, images, strict=True)]
