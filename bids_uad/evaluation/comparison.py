@@ -1,4 +1,4 @@
-"""Whether two detectors differ on the same people by more than chance."""
+"""Paired comparison of detectors on the same participants."""
 
 from __future__ import annotations
 
@@ -14,73 +14,74 @@ from bids_uad.evaluation.bootstrap import MIN_SUBJECTS, bootstrap_interval, inte
 from bids_uad.evaluation.subjects import HEALTHY, LESION
 
 OUTCOMES = {"dice": LESION, "auprc": LESION, "fpr": HEALTHY}
-"""What is compared, and on which scans."""
+"""Compared outcomes, and the role of the scans they are defined for."""
 HIGHER_IS_BETTER = {"dice": True, "auprc": True, "fpr": False}
 MIN_PARTICIPANTS = 6
-"""With fewer pairs no two-sided signed-rank test reaches 0.05."""
+"""Minimum number of pairs for a test: with fewer, a two-sided signed-rank test cannot reach p < 0.05."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "modality": {"Description": "Modality of the images"},
     "outcome": {
-        "Description": "What is compared",
+        "Description": "Compared outcome",
         "Levels": {
             "dice": "Dice at the fixed threshold, lesion scans",
             "auprc": "Average precision, lesion scans",
             "fpr": "False-positive rate at the fixed threshold, healthy scans",
         },
     },
-    "detector_a": {"Description": "One detector"},
-    "detector_b": {"Description": "The other"},
+    "detector_a": {"Description": "First detector"},
+    "detector_b": {"Description": "Second detector"},
     "n_participants": {
-        "Description": "Participants that both have scored; several scans of one are averaged"
+        "Description": "Number of participants scored by both detectors; scans of a participant are averaged"
     },
-    "difference": {"Description": "Mean over these participants of a minus b"},
-    **interval_columns(
-        "difference", "difference, of this pair alone (not corrected for the number of pairs)"
-    ),
-    "statistic": {"Description": "Wilcoxon signed-rank statistic, zeros ranked (Pratt)"},
+    "difference": {"Description": "Mean over these participants of detector_a minus detector_b"},
+    **interval_columns("difference", "difference, not corrected for the number of pairs"),
+    "statistic": {"Description": "Wilcoxon signed-rank statistic, zero differences ranked (Pratt)"},
     "p": {
-        "Description": f"Its two-sided p value; n/a with fewer than {MIN_PARTICIPANTS} participants or where "
-        "all pairs are equal"
+        "Description": f"Two-sided p value of the test; n/a with fewer than {MIN_PARTICIPANTS} participants "
+        "or if all differences are zero"
     },
-    "p_holm": {"Description": "The same, corrected (Holm) over all pairs of the modality and outcome"},
+    "p_holm": {"Description": "p, corrected (Holm) over all pairs of the modality and outcome"},
 }
 
 
 def participant_scores(subjects: pd.DataFrame, modality: str, outcome: str) -> pd.DataFrame:
-    """Arrange one outcome by participant and detector.
+    """Return one outcome by participant and detector.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
         One row per image and detector, columns of :data:`bids_uad.evaluation.subjects.COLUMNS`.
     modality : str
+        Modality of the images.
     outcome : {"dice", "auprc", "fpr"}
+        Outcome to compare.
 
     Returns
     -------
     pandas.DataFrame
-        Index: participants; columns: detectors, in alphabetical order. Mean over the images of a
-        participant, NaN where there is none.
+        Index: participants; columns: detectors, in alphabetical order; values: mean over the images of the
+        participant, NaN without images.
     """
     chosen = subjects[(subjects["modality"] == modality) & (subjects["role"] == OUTCOMES[outcome])]
     return chosen.pivot_table(index="participant_id", columns="detector", values=outcome, aggfunc="mean")
 
 
 def mean_ranks(scores: pd.DataFrame, outcome: str) -> pd.Series:
-    """Rank the detectors within each participant and average, ties sharing their ranks.
+    """Compute the mean rank of each detector over participants (Demšar 2006, JMLR 7).
 
     Parameters
     ----------
     scores : pandas.DataFrame
-        Of :func:`participant_scores`.
-    outcome : str
+        Outcome by participant and detector, from :func:`participant_scores`.
+    outcome : {"dice", "auprc", "fpr"}
+        Outcome, which decides whether high or low values rank first.
 
     Returns
     -------
     pandas.Series
-        Mean rank by detector, best first, 1 for a detector that is best everywhere; over the participants
-        that every detector has scored. Empty without any. After Demšar 2006 (JMLR 7).
+        Mean rank by detector, the best (lowest) first, over the participants scored by all detectors; tied
+        detectors share the mean of their ranks. Empty without such participants.
     """
     complete = scores.dropna()
     if complete.empty:
@@ -90,7 +91,7 @@ def mean_ranks(scores: pd.DataFrame, outcome: str) -> pd.Series:
 
 
 def compare_detectors(subjects: pd.DataFrame, *, seed: int) -> pd.DataFrame:
-    """Compare every two detectors of a modality on the participants that both have scored.
+    """Compare each pair of detectors of a modality on the participants that both have scored.
 
     Parameters
     ----------
@@ -123,18 +124,19 @@ def compare_detectors(subjects: pd.DataFrame, *, seed: int) -> pd.DataFrame:
 
 
 def corrected(p: pd.Series, method: str) -> np.ndarray:
-    """Correct p values for their number; those that are NaN do not count.
+    """Correct p values for multiple testing; NaN values are not counted as tests.
 
     Parameters
     ----------
     p : pandas.Series
+        Uncorrected p values.
     method : str
-        As in :func:`statsmodels.stats.multitest.multipletests`.
+        Method of :func:`statsmodels.stats.multitest.multipletests`, such as `holm` or `fdr_bh`.
 
     Returns
     -------
     numpy.ndarray
-        float64, of the length of `p`.
+        Corrected p values, float64, of the length of `p`.
     """
     values = p.to_numpy(float)
     result = np.full(len(values), np.nan)
@@ -145,7 +147,7 @@ def corrected(p: pd.Series, method: str) -> np.ndarray:
 
 
 def compare_pair(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """Compare two columns of numbers of the same participants.
+    """Compare two columns of values of the same participants.
 
     Parameters
     ----------
@@ -157,8 +159,8 @@ def compare_pair(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        `n_participants`, `difference` with its interval (first minus second), `statistic` and `p`, as
-        `COLUMNS` has them.
+        `n_participants`, `difference` (first minus second column) with its interval, `statistic` and `p`; see
+        `COLUMNS`.
     """
     difference = pair.iloc[:, 0] - pair.iloc[:, 1]
     low, high = bootstrap_interval(difference.to_numpy(), list(pair.index), seed=seed)

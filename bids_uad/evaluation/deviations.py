@@ -1,4 +1,4 @@
-"""Scores beside their deviation from healthy people: what it gains on lesions, and what bias it takes."""
+"""Comparison of anomaly scores with their normative deviation: detection of lesions, and bias."""
 
 from __future__ import annotations
 
@@ -15,55 +15,54 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "deviation": {
-        "Description": "What the numbers are of",
+        "Description": "Kind of score",
         "Levels": {
-            "none": "Anomaly scores",
-            "normative": "Their deviation from healthy people of the same age and sex at the same place",
+            "none": "Anomaly score",
+            "normative": "Voxel-wise deviation of the score from healthy controls of the same age and sex",
         },
     },
-    "dice_mean": {"Description": "Mean Dice at the fixed threshold over the lesion scans"},
-    "auprc_mean": {"Description": "Mean average precision over the lesion scans with a lesion"},
-    "fpr_healthy_mean": {
-        "Description": "Mean share of the brain voxels above the fixed threshold, healthy scans"
-    },
+    "dice_mean": {"Description": "Mean Dice at the fixed threshold, lesion scans"},
+    "auprc_mean": {"Description": "Mean average precision, scans with a lesion"},
+    "fpr_healthy_mean": {"Description": "Mean false-positive rate at the fixed threshold, healthy scans"},
     "age_estimate": {
-        "Description": "Change of the log odds of a false positive with ten years, all else held (group_bias)"
+        "Description": "Change in the log odds of a false positive per 10 years, adjusted for the other "
+        "covariates (from group_bias)"
     },
-    "age_ci_low": {"Description": "Lower end of its 95 % confidence interval"},
-    "age_ci_high": {"Description": "Upper end of the same"},
-    "sex_estimate": {"Description": "Difference of the same log odds, male minus female"},
-    "sex_ci_low": {"Description": "Lower end of its 95 % confidence interval"},
-    "sex_ci_high": {"Description": "Upper end of the same"},
+    "age_ci_low": {"Description": "Lower limit of the 95 % confidence interval of age_estimate"},
+    "age_ci_high": {"Description": "Upper limit of the 95 % confidence interval of age_estimate"},
+    "sex_estimate": {"Description": "Difference in the log odds of a false positive, male minus female"},
+    "sex_ci_low": {"Description": "Lower limit of the 95 % confidence interval of sex_estimate"},
+    "sex_ci_high": {"Description": "Upper limit of the 95 % confidence interval of sex_estimate"},
 }
 
 
 def compare_deviations(subjects: pd.DataFrame, bias: pd.DataFrame) -> pd.DataFrame:
-    """Put the numbers of scores and of their deviation side by side.
+    """Compare the results of anomaly scores and of their normative deviation on the same images.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
-        One row per image and detector, columns of :data:`bids_uad.evaluation.subjects.COLUMNS`. Images that
-        only one of the two has are left out.
+        One row per image and detector, columns of :data:`bids_uad.evaluation.subjects.COLUMNS`. Images with
+        only one of the two are left out.
     bias : pandas.DataFrame
-        Coefficients of :func:`bids_uad.evaluation.bias.model_bias`.
+        Coefficients from :func:`bids_uad.evaluation.bias.model_bias`.
 
     Returns
     -------
     pandas.DataFrame
-        Columns of `COLUMNS`, two rows for each detector and modality that has both; bias is NaN where it was
-        not modelled.
+        Columns of `COLUMNS`, two rows for each detector and modality that has both. Coefficients are NaN if
+        there is no bias model.
     """
     rows = []
     effects = bias[bias["outcome"] == "fpr"].set_index(["detector", "modality", "term"])
     for modality, scans in subjects.groupby("modality", sort=True):
         by_detector = dict(list(scans.groupby("detector", sort=True)))
-        for deviating in [name for name in by_detector if name.endswith(NORMATIVE)]:
-            plain = deviating.removesuffix(NORMATIVE)
+        for normative in [name for name in by_detector if name.endswith(NORMATIVE)]:
+            plain = normative.removesuffix(NORMATIVE)
             if plain not in by_detector:
                 continue
-            both = set(by_detector[plain]["source_image"]) & set(by_detector[deviating]["source_image"])
-            for deviation, detector in (("none", plain), ("normative", deviating)):
+            both = set(by_detector[plain]["source_image"]) & set(by_detector[normative]["source_image"])
+            for deviation, detector in (("none", plain), ("normative", normative)):
                 own = by_detector[detector]
                 own = own[own["source_image"].isin(both)]
                 row = {"detector": plain, "modality": modality, "deviation": deviation}

@@ -1,4 +1,4 @@
-"""Models that differ in what they have learnt from or how, on the same people: scaling and ablation."""
+"""Scaling and ablation experiments: models with other training data or settings on the same participants."""
 
 from __future__ import annotations
 
@@ -17,64 +17,67 @@ from bids_uad.evaluation.comparison import (
     corrected,
     participant_scores,
 )
-from bids_uad.evaluation.provenance import Origin
+from bids_uad.evaluation.provenance import ModelProvenance
 
 REFERENCE = "reference"
-"""Name of the variant that the others are compared with: the outputs that the group level works on."""
+"""Name of the variant that the others are compared with: the outputs in OUTPUT_DIR of the group level."""
 
 _PAIRED = ("difference", "difference_ci_low", "difference_ci_high", "statistic", "p")
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "outcome": COMPARISON_COLUMNS["outcome"],
-    "variant": {"Description": f"Name of the variant; {REFERENCE}: the model of these outputs"},
-    "n_training_subjects": {"Description": "Subjects that the model has learnt from; n/a if not told"},
-    "train_fraction": {"Description": "Share of the training subjects that these are; n/a if not told"},
-    "n_steps": {"Description": "Training steps; n/a if not told"},
-    "changes": {"Description": "Hyper-parameters that differ from the preset, n/a without any"},
-    "n_participants": {"Description": "Participants with this number"},
-    "mean": {"Description": "Mean over their scans"},
+    "variant": {"Description": f"Name of the model variant; {REFERENCE}: the model of these outputs"},
+    "n_training_subjects": {"Description": "Number of training participants; n/a if not reported"},
+    "train_fraction": {
+        "Description": "Fraction of the available training participants that was used; n/a if not reported"
+    },
+    "n_steps": {"Description": "Number of training steps; n/a if not reported"},
+    "changes": {"Description": "Hyperparameters that differ from the preset; n/a without any"},
+    "n_participants": {"Description": "Number of participants with this outcome"},
+    "mean": {"Description": "Mean outcome over their scans"},
     **interval_columns("mean", "mean"),
-    "n_pairs": {"Description": "Participants whom the reference has scored, too"},
-    "difference": {"Description": "Mean over these participants of the variant minus the reference"},
+    "n_pairs": {"Description": "Number of participants scored by both the variant and the reference"},
+    "difference": {"Description": "Mean over these participants of variant minus reference"},
     **{name: COMPARISON_COLUMNS[name] for name in _PAIRED[1:]},
-    "p_holm": {"Description": "The same, corrected (Holm) over all variants of the detector and modality"},
+    "p_holm": {"Description": "p, corrected (Holm) over all variants of the detector, modality and outcome"},
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model for each detector and modality, and what it scored.
+    """Results of one model for each detector and modality.
 
     Parameters
     ----------
     name : str
+        Name of the variant in tables and figures.
     subjects : pandas.DataFrame
         One row per image and detector, columns of :data:`bids_uad.evaluation.subjects.COLUMNS`.
-    origins : dict
-        (detector, modality) -> `Origin`.
+    provenance : dict, default={}
+        `ModelProvenance` by detector and modality.
     """
 
     name: str
     subjects: pd.DataFrame
-    origins: dict[tuple[str, str], Origin] = field(default_factory=dict)
+    provenance: dict[tuple[str, str], ModelProvenance] = field(default_factory=dict)
 
 
 def compare_variants(variants: Sequence[Variant], *, seed: int) -> pd.DataFrame:
-    """Put variants side by side, and compare each with the first on the participants that both have scored.
+    """Compare each model variant with the reference on the participants that both have scored.
 
     Parameters
     ----------
     variants : sequence of Variant
-        The reference first.
+        Variants, the reference first.
     seed : int
         Seed of the bootstrap.
 
     Returns
     -------
     pandas.DataFrame
-        Columns of `COLUMNS`; a row for each variant, and outcome that it has scans for, of every detector and
-        modality that the reference has.
+        Columns of `COLUMNS`; one row for each detector and modality of the reference, outcome and variant
+        with scans for it.
     """
     reference = variants[0]
     tables = []
@@ -106,23 +109,23 @@ def _row(
     if scans.empty:
         return None
     low, high = bootstrap_interval(scans[outcome], scans["participant_id"], seed=seed)
-    origin = variant.origins.get((detector, modality), Origin())
+    model = variant.provenance.get((detector, modality), ModelProvenance())
     paired = {"n_pairs": np.nan, **dict.fromkeys(_PAIRED, np.nan)}
     if variant is not reference:
-        scores = [participant_scores(some.subjects, modality, outcome) for some in (variant, reference)]
+        scores = [participant_scores(each.subjects, modality, outcome) for each in (variant, reference)]
         both = [table[detector] for table in scores if detector in table]
         if len(both) == 2:
-            found = compare_pair(pd.concat(both, axis=1).dropna(), seed)
-            paired = {"n_pairs": found.pop("n_participants"), **found}
+            result = compare_pair(pd.concat(both, axis=1).dropna(), seed)
+            paired = {"n_pairs": result.pop("n_participants"), **result}
     return {
         "detector": detector,
         "modality": modality,
         "outcome": outcome,
         "variant": variant.name,
-        "n_training_subjects": origin.n_subjects,
-        "train_fraction": origin.fraction,
-        "n_steps": origin.n_steps,
-        "changes": origin.changes or None,
+        "n_training_subjects": model.n_subjects,
+        "train_fraction": model.fraction,
+        "n_steps": model.n_steps,
+        "changes": model.changes or None,
         "n_participants": scans["participant_id"].nunique(),
         "mean": scans[outcome].mean(),
         "mean_ci_low": low,

@@ -1,4 +1,4 @@
-"""What the sidecars of the score tables tell about the models behind them."""
+"""Provenance of the models behind the score tables: training data, steps and changed hyperparameters."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from bids_uad.files import read_json
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a model comes from; None where its tables do not say.
+class ModelProvenance:
+    """Training data and settings of a model; None for what the sidecars do not state.
 
     Parameters
     ----------
-    model : str or None
+    model : str, optional
         Name of the bundle.
-    n_subjects : int or None
-        Subjects that it has learnt from.
-    fraction : float or None
-        Share of the training subjects that these are.
-    n_steps : int or None
-        Training steps.
-    source : str or None
-        Dataset that it has learnt from.
-    threshold_cohort : str or None
-        Dataset that its thresholds were fixed on.
-    hyper : dict
-        Hyper-parameters that were changed from the preset.
+    n_subjects : int, optional
+        Number of training participants.
+    fraction : float, optional
+        Fraction of the available training participants that was used (0 to 1).
+    n_steps : int, optional
+        Number of training steps.
+    source : str, optional
+        Training dataset.
+    threshold_cohort : str, optional
+        Dataset that the thresholds were chosen on.
+    hyper : dict, default={}
+        Hyperparameters that differ from the preset.
     """
 
     model: str | None = None
@@ -44,12 +44,14 @@ class Origin:
 
     @property
     def changes(self) -> str:
-        """The changed hyper-parameters as text, `name=value`; empty without any."""
+        """Changed hyperparameters as text, `name=value` joined by semicolons; empty without any."""
         return "; ".join(f"{name}={_text(value)}" for name, value in sorted(self.hyper.items()))
 
 
-def read_origins(output_dir: str | Path, subjects: pd.DataFrame) -> dict[tuple[str, str], Origin]:
-    """Read one sidecar for each detector and modality; all of these have the same model.
+def read_model_provenance(
+    output_dir: str | Path, subjects: pd.DataFrame
+) -> dict[tuple[str, str], ModelProvenance]:
+    """Read the provenance of each model, from one sidecar for each detector and modality.
 
     Parameters
     ----------
@@ -61,27 +63,27 @@ def read_origins(output_dir: str | Path, subjects: pd.DataFrame) -> dict[tuple[s
     Returns
     -------
     dict
-        (detector, modality) -> `Origin`.
+        Provenance by detector and modality.
 
     Raises
     ------
     ConfigError
-        If a sidecar is no JSON.
+        If a sidecar is not valid JSON.
     """
-    origins = {}
+    provenance = {}
     for row in subjects.drop_duplicates(["detector", "modality"]).itertuples():
         sidecar = score_sidecar(row.source_image, row.modality, row.detector)
-        told = read_json(Path(output_dir) / sidecar)
-        origins[row.detector, row.modality] = Origin(
-            model=told.get("Model"),
-            n_subjects=told.get("TrainingSubjects"),
-            fraction=told.get("TrainingFraction"),
-            n_steps=told.get("TrainingSteps"),
-            source=told.get("TrainingSource"),
-            threshold_cohort=told.get("ThresholdCohort"),
-            hyper=told.get("HyperParameters", {}),
+        metadata = read_json(Path(output_dir) / sidecar)
+        provenance[row.detector, row.modality] = ModelProvenance(
+            model=metadata.get("Model"),
+            n_subjects=metadata.get("TrainingSubjects"),
+            fraction=metadata.get("TrainingFraction"),
+            n_steps=metadata.get("TrainingSteps"),
+            source=metadata.get("TrainingSource"),
+            threshold_cohort=metadata.get("ThresholdCohort"),
+            hyper=metadata.get("HyperParameters", {}),
         )
-    return origins
+    return provenance
 
 
 def _text(value: Any) -> str:

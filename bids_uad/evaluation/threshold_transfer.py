@@ -1,4 +1,4 @@
-"""What a threshold that was fixed on one cohort is worth on another."""
+"""Threshold transfer: Dice of the threshold chosen on one cohort when applied to another."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import pandas as pd
 from bids_uad.evaluation.curves import Curves
 
 VALIDATION = "validation"
-"""Where the thresholds come from that the masks are made with."""
+"""Source of the fixed threshold, with which the anomaly masks are made."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "fixed_on": {
-        "Description": "Cohort whose highest mean Dice chose the threshold; validation: the fixed threshold "
-        "of the model, which has not looked at these scans"
+        "Description": "Cohort on which the threshold maximises the mean Dice; validation: the fixed "
+        "threshold of the model, chosen on other scans"
     },
-    "threshold": {"Description": "The threshold on the anomaly score"},
-    "tested_on": {"Description": "Cohort it is applied to"},
-    "n_scans": {"Description": "Lesion scans of that cohort whose mask is not empty"},
+    "threshold": {"Description": "Threshold on the anomaly score"},
+    "tested_on": {"Description": "Cohort to which the threshold is applied"},
+    "n_scans": {"Description": "Number of scans of that cohort with a lesion in the lesion mask"},
     "dice_mean": {
-        "Description": "Mean Dice over these scans at this threshold; where both cohorts are the same an "
-        "upper bound that looks at the test set"
+        "Description": "Mean Dice over these scans at this threshold; if both cohorts are the same, an upper "
+        "bound, since the threshold is chosen on the test scans"
     },
 }
 
 
 def transfer_thresholds(curves: Mapping[tuple[str, str, str], Curves]) -> pd.DataFrame:
-    """Apply the best threshold of each cohort, and the fixed one, to every cohort.
+    """Apply the optimal threshold of each cohort, and the fixed threshold, to every cohort.
 
     Parameters
     ----------
     curves : mapping
-        (detector, modality, cohort) -> `Curves` of the lesion cohorts.
+        `Curves` by detector, modality and cohort.
 
     Returns
     -------
     pandas.DataFrame
-        Columns of `COLUMNS`; nothing for a detector with lesions in fewer than two cohorts.
+        Columns of `COLUMNS`; no rows for a detector with lesions in fewer than two cohorts.
     """
     rows = []
     for detector, modality in sorted({key[:2] for key in curves}):
@@ -52,15 +52,15 @@ def transfer_thresholds(curves: Mapping[tuple[str, str, str], Curves]) -> pd.Dat
         }
         if len(own) < 2:
             continue
-        some = next(iter(own.values()))
-        edges = {VALIDATION: some.threshold_edge}
+        first = next(iter(own.values()))
+        edges = {VALIDATION: first.threshold_edge}
         edges |= {cohort: int(np.argmax(curve.mean_dice)) for cohort, curve in own.items()}
         rows += [
             {
                 "detector": detector,
                 "modality": modality,
                 "fixed_on": source,
-                "threshold": some.edges[edge],
+                "threshold": first.edges[edge],
                 "tested_on": cohort,
                 "n_scans": curve.n_with_lesion,
                 "dice_mean": curve.mean_dice[edge],

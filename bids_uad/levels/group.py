@@ -20,7 +20,7 @@ from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.experiments import REFERENCE, Variant, compare_variants
 from bids_uad.evaluation.missing import subject_folders
-from bids_uad.evaluation.provenance import read_origins
+from bids_uad.evaluation.provenance import read_model_provenance
 from bids_uad.evaluation.subgroups import MIN_PARTICIPANTS
 from bids_uad.evaluation.subjects import LESION_LOAD, add_image_columns, add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bids_uad.config import RunConfig
     from bids_uad.dataset.participants import Participants
     from bids_uad.evaluation.benchmark import Evaluation
-    from bids_uad.evaluation.provenance import Origin
+    from bids_uad.evaluation.provenance import ModelProvenance
 
 LOGGER = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     _write_table(output_dir, "group_subjects", subjects, what, subject_columns)
     what = "Benchmark of each detector, modality and cohort; not for clinical use"
     _write_table(output_dir, "group_benchmark", evaluation.benchmark, what, BENCHMARK_COLUMNS)
-    origins = read_origins(output_dir, evaluation.subjects)
+    origins = read_model_provenance(output_dir, evaluation.subjects)
     analyses = analyse(
         subjects,
         evaluation.cohort_curves,
@@ -180,7 +180,7 @@ def _experiments(
     config: RunConfig,
     participants: Participants,
     evaluation: Evaluation,
-    origins: dict[tuple[str, str], Origin],
+    origins: dict[tuple[str, str], ModelProvenance],
 ) -> pd.DataFrame | None:
     """Compare other models with those of these outputs; None if there are none to compare with.
 
@@ -211,7 +211,7 @@ def _experiments(
         )
         for text in found.unreadable:
             LOGGER.warning("%s: %s", name, text)
-        variants.append(Variant(name, found.subjects, read_origins(folder, found.subjects)))
+        variants.append(Variant(name, found.subjects, read_model_provenance(folder, found.subjects)))
     return compare_variants(variants, seed=config.random_seed)
 
 

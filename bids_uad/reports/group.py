@@ -20,7 +20,7 @@ from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.missing import MissingData
-from bids_uad.evaluation.provenance import Origin
+from bids_uad.evaluation.provenance import ModelProvenance
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.files import read_json, write_text
@@ -94,7 +94,7 @@ class Provenance:
 
     command: tuple[str, ...]
     date: str
-    origins: dict[tuple[str, str], Origin]
+    origins: dict[tuple[str, str], ModelProvenance]
 
 
 def write_group_report(

@@ -15,7 +15,7 @@ from bids_uad.evaluation.experiments import (
     Variant,
     compare_variants,
 )
-from bids_uad.evaluation.provenance import Origin, read_origins
+from bids_uad.evaluation.provenance import ModelProvenance, read_model_provenance
 
 PEOPLE = [f"sub-{k}" for k in range(12)]
 
@@ -34,12 +34,12 @@ def test_variants_are_compared_with_the_reference_on_the_same_people():
     few = Variant(
         "few",
         scans(less[2:], PEOPLE[2:]),
-        {("disyre", "T2w"): Origin(n_subjects=8, fraction=0.1, n_steps=60)},
+        {("disyre", "T2w"): ModelProvenance(n_subjects=8, fraction=0.1, n_steps=60)},
     )
     odd = Variant(
         "odd",
         scans(full + 0.01 * (-1) ** np.arange(12)),
-        {("disyre", "T2w"): Origin(hyper={"stride": 4, "anomalies": ["disc", "bias"]})},
+        {("disyre", "T2w"): ModelProvenance(hyper={"stride": 4, "anomalies": ["disc", "bias"]})},
     )
     table = compare_variants([Variant(REFERENCE, scans(full)), few, odd], seed=0)
     assert list(table.columns) == list(COLUMNS)
@@ -80,7 +80,7 @@ def test_numbers_that_a_variant_lacks_have_no_row():
     assert pd.isna(alone["p"])
 
 
-def test_origins_come_from_sidecars(tmp_path):
+def test_provenance_is_read_from_sidecars(tmp_path):
     folder = tmp_path / "sub-1" / "ses-2" / "anat"
     folder.mkdir(parents=True)
     told = {"Model": "disyre-T2w-lite", "TrainingSubjects": 8, "TrainingFraction": 0.1, "TrainingSteps": 60}
@@ -92,7 +92,7 @@ def test_origins_come_from_sidecars(tmp_path):
             "source_image": "bids:raw:sub-1/ses-2/anat/sub-1_ses-2_run-1_T2w.nii.gz",
         }
     )
-    assert read_origins(tmp_path, rows) == {
-        ("disyre", "T2w"): Origin("disyre-T2w-lite", 8, 0.1, 60),
-        ("fae", "T2w"): Origin(),
+    assert read_model_provenance(tmp_path, rows) == {
+        ("disyre", "T2w"): ModelProvenance("disyre-T2w-lite", 8, 0.1, 60),
+        ("fae", "T2w"): ModelProvenance(),
     }

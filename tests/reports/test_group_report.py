@@ -10,7 +10,7 @@ import pytest
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import evaluate
-from bids_uad.evaluation.provenance import read_origins
+from bids_uad.evaluation.provenance import read_model_provenance
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports import group_charts
@@ -27,7 +27,7 @@ def assess(root):
 
 def write_page(root, evaluation, people, analyses=None):
     analyses = analyses or analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0)
-    origins = read_origins(root, evaluation.subjects)
+    origins = read_model_provenance(root, evaluation.subjects)
     provenance = Provenance(("bids_uad", "a b", str(root), "group"), "2026-11-25", origins)
     return write_group_report(root, evaluation, analyses, people, provenance)
 
