@@ -1,4 +1,4 @@
-"""The participant report: everything one subject's derivatives hold, on one page."""
+"""Participant report: a page with figures and numbers of all derivatives of a participant."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
 from bids_uad.reports.group_text import detector_name
-from bids_uad.reports.participant_findings import COLUMNS as QUALITY_COLUMNS
 from bids_uad.reports.participant_findings import (
     PARCELLATIONS,
+    QUALITY_COLUMNS,
     Finding,
     component_rows,
     quality_row,
     summarise,
     summary_row,
-    tiles,
+    summary_tiles,
 )
 from bids_uad.reports.participant_spec import anchor, expand_outline
 from bids_uad.space import NAME
@@ -54,7 +54,7 @@ _GOOD_STATES = ("done", "up to date", "used")
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference images that the derivatives keep a copy of; any may be missing."""
+    """Copies of the reference images in the derivatives; each may be missing."""
 
     images: dict[str, Path]
     brain: Volume | None
@@ -62,7 +62,7 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """Name of the reference image, printed in the report."""
         return str(self.sidecar.get("ReferenceName", NAME))
 
 
@@ -76,9 +76,9 @@ def write_subject_report(
     remarks: Mapping[tuple[str, str], str] | None = None,
     methods: str = "",
 ) -> Path:
-    """Draw the figures of a subject and write its page, from the derivatives alone.
+    """Draw the figures and write the report of a participant from the derivatives.
 
-    Parts that are missing are left out. Running it again gives the same files.
+    Missing derivatives are skipped. The files are the same in each run.
 
     Parameters
     ----------
@@ -86,22 +86,22 @@ def write_subject_report(
         Root of the derivative dataset.
     subject : str
         Label, with or without ``sub-``.
-    errors : sequence of str
-        What went wrong, one message each. nipype's crash files of the run are added.
+    errors : sequence of str, default=()
+        Error messages. Nipype's crash files of the run are added.
     run_info : mapping, optional
-        Shown under *About*: `run_id`, `version`, `command`, `device` and whatever else. `images` is a list of
-        mappings `image`, `status`, `message` (what became of every scan); it goes into the summary.
+        Entries of the section *About*, such as `run_id`, `version`, `command` and `device`. `images` is a
+        list of mappings with `image`, `status` and `message`, which are shown in the summary.
     participants : Participants, optional
-        Who is healthy, and at which session. Controls are not compared with a lesion mask.
+        Contents of participants.tsv; images of healthy controls are not compared with a lesion mask.
     remarks : mapping, optional
-        A further sentence about an image, by its prefix and modality; shown with its quality warnings.
+        Additional warning about an image, by its prefix and modality.
     methods : str, default=""
-        Methods text about the participant's images, Markdown.
+        Methods text about the images of the participant, in Markdown.
 
     Returns
     -------
     pathlib.Path
-        ``sub-<subject>.html``; its figures are in ``sub-<subject>/figures``.
+        Path of ``sub-<subject>.html``; its figures are in ``sub-<subject>/figures``.
     """
     out_dir = Path(out_dir).resolve()
     subject = subject.removeprefix("sub-")
@@ -117,7 +117,7 @@ def write_subject_report(
     exclusions, unreadable = find_exclusions(out_dir, frozenset({f"sub-{subject}"}))
     errors = [*errors, *unreadable]
     final = out_dir / f"sub-{subject}" / "figures"
-    # Entities are read from whole paths: a neutral folder keeps those of the output folder's parents out.
+    # nireports reads entities from whole paths: a temporary folder excludes those of the output folder.
     with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
         figures = Path(temporary) / f"sub-{subject}" / "figures"
         figures.mkdir(parents=True)
@@ -139,7 +139,7 @@ def write_subject_report(
         for name in drawn:
             with atomic_path(final / name) as unfinished:
                 shutil.copyfile(figures / name, unfinished)
-        # The page comes last: where it is, its figures are.
+        # The page is written last, so that its figures exist.
         write_text(out_dir / f"sub-{subject}.html", page)
     for stale in final.glob("*.svg"):
         if stale.name not in drawn:
@@ -148,7 +148,7 @@ def write_subject_report(
 
 
 def _assemble(subject: str, images: Sequence[Image], staging: Path) -> str:
-    """Let nireports put the staged parts into one page, which refers to the figures beside it."""
+    """Assemble the staged parts into one page with nireports; figures are referred to by relative paths."""
     template = resources.files("bids_uad").joinpath("data/reports/participant.html.j2")
     with resources.as_file(template) as template_path:
         spec, page = staging / "spec.yml", staging / "page.html"
@@ -173,7 +173,7 @@ def _read_reference(out_dir: Path) -> Reference:
 def _write_image(
     figures: Path, image: Image, reference: Reference, is_control: bool
 ) -> list[tuple[Detection, Finding]]:
-    """Draw what there is of one image, and collect its numbers."""
+    """Draw the figures of one image, and collect the numbers of its detections."""
     scan = None if image.preproc is None else load_ras(image.preproc)
     brain = None if image.brain is None else load_ras(image.brain, bool).data
     if brain is None and scan is not None:
@@ -181,7 +181,7 @@ def _write_image(
     lesion = None if image.lesion is None or is_control else load_ras(image.lesion, bool).data
     start = f"{image.prefix}_space-{NAME}_desc-"
     if scan is not None:
-        # A T2w reference looks like a T2w scan; a T1w one still shows the anatomy.
+        # Without a T2w reference image, T2w scans are shown with the T1w one.
         contrast = image.modality if image.modality in reference.images else "T1w"
         if contrast in reference.images and reference.brain is not None:
             draw_registration(
@@ -227,7 +227,7 @@ def _write_detection(
     finding = summarise(detection, scores=scores, mask=mask, brain=brain, lesion=lesion)
     if is_control:
         finding = replace(finding, n_lesions=None, n_lesions_found=None, n_false_components=None)
-    _write(figures / f"{start}_summary.html", "detection", tiles=tiles(finding))
+    _write(figures / f"{start}_summary.html", "detection", tiles=summary_tiles(finding))
     if scan is not None and scores is not None:
         draw_overlay(
             figures / f"{start}_anomalymap.svg",
@@ -262,16 +262,16 @@ def _write_detection(
     return finding
 
 
-def _meetings(found: Sequence[tuple[Detection, Finding]]) -> list[str]:
-    """Say which models have met the participant before."""
-    met = {
+def _leakage_warnings(found: Sequence[tuple[Detection, Finding]]) -> list[str]:
+    """Return a warning for each model in whose data the participant was."""
+    cohorts = {
         detector_name(detection.detector.lower()): str(detection.metrics.get("seen_in_training", "no"))
         for detection, _ in found
     }
     return [
-        f"The model of {name} has met this participant in {where}: this is no test of it."
-        for name, where in met.items()
-        if where != "no"
+        f"This participant was in the {cohort} data of {name}: the scores are not an independent test."
+        for name, cohort in cohorts.items()
+        if cohort != "no"
     ]
 
 
@@ -295,12 +295,12 @@ def _summary(
         sidecar = {} if image.preproc is None else read_sidecar(image.preproc)
         sources = sources or set(sidecar.get("Sources", [])[:1])
         quality = sidecar.get("PreprocessingQuality", {})
-        warnings = [*quality.get("warnings", []), *_meetings(found)]
+        warnings = [*quality.get("warnings", []), *_leakage_warnings(found)]
         if (image.prefix, image.modality) in remarks:
             warnings.append(remarks[image.prefix, image.modality])
         if excluded is not None and excluded != " ".join(quality.get("failures", [])):
-            warnings.append(f"Left out of the group level: {excluded}")
-        status = "processed" if excluded is None else "left out of the group"
+            warnings.append(f"Excluded from the group level: {excluded}")
+        status = "processed" if excluded is None else "excluded"
         qualities.append({"name": image.name, "values": quality_row(quality)})
         rows.append(
             {
@@ -309,16 +309,16 @@ def _summary(
                 "good": image.preproc is not None and excluded is None,
                 "source": ", ".join(sorted(sources)),
                 "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
-                "truth": _truth_words(image, image.prefix in controls),
-                "remark": "its preprocessed image is missing"
+                "truth": _describe_truth(image, image.prefix in controls),
+                "remark": "the preprocessed image is missing"
                 if image.preproc is None
                 else " ".join(warnings),
             }
         )
-    for told in run_info.get("images", ()):
-        if told["status"] not in _GOOD_STATES:
-            extra = {"name": told["image"], "status": told["status"], "remark": told["message"]}
-            rows.append({"good": False, "source": "", "detectors": [], "truth": "", **extra})
+    for entry in run_info.get("images", ()):
+        if entry["status"] not in _GOOD_STATES:
+            row = {"name": entry["image"], "status": entry["status"], "remark": entry["message"]}
+            rows.append({"good": False, "source": "", "detectors": [], "truth": "", **row})
     found_rows = [
         {
             "anchor": f"{anchor(image, detection)}",
@@ -337,7 +337,7 @@ def _summary(
             "Reference space",
             f"{NAME} grid (240 \N{MULTIPLICATION SIGN} 240 \N{MULTIPLICATION SIGN} 155 voxels of 1 mm)",
         ),
-        ("Reference image", _reference_words(reference)),
+        ("Reference image", _describe_reference(reference)),
         ("Device", ", ".join(sorted(devices)) or run_info.get("device", "")),
         ("bids_uad version", run_info.get("version", "")),
     ]
@@ -353,19 +353,19 @@ def _summary(
     )
 
 
-def _truth_words(image: Image, is_control: bool) -> str:
-    """Return what the ground truth of an image is, in words."""
+def _describe_truth(image: Image, is_control: bool) -> str:
+    """Return the kind of ground truth of an image."""
     if is_control:
-        return "healthy control" + ("" if image.lesion is None else "; the lesion mask is not compared with")
+        return "healthy control" + ("" if image.lesion is None else "; its lesion mask is not used")
     if image.lesion is None:
-        return "none given"
+        return "none"
     lesion = load_ras(image.lesion, bool).data
     if image.brain is not None:
         lesion = lesion & load_ras(image.brain, bool).data
-    return "yes" if lesion.any() else "lesion mask without a voxel in the brain"
+    return "lesion mask" if lesion.any() else "lesion mask without a voxel in the brain"
 
 
-def _reference_words(reference: Reference) -> str:
+def _describe_reference(reference: Reference) -> str:
     if not reference.images:
         return "no copy in the outputs"
     source = reference.sidecar.get("ReferenceSource")
@@ -373,10 +373,7 @@ def _reference_words(reference: Reference) -> str:
 
 
 def _errors(root: Path, errors: Sequence[str], run_info: Mapping[str, Any]) -> str:
-    """List the errors, and nipype's crash files of the runs that they come from.
-
-    Without a description of runs, the crash files are those of the last run that left a folder.
-    """
+    """List the errors, and nipype's crash files of their runs (by default those of the last run)."""
     logs = sorted(path for path in (root / "log").glob("*") if path.is_dir())
     runs = {run_info.get("run_id")}
     runs |= {image.get("run_id") for image in run_info.get("images", ()) if image["message"]}

@@ -1,4 +1,4 @@
-"""The participant report on a phantom: complete, repeatable, and robust to what is missing."""
+"""Participant report of a phantom: complete, repeatable, and robust to missing derivatives."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_template(out):
 
 
 def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_lesion=True, empty=False):
-    """Write what the participant level leaves for one scan; `start` ends with the space entity."""
+    """Write the derivatives of one scan; `start` ends with the space entity."""
     folder, name = start.parent, start.name
     brain = ellipsoid((119, 134, 77), (58, 78, 58))
     lesion = ellipsoid((150, 120, 80), (9, 9, 9)) & (not empty)
@@ -122,7 +122,7 @@ def write_derivatives(out, start, modality="T1w", detector="Patchcore", with_les
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
-    """A dataset with one scan, one detector and ground truth; the report is written once."""
+    """Derivatives of one scan with one detector and ground truth, and their report."""
     out = tmp_path_factory.mktemp("out")
     write_template(out)
     dice = write_derivatives(out, out / "sub-01" / "anat" / P)
@@ -166,7 +166,7 @@ def test_page_needs_no_network(phantom):
     assert "@import" not in html
 
 
-def test_page_tells_the_numbers(phantom):
+def test_page_contains_the_numbers(phantom):
     _, page, dice = phantom
     html = page.read_text()
     assert "not for clinical use" in html.lower()
@@ -185,7 +185,7 @@ def test_page_tells_the_numbers(phantom):
     assert table.index(">left<") < table.index(">right<")
 
 
-def test_links_inside_the_page_lead_somewhere(phantom):
+def test_internal_links_have_targets(phantom):
     html = phantom[1].read_text()
     ids = set(re.findall(r' id="([^"]+)"', html))
     assert set(re.findall(r'href="#([^"]+)"', html)) <= ids
@@ -207,7 +207,7 @@ def test_writing_again_changes_nothing(phantom):
 
 @pytest.fixture
 def bare(phantom, tmp_path):
-    """A copy of the phantom that a test may take parts from."""
+    """A copy of the phantom that a test may change."""
     out = tmp_path / "out"
     shutil.copytree(phantom[0], out)
     return out
@@ -227,7 +227,7 @@ def bare(phantom, tmp_path):
         (f"sub-01/anat/{P}_label-anomaly_desc-T1wPatchcore_mask.nii.gz", []),
     ],
 )
-def test_missing_parts_are_left_out(bare, phantom, missing, gone):
+def test_missing_derivatives_are_skipped(bare, phantom, missing, gone):
     path = bare / missing
     if path.is_dir():
         shutil.rmtree(path)
@@ -237,7 +237,7 @@ def test_missing_parts_are_left_out(bare, phantom, missing, gone):
     assert headings(html) == [name for name in headings(phantom[1].read_text()) if name not in gone]
 
 
-def test_without_methods_none_are_made_up(bare):
+def test_page_without_methods_text(bare):
     html = write_subject_report(bare, "01").read_text()
     assert "References" not in headings(html)
     assert "No image of this participant was processed." in html
@@ -250,22 +250,22 @@ def test_threshold_comes_from_the_sidecar_without_metrics(bare):
     assert "source not recorded" in html
 
 
-def test_a_model_that_has_met_the_participant_is_told(bare):
-    assert "has met this participant" not in write_subject_report(bare, "01").read_text()
+def test_training_data_of_a_model_are_reported(bare):
+    assert "not an independent test" not in write_subject_report(bare, "01").read_text()
     (path,) = bare.rglob("*_metrics.tsv")
     path.write_text(path.read_text().replace("\tno\t", "\ttraining\t"))
     html = write_subject_report(bare, "01").read_text()
-    assert "The model of PatchCore has met this participant in training" in html
+    assert "This participant was in the training data of PatchCore" in html
 
 
-def test_doubts_of_the_preprocessing_are_told(bare):
+def test_quality_warnings_are_shown(bare):
     warning = "Only 70 % of the brain mask lies on the SRI24 grid & in view."
     sidecar = bare / f"sub-01/anat/{P}_desc-preproc_T1w.json"
     write_json(sidecar, {"PreprocessingQuality": {"warnings": [warning]}})
     assert f"<td>{warning.replace('&', '&amp;')}</td>" in write_subject_report(bare, "01").read_text()
 
 
-def test_a_scan_that_failed_says_so_with_its_figures(bare):
+def test_excluded_scan_is_shown_with_its_quality(bare):
     quality = {
         "warnings": ["Turned."],
         "failures": ["Turned."],
@@ -276,10 +276,10 @@ def test_a_scan_that_failed_says_so_with_its_figures(bare):
     table = bare / f"sub-01/anat/{P}_desc-T1wPreproc_qc.tsv"
     table.write_text("exclude\texclude_reasons\nyes\tTurned.\n")
     page = write_subject_report(bare, "01").read_text()
-    assert '<span class="status bad">left out of the group</span>' in page
-    assert "Left out of the group level:" not in page  # the warning says why already
+    assert '<span class="status bad">excluded</span>' in page
+    assert "Excluded from the group level:" not in page  # the warning gives the reason
     table.write_text("exclude\texclude_reasons\nyes\tghosts\n")
-    assert "Turned. Left out of the group level: ghosts" in write_subject_report(bare, "01").read_text()
+    assert "Turned. Excluded from the group level: ghosts" in write_subject_report(bare, "01").read_text()
     table.write_text("exclude\texclude_reasons\nno\tn/a\n")
     page = write_subject_report(bare, "01").read_text()
     assert '<span class="status">processed</span>' in page
@@ -287,7 +287,7 @@ def test_a_scan_that_failed_says_so_with_its_figures(bare):
     assert '<td class="n">1,235</td>' in page
 
 
-def test_components_tell_their_region_where_the_atlas_has_one(tmp_path):
+def test_components_have_the_regions_of_the_parcellations(tmp_path):
     table = pd.DataFrame(
         {
             **{name: [1.0, 2.0] for name in ("volume_mm3", "peak_score", "mean_score")},
@@ -303,7 +303,7 @@ def test_components_tell_their_region_where_the_atlas_has_one(tmp_path):
     ]
 
 
-def test_subject_with_failed_images_only_gets_its_errors(tmp_path):
+def test_report_of_a_subject_whose_images_all_failed(tmp_path):
     crash = tmp_path / "sub-02" / "log" / "20260101-000000_a" / "crash-1-node.txt"
     crash.parent.mkdir(parents=True)
     crash.write_text("Node: x\n<traceback>\n")
@@ -322,7 +322,7 @@ def test_subject_with_failed_images_only_gets_its_errors(tmp_path):
     assert "truncated" in html
 
 
-def test_crash_files_of_earlier_runs_are_not_told_again(tmp_path):
+def test_crash_files_of_earlier_runs_are_not_shown(tmp_path):
     for run in ("20260101-000000_a", "20260102-000000_b"):
         (tmp_path / "sub-02" / "log" / run).mkdir(parents=True)
     (tmp_path / "sub-02" / "log" / "20260101-000000_a" / "crash-1.txt").write_text("old")
@@ -334,7 +334,7 @@ def test_crash_files_of_earlier_runs_are_not_told_again(tmp_path):
 
 
 def test_sessions_and_runs_are_kept_apart(tmp_path):
-    # A parent folder that looks like an entity must not confuse the assembler.
+    # A parent folder that looks like an entity must not be read as one.
     out = tmp_path / "ses-99" / "run-7" / "out"
     names = [("ses-1", "ses-1_run-1"), ("ses-1", "ses-1_run-2"), ("ses-2", "ses-2")]
     for folder, entities in names:
@@ -374,7 +374,7 @@ def test_controls_are_those_of_a_session(tmp_path):
         write_derivatives(tmp_path, start)
     people = Participants({"sub-01": {None: {}, "ses-1": {"group": "HC"}, "ses-2": {"group": "stroke"}}})
     html = write_subject_report(tmp_path, "01", participants=people).read_text()
-    assert html.count("healthy control; the lesion mask is not compared with") == 1
+    assert html.count("healthy control; its lesion mask is not used") == 1
     assert html.count("Dice with the ground truth") == 1
 
 
@@ -382,14 +382,14 @@ def test_controls_are_those_of_a_session(tmp_path):
 def test_controls_are_not_compared_with_a_mask(tmp_path, empty):
     write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=empty)
     html = write_subject_report(tmp_path, "01", participants=CONTROL).read_text()
-    assert "healthy control; the lesion mask is not compared with" in html
+    assert "healthy control; its lesion mask is not used" in html
     for words in (
         "Dice with",
         "Dice</th>",
         "lesions of at least 3 mm³ found",
-        "false components of at least 3 mm³",
+        "false-positive components of at least 3 mm³",
         "touches a lesion",
-        "of the lesion voxels",
+        "voxel-wise",
     ):
         assert words not in html
     (histogram,) = (tmp_path / "sub-01" / "figures").glob("*_histogram.svg")
@@ -400,14 +400,14 @@ def test_empty_mask_of_a_patient_is_reported(tmp_path):
     write_derivatives(tmp_path, tmp_path / "sub-01" / "anat" / P, empty=True)
     html = write_subject_report(tmp_path, "01").read_text()
     assert "<td>lesion mask without a voxel in the brain</td>" in html
-    assert "<b>0.000</b><span>Dice: no lesion voxel in the brain, so it is 1 if nothing is found and" in html
+    assert "<b>0.000</b><span>Dice: no lesion voxel in the brain, so it is 1 without findings, else 0" in html
     assert ">0.000 (empty mask)</td>" in html
-    assert "<b>2</b><span>false components of at least 3 mm³" in html
-    for words in ("mm³ found", "of the lesion voxels"):
+    assert "<b>2</b><span>false-positive components of at least 3 mm³" in html
+    for words in ("mm³ found", "voxel-wise"):
         assert words not in html
 
 
-def test_find_images_gives_each_run_its_own_mask(tmp_path):
+def test_find_images_assigns_masks_by_run(tmp_path):
     folder = tmp_path / "sub-01" / "anat"
     folder.mkdir(parents=True)
     for run in (1, 2, 3):
