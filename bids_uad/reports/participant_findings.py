@@ -126,7 +126,7 @@ def summarise(
 
 
 def agreement(mask: np.ndarray, lesion: np.ndarray, brain: np.ndarray | None) -> Confusion:
-    """Compute the confusion matrix of anomaly mask and ground truth, inside the brain mask if there is one."""
+    """Compute the confusion matrix of anomaly mask and ground truth, inside the brain if it is known."""
     inside = np.ones(mask.shape, dtype=bool) if brain is None else brain
     predicted, true = mask & inside, lesion & inside
     true_positive = int((predicted & true).sum())
