@@ -1,1 +1,1 @@
-"""What is fixed before any test scan is seen: score histograms and thresholds."""
+"""Calibration on validation scans: thresholds, score histograms and the normative reference."""

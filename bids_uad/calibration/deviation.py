@@ -1,9 +1,8 @@
-"""Thresholds on deviations from a normative reference, none of them flattered.
+"""Thresholds on deviations from a normative reference, with leave-one-out for its healthy controls.
 
-Healthy people of the reference are judged by what the others alone say; people with lesions are strangers to
-it anyway. Some healthy people may be there for the reference alone. Maps are gone through twice, for the
-reference has to be whole before anybody can be judged; they wait on disk, so that memory does not grow with
-their number.
+Healthy controls are scored against the reference of the other controls, scans with lesions against the whole
+reference. Further controls can be added to the reference only. Deviations can be computed only after all maps
+were added, so the maps are kept on disk in the meantime and memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from bids_uad.calibration.thresholds import ThresholdEstimator
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A map that waits to be judged."""
+class _StoredMap:
+    """An anomaly map on disk."""
 
     subject: str
     person: Mapping[str, float | None]
@@ -43,19 +42,19 @@ class _Waiting:
 
 @dataclass
 class DeviationCalibrator:
-    """Fits a normative reference on healthy maps, and thresholds on the deviations of all maps from it.
+    """Fit a normative reference on healthy maps, and thresholds on the deviations of all maps from it.
 
     Parameters
     ----------
     cohort : HealthyCohort
-        The healthy people to come.
+        Ages and sexes of all healthy controls that will be added.
     folder : pathlib.Path
-        Where maps may wait.
+        Empty folder for the maps.
     """
 
     cohort: HealthyCohort
     folder: Path
-    _waiting: list[_Waiting] = field(default_factory=list)
+    _stored: list[_StoredMap] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._estimator = NormativeEstimator(self.cohort)
@@ -70,61 +69,64 @@ class DeviationCalibrator:
         person: Mapping[str, float | None],
         kind: str,
     ) -> None:
-        """Take in one map.
+        """Add one anomaly map.
 
         Parameters
         ----------
         scores : numpy.ndarray of float32, shape SHAPE
-        brain : numpy.ndarray of bool
-        lesion : numpy.ndarray of bool or None
-            None for a healthy scan.
+            Anomaly map.
+        brain : numpy.ndarray of bool, shape SHAPE
+            Brain mask.
+        lesion : numpy.ndarray of bool, shape SHAPE, or None
+            Lesion mask; None for a healthy scan.
         subject : str
-            Maps of one subject are judged, and come, together.
+            Subject label. Maps of one subject must be added one after the other, and are left out together.
         person : mapping
-            `age` and `sex`.
+            `age` in years and `sex` (0.5 male, -0.5 female); None if not known.
         kind : str
-            Of the lesion.
+            Type of the lesion.
         """
-        path = self.folder / f"{len(self._waiting):06d}.npz"
+        path = self.folder / f"{len(self._stored):06d}.npz"
         parts = {"shape": scores.shape, "brain": np.packbits(brain), "scores": scores[brain]}
         if lesion is None:
             self._estimator.add(scores, brain, **person)
         else:
             parts["lesion"] = np.packbits(lesion)
         np.savez(path, **parts)
-        self._waiting.append(_Waiting(subject, person, kind, lesion is None, path))
+        self._stored.append(_StoredMap(subject, person, kind, lesion is None, path))
 
     def add_to_reference(
         self, scores: np.ndarray, brain: np.ndarray, *, person: Mapping[str, float | None]
     ) -> None:
-        """Take in the map of a healthy person who is not judged; shapes as in `add`."""
+        """Add the map of a healthy control to the reference only; parameters as in :meth:`add`."""
         self._estimator.add(scores, brain, **person)
 
     def finish(self) -> tuple[NormativeReference, ThresholdEstimator]:
-        """Fit the reference and judge everybody.
+        """Fit the reference, and collect the deviations of all maps.
 
         Returns
         -------
         reference : NormativeReference
+            Reference of all healthy controls.
         thresholds : ThresholdEstimator
-            Of the deviations.
+            Histograms of the deviations.
         """
         whole = self._estimator.fit()
         thresholds = ThresholdEstimator()
-        for _, maps in groupby(self._waiting, lambda waiting: waiting.subject):
+        for _, maps in groupby(self._stored, lambda stored: stored.subject):
             own = list(maps)
-            reference = self._without([waiting for waiting in own if waiting.healthy]) or whole
-            for waiting in own:
-                scores, brain, lesion = waiting.load()
-                z = reference.deviations(scores, brain, **waiting.person)
-                thresholds.add(z, brain, lesion, waiting.kind)
+            reference = self._without([stored for stored in own if stored.healthy]) or whole
+            for stored in own:
+                scores, brain, lesion = stored.load()
+                z = reference.deviations(scores, brain, **stored.person)
+                thresholds.add(z, brain, lesion, stored.kind)
         return whole, thresholds
 
-    def _without(self, own: list[_Waiting]) -> NormativeReference | None:
-        """Fit the reference of all but these; None where there are none of these."""
+    def _without(self, own: list[_StoredMap]) -> NormativeReference | None:
+        """Fit the reference without the given maps; None if there are none."""
         if not own:
             return None
-        loaded = [(waiting.load(), waiting.person) for waiting in own]
+        loaded = [(stored.load(), stored.person) for stored in own]
         for (scores, brain, _), person in loaded:
             self._estimator.remove(scores, brain, **person)
         reference = self._estimator.fit()

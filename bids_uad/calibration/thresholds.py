@@ -1,4 +1,4 @@
-"""Fixed thresholds from validation scans, streamed over volumes."""
+"""Score histograms, and fixed thresholds computed from those of the validation scans."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import numpy as np
 from bids_uad.errors import ModelError
 
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
-TOLERABLE_FPR = 0.02  # of healthy brain voxels, at the threshold that makes masks
-# Relative resolution 0.1 %, fine enough that no threshold is moved by binning.
+"""False-positive rate in healthy brains of each threshold that is defined by it."""
+MAX_MASK_FPR = 0.02
+"""Largest false-positive rate in healthy brains at which ``max_dice`` is the default threshold."""
+# Relative resolution 0.1 %, so that binning changes no threshold by more.
 FINE_EDGES = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 27_632), [np.inf]])
 FINAL_BINS = 500
-"""With these, AUPRC from counts is that of the voxels within 1e-4 (seven detectors, eight simulated lesion
-scans each). More bins do not help lesions of a few hundred voxels that stand out (2e-3), since the median
-filter repeats scores."""
+"""Bins of score tables. AUPRC from these counts differs from AUPRC of the voxels by less than 1e-4 (seven
+detectors, eight simulated lesion scans each), and by up to 2e-3 for bright lesions of a few hundred voxels,
+which more bins do not improve."""
 UNSPECIFIED = "unspecified"
 
 
 class ThresholdEstimator:
-    """Collects score histograms of validation volumes and derives thresholds from them.
-
-    Memory does not grow with the number of volumes.
-    """
+    """Accumulate score histograms of validation scans in constant memory, and compute thresholds."""
 
     def __init__(self) -> None:
         bins = len(FINE_EDGES) - 1
         self.healthy = np.zeros(bins, dtype=np.int64)
-        self.everything = np.zeros(bins, dtype=np.int64)
+        self.all_voxels = np.zeros(bins, dtype=np.int64)
         self.dice_sums: dict[str, np.ndarray] = {}
         self.n_lesions: dict[str, int] = {}
         self.n_healthy = 0
@@ -36,29 +35,30 @@ class ThresholdEstimator:
 
     @property
     def n_lesion(self) -> int:
-        """Volumes with lesions so far."""
+        """Number of scans with lesions so far."""
         return sum(self.n_lesions.values())
 
     @property
     def dice_sum(self) -> np.ndarray:
-        """Sum of their Dice by bin."""
+        """Sum of the Dice of the scans with lesions, by bin."""
         return sum(self.dice_sums.values(), np.zeros(len(FINE_EDGES) - 1))
 
     def add(
         self, scores: np.ndarray, brain: np.ndarray, lesion: np.ndarray | None, kind: str = UNSPECIFIED
     ) -> None:
-        """Take in one map.
+        """Add one anomaly map.
 
         Parameters
         ----------
         scores : numpy.ndarray of float
-        brain : numpy.ndarray of bool
-        lesion : numpy.ndarray of bool or None
-            None for the scan of a healthy control. A scan without a lesion voxel in the brain that is not
-            of a control is counted apart and has no part in the thresholds: at any threshold above its
-            highest score its Dice would be 1.
-        kind : str
-            Of the lesion.
+            Anomaly map.
+        brain : numpy.ndarray of bool, shape of `scores`
+            Brain mask.
+        lesion : numpy.ndarray of bool, shape of `scores`, or None
+            Lesion mask; None for a healthy control. Scans with an empty mask are counted separately and do
+            not affect the thresholds, because any threshold above their highest score gives a Dice of 1.
+        kind : str, default="unspecified"
+            Type of the lesion.
 
         Raises
         ------
@@ -68,12 +68,12 @@ class ThresholdEstimator:
         if not brain.any():
             raise ValueError("the brain mask is empty")
         rest, inside = score_counts(scores, brain, lesion, FINE_EDGES)
-        self.everything += rest
+        self.all_voxels += rest
         if inside is None:
             self.healthy += rest
             self.n_healthy += 1
             return
-        self.everything += inside
+        self.all_voxels += inside
         if not inside.any():
             self.n_empty_mask += 1
             return
@@ -83,14 +83,14 @@ class ThresholdEstimator:
         self.n_lesions[kind] = self.n_lesions.get(kind, 0) + 1
 
     def thresholds(self) -> dict[str, float]:
-        """Fixed thresholds.
+        """Compute the fixed thresholds.
 
         Returns
         -------
         dict
-            ``max_dice``, the edge with the highest mean Dice over lesion volumes (if there are any);
-            ``fpr_1pct`` and ``fpr_5pct``, the lowest edges whose pooled false-positive rate in healthy brains
-            is at most that (if there are healthy volumes).
+            ``max_dice``, the edge with the highest mean Dice over scans with lesions, if there are any;
+            ``fpr_1pct`` and ``fpr_5pct``, the lowest edges at which the pooled false-positive rate in healthy
+            brains is at most 1 % and 5 %, if there are healthy scans.
         """
         found = {}
         if self.n_lesion:
@@ -102,46 +102,46 @@ class ThresholdEstimator:
         return found
 
     def bin_edges(self) -> np.ndarray:
-        """About five hundred edges for score tables, every threshold among them.
+        """Compute about 500 bin edges for score tables, which include every threshold.
 
-        Half follow the quantiles of all validation voxels, crowding towards the top, where thresholds
-        live; half grow evenly in ratio from the highest tenth to twice the highest score, for lesions
-        brighter than any seen. All but thresholds have five digits, for they fill most of a table.
+        Half are quantiles of all validation voxels, denser towards the highest scores, where the thresholds
+        lie. Half are spaced geometrically from the 90 % quantile to twice the highest score, for lesions with
+        higher scores than those of the validation scans. Edges other than thresholds have five digits.
 
         Returns
         -------
         numpy.ndarray of float64
-            From 0 to infinity.
+            Ascending edges, from 0 to infinity.
 
         Raises
         ------
         ModelError
             If every score is 0.
         """
-        if not self.everything[1:].any():
+        if not self.all_voxels[1:].any():
             raise ModelError(
-                "every anomaly score of the validation scans is 0, so that no threshold can be fixed; train "
-                "the model again, or check the validation scans"
+                "all anomaly scores of the validation scans are 0, so that no threshold can be computed; "
+                "check the validation scans, or train the model again"
             )
-        share = 1 - above(self.everything) / self.everything.sum()
+        share = 1 - above(self.all_voxels) / self.all_voxels.sum()
         tail = 1 - np.geomspace(1, 1e-6, FINAL_BINS // 2)
         quantiles = FINE_EDGES[np.searchsorted(share, tail, side="left").clip(1, len(share) - 1)]
-        top = FINE_EDGES[np.flatnonzero(self.everything)[-1]]
+        top = FINE_EDGES[np.flatnonzero(self.all_voxels)[-1]]
         bottom = max(FINE_EDGES[np.searchsorted(share, 0.9)], top / 1000)
         even = np.geomspace(bottom, 2 * top, FINAL_BINS // 2)
         fixed = np.array(list(self.thresholds().values()))
         free = np.array([float(f"{edge:.5g}") for edge in np.concatenate([quantiles, even])])
-        # One that differs from a threshold by its digits only would make a bin of nothing.
+        # An edge that equals a threshold up to rounding would make an empty bin.
         free = free[~np.isclose(free[:, None], fixed, rtol=1e-3, atol=0.0).any(axis=1)]
         return np.unique(np.concatenate([[0.0], free, fixed, [np.inf]]))
 
     def _default(self, healthy_fpr: dict[str, float]) -> str:
-        """Name of the threshold that makes masks: the best Dice, unless it floods healthy brains."""
-        tolerable = healthy_fpr.get("max_dice", 0.0) <= TOLERABLE_FPR
-        return "max_dice" if self.n_lesion and tolerable else "fpr_1pct"
+        """Return the name of the threshold for masks: ``max_dice`` unless its FPR exceeds `MAX_MASK_FPR`."""
+        acceptable = healthy_fpr.get("max_dice", 0.0) <= MAX_MASK_FPR
+        return "max_dice" if self.n_lesion and acceptable else "fpr_1pct"
 
     def summary(self) -> dict[str, Any]:
-        """Thresholds with the evidence they rest on, for ``calibration.json``."""
+        """Return thresholds, their FPR and Dice, and bin edges, for ``calibration.json``."""
         found = self.thresholds()
         rate = above(self.healthy) / max(1, int(self.healthy.sum()))
         at = {name: int(np.searchsorted(FINE_EDGES, value)) for name, value in found.items()}
@@ -165,7 +165,7 @@ class ThresholdEstimator:
                     for kind, total in sorted(self.dice_sums.items())
                 },
             },
-            # JSON has no infinity: the last bin's upper edge is understood.
+            # JSON has no infinity, so the last edge is left out.
             "bin_edges": self.bin_edges()[:-1].tolist(),
         }
 
@@ -176,13 +176,14 @@ def count_scores(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     scores : numpy.ndarray, shape (N,)
-        Non-negative.
+        Scores, at least 0.
     edges : numpy.ndarray, shape (K + 1,)
-        Ascending, ``edges[0] == 0``, ``edges[-1] == inf``.
+        Ascending edges, the first 0 and the last infinity.
 
     Returns
     -------
     numpy.ndarray of int64, shape (K,)
+        Counts of scores s with ``edges[k] < s <= edges[k + 1]``; scores of 0 are in the first bin.
 
     Raises
     ------
@@ -198,23 +199,25 @@ def count_scores(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def score_counts(
     scores: np.ndarray, brain: np.ndarray, lesion: np.ndarray | None, edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Count the brain voxels of a map per score bin, lesion and rest apart.
+    """Count the brain voxels of a map per score bin, separately outside and inside the lesions.
 
     Parameters
     ----------
     scores : numpy.ndarray of float
         Anomaly map.
     brain : numpy.ndarray of bool
-        Same shape. Voxels outside do not count, lesion or not.
+        Brain mask, same shape. Only voxels inside are counted.
     lesion : numpy.ndarray of bool or None
-        Same shape; None when there is no mask, which does not mean there is no lesion.
+        Lesion mask, same shape; None if there is no mask, whether or not there are lesions.
     edges : numpy.ndarray, shape (K + 1,)
+        Edges as in :func:`count_scores`.
 
     Returns
     -------
     nonlesion : numpy.ndarray of int64, shape (K,)
-        All brain voxels when `lesion` is None.
+        Counts outside the lesions; of all brain voxels if `lesion` is None.
     lesion : numpy.ndarray of int64, shape (K,), or None
+        Counts inside the lesions.
     """
     if lesion is None:
         return count_scores(scores[brain], edges), None
@@ -222,5 +225,16 @@ def score_counts(
 
 
 def above(counts: np.ndarray) -> np.ndarray:
-    """Voxels above each bin's lower edge: the reverse cumulative sum along the last axis."""
+    """Return the number of voxels above the lower edge of each bin.
+
+    Parameters
+    ----------
+    counts : numpy.ndarray, shape (..., K)
+        Voxels per bin.
+
+    Returns
+    -------
+    numpy.ndarray, shape (..., K)
+        Cumulative sums from the last bin.
+    """
     return np.flip(np.cumsum(np.flip(counts, -1), -1), -1)

@@ -299,4 +299,4 @@ def _deviations(
         )
         return None
     persons = [person for sessions in healthy.values() for person in sessions.values()]
-    return DeviationCalibrator(HealthyCohort.of(persons), waiting)
+    return DeviationCalibrator(HealthyCohort.from_participants(persons), waiting)

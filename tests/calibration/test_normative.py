@@ -17,6 +17,7 @@ from bids_uad.calibration.normative import (
     NormativeEstimator,
     NormativeReference,
 )
+from bids_uad.calibration.thresholds import FINE_EDGES, count_scores
 from bids_uad.errors import ModelError
 from bids_uad.space import SHAPE
 from tests.header_contract import header_faults
@@ -27,7 +28,7 @@ MALE, FEMALE = 0.5, -0.5
 
 
 def brain_of(number):
-    """A brain within PLACE, its volume different from person to person."""
+    """Return a brain within PLACE; its volume varies between people."""
     brain = np.zeros(SHAPE, dtype=bool)
     brain[PLACE] = True
     brain[96 : 96 + number % 5, 96:128, 64:96] = False
@@ -40,7 +41,7 @@ def people_of(n, seed=0):
 
 
 def scores_of(person, brain, seed, slope=0.01):
-    """Scores that rise with age, and more in the front than in the back."""
+    """Return scores that increase with age, and from back to front."""
     level = 1 + slope * (person["age"] - 50) + 0.2 * person["sex"]
     scores = np.zeros(SHAPE, np.float32)
     scores[PLACE] = level + np.random.default_rng(seed).normal(0, 0.1, (32, 32, 32))
@@ -48,8 +49,8 @@ def scores_of(person, brain, seed, slope=0.01):
     return scores * brain
 
 
-def gathered(people, cohort=None):
-    estimator = NormativeEstimator(cohort or HealthyCohort.of(people))
+def estimator_of(people, cohort=None):
+    estimator = NormativeEstimator(cohort or HealthyCohort.from_participants(people))
     for number, person in enumerate(people):
         brain = brain_of(number)
         estimator.add(scores_of(person, brain, number), brain, **person)
@@ -58,19 +59,19 @@ def gathered(people, cohort=None):
 
 @pytest.fixture(autouse=True)
 def small_brains(monkeypatch):
-    """Volumes are told from that of the brains here, so that single precision keeps all digits."""
+    """Centre the brain volume on that of these brains, to keep digits in single precision."""
     monkeypatch.setattr(normative, "TYPICAL_VOLUME", 31.0)
 
 
 @pytest.fixture
 def unsmoothed(monkeypatch):
-    """Blocks on their own, so that each is one regression."""
+    """No smoothing, so that each block is one regression."""
     monkeypatch.setattr(normative, "_SIGMA", 0.0)
 
 
 def regression(people, block, leave_out=()):
     """Least squares over all voxels of a block, by statsmodels."""
-    cohort = HealthyCohort.of(people)
+    cohort = HealthyCohort.from_participants(people)
     cut = tuple(slice(BLOCK * k, BLOCK * (k + 1)) for k in block)
     rows, values = [], []
     for number, person in enumerate(people):
@@ -85,19 +86,19 @@ def regression(people, block, leave_out=()):
 @pytest.mark.parametrize("block", [(12, 12, 8), (15, 15, 11)])
 def test_coefficients_and_spread_are_those_of_least_squares(unsmoothed, block):
     people = people_of(12)
-    reference = gathered(people).fit()
+    reference = estimator_of(people).fit()
     expected = regression(people, block)
     np.testing.assert_allclose(reference.coefficients[(slice(None), *block)], expected.params, atol=2e-5)
     age = expected.model.exog[:, 1]
     squares = sm.OLS(expected.resid**2, sm.add_constant(age)).fit().params
-    assert reference.spread[block] == pytest.approx(np.sqrt(squares[0]), rel=1e-4)
-    assert reference.growth[block] == pytest.approx(squares[1] / squares[0], abs=1e-4)
+    assert reference.sd[block] == pytest.approx(np.sqrt(squares[0]), rel=1e-4)
+    assert reference.variance_slope[block] == pytest.approx(squares[1] / squares[0], abs=1e-4)
 
 
-def test_taking_a_person_out_leaves_what_the_others_alone_give(unsmoothed):
+def test_remove_gives_the_reference_of_the_others(unsmoothed):
     people = people_of(12)
-    cohort = HealthyCohort.of(people)
-    estimator = gathered(people)
+    cohort = HealthyCohort.from_participants(people)
+    estimator = estimator_of(people)
     brain = brain_of(3)
     scores = scores_of(people[3], brain, 3)
     estimator.remove(scores, brain, **people[3])
@@ -105,7 +106,7 @@ def test_taking_a_person_out_leaves_what_the_others_alone_give(unsmoothed):
     expected = regression(people, block, leave_out=(3,))
     found = estimator.fit().coefficients[(slice(None), *block)]
     np.testing.assert_allclose(found, expected.params, atol=2e-5)
-    # And the hat matrix says the same about the residual: it sums to what influence gives in closed form.
+    # The mean residual agrees with the closed form from the leverage.
     row = cohort.row(people[3]["age"], people[3]["sex"], brain)
     cut = tuple(slice(BLOCK * k, BLOCK * (k + 1)) for k in block)
     own = scores[cut][brain[cut]].astype(float)
@@ -117,7 +118,7 @@ def test_taking_a_person_out_leaves_what_the_others_alone_give(unsmoothed):
 
 def test_memory_does_not_grow_and_order_does_not_matter():
     people = people_of(6)
-    forward = gathered(people)
+    forward = estimator_of(people)
     backward = NormativeEstimator(forward.cohort)
     sizes = set()
     for number in reversed(range(6)):
@@ -129,9 +130,9 @@ def test_memory_does_not_grow_and_order_does_not_matter():
 
 
 def test_smoothing_is_weighted_least_squares():
-    """The kernel's weights, by SciPy on the blocks' own sums, put into statsmodels' weighted fit."""
+    """Weighted least squares of statsmodels, with the weights of the kernel from SciPy."""
     people = people_of(12)
-    cohort, block = HealthyCohort.of(people), (13, 13, 9)
+    cohort, block = HealthyCohort.from_participants(people), (13, 13, 9)
     impulse = np.zeros(GRID)
     impulse[block] = 1
     # Full width at half maximum of 40 mm, in blocks of 8 mm.
@@ -144,12 +145,12 @@ def test_smoothing_is_weighted_least_squares():
         rows.append(np.tile(cohort.row(person["age"], person["sex"], brain), (len(values[-1]), 1)))
         weight.append(weights[brain])
     expected = sm.WLS(np.concatenate(values), np.concatenate(rows), np.concatenate(weight)).fit()
-    found = gathered(people).fit().coefficients[(slice(None), *block)]
+    found = estimator_of(people).fit().coefficients[(slice(None), *block)]
     np.testing.assert_allclose(found, expected.params, atol=5e-5)
 
 
-def test_the_location_is_interpolated_between_the_centres_of_blocks():
-    """Along a ramp, linear interpolation gives every voxel the value at its own place."""
+def test_the_mean_is_interpolated_between_the_centres_of_blocks():
+    """Linear interpolation reproduces a ramp."""
     place = [BLOCK * np.arange(n) + (BLOCK - 1) / 2 for n in GRID]
     x, y, z = np.meshgrid(*place, indexing="ij")
     coefficients = np.zeros((4, *GRID), np.float32)
@@ -168,24 +169,24 @@ def test_the_location_is_interpolated_between_the_centres_of_blocks():
 
 
 @pytest.mark.parametrize(
-    ("growth", "age", "variance"),
-    # Growth in ten years as a share of the variance at 50; between a fifth and three times as much.
+    ("slope", "age", "variance"),
+    # Slope in ten years as a fraction of the variance at 50 years; limits 0.2 and 3.
     [(0.25, 30.0, 0.5), (0.25, 50.0, 1.0), (0.25, 80.0, 1.75), (0.3, 10.0, 0.2), (0.9, 80.0, 3.0)],
 )
-def test_the_variance_is_linear_in_age_within_limits(growth, age, variance):
+def test_the_variance_is_linear_in_age_within_limits(slope, age, variance):
     flat = np.ones(GRID, np.float32)
     cohort = HealthyCohort(50.0, (10.0, 90.0), None)
-    reference = NormativeReference(cohort, np.zeros((4, *GRID), np.float32), 0.1 * flat, growth * flat)
+    reference = NormativeReference(cohort, np.zeros((4, *GRID), np.float32), 0.1 * flat, slope * flat)
     brain = brain_of(0)
     found = reference.deviations(np.ones(SHAPE), brain, age=age, sex=None)
     np.testing.assert_allclose(found[brain], 1 / (0.1 * np.sqrt(variance)), rtol=1e-5)
 
 
-def test_growth_of_the_variance_is_limited_and_the_spread_has_a_floor(unsmoothed):
-    """A quarter of the brain has no noise at all; elsewhere the variance is nil until 40."""
+def test_slope_of_the_variance_is_limited_and_sd_has_a_floor(unsmoothed):
+    """A quarter of the brain has no noise; elsewhere the variance is 0 up to the age of 40 years."""
     rng = np.random.default_rng(0)
     people = [{"age": float(age), "sex": None} for age in rng.uniform(20, 80, 15)]
-    estimator = NormativeEstimator(HealthyCohort.of(people))
+    estimator = NormativeEstimator(HealthyCohort.from_participants(people))
     brain = brain_of(0)
     residuals = []
     for number, person in enumerate(people):
@@ -196,19 +197,19 @@ def test_growth_of_the_variance_is_limited_and_the_spread_has_a_floor(unsmoothed
         residuals.append(noise)
         estimator.add(scores, brain, **person)
     reference = estimator.fit()
-    assert reference.growth[14, 13, 9] == np.float32(0.3)
+    assert reference.variance_slope[14, 13, 9] == np.float32(0.3)
     # Squared residuals at the mean age, by a line through those of all voxels.
     age = np.repeat([person["age"] for person in people], noise.size)
     square = np.square(np.concatenate([part.ravel() for part in residuals]))
     slope, intercept = np.polyfit(age - reference.cohort.age_mean, square, 1)
     assert slope > 0
-    assert reference.spread[12, 13, 9] == pytest.approx(0.3 * np.sqrt(intercept), rel=0.01)
+    assert reference.sd[12, 13, 9] == pytest.approx(0.3 * np.sqrt(intercept), rel=0.01)
 
 
-def test_where_no_brain_reaches_the_whole_brain_stands():
+def test_locations_without_brain_get_the_values_of_the_whole_brain():
     people = people_of(12)
-    cohort = HealthyCohort.of(people)
-    reference = gathered(people, cohort).fit()
+    cohort = HealthyCohort.from_participants(people)
+    reference = estimator_of(people, cohort).fit()
     rows, values = [], []
     for number, person in enumerate(people):
         brain = brain_of(number)
@@ -221,7 +222,7 @@ def test_where_no_brain_reaches_the_whole_brain_stands():
 
 def test_an_age_slope_goes_and_a_lesion_stays():
     people = people_of(30)
-    reference = gathered(people).fit()
+    reference = estimator_of(people).fit()
     young, old = ({"age": age, "sex": FEMALE} for age in (25.0, 75.0))
     brain = brain_of(0)
     means, raw = [], []
@@ -240,7 +241,7 @@ def test_an_age_slope_goes_and_a_lesion_stays():
 
 def test_a_spread_that_grows_with_age_is_allowed_for():
     people = people_of(60)
-    estimator = NormativeEstimator(HealthyCohort.of(people))
+    estimator = NormativeEstimator(HealthyCohort.from_participants(people))
     brain = brain_of(0)
 
     def noisy(age, seed):
@@ -262,7 +263,7 @@ def test_a_spread_that_grows_with_age_is_allowed_for():
 
 def test_a_higher_score_never_deviates_less():
     people = people_of(8)
-    reference = gathered(people).fit()
+    reference = estimator_of(people).fit()
     brain = brain_of(0)
     scores = scores_of(people[0], brain, 0)
     lower = reference.deviations(scores, brain, **people[0])
@@ -271,46 +272,46 @@ def test_a_higher_score_never_deviates_less():
     assert (higher > lower)[lower > 0].all()
 
 
-def test_missing_and_strange_ages_are_placed_and_told():
-    cohort = HealthyCohort.of([{"age": 20.0, "sex": MALE}, {"age": 60.0, "sex": FEMALE}])
-    assert cohort.place(30.0, MALE) == ({"age": 30.0, "sex": MALE}, [])
-    used, remarks = cohort.place(None, None)
+def test_unknown_and_outlying_ages_are_replaced_with_a_warning():
+    cohort = HealthyCohort.from_participants([{"age": 20.0, "sex": MALE}, {"age": 60.0, "sex": FEMALE}])
+    assert cohort.impute_covariates(30.0, MALE) == ({"age": 30.0, "sex": MALE}, [])
+    used, warnings = cohort.impute_covariates(None, None)
     assert used == {"age": 40.0, "sex": 0.0}
-    assert len(remarks) == 2
-    assert "40 years" in remarks[0]
-    used, remarks = cohort.place(91.0, FEMALE)
+    assert len(warnings) == 2
+    assert "40 years" in warnings[0]
+    used, warnings = cohort.impute_covariates(91.0, FEMALE)
     assert used["age"] == 60
-    assert "20 to 60 years" in remarks[0]
+    assert "20 to 60 years" in warnings[0]
     brain = brain_of(0)
     np.testing.assert_array_equal(cohort.row(None, None, brain)[:3], [1, 0, 0])
     np.testing.assert_array_equal(cohort.row(91.0, MALE, brain), cohort.row(60.0, MALE, brain))
 
 
-def test_a_cohort_whose_ages_nobody_knows_has_no_age_slope():
+def test_a_cohort_without_known_ages_has_no_age_slope():
     people = [{"age": None, "sex": sex} for sex in (MALE, FEMALE, MALE, FEMALE)]
-    cohort = HealthyCohort.of(people)
-    assert cohort.place(50.0, MALE) == ({"age": None, "sex": MALE}, [])
+    cohort = HealthyCohort.from_participants(people)
+    assert cohort.impute_covariates(50.0, MALE) == ({"age": None, "sex": MALE}, [])
     estimator = NormativeEstimator(cohort)
     for number, person in enumerate(people):
         brain = brain_of(number)
         estimator.add(scores_of({"age": 50, "sex": person["sex"]}, brain, number), brain, **person)
     reference = estimator.fit()
     np.testing.assert_array_equal(reference.coefficients[1], 0)
-    np.testing.assert_array_equal(reference.growth, 0)
+    np.testing.assert_array_equal(reference.variance_slope, 0)
     assert np.isfinite(reference.coefficients).all()
     assert reference.coefficients[2][13, 13, 9] == pytest.approx(0.2, abs=0.05)
 
 
 def test_on_disk_and_back(tmp_path):
-    reference = gathered(people_of(6)).fit()
+    reference = estimator_of(people_of(6)).fit()
     path = tmp_path / "normative.nii.gz"
     reference.write(path)
     assert header_faults(path) == []
     found = NormativeReference.read(path, reference.describe())
     assert found.cohort == reference.cohort
     np.testing.assert_allclose(found.coefficients, reference.coefficients, rtol=2**-11)
-    np.testing.assert_allclose(found.spread, reference.spread, rtol=2**-11)
-    np.testing.assert_allclose(found.growth, reference.growth, rtol=2**-11)
+    np.testing.assert_allclose(found.sd, reference.sd, rtol=2**-11)
+    np.testing.assert_allclose(found.variance_slope, reference.variance_slope, rtol=2**-11)
     image = nib.load(path)
     # The centre of the first block is that of its eight voxels a side.
     np.testing.assert_allclose(image.affine @ [0, 0, 0, 1], [-3.5, 239 - 3.5, 3.5, 1])
@@ -319,25 +320,33 @@ def test_on_disk_and_back(tmp_path):
         NormativeReference.read(path, reference.describe())
 
 
-def test_healthy_people_are_judged_by_the_others(tmp_path):
-    """A person unlike all others must not be excused by having been in the reference."""
-    people = people_of(8)
-    calibrator = DeviationCalibrator(HealthyCohort.of(people), tmp_path)
+def test_healthy_controls_are_scored_by_the_reference_of_the_others(tmp_path):
+    """The histogram equals that of references fitted without each control in turn."""
+    people = people_of(6)
+    cohort = HealthyCohort.from_participants(people)
+    calibrator = DeviationCalibrator(cohort, tmp_path)
+    maps = []
     for number, person in enumerate(people):
         brain = brain_of(number)
         scores = scores_of(person, brain, number) + (3 if number == 5 else 0) * brain
         calibrator.add(scores, brain, None, subject=f"sub-{number}", person=person, kind="healthy")
-    reference, thresholds = calibrator.finish()
-    assert thresholds.n_healthy == 8
-    odd = scores_of(people[5], brain_of(5), 5) + 3 * brain_of(5)
-    within = reference.deviations(odd, brain_of(5), **people[5])[brain_of(5)]
-    highest = thresholds.bin_edges()[1:-1].max() / 2  # bins reach to twice the highest score
-    assert highest > 2 * within.max()
+        maps.append((scores, brain, person))
+    _, thresholds = calibrator.finish()
+    assert thresholds.n_healthy == 6
+    expected = np.zeros_like(thresholds.healthy)
+    for left_out, (scores, brain, person) in enumerate(maps):
+        others = NormativeEstimator(cohort)
+        for number, (other_scores, other_brain, other) in enumerate(maps):
+            if number != left_out:
+                others.add(other_scores, other_brain, **other)
+        expected += count_scores(others.fit().deviations(scores, brain, **person)[brain], FINE_EDGES)
+    # Removing a map from the sums rounds differently from never adding it.
+    assert np.abs(np.cumsum(thresholds.healthy - expected)).max() <= 1e-4 * expected.sum()
 
 
-def test_a_lesion_is_judged_by_the_whole_reference(tmp_path):
+def test_scans_with_lesions_are_scored_by_the_whole_reference(tmp_path):
     people = people_of(8)
-    calibrator = DeviationCalibrator(HealthyCohort.of(people), tmp_path)
+    calibrator = DeviationCalibrator(HealthyCohort.from_participants(people), tmp_path)
     for number, person in enumerate(people):
         brain = brain_of(number)
         calibrator.add(
@@ -358,11 +367,11 @@ def test_a_lesion_is_judged_by_the_whole_reference(tmp_path):
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_scores_without_variation_give_no_reference(value):
     people = people_of(6)
-    estimator = NormativeEstimator(HealthyCohort.of(people))
+    estimator = NormativeEstimator(HealthyCohort.from_participants(people))
     for number, person in enumerate(people):
         brain = brain_of(number)
         estimator.add(np.full(brain.shape, value, np.float32), brain, **person)
-    with pytest.raises(ModelError, match="scores of the healthy scans do not vary"):
+    with pytest.raises(ModelError, match="scores of the healthy scans are all equal"):
         estimator.fit()
 
 

@@ -9,12 +9,12 @@ from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator, abov
 from bids_uad.errors import ModelError
 
 
-def test_bins_hold_their_upper_edge():
+def test_count_scores_includes_the_upper_edge_of_a_bin():
     edges = np.array([0.0, 1.0, 2.0, np.inf])
     assert count_scores(np.array([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 9.0]), edges).tolist() == [3, 2, 2]
 
 
-def test_sums_of_bins_are_voxels_above_each_edge():
+def test_above_counts_the_voxels_above_each_edge():
     rng = np.random.default_rng(0)
     scores = rng.gamma(2, 0.1, 5_000).astype(np.float32)
     edges = np.concatenate([[0.0], np.sort(rng.random(50)), [np.inf]])
@@ -22,7 +22,7 @@ def test_sums_of_bins_are_voxels_above_each_edge():
     assert above(count_scores(scores, edges))[1:].tolist() == literal[1:]
 
 
-def test_lesion_and_rest_are_apart_and_inside_the_brain():
+def test_score_counts_separates_lesion_and_rest_inside_the_brain():
     scores = np.array([[0.2, 0.8], [0.9, 0.1]])
     brain = np.array([[True, True], [True, False]])
     lesion = np.array([[False, False], [True, True]])
@@ -47,7 +47,7 @@ def volumes():
     return healthy, sick
 
 
-def test_kinds_of_lesion_are_told_apart(volumes):
+def test_summary_reports_dice_by_lesion_type(volumes):
     _, sick = volumes
     estimator = ThresholdEstimator()
     brain = np.ones((20, 20, 20), dtype=bool)
@@ -85,7 +85,7 @@ def test_fpr_thresholds_are_quantiles(volumes):
         assert (pooled > found[name]).mean() <= level
 
 
-def test_dice_threshold_beats_a_literal_search(volumes):
+def test_max_dice_equals_a_literal_search(volumes):
     _, sick = volumes
 
     def mean_dice(threshold):
@@ -94,7 +94,7 @@ def test_dice_threshold_beats_a_literal_search(volumes):
     found = estimate(volumes).thresholds()["max_dice"]
     best = max(mean_dice(threshold) for threshold in np.linspace(0, 1.5, 1501))
     assert mean_dice(found) >= best - 1e-3
-    # No edge is better, and the lowest of those that are as good is taken.
+    # The lowest edge among those with the highest Dice.
     near = FINE_EDGES[np.abs(FINE_EDGES / found - 1) < 0.05]
     dice = np.array([mean_dice(edge) for edge in near])
     assert found == near[np.flatnonzero(dice > dice.max() - 1e-12)[0]]
@@ -114,8 +114,8 @@ def test_every_threshold_is_a_bin_edge(volumes):
     assert 250 < len(edges) <= 500 + 2 + 3
 
 
-def test_half_of_the_edges_follow_the_voxels(volumes):
-    """Shares of the voxels above them fall by the same ratio from edge to edge."""
+def test_half_of_the_edges_are_quantiles(volumes):
+    """The fraction of voxels above the edges decreases geometrically."""
     edges = estimate(volumes).bin_edges()
     healthy, sick = volumes
     pooled = np.concatenate([scores.ravel() for scores in (*healthy, *(scores for scores, _ in sick))])
@@ -125,7 +125,7 @@ def test_half_of_the_edges_follow_the_voxels(volumes):
         assert np.abs(edges[:-1] / expected - 1).min() < 4e-3
 
 
-def test_summary_says_what_the_thresholds_do(volumes):
+def test_summary_reports_fpr_and_dice_of_the_thresholds(volumes):
     summary = estimate(volumes).summary()
     assert summary["default_threshold"] == "max_dice"
     pooled = np.concatenate([scores.ravel() for scores in volumes[0]])
@@ -135,8 +135,8 @@ def test_summary_says_what_the_thresholds_do(volumes):
     assert np.isfinite(summary["bin_edges"]).all()
 
 
-def test_a_threshold_that_floods_healthy_brains_is_not_the_default():
-    """Scores that say nothing make the best Dice a mask of everything."""
+def test_a_threshold_with_high_fpr_is_not_the_default():
+    """With random scores, a mask of the whole brain has the highest Dice."""
     rng = np.random.default_rng(0)
     brain = np.ones((20, 20, 20), dtype=bool)
     estimator = ThresholdEstimator()
@@ -148,7 +148,7 @@ def test_a_threshold_that_floods_healthy_brains_is_not_the_default():
 
 
 @pytest.mark.parametrize(("rate", "default"), [(0.018, "max_dice"), (0.022, "fpr_1pct")])
-def test_the_default_marks_at_most_two_percent_of_healthy_brains(rate, default):
+def test_default_threshold_has_an_fpr_of_at_most_two_percent(rate, default):
     rng = np.random.default_rng(0)
     brain = np.ones((20, 20, 20), dtype=bool)
     lesion = np.zeros_like(brain)
@@ -168,8 +168,8 @@ def test_without_lesions_the_default_is_the_one_percent_threshold(volumes):
     assert estimator.summary()["default_threshold"] == "fpr_1pct"
 
 
-def test_empty_masks_are_counted_apart(volumes):
-    """Scans without a lesion in the brain would make any threshold above their highest score the best one."""
+def test_empty_masks_are_counted_and_do_not_change_thresholds(volumes):
+    """Any threshold above the highest score would give these scans a Dice of 1."""
     brain = np.ones((20, 20, 20), dtype=bool)
     plain, with_empty = estimate(volumes), estimate(volumes)
     for scores, _ in volumes[1] * 5:
@@ -188,30 +188,30 @@ def test_a_lesion_outside_the_brain_is_an_empty_mask():
     assert estimator.thresholds() == {}
 
 
-def test_resolution():
+def test_fine_edges_have_a_resolution_of_one_per_mille():
     steps = FINE_EDGES[2:-1] / FINE_EDGES[1:-2]
     assert steps.max() < 1.0011
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_scores_that_are_not_finite_are_not_counted(value):
+def test_scores_that_are_not_finite_are_refused(value):
     scores = np.array([0.1, value, 0.3])
     with pytest.raises(ValueError, match="NaN or infinite scores"):
         count_scores(scores, FINE_EDGES)
     estimator = ThresholdEstimator()
     with pytest.raises(ValueError, match="NaN or infinite scores"):
         estimator.add(scores, np.ones(3, dtype=bool), None)
-    estimator.add(scores, np.array([True, False, True]), None)  # outside the brain nothing counts
+    estimator.add(scores, np.array([True, False, True]), None)  # outside the brain they are ignored
     assert estimator.n_healthy == 1
 
 
-def test_an_empty_brain_fixes_no_threshold():
+def test_an_empty_brain_mask_is_refused():
     with pytest.raises(ValueError, match="the brain mask is empty"):
         ThresholdEstimator().add(np.ones(3), np.zeros(3, dtype=bool), None)
 
 
-def test_scores_that_are_all_zero_fix_no_threshold():
+def test_scores_that_are_all_zero_are_refused():
     estimator = ThresholdEstimator()
     estimator.add(np.zeros(9), np.ones(9, dtype=bool), None)
-    with pytest.raises(ModelError, match="every anomaly score of the validation scans is 0"):
+    with pytest.raises(ModelError, match="all anomaly scores of the validation scans are 0"):
         estimator.summary()

@@ -43,8 +43,8 @@ def z_map(bench, subject):
 def test_scores_and_deviations_come_from_one_scoring(bench, capfd):
     assert bench.run(*BOTH) == 0
     told = " ".join(capfd.readouterr().err.split())
-    assert "deviation of sub-02: age is not known: the mean of the reference (50 years) stands for it" in told
-    assert "deviation of sub-03: age is outside the reference (30 to 60 years)" in told
+    assert "deviation of sub-02: age is not known; the mean of the reference (50 years) is used" in told
+    assert "deviation of sub-03: age is outside the range of the reference; 60 years is used" in told
     assert "deviation of sub-03: sex is not known" in told
     assert sum(call.startswith("detect") for call in bench.take_calls()) == 3
 

@@ -106,7 +106,7 @@ def deviation_sidecar(
     normative : mapping
         What the bundle's ``calibration.json`` says about its reference.
     age, sex : float or None
-        Of the person, see :meth:`bids_uad.calibration.normative.HealthyCohort.place`.
+        Of the person, see :meth:`bids_uad.calibration.normative.HealthyCohort.impute_covariates`.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def deviation_sidecar(
         Keys of a sidecar.
     """
     reference = normative["reference"]
-    used, remarks = HealthyCohort.read(reference["covariates"]).place(age, sex)
+    used, remarks = HealthyCohort.read(reference["covariates"]).impute_covariates(age, sex)
     names = {0.5: "male", -0.5: "female"}
     return {
         "Deviation": "normative",
