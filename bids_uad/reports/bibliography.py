@@ -1,4 +1,4 @@
-"""BibTeX entries, and methods text with [@keys] as HTML with a reference list."""
+"""BibTeX entries, and conversion of methods text with [@keys] to HTML with a reference list."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _ACCENTS = {r"{\"e}": "ë", r"{\"o}": "ö", r"{\'e}": "é", r"{\u{a}}": "ă", r"
 
 
 def read_entries(bibtex: str) -> dict[str, dict[str, str]]:
-    """Read BibTeX that has one field per line.
+    """Read BibTeX with one field per line.
 
     Parameters
     ----------
     bibtex : str
+        Contents of a ``.bib`` file.
 
     Returns
     -------
@@ -32,7 +33,7 @@ def read_entries(bibtex: str) -> dict[str, dict[str, str]]:
 
 
 def cited_keys(markdown: str) -> list[str]:
-    """Citation keys in the order of their first mention."""
+    """Return the citation keys of a text in the order of their first mention."""
     keys: dict[str, None] = {}
     for group, single in _CITATION.findall(markdown):
         for key in _KEY.findall(group) or [single]:
@@ -41,7 +42,7 @@ def cited_keys(markdown: str) -> list[str]:
 
 
 def entry_html(entry: dict[str, str]) -> str:
-    """Write one entry as a line of a reference list."""
+    """Format an entry as an item of a reference list."""
     authors = [name.strip() for name in _plain(entry.get("author", "")).split(" and ")]
     surnames = [name.split(",")[0] for name in authors if name != "others"]
     who = (
@@ -64,19 +65,19 @@ def entry_html(entry: dict[str, str]) -> str:
 
 
 def methods_html(markdown: str, entries: dict[str, dict[str, str]]) -> str:
-    """Turn methods text into HTML: paragraphs, headings, emphasis, code and numbered citations.
+    """Convert methods text to HTML: paragraphs, headings, emphasis, code and numbered citations.
 
     Parameters
     ----------
     markdown : str
         Text with `[@key; @key]` or `@key` citations.
     entries : dict of str to dict
-        From `read_entries`. A key without entry is shown as it is.
+        Entries of `read_entries`. Keys without an entry are kept as text.
 
     Returns
     -------
     str
-        HTML fragment that ends with the reference list.
+        HTML fragment with the reference list at its end.
     """
     known = [key for key in cited_keys(markdown) if key in entries]
     numbers = {key: number for number, key in enumerate(known, start=1)}

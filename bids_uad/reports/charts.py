@@ -1,4 +1,4 @@
-"""Canvas of the group report's charts: matplotlib figures, written as inline SVG with tooltips and links."""
+"""Canvas of the charts of the group report: matplotlib figures as inline SVG with tooltips and links."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from bids_uad.reports.group_text import number
 
 WIDTH = 1080
-"""Width of every chart in pixels; one pixel is 1/72 inch, so that matplotlib's points are pixels, too."""
+"""Width of every chart in pixels of 1/72 inch, so that sizes in points are sizes in pixels."""
 INK, MUTED, GRID, PAPER = "#1b2733", "#5b6875", "#e3e8ed", "#ffffff"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DASHES = (0, (4, 3))
 WIDE_LOG_RANGE = 1e4
-"""Logarithmic axes that span more are labelled with powers of ten."""
+"""Ratio of the limits above which logarithmic axes are labelled with powers of ten."""
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -70,8 +70,9 @@ class Chart:
     name : str
         Name of its file, without extension.
     title, caption : str
+        Heading and text above the chart.
     svg : str
-        An SVG element that is also a whole SVG file.
+        SVG element, which is also a complete SVG file.
     """
 
     name: str
@@ -139,6 +140,7 @@ class ChartCanvas:
         left, top, width, row_height : float
             In pixels.
         n_rows : int
+            Number of rows.
 
         Returns
         -------
@@ -167,23 +169,26 @@ class ChartCanvas:
         opacity: float = 1.0,
         marker: str = "o",
     ) -> None:
-        """Draw markers, each with a text on hovering and a link if given.
+        """Draw markers with tooltips and links.
 
         Parameters
         ----------
         axes : matplotlib.axes.Axes
+            Panel to draw on.
         x, y : sequence of float, shape (n,)
             Finite data coordinates.
         colour : str or sequence of str
-            One for all, or one for each.
+            Colour of all or of each marker.
         radius : float, default=4.2
-            In pixels.
+            Radius in pixels.
         tips, links : sequence of str, shape (n,) or empty
-            Tooltip and address of each marker; an empty string means none.
+            Tooltip and link target of each marker; empty strings for none.
         hollow : bool, default=False
+            Whether only the outline is drawn.
         opacity : float, default=1
+            Opacity between 0 and 1.
         marker : str, default="o"
-            See `matplotlib.markers`.
+            Shape, see `matplotlib.markers`.
         """
         name = f"markers{len(self._tooltips)}"
         n = len(x)
@@ -251,7 +256,7 @@ def _to_hundredths(match: re.Match[str]) -> str:
 
 
 def _with_tooltips(text: str, group: str, notes: Sequence[tuple[str, str]]) -> str:
-    """Give the markers of one group, in their order, a text on hovering and a link."""
+    """Add tooltips and links to the markers of one group, in the order in which they were drawn."""
     start = text.index(f'<g id="{group}"')
     end = text.find('<g id="', start + 1)
     part, waiting = text[start : None if end < 0 else end], iter(notes)
@@ -270,7 +275,7 @@ def _with_tooltips(text: str, group: str, notes: Sequence[tuple[str, str]]) -> s
 
 
 def _without_unused_ids(text: str) -> str:
-    """Drop identifiers that nothing refers to: several charts share one page."""
+    """Remove unused identifiers, which could occur in several charts of one page."""
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
     return re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
 
@@ -281,12 +286,13 @@ def log_axis(axes: Axes, which: str, low: float, high: float, ticks: int = 5) ->
     Parameters
     ----------
     axes : matplotlib.axes.Axes
-    which : str
-        ``x`` or ``y``.
+        Panel.
+    which : {"x", "y"}
+        Axis to change.
     low, high : float
         Limits, both > 0.
     ticks : int, default=5
-        Largest number of labelled ticks, about.
+        Approximate maximum number of labelled ticks.
     """
     axis = getattr(axes, f"{which}axis")
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
@@ -300,13 +306,13 @@ def log_axis(axes: Axes, which: str, low: float, high: float, ticks: int = 5) ->
 
 
 def power_of_ten(value: float) -> str:
-    """Write a power of ten with a raised exponent."""
+    """Format a power of ten with a superscript exponent."""
     raised = str(round(np.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return "1" if value == 1 else f"10{raised}"
 
 
 def round_up(value: float) -> float:
-    """Return a round number not below `value` (> 0), for the end of an axis."""
+    """Return the next round number at or above `value` (> 0), as the limit of an axis."""
     size = 10.0 ** np.floor(np.log10(value))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
     return float(next(factor * size for factor in steps if factor * size >= value * 0.9999))
@@ -325,11 +331,12 @@ def modality_panels(
     draw: Callable[[ChartCanvas, Axes, str], None],
     **labels: str,
 ) -> ChartCanvas:
-    """Draw one panel per modality side by side; a single one stands in the middle.
+    """Draw one panel per modality side by side; a single panel is centred.
 
     Parameters
     ----------
     modalities : sequence of str
+        Modalities, in the order of the panels.
     height : float
         Height of the data area in pixels.
     margin : float
@@ -337,7 +344,7 @@ def modality_panels(
     label : str
         Accessible name of the chart.
     draw : callable
-        Fills the panel of a modality.
+        Function that fills the panel of a modality: ``draw(canvas, axes, modality)``.
     **labels : str
         ``xlabel`` and ``ylabel``.
 
@@ -374,13 +381,15 @@ def detector_panels(
     ----------
     keys : sequence of (str, str)
         Detector and modality of each panel.
-    titles : sequence of str, same length
+    titles : sequence of str
+        Title of each panel.
     top, height, below : float
         Space above the data area, its height, and the space below it, in pixels.
     label : str
         Accessible name of the chart.
     draw : callable
-        Fills the panel of a key; it is also given the position of the panel's upper left corner in pixels.
+        Function that fills a panel: ``draw(canvas, axes, key, corner)``, with the upper left corner of the
+        panel in pixels.
     legend : float, default=0
         Space for a legend below all panels, in pixels.
     left : float, default=62

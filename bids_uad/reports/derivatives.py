@@ -1,4 +1,4 @@
-"""What one subject's derivatives hold, found by name alone."""
+"""Find the derivatives of a participant by their file names."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ _ENTITY_NAMES = {key: name for name, key in PREFIX_ENTITIES if name != "subject"
 
 @dataclass(frozen=True)
 class Detection:
-    """What one detector left for one image; any part may be missing.
+    """Outputs of one detector for one image; each may be missing.
 
     Attributes
     ----------
     detector : str
-        As in the file names, such as ``Patchcore``.
+        Name as in the file names, such as ``Patchcore``.
     desc : str
         Modality and detector, such as ``T1wPatchcore``.
     anomaly_map, mask, components, component_table, histogram : pathlib.Path or None
+        Paths of the outputs.
     metrics : dict
-        The row of the metrics table; missing values are left out.
+        Row of the metrics table without missing values.
     sidecar : dict
         Metadata of the anomaly mask.
     """
@@ -53,13 +54,13 @@ class Detection:
 
     @property
     def threshold(self) -> float | None:
-        """The fixed threshold that made the mask."""
+        """Threshold of the anomaly mask."""
         value = self.metrics.get("threshold", self.sidecar.get("Threshold"))
         return None if value is None else float(value)
 
     @property
     def threshold_name(self) -> str:
-        """How the threshold was fixed."""
+        """Name of the threshold, such as ``max_dice``."""
         return str(
             self.metrics.get("threshold_name", self.sidecar.get("ThresholdName", "source not recorded"))
         )
@@ -67,16 +68,18 @@ class Detection:
 
 @dataclass(frozen=True)
 class Image:
-    """The derivatives of one raw image.
+    """Derivatives of one raw image.
 
     Attributes
     ----------
     prefix : str
-        Entities that its outputs start with.
+        Entities at the start of the names of its outputs.
     modality : {"T1w", "T2w"}
+        Suffix of the image.
     preproc, brain, lesion : pathlib.Path or None
-        Scan, brain mask and ground truth in SRI24 space.
+        Preprocessed image, brain mask and lesion mask in SRI24 space.
     detections : tuple of Detection
+        Outputs of each detector.
     """
 
     prefix: str
@@ -88,18 +91,18 @@ class Image:
 
     @property
     def entities(self) -> dict[str, str]:
-        """Entities besides the subject, by their pybids names."""
+        """Entities except the subject, by their PyBIDS names."""
         pairs = (part.split("-", 1) for part in self.prefix.split("_")[1:])
         return {_ENTITY_NAMES[key]: value for key, value in pairs if key in _ENTITY_NAMES}
 
     @property
     def name(self) -> str:
-        """Name for people, such as ``T1w, session 01, run 2``."""
+        """Name printed in the report, such as ``T1w, session 01, run 2``."""
         return ", ".join([self.modality, *(f"{key} {value}" for key, value in self.entities.items())])
 
 
 def find_images(out_dir: Path, subject: str) -> list[Image]:
-    """Find every image of a subject that left at least one output in SRI24 space.
+    """Find the images of a participant with at least one output in SRI24 space.
 
     Parameters
     ----------
@@ -111,7 +114,7 @@ def find_images(out_dir: Path, subject: str) -> list[Image]:
     Returns
     -------
     list of Image
-        By session, then by name.
+        Images sorted by session and name.
     """
     root = out_dir / f"sub-{subject}"
     folders = [root / "anat", *sorted(root.glob("ses-*/anat"))]
@@ -119,7 +122,7 @@ def find_images(out_dir: Path, subject: str) -> list[Image]:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """Read the JSON beside an output; empty if there is none."""
+    """Read the JSON sidecar of an output; empty if there is none."""
     sidecar = path.with_name(path.name.split(".", 1)[0] + ".json")
     return json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
 

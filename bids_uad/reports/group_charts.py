@@ -1,4 +1,4 @@
-"""Charts of the group report."""
+"""Charts of the group report, one function for each."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ from bids_uad.reports.group_text import (
 
 _HEALTHY, _LESION, _SHADE = "#0072B2", "#D55E00", "#56B4E9"
 MAX_DOTS = 300
-"""Scans of one detector up to which each is drawn as a dot."""
+"""Maximum number of scans of a detector that are drawn as dots."""
 MAX_NAMED_PARTICIPANTS = 12
-"""Participants up to which the dots carry their labels."""
+"""Maximum number of participants whose dots are labelled."""
 _VOLUME_GROUPS = 20
 _DISPLAY_BINS = 72
 _LOG_SCORE_RANGE = 60
-"""Score axes that span a larger factor are logarithmic."""
+"""Ratio of the limits above which score axes are logarithmic."""
 ALPHA = 0.05
 MIN_RANKED_DETECTORS = 3
-"""With two detectors, mean ranks say no more than the comparison of the pair."""
+"""Minimum number of detectors of the rank plot; for two, the comparison of the pair suffices."""
 EXPERIMENT_OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "healthy FPR, %"}
 
 Key = tuple[str, str]
@@ -141,9 +141,9 @@ def dice_strip(evaluation: Evaluation, colours: dict[str, str]) -> Chart | None:
     return Chart(
         "dice",
         "Dice at the fixed threshold",
-        f"One dot per lesion scan, or, where a detector has more than {MAX_DOTS}, their density. Box: "
-        "quartiles and median; whiskers: within 1.5 interquartile ranges; diamond and bar: mean and 95 % "
-        "interval over participants.",
+        f"One dot per lesion scan; density for detectors with more than {MAX_DOTS} scans. Box: quartiles and "
+        "median; whiskers: within 1.5 interquartile ranges; diamond and bar: mean and 95 % interval over "
+        "participants.",
         canvas.svg(),
     )
 
@@ -156,7 +156,7 @@ def fpr_strip(evaluation: Evaluation, colours: dict[str, str]) -> Chart | None:
         HEALTHY,
         "fpr",
         ("fpr_healthy_mean", "fpr_healthy_mean"),
-        "brain voxels called anomalous, %",
+        "brain voxels above the threshold, %",
         percent=True,
     )
     if canvas is None:
@@ -164,8 +164,8 @@ def fpr_strip(evaluation: Evaluation, colours: dict[str, str]) -> Chart | None:
     return Chart(
         "fpr_healthy",
         "False positives in healthy brains",
-        f"One dot per healthy scan, or, where a detector has more than {MAX_DOTS}, their density: percentage "
-        "of the brain voxels above the fixed threshold. Lower is better.",
+        "Percentage of brain voxels above the fixed threshold. One dot per healthy scan; density for "
+        f"detectors with more than {MAX_DOTS} scans. Lower is better.",
         canvas.svg(),
     )
 
@@ -221,7 +221,7 @@ def _strip(
             canvas.text(x, top + y + 15, note, fontsize=11.5, color=MUTED, ha=side)
         if len(group) > MAX_DOTS:
             _violin(axes, values, y, colour)
-        if len(values) >= 4:  # quartiles of three numbers say less than the three dots
+        if len(values) >= 4:  # three scans are shown by their dots alone
             _box(axes, values, y, colour)
         if len(group) <= MAX_DOTS:
             _scan_dots(canvas, axes, group, values, y, colour, unit, named=named)
@@ -275,7 +275,7 @@ def _scan_dots(
     *,
     named: bool,
 ) -> None:
-    """Draw the scans of one row, moved apart where they would overlap."""
+    """Draw the scans of one row, with vertical offsets against overlap."""
     radius, opacity = (4.2, 0.95) if named else (2.6, 0.6)
     low, high = axes.get_xlim()
     pixels = (values - low) / (high - low) * axes.get_position().width * WIDTH
@@ -355,10 +355,10 @@ def dice_by_volume(evaluation: Evaluation, colours: dict[str, str]) -> Chart | N
     return Chart(
         "dice_by_volume",
         "Dice and lesion size",
-        "One dot per lesion scan and detector, at the fixed threshold; where a detector has more than "
-        f"{MAX_DOTS}, a line through the medians of {_VOLUME_GROUPS} groups of equally many, from small to "
-        "large lesions. Small lesions are harder: cohorts with other lesion sizes are not comparable by "
-        "their mean Dice.",
+        "One dot per lesion scan and detector, at the fixed threshold; for detectors with more than "
+        f"{MAX_DOTS} scans, medians of {_VOLUME_GROUPS} groups of equal size, sorted by lesion volume. Small "
+        "lesions are harder to detect: mean Dice is not comparable between cohorts with different lesion "
+        "sizes.",
         canvas.svg(),
     )
 
@@ -419,14 +419,14 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
     return Chart(
         "precision_recall",
         "Precision and recall, all lesion scans pooled",
-        "Over the brain voxels of all lesion scans together, so that large lesions weigh more; dot: "
-        "the fixed threshold; dashed: the fraction of lesion voxels, which a random detector reaches.",
+        "Over the brain voxels of all lesion scans together, which gives large lesions more weight. Dot: "
+        "fixed threshold; dashed: fraction of lesion voxels, the precision of a random detector.",
         canvas.svg(),
     )
 
 
 def _set_score_axis(axes: Axes, curve: Curves) -> None:
-    """Scale the x axis so that it shows the scores of all classes, and the thresholds."""
+    """Set the limits and scale of the x axis to show the scores of all classes and the thresholds."""
     quantiles = []
     for counts in (curve.lesion, curve.nonlesion, curve.healthy):
         if counts.any():
@@ -484,9 +484,8 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
     return Chart(
         "dice_by_threshold",
         "Dice at every threshold",
-        "Mean over the scans with a lesion if all were cut at one threshold. Solid: the fixed threshold, "
-        "chosen on validation data. Dashed: the best one for this test set, an upper bound that "
-        "looks at the answers.",
+        "Mean Dice of the lesion scans at each threshold. Solid: fixed threshold, chosen on validation data. "
+        "Dashed: best threshold for this test set, an optimistic upper bound.",
         canvas.svg(),
     )
 
@@ -540,9 +539,8 @@ def score_histograms(evaluation: Evaluation) -> Chart | None:
     return Chart(
         "score_histograms",
         "Scores of healthy and of lesion voxels",
-        "Fraction of the voxels of each kind per bar, on a logarithmic axis; each kind adds up to 1. "
-        "Vertical line: the fixed threshold. The further the lesions lie to the right of the rest, "
-        "the better the detector.",
+        "Fraction of the voxels of each class per bin, on a logarithmic axis; each class adds up to 1. "
+        "Vertical line: fixed threshold. The less the lesions overlap with the other classes, the better.",
         canvas.svg(),
     )
 
@@ -552,17 +550,17 @@ def _display_bins(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rebin counts for display: edges, shape (n + 1,), and the fraction of voxels in each bar, shape (n,).
 
-    Within a source bin voxels are taken as evenly spread; scores beyond the axis are not shown.
+    Scores are assumed to be uniform within a source bin; scores beyond the axis are not shown.
     """
     spaced = np.geomspace if scale == "log" else np.linspace
-    wanted = spaced(*limits, _DISPLAY_BINS + 1)
+    display_edges = spaced(*limits, _DISPLAY_BINS + 1)
     ends = np.append(edges, edges[-1] * 1.05 if edges[-1] > 0 else 1.0)
     cumulative = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()
-    return wanted, np.diff(np.interp(wanted, ends, cumulative))
+    return display_edges, np.diff(np.interp(display_edges, ends, cumulative))
 
 
 def rank_plot(subjects: pd.DataFrame, comparison: pd.DataFrame, colours: dict[str, str]) -> Chart | None:
-    """Draw mean ranks by Dice, bars joining detectors that do not differ; None with fewer than three."""
+    """Draw mean ranks by Dice, with bars that connect equal detectors; None for fewer than three."""
     ranks = {
         modality: mean_ranks(participant_scores(subjects, modality, "dice"), "dice")
         for modality in sorted(subjects["modality"].unique())
@@ -597,25 +595,26 @@ def rank_plot(subjects: pd.DataFrame, comparison: pd.DataFrame, colours: dict[st
         "ranks",
         "Mean ranks by Dice",
         "Detectors are ranked within each participant with a lesion; rank 1 is best. A black bar on the "
-        "right joins detectors of which no two differ (Wilcoxon signed-rank test, Holm-corrected, 0.05).",
+        "right connects detectors without significant differences (Wilcoxon signed-rank test, "
+        "Holm-corrected, 0.05).",
         canvas.svg(),
     )
 
 
 def cliques(ranked: Sequence[str], pairs: pd.DataFrame) -> list[tuple[int, int]]:
-    """Find the runs of neighbours in rank of which no two differ.
+    """Find the groups of detectors with neighbouring ranks and without significant differences.
 
     Parameters
     ----------
     ranked : sequence of str
         Detectors, best first.
     pairs : pandas.DataFrame
-        `detector_a`, `detector_b` and `p_holm`; a pair that is missing or NaN does not differ.
+        Columns `detector_a`, `detector_b` and `p_holm`; missing pairs and NaN count as no difference.
 
     Returns
     -------
     list of (int, int)
-        First and last position of each longest run, of at least two.
+        First and last position of each maximal group of at least two.
     """
     differ = {
         frozenset((pair.detector_a, pair.detector_b)) for pair in pairs.itertuples() if pair.p_holm < ALPHA
@@ -675,15 +674,15 @@ def threshold_matrix(thresholds: pd.DataFrame) -> Chart | None:
     return Chart(
         "thresholds",
         "Thresholds between cohorts",
-        "Mean Dice of a cohort (column) at a threshold (row): the model's own, fixed on validation data, or "
-        "the best of one cohort here. Bold: a cohort's own best, which looks at the answers. Where a column "
-        "varies little from top to bottom, the threshold generalises.",
+        "Mean Dice of a cohort (column) at a threshold (row): fixed on validation data, or the best of one "
+        "cohort here. Bold: threshold and cohort are the same, an optimistic upper bound. Little variation "
+        "within a column means that the threshold generalises.",
         canvas.svg(),
     )
 
 
 def _abbreviation(cohort: str) -> str:
-    """Abbreviate a name of several words, for which a cell has no room."""
+    """Abbreviate a long name of several words to its initials."""
     words = cohort.split()
     return cohort if len(cohort) <= 14 else "".join(word[0].upper() for word in words)
 
@@ -732,9 +731,9 @@ def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Chart | None
         "lesion_size",
         "Lesions found by size and contrast",
         "Percentage of the 26-connected lesions that the prediction touches at the fixed threshold, with the "
-        f"95 % interval over participants (none with fewer than {MIN_SUBJECTS}, nor where it would cover "
-        f"more than {MAX_SHARE_WIDTH:.0%} of the axis). n: lesions. Contrast: difference between the lesion "
-        "and the brain around it, in standard deviations of that tissue, dark or bright.",
+        f"95 % interval over participants (none with fewer than {MIN_SUBJECTS} participants, or if wider "
+        f"than {MAX_SHARE_WIDTH:.0%}). n: lesions. Contrast: absolute difference between the lesion and the "
+        "surrounding brain, in standard deviations of the latter.",
         canvas.svg(),
     )
 
@@ -769,10 +768,10 @@ def age_effects(effects: Sequence[Effect], colours: dict[str, str]) -> Chart | N
     return Chart(
         "bias_age",
         "False positives and age",
-        "Healthy brains: percentage of voxels above the fixed threshold against age, as the bias model "
-        "predicts it when sex, brain volume and scanner are held at their means. Band: 95 % confidence. One "
-        f"dot per participant and scanner, a random {MAX_DOTS} of more; the highest 2 % may lie beyond the "
-        "top.",
+        "Percentage of voxels of healthy brains above the fixed threshold against age, predicted by the bias "
+        "model at the means of sex, brain volume and scanner. Band: 95 % confidence interval. One dot per "
+        f"participant and scanner (a random sample of {MAX_DOTS} if there are more); the highest 2 % may be "
+        "outside the axis.",
         canvas.svg(),
     )
 
@@ -790,10 +789,10 @@ def experiment_charts(experiments: pd.DataFrame, colours: dict[str, str]) -> lis
     Returns
     -------
     list of Chart or None
-        Variants that differ from the reference in the number of training subjects alone are drawn as a curve,
-        all others side by side with it.
+        Variants that differ from the reference only in the number of training subjects are drawn as a curve,
+        the others next to it.
     """
-    nested = _differ_in_number_alone(experiments)
+    nested = _differ_only_in_number(experiments)
     curves = experiments[nested]
     others = experiments[~nested | (experiments["variant"] == REFERENCE)]
     varied = curves.groupby("detector")["n_training_subjects"].transform("nunique") > 1
@@ -801,7 +800,7 @@ def experiment_charts(experiments: pd.DataFrame, colours: dict[str, str]) -> lis
     return [scaling(curves[varied], colours), ablation(others[compared], colours)]
 
 
-def _differ_in_number_alone(rows: pd.DataFrame) -> pd.Series:
+def _differ_only_in_number(rows: pd.DataFrame) -> pd.Series:
     """Mark the reference and the variants with its hyper-parameters and steps; bool, index of `rows`."""
     settings = rows[["detector", "outcome", "changes", "n_steps"]].astype(object)
     keys = settings.where(settings.notna(), "").astype(str).agg("|".join, axis=1)
@@ -810,7 +809,7 @@ def _differ_in_number_alone(rows: pd.DataFrame) -> pd.Series:
 
 
 def _outcome_panels(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame, float]]:
-    """Divide experiments by outcome: name, rows in the unit of the axis, end of the axis."""
+    """Split experiments by outcome: name, rows in the unit of the axis, limit of the axis."""
     parts = []
     for outcome in EXPERIMENT_OUTCOMES:
         part = rows[rows["outcome"] == outcome].copy()
@@ -857,8 +856,8 @@ def scaling(rows: pd.DataFrame, colours: dict[str, str]) -> Chart | None:
     canvas.legend(_detector_handles(rows["detector"], colours))
     return Chart(
         "scaling",
-        "More training subjects",
-        "Models with the same hyper-parameters and steps, trained on more or fewer subjects, each "
+        "Number of training subjects",
+        "Models with the same hyper-parameters and steps, trained on different numbers of subjects, each "
         "at its own fixed threshold. Bars: 95 % interval over participants.",
         canvas.svg(),
     )

@@ -1,7 +1,7 @@
-"""The best, the median and the worst case of each detector, as pictures.
+"""Examples in the group report: best, median and worst case of each detector.
 
-These are the only volumes that the group level reads: at most three scans for each detector and modality, one
-at a time, of which one slice is kept.
+The group level reads at most three scans per detector and modality, one at a time, and keeps one slice
+of each.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _BOLD = 'font-weight="600"'
 
 @dataclass(frozen=True)
 class Case:
-    """One scan that stands for others.
+    """Scan that is shown as an example.
 
     Parameters
     ----------
     which : str
         `best`, `median`, `worst`, or `only`.
     scan : dict
-        Its row of the table of subjects.
+        Row of the table of subjects.
     """
 
     which: str
@@ -66,21 +66,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Slice:
-    """An axial slice, cut to the brain.
+    """Axial slice, cropped to the brain.
 
     Parameters
     ----------
     grey : numpy.ndarray of uint8, shape (rows, columns)
-    found, lesion : numpy.ndarray of bool, same shape
-        Above the threshold, and the truth.
-    place : str
-        Where it was cut, such as ``z = 77``.
+        Image.
+    found, lesion : numpy.ndarray of bool, shape (rows, columns)
+        Anomaly mask and lesion mask.
+    position : str
+        World coordinate, such as ``z = 77``.
     """
 
     grey: np.ndarray
     found: np.ndarray
     lesion: np.ndarray
-    place: str
+    position: str
 
 
 def choose_cases(scans: pd.DataFrame) -> list[Case]:
@@ -94,36 +95,40 @@ def choose_cases(scans: pd.DataFrame) -> list[Case]:
     Returns
     -------
     list of Case
-        Of scans whose lesion mask is not empty; fewer with fewer than three. Of equal ones the larger lesion
-        counts as the worse. Of an even number the lower of the two in the middle is the median.
+        At most three cases, among the scans with a lesion mask that is not empty. Of scans with equal Dice,
+        the one with the larger lesion is the worse; of an even number, the lower of the two middle scans is
+        the median.
     """
-    judged = scans[(scans["role"] == LESION) & (scans["n_lesion_voxels"] > 0)]
-    ordered = judged.sort_values(["dice", "n_lesion_voxels", "source_image"], ascending=[True, False, True])
+    lesion_scans = scans[(scans["role"] == LESION) & (scans["n_lesion_voxels"] > 0)]
+    ordered = lesion_scans.sort_values(
+        ["dice", "n_lesion_voxels", "source_image"], ascending=[True, False, True]
+    )
     last = len(ordered) - 1
-    places = {"best": last, "median": last // 2, "worst": 0}
+    indices = {"best": last, "median": last // 2, "worst": 0}
     if last < 2:
-        places = {"best": 1, "worst": 0} if last == 1 else {"only": 0} if last == 0 else {}
-    return [Case(which, ordered.iloc[place].to_dict()) for which, place in places.items()]
+        indices = {"best": 1, "worst": 0} if last == 1 else {"only": 0} if last == 0 else {}
+    return [Case(which, ordered.iloc[index].to_dict()) for which, index in indices.items()]
 
 
 def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
-    """Read the axial slice of a scan that holds most of the lesion.
+    """Read the axial slice of a scan with the largest lesion area.
 
     Parameters
     ----------
     root : pathlib.Path
-        Derivatives.
+        Root of the derivative dataset.
     scan : dict
-        A row of the table of subjects.
+        Row of the table of subjects.
 
     Returns
     -------
     Slice
+        Image and masks in this slice.
 
     Raises
     ------
     InputError
-        If an image is missing, damaged or on another grid.
+        If an image is missing, unreadable or on another grid.
     """
     source, modality, detector = (scan[key] for key in ("source_image", "modality", "detector"))
     desc = detector_desc(modality, detector)
@@ -133,18 +138,20 @@ def read_slice(root: Path, scan: dict[str, Any]) -> Slice:
         raise InputError(preprocessed, "its lesion mask is missing", REMEDY)
     lesion = _read(lesion_path, bool)
     index = int(np.argmax(lesion.data.sum(axis=(0, 1))))
-    truth, where = plane(lesion.data, "axial", index), plane_label(lesion, "axial", index)
+    truth, position = plane(lesion.data, "axial", index), plane_label(lesion, "axial", index)
     shape = lesion.data.shape
     shown = {}
-    for rest, kind in ((f"desc-preproc_{modality}", np.float32), (f"label-anomaly_desc-{desc}_mask", bool)):
-        path = root / output_of_source(source, modality, f"{rest}.nii.gz")
+    for suffix, kind in ((f"desc-preproc_{modality}", np.float32), (f"label-anomaly_desc-{desc}_mask", bool)):
+        path = root / output_of_source(source, modality, f"{suffix}.nii.gz")
         volume = _read(path, kind)
         if volume.data.shape != shape:
             raise InputError(path, f"not on the grid of {lesion_path.name}", REMEDY)
         shown[kind] = plane(volume.data, "axial", index).copy()
     image, found = shown[np.float32], shown[bool]
     rows, columns, _ = bounding_box((image > 0)[:, :, None])
-    return Slice(to_grey(image[rows, columns], 1.0), found[rows, columns], truth[rows, columns].copy(), where)
+    return Slice(
+        to_grey(image[rows, columns], 1.0), found[rows, columns], truth[rows, columns].copy(), position
+    )
 
 
 def _read(path: Path, kind: type) -> Any:
@@ -157,21 +164,21 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Chart], str]:
-    """Draw the cases of every detector, one figure for each modality.
+    """Draw the cases of all detectors, one figure per modality.
 
     Parameters
     ----------
     root : path-like
-        Derivatives.
+        Root of the derivative dataset.
     subjects : pandas.DataFrame
-        One row per image and detector.
+        One row per image and detector, columns of :data:`bids_uad.evaluation.subjects.COLUMNS`.
 
     Returns
     -------
     figures : list of Chart
-        None of a modality of which no image is there.
-    absent : str
-        What could not be shown, in words; empty if all is there.
+        Figures of the modalities with at least one readable example.
+    problems : str
+        Number of examples that cannot be shown, and the reason of the first; empty if there are none.
     """
     root = Path(root)
     figures, problems, total = [], [], 0
@@ -188,7 +195,7 @@ def example_figures(root: str | Path, subjects: pd.DataFrame) -> tuple[list[Char
         return figures, ""
     first = str(problems[0]).replace(f"{root}/", "")
     start = f"{len(problems)} of {total} examples cannot be shown" if figures else "No example can be shown"
-    return figures, f"{start}. The first: {first}."
+    return figures, f"{start}. First problem: {first}."
 
 
 def _try(root: Path, case: Case, problems: list[InputError]) -> Slice | None:
@@ -200,7 +207,7 @@ def _try(root: Path, case: Case, problems: list[InputError]) -> Slice | None:
 
 
 def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> Chart:
-    """Lay out the cases: two detectors in a row, three slices each."""
+    """Lay out the cases: two detectors per row, three slices each."""
     shown = [part for found in cases.values() for _, part in found if part is not None]
     rows, columns = (max(part.grey.shape[axis] for part in shown) for axis in (0, 1))
     across = min(2, len(cases))
@@ -214,11 +221,11 @@ def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> C
         left = MARGIN + (number % across) * (3 * width + 2 * GAP + BETWEEN)
         top = (number // across) * step
         canvas.text(left, top + 19, detector_name(detector), 14, attributes=_BOLD)
-        for place, (case, part) in enumerate(found):
-            x, y = left + place * (width + GAP), top + 28
+        for column, (case, part) in enumerate(found):
+            x, y = left + column * (width + GAP), top + 28
             canvas.rect(x, y, width, height, "#000" if part else _SHADE)
             if part is None:
-                canvas.text(x + width / 2, y + height / 2, "not on disk", 12, "middle", 'fill="#fff"')
+                canvas.text(x + width / 2, y + height / 2, "not available", 12, "middle", 'fill="#fff"')
             else:
                 _tile(canvas, part, x, y, width, height, scale)
             _caption(canvas, case, part, x + width / 2, y + height)
@@ -226,28 +233,29 @@ def _draw(modality: str, cases: dict[str, list[tuple[Case, Slice | None]]]) -> C
     return Chart(
         f"examples_{modality}",
         f"Best, median and worst case: {modality}",
-        "By Dice at the fixed threshold, of the scans with a lesion in their mask; the axial slice that "
-        "holds most of the lesion. The subject's left is on the left. Point at a slice to see it bare.",
+        "By Dice at the fixed threshold, among the scans whose lesion mask is not empty; axial slice with "
+        "the largest lesion area. Left in the image is left of the subject. Hover over a slice to hide the "
+        "masks.",
         canvas.render(),
     )
 
 
 def _caption(canvas: Canvas, case: Case, part: Slice | None, x: float, y: float) -> None:
-    """Write under a tile whose case it is, with a link to the report."""
+    """Write Dice and participant below a tile, with a link to the report."""
     scan = case.scan
     canvas.text(x, y + 16, f"{case.which}: Dice {fixed(scan['dice'])}", 12.5, "middle", _BOLD)
-    who = [scan[key] for key in ("participant_id", "session_id", "report")]
-    *names, report = [text if isinstance(text, str) else "" for text in who]
-    where = " ".join(name for name in names if name) + (f", {part.place}" if part else "")
+    texts = [scan[key] for key in ("participant_id", "session_id", "report")]
+    *names, report = [text if isinstance(text, str) else "" for text in texts]
+    label = " ".join(name for name in names if name) + (f", {part.position}" if part else "")
     if report:
         canvas.raw(f'<a href="{escape(report)}">')
-    canvas.text(x, y + 31, where, 11, "middle", f'fill="{MUTED}"')
+    canvas.text(x, y + 31, label, 11, "middle", f'fill="{MUTED}"')
     if report:
         canvas.raw("</a>")
 
 
 def _tile(canvas: Canvas, part: Slice, x: float, y: float, width: float, height: float, scale: float) -> None:
-    """Draw one slice in the middle of its tile."""
+    """Draw one slice, centred in its tile."""
     rows, columns = part.grey.shape
     left, top = x + (width - columns * scale) / 2, y + (height - rows * scale) / 2
     canvas.open_group('class="bare"')
@@ -269,4 +277,4 @@ def _legend(canvas: Canvas) -> None:
     canvas.rect(MARGIN, y - 10, 20, 11, "rgb({} {} {} / 0.75)".format(*FOUND_COLOUR))
     canvas.text(MARGIN + 27, y, "above the fixed threshold", 12.5)
     canvas.lines(f"M{MARGIN + 206} {y - 4}h22", LESION_COLOUR, 2.4)
-    canvas.text(MARGIN + 235, y, "outline of the true lesion", 12.5)
+    canvas.text(MARGIN + 235, y, "outline of the lesion mask", 12.5)

@@ -1,4 +1,4 @@
-"""Numbers as the group report and the terminal write them."""
+"""Formatting of numbers and detector names, and the benchmark table of the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bids_uad.methods.registry import DETECTORS
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Write a number with `digits` significant digits, without a trailing point or zeros."""
+    """Format a number with `digits` significant digits, without trailing zeros."""
     if not math.isfinite(value):
         return "n/a"
     if value == 0:
@@ -32,12 +32,12 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def fixed(value: float, scale: float = 1, digits: int = 3) -> str:
-    """Write `value * scale` with fixed decimals; a dash when it is not defined."""
+    """Format `value * scale` with `digits` decimals; return a dash for a missing value."""
     return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"
 
 
 def interval(row: Mapping[str, Any], name: str, scale: float = 1, digits: int = 3) -> str:
-    """Write the interval columns `<name>_ci_low/high` of a row; empty when not defined."""
+    """Format the interval in columns `<name>_ci_low` and `<name>_ci_high`; empty if missing."""
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     if math.isnan(low):
         return ""
@@ -45,7 +45,7 @@ def interval(row: Mapping[str, Any], name: str, scale: float = 1, digits: int = 
 
 
 def no_interval(row: Mapping[str, Any], column: str, name: str) -> str:
-    """Write why a number of a row has no interval; empty when it has one, or is not defined itself."""
+    """Return a note for values without an interval; empty if there is one or the value is missing."""
     if math.isnan(row[column]) or not math.isnan(row[f"{name}_ci_low"]):
         return ""
     n = row.get("n_participants", MIN_SUBJECTS)
@@ -53,7 +53,7 @@ def no_interval(row: Mapping[str, Any], column: str, name: str) -> str:
 
 
 def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float = 1, digits: int = 3) -> str:
-    """Write a number of a row followed by its interval."""
+    """Format a value of a row followed by its interval."""
     return f"{fixed(row[column], scale, digits)} {interval(row, name, scale, digits)}".strip()
 
 
@@ -63,7 +63,7 @@ def detector_name(detector: str) -> str:
     Parameters
     ----------
     detector : str
-        As in tables (`disyre+normative`) or, in lower case, in file names (`disyrenormative`).
+        Name as in tables (`disyre+normative`) or, in lower case, as in file names (`disyrenormative`).
     """
     plain = detector.removesuffix("normative").rstrip("+")
     name = DETECTORS[plain].title if plain in DETECTORS else plain.capitalize()
@@ -71,7 +71,7 @@ def detector_name(detector: str) -> str:
 
 
 def benchmark_table(benchmark: pd.DataFrame) -> Table:
-    """Lay out the benchmark for a terminal of 80 columns; pathologies are left to the report.
+    """Lay out the benchmark over all cohorts for a terminal of 80 columns.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def benchmark_table(benchmark: pd.DataFrame) -> Table:
     table = Table(
         title="Benchmark at fixed thresholds",
         caption="Means with 95 % intervals over participants (five or more); scans: lesion/healthy.\n"
-        "best: best threshold for this very test set, an upper bound. Not for clinical use.",
+        "best: at the best threshold for this test set, an upper bound. Not for clinical use.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -110,7 +110,7 @@ def benchmark_table(benchmark: pd.DataFrame) -> Table:
 
 
 def _cell(row: dict, column: str, name: str, scale: float = 1) -> str:
-    """Write a number, and below it its interval."""
+    """Format a value with its interval on the next line."""
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     text = fixed(row[column], scale, 3 if scale == 1 else 2)
     if math.isnan(low):

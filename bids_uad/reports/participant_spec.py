@@ -1,4 +1,4 @@
-"""From the packaged outline of the participant report to the specification that nireports reads."""
+"""Specification of the participant report for nireports, from the packaged outline."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _PREFIX_ENTITIES = [name for name, _ in PREFIX_ENTITIES if name != "subject"]
 
 
 def expand_outline(subject: str, images: Sequence[Image], template_path: str) -> dict[str, Any]:
-    """Write out the sections that repeat for every image and detector.
+    """Expand the sections that are repeated for every image and detector.
 
     Parameters
     ----------
     subject : str
         Label without ``sub-``.
     images : sequence of Image
+        Images of the participant.
     template_path : str
-        Absolute path of the page's template.
+        Absolute path of the page template.
 
     Returns
     -------
     dict
-        A nireports specification. Every query names all entities, so that it finds one file or none.
+        Specification for nireports. Every query names all entities, so that it matches at most one file.
     """
     text = resources.files("bids_uad").joinpath("data/reports/participant.yml").read_text(encoding="utf-8")
     outline = yaml.safe_load(text)
@@ -49,7 +50,7 @@ def expand_outline(subject: str, images: Sequence[Image], template_path: str) ->
 
 
 def anchor(image: Image, detection: Detection) -> str:
-    """Name of the place in the page that holds a detector's results."""
+    """Return the HTML id of the results of a detector."""
     return f"{image.prefix}_{detection.desc}"
 
 

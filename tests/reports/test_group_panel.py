@@ -1,4 +1,4 @@
-"""Examples in the group report: which, and that what is drawn is what is on disk."""
+"""Examples in the group report: choice of cases and slices, and the pixels that are drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_best_median_and_worst():
     assert chosen(scans([0.0, 0.0, 0.0], [5, 9, 7])) == {"best": "sub-0", "median": "sub-2", "worst": "sub-1"}
 
 
-def test_empty_masks_and_healthy_people_are_no_examples():
+def test_empty_masks_and_healthy_controls_are_not_chosen():
     table = scans([1.0, 0.5, 0.4], [0, 5, 5])
     table.loc[2, "role"] = "healthy"
     assert chosen(table) == {"only": "sub-1"}
@@ -54,7 +54,7 @@ def test_empty_masks_and_healthy_people_are_no_examples():
 
 @pytest.fixture
 def study(tmp_path):
-    """One scan: a brain that is brighter to the left, the mask in front, the lesion behind."""
+    """One scan: brain brighter on the left, anomaly mask anterior, lesion posterior."""
     anat = tmp_path / "sub-0" / "anat"
     anat.mkdir(parents=True)
     brain = np.zeros(space.SHAPE, np.float32)
@@ -73,19 +73,19 @@ def study(tmp_path):
     return tmp_path
 
 
-def test_the_slice_with_most_lesion_is_shown_the_right_way_round(study):
+def test_slice_with_the_largest_lesion_area_is_read_in_neurological_convention(study):
     row = scans([0.5]).to_dict(orient="records")[0]
     part = read_slice(study, row)
-    assert part.place == "z = 90"
+    assert part.position == "z = 90"
     assert part.lesion.sum() == 40 * 40
     assert part.found.sum() == 20 * 10
-    # Left of the subject on the left of the picture, front on top: voxel j grows to the back in SRI24.
+    # Subject's left on the left, anterior on top; the second voxel axis of SRI24 runs to posterior.
     assert part.grey[80, 20] > part.grey[80, -20] > 0
     rows_found, rows_lesion = (np.flatnonzero(mask.any(1)).mean() for mask in (part.found, part.lesion))
     assert rows_found < rows_lesion
 
 
-def test_pictures_hold_the_scan_and_the_mask(study):
+def test_embedded_images_are_scan_and_mask(study):
     table = scans([0.5], report="sub-0.html")
     (figure,), absent = example_figures(study, table)
     assert absent == ""
@@ -116,11 +116,11 @@ def test_lesion_mask_is_found_by_the_rule_of_the_participant_level(study):
         read_slice(study, row)
 
 
-def test_what_is_not_there_is_said(study, tmp_path):
+def test_missing_and_unreadable_examples_are_reported(study, tmp_path):
     figures, absent = example_figures(study, scans([0.5, 0.4]))
-    assert "not on disk" in figures[0].svg
+    assert "not available" in figures[0].svg
     assert absent.startswith(
-        "1 of 2 examples cannot be shown. The first: sub-1/anat/sub-1_space-SRI24_desc-preproc"
+        "1 of 2 examples cannot be shown. First problem: sub-1/anat/sub-1_space-SRI24_desc-preproc"
     )
     figures, absent = example_figures(study / "nowhere", scans([0.5]))
     assert figures == []
@@ -132,5 +132,5 @@ def test_what_is_not_there_is_said(study, tmp_path):
     assert "cannot be read" in absent
 
 
-def test_nobody_with_a_lesion_has_no_examples(tmp_path):
+def test_no_examples_without_lesion_scans(tmp_path):
     assert example_figures(tmp_path, scans([np.nan], role="healthy")) == ([], "")

@@ -1,4 +1,4 @@
-"""The figures of the participant report: what is left is shown as left, and counts stay counts."""
+"""Figures of the participant report: orientation, slices, colours, histograms."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bids_uad.reports.figures.display import (
     load_ras,
     plane,
     plane_label,
+    select_slices,
     side,
-    telling_slices,
 )
 from bids_uad.reports.figures.histogram import (
     ScoreCounts,
@@ -35,11 +35,11 @@ from bids_uad.reports.figures.svg import Canvas, contour
 from bids_uad.reports.figures.tiles import lay_out
 
 LEFT_FRONT_TOP = (-180.0, 190.0, 120.0)
-"""RAS+ mm on the SRI24 grid: left of the middle (x = -119.5), in front of it, above it."""
+"""RAS+ coordinates (mm) of a point left of (x = -119.5), anterior and superior to the centre of SRI24."""
 
 
 def save_marker(path, orientation: str):
-    """Write one bright block at the same place in the world, stored in the given voxel order."""
+    """Write an image with a bright block at `LEFT_FRONT_TOP`, stored in the given voxel order."""
     data = np.zeros(space.SHAPE, np.float32)
     i, j, k = np.round(nib.affines.apply_affine(np.linalg.inv(space.AFFINE), LEFT_FRONT_TOP)).astype(int)
     data[i - 3 : i + 4, j - 3 : j + 4, k - 3 : k + 4] = 1
@@ -52,7 +52,7 @@ def save_marker(path, orientation: str):
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "AIR", "SPL"])
-def test_marker_is_shown_where_it_is_whatever_the_order_on_disk(tmp_path, orientation):
+def test_display_does_not_depend_on_the_voxel_order_on_disk(tmp_path, orientation):
     volume = load_ras(save_marker(tmp_path / "marker.nii.gz", orientation))
 
     i, j, k = (
@@ -64,19 +64,19 @@ def test_marker_is_shown_where_it_is_whatever_the_order_on_disk(tmp_path, orient
     assert axial.shape == (240, 240)
     assert coronal.shape == sagittal.shape == (155, 240)
     rows, columns = np.nonzero(axial)
-    assert columns.max() < 120  # left of the picture: neurological convention
-    assert rows.max() < 120  # front on top
+    assert columns.max() < 120  # on the left: neurological convention
+    assert rows.max() < 120  # anterior on top
     rows, columns = np.nonzero(coronal)
     assert columns.max() < 120
-    assert rows.max() < 77  # head up
+    assert rows.max() < 77  # superior on top
     rows, columns = np.nonzero(sagittal)
-    assert columns.min() > 120  # face to the right
+    assert columns.min() > 120  # anterior on the right
     assert rows.max() < 77
     assert plane_label(volume, "axial", k) == "z = 120"
     assert plane_label(volume, "sagittal", i) == "x = \N{MINUS SIGN}180 (left)"
 
 
-def test_left_label_stands_on_the_left_side():
+def test_grid_annotates_the_left_side_with_l():
     data = np.zeros((60, 70, 50), np.float32)
     volume = Volume(data, np.eye(4))
     grid = lay_out([[("axial", 20), ("sagittal", 30)]], data.shape, 0, 0, 500)
@@ -102,49 +102,49 @@ def test_cropping_keeps_world_coordinates():
     assert cropped.world(2, 1) == volume.world(2, 3) == -21
 
 
-def test_side_is_told_from_the_midline_of_the_grid():
+def test_side_is_relative_to_the_midline_of_the_grid():
     assert pytest.approx(-119.5) == MIDLINE_X
     assert [side(x) for x in (-150, -120, -90)] == ["left", "midline", "right"]
 
 
-def test_box_of_an_empty_mask_is_everything():
+def test_bounding_box_of_an_empty_mask_is_the_grid():
     assert bounding_box(np.zeros((3, 4, 5), bool)) == (slice(0, 3), slice(0, 4), slice(0, 5))
 
 
-def test_box_is_tight_but_for_its_margin():
+def test_bounding_box_has_a_margin():
     mask = np.zeros((20, 20, 20), bool)
     mask[5:8, 10, 1] = True
     assert bounding_box(mask, margin=2) == (slice(3, 10), slice(8, 13), slice(0, 4))
 
 
-def test_telling_slices_hold_the_worst_and_cover_the_rest():
+def test_select_slices_with_anomalies():
     burden = np.zeros(100)
     burden[[40, 41, 42, 70]] = [5, 9, 8, 1]
 
-    chosen, worst = telling_slices(burden, 10, 90, 12, wanted=5, apart=5)
+    selected, anomalous = select_slices(burden, 10, 90, 12, max_anomalous=5, min_distance=5)
 
-    assert worst == [41, 70]  # 42 and 40 are too near to 41
-    assert set(worst) <= set(chosen)
-    assert len(set(chosen)) == 12
-    assert chosen == sorted(chosen)
-    assert max(np.diff(chosen)) <= 13
-    assert chosen[0] == 10
-    assert chosen[-1] == 90
-
-
-def test_telling_slices_of_a_clean_scan_are_spread_evenly():
-    chosen, worst = telling_slices(np.zeros(50), 5, 45, 9)
-    assert worst == []
-    assert len(chosen) == 9
-    assert max(np.diff(chosen)) <= 8
+    assert anomalous == [41, 70]  # 40 and 42 are too close to 41
+    assert set(anomalous) <= set(selected)
+    assert len(set(selected)) == 12
+    assert selected == sorted(selected)
+    assert max(np.diff(selected)) <= 13
+    assert selected[0] == 10
+    assert selected[-1] == 90
 
 
-def test_telling_slices_of_a_flat_range_do_not_repeat():
-    chosen, _ = telling_slices(np.zeros(50), 20, 22, 9)
-    assert chosen == [20, 21, 22]
+def test_select_slices_without_anomalies_is_even():
+    selected, anomalous = select_slices(np.zeros(50), 5, 45, 9)
+    assert anomalous == []
+    assert len(selected) == 9
+    assert max(np.diff(selected)) <= 8
 
 
-def test_contour_runs_along_the_pixels():
+def test_select_slices_of_a_short_range_has_no_duplicates():
+    selected, _ = select_slices(np.zeros(50), 20, 22, 9)
+    assert selected == [20, 21, 22]
+
+
+def test_contour_follows_the_pixel_edges():
     tile = np.zeros((10, 12))
     tile[2:5, 3:7] = 1
 
@@ -157,11 +157,11 @@ def test_contour_runs_along_the_pixels():
     assert points[0] == pytest.approx(points[-1], abs=0.3)
 
 
-def test_contour_of_nothing_is_empty():
+def test_contour_of_a_zero_image_is_empty():
     assert contour(np.zeros((5, 5)), 0.5, 0, 0, 1) == ""
 
 
-def test_grid_pastes_slices_where_it_says():
+def test_grid_picture_has_the_slices_at_their_tiles():
     data = np.random.default_rng(0).random((20, 30, 25))
     grid = lay_out([[("axial", 3), ("coronal", 4)], [("sagittal", 5)]], data.shape, 0, 0, 300)
 
@@ -184,14 +184,14 @@ def test_main_finding_is_the_peak_of_the_largest_component():
 
 
 @pytest.mark.parametrize("components", [None, np.zeros((40, 40, 40), int)])
-def test_main_finding_without_components_is_no_single_voxel(components):
+def test_main_finding_without_components_is_the_region_with_the_highest_mean(components):
     scores = np.zeros((40, 40, 40))
     scores[1, 1, 1] = 9
     scores[20:29, 18:27, 10:19] = 2
     assert main_finding(scores, components) == (24, 22, 14)
 
 
-def test_colours_of_a_scan_without_findings_stay_low():
+def test_colour_scale_without_findings_is_transparent():
     scale = ColourScale.of(np.linspace(0, 0.1, 1000), threshold=1.0)
     assert scale.high == pytest.approx(1.5)
     palette = scale.palette()
@@ -201,7 +201,7 @@ def test_colours_of_a_scan_without_findings_stay_low():
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_colours_of_a_constant_map_are_defined(value):
+def test_colour_scale_of_a_constant_map_is_defined(value):
     scale = ColourScale.of(np.full(100, value), threshold=None)
     assert scale.low < scale.opaque <= scale.high
     assert np.isfinite(scale.palette()).all()
@@ -241,7 +241,7 @@ def test_overlay_shows_the_finding_on_its_side(tmp_path):
     assert columns.max() < 32
 
 
-def test_overlay_without_threshold_says_nothing_of_one(tmp_path):
+def test_overlay_without_threshold(tmp_path):
     brain = np.zeros((20, 22, 24), bool)
     brain[3:17, 3:19, 3:21] = True
     scores = np.random.default_rng(0).random(brain.shape).astype(np.float32)
@@ -255,18 +255,18 @@ def _images(svg: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
 
-def test_rebinning_agrees_with_counting_the_scores_themselves():
+def test_rebin_agrees_with_numpy_histogram():
     scores = np.random.default_rng(1).gamma(2.0, 1.0, 20_000)
     fine = np.append(np.linspace(0, 10, 1001), np.inf)
     counts = np.histogram(scores, fine)[0]
     coarse = np.linspace(0, 8, 17)
 
-    share = rebin(fine, counts, coarse)
+    fraction = rebin(fine, counts, coarse)
 
-    np.testing.assert_allclose(share, np.histogram(scores, coarse)[0] / scores.size, atol=1e-12)
+    np.testing.assert_allclose(fraction, np.histogram(scores, coarse)[0] / scores.size, atol=1e-12)
 
 
-def test_counts_are_read_with_open_end_and_missing_lesions(tmp_path):
+def test_score_counts_are_read_with_an_infinite_edge_and_missing_lesions(tmp_path):
     path = tmp_path / "x_histogram.tsv"
     path.write_text("score_lower\tscore_upper\tn_nonlesion\tn_lesion\n0\t0.5\t7\tn/a\n0.5\tinf\t3\tn/a\n")
     counts = ScoreCounts.read(path)
@@ -283,7 +283,7 @@ def test_histogram_covers_scores_and_threshold():
     assert display_edges(ScoreCounts(counts.edges, counts.nonlesion * 0, None), None)[-1] == 10
 
 
-def test_histogram_is_the_same_file_every_time(tmp_path):
+def test_histogram_file_is_reproducible(tmp_path):
     table = pd.DataFrame(
         {"score_lower": [0, 1], "score_upper": [1, "inf"], "n_nonlesion": [4, 0], "n_lesion": [0, 3]}
     )

@@ -1,1 +1,1 @@
-"""Figures of the participant report, one module per kind; plain SVG with the images embedded."""
+"""Figures of the participant report, one module each: SVG with embedded images."""

@@ -1,4 +1,4 @@
-"""Brain-mask figure: what was taken for brain, and what the reference would have."""
+"""Brain-mask figure: outlines of the brain masks of the scan and the reference on the scan."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def draw_brain_mask(
     reference_brain : numpy.ndarray of bool, optional
         Brain mask of the reference, same grid.
     scan_name : str
-        Shown in the figure.
+        Name of the scan in the title.
 
     Returns
     -------
     pathlib.Path
-        `target`.
+        Path of the figure.
     """
     box = bounding_box(brain if reference_brain is None else brain | reference_brain)
     shown, inside = scan.crop(box), brain[box]

@@ -1,7 +1,6 @@
-"""From a volume in any voxel order to pictures a reader can trust.
+"""Volumes in RAS+ voxel order, and slices of them in the neurological convention (left is left).
 
-Every volume is first brought to RAS+ by its affine, so that the order on disk never decides what is
-shown as left. Pictures follow the neurological convention: the subject's left is on the left.
+Volumes are reoriented to RAS+ by their affine, so that the voxel order on disk has no effect on the display.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _NORMAL_AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume in RAS+ voxel order.
+    """Volume in RAS+ voxel order.
 
     Attributes
     ----------
@@ -36,29 +35,30 @@ class Volume:
     affine: np.ndarray
 
     def crop(self, box: tuple[slice, slice, slice]) -> Volume:
-        """Cut out `box`, keeping world coordinates right."""
+        """Return the part inside `box`, with the affine adapted."""
         affine = self.affine.copy()
         affine[:3, 3] = nib.affines.apply_affine(self.affine, [part.start for part in box])
         return Volume(self.data[box], affine)
 
     def world(self, axis: int, index: int) -> float:
-        """Coordinate (mm) of voxel `index` along `axis`."""
+        """Return the world coordinate (mm) of voxel `index` along `axis`."""
         return float(self.affine[axis, 3] + self.affine[axis, axis] * index)
 
 
 def load_ras(path: Path, dtype: type = np.float32) -> Volume:
-    """Read an image and bring it to RAS+ voxel order.
+    """Read an image and reorient it to RAS+ voxel order.
 
     Parameters
     ----------
     path : pathlib.Path
-        A three-dimensional NIfTI image.
+        Three-dimensional NIfTI image.
     dtype : numpy dtype
-        Type of the array; `bool` makes a mask of all values above zero.
+        Type of the array; `bool` returns a mask of the values above zero.
 
     Returns
     -------
     Volume
+        Array and affine.
     """
     image = nib.as_closest_canonical(nib.load(path))
     data = np.asanyarray(image.dataobj)
@@ -67,13 +67,14 @@ def load_ras(path: Path, dtype: type = np.float32) -> Volume:
 
 
 def plane(data: np.ndarray, name: str, index: int) -> np.ndarray:
-    """Cut one slice of a RAS+ array and turn it as it is shown.
+    """Return one slice of a RAS+ array in display orientation.
 
     Parameters
     ----------
     data : numpy.ndarray, shape (X, Y, Z)
         RAS+ voxel order.
     name : {"axial", "coronal", "sagittal"}
+        Plane of the slice.
     index : int
         Position along the plane's normal.
 
@@ -87,7 +88,7 @@ def plane(data: np.ndarray, name: str, index: int) -> np.ndarray:
 
 
 def plane_label(volume: Volume, name: str, index: int) -> str:
-    """World coordinate of a slice, such as ``z = 77``; sagittal ones also say which side."""
+    """Return the world coordinate of a slice, such as ``z = 77``, and the side of sagittal slices."""
     axis = _NORMAL_AXIS[name]
     position = volume.world(axis, index)
     words = f"{'xyz'[axis]} = {position:.0f}".replace("-", "\N{MINUS SIGN}")
@@ -95,14 +96,14 @@ def plane_label(volume: Volume, name: str, index: int) -> str:
 
 
 def side(x: float, tolerance: float = 2.0) -> str:
-    """Say on which side of the SRI24 grid's midline an RAS+ x coordinate (mm) lies."""
+    """Return the side of an RAS+ x coordinate (mm) relative to the midline of the SRI24 grid."""
     if abs(x - MIDLINE_X) <= tolerance:
         return "midline"
     return "left" if x < MIDLINE_X else "right"
 
 
 def bounding_box(mask: np.ndarray, margin: int = 3) -> tuple[slice, slice, slice]:
-    """Smallest box around a mask, `margin` voxels wider on each side; all of it if the mask is empty."""
+    """Return the bounding box of a mask with a margin in voxels; the whole grid if the mask is empty."""
     if not mask.any():
         return tuple(slice(0, size) for size in mask.shape)
     box = []
@@ -112,63 +113,62 @@ def bounding_box(mask: np.ndarray, margin: int = 3) -> tuple[slice, slice, slice
     return tuple(box)
 
 
-def extent(mask: np.ndarray, name: str, share: float = 0.12) -> tuple[int, int]:
-    """First and last slice whose mask area is at least `share` of the largest slice's."""
+def extent(mask: np.ndarray, name: str, min_area: float = 0.12) -> tuple[int, int]:
+    """Return the first and last slice with a mask area of at least `min_area` times the largest area."""
     others = tuple(axis for axis in range(3) if axis != _NORMAL_AXIS[name])
     area = mask.sum(axis=others)
-    used = np.flatnonzero(area >= share * area.max())
+    used = np.flatnonzero(area >= min_area * area.max())
     return int(used[0]), int(used[-1])
 
 
 def even_slices(mask: np.ndarray, name: str, number: int) -> list[int]:
-    """Evenly spread slices of a plane over the extent of a mask."""
-    first, last = extent(mask, name, share=0.25)
+    """Return indices of `number` evenly spaced slices over the extent of a mask."""
+    first, last = extent(mask, name, min_area=0.25)
     return [int(index) for index in np.linspace(first, last, number).round()]
 
 
-def telling_slices(
-    burden: np.ndarray, first: int, last: int, number: int, wanted: int = 5, apart: int = 5
+def select_slices(
+    burden: np.ndarray, first: int, last: int, number: int, max_anomalous: int = 5, min_distance: int = 5
 ) -> tuple[list[int], list[int]]:
-    """Choose slices that hold the worst findings and still cover the brain.
+    """Select the slices with the largest anomalies, and others that cover the brain.
 
     Parameters
     ----------
     burden : numpy.ndarray, shape (Z,)
-        How anomalous each slice is; zero is nothing.
+        Amount of anomaly in each slice, 0 for none.
     first, last : int
-        Range to cover.
+        Range of slices to cover.
     number : int
-        How many slices in all.
-    wanted : int
-        How many are chosen by burden at most.
-    apart : int
-        Smallest distance between two of them.
+        Number of slices in total.
+    max_anomalous : int, default=5
+        Maximum number of slices selected by burden.
+    min_distance : int, default=5
+        Minimum distance in slices between two of these.
 
     Returns
     -------
-    chosen : list of int
-        In increasing order; the rest is filled where the largest gap is.
-    worst : list of int
-        Those chosen by burden, worst first.
+    selected : list of int
+        Slices in increasing order; those not selected by burden fill the largest gaps.
+    anomalous : list of int
+        Slices selected by burden, highest burden first.
     """
-    worst: list[int] = []
+    anomalous: list[int] = []
     for index in np.argsort(-burden, kind="stable"):
-        if len(worst) == min(wanted, number) or burden[index] <= 0:
+        if len(anomalous) == min(max_anomalous, number) or burden[index] <= 0:
             break
-        if all(abs(index - other) >= apart for other in worst):
-            worst.append(int(index))
-    chosen = list(worst)
+        if all(abs(index - other) >= min_distance for other in anomalous):
+            anomalous.append(int(index))
+    selected = list(anomalous)
     candidates = np.arange(first, last + 1)
-    while len(chosen) < min(number, len(candidates)):
-        if chosen:
-            distance = np.abs(candidates[:, None] - np.array(chosen)).min(axis=1)
+    while len(selected) < min(number, len(candidates)):
+        if selected:
+            distance = np.abs(candidates[:, None] - np.array(selected)).min(axis=1)
         else:
             distance = -np.abs(candidates - (first + last) / 2)
-        chosen.append(int(candidates[np.argmax(distance)]))
-        chosen = sorted(set(chosen))
-    return sorted(chosen), worst
+        selected = sorted({*selected, int(candidates[np.argmax(distance)])})
+    return sorted(selected), anomalous
 
 
 def to_grey(data: np.ndarray, upper: float) -> np.ndarray:
-    """Map intensities from [0, `upper`] to 8-bit grey."""
+    """Map intensities from [0, `upper`] to 8-bit grey values."""
     return (np.clip(data / max(upper, np.finfo(np.float32).tiny), 0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Score histogram with the threshold, redrawn from the counts in the histogram table."""
+"""Histogram of the scores with the threshold, drawn from the counts of the histogram table."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ NONLESION_COLOUR, LESION_COLOUR, THRESHOLD_COLOUR = "#4d6a8a", "#d55e00", "#1a1a
 
 @dataclass(frozen=True)
 class ScoreCounts:
-    """Counts of voxels per score bin.
+    """Number of voxels per score bin.
 
     Attributes
     ----------
     edges : numpy.ndarray, shape (n + 1,)
         Increasing; the last may be infinite.
     nonlesion : numpy.ndarray, shape (n,)
-        Voxels outside of lesions, or all brain voxels where no lesion mask was given.
+        Brain voxels outside of lesions; all brain voxels without a lesion mask.
     lesion : numpy.ndarray, shape (n,), or None
+        Lesion voxels; None without a lesion mask.
     """
 
     edges: np.ndarray
@@ -45,24 +46,26 @@ class ScoreCounts:
 
     @property
     def pooled(self) -> ScoreCounts:
-        """All brain voxels together, as without a lesion mask."""
+        """Counts of all brain voxels, as without a lesion mask."""
         return ScoreCounts(self.edges, self.nonlesion + (0 if self.lesion is None else self.lesion), None)
 
 
 def rebin(edges: np.ndarray, counts: np.ndarray, onto: np.ndarray) -> np.ndarray:
-    """Share of all voxels in each bin of `onto`, taking scores as spread evenly inside a bin.
+    """Compute the fraction of voxels in other bins, assuming uniform scores within each bin.
 
     Parameters
     ----------
     edges : numpy.ndarray, shape (n + 1,)
-        Increasing; an infinite last bin is left out of the curve but counts in the total.
+        Increasing bin edges; voxels of an infinite last bin count in the total only.
     counts : numpy.ndarray, shape (n,)
+        Voxels per bin.
     onto : numpy.ndarray, shape (m + 1,)
+        Edges of the new bins.
 
     Returns
     -------
     numpy.ndarray, shape (m,)
-        Fractions of ``counts.sum()``; zeros if that is zero.
+        Fractions of ``counts.sum()``; zeros if this is zero.
     """
     finite = np.isfinite(edges)
     cumulative = np.concatenate([[0.0], np.cumsum(counts)])[finite]
@@ -71,7 +74,7 @@ def rebin(edges: np.ndarray, counts: np.ndarray, onto: np.ndarray) -> np.ndarray
 
 
 def display_edges(counts: ScoreCounts, threshold: float | None) -> np.ndarray:
-    """Bins to draw: evenly spaced over the scores that occur and the threshold."""
+    """Return evenly spaced bin edges over the range of the scores and the threshold."""
     used = np.flatnonzero(counts.pooled.nonlesion)
     finite = counts.edges[np.isfinite(counts.edges)]
     if not used.size:
@@ -86,22 +89,23 @@ def display_edges(counts: ScoreCounts, threshold: float | None) -> np.ndarray:
 def draw_histogram(
     target: Path, counts: ScoreCounts, *, threshold: float | None, threshold_name: str
 ) -> Path:
-    """Draw the distribution of scores in the brain.
+    """Draw the distribution of the scores in the brain.
 
     Parameters
     ----------
     target : pathlib.Path
         SVG file to write.
     counts : ScoreCounts
+        Histogram of the scores.
     threshold : float or None
-        Fixed threshold, marked by a line.
+        Fixed threshold, drawn as a line.
     threshold_name : str
-        Where it comes from.
+        How it was fixed, in words.
 
     Returns
     -------
     pathlib.Path
-        `target`.
+        Path of the figure.
     """
     edges = display_edges(counts, threshold)
     figure = Figure(figsize=(12, 3.3))
@@ -113,16 +117,15 @@ def draw_histogram(
         series.append(("lesion (ground truth)", counts.lesion, LESION_COLOUR))
     drawn = []
     for label, values, colour in series:
-        share = rebin(counts.edges, values, edges)
-        drawn.append(share)
+        fraction = rebin(counts.edges, values, edges)
+        drawn.append(fraction)
         name = f"{label}, n = {int(values.sum()):,}"
-        axes.stairs(share, edges, fill=True, color=colour, alpha=0.28)
-        axes.stairs(share, edges, color=colour, linewidth=1.6, label=name)
+        axes.stairs(fraction, edges, fill=True, color=colour, alpha=0.28)
+        axes.stairs(fraction, edges, color=colour, linewidth=1.6, label=name)
     positive = np.concatenate(drawn)
     positive = positive[positive > 0]
     if positive.size:
         axes.set_yscale("log")
-        # Plain words instead of powers of ten: easier to read, and no formula has to be typeset.
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(max(positive.min() * 0.7, 2e-6), min(positive.max() * 2.2, 1.5))
@@ -134,7 +137,7 @@ def draw_histogram(
             linestyle=(0, (5, 2.5)),
             label=f"fixed threshold \N{GREEK SMALL LETTER TAU} = {threshold:.3g} ({threshold_name})",
         )
-    axes.set(xlabel="anomaly score", ylabel="voxels per bin", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel="anomaly score", ylabel="fraction of voxels per bin", xlim=(edges[0], edges[-1]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#000000", alpha=0.08)
     axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0)

@@ -1,4 +1,4 @@
-"""Anomaly figure: the map over the scan, three planes through the main finding and a mosaic."""
+"""Anomaly figure: scores on the scan, in three planes through the main finding and a mosaic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bids_uad.reports.figures.display import (
     Volume,
     bounding_box,
     extent,
-    telling_slices,
+    select_slices,
     to_grey,
 )
 from bids_uad.reports.figures.registration import WIDTH, legend
@@ -30,16 +30,16 @@ _HOVER = "svg:hover .overlay{opacity:0;transition:opacity .15s}.overlay{transiti
 
 @dataclass(frozen=True)
 class ColourScale:
-    """How scores become colour.
+    """Mapping of scores to colours.
 
     Attributes
     ----------
     low : float
-        Fully transparent up to here.
+        Score up to which colours are transparent.
     opaque : float
-        As opaque as it gets from here on.
+        Score from which colours have full opacity.
     high : float
-        End of the colours.
+        Score of the last colour.
     """
 
     low: float
@@ -48,11 +48,11 @@ class ColourScale:
 
     @classmethod
     def of(cls, scores: np.ndarray, threshold: float | None) -> ColourScale:
-        """Scale for the scores of all brain voxels.
+        """Return the scale for the scores of all brain voxels.
 
-        The lowest 90 % are transparent, or all below 0.9 of the threshold where that is less; the colours
-        end at the 99.9th percentile, or 1.5 times the threshold where that is more, so that a brain
-        without findings does not look like one with.
+        Scores are transparent up to the 90th percentile or 0.9 times the threshold, whichever is lower.
+        Colours end at the 99.9th percentile or 1.5 times the threshold, whichever is higher, so that a brain
+        without findings is not shown in bright colours.
         """
         low, high = (float(value) for value in np.percentile(scores, (90, 99.9)))
         if threshold is None:
@@ -63,15 +63,15 @@ class ColourScale:
         return cls(low, max(opaque, low + tiny), max(high, low + 2 * tiny))
 
     def indices(self, data: np.ndarray) -> np.ndarray:
-        """Palette index of every score; 0 is nothing."""
+        """Return the palette index of every score; 0 is transparent."""
         position = np.clip((data - self.low) / (self.high - self.low), 0, 1)
         return np.where(data > self.low, 1 + np.round(position * 254), 0).astype(np.uint8)
 
     def palette(self) -> np.ndarray:
-        """RGBA of every index, shape (256, 4), uint8."""
+        """Return the RGBA colours of all indices, shape (256, 4), uint8."""
         position = np.linspace(0, 1, 255)
         rgba = np.zeros((256, 4))
-        # The darkest quarter of the map would vanish on a dark brain.
+        # The darkest quarter of the map would be invisible on dark tissue.
         rgba[1:] = matplotlib.colormaps[COLOUR_MAP](0.25 + 0.75 * position)
         rise = (self.opaque - self.low) / (self.high - self.low)
         rgba[1:, 3] = 0.08 + 0.77 * np.clip(position / rise, 0, 1)
@@ -79,20 +79,20 @@ class ColourScale:
 
 
 def main_finding(scores: np.ndarray, components: np.ndarray | None) -> tuple[int, int, int]:
-    """Voxel that best shows what was found.
+    """Return the voxel through which the three planes are drawn.
 
     Parameters
     ----------
     scores : numpy.ndarray, three-dimensional
-        0 outside the brain.
+        Anomaly scores, 0 outside the brain.
     components : numpy.ndarray of int, optional
-        Labels of the components, 0 is background.
+        Labels of the components, 0 for background.
 
     Returns
     -------
     tuple of int
-        Highest score of the largest component; without components, the middle of the neighbourhood with the
-        highest mean, since a single high voxel is most often at the edge of the brain.
+        Voxel with the highest score of the largest component. Without components, the centre of the cube of
+        `NEIGHBOURHOOD` voxels with the highest mean, since single high voxels mostly lie at the brain edge.
     """
     if components is not None and components.any():
         largest = int(np.argmax(np.bincount(components.ravel())[1:])) + 1
@@ -114,7 +114,7 @@ def draw_overlay(
     components: np.ndarray | None = None,
     lesion: np.ndarray | None = None,
 ) -> Path:
-    """Draw an anomaly map over its scan.
+    """Draw an anomaly map on the scan.
 
     Parameters
     ----------
@@ -123,15 +123,15 @@ def draw_overlay(
     scan : Volume
         Scaled to [0, 1], RAS+.
     brain : numpy.ndarray of bool
-        Same grid, as all that follow.
+        Brain mask, on the grid of `scan` as all following arrays.
     scores : numpy.ndarray
-        Anomaly map; higher is more anomalous.
+        Anomaly map.
     title : str
-        Shown above the figure.
+        Title of the figure.
     threshold : float or None
-        Fixed threshold; its contour is drawn.
+        Fixed threshold, whose contour is drawn.
     threshold_name : str
-        Where it comes from, such as ``max_dice``.
+        How it was fixed, in words.
     components : numpy.ndarray of int, optional
         Labels of the components above the threshold.
     lesion : numpy.ndarray of bool, optional
@@ -140,16 +140,16 @@ def draw_overlay(
     Returns
     -------
     pathlib.Path
-        `target`.
+        Path of the figure.
     """
     box = bounding_box(brain)
     shown, inside, heat = scan.crop(box), brain[box], np.where(brain[box], scores[box], 0)
     scale = ColourScale.of(heat[inside], threshold)
     focus = main_finding(heat, None if components is None else components[box])
     burden = np.maximum(heat - (scale.opaque if threshold is None else threshold), 0).sum(axis=(0, 1))
-    chosen, worst = telling_slices(burden, *extent(inside, "axial"), COLUMNS * ROWS)
+    selected, anomalous = select_slices(burden, *extent(inside, "axial"), COLUMNS * ROWS)
     planes = [[("axial", focus[2]), ("coronal", focus[1]), ("sagittal", focus[0])]]
-    mosaic = [[("axial", k) for k in chosen[at : at + COLUMNS]] for at in range(0, len(chosen), COLUMNS)]
+    mosaic = [[("axial", k) for k in selected[at : at + COLUMNS]] for at in range(0, len(selected), COLUMNS)]
 
     upper = lay_out(planes, inside.shape, 12, 58, WIDTH - 24, label_room=24, gap=8)
     lower = lay_out(mosaic, inside.shape, 12, upper.bottom + 36, WIDTH - 24)
@@ -173,17 +173,17 @@ def draw_overlay(
         entries.append((LESION_COLOUR, "", "lesion (ground truth)"))
     canvas.close_group()
     upper.annotate(canvas, shown, 15)
-    lower.annotate(canvas, shown, 12, set(worst))
-    where = (
-        "the highest score of the largest component"
-        if components is not None and components.any()
-        else "the neighbourhood with the highest scores"
-    )
+    lower.annotate(canvas, shown, 12, set(anomalous))
+    where = "the region with the highest mean score"
+    if components is not None and components.any():
+        where = "the highest score of the largest component"
     canvas.text(
-        20, upper.bottom + 20, f"Above: three planes through {where}. Below: axial slices", 13, "start", MUTED
+        20, upper.bottom + 20, f"Top: three planes through {where}. Bottom: axial slices", 13, "start", MUTED
     )
-    if worst:
-        canvas.text(WIDTH - 20, upper.bottom + 20, "most anomalous slices", 13, "end", 'fill="#ffb454"')
+    if anomalous:
+        canvas.text(
+            WIDTH - 20, upper.bottom + 20, "slices with the largest anomalies", 13, "end", 'fill="#ffb454"'
+        )
     _colour_bar(canvas, scale, palette, threshold)
     legend(canvas, canvas.height - 13, entries)
     return canvas.save(target)

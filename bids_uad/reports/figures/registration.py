@@ -1,4 +1,4 @@
-"""Registration figure: the scan and the reference swap places while the pointer is on them."""
+"""Registration figure: scan and reference image alternate on hovering."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bids_uad.reports.figures.tiles import MUTED, Grid, lay_out
 
 WIDTH = 1280
 HINT = 310
-"""Pixels at the right for the hint; the title must end before."""
+"""Width in pixels that the title leaves free at the right."""
 TITLE_LENGTH = 84
-# A brain is longer than it is wide: these fill the three rows about equally.
+# Sagittal slices are wider, so that fewer fill a row.
 SLICES_PER_ROW = {"axial": 8, "coronal": 8, "sagittal": 6}
 REFERENCE_COLOUR = "#56b4e9"
 _FLICKER = """
@@ -32,7 +32,7 @@ svg:hover .moving{animation-play-state:running}
 
 
 def three_plane_grid(brain: np.ndarray, top: float) -> Grid:
-    """Rows of axial, coronal and sagittal slices spread evenly over a brain mask."""
+    """Lay out rows of axial, coronal and sagittal slices, evenly spaced over a brain mask."""
     rows = [
         [(name, index) for index in even_slices(brain, name, number)]
         for name, number in SLICES_PER_ROW.items()
@@ -49,23 +49,23 @@ def draw_registration(
     scan_name: str,
     reference_name: str,
 ) -> Path:
-    """Draw scan and reference over each other.
+    """Draw scan and reference in one figure.
 
     Parameters
     ----------
     target : pathlib.Path
         SVG file to write.
     scan, reference : Volume
-        On the same grid, RAS+.
+        Images on the same grid, RAS+.
     reference_brain : numpy.ndarray of bool
-        Brain of the reference; its outline is drawn on both.
+        Brain mask of the reference, whose outline is drawn on both.
     scan_name, reference_name : str
-        Shown in the figure.
+        Names in the title.
 
     Returns
     -------
     pathlib.Path
-        `target`.
+        Path of the figure.
     """
     box = bounding_box(reference_brain | (scan.data > 0))
     outline = reference_brain[box]
@@ -83,13 +83,13 @@ def draw_registration(
     canvas.close_group()
     canvas.lines(grid.contours(outline), REFERENCE_COLOUR, 1.1)
     grid.annotate(canvas, moving, 12)
-    canvas.text(WIDTH - 20, 32, "Hold the pointer over the figure to flicker", 14, "end", MUTED)
+    canvas.text(WIDTH - 20, 32, "Hover to alternate", 14, "end", MUTED)
     legend(canvas, canvas.height - 13, [(REFERENCE_COLOUR, "", "brain of the reference")])
     return canvas.save(target)
 
 
 def legend(canvas: Canvas, y: float, entries: list[tuple[str, str, str]]) -> None:
-    """Write line samples (colour, dash pattern, words) at the left and the convention at the right."""
+    """Draw legend entries (colour, dash pattern, text) on the left and the orientation on the right."""
     x = 20.0
     for colour, dash, words in entries:
         canvas.lines(f"M{x:g} {y - 4:g}h30", colour, 2.4, dash)

@@ -1,4 +1,4 @@
-"""A small SVG canvas: pixels stay pixels (embedded PNG), lines and words stay sharp."""
+"""SVG canvas for slices: embedded images with vector lines and text on top."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ JPEG_QUALITY = 80
 
 
 class Canvas:
-    """An SVG drawing of a given size in user units.
+    """SVG drawing of a given size in user units.
 
     Parameters
     ----------
     width, height : float
-        Size of the drawing.
+        Size in user units.
     title : str
-        Accessible name of the figure.
-    style : str
-        Extra CSS.
+        Accessible name, read by screen readers.
+    style : str, default=""
+        Additional CSS.
     background, ink : str
-        Colours of the ground and of text that names none.
+        Colours of the background and of text without a colour of its own.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Canvas:
         ink: str = "#e8eaed",
     ) -> None:
         self.width, self.height = width, height
-        # The opening tag stays on a line of its own: nireports strips every width and height on that line.
+        # nireports removes widths and heights from the line of the opening tag: nothing else may stand there.
         self._parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
             'preserveAspectRatio="xMidYMid meet" role="img">',
@@ -54,7 +54,7 @@ class Canvas:
         ]
 
     def open_group(self, attributes: str = "") -> None:
-        """Start a group; `attributes` is written into the tag as it is."""
+        """Start a group with the given attributes."""
         self._parts.append(f"<g {attributes}>")
 
     def close_group(self) -> None:
@@ -62,22 +62,22 @@ class Canvas:
         self._parts.append("</g>")
 
     def raw(self, markup: str) -> None:
-        """Add SVG markup as it is."""
+        """Add SVG markup unchanged."""
         self._parts.append(markup)
 
     def grey(self, pixels: np.ndarray, x: float, y: float, scale: float) -> None:
-        """Place an 8-bit grey image, shape (rows, columns)."""
+        """Draw an 8-bit grey image, shape (rows, columns)."""
         self.embed(Image.fromarray(pixels, mode=None), x, y, scale)
 
     def indexed(self, pixels: np.ndarray, palette: np.ndarray, x: float, y: float, scale: float) -> None:
-        """Place an 8-bit indexed image; `palette` is RGBA, shape (256, 4), uint8."""
+        """Draw an 8-bit indexed image; `palette` is RGBA, shape (256, 4), uint8."""
         image = Image.fromarray(pixels).convert("P")
         image.putpalette(palette[:, :3].tobytes())
         image.info["transparency"] = palette[:, 3].tobytes()
         self.embed(image, x, y, scale)
 
     def embed(self, image: Image.Image, x: float, y: float, scale: float, kind: str = "png") -> None:
-        """Place a picture, coded as `png` (exact) or `jpeg` (smaller)."""
+        """Embed an image as `png` (lossless) or `jpeg` (smaller)."""
         buffer = io.BytesIO()
         options = {"compress_level": 9} if kind == "png" else {"quality": JPEG_QUALITY}
         image.save(buffer, format=kind, **options, **image.info)
@@ -94,7 +94,7 @@ class Canvas:
         )
 
     def lines(self, path: str, colour: str, width: float, dash: str = "") -> None:
-        """Stroke a path with a dark rim, so that it reads on bright and on dark."""
+        """Draw a path with a dark border, so that it is visible on bright and dark background."""
         if not path:
             return
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
@@ -107,46 +107,46 @@ class Canvas:
     def text(
         self, x: float, y: float, words: str, size: float, anchor: str = "start", attributes: str = ""
     ) -> None:
-        """Write `words` with the baseline at `y`."""
+        """Draw text with the baseline at `y`."""
         self._parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}" {attributes}>'
             f"{escape(words)}</text>"
         )
 
     def render(self) -> str:
-        """Return the drawing as an SVG element that is also a whole SVG file."""
+        """Return the drawing as an SVG element, which is also a complete SVG file."""
         return "\n".join([*self._parts, "</svg>", ""])
 
     def save(self, target: Path) -> Path:
-        """Write the drawing to `target` atomically and return it."""
+        """Write the drawing to `target` atomically and return the path."""
         return write_text(target, self.render())
 
 
 def contour(tile: np.ndarray, level: float, x: float, y: float, scale: float) -> str:
-    """SVG path data of the iso-line of a picture placed at (x, y).
+    """Return the SVG path of the contour of an image drawn at (x, y).
 
     Parameters
     ----------
     tile : numpy.ndarray, two-dimensional
-        As displayed: row 0 on top.
+        Image in display orientation, row 0 on top.
     level : float
-        Value of the line. The picture is padded with zeros, so lines always close.
+        Level of the contour. The image is padded with zeros, so that contours are closed.
     x, y : float
-        Position of the picture's upper left corner.
+        Upper left corner of the image.
     scale : float
-        Size of a pixel.
+        Size of a pixel in user units.
 
     Returns
     -------
     str
-        Empty if nothing crosses the level.
+        Path data; empty without values above the level.
     """
     padded = np.pad(tile.astype(np.float64), 1)
     if not (padded > level).any():
         return ""
     commands = []
     for line in contourpy.contour_generator(z=padded).lines(level):
-        # Value centres sit in the middle of a pixel, one pixel of padding away.
+        # Values are at pixel centres; the padding is one pixel.
         points = np.round((line - 0.5) * scale + (x, y), 1)
         steps = np.round(np.diff(points, axis=0), 1)
         start = f"M{points[0, 0]:g} {points[0, 1]:g}l"

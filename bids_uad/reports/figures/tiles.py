@@ -1,4 +1,4 @@
-"""Slices laid out in a grid: one picture for all of them, and where each one sits."""
+"""Layout of slices in a mosaic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MUTED = 'fill="#9aa0a6"'
 
 @dataclass(frozen=True)
 class Tile:
-    """One slice: its plane, its position along the normal, and its place in the grid (pixels)."""
+    """Slice in a mosaic: plane, index along its normal, and position and size in pixels."""
 
     name: str
     index: int
@@ -32,15 +32,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a set of slices goes.
+    """Mosaic of slices.
 
     Attributes
     ----------
     tiles : tuple of Tile
+        The slices.
     height, width : int
-        Size in pixels, before scaling.
+        Size of the mosaic in pixels.
     x, y : float
-        Upper left corner on the canvas.
+        Upper left corner in canvas units.
     scale : float
         Canvas units per pixel.
     """
@@ -53,7 +54,7 @@ class Grid:
     scale: float
 
     def picture(self, data: np.ndarray) -> np.ndarray:
-        """Paste the slices of a RAS+ array into one array of shape (height, width)."""
+        """Return the mosaic of a RAS+ array, shape (height, width)."""
         sheet = np.zeros((self.height, self.width), dtype=data.dtype)
         for tile in self.tiles:
             rows = slice(tile.row, tile.row + tile.height)
@@ -61,26 +62,23 @@ class Grid:
         return sheet
 
     def contours(self, data: np.ndarray, level: float = 0.5) -> str:
-        """Path data of the iso-lines of all slices, in canvas units."""
+        """Return the SVG path of the contours in all slices, in canvas units."""
         return "".join(
             contour(plane(data, tile.name, tile.index), level, *self.corner(tile), self.scale)
             for tile in self.tiles
         )
 
     def corner(self, tile: Tile) -> tuple[float, float]:
-        """Upper left corner of a slice on the canvas."""
+        """Return the upper left corner of a slice in canvas units."""
         return self.x + tile.column * self.scale, self.y + tile.row * self.scale
 
     @property
     def bottom(self) -> float:
-        """Canvas coordinate of the lower edge."""
+        """Lower edge in canvas units."""
         return self.y + self.height * self.scale
 
     def annotate(self, canvas: Canvas, volume: Volume, size: float, marked: set[int] = frozenset()) -> None:
-        """Write the world coordinate under, and the sides beside, every slice.
-
-        Slices whose index is in `marked` get their coordinate in the accent colour.
-        """
+        """Write world coordinates below and sides in the corners of all slices; `marked` ones in colour."""
         for tile in self.tiles:
             x, y = self.corner(tile)
             width, height = tile.width * self.scale, tile.height * self.scale
@@ -102,25 +100,27 @@ def lay_out(
     label_room: float = 18,
     gap: int = 4,
 ) -> Grid:
-    """Arrange rows of slices so that the widest row fills `width`; every slice is centred in its cell.
+    """Arrange rows of slices so that the widest row has the given width; slices are centred in equal cells.
 
     Parameters
     ----------
     rows : list of list of (plane, index)
+        Slices of each row.
     shape : tuple of int
-        Shape of the RAS+ array that the slices are cut from.
+        Shape of the RAS+ array of the slices.
     x, y : float
-        Upper left corner on the canvas.
+        Upper left corner in canvas units.
     width : float
-        Width on the canvas.
-    label_room : float
-        Height on the canvas that is left for the coordinate below each row.
-    gap : int
+        Width in canvas units.
+    label_room : float, default=18
+        Height in canvas units for the coordinates below each row.
+    gap : int, default=4
         Pixels between slices.
 
     Returns
     -------
     Grid
+        Positions of the slices.
     """
     sizes = {"axial": (shape[1], shape[0]), "coronal": (shape[2], shape[0]), "sagittal": (shape[2], shape[1])}
     sheet_width = max(sum(sizes[name][1] + gap for name, _ in row) - gap for row in rows)
