@@ -26,85 +26,103 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "cohort": {
-        "Description": "all, or the lesion scans of one cohort (by the column pathology of participants.tsv, "
-        "or the one that --cohort names) when there are several; false positives on healthy scans are in the "
-        "row 'all' only"
+        "Description": "all, or, if there are several cohorts of lesion scans, one of them (by the column "
+        "pathology of participants.tsv, or the column that --cohort names); metrics of healthy scans are in "
+        "the row 'all' only"
     },
-    "preset": {"Description": "Preset of the detector's model bundle"},
-    "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
-    "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
-    "n_participants": {"Description": "Participants with a score table"},
-    "n_scans": {"Description": "Images with a score table"},
-    "n_lesion_scans": {"Description": "Images with a lesion mask of participants not known to be healthy"},
-    "n_healthy_scans": {"Description": "Images of healthy participants (participants.tsv)"},
+    "preset": {"Description": "Hyperparameter preset of the detector"},
+    "threshold_name": {"Description": "Criterion by which the threshold was chosen on validation data"},
+    "threshold": {"Description": "Fixed threshold; voxels with a higher score are positive"},
+    "n_participants": {"Description": "Number of participants with a score table"},
+    "n_scans": {"Description": "Number of images with a score table"},
+    "n_lesion_scans": {
+        "Description": "Number of lesion scans: images with a lesion mask of participants who are not "
+        "healthy controls"
+    },
+    "n_healthy_scans": {
+        "Description": "Number of healthy scans: images of healthy controls by participants.tsv"
+    },
     "n_missing_mask": {
-        "Description": "Images without a lesion mask of participants not known to be healthy; "
-        "used for nothing"
+        "Description": "Number of images without a lesion mask of participants who are not healthy controls; "
+        "not used"
     },
-    "n_missing_participants": {"Description": "Known participants without any such score table"},
-    "n_failed_scans": {"Description": "Preprocessed images without a readable score table"},
-    "n_excluded_scans": {"Description": "Images that quality control leaves out (exclude in the qc tables)"},
-    "n_empty_mask": {"Description": "Lesion scans whose lesion mask is empty"},
-    "n_both_empty": {"Description": "Lesion scans with an empty mask and an empty prediction (Dice 1)"},
-    "prevalence": {"Description": "Lesion share of the brain voxels of all lesion scans"},
-    "dice_mean": {"Description": "Mean Dice at the fixed threshold over the lesion scans"},
+    "n_missing_participants": {
+        "Description": "Number of participants of the dataset without a table of this detector and modality"
+    },
+    "n_failed_scans": {"Description": "Number of preprocessed images without a readable score table"},
+    "n_excluded_scans": {
+        "Description": "Number of images excluded by quality control (column exclude of the qc tables)"
+    },
+    "n_empty_mask": {"Description": "Number of lesion scans with an empty lesion mask"},
+    "n_both_empty": {
+        "Description": "Number of lesion scans with an empty lesion mask and an empty anomaly mask (Dice 1)"
+    },
+    "prevalence": {"Description": "Fraction of lesion voxels among the brain voxels of all lesion scans"},
+    "dice_mean": {"Description": "Mean Dice at the fixed threshold, lesion scans"},
     **interval_columns("dice", "mean Dice"),
-    "dice_nonempty_mean": {"Description": "The same over lesion scans whose mask is not empty"},
-    "dice_optimal": {
-        "Description": "Highest mean Dice of any one threshold, over the lesion scans whose mask is "
-        "not empty (to be compared with dice_nonempty_mean). An upper bound that looks at the test "
-        "set; no mask is ever made with it"
+    "dice_nonempty_mean": {
+        "Description": "Mean Dice at the fixed threshold, lesion scans whose lesion mask is not empty"
     },
-    "dice_optimal_threshold": {"Description": "The threshold of dice_optimal"},
-    "sensitivity_mean": {"Description": "Mean voxel-wise sensitivity at the fixed threshold"},
+    "dice_optimal": {
+        "Description": "Highest mean Dice of a single threshold, lesion scans whose lesion mask is not empty "
+        "(compare with dice_nonempty_mean). An upper bound, since the threshold is chosen on the test scans; "
+        "not used for anomaly masks"
+    },
+    "dice_optimal_threshold": {"Description": "Threshold of dice_optimal"},
+    "sensitivity_mean": {"Description": "Mean voxel-wise sensitivity at the fixed threshold, lesion scans"},
     "precision_mean": {
-        "Description": "Mean voxel-wise precision at the fixed threshold, over the lesion scans in "
-        "which anything is found"
+        "Description": "Mean voxel-wise precision at the fixed threshold, lesion scans with a positive voxel"
     },
     "auprc_mean": {
-        "Description": "Mean area under the precision-recall curve (average precision over brain "
-        "voxels) over the lesion scans with a lesion"
+        "Description": "Mean area under the precision-recall curve (average precision over brain voxels), "
+        "lesion scans whose lesion mask is not empty"
     },
     **interval_columns("auprc", "mean AUPRC"),
     "auprc_pooled": {
-        "Description": "Average precision over the brain voxels of all lesion scans together; "
-        "large lesions weigh more"
+        "Description": "Average precision over the pooled brain voxels of all lesion scans; weighted by "
+        "lesion volume"
     },
     "fpr_healthy_mean": {
-        "Description": "Mean share of the brain voxels above the fixed threshold, healthy scans"
+        "Description": "Mean false-positive rate (fraction of brain voxels above the fixed threshold), "
+        "healthy scans"
     },
     **interval_columns("fpr_healthy_mean", "mean"),
-    "fpr_healthy_median": {"Description": "Median of the same"},
+    "fpr_healthy_median": {"Description": "Median false-positive rate, healthy scans"},
     **interval_columns("fpr_healthy_median", "median"),
     "fpr_lesion_mean": {
-        "Description": "Mean share of the non-lesion brain voxels above the fixed threshold, lesion scans"
+        "Description": "Mean false-positive rate (fraction of non-lesion brain voxels above the fixed "
+        "threshold), lesion scans"
     },
     **interval_columns("fpr_lesion_mean", "mean"),
     "min_lesion_volume_mm3": {
-        "Description": "Least volume of lesions, and of false lesions, that are counted (option "
+        "Description": "Minimum volume of counted lesions and of false-positive components (option "
         "--min-lesion-volume of the participant level)",
         "Units": "mm^3",
     },
-    "n_lesions": {"Description": "26-connected lesions of at least that volume, of all lesion scans"},
+    "n_lesions": {
+        "Description": "Number of lesions (26-connected, of at least min_lesion_volume_mm3), all lesion scans"
+    },
     "lesion_sensitivity": {
-        "Description": "Lesions that the prediction touches / lesions, all lesion scans together"
+        "Description": "Detected lesions / lesions, all lesion scans; a lesion is detected if it overlaps "
+        "with the anomaly mask"
     },
     **interval_columns("lesion_sensitivity", "lesion-wise sensitivity", share=True),
     "lesion_precision": {
-        "Description": "Lesions that the prediction touches / (these + false lesions), all lesion scans "
-        "together. False lesions are predicted components of at least that volume that touch no lesion of "
-        "any size"
+        "Description": "Detected lesions / (detected lesions + false-positive components), all lesion scans. "
+        "False-positive components have at least min_lesion_volume_mm3 and overlap with no lesion of any size"
     },
     **interval_columns("lesion_precision", "lesion-wise precision", share=True),
     "lesion_f1": {
-        "Description": "2 * lesions that the prediction touches / (lesions + these + false lesions), the "
-        "harmonic mean of lesion-wise sensitivity and precision"
+        "Description": "Harmonic mean of lesion_sensitivity and lesion_precision: 2 * detected lesions / "
+        "(lesions + detected lesions + false-positive components)"
     },
     **interval_columns("lesion_f1", "lesion-wise F1", share=True),
-    "false_lesions_per_lesion_scan": {"Description": "Mean number of false lesions, lesion scans"},
+    "false_lesions_per_lesion_scan": {
+        "Description": "Mean number of false-positive components, lesion scans"
+    },
     **interval_columns("false_lesions_per_lesion_scan", "mean"),
     "false_lesions_per_healthy_scan": {
-        "Description": "Mean number of predicted components of at least that volume, healthy scans"
+        "Description": "Mean number of components of at least min_lesion_volume_mm3, healthy scans"
     },
     **interval_columns("false_lesions_per_healthy_scan", "mean"),
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
@@ -114,7 +132,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that the group level knows about a cohort.
+    """Results of a cohort: tables, curves, missing data and warnings.
 
     Parameters
     ----------
@@ -123,17 +141,17 @@ class Evaluation:
     benchmark : pandas.DataFrame
         One row per detector, modality and cohort, columns of `benchmark.COLUMNS`.
     curves : dict
-        (detector, modality) -> `Curves` over all scans.
+        `Curves` over all scans by detector and modality.
     cohort_curves : dict
-        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
-    absences : list of MissingData
-        Participants and images without a score table.
+        `Curves` over the scans of a cohort by detector, modality and cohort.
+    missing_data : list of MissingData
+        Participants and images without a score table, or excluded.
     unreadable : list of str
-        Tables that could not be read, one message each.
+        One message for each table that cannot be read.
     warnings : list of str
-        What a reader of the numbers has to know.
+        Warnings about the data behind the results, one sentence or two each.
     lesions : Lesions
-        What was measured of each lesion.
+        Volume, contrast and detection of each lesion.
     """
 
     subjects: pd.DataFrame
@@ -147,7 +165,7 @@ class Evaluation:
 
     @property
     def min_lesion_volume(self) -> float | None:
-        """Least volume in mm3 of the lesions that are counted; None if no score table has one."""
+        """Minimum volume of a counted lesion in mm3; None if no score table states it."""
         known = self.subjects["min_lesion_volume_mm3"].dropna()
         return float(known.iloc[0]) if len(known) else None
 
@@ -162,29 +180,29 @@ def evaluate(
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Go once through the score tables of a cohort and make the benchmark.
+    """Read the score tables of a cohort and compute the benchmark.
 
     Parameters
     ----------
     output_dir : path-like
         Root of the derivatives.
     paths : sequence of pathlib.Path
-        The metrics tables, sorted.
+        Metrics tables, sorted.
     participants : Participants
-        Who is who.
+        Participants of the raw dataset.
     seed : int
         Seed of the bootstrap.
-    only : frozenset of str
-        The `sub-<label>` that are expected to have tables; empty means everybody.
-    processes : int
-        How many read the tables.
+    only : frozenset of str, default=frozenset()
+        Participants (`sub-<label>`) to include; empty means all.
+    processes : int, default=1
+        Number of processes that read tables.
     progress : callable, optional
-        Called now and then with the number of tables that have been read since.
+        Function that is called with the number of tables read since its last call.
 
     Returns
     -------
     Evaluation
-        Tables, curves and problems.
+        Tables, curves, missing data and warnings.
 
     Raises
     ------
@@ -204,11 +222,11 @@ def evaluate(
     )
     missing_data = sorted(
         [*find_missing_data(root, participants, scores.present, only), *scores.excluded],
-        key=lambda absence: absence.subject,
+        key=lambda missing: missing.subject,
     )
-    expected = set(participants.labels) | {absence.subject for absence in missing_data}
+    expected = set(participants.labels) | {missing.subject for missing in missing_data}
     cohorts = {subject: participants.cohorts(subject) for subject in (expected & only if only else expected)}
-    curves = _whole(scores.curves) | scores.curves
+    curves = _pooled(scores.curves) | scores.curves
     benchmark = _benchmark(subjects, curves, missing_data, cohorts, seed)
     warnings = scores.consistency.warnings() + _warnings(subjects, participants, scores.contradictions)
     overall = {key[:2]: value for key, value in sorted(curves.items()) if key[2] == ALL}
@@ -217,49 +235,49 @@ def evaluate(
     )
 
 
-def _whole(curves: Mapping[tuple[str, str, str], Curves]) -> dict[tuple[str, str, str], Curves]:
-    """Add up the cohorts of each detector and modality."""
-    whole: dict[tuple[str, str, str], Curves] = {}
+def _pooled(curves: Mapping[tuple[str, str, str], Curves]) -> dict[tuple[str, str, str], Curves]:
+    """Pool the cohorts of each detector and modality."""
+    pooled: dict[tuple[str, str, str], Curves] = {}
     for (detector, modality, _), part in sorted(curves.items()):
         empty = Curves(part.edges, part.threshold)
-        whole.setdefault((detector, modality, ALL), empty).include(part)
-    return whole
+        pooled.setdefault((detector, modality, ALL), empty).include(part)
+    return pooled
 
 
 def _benchmark(
     subjects: pd.DataFrame,
     curves: dict[tuple[str, str, str], Curves],
     missing_data: list[MissingData],
-    known: dict[str, set[str]],
+    cohorts_of: dict[str, set[str]],
     seed: int,
 ) -> pd.DataFrame:
+    """Compute the benchmark table, given the cohorts of each expected participant."""
     rows = []
     for (modality, detector), scans in subjects.groupby(["modality", "detector"], sort=True):
         cohorts = sorted(set(scans["cohort"]) - {"healthy"})
         names = [ALL, *cohorts] if len(cohorts) > 1 else [ALL]
-        seen = set(scans["participant_id"])
+        scored = set(scans["participant_id"])
         for cohort in names:
             chosen = scans if cohort == ALL else scans[scans["cohort"] == cohort]
-            members = {who for who, what in known.items() if cohort == ALL or cohort in what}
-            absent = [
-                absence
-                for absence in missing_data
-                if absence.modality == modality
-                and absence.detector in (detector, None)
-                and absence.subject in members
+            members = {name for name, own in cohorts_of.items() if cohort == ALL or cohort in own}
+            missing = [
+                each
+                for each in missing_data
+                if each.modality == modality and each.detector in (detector, None) and each.subject in members
             ]
-            ruled_out = [absence for absence in absent if absence.reason.startswith(EXCLUDED)]
+            excluded = [each for each in missing if each.reason.startswith(EXCLUDED)]
             curve = curves[detector, modality, cohort]
             row = {"detector": detector, "modality": modality, "cohort": cohort}
             row |= _row(chosen, curve, seed)
-            row["n_missing_participants"] = len(members - seen - {each.subject for each in ruled_out})
-            row["n_failed_scans"] = len(absent) - len(ruled_out)
-            row["n_excluded_scans"] = len(ruled_out)
+            row["n_missing_participants"] = len(members - scored - {each.subject for each in excluded})
+            row["n_failed_scans"] = len(missing) - len(excluded)
+            row["n_excluded_scans"] = len(excluded)
             rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
+    """Compute the metrics of one detector, modality and cohort."""
     lesion = scans[scans["role"] == LESION]
     healthy = scans[scans["role"] == HEALTHY]
     first = scans.iloc[0]
@@ -293,17 +311,10 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         "auprc": ("auprc_mean", lesion, "auprc"),
         "fpr_healthy_mean": ("fpr_healthy_mean", healthy, "fpr"),
         "fpr_lesion_mean": ("fpr_lesion_mean", lesion, "fpr"),
-        "false_lesions_per_lesion_scan": (
-            "false_lesions_per_lesion_scan",
-            lesion,
-            "n_false_components",
-        ),
+        "false_lesions_per_lesion_scan": ("false_lesions_per_lesion_scan", lesion, "n_false_components"),
         "false_lesions_per_healthy_scan": (
-            "false_lesions_per_healthy_scan",
-            healthy,
-            "n_counted_components",
-        ),
-    }
+            "false_lesions_per_healthy_scan", healthy, "n_counted_components"),
+    }  # fmt: skip
 
     def interval(name: str, table: pd.DataFrame, values: pd.Series, **options: Any) -> None:
         low, high = bootstrap_interval(values, table["participant_id"], seed=seed, **options)
@@ -326,59 +337,59 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
     return row
 
 
-def _names(people: Iterable[str]) -> str:
-    """Name participants once each, but not hundreds of them."""
-    return truncate_list(sorted(set(people)))
+def _names(subjects: Iterable[str]) -> str:
+    """Return a sorted list of participants as text, cut after 20."""
+    return truncate_list(sorted(set(subjects)))
 
 
-def _meetings(subjects: pd.DataFrame) -> list[str]:
-    """Warn of participants that a model has met before."""
+def _leakage_warnings(subjects: pd.DataFrame) -> list[str]:
+    """Warn of participants that are part of the training, validation or reference data of a model."""
     known = subjects[subjects["seen_in_training"] != "no"]
     groups = known.groupby(["detector", "modality", "seen_in_training"], sort=True)["participant_id"]
     return [
-        f"The model of {detector} for {modality} has met {_names(people)} in {where}: its "
-        "numbers on them say nothing about others."
-        for (detector, modality, where), people in groups
+        f"The {where} data of the model of {detector} for {modality} include {_names(names)}: its results "
+        "for these participants do not show its performance on new ones."
+        for (detector, modality, where), names in groups
     ]
 
 
 def _warnings(subjects: pd.DataFrame, participants: Participants, contradictions: set[str]) -> list[str]:
-    warnings = _meetings(subjects)
+    """Return the warnings about roles, lesion masks and train/test overlap of a cohort."""
+    warnings = _leakage_warnings(subjects)
     if participants.path is None:
         warnings.append(
-            "There is no participants.tsv: nobody is known to be healthy, so there is no "
+            "No participants.tsv, so no participant is known to be a healthy control and there is no "
             "false-positive rate on healthy scans."
         )
     elif not (subjects["role"] == HEALTHY).any():
         warnings.append(
-            "No scored participant is healthy by the columns group or diagnosis of "
+            "No scored participant is a healthy control by the columns group or diagnosis of "
             "participants.tsv, so there is no false-positive rate on healthy scans."
         )
     if len(subjects) and not (subjects["n_lesion_voxels"] > 0).any():
         warnings.append(
-            "There is no scan with a lesion in a lesion mask: Dice, AUPRC and lesion-wise numbers "
-            "cannot be computed."
+            "No lesion mask contains a lesion, so Dice, AUPRC and lesion-wise metrics cannot be computed."
         )
     unlisted = set(subjects["participant_id"]) - set(participants.labels)
     if participants.path is not None and unlisted:
-        warnings.append(f"Not in participants.tsv, so not known to be healthy: {_names(unlisted)}.")
+        warnings.append(
+            f"Not listed in participants.tsv, so not known to be healthy controls: {_names(unlisted)}."
+        )
     if contradictions:
         warnings.append(
-            "Healthy by participants.tsv and yet with a lesion in the lesion mask: "
-            f"{_names(contradictions)}. They count as healthy; the masked voxels are "
-            "left out of their false-positive rate."
+            f"Healthy by participants.tsv, but with a lesion in the lesion mask: {_names(contradictions)}. "
+            "They are treated as healthy; lesion voxels are excluded from their false-positive rate."
         )
     empty = subjects[(subjects["role"] == LESION) & (subjects["n_lesion_voxels"] == 0)]
     if len(empty):
         warnings.append(
-            "The lesion mask is empty inside the brain: "
-            f"{_names(empty['participant_id'])}. They count in Dice (1 if nothing "
-            "is found, else 0), but not in [Dice] and in the curves."
+            f"Lesion mask without a voxel inside the brain: {_names(empty['participant_id'])}. They "
+            "count in the mean Dice (1 if the anomaly mask is empty, else 0), but not in [Dice] and curves."
         )
     masked = subjects[subjects["role"] == MISSING_MASK]
     if len(masked):
         warnings.append(
-            "No lesion mask, and not known to be healthy, so used for nothing (a missing mask is "
-            f"missing, never healthy): {_names(masked['participant_id'])}."
+            "Not used, because there is no lesion mask and the participant is not known to be a healthy "
+            f"control: {_names(masked['participant_id'])}."
         )
     return warnings

@@ -1,4 +1,4 @@
-"""Who should be in the benchmark and is not, and why."""
+"""Missing data of the benchmark: participants and images without score tables, and exclusions."""
 
 from __future__ import annotations
 
@@ -11,26 +11,38 @@ from pathlib import Path
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
 from bids_uad.evaluation.tables import subject_of
-from bids_uad.files import read_row
+from bids_uad.files import MISSING, read_row
+
+Image = tuple[str, str]
+"""Prefix (`sub-X[_ses-Y]...`) and modality of an image."""
+
+NO_REASON = "no reason given"
+"""Reason of an image that was excluded by hand without one."""
 
 _PREPROC = "_space-SRI24_desc-preproc_"
+_QUALITY_TABLE = re.compile(r"^(?P<prefix>sub-.+)_space-SRI24_desc-(?P<modality>T[12]w)Preproc_qc\.tsv$")
+_COLUMNS = ("exclude", "exclude_reasons")
+_OPTIONAL_COLUMNS = ("depends_on", "exclude_dependents")
+"""Columns that tables of earlier versions lack."""
 
 
 @dataclass(frozen=True)
 class MissingData:
-    """One participant without a score table.
+    """Missing or excluded score table.
 
     Parameters
     ----------
     subject : str
-        `sub-<label>`.
+        Participant, `sub-<label>`.
     image : str
-        Entities of the image where it is known, else `subject`.
-    modality, detector : str or None
-        Which table is missing; None when there is none at all.
+        Prefix of the image; the participant if no image is known.
+    modality : str or None
+        Modality of the image; None if the participant has no score table at all.
+    detector : str or None
+        Detector of the missing table; None if tables of all detectors are missing.
     reason : str
-        What the derivatives tell about it.
-    crash_files : tuple of str
+        Why the table is missing.
+    crash_files : tuple of str, default=()
         Crash files of the participant, relative to the derivatives.
     """
 
@@ -48,25 +60,25 @@ def find_missing_data(
     present: Iterable[tuple[str, str, str]],
     only: frozenset[str] = frozenset(),
 ) -> list[MissingData]:
-    """List the score tables that one would expect and that are not there.
+    """List the expected score tables that do not exist.
 
     Parameters
     ----------
     output_dir : path-like
-        Root of the derivatives; only names are looked at.
+        Root of the derivatives; only file names are read.
     participants : Participants
-        Everybody who should have outputs.
+        Participants of the raw dataset, who are all expected to have outputs.
     present : iterable of (str, str, str)
         Image prefix, modality and detector of each table that was read.
-    only : frozenset of str
-        The `sub-<label>` to look at; empty means everybody.
+    only : frozenset of str, default=frozenset()
+        Participants (`sub-<label>`) to include; empty means all.
 
     Returns
     -------
     list of MissingData
-        Sorted by subject. A participant without a preprocessed image of a modality that has other
-        tables is not listed for that modality: most likely there is no such scan. Nor is a modality that
-        nobody has tables of, if the participant has others: most likely it was not asked for.
+        Sorted by participant. A participant with tables of one modality is not listed for another modality
+        without a preprocessed image, since there is probably no such scan, nor for a modality without any
+        tables in the cohort, since it was probably not requested.
     """
     root = Path(output_dir)
     detectors = defaultdict(set)
@@ -109,65 +121,55 @@ def subject_folders(output_dir: str | Path) -> list[str]:
     return sorted(path.name for path in Path(output_dir).glob("sub-*") if path.is_dir())
 
 
-Image = tuple[str, str]
-
-_NAME = re.compile(r"^(?P<prefix>sub-.+)_space-SRI24_desc-(?P<modality>T[12]w)Preproc_qc\.tsv$")
-_COLUMNS = ("exclude", "exclude_reasons")
-_OPTIONAL_COLUMNS = ("depends_on", "exclude_dependents")
-"""Columns that tables of earlier versions lack."""
-_MISSING = ("n/a", "")
-BY_HAND = "no reason given"
-
-
 def find_exclusions(
     output_dir: str | Path, only: frozenset[str] = frozenset()
 ) -> tuple[dict[Image, str], list[str]]:
-    """Read from the quality tables which images are left out, and why.
+    """Read from the quality-control tables which images are excluded.
 
-    An image is left out if its own table says so, or if an image that it depends on is left out for its brain
-    mask or registration (``exclude_dependents``), directly or through others: a T2w image that was registered
-    to the atlas through a T1w image lies where that one does.
+    An image is excluded by its own table (``exclude``), or because an image that it depends on, directly or
+    through others, is excluded for its brain mask or registration (``exclude_dependents``). For example, a
+    T2w image that was registered to the atlas through a T1w image shares the errors of that registration.
 
     Parameters
     ----------
     output_dir : path-like
         Root of the derivatives.
-    only : frozenset of str
-        The `sub-<label>` to look at; empty means everybody.
+    only : frozenset of str, default=frozenset()
+        Participants (`sub-<label>`) to include; empty means all.
 
     Returns
     -------
     exclusions : dict
-        Reason by image prefix and modality.
+        Reason of each exclusion by image prefix and modality.
     unreadable : list of str
-        Tables that could not be read, one message each.
+        One message for each table that cannot be read.
     """
     rows: dict[Image, dict[str, str]] = {}
     unreadable = []
     for path in sorted(Path(output_dir).glob("sub-*/**/*Preproc_qc.tsv")):
-        name = _NAME.match(path.name)
+        name = _QUALITY_TABLE.match(path.name)
         if name is None or (only and subject_of(path) not in only):
             continue
         try:
             rows[name["prefix"], name["modality"]] = read_row(path, _COLUMNS, _OPTIONAL_COLUMNS)
         except InputError as error:
             unreadable.append(str(error))
-    found = {image: _own_reason(row) for image, row in rows.items() if _says_yes(row["exclude"])}
-    for image in rows.keys() - found.keys():
+    exclusions = {image: _own_reason(row) for image, row in rows.items() if _is_yes(row["exclude"])}
+    for image in rows.keys() - exclusions.keys():
         cause = _failed_dependency(image, rows)
         if cause is not None:
-            found[image] = f"depends on {'_'.join(cause)}, which is left out: {found[cause]}"
-    return found, unreadable
+            exclusions[image] = f"depends on {'_'.join(cause)}, which is excluded: {exclusions[cause]}"
+    return exclusions, unreadable
 
 
 def _failed_dependency(image: Image, rows: dict[Image, dict[str, str]]) -> Image | None:
-    """Find an image that takes another out of the group level: the nearest one, in breadth-first order."""
+    """Find the nearest dependency that excludes an image, in breadth-first order; None without one."""
     seen, queue = {image}, [image]
     for current in queue:
         for cause in _dependencies(rows[current]):
             if cause in seen or cause not in rows:
                 continue
-            if _says_yes(rows[cause]["exclude"]) and rows[cause]["exclude_dependents"].lower() != "no":
+            if _is_yes(rows[cause]["exclude"]) and rows[cause]["exclude_dependents"].lower() != "no":
                 return cause
             seen.add(cause)
             queue.append(cause)
@@ -175,14 +177,14 @@ def _failed_dependency(image: Image, rows: dict[Image, dict[str, str]]) -> Image
 
 
 def _dependencies(row: dict[str, str]) -> list[Image]:
-    """Prefix and modality of the images in `depends_on`."""
-    names = [] if row["depends_on"] in _MISSING else row["depends_on"].split(",")
+    """Return prefix and modality of the images in `depends_on`."""
+    names = [] if row["depends_on"] in MISSING else row["depends_on"].split(",")
     return [(prefix, modality) for prefix, _, modality in (name.strip().rpartition("_") for name in names)]
 
 
 def _own_reason(row: dict[str, str]) -> str:
-    return BY_HAND if row["exclude_reasons"] in _MISSING else row["exclude_reasons"]
+    return NO_REASON if row["exclude_reasons"] in MISSING else row["exclude_reasons"]
 
 
-def _says_yes(cell: str) -> bool:
+def _is_yes(cell: str) -> bool:
     return cell.strip().lower() == "yes"

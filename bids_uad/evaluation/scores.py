@@ -1,4 +1,4 @@
-"""Whether the tables of a cohort may be put together at all."""
+"""Reading of the score tables of a cohort, with a check that they are comparable."""
 
 from __future__ import annotations
 
@@ -21,80 +21,90 @@ from bids_uad.evaluation.subjects import LESION, subject_row
 from bids_uad.evaluation.tables import UnitScores, read_unit, subject_of
 from bids_uad.resources import worker_pool
 
+EXCLUDED = "excluded by quality control: "
+"""Start of the reason of an excluded image."""
+BATCH_SIZE = 100
+"""Participants read at once; independent of the number of processes, so that sums of floats are as well."""
+
 
 class ConsistencyCheck:
-    """Compares each unit with the first of the same detector and modality."""
+    """Check that all score tables of a detector and modality come from one model and one way of counting."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str], UnitScores] = {}
         self._versions: dict[str, set[str]] = {}
-        self._counting: UnitScores | None = None
-        self._uncounted: set[str] = set()
+        self._first_counted: UnitScores | None = None
+        self._without_minimum: set[str] = set()
 
     def check(self, unit: UnitScores) -> None:
-        """Refuse a unit that was scored by another model, or whose lesions were counted otherwise.
+        """Compare the scores of an image with those checked before.
 
         Parameters
         ----------
         unit : UnitScores
-            The next unit.
+            Scores of one image and detector.
 
         Raises
         ------
         InputError
-            If its model bundle, its bin edges, its threshold or its least lesion volume differ from those
-            before.
+            If the model bundle, bin edges or threshold differ from those of the same detector and modality,
+            or the minimum lesion volume from that of any table.
         """
         self._versions.setdefault(unit.app_version, set()).add(unit.subject)
         if np.isnan(unit.min_lesion_volume_mm3):
-            self._uncounted.add(unit.subject)
+            self._without_minimum.add(unit.subject)
         self._compare(unit)
 
     def include(self, other: ConsistencyCheck) -> None:
-        """Take over what another check has seen, as if its units had been checked here.
+        """Merge another check, as if its tables had been checked here.
+
+        Parameters
+        ----------
+        other : ConsistencyCheck
+            Check of other tables.
 
         Raises
         ------
         InputError
-            If it has seen another model or least lesion volume.
+            If the tables of the two checks are not consistent.
         """
-        self._uncounted |= other._uncounted
+        self._without_minimum |= other._without_minimum
         for version, subjects in other._versions.items():
             self._versions.setdefault(version, set()).update(subjects)
-        for unit in (*other._first.values(), other._counting):
+        for unit in (*other._first.values(), other._first_counted):
             if unit is not None:
                 self._compare(unit)
 
     def _compare(self, unit: UnitScores) -> None:
         first = self._first.setdefault((unit.detector, unit.modality), unit)
-        what = None
+        difference = None
         if not np.array_equal(first.edges, unit.edges):
-            what = "other score bins"
+            difference = "other score bins"
         elif first.model_sha256 != unit.model_sha256:
-            what = "another model bundle"
+            difference = "another model bundle"
         elif first.threshold != unit.threshold:
-            what = f"another threshold ({unit.threshold:g} instead of {first.threshold:g})"
-        if what is not None:
+            difference = f"another threshold ({unit.threshold:g} instead of {first.threshold:g})"
+        if difference is not None:
             raise InputError(
                 unit.path,
-                f"{what} than {first.path.name} for {unit.detector} on {unit.modality} "
-                f"(bundle sha256 {unit.model_sha256} against {first.model_sha256})",
-                "score all subjects with one bundle, or keep each bundle in its own OUTPUT_DIR",
+                f"{difference} than {first.path.name} for {unit.detector} on {unit.modality} "
+                f"(bundle SHA-256 {unit.model_sha256} and {first.model_sha256})",
+                "score all participants with one bundle, or use a separate OUTPUT_DIR for each bundle",
             )
-        least = unit.min_lesion_volume_mm3
-        if np.isnan(least):
+        minimum = unit.min_lesion_volume_mm3
+        if np.isnan(minimum):
             return
-        self._counting = self._counting or unit
-        if least != self._counting.min_lesion_volume_mm3:
+        self._first_counted = self._first_counted or unit
+        if minimum != self._first_counted.min_lesion_volume_mm3:
             raise InputError(
                 unit.path,
-                f"lesions are counted from {least:g} mm3, but from "
-                f"{self._counting.min_lesion_volume_mm3:g} mm3 in {self._counting.path.name}",
-                "run the participant level for all participants with one --min-lesion-volume",
+                f"minimum lesion volume of {minimum:g} mm3, but "
+                f"{self._first_counted.min_lesion_volume_mm3:g} mm3 in {self._first_counted.path.name}",
+                "run the participant level with the same --min-lesion-volume for all participants",
             )
 
     def warnings(self) -> list[str]:
-        """Return what is odd but no reason to stop: tables of several app versions, or of early ones."""
+        """Return warnings about tables of several app versions and tables without a minimum lesion volume."""
         lines = []
         if len(self._versions) > 1:
             parts = [
@@ -102,42 +112,37 @@ class ConsistencyCheck:
                 for version, subjects in sorted(self._versions.items())
             ]
             lines.append(f"The score tables come from several app versions: {', '.join(parts)}.")
-        if self._uncounted:
+        if self._without_minimum:
             lines.append(
-                "Score tables of an earlier version, which has no least lesion volume, are left out of all "
-                f"lesion-wise numbers: {truncate_list(sorted(self._uncounted))}. Run the participant "
-                "level again for these participants."
+                "Score tables of an early app version, without a minimum lesion volume, are excluded from "
+                f"the lesion-wise metrics: {truncate_list(sorted(self._without_minimum))}. Run the "
+                "participant level again for these participants."
             )
         return lines
 
 
-EXCLUDED = "left out by quality control: "
-PARTICIPANTS_AT_ONCE = 100
-"""The parts do not depend on the number of processes, so neither does a sum of floats."""
-
-
 @dataclass
 class Scores:
-    """What is kept of the score tables that were read.
+    """Results of all score tables of a cohort.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        One row per image and detector, columns of `subjects.COLUMNS` but `report`.
-    curves : dict
-        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
-    present : list of (str, str, str)
-        Image prefix, modality and detector of each table that could be read.
-    excluded : list of MissingData
-        Tables of images that quality control leaves out.
-    unreadable : list of str
-        One message for each table that could not be read.
-    contradictions : set of str
-        Healthy participants with a lesion in a lesion mask.
+        One row per image and detector, columns of `subjects.COLUMNS` without `report`.
+    curves : dict, default={}
+        `Curves` by detector, modality and cohort.
+    present : list of (str, str, str), default=[]
+        Image prefix, modality and detector of each table that was read.
+    excluded : list of MissingData, default=[]
+        Tables of images that quality control excludes.
+    unreadable : list of str, default=[]
+        One message for each table that cannot be read.
+    contradictions : set of str, default=set()
+        Healthy controls whose lesion mask is not empty.
     consistency : ConsistencyCheck
-        Has seen every table in `rows`.
+        Check of the tables in `rows`.
     lesions : Lesions
-        The lesion tables beside those in `rows`.
+        Lesion tables of the images in `rows`.
     """
 
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -158,57 +163,59 @@ def read_scores(
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Read score tables, each once, and add them up.
+    """Read the score tables of a cohort.
 
-    Only sums and one row of scalars for each table stay; a process holds one histogram at a time.
+    Memory use does not grow with the histograms: each process holds one at a time, and only sums and one row
+    of scalars for each table are kept.
 
     Parameters
     ----------
     paths : sequence of pathlib.Path
-        The metrics tables, those of a participant side by side.
+        Metrics tables; those of a participant are adjacent.
     participants : Participants
-        Who is who.
+        Participants of the raw dataset.
     exclusions : mapping
-        (image prefix, modality) -> why quality control leaves the image out.
-    processes : int
-        How many read. The result does not depend on it.
+        Reason of each exclusion by image prefix and modality.
+    processes : int, default=1
+        Number of processes that read tables. The result does not depend on it.
     progress : callable, optional
-        Called with the number of tables after each part.
+        Function that is called with the number of tables after each batch.
 
     Returns
     -------
     Scores
+        Rows, sums and problems of all tables.
 
     Raises
     ------
     InputError
         If the tables of one detector and modality come from different models.
     """
-    parts = list(_parts(paths))
-    people = [participants.only(map(subject_of, part)) for part in parts]
-    read = partial(_read_part, exclusions=exclusions)
+    batches = list(_batches(paths))
+    of_batches = [participants.only(map(subject_of, batch)) for batch in batches]
+    read = partial(_read_batch, exclusions=exclusions)
     total, rows = Scores(), []
-    workers = min(processes, len(parts))
-    # Not forked, for whoever calls may have threads.
+    workers = min(processes, len(batches))
+    # Spawned instead of forked, since the calling process may have threads.
     with worker_pool(workers, "spawn") if workers > 1 else nullcontext() as pool:
-        results = (map if pool is None else pool.map)(read, parts, people)
-        for part, scores in zip(parts, results, strict=True):
+        results = (map if pool is None else pool.map)(read, batches, of_batches)
+        for batch, scores in zip(batches, results, strict=True):
             _add(total, scores)
             rows.append(scores.rows)
             if progress is not None:
-                progress(len(part))
+                progress(len(batch))
     rows = [table for table in rows if len(table)]
     return replace(total, rows=pd.concat(rows, ignore_index=True) if rows else pd.DataFrame())
 
 
-def _parts(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Cut the tables into parts of `PARTICIPANTS_AT_ONCE`."""
-    people = [list(tables) for _, tables in groupby(paths, subject_of)]
-    for start in range(0, len(people), PARTICIPANTS_AT_ONCE):
-        yield [path for tables in people[start : start + PARTICIPANTS_AT_ONCE] for path in tables]
+def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield the tables of `BATCH_SIZE` participants at a time."""
+    by_participant = [list(tables) for _, tables in groupby(paths, subject_of)]
+    for start in range(0, len(by_participant), BATCH_SIZE):
+        yield [path for tables in by_participant[start : start + BATCH_SIZE] for path in tables]
 
 
-def _read_part(
+def _read_batch(
     paths: Sequence[Path], participants: Participants, exclusions: Mapping[tuple[str, str], str]
 ) -> Scores:
     scores, rows = Scores(), []
@@ -222,8 +229,8 @@ def _read_part(
         scores.present.append((unit.prefix, unit.modality, unit.detector))
         reason = exclusions.get((unit.prefix, unit.modality))
         if reason is not None:
-            which = (unit.subject, unit.prefix, unit.modality, unit.detector)
-            scores.excluded.append(MissingData(*which, EXCLUDED + reason))
+            table = (unit.subject, unit.prefix, unit.modality, unit.detector)
+            scores.excluded.append(MissingData(*table, EXCLUDED + reason))
             continue
         if row["role"] == LESION:
             try:
@@ -239,13 +246,13 @@ def _read_part(
     return replace(scores, rows=pd.DataFrame(rows))
 
 
-def _add(total: Scores, part: Scores) -> None:
-    """Add a part to the sums, its rows apart."""
-    total.consistency.include(part.consistency)
-    total.lesions.include(part.lesions)
-    for key, curves in part.curves.items():
+def _add(total: Scores, batch: Scores) -> None:
+    """Add the scores of a batch, except its rows, to the total."""
+    total.consistency.include(batch.consistency)
+    total.lesions.include(batch.lesions)
+    for key, curves in batch.curves.items():
         total.curves.setdefault(key, Curves(curves.edges, curves.threshold)).include(curves)
-    total.present += part.present
-    total.excluded += part.excluded
-    total.unreadable += part.unreadable
-    total.contradictions |= part.contradictions
+    total.present += batch.present
+    total.excluded += batch.excluded
+    total.unreadable += batch.unreadable
+    total.contradictions |= batch.contradictions

@@ -1,4 +1,4 @@
-"""The score tables that the participant level leaves for each image and detector."""
+"""Reading of the score tables that the participant level writes for each image and detector."""
 
 from __future__ import annotations
 
@@ -35,35 +35,38 @@ _METRICS_COLUMNS = (
     "n_false_components",
 )
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
-"""Columns of tables whose lesions are counted from a least volume."""
+"""Columns that depend on the minimum lesion volume."""
 _SEEN = ("seen_in_training", "model_has_met")
-"""Column on training data, and the name that it had before."""
+"""Name of the column on training data, and its deprecated name."""
 _OPTIONAL_COLUMNS = ("scanner_seen", *_SEEN, *_COUNTING_COLUMNS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
-"""What depends on the least volume; not known in tables without it."""
+"""Counts that are not comparable in tables without a minimum lesion volume."""
 _TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name")
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """What one detector found in one image.
+    """Score tables of one image and detector ("unit").
 
     Parameters
     ----------
     path : pathlib.Path
-        The `_metrics.tsv` it was read from.
+        Metrics table that the values were read from.
     prefix : str
         Entities of the image, `sub-X[_ses-Y][_acq-...]...`.
-    entities : dict
-        The same, by key.
-    modality, detector, preset : str
-        `T1w` or `T2w`; registry name, and the deviation that its scores are (`disyre+normative`); preset
-        of the bundle.
+    entities : dict of str to str
+        The same entities by key.
+    modality : {"T1w", "T2w"}
+        Modality of the image.
+    detector : str
+        Registry name, followed by `+normative` for deviations.
+    preset : str
+        Hyperparameter preset of the bundle.
     healthy : bool or None
-        Whether participants.tsv (or sessions.tsv, for the session) names a healthy control; None if it names
-        no group.
+        Whether the participant is a healthy control at this session, by participants.tsv or sessions.tsv;
+        None if no group is given.
     cohort : str
         `healthy`, the value of the column that names cohorts, or `unspecified`.
     edges : numpy.ndarray
@@ -74,23 +77,29 @@ class UnitScores:
     n_lesion : numpy.ndarray or None
         Brain voxels per bin inside the lesion mask; None without a lesion mask.
     threshold : float
-        The fixed threshold, one of `edges`.
-    threshold_name, model_sha256, app_version, source_image : str
-        Where the numbers come from.
+        Fixed threshold, one of `edges`.
+    threshold_name : str
+        Criterion by which the threshold was chosen.
+    model_sha256 : str
+        SHA-256 of the model bundle.
+    app_version : str
+        Version of bids_uad that scored the image.
+    source_image : str
+        BIDS URI of the raw image.
     seen_in_training : str
-        Cohorts of the model that the participant was in: `training`, `validation`, both, or `no`.
+        Data of the model that include the participant: `training`, `validation`, several, or `no`.
     scanner_seen : str or None
-        `seen`, `name seen elsewhere` or `unseen` in the training of the model; None if not known.
+        `seen`, `name seen elsewhere` or `unseen` in the training data; None if not known.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
     min_lesion_volume_mm3 : float
-        Least volume of lesions, and of false components, that are counted; NaN in tables of earlier
+        Minimum volume of counted lesions and false-positive components in mm3; NaN in tables of early
         versions, which counted all.
     n_components : float
-        26-connected components at the fixed threshold.
+        Number of 26-connected components of the anomaly mask.
     n_counted_components, n_lesions, n_lesions_detected, n_false_components : float
-        Components and lesions of at least that volume; NaN where it is not known, the last three also without
-        a mask.
+        Numbers of components and lesions of at least `min_lesion_volume_mm3`; NaN if that is not known, the
+        last three also without a lesion mask.
     """
 
     path: Path
@@ -123,43 +132,43 @@ class UnitScores:
 
     @property
     def subject(self) -> str:
-        """The participant, as `sub-<label>`."""
+        """Participant, as `sub-<label>`."""
         return f"sub-{self.entities['sub']}"
 
     @property
     def session(self) -> str | None:
-        """The session label, None without sessions."""
+        """Session label; None without sessions."""
         return self.entities.get("ses")
 
     @property
     def has_lesion_mask(self) -> bool:
-        """Whether the truth is known for this image."""
+        """Whether there is a lesion mask for this image."""
         return self.n_lesion is not None
 
 
 def find_metrics_tables(output_dir: str | Path, only: frozenset[str] = frozenset()) -> list[Path]:
-    """List the metrics tables below the derivatives, sorted.
+    """List the metrics tables of the derivatives.
 
     Parameters
     ----------
     output_dir : path-like
         Root of the derivatives.
-    only : frozenset of str
-        The `sub-<label>` to look at; empty means everybody.
+    only : frozenset of str, default=frozenset()
+        Participants (`sub-<label>`) to include; empty means all.
 
     Returns
     -------
     list of pathlib.Path
-        One for each image and detector.
+        One table for each image and detector, sorted.
     """
-    found = Path(output_dir).glob("sub-*/**/*_space-SRI24_desc-*_metrics.tsv")
+    paths = Path(output_dir).glob("sub-*/**/*_space-SRI24_desc-*_metrics.tsv")
     return sorted(
-        path for path in found if not path.name.startswith(".") and (not only or subject_of(path) in only)
+        path for path in paths if not path.name.startswith(".") and (not only or subject_of(path) in only)
     )
 
 
 def subject_of(path: Path) -> str:
-    """Read the participant, `sub-<label>`, from the name of one of its files."""
+    """Return the participant, `sub-<label>`, from the name of a file."""
     return path.name.split("_", 1)[0]
 
 
@@ -169,30 +178,30 @@ def parse_entities(prefix: str) -> dict[str, str]:
 
 
 def read_unit(path: Path, participants: Participants) -> UnitScores:
-    """Read the two tables of one image and detector.
+    """Read the metrics table and the score histogram of one image and detector.
 
     Parameters
     ----------
     path : pathlib.Path
-        The `_metrics.tsv`; the `_histogram.tsv` lies beside it.
+        Metrics table (`_metrics.tsv`); the histogram (`_histogram.tsv`) is in the same folder.
     participants : Participants
-        Who is healthy.
+        Participants of the raw dataset, with their groups.
 
     Returns
     -------
     UnitScores
-        The numbers of this image.
+        Content of both tables.
 
     Raises
     ------
     InputError
-        If one of the tables is missing, incomplete or contradicts its name or itself.
+        If a table is missing, incomplete, or not consistent with itself or its file name.
     """
     name = _NAME.match(path.name)
     if name is None:
-        raise InputError(path, "not a name that this app writes", "move it out of the derivatives")
+        raise InputError(path, "not a file name of this app", "move it out of the derivatives")
     row = read_row(path, _METRICS_COLUMNS, _OPTIONAL_COLUMNS)
-    # A detector's name with a deviation (`disyre+normative`) loses its sign in file names.
+    # File names do not contain the `+` of a detector with a deviation (`disyre+normative`).
     detector = row["detector"].lower()
     if (row["modality"], detector.replace("+", "")) != (name["modality"], name["detector"].lower()):
         raise InputError(path, "modality or detector differ from the file name", REMEDY)
@@ -200,7 +209,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     edges, n_nonlesion, n_lesion = _read_histogram(histogram)
 
     entities = parse_entities(name["prefix"])
-    who = f"sub-{entities['sub']}", entities.get("ses")
+    visit = f"sub-{entities['sub']}", entities.get("ses")
     numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
     numbers |= {key: _number(path, row, key) for key in _COUNTING_COLUMNS}
@@ -219,8 +228,8 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         entities=entities,
         modality=name["modality"],
         detector=detector,
-        healthy=participants.person(*who).healthy,
-        cohort=participants.cohort(*who),
+        healthy=participants.person(*visit).healthy,
+        cohort=participants.cohort(*visit),
         edges=edges,
         n_nonlesion=n_nonlesion,
         n_lesion=n_lesion,
@@ -248,11 +257,11 @@ def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     """Return lower edges (float64), non-lesion and lesion counts (int64), each (n_bins,)."""
     columns = read_columns(path, _HISTOGRAM_COLUMNS)
     lower, upper, nonlesion, lesion = (columns[name] for name in _HISTOGRAM_COLUMNS)
-    unmasked = MISSING.issuperset(lesion)
+    no_mask = MISSING.issuperset(lesion)
     try:
         edges = _edges(tuple(lower), tuple(upper))
-        counts = [np.array(list(map(float, values))) for values in (nonlesion, () if unmasked else lesion)]
-    except _NoBinsError as error:
+        counts = [np.array(list(map(float, values))) for values in (nonlesion, () if no_mask else lesion)]
+    except _InvalidBinsError as error:
         raise InputError(path, str(error), REMEDY) from error
     except ValueError as error:
         raise InputError(path, f"not only numbers ({error})", REMEDY) from error
@@ -260,20 +269,20 @@ def _read_histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
         if not np.all((values >= 0) & np.isfinite(values) & (values == np.floor(values))):
             raise InputError(path, "voxel counts are not whole numbers", REMEDY)
     n_nonlesion, n_lesion = (values.astype(np.int64) for values in counts)
-    return edges, n_nonlesion, None if unmasked else n_lesion
+    return edges, n_nonlesion, None if no_mask else n_lesion
 
 
-class _NoBinsError(Exception):
-    """Why edges make no bins."""
+class _InvalidBinsError(Exception):
+    """The edges of a histogram do not define bins."""
 
 
 @lru_cache(maxsize=64)
 def _edges(lower: tuple[str, ...], upper: tuple[str, ...]) -> np.ndarray:
-    """Lower edges, float64, (n_bins,); the tables of one model all have the same, which is read once."""
+    """Return the lower edges, float64, shape (n_bins,); cached, since all tables of a model share them."""
     below, above = (np.array(list(map(float, texts))) for texts in (lower, upper))
     if len(below) == 0 or not np.all(np.diff(below) > 0) or not np.isposinf(above[-1]):
-        raise _NoBinsError("score bins do not increase to infinity")
+        raise _InvalidBinsError("score bins do not increase to infinity")
     if not np.array_equal(above[:-1], below[1:]):
-        raise _NoBinsError("gaps or overlaps between the score bins")
+        raise _InvalidBinsError("gaps or overlaps between the score bins")
     below.flags.writeable = False
     return below

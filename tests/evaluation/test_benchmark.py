@@ -53,7 +53,7 @@ def cohort(tmp_path):
     return tmp_path
 
 
-def test_numbers_by_hand(cohort):
+def test_evaluate_agrees_with_metrics_computed_by_hand(cohort):
     result = run(cohort)
     assert list(result.benchmark.columns) == list(COLUMNS)
     row = result.benchmark.iloc[0]
@@ -86,8 +86,8 @@ def test_numbers_by_hand(cohort):
     assert wise.loc[["sub-3", "sub-4", "sub-6"]].isna().all(axis=None)
 
 
-def test_lesion_wise_numbers_are_those_of_scikit_learn(tmp_path):
-    """Each lesion and each false component is an item; scikit-learn knows nothing of lesions."""
+def test_lesion_wise_metrics_and_intervals_agree_with_scikit_learn(tmp_path):
+    """Each lesion and each false-positive component is one sample for scikit-learn."""
     rng = np.random.default_rng(8)
     write_participants(tmp_path, [{"participant_id": f"sub-{k}", "group": "MS"} for k in range(12)])
     truth, found, people = [], [], []
@@ -112,17 +112,17 @@ def test_lesion_wise_numbers_are_those_of_scikit_learn(tmp_path):
         assert [row[f"{name}_ci_low"], row[f"{name}_ci_high"]] == pytest.approx(ends, abs=0.03)
 
 
-def test_lesions_counted_from_another_volume_are_refused_by_name(cohort):
+def test_tables_with_another_minimum_lesion_volume_raise(cohort):
     scan("2", n_lesion=counts(5, 5, 0, 20), n_nonlesion=counts(9, 0, 0, 1), min_lesion_volume=50.0).write(
         cohort
     )
     with pytest.raises(
-        InputError, match=r"sub-2_.*counted from 50 mm3, but from 3 mm3 in sub-1_.*one --min-l"
+        InputError, match=r"sub-2_.*minimum lesion volume of 50 mm3, but 3 mm3 in sub-1_.*--min-l"
     ):
         run(cohort)
 
 
-def test_tables_without_a_least_volume_are_named_and_left_out_of_lesion_wise_numbers(cohort):
+def test_tables_without_a_minimum_lesion_volume_are_excluded_from_lesion_wise_metrics(cohort):
     lesions = {"n_lesions": 40, "n_lesions_detected": 1, "n_false_components": 3}
     options = {"n_nonlesion": counts(80, 10, 6, 4), "n_lesion": counts(0, 2, 2, 6), **lesions}
     scan("1", min_lesion_volume=None, **options).write(cohort)
@@ -130,9 +130,8 @@ def test_tables_without_a_least_volume_are_named_and_left_out_of_lesion_wise_num
     row = result.benchmark.iloc[0]
     assert (row["n_lesions"], row["lesion_sensitivity"], row["n_lesion_scans"]) == (1, 1, 3)
     assert row["dice_mean"] > 0
-    told = [text for text in result.warnings if "no least lesion volume" in text]
-    assert len(told) == 1
-    assert "left out of all lesion-wise numbers: sub-1. Run the participant level again" in told[0]
+    (warning,) = [text for text in result.warnings if "without a minimum lesion volume" in text]
+    assert "lesion-wise metrics: sub-1. Run the participant level again" in warning
     assert result.lesions.without == 1 + 1  # sub-2 has no lesion table, either
     for who in "23456":
         path = next((cohort / f"sub-{who}").rglob("*_metrics.tsv"))
@@ -142,31 +141,31 @@ def test_tables_without_a_least_volume_are_named_and_left_out_of_lesion_wise_num
     assert row[["n_lesions", "lesion_sensitivity", "false_lesions_per_healthy_scan"]].isna().all()
 
 
-def test_optimal_threshold_is_one_for_the_whole_cohort(cohort):
+def test_dice_optimal_uses_one_threshold_for_the_cohort(cohort):
     row = run(cohort).benchmark.iloc[0]
-    # The scan with an empty mask has no say: it would vote for finding nothing.
+    # The scan with an empty mask is left out, since it would favour a threshold above all scores.
     at_06 = (2 * 6 / (2 * 6 + 4 + 4) + 2 * 20 / (2 * 20 + 4 + 10)) / 2
     assert row["dice_optimal"] == pytest.approx(at_06)
     assert row["dice_optimal_threshold"] == 0.6
     assert row["dice_optimal"] >= row["dice_nonempty_mean"]
 
 
-def test_pooled_auprc_is_that_of_all_voxels_together(cohort):
+def test_auprc_pooled_agrees_with_scikit_learn_on_all_voxels(cohort):
     lesion, nonlesion = counts(5, 7, 2, 26), counts(260, 26, 6, 8)
     truth = np.repeat([1, 0], [lesion.sum(), nonlesion.sum()])
     scores = np.concatenate([np.repeat(EDGES, lesion), np.repeat(EDGES, nonlesion)])
-    # Where in its bin a score lies is not known, except among the zeros.
+    # Scores are uniform within their bin, except for the zeros.
     draws = np.random.default_rng(0).random((400, len(scores))) * 0.2 * (scores > 0)
     expected = np.mean([average_precision_score(truth, scores + draw) for draw in draws])
     assert run(cohort).benchmark.iloc[0]["auprc_pooled"] == pytest.approx(expected, abs=4e-3)
 
 
-def test_a_missing_mask_is_used_for_nothing(cohort):
+def test_scan_without_a_lesion_mask_does_not_change_the_metrics(cohort):
     result = run(cohort)
     row = result.subjects.set_index("participant_id").loc["sub-6"]
     assert row["role"] == "missing_mask"
     assert row[["dice", "auprc", "fpr", "n_lesion_voxels"]].isna().all()
-    assert any("sub-6" in text and "never healthy" in text for text in result.warnings)
+    assert any("sub-6" in text and "no lesion mask" in text for text in result.warnings)
     before = result.benchmark.iloc[0]
     for file in (cohort / "sub-6").rglob("*_m*.tsv"):
         file.unlink()
@@ -176,21 +175,21 @@ def test_a_missing_mask_is_used_for_nothing(cohort):
     assert after["n_missing_participants"] == 1
 
 
-def test_a_mask_makes_no_patient_of_a_control(cohort):
+def test_healthy_control_with_a_lesion_mask_remains_healthy(cohort):
     scan("4", n_nonlesion=counts(95, 4, 1, 0), n_lesion=counts(0, 0, 0, 9)).write(cohort)
     result = run(cohort)
     row = result.benchmark.iloc[0]
     assert (row["n_lesion_scans"], row["n_healthy_scans"]) == (3, 2)
     assert row["fpr_healthy_mean"] == pytest.approx(0.03)
-    assert any("Healthy by participants.tsv and yet" in text for text in result.warnings)
+    assert any("Healthy by participants.tsv, but" in text for text in result.warnings)
 
 
-def test_other_bundles_do_not_mix(cohort):
+def test_tables_of_different_bundles_raise(cohort):
     scan("7", sha256="f" * 64).write(cohort)
-    with pytest.raises(InputError, match=f"another model bundle.*{'f' * 64} against {'d' * 64}"):
+    with pytest.raises(InputError, match=f"another model bundle.*{'f' * 64} and {'d' * 64}"):
         run(cohort)
     Scan("7", edges=EDGES * 2, threshold=0.8, sha256="f" * 64).write(cohort)
-    with pytest.raises(InputError, match=f"other score bins.*{'f' * 64} against {'d' * 64}"):
+    with pytest.raises(InputError, match=f"other score bins.*{'f' * 64} and {'d' * 64}"):
         run(cohort)
     scan("7", threshold=0.6).write(cohort)
     with pytest.raises(InputError, match=r"another threshold \(0\.6 instead of 0\.4\)"):
@@ -201,21 +200,21 @@ def test_other_bundles_do_not_mix(cohort):
     assert len(run(cohort).benchmark) == 2
 
 
-def test_warnings_name_some_and_count_the_rest():
+def test_names_of_many_participants_are_truncated():
     people = [f"sub-{number:02d}" for number in range(25)]
     assert _names(reversed(people[:3])) == "sub-00, sub-01, sub-02"
     assert _names([*people, "sub-00"]).endswith(", sub-18, sub-19 and 5 more")
 
 
-def test_versions_that_differ_are_a_warning(cohort):
+def test_different_app_versions_cause_a_warning(cohort):
     scan("7", version="0.2.0").write(cohort)
     result = run(cohort)
     assert "0.1.0 (6 participants), 0.2.0 (1 participant)" in result.warnings[0]
     assert result.benchmark.iloc[0]["app_version"] == "0.1.0, 0.2.0"
-    assert any("Not in participants.tsv" in text and "sub-7" in text for text in result.warnings)
+    assert any("Not listed in participants.tsv" in text and "sub-7" in text for text in result.warnings)
 
 
-def test_a_threshold_between_edges_is_no_answer(cohort):
+def test_threshold_between_bin_edges_is_reported_as_unreadable(cohort):
     scan("6", threshold=0.5).write(cohort)
     result = run(cohort)
     assert len(result.unreadable) == 1
@@ -223,7 +222,7 @@ def test_a_threshold_between_edges_is_no_answer(cohort):
     assert result.benchmark.iloc[0]["n_scans"] == 5
 
 
-def test_absences_have_reasons(cohort):
+def test_missing_data_have_reasons(cohort):
     people = (cohort / "participants.tsv").read_text() + "sub-8\tMS\nsub-9\tMS\n"
     (cohort / "participants.tsv").write_text(people)
     log = cohort / "sub-8" / "log" / "run"
@@ -232,7 +231,7 @@ def test_absences_have_reasons(cohort):
     anat = cohort / "sub-8" / "anat"
     anat.mkdir()
     (anat / "sub-8_space-SRI24_desc-preproc_T1w.nii.gz").touch()
-    found = {absence.subject: absence for absence in run(cohort).missing_data}
+    found = {missing.subject: missing for missing in run(cohort).missing_data}
     assert set(found) == {"sub-8", "sub-9"}
     assert found["sub-9"].reason == "no outputs at all"
     assert found["sub-8"].reason == "preprocessed, but no score table"
@@ -241,15 +240,15 @@ def test_absences_have_reasons(cohort):
     assert (row["n_missing_participants"], row["n_failed_scans"]) == (2, 1)
 
 
-def test_a_modality_that_nobody_was_scored_in_is_not_missed(cohort):
+def test_modality_without_any_tables_is_not_missing(cohort):
     anat = cohort / "sub-1" / "anat"
     (anat / "sub-1_space-SRI24_desc-preproc_T2w.nii.gz").touch()
     assert run(cohort).missing_data == []
     for file in (cohort / "sub-1").rglob("*Disyre*"):
         file.unlink()
-    (absence,) = run(cohort).missing_data
-    assert (absence.modality, absence.detector) == ("T2w", None)
-    assert absence.reason == "preprocessed, but no score table of any detector"
+    (missing,) = run(cohort).missing_data
+    assert (missing.modality, missing.detector) == ("T2w", None)
+    assert missing.reason == "preprocessed, but no score table of any detector"
 
 
 def write_quality(root, subject, exclude, reason="n/a"):
@@ -257,7 +256,7 @@ def write_quality(root, subject, exclude, reason="n/a"):
     path.write_text(f"exclude\texclude_reasons\n{exclude}\t{reason}\n")
 
 
-def test_images_that_quality_control_rules_out_are_left_out_and_counted(cohort):
+def test_images_excluded_by_quality_control_are_counted(cohort):
     before = run(cohort)
     write_quality(cohort, "1", "yes", "The head was turned.")
     write_quality(cohort, "2", "no")
@@ -270,13 +269,13 @@ def test_images_that_quality_control_rules_out_are_left_out_and_counted(cohort):
     assert (row["n_scans"], row["n_excluded_scans"]) == (before.benchmark.iloc[0]["n_scans"] - 2, 2)
     assert (row["n_missing_participants"], row["n_failed_scans"]) == (0, 0)
     assert row["dice_mean"] == pytest.approx(kept["dice"].mean())
-    assert {absence.subject: absence.reason for absence in result.missing_data} == {
-        "sub-1": "left out by quality control: The head was turned.",
-        "sub-3": "left out by quality control: no reason given",
+    assert {missing.subject: missing.reason for missing in result.missing_data} == {
+        "sub-1": "excluded by quality control: The head was turned.",
+        "sub-3": "excluded by quality control: no reason given",
     }
 
 
-def test_a_damaged_quality_table_is_named(cohort):
+def test_damaged_quality_table_is_reported(cohort):
     write_quality(cohort, "1", "no\tno")
     result = run(cohort)
     assert len(result.unreadable) == 1
@@ -284,7 +283,7 @@ def test_a_damaged_quality_table_is_named(cohort):
     assert result.benchmark.iloc[0]["n_excluded_scans"] == 0
 
 
-def test_cohorts_by_pathology(tmp_path):
+def test_benchmark_has_a_row_for_each_pathology(tmp_path):
     write_cohort(tmp_path, tmp_path, n_lesion=6, n_healthy=3, n_voxels=20_000)
     benchmark = run(tmp_path).benchmark
     rows = benchmark[(benchmark["detector"] == "disyre") & (benchmark["modality"] == "T1w")]
@@ -295,7 +294,7 @@ def test_cohorts_by_pathology(tmp_path):
     assert rows.iloc[0]["dice_mean"] == pytest.approx(parts)
 
 
-def test_the_better_detector_wins_and_nothing_depends_on_chance(tmp_path):
+def test_evaluate_ranks_the_better_detector_first_and_is_repeatable(tmp_path):
     write_cohort(tmp_path, tmp_path, n_lesion=12, n_healthy=4, n_voxels=50_000)
     one, two = run(tmp_path).benchmark, run(tmp_path).benchmark
     assert one.equals(two)
@@ -304,20 +303,20 @@ def test_the_better_detector_wins_and_nothing_depends_on_chance(tmp_path):
     assert means["disyre", "T2w"] > means["disyre", "T1w"]
 
 
-def test_no_healthy_nobody_known_and_no_lesion(tmp_path):
+def test_metrics_are_nan_without_healthy_controls_or_lesions(tmp_path):
     scan("1", n_nonlesion=counts(8, 1, 1, 0), n_lesion=counts(0, 0, 1, 4)).write(tmp_path)
     result = run(tmp_path)
     row = result.benchmark.iloc[0]
     assert row["dice_mean"] == pytest.approx(10 / 11)
     assert np.isnan([row["dice_ci_low"], row["fpr_healthy_mean"]]).all()
-    assert any("no participants.tsv" in text for text in result.warnings)
+    assert any("No participants.tsv" in text for text in result.warnings)
     write_participants(tmp_path, [{"participant_id": "sub-1", "group": "hc"}])
     scan("1", n_nonlesion=counts(8, 1, 1, 0)).write(tmp_path)
     result = run(tmp_path)
     row = result.benchmark.iloc[0]
     assert row["fpr_healthy_mean"] == pytest.approx(0.1)
     assert np.isnan([row["dice_mean"], row["dice_optimal"], row["auprc_pooled"]]).all()
-    assert any("no scan with a lesion" in text for text in result.warnings)
+    assert any("No lesion mask contains a lesion" in text for text in result.warnings)
 
 
 def test_memory_does_not_grow_with_the_histograms(tmp_path):

@@ -16,7 +16,7 @@ from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.benchmark import COLUMNS
 from bids_uad.levels.group import run_group
 from tests.evaluation.fake_tables import Scan, beta_counts, write_cohort, write_participants
-from tests.evaluation.test_exclusions import write_quality
+from tests.evaluation.test_missing import write_quality
 
 
 def config(root, **options):
@@ -85,7 +85,7 @@ def test_participants_that_it_wrote_are_never_read(study):
     assert (table["n_healthy_scans"] == 0).all()
     people = pd.read_csv(study / "out" / "participants.tsv", sep="\t")
     assert list(people.columns) == ["participant_id"]
-    assert "There is no participants.tsv" in (study / "out" / "group.html").read_text()
+    assert "No participants.tsv" in (study / "out" / "group.html").read_text()
 
 
 def test_without_a_raw_dataset_nothing_is_written(study):
@@ -296,7 +296,7 @@ def test_a_t2w_leaves_the_group_with_the_t1w_it_was_registered_to(tmp_path):
     benchmark = pd.read_csv(tmp_path / "out" / "group_benchmark.tsv", sep="\t")
     assert benchmark["n_excluded_scans"].tolist() == [1, 1]
     page = (tmp_path / "out" / "group.html").read_text()
-    assert "depends on sub-01_T1w, which is left out: The registration failed." in page
+    assert "depends on sub-01_T1w, which is excluded: The registration failed." in page
     assert "by quality control" in page
 
 
@@ -324,7 +324,7 @@ def test_everyone_is_listed(study):
     written = pd.read_csv(study / "out" / "participants.tsv", sep="\t")
     assert {"sub-06", "sub-77"} <= set(written["participant_id"])
     page = (study / "out" / "group.html").read_text()
-    assert "Not in participants.tsv, so not known to be healthy: sub-06." in page
+    assert "Not listed in participants.tsv, so not known to be healthy controls: sub-06." in page
     assert "sub-77" in page
 
 
@@ -399,7 +399,7 @@ def test_other_models_are_compared_on_the_same_people(study):
     assert 'id="experiments"' in page
     assert f"--experiments tenth={study / 'tenth'}" in page
     methods = (out / "logs" / "CITATION_group.md").read_text()
-    assert "learnt otherwise (tenth)" in methods
+    assert "trained differently (tenth)" in methods
     assert group(study)[0] == 0
     assert not list(out.glob("group_experiments*"))
     assert 'id="experiments"' not in (out / "group.html").read_text()

@@ -483,7 +483,9 @@ def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatc
     assert [row[name] for name in names] == [1, 1, 0, 2, 0]
     assert row["dice_mean"] == 0
     assert not evaluation.unreadable
-    assert any("lesion mask is empty inside the brain: sub-zero" in line for line in evaluation.warnings)
+    assert any(
+        "Lesion mask without a voxel inside the brain: sub-zero" in line for line in evaluation.warnings
+    )
     assert any("with a lesion in the lesion mask: sub-masked" in line for line in evaluation.warnings)
 
 
@@ -558,7 +560,7 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     assert met == {"sub-01 T1w": "training", "sub-01 T2w": "no", "sub-02 T1w": "no"}
     assert main([str(bench.raw), str(bench.out), "group"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "disyre for T1w has met sub-01 in training" in said
+    assert "training data of the model of disyre for T1w include sub-01" in said
 
 
 def test_images_of_another_pipeline_are_worked_on_instead(bench):

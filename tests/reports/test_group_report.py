@@ -187,7 +187,7 @@ def test_nobody_usable_still_gives_a_page(tmp_path):
     Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
     evaluation, people = assess(tmp_path)
     page = write_page(tmp_path, evaluation, people).read_text()
-    assert "There is no participants.tsv" in page
+    assert "No participants.tsv" in page
     assert "no scan with a lesion" in page
 
 

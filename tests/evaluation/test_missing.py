@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bids_uad.evaluation.missing import BY_HAND, find_exclusions
+from bids_uad.evaluation.missing import NO_REASON, find_exclusions
 from bids_uad.levels.participant.interfaces import quality_table
 
 FAILED = {"failures": ["The brain overlaps the reference brain by only 0.40 (Dice): check the registration."]}
@@ -57,7 +57,7 @@ def test_a_t2w_follows_the_t1w_that_it_was_registered_to(tmp_path, anchor, left_
     assert ("sub-01_ses-a_run-2", "T2w") not in found
     if left_out:
         reason = found["sub-01_ses-a", "T2w"]
-        assert reason.startswith(f"depends on {anchor_image}, which is left out: ")
+        assert reason.startswith(f"depends on {anchor_image}, which is excluded: ")
         assert reason.endswith(found[tuple(anchor_image.rsplit("_", 1))])
 
 
@@ -69,7 +69,7 @@ def test_an_image_follows_those_that_its_lesion_mask_came_through(tmp_path):
     write_quality(tmp_path, "sub-01_ses-c_T1w", {}, depends_on="sub-01_ses-d_T2w")  # not there
     found, _ = find_exclusions(tmp_path)
     assert found["sub-01_ses-a", "T1w"].startswith(
-        "depends on sub-01_ses-b_T1w, which is left out: The brain"
+        "depends on sub-01_ses-b_T1w, which is excluded: The brain"
     )
     assert len(found) == 3
 
@@ -88,7 +88,7 @@ def test_tables_of_earlier_versions_and_damaged_ones(tmp_path):
     damaged = write_quality(tmp_path, "sub-02_T1w", FAILED)
     damaged.write_text("exclude\n")
     found, unreadable = find_exclusions(tmp_path)
-    assert found == {("sub-01", "T1w"): BY_HAND}
+    assert found == {("sub-01", "T1w"): NO_REASON}
     assert len(unreadable) == 1
     assert damaged.name in unreadable[0]
     assert find_exclusions(tmp_path, frozenset({"sub-03"})) == ({}, [])

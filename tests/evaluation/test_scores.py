@@ -18,7 +18,7 @@ from tests.evaluation.fake_tables import Scan, write_cohort
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Eleven participants, two detectors, two modalities, one damaged table; read three at a time."""
-    monkeypatch.setattr(reading, "PARTICIPANTS_AT_ONCE", 3)
+    monkeypatch.setattr(reading, "BATCH_SIZE", 3)
     write_cohort(tmp_path, tmp_path, n_lesion=7, n_healthy=4, n_voxels=10_000)
     damaged = next((tmp_path / "sub-05").rglob("*T2wDisyre_metrics.tsv"))
     damaged.write_text("nothing")
@@ -48,7 +48,7 @@ def test_processes_do_not_change_a_bit(study):
     assert seen == [12, 12, 12, 8]
     assert len(alone.rows) == 44 - 1 - 2
     assert len(alone.unreadable) == 1
-    assert [absence.subject for absence in alone.excluded] == ["sub-02", "sub-02"]
+    assert [missing.subject for missing in alone.excluded] == ["sub-02", "sub-02"]
     same(alone, read(study, {("sub-02", "T1w"): "blurred"}, processes=2))
 
 
