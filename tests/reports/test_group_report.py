@@ -1,3 +1,5 @@
+"""Group report: the page, its links, and its figures as files."""
+
 from __future__ import annotations
 
 import re
@@ -14,7 +16,6 @@ from bids_uad.evaluation.provenance import read_model_provenance
 from bids_uad.evaluation.subjects import add_participant_columns
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.reports import group_charts
-from bids_uad.reports.charts import ChartCanvas, power_of_ten, round_up
 from bids_uad.reports.group import CHAPTERS, Provenance, write_group_report
 from bids_uad.reports.group_text import no_interval, number
 from tests.evaluation.fake_tables import EDGES, Scan, beta_counts, write_cohort
@@ -68,7 +69,7 @@ class _Balance(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_alone(study):
+def test_page_is_valid_and_needs_no_other_resource(study):
     page = (study / "group.html").read_text()
     parser = _Balance()
     parser.feed(page)
@@ -85,7 +86,7 @@ def test_the_page_is_whole_and_alone(study):
     assert files == {"sub-01.html", *(f"group_{name}.tsv" for name in names)}
 
 
-def test_the_page_says_what_it_must(study):
+def test_page_contains_the_required_texts(study):
     page = (study / "group.html").read_text()
     assert "Not for clinical use" in page
     assert "optimistic upper bound" in page
@@ -104,12 +105,12 @@ def test_the_page_says_what_it_must(study):
         assert text in page
 
 
-def test_headings_explain_and_sort_their_columns(study):
+def test_table_heads_have_definitions(study):
     page = (study / "group.html").read_text()
     heads = re.findall(r'<th scope="col"[^>]*data-sort[^>]*>', page)
-    told = [head for head in heads if re.search(r'title="[^"]{5,}"', head)]
-    # Only the names of cohorts stand for themselves: three and the modality, twice.
-    assert len(heads) - len(told) == 8
+    explained = [head for head in heads if re.search(r'title="[^"]{5,}"', head)]
+    # Without definition: modality and three cohorts, in two tables.
+    assert len(heads) - len(explained) == 8
     assert 'title="Mean Dice at the fixed threshold over the lesion scans"' in page
 
 
@@ -138,20 +139,20 @@ def test_figures_are_valid_svg_with_working_links(study):
             assert (figure.parent / link.get("href")).is_file()
 
 
-def test_dots_are_where_the_numbers_are(study):
+def test_dots_are_at_their_dice(study):
     evaluation, _ = assess(study)
     dice = next(figure for figure in charts(evaluation) if figure.name == "dice_T1w")
     tips = re.findall(r" x=\"([\d.]+)\"[^>]*><title>(sub-\d+): ([\d.]+)</title>", dice.svg)
     scans = evaluation.subjects[evaluation.subjects["modality"] == "T1w"]
     assert len(tips) == (scans["role"] == "lesion").sum()
-    places = np.array([float(place) for place, _, _ in tips])
+    positions = np.array([float(x) for x, _, _ in tips])
     values = np.array([float(value) for _, _, value in tips])
-    slope, offset = np.polyfit(values, places, 1)
-    np.testing.assert_allclose(places, slope * values + offset, atol=0.7)
+    slope, offset = np.polyfit(values, positions, 1)
+    np.testing.assert_allclose(positions, slope * values + offset, atol=0.7)
     assert slope > 0
 
 
-def test_many_scans_are_drawn_as_a_whole(study, monkeypatch):
+def test_many_scans_are_drawn_as_densities(study, monkeypatch):
     monkeypatch.setattr(group_charts, "MAX_DOTS", 3)
     monkeypatch.setattr(group_charts, "_VOLUME_GROUPS", 2)
     evaluation, _ = assess(study)
@@ -182,7 +183,7 @@ def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
     assert not stale.exists()
 
 
-def test_nobody_usable_still_gives_a_page(tmp_path):
+def test_page_without_usable_scans(tmp_path):
     Scan("1").write(tmp_path)
     Scan("<b>2".replace("<b>", ""), n_lesion=EDGES.astype(int) * 0).write(tmp_path)
     evaluation, people = assess(tmp_path)
@@ -191,7 +192,7 @@ def test_nobody_usable_still_gives_a_page(tmp_path):
     assert "no scan with a lesion" in page
 
 
-def test_text_of_the_dataset_cannot_become_markup(tmp_path):
+def test_text_of_the_dataset_is_escaped(tmp_path):
     write_cohort(tmp_path, tmp_path, n_voxels=5_000)
     table = tmp_path / "participants.tsv"
     table.write_text(table.read_text().replace("stroke", "<script>alert(1)</script>"))
@@ -203,51 +204,16 @@ def test_text_of_the_dataset_cannot_become_markup(tmp_path):
     assert "&lt;script&gt;alert" in page
 
 
-def test_axes_end_at_round_numbers_and_powers_of_ten_are_raised():
-    assert [round_up(value) for value in (0.43, 0.5, 7.2, 130)] == pytest.approx([0.5, 0.5, 8, 150])
-    assert [power_of_ten(value) for value in (1e-6, 1.0, 1e3)] == ["10⁻⁶", "1", "10³"]
-
-
-def test_a_canvas_annotates_its_markers_in_order():
-    canvas = ChartCanvas(200, "a & b")
-    axes = canvas.panel(100, 50, 400, 100)
-    axes.set(xlim=(0, 4), ylim=(0, 1))
-    canvas.markers(axes, [1, 3], [0.25, 1], "#0072B2", tips=["one", ""], links=["", "sub-01.html"])
-    svg = canvas.svg()
-    assert svg == svg.strip()
-    assert svg.startswith("<svg xmlns")
-    assert 'aria-label="a &amp; b"' in svg
-    # Data (1, 0.25) lie at 100 + 400/4 and 50 + 100 * 0.75 pixels, data (3, 1) at 400 and 50.
-    assert re.search(r'<use [^>]*x="200" y="125"[^>]*><title>one</title></use>', svg)
-    assert re.search(r'<a href="sub-01.html"><use [^>]*x="400" y="50"[^>]*/></a>', svg)
-    for identifier in re.findall(r' id="([^"]+)"', svg):
-        assert f"#{identifier}" in svg
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.1234, "0.123"), (12.0, "12"), (1234.5, "1,234"), (0.00002, "2.0e-5"),
      (float("nan"), "n/a"), (100.0, "100")],
 )  # fmt: skip
-def test_numbers_are_short(value, text):
+def test_number_format(value, text):
     assert number(value) == text
 
 
-def test_rebinning_keeps_the_voxels():
-    counts = beta_counts(np.random.default_rng(0), 10_000, 2, 9)
-    edges, shares = group_charts._display_bins(EDGES, counts, (0, 1.05), "linear")
-    assert len(edges) == len(shares) + 1
-    assert shares.sum() == pytest.approx(1)
-
-
-def test_dots_do_not_hide_each_other():
-    places = [10.0, 10.0, 10.5, 200.0]
-    offsets = group_charts._swarm(places, 3)
-    assert len(set(offsets[:3])) == 3
-    assert offsets[3] == 0
-
-
-def test_numbers_without_an_interval_say_so_and_show_how_many_there_are(study, tmp_path):
+def test_missing_intervals_are_explained(study, tmp_path):
     evaluation, people = assess(study)  # four participants with lesions
     found = analyse(evaluation.subjects, evaluation.cohort_curves, (), seed=0, lesions=evaluation.lesions)
     write_page(study, evaluation, people, found)
@@ -272,5 +238,5 @@ def test_numbers_without_an_interval_say_so_and_show_how_many_there_are(study, t
         ({"x": np.nan, "x_ci_low": np.nan, "n_participants": 0}, ""),
     ],
 )
-def test_why_there_is_no_interval(row, words):
+def test_no_interval_gives_the_reason(row, words):
     assert no_interval(row, "x", "x") == words
