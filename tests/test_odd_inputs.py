@@ -24,8 +24,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
 from bids_uad.files import sha256_of
 from bids_uad.levels.participant import run, workflow
-from bids_uad.levels.participant.workflow import FIELDS
-from bids_uad.levels.participant.workflow import _connect_record as connect_record
+from bids_uad.levels.participant.workflow import FROM_PREPROCESSING, connect_record
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.interfaces import Conform
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
@@ -684,14 +683,14 @@ def init_reading_wf(*, name: str, **_: object) -> LiterateWorkflow:
     return part
 
 
-def init_recording_wf(task, means, *, name: str) -> LiterateWorkflow:
+def init_recording_wf(task, context, *, name: str) -> LiterateWorkflow:
     """Stand-in for the workflow that writes the derivatives of an image."""
     part = LiterateWorkflow(name=name)
-    inputnode = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
-    target = means.config.output_dir / task.unit.folder / f"{task.unit.key}_read.json"
+    inputnode = Node(IdentityInterface(fields=[*FROM_PREPROCESSING, "lesion"]), name="inputnode")
+    target = context.config.output_dir / task.unit.folder / f"{task.unit.key}_read.json"
     write = Node(Write(target=str(target)), name="write")
     part.connect([(inputnode, write, [("preproc", "image"), ("qc", "warnings")])])
-    connect_record(part, task, means, inputnode, [(write, "out_file")])
+    connect_record(part, task, context, inputnode, [(write, "out_file")])
     return part
 
 
@@ -719,7 +718,7 @@ def finished(tmp_path_factory):
     told = folder / "told.txt"
     with pytest.MonkeyPatch.context() as patch, told.open("w") as stream:
         patch.setattr(workflow, "init_preproc_wf", init_reading_wf)
-        patch.setattr(workflow, "init_writing_wf", init_recording_wf)
+        patch.setattr(workflow, "init_derivatives_wf", init_recording_wf)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(run, "print_summary", lambda *_: None)
         patch.setattr(run, "doubts", lambda *_: [])

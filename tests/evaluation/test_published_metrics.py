@@ -9,7 +9,7 @@ import torch
 from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator, score_counts
 from bids_uad.engine.inference import published_median
 from bids_uad.evaluation.metrics import average_precision, confusion, dice_curve
-from bids_uad.levels.participant.postprocess import label_components, lesion_hits
+from bids_uad.levels.participant.postprocess import count_lesions, label_components
 from tests.published import Case
 
 CASE = Case("metrics")
@@ -58,5 +58,5 @@ def test_lesion_wise_counts():
     """Lesions, those found, and components that touch none; 26-connected."""
     threshold = float(CASE["hits_threshold"])
     for (scores, brain, lesion), expected in zip(VOLUMES, CASE["hits"], strict=True):
-        hits = lesion_hits(label_components((scores > threshold) & brain), lesion)
+        hits = count_lesions(label_components((scores > threshold) & brain), lesion)
         assert [hits.n_lesions, hits.n_detected, hits.n_false] == expected.tolist()

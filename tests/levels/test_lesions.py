@@ -6,7 +6,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from bids_uad.dataset.sidecars import LESION_COLUMNS
-from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, contrasts, lesion_table
+from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, lesion_contrasts, lesion_table
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_lesions_are_measured_as_loops_over_voxels_say(scan):
 def test_a_lesion_without_tissue_around_it_has_no_contrast():
     labels = np.zeros((20, 20, 20), int)
     labels[5:15, 5:15, 5:15] = 1
-    assert np.isnan(contrasts(labels, np.ones(labels.shape), labels > 0)).all()
-    assert np.isnan(contrasts(labels, np.ones(labels.shape), np.ones(labels.shape, bool))).all()
+    assert np.isnan(lesion_contrasts(labels, np.ones(labels.shape), labels > 0)).all()
+    assert np.isnan(lesion_contrasts(labels, np.ones(labels.shape), np.ones(labels.shape, bool))).all()
     few = labels > 0
     few[2, : MIN_SHELL_VOXELS - 1, 10] = True
     image = np.random.default_rng(0).random(labels.shape)
-    assert np.isnan(contrasts(labels, image, few)).all()
+    assert np.isnan(lesion_contrasts(labels, image, few)).all()
     few[2, :, 11] = True
-    assert np.isfinite(contrasts(labels, image, few)).all()
+    assert np.isfinite(lesion_contrasts(labels, image, few)).all()
 
 
 def test_no_lesion_is_an_empty_table(scan):

@@ -27,15 +27,15 @@ def test_mask_agrees_with_counts_for_thresholds_between_single_precision_numbers
 
 def test_squash_is_monotone_and_half_at_the_threshold(random):
     scores = np.sort(random.gamma(1, 3, 500)).astype(np.float32)
-    squashed = maps.squash(scores, 2.0)
-    assert maps.squash(np.array([2.0], np.float32), 2.0)[0] == 0.5
+    squashed = maps.rescale_scores(scores, 2.0)
+    assert maps.rescale_scores(np.array([2.0], np.float32), 2.0)[0] == 0.5
     assert (np.diff(squashed) >= 0).all()
     assert squashed.min() >= 0
     assert squashed.max() < 1
     np.testing.assert_allclose(2.0 * squashed / (1 - squashed), scores, rtol=1e-5)
-    assert maps.squash(np.array([-1.0], np.float32), 2.0)[0] == 0
+    assert maps.rescale_scores(np.array([-1.0], np.float32), 2.0)[0] == 0
     with pytest.raises(ValueError, match="must be positive"):
-        maps.squash(scores, 0.0)
+        maps.rescale_scores(scores, 0.0)
 
 
 def test_components_touch_at_corners_and_are_ordered_by_size():
@@ -130,14 +130,14 @@ def test_lesion_hits():
     mask = np.zeros_like(lesion)
     mask[2, 1, 1] = mask[5, 5, 5:7] = True  # two hits
     mask[0, 9, 9] = mask[9, 0, 0] = True  # two false
-    hits = maps.lesion_hits(maps.label_components(mask), lesion)
+    hits = maps.count_lesions(maps.label_components(mask), lesion)
     assert (hits.n_lesions, hits.n_detected, hits.n_false) == (3, 2, 2)
 
 
 def test_one_component_over_two_lesions_detects_both():
     lesion = np.zeros((10, 3, 3), bool)
     lesion[1] = lesion[5] = True
-    hits = maps.lesion_hits(maps.label_components(np.ones_like(lesion)), lesion)
+    hits = maps.count_lesions(maps.label_components(np.ones_like(lesion)), lesion)
     assert (hits.n_lesions, hits.n_detected, hits.n_false) == (2, 2, 0)
 
 
@@ -147,7 +147,7 @@ def test_hits_agree_with_scipy_on_random_masks(random):
     truth, n_truth = ndimage.label(lesion, np.ones((3, 3, 3)))
     detected = sum(bool(mask[truth == k].any()) for k in range(1, n_truth + 1))
     false = sum(not lesion[components == k].any() for k in range(1, components.max() + 1))
-    hits = maps.lesion_hits(components, lesion)
+    hits = maps.count_lesions(components, lesion)
     assert (hits.n_lesions, hits.n_detected, hits.n_false) == (n_truth, detected, false)
 
 
@@ -177,7 +177,7 @@ def bars(volumes):
 def test_lesions_and_components_are_counted_from_the_least_volume(lesions, components, least, counted):
     lesion, mask = bars(lesions), bars(components)
     labels = maps.label_components(mask)
-    hits = maps.lesion_hits(labels, lesion, least)
+    hits = maps.count_lesions(labels, lesion, least)
     assert (hits.n_lesions, hits.n_detected, hits.n_false) == counted
     row = maps.metrics_row({}, labels, np.ones_like(mask), lesion, least).iloc[0]
     assert row["min_lesion_volume_mm3"] == least
@@ -200,7 +200,7 @@ def test_counts_agree_with_region_properties_of_scikit_image(random, least):
     lesions, found = components(lesion), components(mask)
     inside, marked = set().union(*lesions), set().union(*found)
     counted = [voxels for voxels in lesions if len(voxels) >= least]
-    hits = maps.lesion_hits(maps.label_components(mask), lesion, least)
+    hits = maps.count_lesions(maps.label_components(mask), lesion, least)
     assert hits.n_lesions == len(counted)
     assert hits.n_detected == sum(bool(voxels & marked) for voxels in counted)
     assert hits.n_false == sum(not voxels & inside for voxels in found if len(voxels) >= least)
@@ -241,7 +241,7 @@ def test_counts_are_those_of_panoptica(seed):
                 volume[tuple(slice(a, a + b) for a, b in zip(start, size, strict=True))] = True
     labels = maps.label_components(mask)
     for least, (hit, false, missed) in zip((0, 3, 20), PANOPTICA[seed], strict=True):
-        hits = maps.lesion_hits(labels, lesion, least)
+        hits = maps.count_lesions(labels, lesion, least)
         assert (hits.n_detected, hits.n_false, hits.n_lesions) == (hit, false, hit + missed)
 
 
@@ -278,7 +278,9 @@ def test_a_hair_above_the_threshold_is_above_one_half():
     for k in range(5):
         scores[k:] = np.nextafter(scores[k:], np.float32(1))
     scores = np.append(scores, np.nextafter(np.float32(threshold), np.float32(0)))
-    np.testing.assert_array_equal(maps.squash(scores, threshold) > 0.5, scores > np.float64(threshold))
+    np.testing.assert_array_equal(
+        maps.rescale_scores(scores, threshold) > 0.5, scores > np.float64(threshold)
+    )
 
 
 def test_regions_are_those_with_most_voxels(random):
@@ -287,7 +289,7 @@ def test_regions_are_those_with_most_voxels(random):
         np.uint8
     )
     names = {1: "cortex", 2: "thalamus"}
-    found = maps.regions(labels, parcellation, names)
+    found = maps.region_names(labels, parcellation, names)
     assert len(found) == labels.max()
     assert {"cortex", "thalamus", "3", None} == set(found)
     for number, name in enumerate(found, start=1):
@@ -297,4 +299,4 @@ def test_regions_are_those_with_most_voxels(random):
 
 
 def test_nothing_found_lies_in_no_region():
-    assert maps.regions(np.zeros((3, 3, 3), np.int32), np.ones((3, 3, 3), np.uint8), {1: "a"}) == []
+    assert maps.region_names(np.zeros((3, 3, 3), np.int32), np.ones((3, 3, 3), np.uint8), {1: "a"}) == []

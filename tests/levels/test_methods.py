@@ -14,7 +14,7 @@ from bids_uad.files import sha256_of
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
-    as_it_was,
+    add_measured_methods,
     methods_of,
     records_of,
 )
@@ -46,7 +46,7 @@ T1W, T2W = "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-01/ses-b/anat/sub-0
 )
 def test_what_preprocessing_found_out_is_what_counts(before, quality, origin):
     static = asdict(Pathway("T1w", "", skull_stripped=False, extraction="combined")) | before
-    found = as_it_was(static, quality)
+    found = add_measured_methods(static, quality)
     assert found["mask_origin"] == origin
     assert found["skull_stripped"] == quality["skull_stripped"]
 

@@ -547,9 +547,9 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     (bench.raw / "participants.tsv").write_text("participant_id\tscanner\nsub-01\tA\nsub-02\tB\n")
     assert bench.run() == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("disyre-T1w has met sub-01 in training") == 2  # before and after
+    assert said.count("disyre-T1w: sub-01 seen in training") == 2  # before and after
     assert "sub-02 in" not in said
-    assert "disyre-T2w has met" not in said
+    assert "disyre-T2w: sub" not in said
     tables = list(bench.out.rglob("*_metrics.tsv"))
     names = [f"{path.name.split('_')[0]} {path.name.split('desc-')[1][:3]}" for path in tables]
     rows = {name: pd.read_csv(path, sep="\t").iloc[0] for name, path in zip(names, tables, strict=True)}

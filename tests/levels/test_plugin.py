@@ -11,7 +11,7 @@ import pytest
 from nipype import Function, Node, Workflow
 
 from bids_uad.levels.participant.executors import IsolatedPlugin, describe_death
-from bids_uad.levels.participant.interfaces import explain
+from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.levels.participant.summary import error_line
 
 
@@ -158,9 +158,9 @@ def test_deaths_in_words():
 
 
 def test_engine_failures_in_words():
-    assert "memory ran out" in explain(-signal.SIGKILL, "", 0)
-    assert "--device cpu" in explain(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried", 0)
-    assert explain(69, "model bundle x: y\n", 0) == "model bundle x: y (exit code 69)"
+    assert "memory ran out" in describe_failure(-signal.SIGKILL, "", 0)
+    assert "--device cpu" in describe_failure(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried", 0)
+    assert describe_failure(69, "model bundle x: y\n", 0) == "model bundle x: y (exit code 69)"
 
 
 @pytest.mark.parametrize(

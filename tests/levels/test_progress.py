@@ -9,7 +9,7 @@ from bids_uad.levels.participant.summary import Progress
 
 
 def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:
-    full = f"bids_uad_wf.sub_01_wf.{image}_writing_wf.{name}"
+    full = f"bids_uad_wf.sub_01_wf.{image}_derivatives_wf.{name}"
     return SimpleNamespace(name=name, fullname=full)
 
 

@@ -23,7 +23,7 @@ from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import main as score_in_process
 from bids_uad.errors import ModelError
 from bids_uad.files import write_json, write_tsv
-from bids_uad.levels.participant.interfaces import explain
+from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.methods.intensity import Intensity
 from bids_uad.networks.backbones import resnet18
 from bids_uad.training import calibrate
@@ -561,7 +561,7 @@ def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, m
     assert score_in_process([*arguments, "--device", "cpu"]) == 69
     told = capsys.readouterr().err
     assert told.startswith("intensity gave NaN or infinite scores for sub-1_T2w in axial slice")
-    assert explain(69, told, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
+    assert describe_failure(69, told, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
     assert not target.exists()
 
 

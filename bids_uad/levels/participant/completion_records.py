@@ -14,10 +14,11 @@ from bids_uad import __version__
 from bids_uad.calibration.normative import HealthyCohort
 from bids_uad.dataset.lesion_masks import LesionMask
 from bids_uad.dataset.naming import ImageUnit
+from bids_uad.dataset.participants import source_name
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import unreadable
 from bids_uad.files import locked, sha256_of, write_json
-from bids_uad.levels.participant.leakage import NOT_SEEN, deviation_sidecar, seen_in_training
+from bids_uad.levels.participant.leakage import NOT_SEEN, normative_metadata, seen_in_training
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.intensity_correction import is_uniform_image
 from bids_uad.reports import pathways
@@ -327,7 +328,7 @@ def _lesion(task: Task) -> str:
     return pathways.ON_SCAN if lesion.transform is None else pathways.BY_TRANSFORM
 
 
-def as_it_was(methods: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
+def add_measured_methods(methods: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
     """Add what preprocessing found out about an image.
 
     Parameters
@@ -351,7 +352,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
     """Describe a model that is applied to an image: a `UsedModel` of JSON types."""
     name, threshold = bundle.default_threshold
     training = bundle.info.get("training", {})
-    met = seen_in_training(bundle, task.unit, context.config.bids_dir)
+    met = seen_in_training(bundle, task.unit, source_name(context.config.bids_dir))
     model = UsedModel(
         detector=bundle.scored_as,
         modality=bundle.modality,
@@ -370,7 +371,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
             model,
             covariates=tuple(key for key, mean in known.items() if mean is not None),
             normative_cohort=bundle.normative.get("cohort", {}).get("source", ""),
-            imputed=bool(deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]),
+            imputed=bool(normative_metadata(bundle.normative, **task.person.covariates)["NormativeRemarks"]),
         )
     return asdict(model)
 

@@ -1,4 +1,4 @@
-"""The data sink: from a node's working folder into the derivative dataset, whole or not at all."""
+"""Nipype interfaces of the participant level: data sink, detection, postprocessing, quality, completion."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pandas as pd
 from nipype.interfaces.base import (
     BaseInterfaceInputSpec,
@@ -21,30 +24,76 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from bids_uad.calibration.normative import NormativeReference
 from bids_uad.dataset.naming import ENTITIES, PATTERNS
 from bids_uad.dataset.sidecars import QUALITY_COLUMNS
+from bids_uad.engine.bundle import NORMATIVE_FILE, Bundle, load_bundle
 from bids_uad.errors import InputError, ModelError
 from bids_uad.files import atomic_path, read_row, write_json, write_tsv
+from bids_uad.images import save_image
+from bids_uad.levels.participant.completion_records import (
+    CompletionRecord,
+    ModelRecord,
+    add_measured_methods,
+    write_record,
+)
+from bids_uad.levels.participant.postprocess import detect_anomalies
+from bids_uad.preprocessing.check import read_lesion
+from bids_uad.preprocessing.resampling import map_to_native
 from bids_uad.resources import oom_kills, why_killed
-
-if TYPE_CHECKING:
-    import numpy as np
+from bids_uad.space import AFFINE, SHAPE, to_image
 
 _EMPTY_ARCHIVE = Path(__file__).parents[2] / "data" / "templateflow"
+_EXCLUSION = ("exclude", "exclude_reasons", "exclude_dependents")
+"""Columns of the quality table that users may edit."""
+
+
+def sidecar_of(path: Path) -> Path:
+    """Return the path of an output's JSON sidecar."""
+    return path.with_name(path.name.split(".", 1)[0] + ".json")
+
+
+def with_sidecars(files: Iterable[Path]) -> list[str]:
+    """Return the sorted paths of files and their sidecars, in POSIX form."""
+    return sorted({path.as_posix() for file in files for path in (file, sidecar_of(file))})
+
+
+def read_sri24(path: str | Path) -> np.ndarray:
+    """Read an image on the SRI24 grid.
+
+    Parameters
+    ----------
+    path : path-like
+        NIfTI file.
+
+    Returns
+    -------
+    numpy.ndarray
+        Voxels, shape `space.SHAPE`.
+
+    Raises
+    ------
+    ValueError
+        If the image is on another grid.
+    """
+    image = nib.load(path)
+    if image.shape != SHAPE or not np.allclose(image.affine, AFFINE, atol=1e-3):
+        raise ValueError(f"{path} is not on the SRI24 grid")
+    return np.asanyarray(image.dataobj)
 
 
 def _import_sink() -> type:
-    """Import niworkflows' sink without letting it index, or write, a TemplateFlow archive."""
+    """Import niworkflows' sink with an empty TemplateFlow archive, so that the user's is not indexed."""
     variable = "TEMPLATEFLOW_HOME"
-    users = os.environ.get(variable)
+    previous = os.environ.get(variable)
     os.environ[variable] = str(_EMPTY_ARCHIVE)
     try:
         from niworkflows.interfaces.bids import DerivativesDataSink
     finally:
-        if users is None:
+        if previous is None:
             del os.environ[variable]
         else:
-            os.environ[variable] = users
+            os.environ[variable] = previous
     return DerivativesDataSink
 
 
@@ -52,11 +101,11 @@ _NiworkflowsSink = _import_sink()
 
 
 class DerivativesDataSink(_NiworkflowsSink):
-    """niworkflows' data sink with bids_uad's names, no folder of its own, and atomic writing.
+    """niworkflows' data sink with the entities of bids_uad, no subfolder, and atomic writing.
 
-    SRI24 is kept out of the standard spaces: whether a machine's TemplateFlow archive happens to hold
-    `tpl-SRI24` must not change the headers. Always pass `compress=True` for images: inside a workflow the
-    inherited default is lost and the image would be written uncompressed.
+    SRI24 is not among the standard spaces, so that headers do not depend on whether the user's TemplateFlow
+    archive contains `tpl-SRI24`. Pass `compress=True` for images: inside a workflow the inherited default is
+    lost, and images are written uncompressed.
     """
 
     out_path_base = ""
@@ -70,7 +119,7 @@ class DerivativesDataSink(_NiworkflowsSink):
         staging = Path(runtime.cwd) / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        # The sink unlinks and then writes; it may do so in a folder that nobody reads.
+        # The sink removes a file before it writes it: not in the dataset, where it may be read.
         self.inputs.base_directory = str(staging)
         try:
             runtime = super()._run_interface(runtime)
@@ -83,13 +132,8 @@ class DerivativesDataSink(_NiworkflowsSink):
         return runtime
 
 
-def sidecar_of(path: Path) -> Path:
-    """Give the JSON file that belongs to an output."""
-    return path.with_name(path.name.split(".", 1)[0] + ".json")
-
-
 def _publish(staged: str | list[str], staging: Path, target: Path) -> str | list[str]:
-    """Copy staged files to their places in the dataset; one stays one, a list a list."""
+    """Copy a staged file, or a list of them, to the dataset; return its path, or a list of paths."""
     if isinstance(staged, list):
         return [str(_publish(file, staging, target)) for file in staged]
     final = target / Path(staged).relative_to(staging)
@@ -100,26 +144,28 @@ def _publish(staged: str | list[str], staging: Path, target: Path) -> str | list
 
 class _DetectInputSpec(BaseInterfaceInputSpec):
     image = File(exists=True, mandatory=True, desc="preprocessed image, SRI24")
-    brain = File(exists=True, mandatory=True, desc="its brain mask")
-    key = traits.Str(mandatory=True, desc="name of the image: keys random streams")
+    brain = File(exists=True, mandatory=True, desc="brain mask, SRI24")
+    key = traits.Str(mandatory=True, desc="name of the image, for the random number streams")
     seed = traits.Int(0, usedefault=True, desc="random seed")
     bundles = traits.List(traits.Str, mandatory=True, minlen=1, desc="model bundle folders")
-    sha256 = traits.List(traits.Str, mandatory=True, desc="checksum of each: a new model is a new input")
-    # A change of device or threads alone computes nothing anew: an interrupted run can go on elsewhere.
+    sha256 = traits.List(
+        traits.Str, mandatory=True, desc="checksum of each bundle, so that a new model is a new input"
+    )
+    # Device and threads are not hashed: an interrupted run may continue on other hardware.
     device = traits.Str("cpu", usedefault=True, nohash=True, desc="torch device")
     precision = traits.Enum("fp32", "bf16", usedefault=True, desc="arithmetic of the networks")
-    batch_size = traits.Int(0, usedefault=True, nohash=True, desc="slices at once; 0: as fits")
+    batch_size = traits.Int(0, usedefault=True, nohash=True, desc="slices per batch; 0: as memory allows")
     compiled = traits.Bool(False, usedefault=True, nohash=True, desc="compile the networks")
-    use_cuda = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of the scheduler")
+    use_cuda = traits.Bool(False, usedefault=True, nohash=True, desc="occupy a GPU slot of the scheduler")
     threads = traits.Int(1, usedefault=True, nohash=True, desc="CPU threads")
 
 
 class _DetectOutputSpec(TraitedSpec):
-    out_files = traits.List(File(exists=True), desc="one map for each bundle, in their order")
+    out_files = traits.List(File(exists=True), desc="one anomaly map per bundle")
 
 
 class Detect(SimpleInterface):
-    """Score one image with several detectors, in a short-lived process that gives its GPU memory back."""
+    """Score one image with several detectors in a separate process, whose end frees the GPU memory."""
 
     input_spec = _DetectInputSpec
     output_spec = _DetectOutputSpec
@@ -141,30 +187,32 @@ class Detect(SimpleInterface):
         kills = oom_kills()
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
-            raise RuntimeError(f"detection failed: {explain(done.returncode, done.stderr, kills)}")
+            raise RuntimeError(f"detection failed: {describe_failure(done.returncode, done.stderr, kills)}")
         self._results["out_files"] = [str(path) for path in maps]
         return runtime
 
 
-def explain(returncode: int, stderr: str, oom_kills_before: int) -> str:
-    """Say in one line why the engine process ended.
+def describe_failure(returncode: int, stderr: str, oom_kills_before: int) -> str:
+    """Describe in one line why the scoring process failed.
 
     Parameters
     ----------
     returncode : int
-        Negative for a signal.
+        Exit code of the process; negative for a signal.
     stderr : str
+        Its standard error.
     oom_kills_before : int
-        Processes that the kernel had killed for memory when it started.
+        Number of processes killed for memory before it started, see :func:`bids_uad.resources.oom_kills`.
 
     Returns
     -------
     str
+        Cause, and remedy if memory ran out.
     """
     if returncode == -signal.SIGKILL:
         return f"the process was killed {why_killed(oom_kills_before)}"
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else "it said nothing"
+    last = lines[-1].strip() if lines else "no error message"
     if "out of memory" in stderr.lower():
         return f"out of memory ({last}); free the GPU or use --device cpu"
     return f"{last} (exit code {returncode})"
@@ -174,27 +222,29 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     score_map = File(exists=True, mandatory=True, desc="anomaly map, SRI24")
     brain_mask = File(exists=True, mandatory=True, desc="brain mask, SRI24")
     lesion = File(exists=True, desc="ground truth, SRI24")
-    image = File(exists=True, desc="preprocessed image, SRI24; needed with ground truth")
+    image = File(exists=True, desc="preprocessed image, SRI24; required with ground truth")
     native_ref = File(exists=True, mandatory=True, desc="brain mask on the grid of the raw image")
-    from_sri24 = File(exists=True, mandatory=True, desc="transform back to the raw image, ITK text")
+    from_sri24 = File(exists=True, mandatory=True, desc="transform from SRI24 to the raw image, ITK text")
     bundle = traits.Str(mandatory=True, desc="model bundle folder")
-    deviation = traits.Enum("none", "normative", usedefault=True, desc="what is written about")
-    person = traits.Dict(desc="age and sex of the participant, None where they are not known")
-    facts = traits.Dict(mandatory=True, desc="where the numbers come from: columns of the metrics table")
-    min_lesion_volume = traits.Float(mandatory=True, desc="least volume of a lesion that is counted, mm3")
-    files = traits.Dict(mandatory=True, desc="final place of each output, by kind")
+    deviation = traits.Enum("none", "normative", usedefault=True, desc="scores, or normative deviations")
+    covariates = traits.Dict(desc="age and sex of the participant, None if unknown")
+    provenance = traits.Dict(
+        mandatory=True, desc="first columns of the metrics table: image, model, threshold"
+    )
+    min_lesion_volume = traits.Float(mandatory=True, desc="minimum volume of counted lesions, mm3")
+    files = traits.Dict(mandatory=True, desc="path of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
-    parcellations = traits.Dict(desc="label image of each parcellation of the atlas, by name")
+    parcellations = traits.Dict(desc="label image of each atlas parcellation, by name")
 
 
 class _PostprocessOutputSpec(TraitedSpec):
-    out_files = traits.List(File(exists=True), desc="everything written")
+    out_files = traits.List(File(exists=True), desc="all files written")
 
 
 class Postprocess(SimpleInterface):
-    """Turn one anomaly map into everything that is written about it.
+    """Write the images and tables that are derived from one anomaly map.
 
-    Runs every time, since it writes into the dataset: what is there may have been removed.
+    Runs every time, since its outputs may have been removed from the dataset.
     """
 
     input_spec = _PostprocessInputSpec
@@ -202,177 +252,94 @@ class Postprocess(SimpleInterface):
     _always_run = True
 
     def _run_interface(self, runtime):
-        import numpy as np
-
-        from bids_uad.calibration.normative import NormativeReference
-        from bids_uad.engine.bundle import NORMATIVE_FILE, load_bundle
-        from bids_uad.images import save_image
-        from bids_uad.levels.participant.postprocess import lesion_table
-        from bids_uad.preprocessing.resampling import map_to_native
-
         bundle = load_bundle(self.inputs.bundle).with_deviation(self.inputs.deviation)
-
-        brain = read_on_grid(self.inputs.brain_mask) > 0
-        scores = read_on_grid(self.inputs.score_map).astype(np.float32)
-        scores = np.where(brain, scores, np.float32(0))
-        if bundle.deviation != "none":
-            reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
-            scores = reference.deviations(scores, brain, **self.inputs.person)
-        if not np.isfinite(scores).all():
-            raise ModelError(
-                f"{bundle.scored_as} gave NaN or infinite scores for {self.inputs.facts['source_image']}; "
-                "train and calibrate the model again"
-            )
-        lesion = read_on_grid(self.inputs.lesion) > 0 if isdefined(self.inputs.lesion) else None
+        brain = read_sri24(self.inputs.brain_mask) > 0
+        scores = self._scores(bundle, brain)
+        has_lesion = isdefined(self.inputs.lesion)
+        detection = detect_anomalies(
+            scores,
+            brain,
+            read_sri24(self.inputs.lesion) > 0 if has_lesion else None,
+            read_sri24(self.inputs.image) if has_lesion else None,
+            threshold=float(self.inputs.provenance["threshold"]),
+            edges=bundle.bin_edges,
+            provenance=self.inputs.provenance,
+            min_lesion_volume=self.inputs.min_lesion_volume,
+            parcellations={
+                name: _parcellation(path) for name, path in (self.inputs.parcellations or {}).items()
+            },
+        )
         files = {kind: Path(path) for kind, path in self.inputs.files.items()}
         for kind, path in files.items():
             write_json(sidecar_of(path), self.inputs.sidecars[kind])
-        write_detection(
-            scores,
-            brain,
-            lesion,
-            threshold=float(self.inputs.facts["threshold"]),
-            edges=bundle.bin_edges,
-            facts=dict(self.inputs.facts),
-            min_lesion_volume=self.inputs.min_lesion_volume,
-            files=files,
-            parcellations=self.inputs.parcellations or {},
-        )
-        mask = read_on_grid(files["mask"])
-        if lesion is not None:
-            image = read_on_grid(self.inputs.image)
-            write_tsv(files["lesions"], lesion_table(lesion, mask > 0, image, brain))
-        native = map_to_native(mask, self.inputs.native_ref, self.inputs.from_sri24)
+        save_image(to_image(scores, np.float32), files["anomalymap"])
+        save_image(to_image(detection.probseg, np.float32), files["probseg"])
+        save_image(to_image(detection.mask, np.uint8), files["mask"])
+        save_image(to_image(detection.components, np.int32), files["dseg"])
+        native = map_to_native(detection.mask, self.inputs.native_ref, self.inputs.from_sri24)
         save_image(native, files["native_mask"])
-        written = [*files.values(), *{sidecar_of(path) for path in files.values()}]
-        self._results["out_files"] = sorted(str(path) for path in written)
+        write_tsv(files["components"], detection.component_table)
+        write_tsv(files["histogram"], detection.histogram)
+        write_tsv(files["metrics"], detection.metrics)
+        if detection.lesions is not None:
+            write_tsv(files["lesions"], detection.lesions)
+        self._results["out_files"] = with_sidecars(files.values())
         return runtime
 
-
-def write_detection(
-    scores: np.ndarray,
-    brain: np.ndarray,
-    lesion: np.ndarray | None,
-    *,
-    threshold: float,
-    edges: np.ndarray,
-    facts: dict[str, Any],
-    min_lesion_volume: float,
-    files: dict[str, Path],
-    parcellations: Mapping[str, str],
-) -> None:
-    """Write the images and tables of one map in SRI24 space.
-
-    Parameters
-    ----------
-    scores : numpy.ndarray of float32, SRI24 grid
-        0 outside the brain.
-    brain : numpy.ndarray of bool
-    lesion : numpy.ndarray of bool, optional
-    threshold : float
-    edges : numpy.ndarray
-        Bin edges of the score histogram.
-    facts : dict
-        Columns of the metrics table that say where the numbers come from.
-    min_lesion_volume : float
-        Least volume of a lesion that is counted, in mm3.
-    files : dict of str to pathlib.Path
-        Targets by kind (see `dataset.naming.detection_outputs`).
-    parcellations : mapping of str to str
-        Label images on the same grid by name, each with its table of names beside it.
-    """
-    import numpy as np
-    import pandas as pd
-
-    from bids_uad.calibration.thresholds import score_counts
-    from bids_uad.levels.participant import postprocess as maps
-
-    mask = maps.anomaly_mask(scores, brain, threshold)
-    labels = maps.label_components(mask)
-    write_image(scores, np.float32, files["anomalymap"])
-    write_image(maps.squash(scores, threshold), np.float32, files["probseg"])
-    write_image(mask, np.uint8, files["mask"])
-    write_image(labels, np.int32, files["dseg"])
-    components = maps.component_table(labels, scores)
-    for name, path in parcellations.items():
-        names = pd.read_csv(path.replace(".nii.gz", ".tsv"), sep="\t").set_index("index")["name"].to_dict()
-        components[name.lower()] = maps.regions(labels, read_on_grid(path), names)
-    write_tsv(files["components"], components)
-    counts = score_counts(scores, brain, lesion, edges)
-    write_tsv(files["histogram"], maps.histogram_table(edges, *counts))
-    write_tsv(files["metrics"], maps.metrics_row(facts, labels, brain, lesion, min_lesion_volume))
+    def _scores(self, bundle: Bundle, brain: np.ndarray) -> np.ndarray:
+        """Read the anomaly map, 0 outside the brain; return scores or their normative deviations."""
+        scores = np.where(brain, read_sri24(self.inputs.score_map).astype(np.float32), np.float32(0))
+        if bundle.deviation != "none":
+            reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
+            scores = reference.deviations(scores, brain, **self.inputs.covariates)
+        if not np.isfinite(scores).all():
+            raise ModelError(
+                f"{bundle.scored_as}: NaN or infinite scores for {self.inputs.provenance['source_image']}; "
+                "train and calibrate the model again"
+            )
+        return scores
 
 
-def write_image(volume: np.ndarray, dtype: type, target: Path) -> None:
-    """Write a volume on the SRI24 grid, atomically."""
-    from bids_uad.images import save_image
-    from bids_uad.space import to_image
-
-    save_image(to_image(volume, dtype), target)
-
-
-def read_on_grid(path: str | Path) -> np.ndarray:
-    """Read an image that must lie on the SRI24 grid.
-
-    Raises
-    ------
-    ValueError
-        If it does not.
-    """
-    import nibabel as nib
-    import numpy as np
-
-    from bids_uad.space import AFFINE, SHAPE
-
-    image = nib.load(path)
-    if image.shape != SHAPE or not np.allclose(image.affine, AFFINE, atol=1e-3):
-        raise ValueError(f"{path} is not on the SRI24 grid")
-    return np.asanyarray(image.dataobj)
+def _parcellation(path: str) -> tuple[np.ndarray, dict[int, str]]:
+    """Read an atlas label image and the region names from the table beside it."""
+    names = pd.read_csv(path.replace(".nii.gz", ".tsv"), sep="\t").set_index("index")["name"]
+    return read_sri24(path), names.to_dict()
 
 
 class _AlignMaskInputSpec(BaseInterfaceInputSpec):
-    in_file = File(mandatory=True, desc="mask in SRI24 space, voxels in any order")
+    in_file = File(mandatory=True, desc="mask in SRI24 space, any voxel order")
 
 
 class _AlignMaskOutputSpec(TraitedSpec):
-    out_file = File(exists=True, desc="binary mask with voxels in our order")
+    out_file = File(exists=True, desc="binary mask on the SRI24 grid")
 
 
 class AlignMask(SimpleInterface):
-    """Store a mask that is already in SRI24 space in the voxel order of our grid; nothing is resampled."""
+    """Reorder the voxels of a mask in SRI24 space to those of the SRI24 grid, without resampling."""
 
     input_spec = _AlignMaskInputSpec
     output_spec = _AlignMaskOutputSpec
 
     def _run_interface(self, runtime):
-        import nibabel as nib
-        import numpy as np
-
-        from bids_uad.preprocessing.check import read_lesion
-        from bids_uad.space import AFFINE
-
         lesion, affine = read_lesion(self.inputs.in_file)
         order = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(AFFINE))
         target = Path(runtime.cwd) / "lesion.nii.gz"
-        write_image(nib.orientations.apply_orientation(lesion, order), np.uint8, target)
+        save_image(to_image(nib.orientations.apply_orientation(lesion, order), np.uint8), target)
         self._results["out_file"] = str(target)
         return runtime
 
 
-_VERDICT = ("exclude", "exclude_reasons", "exclude_dependents")
-
-
 class _AddQualityInputSpec(BaseInterfaceInputSpec):
     metadata = traits.Dict(mandatory=True, desc="metadata of the preprocessed image")
-    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
+    quality = traits.Dict(mandatory=True, desc="quality measures of preprocessing")
 
 
 class _AddQualityOutputSpec(TraitedSpec):
-    metadata = traits.Dict(desc="both")
+    metadata = traits.Dict(desc="metadata with the quality measures")
 
 
 class AddQuality(SimpleInterface):
-    """Put what preprocessing measured into the sidecar of the preprocessed image."""
+    """Add the quality measures of preprocessing to the metadata of the preprocessed image."""
 
     input_spec = _AddQualityInputSpec
     output_spec = _AddQualityOutputSpec
@@ -386,22 +353,21 @@ class AddQuality(SimpleInterface):
 
 
 class _WriteQualityInputSpec(BaseInterfaceInputSpec):
-    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
-    facts = traits.Dict(mandatory=True, desc="columns that say which image it is")
+    quality = traits.Dict(mandatory=True, desc="quality measures of preprocessing")
+    provenance = traits.Dict(mandatory=True, desc="source_image, modality and depends_on")
     sidecar = traits.Dict(mandatory=True, desc="metadata of the table")
-    target = traits.Str(mandatory=True, desc="where the table goes")
+    target = traits.Str(mandatory=True, desc="path of the table")
 
 
 class _WriteQualityOutputSpec(TraitedSpec):
-    out_file = File(exists=True, desc="the table")
+    out_file = File(exists=True, desc="quality table")
 
 
 class WriteQuality(SimpleInterface):
-    """Write the table of an image's quality.
+    """Write the quality table of an image.
 
-    Runs every time, since it writes into the dataset: what is there may have been removed. Where a table is
-    there, its verdict is kept, which may have been changed by hand. Tables of other inputs are removed before
-    the workflow runs.
+    Runs every time, since the table may have been removed from the dataset. The exclusion of an existing
+    table is kept, since users may have edited it; tables of changed inputs are removed before the run.
     """
 
     input_spec = _WriteQualityInputSpec
@@ -411,45 +377,76 @@ class WriteQuality(SimpleInterface):
     def _run_interface(self, runtime):
         target = Path(self.inputs.target)
         write_json(sidecar_of(target), self.inputs.sidecar)
-        table = quality_table(self.inputs.quality, self.inputs.facts)
-        for column, value in _verdict(target).items():
+        table = quality_table(self.inputs.quality, self.inputs.provenance)
+        for column, value in _read_exclusion(target).items():
             table[column] = value
         write_tsv(target, table)
         self._results["out_file"] = str(target)
         return runtime
 
 
-def _verdict(path: Path) -> dict[str, str]:
-    """Read the verdict from a quality table; empty if there is no table, or none that can be read."""
+def _read_exclusion(path: Path) -> dict[str, str]:
+    """Read the exclusion columns of a quality table; empty if there is no readable table."""
     try:
-        row = read_row(path, _VERDICT)
+        row = read_row(path, _EXCLUSION)
     except InputError:
         return {}
     return row if row["exclude"].strip().lower() in ("yes", "no") else {}
 
 
-def quality_table(quality: dict[str, Any], facts: dict[str, str]) -> pd.DataFrame:
-    """Make the one row of an image.
+def quality_table(quality: Mapping[str, Any], provenance: Mapping[str, str]) -> pd.DataFrame:
+    """Return the quality table of an image.
 
     Parameters
     ----------
-    quality : dict
-        Of :func:`bids_uad.preprocessing.quality.assess`.
-    facts : dict
-        ``source_image``, ``modality`` and ``depends_on``.
+    quality : mapping
+        Measures of :func:`bids_uad.preprocessing.quality.assess`.
+    provenance : mapping
+        `source_image`, `modality` and `depends_on`.
 
     Returns
     -------
     pandas.DataFrame
-        Columns of ``QUALITY_COLUMNS``.
+        One row with the columns of :data:`bids_uad.dataset.sidecars.QUALITY_COLUMNS`. Images with failures
+        are excluded.
     """
     failures = quality.get("failures", [])
-    verdict = "yes" if failures else "no"
-    # Every failure that is found automatically is one of geometry: brain mask, registration or orientation.
-    judged = {
-        "exclude": verdict,
-        "exclude_reasons": " ".join(failures) or None,
-        "exclude_dependents": verdict,
-    }
-    row = {**quality, **facts, **judged}
+    excluded = "yes" if failures else "no"
+    # Failures concern brain mask, registration or orientation, and so affect dependent images, too.
+    exclusion = dict(zip(_EXCLUSION, (excluded, " ".join(failures) or None, excluded), strict=True))
+    row = {**quality, **provenance, **exclusion}
     return pd.DataFrame([{name: row.get(name) for name in QUALITY_COLUMNS}])
+
+
+class _CompleteInputSpec(BaseInterfaceInputSpec):
+    files = traits.List(File(exists=True), mandatory=True, desc="all files written")
+    output_dir = traits.Str(mandatory=True, desc="derivative dataset")
+    record_file = traits.Str(mandatory=True, desc="path of the completion record (JSON)")
+    record = traits.Dict(mandatory=True, nohash=True, desc="completion record, without `outputs`")
+    quality = traits.Dict(mandatory=True, desc="quality measures of preprocessing")
+
+
+class _CompleteOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="completion record")
+
+
+class Complete(SimpleInterface):
+    """Write the completion record of an image, after all its outputs."""
+
+    input_spec = _CompleteInputSpec
+    output_spec = _CompleteOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        root = Path(self.inputs.output_dir)
+        content = dict(self.inputs.record)
+        models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
+        record = CompletionRecord(**content, models=models)
+        written = [Path(path).relative_to(root) for path in self.inputs.files]
+        outputs = set(with_sidecars(written)) - record.files
+        present = sorted(name for name in outputs if (root / name).is_file())
+        methods = add_measured_methods(record.methods, self.inputs.quality)
+        record = replace(record, outputs=present, methods=methods)
+        path = write_record(Path(self.inputs.record_file), root, record)
+        self._results["out_file"] = str(path)
+        return runtime

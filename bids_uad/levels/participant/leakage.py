@@ -1,4 +1,4 @@
-"""Subjects and scanners that a model has met before: what it says of them holds for no others."""
+"""Overlap of training and test data, and limits of normative references: metadata and warnings."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from bids_uad.dataset import sidecars
 from bids_uad.dataset.naming import ImageUnit
 from bids_uad.dataset.participants import by_content, by_name, source_name
 from bids_uad.engine.bundle import Bundle
+from bids_uad.errors import truncate_list
 from bids_uad.files import sha256_of
 
 if TYPE_CHECKING:
     from bids_uad.levels.participant.plan import Task
 
 NOT_SEEN = "no"
+"""Value of `seen_in_training` for participants without overlap."""
 SEEN, NAME_SEEN, UNSEEN = sidecars.SCANNER_SEEN_LEVELS
 
 
-def seen_in_training(bundle: Bundle, unit: ImageUnit, bids_dir: Path) -> str:
-    """Say where a model has met the subject of an image.
+def seen_in_training(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
+    """Return the cohorts of a model that contain the participant of an image.
 
     Parameters
     ----------
     bundle : Bundle
+        Model with the hashes of its participants.
     unit : ImageUnit
-    bids_dir : pathlib.Path
+        The image.
+    dataset : str or None
+        Name of the raw dataset. If None, participants are compared by image content only.
 
     Returns
     -------
     str
-        ``no``, or cohorts of the model (:meth:`Bundle.cohorts_containing`) with ``and`` between them.
+        `no`, or cohorts (:meth:`Bundle.cohorts_containing`) joined by `and`.
     """
-    return _where(bundle, unit, source_name(bids_dir))
-
-
-def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
     hashes = {by_content(sha256_of(unit.path))}
     if dataset:
         hashes.add(by_name(dataset, f"sub-{unit.subject}"))
@@ -45,24 +46,22 @@ def _where(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
 
 
 def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> str | None:
-    """Say whether a model has learnt from a scanner.
-
-    A name tells a scanner only within a dataset: what is called `1` in one is another machine elsewhere.
+    """Return whether the training data of a model contain a scanner.
 
     Parameters
     ----------
     bundle : Bundle
-        Its training cohort names its sources and scanners.
-    scanner : str, optional
-        As participants.tsv names it.
-    dataset : str, optional
-        Name of the raw dataset.
+        Model with the names of its training datasets and scanners.
+    scanner : str or None
+        Name of the scanner in participants.tsv.
+    dataset : str or None
+        Name of the raw dataset. Scanners of the same name in different datasets may be different scanners.
 
     Returns
     -------
     str or None
-        One of :data:`bids_uad.dataset.sidecars.SCANNER_SEEN_LEVELS`; None where the scanner, or those of the
-        training, are not known.
+        One of :data:`bids_uad.dataset.sidecars.SCANNER_SEEN_LEVELS`; None if the scanner of the image or
+        those of the training data are unknown.
     """
     training = bundle.info.get("training", {})
     if scanner is None or not training.get("scanners"):
@@ -72,46 +71,59 @@ def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> st
     return SEEN if dataset in training["source"].split("; ") else NAME_SEEN
 
 
-def overlaps(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[str]:
-    """Warn of models that have met subjects of this run.
+def leakage_warnings(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[str]:
+    """List the participants of a run that are in the training or calibration data of its models.
+
+    Parameters
+    ----------
+    bundles : sequence of Bundle
+        Models of the run.
+    units : sequence of ImageUnit
+        Images of the run.
+    bids_dir : pathlib.Path
+        Raw dataset.
 
     Returns
     -------
     list of str
-        A line for each model and cohort.
+        One line for each model and cohort.
     """
     dataset = source_name(bids_dir)
     lines = []
     for bundle in bundles:
-        met: dict[str, set[str]] = {}
+        by_cohort: dict[str, set[str]] = {}
         for unit in units:
             if unit.modality == bundle.modality:
-                met.setdefault(_where(bundle, unit, dataset), set()).add(f"sub-{unit.subject}")
-        met.pop(NOT_SEEN, None)
+                cohort = seen_in_training(bundle, unit, dataset)
+                by_cohort.setdefault(cohort, set()).add(f"sub-{unit.subject}")
+        by_cohort.pop(NOT_SEEN, None)
         lines += [
-            f"{bundle.name} has met {', '.join(sorted(subjects))} in {where}: how well it does on them says "
-            "nothing about others"
-            for where, subjects in sorted(met.items())
+            f"{bundle.name}: {truncate_list(sorted(subjects))} seen in {cohort}; the results do not "
+            "estimate the performance on other participants"
+            for cohort, subjects in sorted(by_cohort.items())
         ]
     return list(dict.fromkeys(lines))
 
 
-def deviation_sidecar(
+def normative_metadata(
     normative: Mapping[str, Any], *, age: float | None, sex: float | None
 ) -> dict[str, Any]:
-    """Say what the deviations of a person are deviations from.
+    """Return the sidecar fields that describe the normative reference of a participant's deviations.
 
     Parameters
     ----------
     normative : mapping
-        What the bundle's ``calibration.json`` says about its reference.
-    age, sex : float or None
-        Of the person, see :meth:`bids_uad.calibration.normative.HealthyCohort.impute_covariates`.
+        Normative reference in the bundle's `calibration.json`.
+    age : float or None
+        Age in years, None if unknown.
+    sex : float or None
+        0.5 for male, -0.5 for female, None if unknown; see
+        :meth:`bids_uad.calibration.normative.HealthyCohort.impute_covariates`.
 
     Returns
     -------
     dict
-        Keys of a sidecar.
+        Fields `Deviation` and `Normative*`. `NormativeRemarks` lists imputed and extrapolated covariates.
     """
     reference = normative["reference"]
     used, remarks = HealthyCohort.read(reference["covariates"]).impute_covariates(age, sex)
@@ -127,21 +139,27 @@ def deviation_sidecar(
     }
 
 
-def assumptions(tasks: Sequence[Task]) -> list[str]:
-    """Warn of people whose deviations rest on an assumption.
+def normative_warnings(tasks: Sequence[Task]) -> list[str]:
+    """List the participants whose deviations use imputed or extrapolated covariates.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Tasks of the run.
 
     Returns
     -------
     list of str
-        A line for each model and assumption.
+        One line for each remark.
     """
-    told: dict[str, set[str]] = {}
+    by_remark: dict[str, set[str]] = {}
     for task in tasks:
         for bundle in task.bundles:
-            if bundle.deviation == "none":
-                continue
-            for remark in deviation_sidecar(bundle.normative, **task.person.covariates)["NormativeRemarks"]:
-                told.setdefault(remark, set()).add(f"sub-{task.unit.subject}")
+            if bundle.deviation != "none":
+                fields = normative_metadata(bundle.normative, **task.person.covariates)
+                for remark in fields["NormativeRemarks"]:
+                    by_remark.setdefault(remark, set()).add(f"sub-{task.unit.subject}")
     return [
-        f"deviation of {', '.join(sorted(subjects))}: {remark}" for remark, subjects in sorted(told.items())
+        f"deviation of {', '.join(sorted(subjects))}: {remark}"
+        for remark, subjects in sorted(by_remark.items())
     ]

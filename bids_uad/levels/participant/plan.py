@@ -278,7 +278,7 @@ def drop_unreadable(collection: Collection) -> Collection:
     return replace(collection, units=tuple(units), problems=(*collection.problems, *problems))
 
 
-def with_support(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Split a participant's tasks into those to do and those that are only needed by them.
 
     An image that is done is preprocessed again (from the working folder, where it is still there) if

@@ -1,51 +1,145 @@
-"""From an anomaly map to masks, components and counts. Plain arrays, no files."""
+"""Postprocessing of an anomaly map: mask, components, histogram, metrics, lesions; arrays only, no files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from bids_uad.calibration.thresholds import score_counts
 from bids_uad.space import AFFINE, VOXEL_MM3
 
-TOUCHING = np.ones((3, 3, 3), dtype=bool)
-"""26-connected: voxels that share a face, an edge or a corner belong together."""
+CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)
+"""26-connectivity: voxels that share a face, an edge or a corner are connected."""
+SHELL_MM = (2, 6)
+"""Distances in mm of the reference tissue for the contrast of a lesion: more than the first from every lesion,
+since voxels next to a lesion mask are partly lesion, and at most the second from this lesion."""
+MIN_SHELL_VOXELS = 20
+"""Minimum number of voxels of reference tissue, below which a lesion's contrast is NaN."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Images and tables of one anomaly map on the SRI24 grid.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray of bool
+        Brain voxels above the threshold.
+    components : numpy.ndarray of int32
+        26-connected components of `mask`, labelled 1..n by decreasing size.
+    probseg : numpy.ndarray of float32
+        Scores rescaled to [0, 1), see :func:`rescale_scores`.
+    component_table, histogram, metrics : pandas.DataFrame
+        See :func:`component_table`, :func:`histogram_table` and :func:`metrics_row`.
+    lesions : pandas.DataFrame or None
+        See :func:`lesion_table`; None without ground truth.
+    """
+
+    mask: np.ndarray
+    components: np.ndarray
+    probseg: np.ndarray
+    component_table: pd.DataFrame
+    histogram: pd.DataFrame
+    metrics: pd.DataFrame
+    lesions: pd.DataFrame | None
+
+
+def detect_anomalies(
+    scores: np.ndarray,
+    brain: np.ndarray,
+    lesion: np.ndarray | None = None,
+    image: np.ndarray | None = None,
+    *,
+    threshold: float,
+    edges: np.ndarray,
+    provenance: Mapping[str, Any],
+    min_lesion_volume: float,
+    parcellations: Mapping[str, tuple[np.ndarray, Mapping[int, str]]],
+) -> Detection:
+    """Derive the images and tables of one anomaly map.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray of float32, SRI24 grid
+        Anomaly scores, 0 outside the brain.
+    brain : numpy.ndarray of bool, same shape
+        Brain mask.
+    lesion : numpy.ndarray of bool, same shape, optional
+        Ground truth.
+    image : numpy.ndarray, same shape, optional
+        Preprocessed image, for the contrast of lesions; required with `lesion`.
+    threshold : float
+        Score above which a voxel is anomalous; positive.
+    edges : numpy.ndarray of float64, shape (n + 1,)
+        Bin edges of the score histogram.
+    provenance : mapping
+        First columns of the metrics table, `source_image` to `scanner_seen`.
+    min_lesion_volume : float
+        Minimum volume in mm3 of lesions and false components that are counted.
+    parcellations : mapping of str to (numpy.ndarray of int, mapping of int to str)
+        Label image on the same grid, and region names by label, of each atlas.
+
+    Returns
+    -------
+    Detection
+        Arrays and tables, not written to disk.
+    """
+    mask = anomaly_mask(scores, brain, threshold)
+    components = label_components(mask)
+    table = component_table(components, scores)
+    for atlas, (parcellation, names) in parcellations.items():
+        table[atlas.lower()] = region_names(components, parcellation, names)
+    return Detection(
+        mask=mask,
+        components=components,
+        probseg=rescale_scores(scores, threshold),
+        component_table=table,
+        histogram=histogram_table(edges, *score_counts(scores, brain, lesion, edges)),
+        metrics=metrics_row(provenance, components, brain, lesion, min_lesion_volume),
+        lesions=None if lesion is None else lesion_table(lesion, mask, image, brain),
+    )
 
 
 def anomaly_mask(scores: np.ndarray, brain: np.ndarray, threshold: float) -> np.ndarray:
-    """Mark the brain voxels whose score is above the threshold.
+    """Return the brain voxels whose score exceeds the threshold.
 
     Parameters
     ----------
     scores : numpy.ndarray of float32
-    brain : numpy.ndarray of bool
+        Anomaly scores.
+    brain : numpy.ndarray of bool, same shape
+        Brain mask.
     threshold : float
+        Compared in double precision, as in the score histogram, so that mask and counts agree exactly.
 
     Returns
     -------
     numpy.ndarray of bool
+        Anomaly mask.
     """
-    # In double precision, as the histogram counts: the mask and the counts must agree voxel by voxel.
     return (scores > np.float64(threshold)) & brain
 
 
-def squash(scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Map scores to [0, 1), monotone and invertible, with the threshold at 0.5.
+def rescale_scores(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Rescale scores monotonically to [0, 1), with the threshold at 0.5.
 
     Parameters
     ----------
     scores : numpy.ndarray of float32
-        Not negative; a negative score becomes 0.
+        Anomaly scores; negative scores become 0.
     threshold : float
-        Positive.
+        Positive score that becomes 0.5.
 
     Returns
     -------
     numpy.ndarray of float32
-        `x / (x + threshold)`.
+        `scores / (scores + threshold)`. Scores above the threshold stay above 0.5 after rounding.
 
     Raises
     ------
@@ -54,31 +148,31 @@ def squash(scores: np.ndarray, threshold: float) -> np.ndarray:
     """
     if not threshold > 0:
         raise ValueError(f"the threshold must be positive, got {threshold}")
-    squashed = np.zeros(scores.shape, dtype=np.float32)
+    rescaled = np.zeros(scores.shape, dtype=np.float32)
     positive = scores > 0
     values = scores[positive].astype(np.float64)
-    squashed[positive] = values / (values + threshold)
-    # A score a hair above the threshold must not be rounded onto 0.5.
+    rescaled[positive] = values / (values + threshold)
     above = scores > np.float64(threshold)
-    squashed[above] = np.maximum(squashed[above], np.nextafter(np.float32(0.5), np.float32(1)))
-    return squashed
+    rescaled[above] = np.maximum(rescaled[above], np.nextafter(np.float32(0.5), np.float32(1)))
+    return rescaled
 
 
 def label_components(mask: np.ndarray) -> np.ndarray:
-    """Label the 26-connected components of a mask 1..n, largest first.
+    """Label the 26-connected components of a mask by decreasing size.
 
     Parameters
     ----------
     mask : numpy.ndarray of bool, three-dimensional
+        Anomaly or lesion mask.
 
     Returns
     -------
     numpy.ndarray of int32
-        0 outside; components of equal size keep the order in which they come in the array.
+        Labels 1..n, 0 outside the mask. Components of equal size are ordered by their first voxel.
     """
     labels = np.zeros(mask.shape, dtype=np.int32)
-    box = bounding_box(mask)
-    found, count = ndimage.label(mask[box], structure=TOUCHING)
+    box = _bounding_box(mask)  # most of a volume is background
+    found, count = ndimage.label(mask[box], structure=CONNECTIVITY)
     sizes = np.bincount(found.ravel(), minlength=count + 1)[1:]
     rank = np.zeros(count + 1, dtype=np.int32)
     rank[np.argsort(-sizes, kind="stable") + 1] = np.arange(1, count + 1)
@@ -86,8 +180,8 @@ def label_components(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Give the smallest box that holds a mask; most of a volume is background that need not be searched."""
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Return the smallest box that contains a mask."""
     box = []
     for axis in range(mask.ndim):
         others = tuple(other for other in range(mask.ndim) if other != axis)
@@ -97,21 +191,22 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 
 
 def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray = AFFINE) -> pd.DataFrame:
-    """Measure each component.
+    """Measure volume, scores and centroid of each component.
 
     Parameters
     ----------
     labels : numpy.ndarray of int, shape (x, y, z)
-        Components 1..n.
+        Components, labelled 1..n.
     scores : numpy.ndarray of float32, same shape
-    affine : numpy.ndarray, shape (4, 4)
-        Voxel to RAS+ mm.
+        Anomaly scores.
+    affine : numpy.ndarray, shape (4, 4), default=space.AFFINE
+        Transform from voxel indices to RAS+ coordinates in mm.
 
     Returns
     -------
     pandas.DataFrame
-        Columns `index, name, volume_mm3, peak_score, mean_score, centroid_x, centroid_y, centroid_z`
-        (mm, RAS+); one row each.
+        One row per component: `index, name, volume_mm3, peak_score, mean_score, centroid_x, centroid_y,
+        centroid_z` (mm, RAS+).
     """
     voxels = np.nonzero(labels)
     owner = labels[voxels]
@@ -138,22 +233,23 @@ def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray =
     )
 
 
-def regions(labels: np.ndarray, parcellation: np.ndarray, names: dict[int, str]) -> list[str | None]:
-    """Name the region of an atlas that holds most of each component.
+def region_names(labels: np.ndarray, parcellation: np.ndarray, names: Mapping[int, str]) -> list[str | None]:
+    """Return the atlas region that contains most voxels of each component.
 
     Parameters
     ----------
     labels : numpy.ndarray of int, shape (x, y, z)
-        Components 1..n.
+        Components, labelled 1..n.
     parcellation : numpy.ndarray of int, same shape
-        Regions, 0 where there is none.
-    names : dict of int to str
+        Atlas labels, 0 for voxels without a region.
+    names : mapping of int to str
+        Region names by label.
 
     Returns
     -------
     list of str or None
-        One for each component; None if it lies outside all regions. A region without a name is given by its
-        number.
+        One entry per component: the region's name, or its label if it has none; None if the component
+        overlaps no region.
     """
     inside = (labels > 0) & (parcellation > 0)
     owner, region = labels[inside], parcellation[inside].astype(np.int64)
@@ -164,16 +260,37 @@ def regions(labels: np.ndarray, parcellation: np.ndarray, names: dict[int, str])
     ]
 
 
+def counted_labels(labels: np.ndarray, min_volume: float) -> np.ndarray:
+    """Return the labels of components that reach the minimum volume.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray of int, SRI24 grid
+        Components, labelled 1..n.
+    min_volume : float
+        Minimum volume in mm3.
+
+    Returns
+    -------
+    numpy.ndarray of int
+        Labels in increasing order.
+    """
+    sizes = np.bincount(labels[labels > 0], minlength=1)
+    sizes[0] = 0
+    # Tolerance for rounding, since the minimum need not be an exact multiple of the voxel volume.
+    return np.flatnonzero(sizes * VOXEL_MM3 >= max(min_volume, VOXEL_MM3) * (1 - 1e-9))
+
+
 @dataclass(frozen=True)
-class LesionHits:
-    """Lesion-wise agreement of an anomaly mask with the truth.
+class LesionCounts:
+    """Lesion-wise agreement of an anomaly mask with the ground truth.
 
     Parameters
     ----------
     n_lesions : int
-        26-connected components of the truth of at least the minimum volume.
+        Lesions (26-connected components of the ground truth) of at least the minimum volume.
     n_detected : int
-        Those that share a voxel with the anomaly mask.
+        Lesions among these that share a voxel with the anomaly mask.
     n_false : int
         Components of the anomaly mask, of at least the minimum volume, that share no voxel with any lesion.
     """
@@ -183,75 +300,56 @@ class LesionHits:
     n_false: int
 
 
-def counted_components(labels: np.ndarray, min_volume: float) -> np.ndarray:
-    """List the components that are large enough to be counted.
-
-    Parameters
-    ----------
-    labels : numpy.ndarray of int
-        Components 1..n on the SRI24 grid.
-    min_volume : float
-        Least volume in mm3.
-
-    Returns
-    -------
-    numpy.ndarray of int
-        Their labels.
-    """
-    sizes = np.bincount(labels[labels > 0], minlength=1)
-    sizes[0] = 0
-    # A hair of tolerance, since a volume in mm3 need not be a multiple of a voxel's to the last digit.
-    return np.flatnonzero(sizes * VOXEL_MM3 >= max(min_volume, VOXEL_MM3) * (1 - 1e-9))
-
-
-def lesion_hits(components: np.ndarray, lesion: np.ndarray, min_volume: float = 0.0) -> LesionHits:
+def count_lesions(components: np.ndarray, lesion: np.ndarray, min_volume: float = 0.0) -> LesionCounts:
     """Count lesions, detected lesions and false components.
 
-    What is smaller than the minimum is not counted: a lesion is neither found nor missed, a component of the
-    anomaly mask is not false. A component that shares voxels with such a lesion alone is not false either. A
-    counted lesion is found by any component, however small.
+    Lesions below the minimum volume are neither detected nor missed, and a component that overlaps only such
+    lesions is not false. A counted lesion is detected by a component of any volume.
 
     Parameters
     ----------
-    components : numpy.ndarray of int
-        Labelled anomaly mask on the SRI24 grid, 1..n.
+    components : numpy.ndarray of int, SRI24 grid
+        Components of the anomaly mask, labelled 1..n.
     lesion : numpy.ndarray of bool, same shape
+        Ground truth.
     min_volume : float, default=0
-        Least volume of lesions and of false components in mm3.
+        Minimum volume in mm3 of lesions and false components.
 
     Returns
     -------
-    LesionHits
+    LesionCounts
+        Numbers of lesions, detected lesions and false components.
     """
     lesions = label_components(lesion)
-    counted = counted_components(lesions, min_volume)
+    counted = counted_labels(lesions, min_volume)
     found, truth = components[lesion], lesions[lesion]
     n_detected = np.intersect1d(truth[found > 0], counted).size
-    false = np.setdiff1d(counted_components(components, min_volume), found)
-    return LesionHits(counted.size, n_detected, false.size)
+    false = np.setdiff1d(counted_labels(components, min_volume), found)
+    return LesionCounts(counted.size, n_detected, false.size)
 
 
 def histogram_table(edges: np.ndarray, n_nonlesion: np.ndarray, n_lesion: np.ndarray | None) -> pd.DataFrame:
-    """Put score counts into a table.
+    """Tabulate the score histogram.
 
     Parameters
     ----------
-    edges : numpy.ndarray, shape (n + 1,)
+    edges : numpy.ndarray of float64, shape (n + 1,)
         Bin edges of the model bundle; the last is infinite.
     n_nonlesion : numpy.ndarray of int64, shape (n,)
+        Brain voxels outside the ground truth in each bin; all brain voxels without ground truth.
     n_lesion : numpy.ndarray of int64, shape (n,), or None
-        None without ground truth.
+        Brain voxels inside the ground truth in each bin; None without ground truth.
 
     Returns
     -------
     pandas.DataFrame
-        Columns `score_lower, score_upper, n_nonlesion, n_lesion`, as text: edges to the last digit, `inf`
-        for the open upper edge, missing lesion counts as `n/a`.
+        Columns `score_lower, score_upper, n_nonlesion, n_lesion`. Edges are text in full precision, the last
+        is `inf`; missing lesion counts are `n/a`.
 
     Raises
     ------
     ValueError
-        If counts and edges do not fit.
+        If the number of counts does not match the number of edges.
     """
     if len(edges) != len(n_nonlesion) + 1:
         raise ValueError(f"{len(edges)} edges do not make {len(n_nonlesion)} bins")
@@ -266,119 +364,117 @@ def histogram_table(edges: np.ndarray, n_nonlesion: np.ndarray, n_lesion: np.nda
 
 
 def metrics_row(
-    facts: dict[str, str | float],
+    provenance: Mapping[str, Any],
     components: np.ndarray,
     brain: np.ndarray,
     lesion: np.ndarray | None,
     min_lesion_volume: float,
 ) -> pd.DataFrame:
-    """Sum up one image and detector in one row.
+    """Summarize one image and detector in one row.
 
     Parameters
     ----------
-    facts : dict
-        The columns that say where the numbers come from, `source_image` to `threshold_name`.
-    components : numpy.ndarray of int
-        Labelled anomaly mask.
-    brain : numpy.ndarray of bool
-    lesion : numpy.ndarray of bool, optional
-        Ground truth; only what lies inside the brain counts.
+    provenance : mapping
+        First columns of the table: image, model and threshold.
+    components : numpy.ndarray of int, SRI24 grid
+        Components of the anomaly mask, labelled 1..n.
+    brain : numpy.ndarray of bool, same shape
+        Brain mask.
+    lesion : numpy.ndarray of bool, same shape, or None
+        Ground truth; its voxels outside the brain are ignored.
     min_lesion_volume : float
-        Least volume in mm3 of lesions, and of components of the anomaly mask that are called false.
+        Minimum volume in mm3 of lesions and false components that are counted.
 
     Returns
     -------
     pandas.DataFrame
-        One row; the lesion columns are missing without ground truth.
+        One row; the lesion columns are None without ground truth.
     """
-    row: dict[str, str | float | None] = {
-        **facts,
+    row: dict[str, Any] = {
+        **provenance,
         "brain_volume_mm3": int(brain.sum()) * VOXEL_MM3,
         "anomaly_volume_mm3": int((components > 0).sum()) * VOXEL_MM3,
         "lesion_volume_mm3": None,
         "n_components": int(components.max(initial=0)),
         "min_lesion_volume_mm3": min_lesion_volume,
-        "n_counted_components": counted_components(components, min_lesion_volume).size,
+        "n_counted_components": counted_labels(components, min_lesion_volume).size,
         "n_lesions": None,
         "n_lesions_detected": None,
         "n_false_components": None,
     }
     if lesion is not None:
         inside = lesion & brain
-        hits = lesion_hits(components, inside, min_lesion_volume)
+        counts = count_lesions(components, inside, min_lesion_volume)
         row["lesion_volume_mm3"] = int(inside.sum()) * VOXEL_MM3
-        row["n_lesions"] = hits.n_lesions
-        row["n_lesions_detected"] = hits.n_detected
-        row["n_false_components"] = hits.n_false
+        row["n_lesions"] = counts.n_lesions
+        row["n_lesions_detected"] = counts.n_detected
+        row["n_false_components"] = counts.n_false
     return pd.DataFrame([row])
 
 
-SHELL_MM = (2, 6)
-"""Tissue around a lesion: further than this from every lesion, and no further than that from this one. Nearer
-voxels are partly lesion, and masks are seldom drawn more exactly than that."""
-MIN_SHELL_VOXELS = 20
-
-
-def lesion_table(lesion: np.ndarray, found: np.ndarray, image: np.ndarray, brain: np.ndarray) -> pd.DataFrame:
-    """Measure each 26-connected lesion inside the brain.
+def lesion_table(lesion: np.ndarray, mask: np.ndarray, image: np.ndarray, brain: np.ndarray) -> pd.DataFrame:
+    """Measure volume, detected fraction and contrast of each lesion in the brain.
 
     Parameters
     ----------
     lesion : numpy.ndarray of bool, SRI24 grid
-        The truth.
-    found : numpy.ndarray of bool, same shape
+        Ground truth.
+    mask : numpy.ndarray of bool, same shape
         Anomaly mask.
     image : numpy.ndarray, same shape
         Preprocessed image.
     brain : numpy.ndarray of bool, same shape
+        Brain mask.
 
     Returns
     -------
     pandas.DataFrame
-        Columns of :data:`bids_uad.dataset.sidecars.LESION_COLUMNS`, largest lesion first.
+        Columns of :data:`bids_uad.dataset.sidecars.LESION_COLUMNS`; one row per 26-connected lesion, largest
+        first.
     """
     labels = label_components(lesion & brain)
-    hits = component_table(labels, found)
-    share = hits["mean_score"]
+    measures = component_table(labels, mask)
+    fraction = measures["mean_score"]
     return pd.DataFrame(
         {
-            "lesion": hits["index"],
-            "volume_mm3": hits["volume_mm3"],
-            "found_share": share,
-            "detected": (share > 0).astype(int),
-            "contrast": contrasts(labels, image, brain),
-            **{axis: hits[axis] for axis in ("centroid_x", "centroid_y", "centroid_z")},
+            "lesion": measures["index"],
+            "volume_mm3": measures["volume_mm3"],
+            "found_share": fraction,
+            "detected": (fraction > 0).astype(int),
+            "contrast": lesion_contrasts(labels, image, brain),
+            **{axis: measures[axis] for axis in ("centroid_x", "centroid_y", "centroid_z")},
         }
     )
 
 
-def contrasts(labels: np.ndarray, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Compare each lesion with the brain around it.
+def lesion_contrasts(labels: np.ndarray, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Compare the mean intensity of each lesion with that of the surrounding brain.
 
     Parameters
     ----------
     labels : numpy.ndarray of int, SRI24 grid (1 mm)
-        Lesions 1..n.
+        Lesions, labelled 1..n.
     image : numpy.ndarray, same shape
+        Preprocessed image.
     brain : numpy.ndarray of bool, same shape
+        Brain mask.
 
     Returns
     -------
     numpy.ndarray of float64, shape (n,)
-        (mean of the lesion - mean of its shell, see `SHELL_MM`) / standard deviation of the shell; NaN where
-        the shell has fewer than `MIN_SHELL_VOXELS` voxels or does not vary.
+        (mean of the lesion - mean of its shell) / standard deviation of the shell, see `SHELL_MM`; NaN if
+        the shell has fewer than `MIN_SHELL_VOXELS` voxels or is constant.
     """
     near, far = SHELL_MM
     values = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
-        wide = tuple(
-            slice(max(side.start - far - near, 0), side.stop + far + near) for side in box
-        )  # so that other lesions that are too near to the shell are seen
-        others, voxels = labels[wide], image[wide].astype(np.float64)
-        own = others == number
+        # The margin contains every other lesion that may be too near to the shell.
+        wide = tuple(slice(max(side.start - far - near, 0), side.stop + far + near) for side in box)
+        nearby, voxels = labels[wide], image[wide].astype(np.float64)
+        own = nearby == number
         shell = brain[wide] & (ndimage.distance_transform_edt(~own) <= far)
-        shell &= ndimage.distance_transform_edt(others == 0) > near
+        shell &= ndimage.distance_transform_edt(nearby == 0) > near
         tissue = voxels[shell]
-        spread = tissue.std(ddof=1) if tissue.size >= MIN_SHELL_VOXELS else 0.0
-        values.append((voxels[own].mean() - tissue.mean()) / spread if spread > 0 else np.nan)
+        deviation = tissue.std(ddof=1) if tissue.size >= MIN_SHELL_VOXELS else 0.0
+        values.append((voxels[own].mean() - tissue.mean()) / deviation if deviation > 0 else np.nan)
     return np.array(values, dtype=np.float64)

@@ -44,7 +44,7 @@ from bids_uad.levels.participant.completion_records import (
     write_methods,
 )
 from bids_uad.levels.participant.executors import NodeFailure, make_plugin, prepare_nipype
-from bids_uad.levels.participant.leakage import assumptions, overlaps
+from bids_uad.levels.participant.leakage import leakage_warnings, normative_warnings
 from bids_uad.levels.participant.plan import (
     RunContext,
     Task,
@@ -54,7 +54,7 @@ from bids_uad.levels.participant.plan import (
     make_plan,
     mask_warnings,
     model_identity,
-    with_support,
+    split_tasks,
 )
 from bids_uad.levels.participant.summary import (
     PARTICIPANT,
@@ -68,7 +68,7 @@ from bids_uad.levels.participant.summary import (
     remember,
     write_reports,
 )
-from bids_uad.levels.participant.workflow import build_workflow, folders_of_unit
+from bids_uad.levels.participant.workflow import build_workflow, working_folders
 from bids_uad.preprocessing.brain_extraction.masks import Extraction, resolve_extraction
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
@@ -192,7 +192,9 @@ def _remove_unfinished(config: RunConfig, subjects: Iterable[str]) -> None:
 
 def _cautions(config: RunConfig, tasks: Sequence[Task], bundles: Sequence[Bundle]) -> list[str]:
     """List what limits the results of a run, as far as it is known before."""
-    lines = overlaps(bundles, [task.unit for task in tasks], config.bids_dir) + assumptions(tasks)
+    lines = leakage_warnings(bundles, [task.unit for task in tasks], config.bids_dir) + normative_warnings(
+        tasks
+    )
     own = [task for task in tasks if not task.anchor_only]
     lines += mask_warnings(own, config.derivatives.get(LESIONS))
     lost = sorted({label for task in tasks for label in task.lost})
@@ -508,7 +510,7 @@ def _images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
     """Name the images whose working folders a run uses, or removes."""
     if everything:
         return {task.unit.key for task in tasks}
-    used = [with_support(own) for own in by_subject(tasks).values()]
+    used = [split_tasks(own) for own in by_subject(tasks).values()]
     return {task.unit.key for to_do, support in used for task in (*to_do, *support)}
 
 
@@ -519,7 +521,7 @@ def clean(work_dir: Path, tasks: Sequence[Task]) -> None:
     session there.
     """
     for task in tasks:
-        for folder in folders_of_unit(work_dir, task.unit):
+        for folder in working_folders(work_dir, task.unit):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -29,7 +29,7 @@ from bids_uad.levels.participant.completion_records import read_record, record_p
 from bids_uad.levels.participant.executors import START_METHOD, NodeFailure, raise_if_unwritable
 from bids_uad.levels.participant.interfaces import sidecar_of
 from bids_uad.levels.participant.plan import Task
-from bids_uad.levels.participant.workflow import place_of_node, place_of_unit
+from bids_uad.levels.participant.workflow import node_key, node_key_of
 from bids_uad.preprocessing.quality import SURELY_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
@@ -86,7 +86,7 @@ class Stopwatch:
             self._started[name] = time.monotonic()
         elif name in self._started:
             spent = time.monotonic() - self._started.pop(name)
-            place = place_of_node(name)
+            place = node_key_of(name)
             self.seconds[place] = self.seconds.get(place, 0.0) + spent
 
 
@@ -118,14 +118,14 @@ def collect_outcomes(
     """
     first = {}
     for failure in failures:
-        first.setdefault(place_of_node(failure.node), failure)
+        first.setdefault(node_key_of(failure.node), failure)
     outcomes = [
         Outcome(problem.subject, problem.key or PARTICIPANT, UNUSABLE, message=problem.message)
         for problem in problems
     ]
     for task in tasks:
         unit = task.unit
-        place = place_of_unit(unit.subject, unit.key)
+        place = node_key(unit.subject, unit.key)
         if task.anchor_only and place not in first:
             continue
         spent = stopwatch.seconds.get(place, 0.0)
@@ -267,7 +267,7 @@ class Progress:
 
     def __call__(self, node: Any, status: str) -> None:
         """Take note of an image's last node, and of the first that fails."""
-        place = place_of_node(node.fullname)
+        place = node_key_of(node.fullname)
         # The record is written last, when all else is.
         good = status == "end" and node.name == "complete"
         if place in self._ended or not (good or status == "exception"):

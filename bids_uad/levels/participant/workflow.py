@@ -1,15 +1,14 @@
-"""The nipype workflow of a run: preprocessing of each image, and what follows from it, by participant."""
+"""Nipype workflow of a run: for each participant, preprocessing, detection and outputs of each image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nipype.interfaces.base import BaseInterfaceInputSpec, File, SimpleInterface, TraitedSpec, traits
 from nipype.interfaces.utility import IdentityInterface, Merge
 from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
@@ -24,61 +23,92 @@ from bids_uad.engine.bundle import Bundle
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
-    as_it_was,
     describe_model,
     describe_preprocessing,
     record_path,
-    write_record,
 )
 from bids_uad.levels.participant.interfaces import (
     AddQuality,
     AlignMask,
+    Complete,
     DerivativesDataSink,
     Detect,
     Postprocess,
     WriteQuality,
-    sidecar_of,
+    with_sidecars,
 )
-from bids_uad.levels.participant.leakage import deviation_sidecar, scanner_seen, seen_in_training
+from bids_uad.levels.participant.leakage import normative_metadata, scanner_seen, seen_in_training
 from bids_uad.levels.participant.plan import (
     RunContext,
     Task,
     by_subject,
     crash_dir,
     model_identity,
-    with_support,
+    split_tasks,
 )
 from bids_uad.preprocessing.workflow import ExternalInputs, init_lesion_wf, init_preproc_wf
 from bids_uad.space import NAME
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
+"""Outputs of preprocessing that are inputs of the derivatives of an image."""
 FROM_ANCHOR = {"brain": "anchor_file", "own_mask": "anchor_mask", "xfm": "anchor_xfm"}
+"""Outputs of the anchor's preprocessing, and the inputs that they connect to."""
+DETECTION_GB = 3.0
+POSTPROCESS_GB = 1.0
+"""Memory in GB that the scheduler reserves for scoring an image, and for the outputs of one anomaly map."""
 
-_PARTS = ("_preproc_wf", "_writing_wf", "_lesion_wf", "_lesion")
+_PARTS = ("_preproc_wf", "_derivatives_wf", "_lesion_wf", "_lesion")
+"""Suffixes of the workflows and nodes of an image."""
 
 
 def workflow_name() -> str:
-    """Name the working folder; it holds the version, so that another version reuses nothing."""
+    """Return the name of the working folder; versions of bids_uad do not share one."""
     return f"bids_uad_{_identifier(__version__)}_wf"
 
 
-def place_of_unit(subject: str, key: str) -> tuple[str, str]:
-    """Give participant and image as they come in the full names of an image's nodes."""
-    return f"sub_{_identifier(subject)}_wf", _identifier(key)
+def node_key(subject: str, image: str) -> tuple[str, str]:
+    """Return participant and image as they occur in the full names of the image's nodes.
+
+    Parameters
+    ----------
+    subject : str
+        Label without `sub-`.
+    image : str
+        Name of the image, such as `sub-01_T1w`.
+
+    Returns
+    -------
+    tuple of str
+        For example `("sub_01_wf", "sub_01_T1w")`.
+    """
+    return f"sub_{_identifier(subject)}_wf", _identifier(image)
 
 
-def folders_of_unit(work_dir: Path, unit: ImageUnit) -> list[Path]:
-    """List the working folders of an image's part of the workflow."""
-    subject, name = place_of_unit(unit.subject, unit.key)
-    return [work_dir / workflow_name() / subject / f"{name}{part}" for part in _PARTS]
-
-
-def place_of_node(name: str) -> tuple[str, str]:
-    """Find participant and image in a node's full name; see :func:`place_of_unit`."""
+def node_key_of(name: str) -> tuple[str, str]:
+    """Return participant and image of a node's full name, as :func:`node_key` does."""
     _, subject, part, *_ = [*name.split("."), "", ""]
-    for ending in _PARTS:
-        part = part.removesuffix(ending)
+    for suffix in _PARTS:
+        part = part.removesuffix(suffix)
     return subject, part
+
+
+def working_folders(work_dir: Path, unit: ImageUnit) -> list[Path]:
+    """List the working folders of an image.
+
+    Parameters
+    ----------
+    work_dir : pathlib.Path
+        Working directory of the run.
+    unit : ImageUnit
+        The image.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Folders, which need not exist.
+    """
+    subject, name = node_key(unit.subject, unit.key)
+    return [work_dir / workflow_name() / subject / f"{name}{part}" for part in _PARTS]
 
 
 def build_workflow(tasks: Sequence[Task], context: RunContext) -> LiterateWorkflow:
@@ -87,12 +117,14 @@ def build_workflow(tasks: Sequence[Task], context: RunContext) -> LiterateWorkfl
     Parameters
     ----------
     tasks : sequence of Task
-        Of all participants; what is done is left out.
+        Tasks of all participants; participants without pending tasks are omitted.
     context : RunContext
+        Options, reference image, brain extraction and device.
 
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
+        One subworkflow per participant, see :func:`init_subject_wf`.
     """
     workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(context.config.work_dir))
     for subject, own in by_subject(tasks).items():
@@ -114,15 +146,18 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], context: RunContext) ->
     subject : str
         Label without `sub-`.
     tasks : sequence of Task
-        The participant's images, anchors first.
+        Tasks of the participant, anchors first.
     context : RunContext
+        Options, reference image, brain extraction and device.
 
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
+        For each image a workflow of preprocessing (`*_preproc_wf`) and one of the derivatives
+        (`*_derivatives_wf`, see :func:`init_derivatives_wf`).
     """
-    workflow = LiterateWorkflow(name=place_of_unit(subject, "")[0])
-    to_do, support = with_support(tasks)
+    workflow = LiterateWorkflow(name=node_key(subject, "")[0])
+    to_do, support = split_tasks(tasks)
     preprocessed, lesions = {}, {}
     for task in (*to_do, *support):
         key, name = task.unit.key, _identifier(task.unit.key)
@@ -136,18 +171,18 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], context: RunContext) ->
             anchor = preprocessed[task.unit.anchor.key]
             workflow.connect([(anchor, preprocessed[task.unit.key], _fields(FROM_ANCHOR))])
     for task in to_do:
-        writing = init_writing_wf(task, context, name=f"{_identifier(task.unit.key)}_writing_wf")
+        derivatives = init_derivatives_wf(task, context, name=f"{_identifier(task.unit.key)}_derivatives_wf")
         fields = {field: field for field in FROM_PREPROCESSING}
-        workflow.connect([(preprocessed[task.unit.key], writing, _fields(fields))])
+        workflow.connect([(preprocessed[task.unit.key], derivatives, _fields(fields))])
         if task.lesion_provider is not None:
-            workflow.connect(*lesions[task.lesion_provider], writing, "inputnode.lesion")
+            workflow.connect(*lesions[task.lesion_provider], derivatives, "inputnode.lesion")
     return workflow
 
 
 def _connect_lesion(
     workflow: LiterateWorkflow, lesion: LesionMask, provider: LiterateWorkflow, name: str
 ) -> tuple[Node | LiterateWorkflow, str]:
-    """Bring a lesion mask to SRI24; give what holds it and the name of its output."""
+    """Connect the transform of a lesion mask to SRI24; return the node and field that hold the result."""
     if lesion.on_atlas:
         return Node(AlignMask(in_file=str(lesion.path)), name=f"{name}_lesion"), "out_file"
     if lesion.other is not None:
@@ -163,14 +198,14 @@ def _connect_lesion(
 
 
 def _fields(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Connections between an output node and an input node."""
-    return [(f"outputnode.{ours}", f"inputnode.{theirs}") for ours, theirs in pairs.items()]
+    """Return the connections between the output node of one workflow and the input node of another."""
+    return [(f"outputnode.{source}", f"inputnode.{target}") for source, target in pairs.items()]
 
 
 def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateWorkflow:
     """Build the preprocessing of one image."""
     unit, external = task.unit, task.unit.external
-    # A transform to another reference image leads elsewhere.
+    # A transform to another reference image cannot be used.
     xfm = external.to_sri24 if external.reference_sha256 == context.reference.sha256 else None
     inputs = ExternalInputs(
         image=external.image is not None,
@@ -203,43 +238,42 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
 
 
 def _identifier(text: str) -> str:
-    """Turn a label into something nipype takes as a name."""
+    """Replace the characters of a label that node names cannot contain by underscores."""
     return "".join(character if character.isalnum() else "_" for character in text)
 
 
-DETECTION_GB = 3.0
-POSTPROCESS_GB = 1.0
-FIELDS = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc", "lesion")
-
-
-def init_writing_wf(task: Task, context: RunContext, *, name: str) -> LiterateWorkflow:
-    """Build what follows from preprocessing one image.
+def init_derivatives_wf(task: Task, context: RunContext, *, name: str) -> LiterateWorkflow:
+    """Build the workflow that writes the derivatives of a preprocessed image, runs detectors and the record.
 
     Parameters
     ----------
     task : Task
+        The image, its models and lesion mask.
     context : RunContext
+        Options, reference image, brain extraction and device.
     name : str
+        Name of the workflow.
 
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
+        Data sinks, detection, and the completion record after all of them.
 
     Inputs
     ------
     preproc, brain_mask, native_mask, to_sri24, from_sri24, qc
-        From the image's preprocessing.
+        Outputs of the image's preprocessing.
     lesion
-        The image's lesion mask in SRI24 space, if there is one.
+        Lesion mask of the image in SRI24 space, if there is one.
     """
     unit, config = task.unit, context.config
     workflow = LiterateWorkflow(name=name)
-    inputs = Node(IdentityInterface(fields=list(FIELDS)), name="inputnode")
+    inputs = Node(IdentityInterface(fields=[*FROM_PREPROCESSING, "lesion"]), name="inputnode")
     written: list[tuple[Node, str]] = []
     metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, context.reference.metadata)
     quality = Node(AddQuality(metadata=metadata["preproc"]), name="add_quality", run_without_submitting=True)
     workflow.connect(inputs, "qc", quality, "quality")
-    # Only the name is used. It is not that of the raw file, which need not be there any more.
+    # The sinks use only the name. The raw file itself may have been removed.
     source = unit.folder / f"{unit.key}.nii.gz"
     for field, entities in _sink_entities(task).items():
         sink = _sink(f"ds_{field}", source, config.output_dir, entities, metadata.get(field))
@@ -255,23 +289,23 @@ def init_writing_wf(task: Task, context: RunContext, *, name: str) -> LiterateWo
         root = config.derivatives["lesions"]
         own = SidecarReader(root).fields_if_readable(PurePosixPath(task.lesion.path.relative_to(root)))
         described = sidecars.lesion_sidecar(sidecars.lesion_uri(task.lesion.path, root), own)
-        # Named after the mask, which may name fewer entities than this image.
-        named = config.output_dir / task.lesion.output
-        sink = _sink("ds_lesion", named, config.output_dir, entities, described)
+        # The output has the entities of the mask, which may be fewer than those of this image.
+        template = config.output_dir / task.lesion.output
+        sink = _sink("ds_lesion", template, config.output_dir, entities, described)
         workflow.connect(inputs, "lesion", sink, "in_file")
         written.append((sink, "out_file"))
     if task.bundles:
         written += _connect_detection(workflow, task, context, inputs)
-    _connect_record(workflow, task, context, inputs, written)
+    connect_record(workflow, task, context, inputs, written)
     return workflow
 
 
 def _quality_table(task: Task, context: RunContext) -> WriteQuality:
-    """Make the interface that writes the quality of an image."""
+    """Return the interface that writes the quality table of an image."""
     outputs = naming.preprocessing_outputs(task.unit)
     raw = sidecars.raw_uri(task.unit, context.config.bids_dir)
     return WriteQuality(
-        facts={
+        provenance={
             "source_image": raw,
             "modality": task.unit.modality,
             "depends_on": ", ".join(task.depends_on) or "n/a",
@@ -281,10 +315,24 @@ def _quality_table(task: Task, context: RunContext) -> WriteQuality:
     )
 
 
-def _connect_record(
+def connect_record(
     workflow: LiterateWorkflow, task: Task, context: RunContext, inputs: Node, written: list[tuple[Node, str]]
 ) -> None:
-    """Connect the completion record to everything that is written."""
+    """Add the node that writes the completion record after all other outputs.
+
+    Parameters
+    ----------
+    workflow : niworkflows.engine.workflows.LiterateWorkflow
+        Workflow of the image's derivatives.
+    task : Task
+        The image, its models and lesion mask.
+    context : RunContext
+        Options, reference image, brain extraction and device.
+    inputs : nipype.pipeline.engine.Node
+        Input node of the workflow, with the field `qc`.
+    written : list of (nipype.pipeline.engine.Node, str)
+        Nodes that write outputs, and their fields with the written files.
+    """
     unit, config = task.unit, context.config
     collect = Node(Merge(len(written)), name="collect", run_without_submitting=True)
     for number, (node, field) in enumerate(written, start=1):
@@ -303,7 +351,7 @@ def _connect_record(
 
 
 def _record(task: Task, context: RunContext) -> CompletionRecord:
-    """Make the record of what this run writes for an image, the files of its preprocessing apart."""
+    """Return the record of what this run writes for an image, without the outputs of preprocessing."""
     unit, config = task.unit, context.config
     return CompletionRecord(
         key=unit.key,
@@ -315,7 +363,7 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
                 label=bundle.label,
                 identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
                 covariates={} if bundle.deviation == "none" else task.person.covariates,
-                outputs=_with_sidecars(_detection_files(task, bundle).values()),
+                outputs=with_sidecars(_detection_files(task, bundle).values()),
                 methods=describe_model(task, bundle, context),
             )
             for bundle in task.bundles
@@ -325,13 +373,8 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
 
 
 def _detection_files(task: Task, bundle: Bundle) -> dict[str, Path]:
-    """Name what one model writes for an image, by kind, relative to the dataset."""
+    """Return the outputs of one model for an image by kind, relative to the dataset."""
     return naming.detection_outputs(task.unit, bundle.scored_as, with_lesions=task.lesion is not None)
-
-
-def _with_sidecars(files: Iterable[Path]) -> list[str]:
-    """List files and their sidecars."""
-    return sorted({path.as_posix() for file in files for path in (file, sidecar_of(file))})
 
 
 def _connect_detection(
@@ -340,10 +383,10 @@ def _connect_detection(
     context: RunContext,
     inputs: Node,
 ) -> list[tuple[Node, str]]:
-    """Connect one detection process and, for each model, what is made of its map."""
+    """Add the node that scores the image, and for each model the node that writes its outputs."""
     unit, config = task.unit, context.config
     threads = context.detection_threads
-    # Scores and their deviation come from one scoring.
+    # Scores and normative deviations of a model are derived from one anomaly map.
     models = {bundle.name: bundle for bundle in task.bundles}
     detect = Node(
         Detect(
@@ -359,7 +402,7 @@ def _connect_detection(
             threads=threads,
         ),
         name="detect",
-        # The scheduler reads a GPU node's process count as its number of GPU slots.
+        # For GPU nodes, the scheduler takes the number of processes as the number of GPU slots.
         n_procs=1 if context.device != "cpu" else threads,
         mem_gb=DETECTION_GB,
     )
@@ -379,7 +422,7 @@ def _connect_detection(
 
 
 def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess:
-    """Make the interface that writes what one model found."""
+    """Return the interface that writes the outputs of one model."""
     unit, config = task.unit, context.config
     threshold_name, threshold = bundle.default_threshold
     files = _detection_files(task, bundle)
@@ -413,12 +456,12 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
         "RandomSeed": config.random_seed,
     }
     if bundle.deviation != "none":
-        model |= deviation_sidecar(bundle.normative, **task.person.covariates)
+        model |= normative_metadata(bundle.normative, **task.person.covariates)
     return Postprocess(
         bundle=str(bundle.folder),
         deviation=bundle.deviation,
-        person=task.person.covariates,
-        facts={
+        covariates=task.person.covariates,
+        provenance={
             "source_image": raw,
             "modality": unit.modality,
             "detector": bundle.scored_as,
@@ -427,7 +470,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
             "app_version": __version__,
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
-            "seen_in_training": seen_in_training(bundle, unit, config.bids_dir),
+            "seen_in_training": seen_in_training(bundle, unit, source_name(config.bids_dir)),
             "scanner_seen": scanner_seen(bundle, task.person.scanner, source_name(config.bids_dir)),
         },
         files={kind: str(config.output_dir / path) for kind, path in files.items()},
@@ -445,7 +488,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
 
 
 def _sink_entities(task: Task) -> dict[str, dict[str, str]]:
-    """Give the entities that the sink adds to each output of preprocessing."""
+    """Return the BIDS entities of each output of preprocessing."""
     unit = task.unit
     brain = naming.brain_desc(unit)
     return {
@@ -460,51 +503,17 @@ def _sink_entities(task: Task) -> dict[str, dict[str, str]]:
 def _sink(
     name: str, source: Path, output_dir: Path, entities: dict[str, str], metadata: dict[str, Any] | None
 ) -> Node:
-    """Make a data sink node."""
+    """Return a data sink node."""
     sink = DerivativesDataSink(base_directory=str(output_dir), source_file=str(source), **entities)
     if metadata is not None:
         sink.inputs.meta_dict = metadata
     if entities["suffix"] != "xfm":
         sink.inputs.compress = True
-        # On the image's own grid the header must stay the image's.
+        # Images on the native grid keep the header of the raw image.
         sink.inputs.check_hdr = "space" in entities
     return Node(sink, name=name)
 
 
 def _pick(items: list[str], position: int) -> str:
-    """Take one item of a list, between two nodes."""
+    """Return one item of a list (function of a connection between nodes)."""
     return items[position]
-
-
-class _CompleteInputSpec(BaseInterfaceInputSpec):
-    files = traits.List(File(exists=True), mandatory=True, desc="everything that was written")
-    output_dir = traits.Str(mandatory=True, desc="derivative dataset")
-    record_file = traits.Str(mandatory=True, desc="path of the record")
-    record = traits.Dict(mandatory=True, nohash=True, desc="the record, files of the preprocessing apart")
-    quality = traits.Dict(mandatory=True, desc="what preprocessing measured")
-
-
-class _CompleteOutputSpec(TraitedSpec):
-    out_file = File(exists=True, desc="the record")
-
-
-class Complete(SimpleInterface):
-    """Write the record of an image, after all of its outputs."""
-
-    input_spec = _CompleteInputSpec
-    output_spec = _CompleteOutputSpec
-    _always_run = True
-
-    def _run_interface(self, runtime):
-        root = Path(self.inputs.output_dir)
-        content = dict(self.inputs.record)
-        models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
-        record = CompletionRecord(**content, models=models)
-        written = [Path(path).relative_to(root) for path in self.inputs.files]
-        outputs = set(_with_sidecars(written)) - record.files
-        present = sorted(name for name in outputs if (root / name).is_file())
-        methods = as_it_was(record.methods, self.inputs.quality)
-        record = replace(record, outputs=present, methods=methods)
-        path = write_record(Path(self.inputs.record_file), root, record)
-        self._results["out_file"] = str(path)
-        return runtime
