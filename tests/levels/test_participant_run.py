@@ -323,7 +323,7 @@ def test_bad_inputs_are_named_and_the_rest_goes_on(bench, capfd):
     told = " ".join(capfd.readouterr().err.split()).replace(" ", "")
     assert "sub-02_T1w.nii.gz" in told
     assert "sub-01_T1w.nii.gz" in told
-    assert "sub-03:noT1worT2wimagetoworkon" in told
+    assert "sub-03:nousableT1worT2wimage" in told
     # The T2w of a participant whose T1w is broken goes to the atlas directly.
     assert (bench.out / "sub-01/anat/sub-01_space-SRI24_desc-brain_mask.nii.gz").is_file()
     assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w", "preproc sub-01_T2w.nii.gz"]

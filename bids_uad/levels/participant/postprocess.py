@@ -17,7 +17,7 @@ from bids_uad.space import AFFINE, VOXEL_MM3
 CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)
 """26-connectivity: voxels that share a face, an edge or a corner are connected."""
 SHELL_MM = (2, 6)
-"""Distances in mm of the reference tissue for the contrast of a lesion: more than the first from every lesion,
+"""Distances in mm of the reference tissue for the contrast of a lesion: more than the first from all lesions,
 since voxels next to a lesion mask are partly lesion, and at most the second from this lesion."""
 MIN_SHELL_VOXELS = 20
 """Minimum number of voxels of reference tissue, below which a lesion's contrast is NaN."""
