@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.detectors import RESULTS, circumstances
 from benchmarks.scan import simulate
 from bids_uad.engine.execution import resolve_device, resolve_precision
-from bids_uad.engine.inference import usual_field
+from bids_uad.engine.inference import default_field
 from bids_uad.engine.protocol import CORRECTED
 from bids_uad.files import write_json
 from bids_uad.methods.base import Batch, Detector, GradientStage
@@ -110,7 +110,7 @@ def _plain(detector: Detector, store: SliceStore, device: torch.device, steps: i
         tissue = None if everything.tissue is None else everything.tissue[index].to(device)
         batch = Batch(everything.slices[index].to(device), everything.brain[index].to(device), tissue)
         if not whole:
-            field = usual_field(detector.field_of_view, (0, 0))
+            field = default_field(detector.field_of_view, (0, 0))
             batch = batch.cut(field.rows, field.columns)
         loss = stage.loss(batch, generator)
         optimiser.zero_grad()

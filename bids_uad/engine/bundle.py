@@ -1,4 +1,8 @@
-"""Model bundles: directories that hold everything a trained detector needs, nothing pickled."""
+"""Model bundles: folders with weights, hyper-parameters and thresholds of a trained detector.
+
+A bundle holds ``bundle.json``, ``weights.safetensors``, ``MODEL_CARD.md`` and, once calibrated,
+``calibration.json`` and possibly ``normative.nii.gz``. Nothing is pickled, so loading a bundle runs no code.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +41,17 @@ ALL = "all"
 LOGGER = logging.getLogger("bids_uad")
 
 DEFAULT_MODELS = ("pls-T1w-default", "pls-T2w-default")
-"""Those that find most in scans they have not met, see the README's tables."""
+"""Bundles used by default: those with the highest Dice on scans outside their training data."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
-"""Deviation from healthy people, and what its part of ``calibration.json`` is called."""
+"""Deviation from a normative reference of healthy controls; also its key in ``calibration.json``."""
 NORMATIVE_FILE = "normative.nii.gz"
 WEIGHTS = "weights.safetensors"
-DEVIATING = ("pls",)
-"""Detectors whose maps are deviations unless scores are asked for: they find more so. The published ones are
-as they were published."""
+NORMATIVE_BY_DEFAULT = ("pls",)
+"""Detectors whose maps are deviations by default, since these have a higher Dice; the published detectors
+give scores, as published."""
 
-INFO = {
+INFO_ENTRIES = {
     "detector": str,
     "preset": str,
     "modality": Annotated[str, OneOf(*MODALITIES)],
@@ -56,29 +60,30 @@ INFO = {
     "code_version": str,
     "sha256": dict[str, str],
 }
-"""What ``bundle.json`` must hold."""
-FIXED = {
+"""Required entries of ``bundle.json``."""
+THRESHOLD_ENTRIES = {
     "thresholds": dict[str, Annotated[float, Interval(-np.inf)]],
     "default_threshold": str,
     "bin_edges": Annotated[list[Annotated[float, Interval(0)]], Items(2, "strictly")],
 }
-"""What ``calibration.json`` must hold, and its part about deviations, too."""
+"""Required entries of ``calibration.json``, and of its part for deviations."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, checked.
+    """A checked bundle on disk.
 
     Parameters
     ----------
     folder : pathlib.Path
+        Folder of the bundle.
     info : dict
-        ``bundle.json``.
+        Content of ``bundle.json``.
     calibration : dict or None
-        ``calibration.json``; None before ``calibrate``.
-    deviation : str
-        What thresholds and bin edges belong to: ``none``, the scores themselves, or ``normative``, their
-        deviation from healthy people.
+        Content of ``calibration.json``; None if the bundle is not calibrated.
+    deviation : {"none", "normative"}, default="none"
+        Whether maps hold scores or their deviations from the normative reference. Thresholds and bin edges
+        are chosen accordingly.
     """
 
     folder: Path
@@ -88,22 +93,22 @@ class Bundle:
 
     @property
     def detector(self) -> str:
-        """Registry name."""
+        """Name of the detector, a key of :data:`bids_uad.methods.registry.DETECTORS`."""
         return RENAMED_DETECTORS.get(self.info["detector"], self.info["detector"])
 
     @property
     def preset(self) -> str:
-        """Preset the hyper-parameters started from."""
+        """Preset of the hyper-parameters."""
         return self.info["preset"]
 
     @property
     def protocol(self) -> Protocol:
-        """What is done to volumes before and after the detector."""
+        """Scaling before and filter after the detector."""
         return protocol_of(self.preset)
 
     @property
     def post_processing(self) -> str:
-        """What is done to a map after scoring, in words."""
+        """Smoothing and filter of the map, in words."""
         hyper = self.info.get("hyper", {})
         sigma = hyper.get("slice_smoothing", hyper.get("depth", 0))  # the name until 0.1
         smoothing = f"Gaussian of {sigma:g} mm standard deviation across slices, then " if sigma else ""
@@ -121,83 +126,95 @@ class Bundle:
 
     @property
     def scored_as(self) -> str:
-        """What its scores go by in tables: the detector, and the deviation where there is one."""
+        """Name in tables: the detector, with ``+normative`` if maps are deviations."""
         return self.detector if self.deviation == "none" else f"{self.detector}+{self.deviation}"
 
     @property
     def label(self) -> str:
-        """Folder name, and the deviation where there is one."""
+        """Folder name, with ``+normative`` if maps are deviations."""
         return self.name if self.deviation == "none" else f"{self.name}+{self.deviation}"
 
     @property
     def sha256(self) -> str:
-        """Checksum of the weights, the identity of a trained detector."""
+        """SHA-256 of the weights, which identifies a trained detector."""
         return self.info["sha256"][WEIGHTS]
 
     @cached_property
     def calibration_sha256(self) -> str:
-        """Checksum of ``calibration.json``, the identity of its thresholds."""
+        """SHA-256 of ``calibration.json``, which identifies the thresholds."""
         return file_sha256(self.folder / "calibration.json")
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Fixed thresholds by name."""
-        return self._fixed()["thresholds"]
+        """Thresholds by name."""
+        return self._threshold_set()["thresholds"]
 
     @property
     def default_threshold(self) -> tuple[str, float]:
-        """Name and value of the threshold that makes masks."""
-        name = self._fixed()["default_threshold"]
+        """Name and value of the threshold for anomaly masks."""
+        name = self._threshold_set()["default_threshold"]
         return name, self.thresholds[name]
 
     @property
     def bin_edges(self) -> np.ndarray:
         """Edges of the score histogram, float64, from 0 to infinity."""
-        return np.array([*self._fixed()["bin_edges"], np.inf])
+        return np.array([*self._threshold_set()["bin_edges"], np.inf])
 
     @property
     def normative(self) -> dict[str, Any]:
-        """What ``calibration.json`` says about the normative reference.
+        """Part of ``calibration.json`` about the normative reference.
 
         Raises
         ------
         ModelError
-            If the bundle has none.
+            If the bundle has no normative reference.
         """
         if NORMATIVE not in self._calibrated():
             raise ModelError(
-                f"model bundle {self.folder} has no normative reference; run `calibrate` on it with healthy "
-                "subjects enough, or leave --deviation normative out"
+                f"model bundle {self.folder} has no normative reference; run `calibrate` on it with at "
+                "least 20 healthy subjects, or do not use --deviation normative"
             )
         return self._calibrated()[NORMATIVE]
 
     @property
-    def usual_deviation(self) -> str:
-        """What maps are made of unless somebody asks: ``normative`` for `DEVIATING` with a reference."""
-        return NORMATIVE if self.detector in DEVIATING and NORMATIVE in self._calibrated() else "none"
+    def default_deviation(self) -> str:
+        """``normative`` for `NORMATIVE_BY_DEFAULT` with a normative reference, else ``none``."""
+        return (
+            NORMATIVE if self.detector in NORMATIVE_BY_DEFAULT and NORMATIVE in self._calibrated() else "none"
+        )
 
     def with_deviation(self, deviation: str) -> Bundle:
-        """Give the same model with the thresholds of ``none`` or ``normative``.
+        """Return the bundle with another deviation.
+
+        Parameters
+        ----------
+        deviation : {"none", "normative"}
+            As the attribute.
+
+        Returns
+        -------
+        Bundle
+            The same model with the thresholds of this deviation.
 
         Raises
         ------
         ModelError
-            If it has none.
+            If it has no such thresholds.
         """
         changed = replace(self, deviation=deviation)
-        changed.default_threshold  # noqa: B018 - refused here if it has none
+        changed.default_threshold  # noqa: B018 - raises if there are none
         return changed
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """What the model has learnt from and how it differs from its preset, as its maps' sidecars tell.
+    def provenance(self) -> dict[str, Any]:
+        """Training data, training steps and changed hyper-parameters, for the sidecars of anomaly maps.
 
         Returns
         -------
         dict
-            `TrainingSubjects` (those set aside do not count), `TrainingFraction`, `TrainingSteps` (of all
-            stages), `TrainingSource`, `ThresholdCohort`, each None where the bundle does not say, and
-            `HyperParameters`, those that were changed by hand.
+            `TrainingSubjects` (without those held out), `TrainingFraction`, `TrainingSteps` (sum over
+            stages), `TrainingSource` and `ThresholdCohort`, each None if the bundle does not state it, and
+            `HyperParameters`, those that the user has changed.
         """
         training = self.info.get("training", {})
         subjects = training.get("n_subjects")
@@ -214,22 +231,38 @@ class Bundle:
         }
 
     def cohorts_containing(self, hashes: set[str]) -> list[str]:
-        """Cohorts of this model that hold a subject: ``training``, ``validation``, ``normative reference``.
-
-        Only deviations know the last: people whom nothing else was fixed on.
+        """Return the cohorts of this model that contain a subject.
 
         Parameters
         ----------
         hashes : set of str
-            Of the subject, see `bids_uad.dataset.participants`.
+            Hashes of the subject, see :mod:`bids_uad.dataset.participants`.
+
+        Returns
+        -------
+        list of str
+            ``training``, ``validation`` and, for deviations only, ``normative reference``.
         """
-        told = {"training": self.info.get("training", {}), "validation": self._calibrated().get("cohort", {})}
+        cohorts = {
+            "training": self.info.get("training", {}),
+            "validation": self._calibrated().get("cohort", {}),
+        }
         if self.deviation == NORMATIVE:
-            told["normative reference"] = self.normative.get("cohort", {})
-        return [name for name, cohort in told.items() if not hashes.isdisjoint(cohort.get("subjects", ()))]
+            cohorts["normative reference"] = self.normative.get("cohort", {})
+        return [name for name, cohort in cohorts.items() if not hashes.isdisjoint(cohort.get("subjects", ()))]
 
     def with_hyper(self, changes: Sequence[str]) -> Bundle:
-        """Change hyper-parameters, ``NAME=VALUE``; nothing is written, and thresholds hold no longer.
+        """Return an uncalibrated bundle with changed hyper-parameters; nothing is written.
+
+        Parameters
+        ----------
+        changes : sequence of str
+            ``NAME=VALUE``, see :func:`bids_uad.methods.base.change_hyper`.
+
+        Returns
+        -------
+        Bundle
+            The same weights without thresholds, which do not apply to other hyper-parameters.
 
         Raises
         ------
@@ -242,18 +275,18 @@ class Bundle:
         changed = sorted(set(changed_names(type(hyper), [*self.info.get("changed", ()), *changes])))
         return Bundle(self.folder, {**self.info, "hyper": asdict(hyper), "changed": changed}, None)
 
-    def _fixed(self) -> dict[str, Any]:
-        """Thresholds and bin edges of the deviation."""
+    def _threshold_set(self) -> dict[str, Any]:
+        """Return the part of ``calibration.json`` that belongs to `deviation`."""
         return self._calibrated() if self.deviation == "none" else self.normative
 
     def _calibrated(self) -> dict[str, Any]:
         if self.calibration is None:
-            raise ModelError(f"model bundle {self.folder} has no thresholds yet; run `calibrate` on it")
+            raise ModelError(f"model bundle {self.folder} is not calibrated; run `calibrate` on it")
         return self.calibration
 
 
 def file_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file's bytes."""
+    """Compute the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -261,18 +294,20 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model bundle {folder}: {path.name} is missing; is this a bundle?") from None
+        raise ModelError(
+            f"model bundle {folder}: {path.name} is missing; check that this folder is a model bundle"
+        ) from None
     except ValueError as error:
         raise ModelError(f"model bundle {folder}: {path.name} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ModelError(f"model bundle {folder}: {path.name} holds no JSON object; copy the bundle again")
+        raise ModelError(f"model bundle {folder}: {path.name} is not a JSON object; copy the bundle again")
     return content
 
 
 def _check_entries(
     folder: Path, name: str, content: dict[str, Any], expected: dict[str, Any], within: str = ""
 ) -> None:
-    """Refuse a bundle whose file lacks entries or has one that is not allowed."""
+    """Raise an error if a JSON file of a bundle lacks an entry or has a wrong value."""
     lacking = set(expected) - set(content)
     if lacking:
         raise ModelError(f"model bundle {folder}: {name} lacks {', '.join(sorted(lacking))}{within}")
@@ -285,8 +320,8 @@ def _check_entries(
 
 
 def _check_calibration(folder: Path, calibration: dict[str, Any], within: str = "") -> None:
-    """Refuse thresholds that cannot be used."""
-    _check_entries(folder, "calibration.json", calibration, FIXED, within)
+    """Raise an error if thresholds or bin edges are missing or wrong."""
+    _check_entries(folder, "calibration.json", calibration, THRESHOLD_ENTRIES, within)
     names = OneOf(*calibration["thresholds"])
     default = {"default_threshold": Annotated[str, names]}
     _check_entries(folder, "calibration.json", calibration, default, within)
@@ -298,25 +333,29 @@ def load_bundle(folder: str | Path) -> Bundle:
     Parameters
     ----------
     folder : path-like
+        Folder of the bundle.
 
     Returns
     -------
     Bundle
+        Checked bundle.
 
     Raises
     ------
     ModelError
-        If a file is missing, altered since training, has an entry that is not allowed, or is made for other
-        inputs than ours.
+        If a file is missing, differs from its checksum or has a wrong entry, or if the model was made for
+        other input than SRI24 scans of this version.
     """
     folder = Path(folder)
     info = _read_json(folder / "bundle.json", folder)
-    _check_entries(folder, "bundle.json", info, INFO)
+    _check_entries(folder, "bundle.json", info, INFO_ENTRIES)
     _check_entries(folder, "bundle.json", info["sha256"], {WEIGHTS: str}, " in 'sha256'")
     for name, expected in info["sha256"].items():
         _check_file(folder, name, expected)
     if info["input"] != protocol_of(info["preset"]).input_contract:
-        raise ModelError(f"model bundle {folder} was made for other inputs than SRI24 scans of this version")
+        raise ModelError(
+            f"model bundle {folder} was made for other input than SRI24 scans of this version; train it again"
+        )
     path = folder / "calibration.json"
     calibration = _read_json(path, folder) if path.exists() else None
     if calibration is not None:
@@ -331,7 +370,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 
 
 def _check_file(folder: Path, name: str, expected: str) -> None:
-    """Refuse a bundle's file that is missing or altered."""
+    """Raise an error if a file of a bundle is missing or differs from its checksum."""
     path = folder / name
     if not path.is_file():
         raise ModelError(f"model bundle {folder}: {name} is missing; copy the bundle again")
@@ -340,35 +379,35 @@ def _check_file(folder: Path, name: str, expected: str) -> None:
 
 
 def packaged_bundles() -> list[str]:
-    """Names of the bundles that come with the package."""
+    """Return the names of the bundles of the package."""
     return sorted(path.parent.name for path in PACKAGED.glob("*/bundle.json"))
 
 
 def resolve_bundles(
     models: list[str] | None, modalities: list[str], deviations: Sequence[str] = ("none",)
 ) -> list[Bundle]:
-    """Find, check and choose bundles.
+    """Find, check and select bundles.
 
     Parameters
     ----------
     models : list of str, optional
-        Names of packaged bundles, detector names (all packaged bundles of that detector), or paths.
-        None takes `DEFAULT_MODELS`, ``["all"]`` every packaged one.
+        Names of packaged bundles, names of detectors (all packaged bundles of that detector), or paths.
+        None stands for `DEFAULT_MODELS`, ``["all"]`` for all packaged bundles.
     modalities : list of str
-        Modalities to be scored; packaged bundles of others are left out.
-    deviations : sequence of str
-        What maps are made of, see `Bundle.deviation`; empty takes what is usual for each.
+        Modalities of the images; bundles for others are left out.
+    deviations : sequence of {"none", "normative"}, default=("none",)
+        Kinds of maps; if empty, the default of each detector.
 
     Returns
     -------
     list of Bundle
-        Calibrated, ordered by detector and modality, one for each deviation.
+        Calibrated bundles by detector and modality, one for each deviation.
 
     Raises
     ------
     ModelError
-        If a name is unknown, a bundle is refused, two bundles would write the same files, a modality has
-        no bundle, or a bundle has no normative reference that is asked for.
+        If a name is unknown, a bundle is invalid or not calibrated, two bundles would write the same files,
+        a modality has no bundle, or a requested normative reference is missing.
     """
     known = packaged_bundles()
     chosen: list[Bundle] = []
@@ -383,36 +422,37 @@ def resolve_bundles(
         if model in known:
             folders = [PACKAGED / model]
         elif Path(model).is_dir():
-            folders = [Path(model).resolve()]  # detection runs in a folder of its own
+            folders = [Path(model).resolve()]  # absolute, because nipype nodes run in other folders
         else:
             folders = [PACKAGED / name for name in known if name.split("-")[0] == model]
             if not folders:
                 raise ModelError(
-                    f"no model bundle {model!r}: neither a folder nor one of "
+                    f"no model bundle {model!r}: it is neither a folder nor one of "
                     f"{', '.join(known) or '(none packaged)'}"
                 )
         chosen += [load_bundle(folder) for folder in folders]
     chosen = [bundle for bundle in chosen if bundle.modality in modalities]
     seen: dict[tuple[str, str], Bundle] = {}
     for bundle in chosen:
-        bundle.default_threshold  # noqa: B018 - an uncalibrated bundle is refused here
-        bundle_hyper(bundle)  # and one with hyper-parameters that are not allowed
+        bundle.default_threshold  # noqa: B018 - raises if the bundle is not calibrated
+        bundle_hyper(bundle)  # raises if a hyper-parameter is wrong
         key = (bundle.detector, bundle.modality)
         if key in seen:
             raise ModelError(
                 f"{seen[key].folder} and {bundle.folder} are both {bundle.detector} for {bundle.modality}; "
-                "choose one"
+                "name only one of them with --models"
             )
         seen[key] = bundle
     for modality in modalities:
         if not any(bundle.modality == modality for bundle in chosen):
             raise ModelError(
-                f"no model bundle for {modality}; name one with --models or leave the modality out"
+                f"no model bundle for {modality}; name one with --models, or use --modalities without "
+                f"{modality}"
             )
     return [
         bundle.with_deviation(deviation)
         for _, bundle in sorted(seen.items())
-        for deviation in (deviations or (bundle.usual_deviation,))
+        for deviation in (deviations or (bundle.default_deviation,))
     ]
 
 
@@ -422,22 +462,26 @@ def bundle_hyper(bundle: Bundle) -> Any:
     Parameters
     ----------
     bundle : Bundle
+        Checked bundle.
 
     Returns
     -------
     dataclass
-        Of the kind that the detector's presets are.
+        Hyper-parameters, of the type that belongs to the detector.
 
     Raises
     ------
     ModelError
-        If there is no such detector, or a hyper-parameter is unknown or has a value that is not allowed.
+        If there is no such detector, or a hyper-parameter is unknown or has a wrong value.
     """
     from bids_uad.methods.base import hyper_from_values
     from bids_uad.methods.registry import DETECTORS, detector_class
 
     if bundle.detector not in DETECTORS:
-        raise ModelError(f"model bundle {bundle.folder}: this version has no detector {bundle.detector!r}")
+        raise ModelError(
+            f"model bundle {bundle.folder}: no detector named {bundle.detector!r} in this version; there are "
+            f"{', '.join(DETECTORS)}"
+        )
     kind = type(next(iter(detector_class(bundle.detector).presets.values())))
     try:
         return hyper_from_values(kind, bundle.info["hyper"])
@@ -446,22 +490,24 @@ def bundle_hyper(bundle: Bundle) -> Any:
 
 
 def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
-    """Build a bundle's detector with its weights, ready to score.
+    """Build the detector of a bundle and load its weights.
 
     Parameters
     ----------
     bundle : Bundle
-    device : str
+        Checked bundle.
+    device : str, default="cpu"
+        Device as in PyTorch.
 
     Returns
     -------
     Detector
-        In evaluation mode.
+        Detector in evaluation mode, on `device`.
 
     Raises
     ------
     ModelError
-        If detector, hyper-parameters and weights do not fit together, or a weight is NaN or infinite.
+        If the weights do not fit the hyper-parameters, or a weight is NaN or infinite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -472,18 +518,21 @@ def load_detector(bundle: Bundle, device: str = "cpu") -> Detector:
         detector = build_detector(bundle.detector, bundle_hyper(bundle))
         detector.load_state_dict(load_file(bundle.folder / WEIGHTS))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model bundle {bundle.folder}: its weights do not fit ({error})") from error
+        raise ModelError(
+            f"model bundle {bundle.folder}: the weights do not fit the detector ({error}); copy the "
+            "bundle again"
+        ) from error
     wrong = not_finite(detector.state_dict())
     if wrong:
         raise ModelError(
-            f"model bundle {bundle.folder}: weights.safetensors holds NaN or infinite values in "
+            f"model bundle {bundle.folder}: weights.safetensors contains NaN or infinite values in "
             f"{truncate_list(wrong, 3)}; train the model again"
         )
     return detector.eval().to(device)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """List the floating-point tensors, by name, that hold NaN or infinite values."""
+    """Return the names of the floating-point tensors that contain NaN or infinite values."""
     return [
         name
         for name, value in tensors.items()
@@ -503,30 +552,35 @@ def save_bundle(
 ) -> Bundle:
     """Write a trained detector as a bundle.
 
-    Weights of preset ``lite`` are stored as half floats, since they travel with the package. They are
-    calibrated as stored.
+    Weights of preset ``lite`` are stored as float16 to keep the package small; calibration uses the stored
+    weights.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Made if missing. Thresholds of an earlier training are removed: they belong to other weights.
+        Folder of the bundle, made if missing. Thresholds of an earlier training are removed.
     detector : Detector
-    preset, modality : str
+        Trained detector.
+    preset : str
+        Name of the preset.
+    modality : str
+        ``T1w`` or ``T2w``.
     training : dict
-        The training cohort and schedule, kept in ``bundle.json``.
+        Training cohort and schedule, for ``bundle.json``.
     card : str
         Text of ``MODEL_CARD.md``.
-    changed : sequence of str
-        Names of the hyper-parameters that differ from the preset's by the user's wish.
+    changed : sequence of str, default=()
+        Names of the hyper-parameters that the user has changed.
 
     Returns
     -------
     Bundle
+        The bundle, read again.
 
     Raises
     ------
     ModelError
-        If a weight is no number, or too large to store.
+        If a weight is NaN, infinite or too large for float16.
     """
     tensors = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     if wrong := not_finite(tensors):
@@ -534,13 +588,13 @@ def save_bundle(
             f"{truncate_list(wrong, 3)}: NaN or infinite after training; {folder} is not written"
         )
     if preset == "lite":
-        tensors = {key: _halved(key, value) for key, value in tensors.items()}
+        tensors = {key: _to_half(key, value) for key, value in tensors.items()}
     remove_unfinished(folder)
     targets = [folder / name for name in (WEIGHTS, "MODEL_CARD.md", "bundle.json")]
     obsolete = [folder / name for name in ("bundle.json", "calibration.json", NORMATIVE_FILE)]
     with atomic_paths(targets, obsolete) as (weights, text, info):
         write_tensors(tensors, weights)
-        weights.chmod(0o644)  # it is written for its owner alone, but containers run as anybody
+        weights.chmod(0o644)  # safetensors writes 0600, but containers run under any user
         text.write_text(card, encoding="utf-8")
         content = {
             "detector": detector.name,
@@ -557,13 +611,16 @@ def save_bundle(
     return load_bundle(folder)
 
 
-def _halved(name: str, value: Tensor) -> Tensor:
-    """Store a tensor of floats as half floats."""
+def _to_half(name: str, value: Tensor) -> Tensor:
+    """Return floating-point tensors as float16, others unchanged."""
     if not value.is_floating_point():
         return value
     half = value.half()
     if not half.isfinite().all():
-        raise ModelError(f"{name} holds numbers that are not finite as half floats; was the training stable?")
+        raise ModelError(
+            f"{name} has values outside the range of float16; lower the learning rate, or inspect "
+            "the training scans"
+        )
     return half
 
 
@@ -573,13 +630,16 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str,
     Parameters
     ----------
     tensors : dict of str to Tensor
+        Tensors by name.
     path : pathlib.Path
+        File to write.
     metadata : mapping of str to str, optional
+        Metadata of the file; none by default.
 
     Raises
     ------
     OSError
-        If the file cannot be written; safetensors itself raises an error of its own kind.
+        If the file cannot be written. The error of safetensors is not an OSError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

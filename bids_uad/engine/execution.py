@@ -1,4 +1,4 @@
-"""How a detector is run: on what device, how precisely, how many slices at once."""
+"""Device, precision and batch size with which a detector is run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,33 @@ from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 
-CPU_BATCH = 8  # more slices at once are no faster on a CPU
-GPU_BATCH = 16  # when the batch must not follow from the memory that happens to be free
+CPU_BATCH = 8
+"""Slices per batch on a CPU; larger batches are not faster."""
+GPU_BATCH = 16
+"""Slices per batch on a GPU in fp32, fixed so that results do not depend on free memory."""
 LARGEST_BATCH = 64
-SHARE_OF_FREE = 0.7
+"""Largest number of slices per batch."""
+FREE_MEMORY_FRACTION = 0.7
+"""Fraction of the free GPU memory that a batch may take."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
+    """Resolve the name of a device.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Returns
+    -------
+    torch.device
+        The device.
 
     Raises
     ------
     UnavailableError
-        If a GPU is asked for and there is none.
+        If a GPU is requested and none is visible.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,42 +54,48 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn ``auto`` into ``fp32`` or ``bf16``.
+    """Resolve ``auto`` to ``bf16`` on GPUs that support it, else to ``fp32``.
 
-    Half precision is chosen on GPUs that compute in it. On a CPU it is not: it moves about one voxel in a
-    hundred of a mask, and small networks hardly gain from it.
+    On a CPU bf16 changes about 1 % of the voxels of a mask and is hardly faster for small networks.
 
     Parameters
     ----------
     precision : {"auto", "fp32", "bf16"}
+        Requested precision.
     device : torch.device
+        Device on which the detector is run.
+
+    Returns
+    -------
+    str
+        ``fp32`` or ``bf16``.
 
     Raises
     ------
     UnavailableError
-        If ``bf16`` is asked for on a GPU that lacks it.
+        If ``bf16`` is requested on a GPU that does not support it.
     """
     if precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UnavailableError("--precision bf16: this GPU does not compute in bfloat16; use fp32 or auto")
+        raise UnavailableError("--precision bf16: this GPU does not support bfloat16; use fp32 or auto")
     return precision
 
 
 @dataclass(frozen=True)
 class Execution(Constrained):
-    """How a detector is run.
+    """Precision and batch size with which a detector is run.
 
     Parameters
     ----------
-    precision : {"fp32", "bf16"}
-        ``fp32`` repeats bit for bit on one machine; ``bf16`` lets the convolutions and matrix products of
-        networks run in bfloat16.
+    precision : {"fp32", "bf16"}, default="fp32"
+        ``fp32`` is reproducible to the bit on one machine; ``bf16`` runs the convolutions and matrix products
+        of networks in bfloat16.
     batch_size : int, optional
-        Slices at once. By default 8 on a CPU, and on a GPU as many as its free memory holds (16 in ``fp32``,
-        where nothing may depend on what else the GPU is doing). Halved where memory runs out.
-    compiled : bool
-        Compile the networks. The first slices then take a minute.
+        Slices per batch. By default 8 on a CPU, 16 on a GPU in ``fp32``, and as many as the free memory of
+        the GPU holds in ``bf16``. Halved if memory runs out.
+    compiled : bool, default=False
+        Whether to compile the networks, which delays the first slices by about a minute.
     """
 
     precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
@@ -83,10 +103,20 @@ class Execution(Constrained):
     compiled: bool = False
 
     def prepare(self, detector: Detector) -> Detector:
-        """Move a detector's networks, in place, to the precision and layout they are run in.
+        """Set precision and memory layout of the networks of a detector, in place.
 
-        What a detector computes from its networks' outputs stays in single precision: structural similarity
-        and distances lose all their digits in bfloat16.
+        Computations on the outputs of the networks remain in float32, because differences such as those of
+        structural similarity are below the resolution of bfloat16.
+
+        Parameters
+        ----------
+        detector : Detector
+            Detector in evaluation mode.
+
+        Returns
+        -------
+        Detector
+            The same object.
         """
         detector.to(memory_format=torch.channels_last)
         for network in detector.children():
@@ -102,40 +132,46 @@ class Execution(Constrained):
         return detector
 
     def first_batch(self, device: torch.device) -> int:
-        """Slices of the first batch; one where a GPU's need has yet to be measured."""
+        """Return the size of the first batch: 1 if the memory per slice is to be measured on it."""
         if self.batch_size is not None:
             return self.batch_size
         if device.type != "cuda":
             return CPU_BATCH
         return GPU_BATCH if self.precision == "fp32" else 1
 
-    def measures(self, device: torch.device, batch_size: int) -> bool:
-        """Say whether a batch of `batch_size` is run to learn how much memory a slice takes."""
-        free_to_choose = self.batch_size is None and self.precision != "fp32"
-        return device.type == "cuda" and free_to_choose and batch_size == 1
+    def measures_memory(self, device: torch.device, batch_size: int) -> bool:
+        """Return whether a batch of this size serves to measure the memory per slice."""
+        is_adaptive = self.batch_size is None and self.precision != "fp32"
+        return device.type == "cuda" and is_adaptive and batch_size == 1
 
     def next_batch(self, device: torch.device, batch_size: int) -> int:
-        """Slices of the next batch, after one of `batch_size` went well.
+        """Return the size of the next batch.
 
         Parameters
         ----------
         device : torch.device
-            Its peak of memory since the last reset is what the batch needed.
+            Device; its peak memory since the last reset is taken for that of the last batch.
         batch_size : int
+            Size of the last batch.
+
+        Returns
+        -------
+        int
+            Slices, at most `LARGEST_BATCH` if measured.
         """
-        if not self.measures(device, batch_size):
+        if not self.measures_memory(device, batch_size):
             return batch_size
         free, _ = torch.cuda.mem_get_info(device)
         need = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        return max(1, min(LARGEST_BATCH, int(SHARE_OF_FREE * free / max(1, need))))
+        return max(1, min(LARGEST_BATCH, int(FREE_MEMORY_FRACTION * free / max(1, need))))
 
 
-PLAIN = Execution()
+DEFAULT_EXECUTION = Execution()
 
 
 @contextmanager
 def in_precision(detector: Detector, precision: str) -> Iterator[None]:
-    """Run a detector's networks in `precision` for a while; what it computes from their outputs is not."""
+    """Context in which the networks of a detector, and only these, run in `precision`."""
     networks = list(detector.children()) if precision == "bf16" else []
     for network in networks:
         network.forward = _in_bfloat16(network.forward)
@@ -147,7 +183,7 @@ def in_precision(detector: Detector, precision: str) -> Iterator[None]:
 
 
 def _in_bfloat16(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a network's forward in bfloat16, and give its outputs back in single precision."""
+    """Wrap the forward of a network to run in bfloat16 and to return float32."""
 
     @wraps(forward)
     def run(x: Tensor | list[Tensor], *others: Any) -> Tensor | list[Tensor]:
@@ -159,6 +195,6 @@ def _in_bfloat16(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether an error means that a GPU's or the machine's memory did not suffice."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means that GPU or main memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,7 @@
-"""From a preprocessed volume to an anomaly map."""
+"""Anomaly maps of preprocessed volumes: score slices, smooth across slices, filter by a median.
+
+``python -m bids_uad.engine.inference`` computes maps of one image in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from bids_uad import space
 from bids_uad.engine.bundle import load_bundle, load_detector
-from bids_uad.engine.execution import PLAIN, Execution, ran_out_of_memory, resolve_device
+from bids_uad.engine.execution import DEFAULT_EXECUTION, Execution, is_out_of_memory, resolve_device
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.errors import ModelError, UserError, truncate_list
 from bids_uad.images import save_image
@@ -24,176 +27,10 @@ from bids_uad.methods.base import Detector
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import BRAIN_CENTRE, CROP
 
-
-@dataclass(frozen=True)
-class Field:
-    """A rectangle of cropped slices.
-
-    Parameters
-    ----------
-    rows, columns : slice
-    """
-
-    rows: slice
-    columns: slice
-
-    def cut(self, slices: Tensor) -> Tensor:
-        """Give the rectangle of slices, shape (..., 224, 224), as a view."""
-        return slices[..., self.rows, self.columns]
-
-
-def usual_field(size: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Field:
-    """Place a field where brains lie in SRI24.
-
-    Parameters
-    ----------
-    size : tuple of int
-        Height and width.
-    shift : tuple of int
-        Pixels by which it is moved, as far as the slices reach.
-    """
-    return Field(*(_piece(_usual_start(axis, n, shift[axis]), n) for axis, n in enumerate(size)))
-
-
-def covering_fields(inside: Tensor, size: tuple[int, int]) -> list[Field]:
-    """Place fields so that they hold the whole brain of a volume.
-
-    Parameters
-    ----------
-    inside : Tensor of bool, shape (Z, 224, 224)
-        Brain mask.
-    size : tuple of int
-        Height and width of a field.
-
-    Returns
-    -------
-    list of Field
-        One, where brains usually lie, moved no further than it must be. A brain that is larger than a field
-        gets several that overlap.
-    """
-    rows = _starts(inside.any(2).any(0), size[0], 0)
-    columns = _starts(inside.any(1).any(0), size[1], 1)
-    return [Field(_piece(row, size[0]), _piece(column, size[1])) for row in rows for column in columns]
-
-
-def _piece(start: int, length: int) -> slice:
-    return slice(start, start + length)
-
-
-def _usual_start(axis: int, length: int, shift: int = 0) -> int:
-    return min(max(BRAIN_CENTRE[axis] - length // 2 + shift, 0), CROP - length)
-
-
-def _starts(occupied: Tensor, length: int, axis: int) -> list[int]:
-    """First indices along one axis, of which `occupied` must be covered."""
-    usual = _usual_start(axis, length)
-    positions = torch.nonzero(occupied).flatten().tolist()
-    if not positions:
-        return [usual]
-    first, last = positions[0], positions[-1]
-    span = last + 1 - first
-    if span <= length:
-        return [min(max(usual, last + 1 - length), first)]
-    count = -(-span // length)
-    return [first + round(number * (span - length) / (count - 1)) for number in range(count)]
-
-
-ROWS = 400_000
+MEDIAN_CHUNK = 400_000
+"""Voxels whose neighbours are gathered at once by :func:`masked_median`."""
 PUBLISHED_SIDE = 4
-
-
-def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
-    """Median of each brain voxel's 3 x 3 x 3 neighbours that are brain, itself included.
-
-    Parameters
-    ----------
-    volume : Tensor of float, shape (X, Y, Z)
-    brain : Tensor of bool, shape (X, Y, Z)
-
-    Returns
-    -------
-    Tensor, shape (X, Y, Z)
-        0 outside the brain. Of an even number of neighbours the lower middle one is taken, so that every
-        value is one that occurs.
-    """
-    result = torch.zeros_like(volume)
-    if not brain.any():
-        return result
-    padded = torch.full(
-        [size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device
-    )
-    padded[1:-1, 1:-1, 1:-1] = torch.where(brain, volume, torch.nan)
-    centres = torch.nonzero(brain) + 1
-    result[brain] = _neighbour_medians(padded, centres)
-    return result
-
-
-def published_median(volume: Tensor) -> Tensor:
-    """Filter with SciPy's ``median_filter`` of side 4, the published one.
-
-    An even window has no centre: it reaches two voxels back and one ahead, which moves what it filters by
-    half a voxel. Of 64 values the upper middle one is taken. Borders are reflected.
-
-    Parameters
-    ----------
-    volume : Tensor of float, shape (X, Y, Z)
-
-    Returns
-    -------
-    Tensor, shape (X, Y, Z)
-    """
-    result = torch.zeros_like(volume)
-    values = volume.cpu().numpy()
-    if not values.any():
-        return result
-    (occupied,) = ndimage.find_objects(values != 0, max_label=1)
-    # Windows of the voxels next to what is not zero lie within twice the side of the window.
-    margin = 2 * PUBLISHED_SIDE
-    box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in occupied)
-    filtered = ndimage.median_filter(values[box], size=PUBLISHED_SIDE)
-    result[box] = torch.from_numpy(filtered).to(result)
-    return result
-
-
-def _neighbour_medians(padded: Tensor, centres: Tensor) -> Tensor:
-    """Return the lower middle of the values that are not NaN in the 3 x 3 x 3 cube about each centre."""
-    strides = torch.tensor(padded.stride(), device=padded.device)
-    steps = torch.arange(-1, 2, device=padded.device)
-    offsets = (torch.cartesian_prod(steps, steps, steps) * strides).sum(1)
-    values = padded.flatten()
-    # A row of neighbours for each centre, some hundred thousand rows at a time.
-    rows = (centres * strides).sum(1).split(ROWS)
-    return torch.cat([values[part[:, None] + offsets].nanmedian(1).values for part in rows])
-
-
-def smooth_across_slices(scores: Tensor, brain: Tensor, sigma: float) -> Tensor:
-    """Average each pixel with those above and below it in the brain, by a Gaussian.
-
-    Slices are scored one by one. A lesion goes on in the next slice; what a network takes for one in a single
-    slice mostly does not.
-
-    Parameters
-    ----------
-    scores : Tensor of float, shape (Z, H, W)
-        0 outside the brain.
-    brain : Tensor of bool, shape (Z, H, W)
-    sigma : float
-        Standard deviation in slices (1 mm). The Gaussian is cut at three of them.
-
-    Returns
-    -------
-    Tensor, shape (Z, H, W)
-        0 outside the brain, which has no weight.
-    """
-    radius = math.ceil(3 * sigma)
-    total, weight = torch.zeros_like(scores), torch.zeros_like(scores)
-    for step in range(-radius, radius + 1):
-        share = math.exp(-0.5 * (step / sigma) ** 2)
-        here = slice(max(0, -step), min(len(scores), len(scores) - step))
-        there = slice(max(0, step), min(len(scores), len(scores) + step))
-        total[here].add_(scores[there], alpha=share)
-        weight[here].add_(brain[there], alpha=share)
-    return torch.where(brain, total / weight.clamp_min(1e-6), 0.0)
+"""Side of the published median filter in voxels."""
 
 
 @torch.inference_mode()
@@ -205,72 +42,62 @@ def anomaly_map(
     key: str,
     seed: int = 0,
     protocol: Protocol = CORRECTED,
-    execution: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> np.ndarray:
-    """Score a volume slice by slice, then smooth (where the detector asks for it) and filter the map.
+    """Compute the anomaly map of a volume.
 
-    Slices without brain are skipped, and so is the margin that the detector need not see.
+    Slices without brain are skipped, and only the field of view of the detector is processed.
 
     Parameters
     ----------
     detector : Detector
-        In evaluation mode, on the device to use, prepared by `execution`.
+        Detector in evaluation mode, on the device to use, prepared by `execution`.
     volume : numpy.ndarray of float, shape (240, 240, 155)
         Preprocessed intensities on the SRI24 grid, the 99.5th percentile of the brain at 1.
     brain : numpy.ndarray of bool, shape (240, 240, 155)
+        Brain mask.
     key : str
-        Identifies the image for stochastic detectors.
-    seed : int
-    protocol : Protocol
-        Scaling and filter that the detector was trained and calibrated with.
-    execution : Execution
+        Name of the image, part of the seed of stochastic detectors.
+    seed : int, default=0
+        Random seed of the run.
+    protocol : Protocol, default=CORRECTED
+        Scaling and filter with which the detector was trained and calibrated.
+    execution : Execution, default=DEFAULT_EXECUTION
+        Precision and batch size.
 
     Returns
     -------
     numpy.ndarray of float32, shape (240, 240, 155)
-        Higher is more anomalous; 0 outside the brain.
+        Scores, higher for more anomalous voxels, 0 outside the brain.
 
     Raises
     ------
     ValueError
-        If the image is not on the grid or not finite, or the brain leaves the detectors' field of view.
+        If the image is not on the grid or not finite, or the brain exceeds the central 224 x 224 voxels.
     ModelError
         If the detector gives NaN or infinite scores.
     """
     if not np.isfinite(volume).all():
         raise ValueError(f"the preprocessed image of {key} holds NaN or infinite intensities")
     device = next(iter(detector.state_dict().values())).device
-    scaled, taken = protocol.prepare(volume, brain)
+    scaled, mask = protocol.prepare(volume, brain)
     slices = torch.from_numpy(np.ascontiguousarray(space.to_slices(scaled)))
-    inside = torch.from_numpy(np.ascontiguousarray(space.to_slices(taken), dtype=bool))
+    inside = torch.from_numpy(np.ascontiguousarray(space.to_slices(mask), dtype=bool))
     if int(np.count_nonzero(space.to_slices(brain))) != int(np.count_nonzero(brain)):
         raise ValueError("the brain mask leaves the central 224 x 224 voxels of the SRI24 grid")
     fields = covering_fields(inside, detector.field_of_view)
     total = torch.zeros_like(slices, device=device)
-    times = torch.zeros_like(slices[0], device=device)
+    count = torch.zeros_like(slices[0], device=device)
     for field in fields:
-        field.cut(times).add_(1)
+        field.cut(count).add_(1)
         _add_scores(detector, slices, inside, field, total, key=key, seed=seed, execution=execution)
-    # Here, since neither the smoothing nor the median filters below would keep every NaN.
+    # Checked before smoothing and median, which would hide some NaN values.
     _check_finite(detector, total, key)
-    scores = total / times.clamp_min(1) if len(fields) > 1 else total
+    scores = total / count.clamp_min(1) if len(fields) > 1 else total
     if detector.slice_smoothing:
         scores = smooth_across_slices(scores, inside.to(device), detector.slice_smoothing)
-    smooth = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
-    return space.from_slices(smooth.cpu().numpy()) * brain
-
-
-def _check_finite(detector: Detector, scores: Tensor, key: str) -> None:
-    """Refuse scores of shape (Z, H, W) that hold NaN or infinite values."""
-    wrong = ~torch.isfinite(scores).flatten(1).all(1)
-    if not wrong.any():
-        return
-    numbers = torch.nonzero(wrong).flatten().tolist()
-    raise ModelError(
-        f"{detector.name} gave NaN or infinite scores for {key} in axial slice{'s' if numbers[1:] else ''} "
-        f"{truncate_list(map(str, numbers), 5)} of the SRI24 grid (counted from 0); check the preprocessed "
-        "image, or train the model again"
-    )
+    filtered = published_median(scores) if protocol.published else masked_median(scores, inside.to(device))
+    return space.from_slices(filtered.cpu().numpy()) * brain
 
 
 def _add_scores(
@@ -284,7 +111,7 @@ def _add_scores(
     seed: int,
     execution: Execution,
 ) -> None:
-    """Add the scores of one field's slices to `total`, shape (Z, 224, 224), batch by batch."""
+    """Add the scores of one field of all slices to `total`, shape (Z, 224, 224), batch by batch."""
     device = total.device
     batch_size = execution.first_batch(device)
     todo = torch.nonzero(field.cut(inside).flatten(1).any(1)).flatten().tolist()
@@ -293,12 +120,12 @@ def _add_scores(
         now = todo[:batch_size]
         mask = field.cut(inside)[now, None].to(device)
         x = field.cut(slices)[now, None].to(device).contiguous(memory_format=torch.channels_last)
-        if execution.measures(device, batch_size):
+        if execution.measures_memory(device, batch_size):
             torch.cuda.reset_peak_memory_stats(device)
         try:
             scores = detector.score(x, mask, SliceGenerator.of_slices(key, seed, now, device))
         except RuntimeError as error:
-            if batch_size == 1 or not ran_out_of_memory(error):
+            if batch_size == 1 or not is_out_of_memory(error):
                 raise
             batch_size = max(1, batch_size // 2)
             torch.cuda.empty_cache()
@@ -308,15 +135,202 @@ def _add_scores(
         todo = todo[len(now) :]
 
 
+def _check_finite(detector: Detector, scores: Tensor, key: str) -> None:
+    """Raise an error if scores of shape (Z, H, W) contain NaN or infinite values."""
+    wrong = ~torch.isfinite(scores).flatten(1).all(1)
+    if not wrong.any():
+        return
+    numbers = torch.nonzero(wrong).flatten().tolist()
+    raise ModelError(
+        f"{detector.name} gave NaN or infinite scores for {key} in axial slice{'s' if numbers[1:] else ''} "
+        f"{truncate_list(map(str, numbers), 5)} of the SRI24 grid (counted from 0); check the preprocessed "
+        "image, or train the model again"
+    )
+
+
+@dataclass(frozen=True)
+class Field:
+    """Position of a field of view in slices of 224 x 224 pixels.
+
+    Parameters
+    ----------
+    rows, columns : slice
+        Pixels along the two axes.
+    """
+
+    rows: slice
+    columns: slice
+
+    def cut(self, slices: Tensor) -> Tensor:
+        """Return the field of slices of shape (..., 224, 224), as a view."""
+        return slices[..., self.rows, self.columns]
+
+
+def default_field(size: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Field:
+    """Place a field of view around the centre of brains in SRI24.
+
+    Parameters
+    ----------
+    size : tuple of int
+        Height and width in pixels.
+    shift : tuple of int, default=(0, 0)
+        Shift in pixels along rows and columns, limited by the border of the slice.
+
+    Returns
+    -------
+    Field
+        Position of the field.
+    """
+    return Field(*(_span(_default_start(axis, n, shift[axis]), n) for axis, n in enumerate(size)))
+
+
+def covering_fields(inside: Tensor, size: tuple[int, int]) -> list[Field]:
+    """Place fields of view that together contain the brain of a volume.
+
+    Parameters
+    ----------
+    inside : Tensor of bool, shape (Z, 224, 224)
+        Brain mask.
+    size : tuple of int
+        Height and width of a field in pixels.
+
+    Returns
+    -------
+    list of Field
+        One field, shifted from :func:`default_field` by as little as necessary; several that overlap if the
+        brain is larger than a field.
+    """
+    rows = _starts(inside.any(2).any(0), size[0], 0)
+    columns = _starts(inside.any(1).any(0), size[1], 1)
+    return [Field(_span(row, size[0]), _span(column, size[1])) for row in rows for column in columns]
+
+
+def _span(start: int, length: int) -> slice:
+    return slice(start, start + length)
+
+
+def _default_start(axis: int, length: int, shift: int = 0) -> int:
+    return min(max(BRAIN_CENTRE[axis] - length // 2 + shift, 0), CROP - length)
+
+
+def _starts(occupied: Tensor, length: int, axis: int) -> list[int]:
+    """Return the first pixels of the intervals that cover all `occupied` pixels of one axis."""
+    default = _default_start(axis, length)
+    positions = torch.nonzero(occupied).flatten().tolist()
+    if not positions:
+        return [default]
+    first, last = positions[0], positions[-1]
+    extent = last + 1 - first
+    if extent <= length:
+        return [min(max(default, last + 1 - length), first)]
+    count = -(-extent // length)
+    return [first + round(number * (extent - length) / (count - 1)) for number in range(count)]
+
+
+def smooth_across_slices(scores: Tensor, brain: Tensor, sigma: float) -> Tensor:
+    """Smooth scores across slices by a Gaussian, normalised over the brain.
+
+    Lesions usually extend over several slices, false positives of a single slice do not.
+
+    Parameters
+    ----------
+    scores : Tensor of float, shape (Z, H, W)
+        Scores, 0 outside the brain.
+    brain : Tensor of bool, shape (Z, H, W)
+        Brain mask; pixels outside have weight 0.
+    sigma : float
+        Standard deviation in slices (1 mm). The Gaussian is truncated at three standard deviations.
+
+    Returns
+    -------
+    Tensor, shape (Z, H, W)
+        Smoothed scores, 0 outside the brain.
+    """
+    radius = math.ceil(3 * sigma)
+    total, weight = torch.zeros_like(scores), torch.zeros_like(scores)
+    for step in range(-radius, radius + 1):
+        factor = math.exp(-0.5 * (step / sigma) ** 2)
+        target = slice(max(0, -step), min(len(scores), len(scores) - step))
+        source = slice(max(0, step), min(len(scores), len(scores) + step))
+        total[target].add_(scores[source], alpha=factor)
+        weight[target].add_(brain[source], alpha=factor)
+    return torch.where(brain, total / weight.clamp_min(1e-6), 0.0)
+
+
+def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
+    """Compute the median over those of the 3 x 3 x 3 neighbours of each voxel that are brain.
+
+    Parameters
+    ----------
+    volume : Tensor of float, shape (X, Y, Z)
+        Scores.
+    brain : Tensor of bool, shape (X, Y, Z)
+        Brain mask.
+
+    Returns
+    -------
+    Tensor, shape (X, Y, Z)
+        Medians, 0 outside the brain; of an even number of neighbours the lower of the two middle values.
+    """
+    result = torch.zeros_like(volume)
+    if not brain.any():
+        return result
+    padded = torch.full(
+        [size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device
+    )
+    padded[1:-1, 1:-1, 1:-1] = torch.where(brain, volume, torch.nan)
+    strides = torch.tensor(padded.stride(), device=padded.device)
+    steps = torch.arange(-1, 2, device=padded.device)
+    offsets = (torch.cartesian_prod(steps, steps, steps) * strides).sum(1)
+    centres = ((torch.nonzero(brain) + 1) * strides).sum(1)
+    values = padded.flatten()
+    result[brain] = torch.cat(
+        [values[part[:, None] + offsets].nanmedian(1).values for part in centres.split(MEDIAN_CHUNK)]
+    )
+    return result
+
+
+def published_median(volume: Tensor) -> Tensor:
+    """Compute the published median filter, SciPy's ``median_filter`` with a side of 4 voxels.
+
+    The window reaches two voxels back and one ahead, which shifts the map by half a voxel. It includes
+    background. Of 64 values the upper of the two middle ones is taken; borders are reflected.
+
+    Parameters
+    ----------
+    volume : Tensor of float, shape (X, Y, Z)
+        Scores.
+
+    Returns
+    -------
+    Tensor, shape (X, Y, Z)
+        Filtered scores.
+    """
+    result = torch.zeros_like(volume)
+    values = volume.cpu().numpy()
+    if not values.any():
+        return result
+    (occupied,) = ndimage.find_objects(values != 0, max_label=1)
+    # Only windows within this distance of a nonzero voxel can have a nonzero median.
+    margin = 2 * PUBLISHED_SIDE
+    box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in occupied)
+    filtered = ndimage.median_filter(values[box], size=PUBLISHED_SIDE)
+    result[box] = torch.from_numpy(filtered).to(result)
+    return result
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bids_uad.engine.inference", description=__doc__)
-    parser.add_argument("--image", type=Path, required=True, help="preprocessed scan on the SRI24 grid")
-    parser.add_argument("--brain", type=Path, required=True, help="its brain mask")
-    parser.add_argument("--key", required=True, help="name of the image, seeds stochastic detectors")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch-size", type=int, default=None, help="slices at once")
+    parser = argparse.ArgumentParser(
+        prog="python -m bids_uad.engine.inference",
+        description="Compute anomaly maps of one preprocessed image.",
+    )
+    parser.add_argument("--image", type=Path, required=True, help="preprocessed image on the SRI24 grid")
+    parser.add_argument("--brain", type=Path, required=True, help="brain mask of the image")
+    parser.add_argument("--key", required=True, help="name of the image, part of the random seed")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    parser.add_argument("--batch-size", type=int, default=None, help="slices per batch")
     parser.add_argument("--compile", dest="compiled", action="store_true", help="compile the networks")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument(
@@ -325,13 +339,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("BUNDLE", "MAP"),
-        help="model bundle, output map",
+        help="model bundle and output map; may be repeated",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the jobs; 0, or 69 when a bundle or device cannot be used."""
+    """Compute the maps of the command line; return 0, or 69 if a bundle or device cannot be used."""
     args = _parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

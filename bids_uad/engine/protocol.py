@@ -1,4 +1,4 @@
-"""What happens to a volume around the detector: scaling, what counts as brain, filtering."""
+"""Scaling of volumes before the detector, and the filter of anomaly maps after it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from bids_uad.images import SCALING
 
 @dataclass(frozen=True)
 class Protocol(Constrained):
-    """How volumes become a detector's input, and slice scores a map.
+    """Scaling, brain mask and filter around a detector.
 
     Parameters
     ----------
     scaling : dict
-        As in the input contract of a bundle.
+        Description of the scaling, for `input` in ``bundle.json``.
     filtering : str
-        As in the sidecars of its maps.
+        Description of the filter, for the sidecars of anomaly maps.
     published : bool
-        The protocol of arXiv 2512.01534, on which its thresholds depend: min-max scaling of the whole volume,
-        brain where the scaled intensity is not zero, and an even median filter that also sees the background.
+        Whether to follow arXiv 2512.01534, whose thresholds depend on it: min-max scaling of the volume,
+        brain where the scaled intensity is not 0, and a median filter of even size that includes background.
     """
 
     scaling: dict[str, Any]
@@ -38,7 +38,7 @@ class Protocol(Constrained):
 
     @property
     def input_contract(self) -> dict[str, Any]:
-        """What a bundle says of the volumes it is made for; JSON types only."""
+        """Grid and scaling of the input volumes, for ``bundle.json``; JSON types only."""
         return {
             "space": space.NAME,
             "shape": list(space.SHAPE),
@@ -52,16 +52,16 @@ class Protocol(Constrained):
         Parameters
         ----------
         volume : numpy.ndarray of float
-            Skull-stripped intensities with the 99.5th percentile of the brain at 1, not cut above.
+            Skull-stripped intensities with the 99.5th percentile of the brain at 1, not clipped.
         brain : numpy.ndarray of bool
-            Same shape.
+            Brain mask, same shape.
 
         Returns
         -------
         volume : numpy.ndarray of float32
-            0 outside the brain.
+            Intensities in [0, 1], 0 outside the brain.
         brain : numpy.ndarray of bool
-            What the detector takes for brain.
+            Brain mask for the detector.
         """
         stripped = np.where(brain, volume, 0).astype(np.float32)
         if not self.published:
@@ -80,5 +80,16 @@ PUBLISHED = Protocol(
 
 
 def protocol_of(preset: str) -> Protocol:
-    """Give the protocol that belongs to a preset: ``paper`` has the published one."""
+    """Return the protocol of a preset.
+
+    Parameters
+    ----------
+    preset : str
+        Name of the preset.
+
+    Returns
+    -------
+    Protocol
+        `PUBLISHED` for ``paper``, else `CORRECTED`.
+    """
     return PUBLISHED if preset == "paper" else CORRECTED

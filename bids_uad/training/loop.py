@@ -20,7 +20,7 @@ from bids_uad.config import Seed
 from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.engine.bundle import not_finite
 from bids_uad.engine.execution import in_precision
-from bids_uad.engine.inference import usual_field
+from bids_uad.engine.inference import default_field
 from bids_uad.errors import truncate_list
 from bids_uad.files import atomic_path
 from bids_uad.methods.base import (
@@ -315,7 +315,7 @@ def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generato
 def _in_field(batch: Batch, size: tuple[int, int], rng: np.random.Generator) -> Batch:
     """Show of a batch what the detector sees of slices, not always in the same place."""
     row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
-    field_of_view = usual_field(size, (row, column))
+    field_of_view = default_field(size, (row, column))
     return batch.cut(field_of_view.rows, field_of_view.columns)
 
 

@@ -23,7 +23,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(2.5 * GIB))
 
 
-def test_auto_is_half_precision_only_where_a_gpu_has_it(monkeypatch):
+def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
     assert resolve_precision("auto", CPU) == "fp32"
     for has, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has)
@@ -33,28 +33,28 @@ def test_auto_is_half_precision_only_where_a_gpu_has_it(monkeypatch):
         resolve_precision("bf16", CUDA)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_gpu_that_is_not_available_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == CPU
     with pytest.raises(UnavailableError, match="--gpus all"):
         resolve_device("cuda:1")
 
 
-def test_the_batch_follows_from_the_memory_that_a_slice_took(gpu):
+def test_batch_size_follows_from_the_measured_memory_per_slice(gpu):
     run = Execution("bf16")
     assert run.first_batch(CUDA) == 1
     assert run.next_batch(CUDA, 1) == int(0.7 * 40 / 1.5)
     assert run.next_batch(CUDA, 18) == 18
 
 
-def test_the_batch_is_bounded(gpu, monkeypatch):
+def test_batch_size_is_bounded(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: GIB + 1)
     assert Execution("bf16").next_batch(CUDA, 1) == execution.LARGEST_BATCH
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60 * GIB)
     assert Execution("bf16").next_batch(CUDA, 1) == 1
 
 
-def test_single_precision_and_a_given_size_do_not_depend_on_free_memory(gpu):
+def test_batch_size_in_fp32_or_given_does_not_depend_on_free_memory(gpu):
     for run in (Execution("fp32"), Execution("bf16", batch_size=3)):
         assert run.next_batch(CUDA, run.first_batch(CUDA)) == run.first_batch(CUDA) > 1
     assert Execution().first_batch(CPU) == 8
@@ -67,24 +67,24 @@ def test_networks_run_in_bfloat16_and_scores_do_not():
     slices = torch.rand(brain.shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = exact.score(slices, brain, [])
-        seen = []
+        calls = []
         for name, module in exact.named_modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(
-                    lambda module, inputs, output, name=name: seen.append((name, output.dtype))
+                    lambda module, inputs, output, name=name: calls.append((name, output.dtype))
                 )
         scores = Execution("bf16").prepare(exact).score(slices, brain, [])
-    assert {dtype for _, dtype in seen} == {torch.bfloat16}
-    assert any(name.startswith("autoencoder") for name, _ in seen)
+    assert {dtype for _, dtype in calls} == {torch.bfloat16}
+    assert any(name.startswith("autoencoder") for name, _ in calls)
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, expected)
     torch.testing.assert_close(scores, expected, atol=0.03, rtol=0.03)
 
 
-def test_shortage_of_memory_is_told_from_other_errors():
-    assert execution.ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert execution.ran_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
-    assert not execution.ran_out_of_memory(RuntimeError("shape mismatch"))
+def test_is_out_of_memory_recognises_errors_of_gpu_and_cpu():
+    assert execution.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert execution.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+    assert not execution.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 @pytest.mark.slow

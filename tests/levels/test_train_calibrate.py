@@ -263,9 +263,9 @@ def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
     assert call(scans, models, "calibrate", "andi", "--hyper", "stride=25") == 0
     changed = load_bundle(folder)
     assert changed.info["hyper"]["stride"] == 25
-    assert changed.origin["HyperParameters"] == {"stride": 25}
-    assert changed.origin["TrainingSteps"] == 1
-    assert changed.origin["ThresholdCohort"] == "Thirty slices"
+    assert changed.provenance["HyperParameters"] == {"stride": 25}
+    assert changed.provenance["TrainingSteps"] == 1
+    assert changed.provenance["ThresholdCohort"] == "Thirty slices"
     assert changed.sha256 == weights
     assert changed.thresholds
     assert call(scans, models, "calibrate", "andi", "--hyper", "strides=5") == 2
@@ -308,9 +308,9 @@ def test_a_share_of_the_subjects_is_learnt_from(scans, tmp_path, share, code):
     bundle = load_bundle(tmp_path / "intensity-T2w-lite")
     assert bundle.info["training"]["n_subjects"] == 1
     assert bundle.info["training"]["train_fraction"] == 0.5
-    assert bundle.origin["TrainingSubjects"] == 1
-    assert bundle.origin["TrainingFraction"] == 0.5
-    assert bundle.origin["TrainingSteps"] is None
+    assert bundle.provenance["TrainingSubjects"] == 1
+    assert bundle.provenance["TrainingFraction"] == 0.5
+    assert bundle.provenance["TrainingSteps"] is None
 
 
 def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
@@ -320,7 +320,7 @@ def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
     assert call(scans, models, "train", "disyre", *quick, "--hyper", f"anomalies={json.dumps(parts)}") == 0
     bundle = load_bundle(models / "disyre-T2w-lite")
     assert load_detector(bundle).hyper.anomalies == tuple(parts)
-    assert bundle.origin["HyperParameters"] == {"anomalies": parts}
+    assert bundle.provenance["HyperParameters"] == {"anomalies": parts}
     assert call(scans, models, "train", "disyre", *quick, "--hyper", 'anomalies=["haze"]') == 2
     assert "Got ('haze',) instead." in capsys.readouterr().err
 

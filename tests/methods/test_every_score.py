@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.literal import LITERAL
 from bids_uad.engine.execution import Execution
-from bids_uad.engine.inference import anomaly_map, usual_field
+from bids_uad.engine.inference import anomaly_map, default_field
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import to_slices
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def shown(detector) -> tuple[Tensor, Tensor]:
     """Slices of the phantom and their brain masks, as the engine would show them."""
-    field = usual_field(detector.field_of_view)
+    field = default_field(detector.field_of_view)
     volume, brain = phantom(FIRST, LAST)
     parts = (torch.from_numpy(to_slices(part)[FIRST:LAST].copy())[:, None] for part in (volume, brain))
     slices, mask = (field.cut(part).contiguous() for part in parts)

@@ -447,7 +447,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
         "ThresholdSource": "fixed on validation scans (ThresholdCohort) when the model was calibrated",
         "Scaling": bundle.protocol.scaling,
         "PostProcessing": bundle.post_processing,
-        **bundle.origin,
+        **bundle.provenance,
     }
     run = {
         "Device": context.device,
