@@ -1,4 +1,4 @@
-"""Sphinx configuration. `make docs` builds the pages; they need no network to be read."""
+"""Sphinx configuration; `make docs` builds pages that need no network."""
 
 import sys
 from pathlib import Path

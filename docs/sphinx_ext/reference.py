@@ -1,7 +1,4 @@
-"""Tables that are made from the code: columns, files, hyper-parameters and options.
-
-They say what the sidecars, the names on disk, the presets and the parser say, since they are read from there.
-"""
+"""Sphinx directives that generate tables of columns, files, hyper-parameters and options from the code."""
 
 from __future__ import annotations
 
@@ -30,49 +27,49 @@ UNIT = ImageUnit(ROOT / "sub-01" / "anat" / "sub-01_T1w.nii.gz", "01", None, "T1
 
 
 class Generated(SphinxDirective):
-    """A directive that writes Markdown and has it read."""
+    """Base class of directives that generate Markdown."""
 
     has_content = False
 
     def run(self) -> list[nodes.Node]:
-        """Make the nodes of what `lines` says."""
+        """Parse the generated Markdown."""
         return self.parse_text_to_nodes("\n".join(self.lines()), allow_section_headings=True)
 
     def lines(self) -> Iterator[str]:
-        """Write Markdown."""
+        """Return the lines of the Markdown text."""
         raise NotImplementedError
 
 
 class Columns(Generated):
-    """``{columns} module:NAME``: the columns of a table, as its data dictionary describes them."""
+    """``{columns} module:NAME``: columns of a table with their descriptions in the data dictionary."""
 
     required_arguments = 1
 
     def lines(self) -> Iterator[str]:
-        """Write one row for each column."""
+        """Return one row per column."""
         module, name = self.arguments[0].split(":")
         return column_table(getattr(import_module(module), name))
 
 
 class GroupTables(Generated):
-    """``{group-tables}``: every table of the group level."""
+    """``{group-tables}``: all tables of the group level."""
 
     def lines(self) -> Iterator[str]:
-        """Write a section for each table."""
-        nobody = pd.DataFrame(columns=list(SUBJECT_COLUMNS))
+        """Return one section per table."""
+        empty = pd.DataFrame(columns=list(SUBJECT_COLUMNS))
         tables = {
             "benchmark": ("Benchmark of each detector, modality and cohort", BENCHMARK_COLUMNS),
             "subjects": (
-                "Numbers of each image and detector, followed by the columns of participants.tsv",
+                "Scores of each image and detector, followed by the columns of participants.tsv",
                 SUBJECT_COLUMNS,
             ),
         }
         tables |= {
             name: (what, columns)
-            for name, (_, what, columns) in analyse(nobody, {}, (), seed=0).tables.items()
+            for name, (_, what, columns) in analyse(empty, {}, (), seed=0).tables.items()
         }
         tables["experiments"] = (
-            "With `--experiments`: models that differ from those of these outputs, on the same images",
+            "With `--experiments`: other models on the same images",
             EXPERIMENT_COLUMNS,
         )
         for name, (what, columns) in tables.items():
@@ -82,11 +79,11 @@ class GroupTables(Generated):
 
 
 class Outputs(Generated):
-    """``{outputs}``: every file that is written for an image, with its sidecar's description."""
+    """``{outputs}``: all output files of an image, with the descriptions in their sidecars."""
 
     def lines(self) -> Iterator[str]:
-        """Write one row for each file."""
-        yield from table_head("file", "what it is")
+        """Return one row per file."""
+        yield from table_head("file", "content")
         for path, text in output_files():
             yield row(f"`{path.name.replace('sub-01', '*')}`", text)
 
@@ -97,7 +94,7 @@ class Presets(Generated):
     required_arguments = 1
 
     def lines(self) -> Iterator[str]:
-        """Write one row for each hyper-parameter."""
+        """Return one row per hyper-parameter."""
         presets = {
             name: dict(flat(dataclasses.asdict(hyper)))
             for name, hyper in detector_class(self.arguments[0]).presets.items()
@@ -117,7 +114,7 @@ class CommandLine(Generated):
     optional_arguments = 1
 
     def lines(self) -> Iterator[str]:
-        """Write a table for each group of options."""
+        """Return one section per group of options."""
         module, name = self.arguments[0].split(":")
         parser: argparse.ArgumentParser = getattr(import_module(module), name)(*self.arguments[1:])
         for group in parser._action_groups:
@@ -131,7 +128,7 @@ class CommandLine(Generated):
 
 
 def spellings(action: argparse.Action) -> list[str]:
-    """Write an option with its value, once for each of its names."""
+    """Return the spellings of an option with its value."""
     value = action.metavar or (
         "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest
     )
@@ -141,7 +138,7 @@ def spellings(action: argparse.Action) -> list[str]:
 
 
 def description(action: argparse.Action) -> str:
-    """Give the help of an option, with its default where the help does not say it."""
+    """Return the help of an option, with the default value if the help does not contain it."""
     text = escaped(action.help or "").rstrip(".")
     if action.default not in (None, argparse.SUPPRESS, False) and "default" not in text:
         default = action.default
@@ -150,25 +147,25 @@ def description(action: argparse.Action) -> str:
 
 
 def output_files() -> Iterator[tuple[Path, str]]:
-    """Name what is written for the T1w image of a subject, and say what each file is."""
-    told = sidecars.preprocessing_sidecars(UNIT, ROOT, {})
-    told["to_sri24"] = {"Description": "Rigid transform of the image to SRI24, ITK text"}
-    told["from_sri24"] = {"Description": "The inverse transform"}
+    """Yield the output files of a T1w image with their descriptions."""
+    described = sidecars.preprocessing_sidecars(UNIT, ROOT, {})
+    described["to_sri24"] = {"Description": "Rigid transform of the image to SRI24, ITK text"}
+    described["from_sri24"] = {"Description": "The inverse transform"}
     for name, path in naming.preprocessing_outputs(UNIT).items():
-        yield path, told[name]["Description"]
+        yield path, described[name]["Description"]
     preproc = naming.preprocessing_outputs(UNIT)["preproc"]
     yield naming.quality_output(UNIT), sidecars.quality_sidecar(preproc, preproc)["Description"]
     yield naming.lesion_output(UNIT.entities), sidecars.lesion_sidecar("", {})["Description"]
     files = naming.detection_outputs(UNIT, "disyre", with_lesions=True)
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
-    described = sidecars.detection_sidecars(files, inputs, {}, {}, min_lesion_volume=0)
+    detection = sidecars.detection_sidecars(files, inputs, {}, {}, min_lesion_volume=0)
     for kind, path in files.items():
-        yield path, described[kind]["Description"]
+        yield path, detection[kind]["Description"]
 
 
 def column_table(columns: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Write a table of columns: name, description, units and levels."""
-    yield from table_head("column", "what it is")
+    """Return a table of columns: name, description, units and levels."""
+    yield from table_head("column", "description")
     for name, column in columns.items():
         text = escaped(column["Description"])
         if "Units" in column:
@@ -179,7 +176,7 @@ def column_table(columns: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Go through nested values, with dotted names."""
+    """Yield nested values with dotted names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -188,18 +185,18 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def table_head(*cells: str) -> Iterator[str]:
-    """Write the first two lines of a table."""
+    """Return the first two lines of a table."""
     yield row(*cells)
     yield row(*["---"] * len(cells))
 
 
 def row(*cells: str) -> str:
-    """Write a row of a table."""
+    """Format a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def escaped(text: str) -> str:
-    """Keep Markdown from reading signs into plain text."""
+    """Escape characters with a meaning in Markdown."""
     for sign in ("\\", "|", "*", "_", "<", "$", "["):
         text = text.replace(sign, f"\\{sign}")
     return text
