@@ -407,7 +407,7 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
             handles=[*handles, chance],
             title="pooled AUPRC",
             edgecolor="none",
-            loc="upper right",
+            loc="best",
             fontsize=12,
             handletextpad=0.4,
         )
@@ -708,7 +708,7 @@ def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Chart | None
         )
         axes.set(xlim=(-0.5, max(len(levels), 1) - 0.5), ylim=(0, 100))
         axes.set_xticks(range(len(levels)), [f"{level}\nn = {counts[level]:,}" for level in levels])
-        axes.tick_params(axis="x", length=0)
+        axes.tick_params(axis="x", length=0, pad=8)
         for k, detector in enumerate(detectors):
             rows = table[table["detector"] == detector].set_index("level").reindex(levels)
             shown = rows["lesion_sensitivity"].notna().to_numpy()
@@ -732,8 +732,8 @@ def lesion_sizes(lesions: pd.DataFrame, colours: dict[str, str]) -> Chart | None
         "Lesions found by size and contrast",
         "Percentage of the 26-connected lesions that the prediction touches at the fixed threshold, with the "
         f"95 % interval over participants (none with fewer than {MIN_SUBJECTS} participants, or if wider "
-        f"than {MAX_SHARE_WIDTH:.0%}). n: lesions. Contrast: absolute difference between the lesion and the "
-        "surrounding brain, in standard deviations of the latter.",
+        f"than {100 * MAX_SHARE_WIDTH:g} %). n: lesions. Contrast: absolute difference between the lesion "
+        "and the surrounding brain, in standard deviations of the latter.",
         canvas.svg(),
     )
 

@@ -205,17 +205,18 @@ def _nominal_rate(percent: float, n: int, n_detectors: int, n_above: int, n_clea
     n_clearly : int or None
         Number of those `n_above` whose 95 % interval lies above the rate; None without intervals.
     """
-    of = "" if n == n_detectors else f" ({n} of {n_detectors} detectors)"
-    start = f"Rate at which the threshold was fixed on validation data{of}: {percent:g} %,"
+    of = "" if n == n_detectors else f" of {n} of {n_detectors} detectors"
+    subject, verb = ("The thresholds", "were") if n > 1 else ("The threshold", "was")
+    start = f"{subject}{of} {verb} fixed at {percent:g} % on validation data; this rate is"
     if n_above == 0:
         return f"{start} not exceeded."
     if n_clearly is None:
         interval = "too few participants for an interval"
     elif n == 1:
-        interval = f"its 95 % interval {'lies above' if n_clearly else 'includes'} this rate"
+        interval = f"its 95 % interval {'lies above it' if n_clearly else 'includes it'}"
     else:
-        interval = f"the 95 % intervals of {n_clearly} lie above it (not corrected for their number)"
-    return f"{start} exceeded{'' if n == 1 else f' by {n_above} of {n}'}; {interval}."
+        interval = f"the 95 % intervals of {n_clearly} lie above it, without correction for their number"
+    return f"{start} exceeded{'' if n == 1 else f' by {n_above} of {n}'} ({interval})."
 
 
 def _bias(analyses: Analyses) -> str:

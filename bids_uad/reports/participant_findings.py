@@ -137,18 +137,18 @@ def agreement(mask: np.ndarray, lesion: np.ndarray, brain: np.ndarray | None) ->
 
 def summary_tiles(finding: Finding) -> list[tuple[str, str]]:
     """Return the numbers at the top of a detector's section, each with its label."""
-    fraction = _format(finding.brain_fraction, "{:.2%}")
+    fraction = _percent(finding.brain_fraction, 2)
     shown = [
         (_format(finding.threshold, "{:.3g}"), f"fixed threshold {TAU}: {finding.threshold_source}"),
         (_format(finding.volume_ml, "{:,.1f} mL"), f"above {TAU} ({fraction} of the brain)"),
         (_format(finding.n_components, "{:,}"), "components"),
-        (_format(finding.peak_ratio, f"{{:.2f}} \N{MULTIPLICATION SIGN} {TAU}"), "highest score"),
+        (_format(finding.peak_ratio, "{:.2f}"), f"highest score, relative to {TAU}"),
     ]
     if finding.agreement is not None:
         shown += [
             (f"{finding.agreement.dice:.3f}", "Dice with the ground truth"),
-            (f"{finding.agreement.sensitivity:.0%}", "sensitivity, voxel-wise"),
-            (f"{finding.agreement.precision:.0%}", "precision, voxel-wise"),
+            (_percent(finding.agreement.sensitivity), "sensitivity, voxel-wise"),
+            (_percent(finding.agreement.precision), "precision, voxel-wise"),
         ]
         if finding.agreement.truth_empty:
             label = "Dice: no lesion voxel in the brain, so it is 1 without findings, else 0"
@@ -174,7 +174,7 @@ def summary_row(finding: Finding) -> dict[str, str]:
         "threshold": _format(finding.threshold, "{:.3g}"),
         "threshold_source": finding.threshold_source,
         "volume": _format(finding.volume_ml, "{:,.1f}"),
-        "fraction": _format(finding.brain_fraction, "{:.2%}"),
+        "fraction": _percent(finding.brain_fraction, 2),
         "components": _format(finding.n_components, "{:,}"),
         "peak": _format(finding.peak_ratio, "{:.2f}"),
         "dice": dice,
@@ -246,6 +246,11 @@ def quality_row(quality: Mapping[str, Any]) -> list[str]:
 def _format(value: float | None, pattern: str) -> str:
     """Format a number; return a dash for None."""
     return MISSING if value is None else pattern.format(value)
+
+
+def _percent(fraction: float | None, digits: int = 0) -> str:
+    """Format a fraction as a percentage; return a dash for None."""
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def _score(value: float) -> str:

@@ -92,7 +92,9 @@ def test_page_contains_the_required_texts(study):
     assert "optimistic upper bound" in page
     assert "max_dice" in page
     assert "Every expected participant" in page
-    assert re.search(r'<th [^>]*title="Lesion scans whose lesion mask is empty"[^>]*>empty mask', page)
+    assert re.search(
+        r'<th [^>]*title="Number of lesion scans with an empty lesion mask"[^>]*>empty mask', page
+    )
     for column in ("dice_optimal", "auprc_pooled", "fpr_healthy_mean", "n_both_empty"):
         assert f'<dt class="name">{column}</dt>' in page
     for text in (
@@ -111,7 +113,7 @@ def test_table_heads_have_definitions(study):
     explained = [head for head in heads if re.search(r'title="[^"]{5,}"', head)]
     # Without definition: modality and three cohorts, in two tables.
     assert len(heads) - len(explained) == 8
-    assert 'title="Mean Dice at the fixed threshold over the lesion scans"' in page
+    assert 'title="Mean Dice at the fixed threshold, lesion scans"' in page
 
 
 def test_figures_are_valid_svg_with_working_links(study):
@@ -189,7 +191,7 @@ def test_page_without_usable_scans(tmp_path):
     evaluation, people = assess(tmp_path)
     page = write_page(tmp_path, evaluation, people).read_text()
     assert "No participants.tsv" in page
-    assert "no scan with a lesion" in page
+    assert "No lesion mask contains a lesion" in page
 
 
 def test_text_of_the_dataset_is_escaped(tmp_path):
@@ -219,7 +221,7 @@ def test_missing_intervals_are_explained(study, tmp_path):
     write_page(study, evaluation, people, found)
     page = (study / "group.html").read_text()
     assert "no interval (n = 4)" in page
-    assert "Lesion-wise, from 3 mm³" in page
+    assert "Lesion-wise, at least 3 mm³" in page
     assert "of at least 3 mm³; it is found if the prediction touches it" in page
     strip = (study / "group" / "figures" / "dice_T1w.svg").read_text()
     assert "4 scans, n = 4: no interval" in strip

@@ -85,9 +85,9 @@ def test_healthy_controls_alone(tmp_path):
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
-        ((0.02, 0.03, 0.04, 0.02, 0.03), "exceeded; its 95 % interval lies above this rate."),
-        ((0.0, 0.001, 0.06, 0.0, 0.0), "exceeded; its 95 % interval includes this rate."),
-        ((0.02, 0.03, 0.04), "exceeded; too few participants for an interval."),
+        ((0.02, 0.03, 0.04, 0.02, 0.03), "exceeded (its 95 % interval lies above it)."),
+        ((0.0, 0.001, 0.06, 0.0, 0.0), "exceeded (its 95 % interval includes it)."),
+        ((0.02, 0.03, 0.04), "exceeded (too few participants for an interval)."),
         ((0.0, 0.001, 0.004), "not exceeded."),
     ],
 )
@@ -98,7 +98,7 @@ def test_rate_of_the_threshold_is_compared_with_that_of_controls(tmp_path, share
         path = Scan(str(k), n_nonlesion=counts(100, 10_000 - found) + counts(350, found)).write(tmp_path)
         path.write_text(path.read_text().replace("max_dice", "fpr_1pct"))
     text = summary_of(tmp_path)["False positives, T1w"]
-    assert text.endswith(f"Rate at which the threshold was fixed on validation data: 1 %, {words}")
+    assert text.endswith(f"The threshold was fixed at 1 % on validation data; this rate is {words}")
 
 
 def test_scans_with_an_empty_mask_are_counted_apart(tmp_path):
@@ -201,10 +201,10 @@ def test_count_and_join_words():
         (
             5,
             2,
-            "exceeded by 5 of 5; the 95 % intervals of 2 lie above it (not corrected for their number).",
+            "exceeded by 5 of 5 (the 95 % intervals of 2 lie above it, without correction for their number).",
         ),
-        (2, 0, "exceeded by 2 of 5; the 95 % intervals of 0 lie above it"),
-        (5, None, "exceeded by 5 of 5; too few participants for an interval."),
+        (2, 0, "exceeded by 2 of 5 (the 95 % intervals of 0 lie above it"),
+        (5, None, "exceeded by 5 of 5 (too few participants for an interval)."),
         (0, None, "not exceeded."),
     ],
 )
