@@ -1,5 +1,6 @@
 import ctypes
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from nipype import Function, Node, Workflow
 
+from bids_uad.levels.participant import executors
 from bids_uad.levels.participant.executors import IsolatedPlugin, describe_death
 from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.levels.participant.summary import error_line
@@ -178,3 +180,56 @@ def test_engine_failures_in_words():
 )
 def test_error_line(traceback, line):
     assert error_line(traceback) == line
+
+
+def pass_on(value):
+    """Work of one step."""
+    import time
+
+    time.sleep(0.02)
+    return value
+
+
+def participants_workflow(folder, n_participants, n_steps, n_procs):
+    """Build a workflow with one chain of nodes for each participant."""
+    whole = Workflow("whole", base_dir=str(folder))
+    whole.config["execution"] = {"poll_sleep_duration": "0.02"}
+    for number in range(n_participants):
+        chain = Workflow(f"sub_{number:02d}_wf")
+        steps = [
+            Node(Function(["value"], ["value"], pass_on), f"step{step}", n_procs=1 + step % n_procs)
+            for step in range(n_steps)
+        ]
+        steps[0].inputs.value = number
+        for before, after in itertools.pairwise(steps):
+            chain.connect(before, "value", after, "value")
+        whole.add_nodes([chain])
+    return whole
+
+
+@pytest.mark.parametrize("n_participants", [3, 7])
+@pytest.mark.parametrize("n_procs", [1, 2])
+def test_participants_are_finished_one_after_the_other(tmp_path, monkeypatch, n_procs, n_participants):
+    monkeypatch.setattr(executors, "START_METHOD", "fork")
+    n_steps, done, most, order = 3, {}, 0, []
+
+    def watch(node, status):
+        nonlocal most
+        subject = node.fullname.split(".")[1]
+        if status == "start":
+            done.setdefault(subject, 0)
+        elif status == "end":
+            done[subject] += 1
+            if done[subject] == n_steps:
+                order.append(subject)
+        most = max(most, sum(n < n_steps for n in done.values()))
+
+    plugin = IsolatedPlugin({"n_procs": n_procs, "memory_gb": 1, "n_gpu_procs": 0, "status_callback": watch})
+    try:
+        participants_workflow(tmp_path, n_participants, n_steps, n_procs).run(plugin=plugin)
+    finally:
+        plugin.close()
+    assert len(order) == n_participants
+    assert most <= n_procs + 1
+    places = {subject: place for place, subject in enumerate(order)}
+    assert all(abs(int(subject[4:6]) - place) <= n_procs for subject, place in places.items())

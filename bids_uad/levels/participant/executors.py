@@ -24,6 +24,7 @@ from shlex import quote
 from traceback import format_exception
 from typing import Any, Protocol
 
+import numpy as np
 import yaml
 from nipype.pipeline.engine import nodes, utils
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
@@ -128,6 +129,27 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
             super().run(graph, config, updatehash=updatehash)
         finally:
             gc.unfreeze()
+
+    def _prerun_check(self, graph):
+        super()._prerun_check(graph)
+        self._participants = np.array([])
+
+    def _sort_jobs(self, jobids, scheduler=None):
+        """Order nodes by participant, and hold back those of participants whose turn has not come.
+
+        nipype works breadth first: the first node of each participant, then the second, and so on. Here at
+        most one participant more than there are processors is unfinished at a time, so that neither the time
+        to the first result nor the size of the work folder grows with the number of participants.
+        """
+        if len(self._participants) != len(self.procs):
+            names = [node.fullname.split(".")[1] for node in self.procs]
+            first = {name: number for number, name in enumerate(dict.fromkeys(names))}
+            self._participants = np.array([first[name] for name in names])
+        unfinished = np.unique(self._participants[~self.proc_done | self.proc_pending])
+        under_way = unfinished[: self.processors + 1]
+        of_jobs = self._participants[jobids]
+        turn = np.isin(of_jobs, under_way)
+        return jobids[turn][np.argsort(of_jobs[turn], kind="stable")]
 
     def close(self) -> None:
         """Stop all workers; what they were doing is lost."""
