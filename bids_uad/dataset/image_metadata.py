@@ -1,4 +1,4 @@
-"""What a raw dataset says about its images beyond participants.tsv: sessions.tsv, scans.tsv and sidecars."""
+"""Metadata of images from sessions.tsv, scans.tsv and sidecars of a raw dataset, for subgroups."""
 
 from __future__ import annotations
 
@@ -14,72 +14,67 @@ from bids_uad.dataset.participants import Participants
 from bids_uad.dataset.raw_metadata import SidecarReader, is_missing, read_table
 
 
-def image_columns(
+def image_metadata(
     root: Path, images: Iterable[str], names: Sequence[str], participants: Participants
 ) -> pd.DataFrame:
-    """Look facts up that images have, each where it is first found: sessions.tsv, scans.tsv, the sidecar.
+    """Read metadata fields of images from sessions.tsv, scans.tsv or the sidecars, in this order.
 
     Parameters
     ----------
     root : pathlib.Path
-        The raw dataset.
+        Root of the raw dataset.
     images : iterable of str
-        As the score tables name them: BIDS URIs, or paths below `root`.
+        Images as in the column `source_image`: BIDS URIs, or paths relative to `root`.
     names : sequence of str
-        Columns or sidecar fields.
+        Names of table columns or sidecar fields.
     participants : Participants
-        Those of the raw dataset, with their sessions.
+        Participants of the raw dataset, with their sessions.
 
     Returns
     -------
     pandas.DataFrame
-        One row for each image (the index), a column of text for each name that is known of any image; missing
-        where it is not.
+        One row for each image (the index), one column of text for each name that any image has; missing for
+        images without the field.
 
     Raises
     ------
     InputError
-        If a file that could tell cannot be read.
+        If a scans.tsv or a sidecar cannot be read.
     """
-    facts = _Facts(root, participants)
+    scans = cache(_read_scans)
+    sidecars = SidecarReader(root)
     rows = {}
     for image in dict.fromkeys(images):
         path = PurePosixPath(image.rsplit(":", 1)[-1])
-        told = (facts.session(path), facts.scan(path), facts.sidecar(path))
-        rows[image] = {name: next((own[name] for own in told if name in own), None) for name in names}
+        sources = (_session(path, participants), _scan(path, root, scans), _sidecar(path, sidecars))
+        rows[image] = {
+            name: next((fields[name] for fields in sources if name in fields), None) for name in names
+        }
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(names), dtype="string")
     return table.dropna(axis="columns", how="all")
 
 
-class _Facts:
-    """The small files of one dataset; what several images share is read once."""
-
-    def __init__(self, root: Path, participants: Participants) -> None:
-        self.root = root
-        self.participants = participants
-        self._table = cache(_read_table)
-        self._sidecars = SidecarReader(root)
-
-    def session(self, image: PurePosixPath) -> dict[str, str]:
-        """Values of an image's session, as text."""
-        subject, session = image.parts[0], image.parts[1]
-        row = self.participants.row(subject, session) if session.startswith("ses-") else {}
-        return {name: _text(value) for name, value in row.items()}
-
-    def scan(self, image: PurePosixPath) -> dict[str, str]:
-        """Row of an image in the list of its session's scans."""
-        folder = image.parent.parent  # of the session, or of the participant
-        table = self._table(self.root / folder / f"{'_'.join(folder.parts)}_scans.tsv")
-        return table.get(str(image.relative_to(folder)), {})
-
-    def sidecar(self, image: PurePosixPath) -> dict[str, str]:
-        """Fields of an image's sidecars, as text."""
-        fields = self._sidecars.fields(image)
-        return {name: _text(value) for name, value in fields.items() if value not in (None, "")}
+def _session(image: PurePosixPath, participants: Participants) -> dict[str, str]:
+    """Return the values of the participant at the session of an image."""
+    subject, session = image.parts[0], image.parts[1]
+    row = participants.row(subject, session) if session.startswith("ses-") else {}
+    return {name: _text(value) for name, value in row.items()}
 
 
-def _read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Read the rows of a list of scans by file name; a missing file has none."""
+def _scan(image: PurePosixPath, root: Path, scans: Any) -> dict[str, str]:
+    """Return the row of an image in scans.tsv."""
+    folder = image.parent.parent  # of the session, or of the participant
+    table = scans(root / folder / f"{'_'.join(folder.parts)}_scans.tsv")
+    return table.get(str(image.relative_to(folder)), {})
+
+
+def _sidecar(image: PurePosixPath, sidecars: SidecarReader) -> dict[str, str]:
+    """Return the fields of the sidecars of an image as text."""
+    return {name: _text(value) for name, value in sidecars.fields(image).items() if value not in (None, "")}
+
+
+def _read_scans(path: Path) -> dict[str, dict[str, str]]:
+    """Read the rows of a scans.tsv by file name; empty without the file."""
     if not path.is_symlink() and not path.exists():
         return {}
     table = read_table(path, "filename")
@@ -90,7 +85,7 @@ def _read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """Write a value so that 3 and 3.0 tesla are the same."""
+    """Return a value as text, so that 3 and 3.0 tesla are equal."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What is asked of a cohort beyond the benchmark: which detector is better, for whom, and where."""
+"""Secondary analyses of a cohort: detectors compared, subgroups, bias, thresholds, lesions, deviations."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from bids_uad.evaluation.threshold_transfer import transfer_thresholds
 
 @dataclass(frozen=True)
 class Analyses:
-    """Answers as tables.
+    """Results of the secondary analyses.
 
     Parameters
     ----------
     comparison : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.comparison.compare_detectors`.
+        Result of :func:`bids_uad.evaluation.comparison.compare_detectors`.
     subgroups, disparities : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.subgroups.compare_subgroups`.
+        Results of :func:`bids_uad.evaluation.subgroups.compare_subgroups`.
     bias : Bias
+        Result of :func:`bids_uad.evaluation.bias.model_bias`.
     thresholds : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.threshold_transfer.transfer_thresholds`.
+        Result of :func:`bids_uad.evaluation.threshold_transfer.transfer_thresholds`.
     lesions : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.lesion_detection.lesion_sensitivity`.
+        Result of :func:`bids_uad.evaluation.lesion_detection.lesion_sensitivity`.
     missed : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.lesion_detection.missed_by_all`.
+        Result of :func:`bids_uad.evaluation.lesion_detection.missed_by_all`.
     deviations : pandas.DataFrame
-        Of :func:`bids_uad.evaluation.deviations.compare_deviations`.
+        Result of :func:`bids_uad.evaluation.deviations.compare_deviations`.
     """
 
     comparison: pd.DataFrame
@@ -60,48 +61,49 @@ class Analyses:
 
     @property
     def tables(self) -> dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]:
-        """Each table by name, with what it is and what its columns are."""
+        """Each table by name, with its description and the descriptions of its columns."""
         return {
-            "comparison": (self.comparison, "Paired comparisons of detectors", COMPARISON_COLUMNS),
-            "subgroups": (self.subgroups, "Numbers for parts of the cohort", SUBGROUP_COLUMNS),
-            "disparities": (self.disparities, "Largest gaps between parts of the cohort", DISPARITY_COLUMNS),
-            "thresholds": (self.thresholds, "Thresholds of one cohort on another", THRESHOLD_COLUMNS),
-            "lesions": (self.lesions, "Lesions found, by size and contrast", LESION_COLUMNS),
-            "missed": (self.missed, "Lesions that every detector misses", MISSED_COLUMNS),
-            "bias": (self.bias.coefficients, "Models of bias", BIAS_COLUMNS),
-            "deviations": (self.deviations, "Scores beside their normative deviation", DEVIATION_COLUMNS),
+            "comparison": (self.comparison, "Paired comparison of detectors", COMPARISON_COLUMNS),
+            "subgroups": (self.subgroups, "Metrics in subgroups of the cohort", SUBGROUP_COLUMNS),
+            "disparities": (self.disparities, "Largest differences between subgroups", DISPARITY_COLUMNS),
+            "thresholds": (self.thresholds, "Threshold transfer between cohorts", THRESHOLD_COLUMNS),
+            "lesions": (self.lesions, "Lesion detection by lesion size and contrast", LESION_COLUMNS),
+            "missed": (self.missed, "Lesions missed by all detectors", MISSED_COLUMNS),
+            "bias": (self.bias.coefficients, "Coefficients of the bias models", BIAS_COLUMNS),
+            "deviations": (self.deviations, "Scores and their normative deviations", DEVIATION_COLUMNS),
         }
 
 
 def analyse(
     subjects: pd.DataFrame,
     curves: Mapping[tuple[str, str, str], Curves],
-    factors: Sequence[str],
+    variables: Sequence[str],
     *,
     seed: int,
     lesions: Lesions | None = None,
 ) -> Analyses:
-    """Ask all of it.
+    """Run all secondary analyses.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
         One row per image and detector, with the columns of participants.tsv.
     curves : mapping
-        (detector, modality, cohort) -> `Curves` over the scans of one cohort.
-    factors : sequence of str
-        What divides the cohort, see :func:`bids_uad.evaluation.subgroups.levels_of`.
+        `Curves` by detector, modality and cohort.
+    variables : sequence of str
+        Subgroup variables, see :func:`bids_uad.evaluation.subgroups.levels_of`.
     seed : int
         Seed of the bootstrap.
     lesions : Lesions, optional
-        What was measured of each lesion.
+        Volume, contrast and detection of each lesion; none by default.
 
     Returns
     -------
     Analyses
+        Results of all analyses.
     """
     table = (lesions or Lesions()).table
-    subgroups, disparities = compare_subgroups(subjects, factors, seed=seed)
+    subgroups, disparities = compare_subgroups(subjects, variables, seed=seed)
     bias = model_bias(subjects)
     return Analyses(
         comparison=compare_detectors(subjects, seed=seed),

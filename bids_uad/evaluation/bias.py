@@ -1,4 +1,4 @@
-"""How false alarms in healthy brains, and Dice on lesions, depend on who was scanned and where."""
+"""Bias models: regression of the false-positive rate and of Dice on age, sex, brain volume and scanner."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
+from scipy.special import expit
 
 from bids_uad.dataset.raw_metadata import SEXES
 from bids_uad.evaluation.bootstrap import CONFIDENCE
@@ -19,19 +20,23 @@ from bids_uad.evaluation.subjects import HEALTHY, LESION
 
 ROLES = {"fpr": HEALTHY, "dice": LESION}
 PRIOR_VOXELS = 50.0
-"""Voxels added to both sides of the odds: what is less than 0.05 mL is not told from nothing."""
+"""Pseudo-count added to both sides of the odds, so that a brain without false positives has finite log odds
+(50 voxels are 50 mm3)."""
 MIN_PARTICIPANTS = 20
+"""Minimum number of participants for a model."""
 MIN_PER_COEFFICIENT = 5
+"""Minimum number of participants per coefficient."""
 MIN_PER_LEVEL = 5
+"""Minimum number of participants of a scanner with a coefficient of its own."""
 MIN_RANDOM_LEVELS = 6
-"""With fewer scanners their spread cannot be estimated, and each gets a coefficient."""
+"""Minimum number of scanners for a random effect; with fewer, each scanner has a coefficient."""
 MIN_REPEATED = 5
-"""With fewer participants on several scanners, the variance between participants is not estimated well
-enough: with three, tests of scanners at 0.05 have an error rate of 7 to 8 %."""
-NO_SPREAD = 2e-3
-"""Variance between scanners, as a fraction of that within, below which there is none."""
-MAX_EXPLAINED = 0.9
-"""Share of a covariate's variance that the others may explain (a variance inflation of ten)."""
+"""Minimum number of participants on several scanners for a random intercept of participants: with three,
+tests of scanners at a nominal level of 5 % have a type I error rate of 7 to 8 %."""
+MIN_VARIANCE_RATIO = 2e-3
+"""Variance between scanners, relative to the variance within, below which it is treated as zero."""
+MAX_R2 = 0.9
+"""Maximum R2 of a covariate given the others (a variance inflation factor of 10)."""
 
 LINEAR = "linear, HC3"
 REPEATED = "mixed, random participant"
@@ -42,54 +47,61 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "outcome": {
-        "Description": "What is explained",
+        "Description": "Modelled outcome",
         "Levels": {
-            "fpr": "Log odds of a healthy brain voxel being called anomalous at the fixed threshold "
-            f"({PRIOR_VOXELS:g} voxels added to both sides)",
+            "fpr": "Log odds of a false positive in a healthy brain voxel at the fixed threshold "
+            f"(pseudo-count of {PRIOR_VOXELS:g} voxels)",
             "dice": "Dice at the fixed threshold, lesion scans",
         },
     },
-    "term": {"Description": "Covariate; for a scanner the difference from the mean of all scanners"},
-    "unit": {"Description": "Change of the covariate that the estimate belongs to"},
-    "n_participants": {"Description": "Participants in the model, each counted once"},
-    "n_scans": {"Description": "Images in the model (those of a participant on one scanner are averaged)"},
+    "term": {
+        "Description": "Covariate; 'scanner: NAME' is the difference of a scanner from the mean of scanners"
+    },
+    "unit": {"Description": "Change of the covariate to which the estimate refers"},
+    "n_participants": {"Description": "Number of participants in the model"},
+    "n_scans": {
+        "Description": "Number of images in the model; images of a participant on one scanner are averaged"
+    },
     "model": {
-        "Description": "How it was fitted",
+        "Description": "Type of model",
         "Levels": {
-            LINEAR: "Ordinary least squares, heteroscedasticity-robust (HC3) intervals, t distribution; also "
-            "where many scanners show no spread",
-            REPEATED: "Mixed model with a random intercept for each participant, where some were scanned on "
-            "several scanners (REML, t distribution with Satterthwaite's degrees of freedom)",
-            MIXED: "Mixed model with a random intercept for each scanner (the same)",
-            CROSSED: "Mixed model with crossed random intercepts of scanners and participants (the same)",
+            LINEAR: "Ordinary least squares, heteroscedasticity-robust intervals (HC3), t distribution; also "
+            "used if the variance between six or more scanners is zero",
+            REPEATED: "Linear mixed model with a random intercept of participants, used if some were scanned "
+            "on several scanners (REML, t distribution with Satterthwaite degrees of freedom)",
+            MIXED: "Linear mixed model with a random intercept of scanners (REML, Satterthwaite)",
+            CROSSED: "Linear mixed model with crossed random intercepts of scanners and participants (REML, "
+            "Satterthwaite)",
         },
     },
     "estimate": {
-        "Description": "Coefficient, all other covariates held; for the term 'scanner (spread)' the standard "
-        "deviation between scanners"
+        "Description": "Coefficient, adjusted for all other covariates; for the term 'scanner (SD)', the "
+        "standard deviation between scanners"
     },
-    "ci_low": {"Description": "Lower end of its 95 % confidence interval"},
-    "ci_high": {"Description": "Upper end of the same"},
-    "odds_ratio": {"Description": "exp(estimate): factor on the odds of a false positive; n/a for Dice"},
-    "p": {"Description": "Two-sided p value; for the spread the F test of a coefficient for each scanner"},
-    "p_fdr": {"Description": "The same, corrected over the whole table (Benjamini and Hochberg)"},
+    "ci_low": {"Description": "Lower limit of the 95 % confidence interval of estimate"},
+    "ci_high": {"Description": "Upper limit of the 95 % confidence interval of estimate"},
+    "odds_ratio": {"Description": "exp(estimate), the odds ratio of a false positive; n/a for Dice"},
+    "p": {
+        "Description": "Two-sided p value; for 'scanner (SD)', of an F test of differences between scanners"
+    },
+    "p_fdr": {"Description": "p, corrected over the whole table (Benjamini and Hochberg)"},
 }
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One covariate against the outcome, all others held at their means.
+    """Effect of one covariate on the outcome, at the means of the other covariates, for a figure.
 
     Parameters
     ----------
     detector, modality, outcome, term : str
-        Where it belongs in the table.
+        Row of the table of coefficients.
     values : numpy.ndarray, shape (n,)
-        The covariate, in its own units.
+        Covariate in the units of its column.
     partial : numpy.ndarray, shape (n,)
-        Outcome of each participant on its own scale (a share), as it would be at the means of the others.
+        Outcome of each participant (a fraction), adjusted to the means of the other covariates.
     line : numpy.ndarray, shape (m, 4)
-        Covariate, expected outcome, and the 95 % band around it.
+        Covariate, expected outcome, and lower and upper limit of its 95 % confidence band.
     """
 
     detector: str
@@ -103,15 +115,16 @@ class Effect:
 
 @dataclass(frozen=True)
 class Bias:
-    """What the models say.
+    """Results of the bias models.
 
     Parameters
     ----------
     coefficients : pandas.DataFrame
         Columns of `COLUMNS`.
     effects : list of Effect
+        Effects of the covariates for figures.
     remarks : list of str
-        What was not modelled, and why.
+        Models and covariates that were left out, with the reason.
     """
 
     coefficients: pd.DataFrame
@@ -121,15 +134,18 @@ class Bias:
 
 @dataclass(frozen=True)
 class Covariate:
-    """A column of the design.
+    """Covariate of the models.
 
     Parameters
     ----------
-    name, unit : str
+    name : str
+        Name in tables and figures.
+    unit : str
+        Change to which the coefficient refers, in words.
     column : str
-        Where it comes from.
-    step : float
-        What one unit of the design is in units of the column.
+        Column of the table of subjects.
+    step : float, default=1.0
+        Change to which the coefficient refers, in units of the column.
     """
 
     name: str
@@ -149,17 +165,18 @@ COVARIATES = {
 
 
 def model_bias(subjects: pd.DataFrame) -> Bias:
-    """Model false-positive rate and Dice for every detector and modality.
+    """Fit models of the false-positive rate and of Dice for each detector and modality.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
-        One row per image and detector: columns of :data:`bids_uad.evaluation.subjects.COLUMNS` and those of
-        participants.tsv; `age`, `sex` and `scanner` are used where they are there.
+        One row per image and detector: columns of :data:`bids_uad.evaluation.subjects.COLUMNS` and of
+        participants.tsv, of which `age`, `sex` and `scanner` are used if present.
 
     Returns
     -------
     Bias
+        Coefficients, effects and remarks.
     """
     rows: list[dict[str, Any]] = []
     effects: list[Effect] = []
@@ -177,41 +194,46 @@ def model_bias(subjects: pd.DataFrame) -> Bias:
                 continue
             for remark in design.remarks:
                 remarks.setdefault(remark, []).append(f"{detector} {modality}")
-            found, drawn = fit(design)
-            rows += [labels | row for row in found]
-            effects += [Effect(**labels, **effect) for effect in drawn]
+            coefficients, lines = fit(design)
+            rows += [labels | row for row in coefficients]
+            effects += [Effect(**labels, **line) for line in lines]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["p_fdr"] = corrected(table["p"], "fdr_bh")
-    return Bias(table, effects, [f"{text} ({', '.join(who)})" for text, who in remarks.items()])
+    return Bias(
+        table,
+        effects,
+        [f"{text.removesuffix('.')} ({', '.join(models)})." for text, models in remarks.items()],
+    )
 
 
 class NotModelledError(Exception):
-    """Why there is no model."""
+    """A model cannot be fitted; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """A table ready to be fitted.
+    """Data of one model, with a row for each participant and scanner.
 
     Parameters
     ----------
-    outcome : str
-        `fpr` or `dice`.
+    outcome : {"fpr", "dice"}
+        Modelled outcome.
     y : numpy.ndarray, shape (n,)
-        Outcome on the scale of the model; a row for each participant and scanner.
+        Outcome on the scale of the model (log odds for `fpr`).
     participants : numpy.ndarray of int, shape (n,)
-        Participant of each row, 0 to their number minus one.
+        Participant of each row, numbered from 0.
     n_scans : int
-        Images that the rows are averaged from.
+        Number of images that the rows are averaged from.
     x : pandas.DataFrame, shape (n, k)
         Centred covariates, one column each.
     means : mapping of str to float
-        What was taken off.
+        Means of the covariates before centring.
     covariates : sequence of Covariate
-        In the order of the columns of `x`.
+        Covariates in the order of the columns of `x`.
     scanners : pandas.Series or None
-        Scanner of each row; None where there are not two.
+        Scanner of each row; None with fewer than two scanners.
     remarks : list of str
+        Covariates and scanners that were left out, with the reason.
     """
 
     outcome: str
@@ -226,36 +248,38 @@ class Design:
 
     @property
     def n_participants(self) -> int:
-        """Number of different participants."""
+        """Number of participants."""
         return int(self.participants.max()) + 1
 
     @property
     def repeated(self) -> bool:
-        """Whether a participant has several rows."""
+        """Whether any participant has several rows."""
         return self.n_participants < len(self.y)
 
 
 def make_design(scans: pd.DataFrame, outcome: str) -> Design:
-    """Bring scans into the shape of a regression.
+    """Arrange the scans of one detector and modality for a regression.
 
     Parameters
     ----------
     scans : pandas.DataFrame
         Images of one detector and modality.
     outcome : {"fpr", "dice"}
+        Modelled outcome.
 
     Returns
     -------
     Design
+        Data of the model.
 
     Raises
     ------
     NotModelledError
-        If there are too few participants, or covariates that cannot be told apart.
+        If there are too few participants, or the covariates are collinear.
     """
-    what = "false alarms" if outcome == "fpr" else "Dice"
-    table = _numbers(scans, outcome)
-    _refuse_few(table["participant"].nunique(), MIN_PARTICIPANTS, what)
+    what = "the false-positive rate" if outcome == "fpr" else "Dice"
+    table = _outcome_and_covariates(scans, outcome)
+    _require(table["participant"].nunique(), MIN_PARTICIPANTS, what)
     remarks, used = [], []
     for covariate in COVARIATES[outcome]:
         known = table[covariate.name].notna()
@@ -265,7 +289,7 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
         ):
             if known.any() or covariate.column not in scans:
                 remarks.append(
-                    f"{what}: {covariate.name} is not in the model, since it is not known or does not vary."
+                    f"The model of {what} does not include {covariate.name}, which is unknown or constant."
                 )
             continue
         used.append(covariate)
@@ -279,17 +303,17 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
         scanners = table["scanner"].reset_index(drop=True)
     elif not len(names):
         raise NotModelledError(
-            f"No model of {what}: neither age, sex, brain volume nor scanner is known or varies."
+            f"No bias model for {what}: age, sex, brain volume and scanner are unknown or constant."
         )
     else:
         table = _averaged(table, ["participant"])
-    fixed_levels = 0 if scanners is None or _enough(scanners) else scanners.nunique() - 1
-    wanted = max(MIN_PARTICIPANTS, MIN_PER_COEFFICIENT * (1 + len(names) + fixed_levels))
+    fixed_levels = 0 if scanners is None or _is_random(scanners) else scanners.nunique() - 1
+    minimum = max(MIN_PARTICIPANTS, MIN_PER_COEFFICIENT * (1 + len(names) + fixed_levels))
     participants = pd.factorize(table["participant"])[0]
-    _refuse_few(len(set(participants)), wanted, what)
+    _require(len(set(participants)), minimum, what)
     means = {name: float(table[name].mean()) for name in names}
     x = (table[names] - pd.Series(means, dtype=float)).reset_index(drop=True)
-    _refuse_confounded(x, scanners, what)
+    _check_collinearity(x, scanners, what)
     n_scans = int(table["n_scans"].sum())
     return Design(
         outcome, table["y"].to_numpy(float), participants, n_scans, x, means, used, scanners, remarks
@@ -297,51 +321,52 @@ def make_design(scans: pd.DataFrame, outcome: str) -> Design:
 
 
 def _usable_scanners(table: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str]]:
-    """Leave out scanners with too few participants, and scanners of participants too few to be repeated."""
+    """Drop small scanners, and all but one scanner of each participant if few were scanned on several."""
     remarks = []
     while True:
         sizes = table.groupby("scanner").size()
-        # Scanners enough for a random effect may be small, for they lend each other strength.
+        # With a random effect, small scanners are kept: their estimates are shrunk towards the mean.
         small = [] if (sizes > 1).sum() >= MIN_RANDOM_LEVELS else sorted(sizes[sizes < MIN_PER_LEVEL].index)
         repeated = table.loc[table["participant"].duplicated(), "participant"].nunique()
         if small:
             table = table[~table["scanner"].isin(small)]
             remarks.append(
-                f"The model of {what} leaves out scanners with fewer than {MIN_PER_LEVEL} participants: "
+                f"The model of {what} excludes scanners with fewer than {MIN_PER_LEVEL} participants: "
                 f"{', '.join(small)}."
             )
         elif 0 < repeated < MIN_REPEATED:
             most = table.sort_values("n_scans", ascending=False, kind="stable")
             table = most.drop_duplicates("participant").sort_index()
             remarks.append(
-                f"The model of {what} uses one scanner of each participant, that with most scans: "
-                f"{repeated} on several scanners are too few to separate participants from scanners, "
-                f"{MIN_REPEATED} are needed."
+                f"The model of {what} includes only one scanner per participant, the one with most scans: "
+                f"{repeated} participants on several scanners are too few to estimate the variance between "
+                f"participants (minimum {MIN_REPEATED})."
             )
         else:
             return table, remarks
 
 
-def _enough(scanners: pd.Series) -> bool:
-    """Say whether there are scanners enough for a random effect."""
+def _is_random(scanners: pd.Series) -> bool:
+    """Return whether there are enough scanners for a random effect."""
     return scanners.nunique() >= MIN_RANDOM_LEVELS
 
 
-def _refuse_few(found: int, wanted: int, what: str) -> None:
-    if found < wanted:
-        raise NotModelledError(f"No model of {what}: {found} participants are too few, {wanted} are needed.")
+def _require(n: int, minimum: int, what: str) -> None:
+    """Raise NotModelledError if there are too few participants."""
+    if n < minimum:
+        raise NotModelledError(f"No bias model for {what}: {n} participants, at least {minimum} are needed.")
 
 
-def _numbers(scans: pd.DataFrame, outcome: str) -> pd.DataFrame:
-    """Outcome and covariates of each participant (on each scanner), in the units of the model.
+def _outcome_and_covariates(scans: pd.DataFrame, outcome: str) -> pd.DataFrame:
+    """Return outcome and covariates of each participant (on each scanner), in the units of the model.
 
-    The column `n_scans` counts the images that a row is the mean of.
+    Column `n_scans` is the number of images that a row is averaged from.
     """
     table = pd.DataFrame({"participant": scans["participant_id"], "n_scans": 1})
     if outcome == "fpr":
         voxels = scans["n_brain_voxels"] - scans["n_lesion_voxels"].fillna(0)
-        found = scans["fpr"] * voxels
-        table["y"] = np.log((found + PRIOR_VOXELS) / (voxels - found + PRIOR_VOXELS))
+        positive = scans["fpr"] * voxels
+        table["y"] = np.log((positive + PRIOR_VOXELS) / (voxels - positive + PRIOR_VOXELS))
     else:
         table["y"] = scans["dice"].astype(float)
     for covariate in COVARIATES[outcome]:
@@ -354,13 +379,14 @@ def _numbers(scans: pd.DataFrame, outcome: str) -> pd.DataFrame:
 
 
 def _averaged(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Average rows with the same keys, and count their images."""
+    """Average the rows with the same keys, and sum their numbers of images."""
     numbers = table.select_dtypes("number").columns.union(keys)
     groups = table[numbers].groupby(keys, dropna=False, sort=True)
     return groups.mean().assign(n_scans=groups["n_scans"].sum()).reset_index()
 
 
 def _column(scans: pd.DataFrame, covariate: Covariate) -> pd.Series:
+    """Return a covariate in the units of the model, NaN if it is not known."""
     if covariate.column not in scans:
         return pd.Series(np.nan, index=scans.index)
     values = scans[covariate.column]
@@ -372,8 +398,8 @@ def _column(scans: pd.DataFrame, covariate: Covariate) -> pd.Series:
     return values / covariate.step
 
 
-def _refuse_confounded(x: pd.DataFrame, scanners: pd.Series | None, what: str) -> None:
-    """Compare each covariate with all others together."""
+def _check_collinearity(x: pd.DataFrame, scanners: pd.Series | None, what: str) -> None:
+    """Raise NotModelledError if the other covariates explain too much of the variance of one covariate."""
     dummies = pd.DataFrame(index=x.index)
     if scanners is not None:
         dummies = pd.get_dummies(scanners, drop_first=True, dtype=float)
@@ -381,35 +407,36 @@ def _refuse_confounded(x: pd.DataFrame, scanners: pd.Series | None, what: str) -
         others = pd.concat([x.drop(columns=name), dummies], axis=1)
         if others.shape[1] == 0:
             continue
-        explained = sm.OLS(x[name].to_numpy(), sm.add_constant(others.to_numpy())).fit().rsquared
-        if explained > MAX_EXPLAINED:
-            of = ", ".join([*x.columns.drop(name), *([] if scanners is None else ["scanner"])])
+        r2 = sm.OLS(x[name].to_numpy(), sm.add_constant(others.to_numpy())).fit().rsquared
+        if r2 > MAX_R2:
+            names = ", ".join([*x.columns.drop(name), *([] if scanners is None else ["scanner"])])
             raise NotModelledError(
-                f"No model of {what}: {name} cannot be told from the other covariates ({of}), which "
-                f"explain {explained:.0%} of it; the cohort would need to mix them."
+                f"No bias model for {what}: {name} is collinear with {names} (R2 = {r2:.2f}, limit "
+                f"{MAX_R2:.2f}); a cohort in which these vary independently is needed."
             )
 
 
 def fit(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Fit the model of a design.
+    """Fit the linear or mixed model of a design.
 
     Parameters
     ----------
     design : Design
+        Data of the model.
 
     Returns
     -------
     rows : list of dict
-        Columns of `COLUMNS` from `term` on, `p_fdr` apart.
+        Columns of `COLUMNS` from `term` on, without `p_fdr`.
     effects : list of dict
         Fields of `Effect` from `term` on.
     """
-    mixed = design.scanners is not None and _enough(design.scanners)
+    mixed = design.scanners is not None and _is_random(design.scanners)
     return _fit_mixed(design) if mixed else _fit_linear(design)
 
 
 def _fit_linear(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Fit with a coefficient for each scanner, and a random intercept of participants with several rows."""
+    """Fit a model with a coefficient for each scanner, and random intercepts of participants if repeated."""
     codes, levels = _sum_coded(design.scanners, len(design.y))
     matrix = np.column_stack([np.ones(len(design.y)), design.x.to_numpy(), codes])
     contrasts = np.eye(matrix.shape[1])[1:]
@@ -434,31 +461,31 @@ def _fit_linear(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def _fit_mixed(design: Design) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Fit with random intercepts of scanners, and of participants with several rows."""
+    """Fit a model with random intercepts of scanners, and of participants if repeated."""
     matrix = np.column_stack([np.ones(len(design.y)), design.x.to_numpy()])
     model = CrossedModel(design.y, matrix, design.participants, pd.factorize(design.scanners)[0])
-    spread = _labels(design, "scanner (spread)", "standard deviation", CROSSED if design.repeated else MIXED)
-    spread |= {"estimate": np.sqrt(model.scanner_variance), "p": _spread_p(design, matrix)}
-    spread |= dict.fromkeys(("ci_low", "ci_high", "odds_ratio"), np.nan)
-    if model.scanner_variance < NO_SPREAD * (model.participant_variance + model.residual_variance):
-        # The likelihood has no curvature to take intervals from, and there is nothing to allow for.
+    scanner = _labels(design, "scanner (SD)", "standard deviation", CROSSED if design.repeated else MIXED)
+    scanner |= {"estimate": np.sqrt(model.scanner_variance), "p": _scanner_p(design, matrix)}
+    scanner |= dict.fromkeys(("ci_low", "ci_high", "odds_ratio"), np.nan)
+    if model.scanner_variance < MIN_VARIANCE_RATIO * (model.participant_variance + model.residual_variance):
+        # At a variance of zero the curvature of the likelihood gives no intervals.
         rows, effects = _fit_linear(replace(design, scanners=None))
-        return [*rows, spread], effects
+        return [*rows, scanner], effects
     contrasts = np.eye(matrix.shape[1])[1:]
     df = model.degrees_of_freedom(contrasts)
-    estimates = _Estimates(spread["model"], model.params, model.covariance, df)
+    estimates = _Estimates(scanner["model"], model.params, model.covariance, df)
     rows = [
         _row(design, covariate.name, covariate.unit, estimates, contrast, freedom)
         for covariate, contrast, freedom in zip(design.covariates, contrasts, df, strict=True)
     ]
-    return [*rows, spread], _effects(design, estimates, design.y - matrix @ estimates.params)
+    return [*rows, scanner], _effects(design, estimates, design.y - matrix @ estimates.params)
 
 
 @dataclass(frozen=True)
 class _Estimates:
-    """Name of a model, its coefficients with the constant first, their covariance, and the t distributions.
+    """Type of a model, coefficients (the constant first), their covariance, and degrees of freedom.
 
-    `df` has the degrees of freedom of each row of the table; those of the covariates come first.
+    `df` has an entry for each row of the table, those of the covariates first.
     """
 
     model: str
@@ -467,18 +494,18 @@ class _Estimates:
     df: np.ndarray
 
 
-def _spread_p(design: Design, matrix: np.ndarray) -> float:
-    """Test whether scanners differ at all: F test of a coefficient for each against none."""
+def _scanner_p(design: Design, matrix: np.ndarray) -> float:
+    """Test for differences between scanners: F test of the model with a coefficient for each scanner."""
     codes, _ = _sum_coded(design.scanners, len(design.y))
     full = np.column_stack([matrix, codes])
     model = CrossedModel(design.y, full, design.participants)
     y, full = model.whiten(design.y[:, None])[:, 0], model.whiten(full)
-    without = sm.OLS(y, full[:, : matrix.shape[1]]).fit()
-    return float(sm.OLS(y, full).fit().compare_f_test(without)[1])
+    restricted = sm.OLS(y, full[:, : matrix.shape[1]]).fit()
+    return float(sm.OLS(y, full).fit().compare_f_test(restricted)[1])
 
 
 def _sum_coded(scanners: pd.Series | None, n: int) -> tuple[np.ndarray, list[str]]:
-    """Code scanners so that coefficients are differences from the unweighted mean of all scanners."""
+    """Return sum-coded columns, whose coefficients are differences from the unweighted mean of scanners."""
     if scanners is None:
         return np.empty((n, 0)), []
     levels = sorted(scanners.unique())
@@ -507,7 +534,7 @@ def _row(
 
 
 def _effects(design: Design, estimates: _Estimates, residuals: np.ndarray) -> list[dict[str, Any]]:
-    """Draw each covariate's line with its band, and the participants about it."""
+    """Compute line, confidence band and adjusted outcomes of each covariate."""
     first = 1 + design.x.shape[1]
     params, covariance = estimates.params[:first], estimates.covariance[:first, :first]
     effects = []
@@ -519,12 +546,12 @@ def _effects(design: Design, estimates: _Estimates, residuals: np.ndarray) -> li
         expected = rows @ params
         margin = stats.t.ppf(0.5 + CONFIDENCE / 2, estimates.df[k - 1])
         error = margin * np.sqrt(np.einsum("ij,jk,ik->i", rows, covariance, rows))
-        scale = _share if design.outcome == "fpr" else np.asarray
-        line = [_own(design, covariate, grid), *(scale(expected + sign * error) for sign in (0, -1, 1))]
+        scale = expit if design.outcome == "fpr" else np.asarray
+        line = [_uncentred(design, covariate, grid), *(scale(expected + sign * error) for sign in (0, -1, 1))]
         effects.append(
             {
                 "term": covariate.name,
-                "values": _own(design, covariate, x),
+                "values": _uncentred(design, covariate, x),
                 "partial": scale(params[0] + params[k] * x + residuals),
                 "line": np.column_stack(line),
             }
@@ -532,10 +559,6 @@ def _effects(design: Design, estimates: _Estimates, residuals: np.ndarray) -> li
     return effects
 
 
-def _own(design: Design, covariate: Covariate, x: np.ndarray) -> np.ndarray:
-    """Give a centred covariate in the units of its column."""
+def _uncentred(design: Design, covariate: Covariate, x: np.ndarray) -> np.ndarray:
+    """Return a centred covariate in the units of its column."""
     return (x + design.means[covariate.name]) * covariate.step
-
-
-def _share(log_odds: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-log_odds))

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over people, not over images."""
+"""Percentile bootstrap over participants, not over images."""
 
 from __future__ import annotations
 
@@ -12,36 +12,45 @@ import pandas as pd
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
 MIN_SUBJECTS = 5
-"""Participants that an interval needs. If all lesions of two of four participants are found and none of the
-others, 6 % of the resamples hold only the former and 6 % only the latter, so that the interval runs from 0 to
-1; with five it never does."""
+"""Minimum number of participants for an interval.
+
+If all lesions of two of four participants are detected and no lesion of the other two, 6 % of the resamples
+contain only the former and 6 % only the latter, and the interval is 0 to 1. With five or more participants
+this cannot happen.
+"""
 MAX_SHARE_WIDTH = 0.95
-"""An interval of a share that is wider covers nearly all that is possible, and is not given."""
-# Resamples are worked through in blocks, so that memory does not grow with their number times the images.
+"""Maximum width of the interval of a fraction; a wider one is uninformative and reported as missing."""
 _BLOCK = 500_000
+"""Numbers per block of resamples, which limits the memory."""
 
 Interval = tuple[float, float]
 
 
 def interval_columns(name: str, what: str, *, share: bool = False) -> dict[str, dict[str, Any]]:
-    """Describe the two columns of an interval, as sidecars of tables do.
+    """Describe the two columns of a confidence interval for the sidecar of a table.
 
     Parameters
     ----------
     name : str
-        Of the column that it belongs to.
+        Name of the column that the interval belongs to.
     what : str
-        The number in words.
+        Quantity in words, such as `mean Dice`.
     share : bool, default=False
-        Whether the interval is that of :func:`share_interval`.
+        Whether the interval is computed by :func:`share_interval`.
+
+    Returns
+    -------
+    dict of str to dict
+        Descriptions of the columns `<name>_ci_low` and `<name>_ci_high`.
     """
-    interval = f"{CONFIDENCE:.0%} percentile bootstrap interval over participants ({N_RESAMPLES} resamples)"
-    few = f"n/a with fewer than {MIN_SUBJECTS} participants"
+    interval = f"{CONFIDENCE:.0%} confidence interval of the {what}"
+    method = f"percentile bootstrap over participants, {N_RESAMPLES} resamples"
+    missing = f"n/a with fewer than {MIN_SUBJECTS} participants"
     if share:
-        few += f", or where it would be wider than {MAX_SHARE_WIDTH:g}"
+        missing += f" or if the interval is wider than {MAX_SHARE_WIDTH:g}"
     return {
-        f"{name}_ci_{end}": {"Description": f"{which} end of the {interval} of the {what}; {few}"}
-        for end, which in (("low", "Lower"), ("high", "Upper"))
+        f"{name}_ci_{end}": {"Description": f"{limit} limit of the {interval} ({method}); {missing}"}
+        for end, limit in (("low", "Lower"), ("high", "Upper"))
     }
 
 
@@ -55,34 +64,34 @@ def bootstrap_interval(
     n_resamples: int = N_RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Compute a percentile bootstrap confidence interval by resampling subjects.
+    """Compute a percentile bootstrap confidence interval by resampling participants.
 
-    A subject is drawn with all its images: two sessions of one person are not two people. Numbers of equally
-    many people share their resamples: the draw costs more than its use, and detectors on the same people
-    are then compared on the same draws. An interval does not depend on what else is computed.
+    A participant is drawn with all images, since images of one participant are not independent. The draws
+    depend on the seed and the number of participants only, so that results do not depend on other
+    computations, and detectors with the same participants are compared on the same draws.
 
     Parameters
     ----------
     values : sequence of float
-        One number per image; images with NaN are left out.
+        Value of each image; images with NaN are left out.
     subjects : sequence of str
-        The subject of each image.
+        Participant of each image.
     seed : int
-        Seed of the whole run.
-    statistic : {"mean", "median"}
-        What to compute of the images drawn.
+        Seed of the random draws.
+    statistic : {"mean", "median"}, default="mean"
+        Statistic of the drawn images.
     weights : sequence of float, optional
-        With the mean: the weighted mean, sum(values * weights) / sum(weights); a ratio of
-        totals when `values` are ratios and `weights` their denominators.
-    n_resamples : int
+        Weights for the mean, sum(values * weights) / sum(weights); a ratio of totals if `values` are ratios
+        and `weights` their denominators.
+    n_resamples : int, default=2000
         Number of resamples.
-    confidence : float
+    confidence : float, default=0.95
         Coverage of the interval.
 
     Returns
     -------
     low, high : float
-        NaN, NaN with fewer than `MIN_SUBJECTS` subjects, whose interval would say nothing.
+        Limits of the interval; NaN with fewer than `MIN_SUBJECTS` participants.
     """
     value = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -111,22 +120,22 @@ def bootstrap_interval(
 def share_interval(
     parts: Sequence[float], wholes: Sequence[float], subjects: Sequence[str], *, seed: int
 ) -> Interval:
-    """Compute the interval of a share of totals, sum(parts) / sum(wholes), by resampling subjects.
+    """Compute the interval of a fraction of totals, sum(parts) / sum(wholes), by resampling participants.
 
     Parameters
     ----------
     parts, wholes : sequence of float
-        One of each for each image; images whose whole is 0 are left out.
+        Numerator and denominator of each image; images with a denominator of 0 are left out.
     subjects : sequence of str
-        The subject of each image.
+        Participant of each image.
     seed : int
-        Seed of the whole run.
+        Seed of the random draws.
 
     Returns
     -------
     low, high : float
-        NaN, NaN with fewer than `MIN_SUBJECTS` subjects, and where the interval is wider than
-        `MAX_SHARE_WIDTH`.
+        Limits of the interval; NaN with fewer than `MIN_SUBJECTS` participants, or if the interval is wider
+        than `MAX_SHARE_WIDTH`.
     """
     whole = np.asarray(wholes, dtype=np.float64)
     ratio = np.divide(parts, whole, out=np.full(len(whole), np.nan), where=whole > 0)
@@ -135,24 +144,24 @@ def share_interval(
 
 
 @lru_cache(maxsize=16)
-def _resamples(seed: int, n_people: int, n_resamples: int) -> np.ndarray:
-    """How often each person is drawn, uint8, (n_resamples, n_people); nobody is ever drawn 256 times."""
-    generator = np.random.default_rng([seed, n_people])
-    drawn = np.empty((n_resamples, n_people), np.uint8)
+def _resamples(seed: int, n_subjects: int, n_resamples: int) -> np.ndarray:
+    """Draw participants with replacement; return the number of draws, uint8, (n_resamples, n_subjects)."""
+    generator = np.random.default_rng([seed, n_subjects])
+    drawn = np.empty((n_resamples, n_subjects), np.uint8)
     for row in drawn:
-        row[:] = np.bincount(generator.integers(n_people, size=n_people), minlength=n_people)
+        row[:] = np.bincount(generator.integers(n_subjects, size=n_subjects), minlength=n_subjects)
     drawn.flags.writeable = False
     return drawn
 
 
 def _blocks(drawn: np.ndarray, width: int) -> Iterator[np.ndarray]:
-    """Cut resamples into blocks that, at `width` numbers a row, stay small."""
+    """Yield blocks of resamples of at most `_BLOCK` numbers, at `width` numbers per resample."""
     size = max(1, _BLOCK // width)
     return (drawn[start : start + size] for start in range(0, len(drawn), size))
 
 
 def _median_of_repeats(value: np.ndarray, repeats: np.ndarray) -> np.ndarray:
-    """Median of sorted `value` (n,), each taken `repeats` (b, n) times, for each of the b rows."""
+    """Return the medians (b,) of sorted values (n,), each repeated as often as `repeats` (b, n) states."""
     cumulative = np.cumsum(repeats, axis=1, dtype=np.int32)
     total = cumulative[:, -1:]
     lower = np.argmax(cumulative > (total - 1) // 2, axis=1)

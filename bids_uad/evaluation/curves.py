@@ -1,4 +1,4 @@
-"""Counts and Dice curves of a cohort, added up one image at a time."""
+"""Score histograms and Dice curves of a cohort, accumulated image by image."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from bids_uad.evaluation.tables import UnitScores
 
 @dataclass
 class Curves:
-    """The running sums of one detector, modality and cohort.
+    """Sums over the images of one detector, modality and cohort.
 
-    Its size depends on the number of score bins only, not on the number of images.
+    The size depends on the number of score bins, not on the number of images.
 
     Parameters
     ----------
     edges : numpy.ndarray
         Lower edges of the score bins, shape (n_bins,).
     threshold : float
-        The fixed threshold, one of `edges`.
+        Fixed threshold, one of `edges`.
+    n_with_lesion : int, default=0
+        Number of scans with a lesion.
+
+    Attributes
+    ----------
     lesion, nonlesion : numpy.ndarray
         Voxels per bin inside and outside the lesions of the lesion scans, int64, (n_bins,).
     healthy : numpy.ndarray
         Non-lesion voxels per bin of the healthy scans, int64, shape (n_bins,).
     dice_sum : numpy.ndarray
-        Sum of the Dice at each edge over the scans with a lesion, float64, shape (n_bins,). Scans
-        with an empty mask are left out: a threshold above every score would win by them.
-    n_with_lesion : int
-        Number of these scans.
+        Sum of the Dice at each edge over the scans with a lesion, float64, shape (n_bins,). Scans with an
+        empty lesion mask are left out, since they would favour a threshold above all scores.
     """
 
     edges: np.ndarray
@@ -50,7 +53,7 @@ class Curves:
         self.dice_sum = np.zeros(n_bins, np.float64)
 
     def add(self, unit: UnitScores) -> None:
-        """Add one image; one that is neither healthy nor has a lesion mask adds nothing."""
+        """Add an image; images in the role `missing_mask` are ignored."""
         role = unit_role(unit)
         if role == HEALTHY:
             self.healthy += unit.n_nonlesion
@@ -62,7 +65,7 @@ class Curves:
                 self.n_with_lesion += 1
 
     def include(self, other: Curves) -> None:
-        """Add the sums of other images of the same detector and modality."""
+        """Add the sums of another set of images of the same detector and modality."""
         self.lesion += other.lesion
         self.nonlesion += other.nonlesion
         self.healthy += other.healthy
@@ -83,10 +86,7 @@ class Curves:
 
     @property
     def optimal(self) -> tuple[float, float]:
-        """Highest mean Dice of any one threshold, and that threshold (NaN without lesions).
-
-        Of several equally good thresholds the lowest is returned.
-        """
+        """Highest mean Dice of a single threshold, and the lowest such threshold; NaN without lesions."""
         if not self.n_with_lesion:
             return float("nan"), float("nan")
         best = int(np.argmax(self.mean_dice))
@@ -94,11 +94,11 @@ class Curves:
 
     @property
     def pooled_auprc(self) -> float:
-        """Average precision over the brain voxels of all lesion scans together."""
+        """Average precision over the pooled brain voxels of all lesion scans."""
         return average_precision(self.nonlesion, self.lesion)
 
     @property
     def prevalence(self) -> float:
-        """Lesion share of the brain voxels of all lesion scans: the AUPRC of guessing."""
+        """Fraction of lesion voxels in the brain voxels of all lesion scans: the AUPRC of random scores."""
         total = self.lesion.sum() + self.nonlesion.sum()
         return float(self.lesion.sum() / total) if total else float("nan")

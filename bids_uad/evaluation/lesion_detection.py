@@ -1,4 +1,4 @@
-"""Which lesions are found: by their volume, their contrast, and the load of the scan they are in."""
+"""Lesion detection by volume and contrast of the lesions and by the lesion load of the scan."""
 
 from __future__ import annotations
 
@@ -23,68 +23,64 @@ VOLUMES = {
     "1 to 10 mL": 10_000.0,
     "10 mL and above": np.inf,
 }
-"""Classes of lesion volume and where they end, in mm3."""
+"""Classes of lesion volume with their upper limits in mm3."""
 CONTRASTS = {"below 0.5": 0.5, "0.5 to 1": 1.0, "1 to 2": 2.0, "2 and above": np.inf}
-"""Classes of contrast, bright or dark, and where they end, in standard deviations of the tissue around."""
-SMALL = 0.25
+"""Classes of absolute contrast with their upper limits, in standard deviations of the surrounding brain."""
+SMALL_QUANTILE = 0.25
 SMALLEST = "smallest quarter"
 
 _TABLE_COLUMNS = ("lesion", "volume_mm3", "found_share", "detected", "contrast")
-_SHARES = {
-    "lesion_sensitivity": "Share of these lesions that the prediction touches",
-    "voxel_sensitivity": "Share of their voxels that is above the threshold",
-}
-
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "factor": {
-        "Description": "What divides the lesions",
+        "Description": "Variable by which lesions are grouped",
         "Levels": {
-            ALL: "Nothing",
+            ALL: "No grouping",
             VOLUME: "Volume of the lesion",
-            CONTRAST: "Contrast to the brain around it, in standard deviations, dark or bright",
+            CONTRAST: "Absolute contrast to the surrounding brain, in standard deviations",
             LESION_LOAD: "Quartile of the lesion volume of the whole scan",
         },
     },
-    "level": {"Description": "The part"},
-    "n_participants": {"Description": "Participants with such lesions"},
+    "level": {"Description": "Group of lesions"},
+    "n_participants": {"Description": "Number of participants with lesions of this group"},
     "n_lesions": {
-        "Description": "26-connected lesions inside the brain of at least the least volume "
-        "(min_lesion_volume_mm3 of group_benchmark), of all their scans"
+        "Description": "Number of lesions (26-connected, of at least min_lesion_volume_mm3 of "
+        "group_benchmark), all scans"
     },
-    **{name: {"Description": what} for name, what in _SHARES.items()},
-    **interval_columns("lesion_sensitivity", "share of lesions touched", share=True),
-    **interval_columns("voxel_sensitivity", "share of voxels found", share=True),
+    "lesion_sensitivity": {"Description": "Fraction of these lesions that overlap with the anomaly mask"},
+    "voxel_sensitivity": {"Description": "Fraction of the voxels of these lesions above the threshold"},
+    **interval_columns("lesion_sensitivity", "fraction of detected lesions", share=True),
+    **interval_columns("voxel_sensitivity", "fraction of detected voxels", share=True),
 }
 MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "modality": {"Description": "Modality of the images"},
     "lesions": {
-        "Description": "Which lesions, of the images that every detector has scored",
-        "Levels": {ALL: "All", SMALLEST: "Those up to the 25th percentile of volume"},
+        "Description": "Group of lesions, from images scored by all detectors",
+        "Levels": {ALL: "All lesions", SMALLEST: "Lesions up to the 25th percentile of volume"},
     },
-    "volume_limit_mm3": {"Description": "The largest volume among them", "Units": "mm^3"},
-    "n_detectors": {"Description": "Detectors of this modality"},
-    "n_participants": {"Description": "Participants with such lesions"},
-    "n_lesions": {"Description": "Number of them"},
-    "missed_share": {"Description": "Share of them that no detector touches"},
-    **interval_columns("missed_share", "share missed", share=True),
+    "volume_limit_mm3": {"Description": "Largest volume of a lesion of this group", "Units": "mm^3"},
+    "n_detectors": {"Description": "Number of detectors of this modality"},
+    "n_participants": {"Description": "Number of participants with lesions of this group"},
+    "n_lesions": {"Description": "Number of lesions of this group"},
+    "missed_share": {"Description": "Fraction of these lesions that no detector detects"},
+    **interval_columns("missed_share", "fraction of missed lesions", share=True),
 }
 
 
 @dataclass
 class Lesions:
-    """The lesion tables of a cohort.
+    """Lesion tables of a cohort.
 
     Parameters
     ----------
-    units : list of (str, str, str, str, numpy.ndarray)
-        Participant, image, modality and detector, and what was measured: a row for each lesion that is
-        counted, columns `_TABLE_COLUMNS`.
-    without : int
-        Images with lesions (times detectors) that have no such table, or no least volume of a lesion, since
-        an earlier version scored them.
+    units : list of (str, str, str, str, numpy.ndarray), default=[]
+        Participant, image, modality, detector, and an array with a row for each counted lesion and the
+        columns `_TABLE_COLUMNS`.
+    without : int, default=0
+        Number of images with lesions (times detectors) without a lesion table or a minimum lesion volume,
+        since an early app version scored them.
     """
 
     units: list[tuple[str, str, str, str, np.ndarray]] = field(default_factory=list)
@@ -93,27 +89,30 @@ class Lesions:
     def add(self, unit: UnitScores) -> None:
         """Read the lesion table of an image and detector.
 
+        Parameters
+        ----------
+        unit : UnitScores
+            Scores of the image.
+
         Raises
         ------
         InputError
-            If it is damaged, or has not as many lesions as the metrics table says.
+            If the table is damaged, or its number of lesions differs from that in the metrics table.
         """
         path = unit.path.with_name(unit.path.name.replace("_metrics.tsv", "_lesions.tsv"))
-        least = unit.min_lesion_volume_mm3
-        if np.isnan(least) or not path.is_file():
-            self.without += bool(unit.n_lesion.any() if np.isnan(least) else unit.n_lesions > 0)
+        minimum = unit.min_lesion_volume_mm3
+        if np.isnan(minimum) or not path.is_file():
+            self.without += bool(unit.n_lesion.any() if np.isnan(minimum) else unit.n_lesions > 0)
             return
         values = read_numbers(path, _TABLE_COLUMNS)
-        values = values[values[:, _TABLE_COLUMNS.index("volume_mm3")] >= least * (1 - 1e-9)]
+        values = values[values[:, _TABLE_COLUMNS.index("volume_mm3")] >= minimum * (1 - 1e-9)]
         if len(values) != unit.n_lesions:
-            problem = (
-                f"{len(values)} lesions of {least:g} mm3 or more, but {unit.n_lesions:g} in the metrics table"
-            )
-            raise InputError(path, problem, REMEDY)
+            counts = f"{len(values)} lesions of at least {minimum:g} mm3, but {unit.n_lesions:g}"
+            raise InputError(path, f"{counts} in the metrics table", REMEDY)
         self.units.append((unit.subject, unit.source_image, unit.modality, unit.detector, values))
 
     def include(self, other: Lesions) -> None:
-        """Add those of another part of the cohort."""
+        """Add the lesion tables of other participants."""
         self.units += other.units
         self.without += other.without
 
@@ -131,14 +130,14 @@ class Lesions:
 
 
 def lesion_sensitivity(lesions: pd.DataFrame, subjects: pd.DataFrame, *, seed: int) -> pd.DataFrame:
-    """Say which share of the lesions, and of their voxels, each detector finds.
+    """Compute the fraction of lesions and of lesion voxels that each detector detects.
 
     Parameters
     ----------
     lesions : pandas.DataFrame
         One row for each lesion, image and detector (`Lesions.table`).
     subjects : pandas.DataFrame
-        One row per image and detector: the lesion load.
+        One row per image and detector, for the lesion load.
     seed : int
         Seed of the bootstrap.
 
@@ -149,7 +148,7 @@ def lesion_sensitivity(lesions: pd.DataFrame, subjects: pd.DataFrame, *, seed: i
     """
     load = levels_of(subjects, LESION_LOAD)
     load = load.groupby(subjects["source_image"]).first()
-    factors = {
+    groups = {
         ALL: pd.Series(ALL, index=lesions.index),
         VOLUME: _classes(lesions["volume_mm3"], VOLUMES),
         CONTRAST: _classes(lesions["contrast"].abs(), CONTRASTS),
@@ -157,32 +156,31 @@ def lesion_sensitivity(lesions: pd.DataFrame, subjects: pd.DataFrame, *, seed: i
     }
     counts = lesions[["detector", "modality", "participant_id"]].assign(
         n=1.0,
-        touched=lesions["detected"],
+        detected=lesions["detected"],
         volume=lesions["volume_mm3"],
-        found=lesions["volume_mm3"] * lesions["found_share"],
+        detected_volume=lesions["volume_mm3"] * lesions["found_share"],
     )
     rows = []
-    for factor, levels in factors.items():
-        people = (
+    for factor, levels in groups.items():
+        totals = (
             counts.assign(level=levels)
             .dropna(subset="level")
             .groupby(["detector", "modality", "level", "participant_id"], observed=True)
             .sum()
             .reset_index()
         )
-        for (detector, modality, level), part in people.groupby(
-            ["detector", "modality", "level"], observed=True, sort=True
-        ):
+        keys = ["detector", "modality", "level"]
+        for (detector, modality, level), part in totals.groupby(keys, observed=True, sort=True):
             row = {"detector": detector, "modality": modality, "factor": factor, "level": level}
             row |= {"n_participants": len(part), "n_lesions": int(part["n"].sum())}
-            row |= _share("lesion_sensitivity", part, "touched", "n", seed)
-            row |= _share("voxel_sensitivity", part, "found", "volume", seed)
+            row |= _fraction("lesion_sensitivity", part, "detected", "n", seed)
+            row |= _fraction("voxel_sensitivity", part, "detected_volume", "volume", seed)
             rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def missed_by_all(lesions: pd.DataFrame, *, seed: int) -> pd.DataFrame:
-    """Say which share of the lesions no detector touches.
+    """Compute the fraction of lesions that no detector detects.
 
     Parameters
     ----------
@@ -199,28 +197,29 @@ def missed_by_all(lesions: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     rows = []
     for modality, own in lesions.groupby("modality", observed=True, sort=True):
         n_detectors = own["detector"].nunique()
-        # The volume tells an image apart that was preprocessed anew between two detectors.
+        # The volume is a key, since it differs if an image was preprocessed again between two detectors.
         keys = ["participant_id", "source_image", "lesion", "volume_mm3"]
-        found = own.groupby(keys, observed=True)["detected"].agg(["size", "max"]).reset_index()
-        shared = found[found["size"] == n_detectors].assign(n=1.0)
+        detected = own.groupby(keys, observed=True)["detected"].agg(["size", "max"]).reset_index()
+        shared = detected[detected["size"] == n_detectors].assign(n=1.0)
         shared["missed"] = 1 - shared["max"]
-        small = shared["volume_mm3"] <= shared["volume_mm3"].quantile(SMALL)
+        small = shared["volume_mm3"] <= shared["volume_mm3"].quantile(SMALL_QUANTILE)
         for name, part in {ALL: shared, SMALLEST: shared[small]}.items():
             if part.empty:
                 continue
-            people = part.groupby("participant_id", observed=True)[["n", "missed"]].sum().reset_index()
+            totals = part.groupby("participant_id", observed=True)[["n", "missed"]].sum().reset_index()
             row = {"modality": modality, "lesions": name, "volume_limit_mm3": part["volume_mm3"].max()}
-            row |= {"n_detectors": n_detectors, "n_participants": len(people), "n_lesions": len(part)}
-            rows.append(row | _share("missed_share", people, "missed", "n", seed))
+            row |= {"n_detectors": n_detectors, "n_participants": len(totals), "n_lesions": len(part)}
+            rows.append(row | _fraction("missed_share", totals, "missed", "n", seed))
     return pd.DataFrame(rows, columns=list(MISSED_COLUMNS))
 
 
-def _classes(values: pd.Series, ends: dict[str, float]) -> pd.Series:
-    return pd.cut(values, [-np.inf, *ends.values()], right=False, labels=list(ends))
+def _classes(values: pd.Series, limits: dict[str, float]) -> pd.Series:
+    """Return the class of each value, given the upper limits of the classes."""
+    return pd.cut(values, [-np.inf, *limits.values()], right=False, labels=list(limits))
 
 
-def _share(name: str, people: pd.DataFrame, part: str, whole: str, seed: int) -> dict[str, float]:
-    """Share of totals over participants, with its interval."""
-    low, high = share_interval(people[part], people[whole], people["participant_id"], seed=seed)
-    share = float(people[part].sum() / people[whole].sum())
-    return {name: share, f"{name}_ci_low": low, f"{name}_ci_high": high}
+def _fraction(name: str, totals: pd.DataFrame, part: str, whole: str, seed: int) -> dict[str, float]:
+    """Return a fraction of sums over participants with its confidence interval."""
+    low, high = share_interval(totals[part], totals[whole], totals["participant_id"], seed=seed)
+    fraction = float(totals[part].sum() / totals[whole].sum())
+    return {name: fraction, f"{name}_ci_low": low, f"{name}_ci_high": high}

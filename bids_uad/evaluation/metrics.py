@@ -1,9 +1,8 @@
-"""Segmentation metrics computed from counts of voxels per score bin.
+"""Segmentation metrics computed from score histograms.
 
-A volume is described by how many of its brain voxels, lesion and non-lesion apart, fall into each
-bin of a fixed, increasing grid of edges. Bin k holds the scores in (edges[k], edges[k+1]], the
-first one also edges[0], the last one has no upper end. Whether a voxel is positive, `score > t`,
-is then decided exactly for every t that is an edge, and every such threshold costs one sum.
+A histogram counts the lesion voxels and the other brain voxels of an image in bins between fixed, increasing
+edges. Bin k covers the scores in (edges[k], edges[k+1]]; the first bin includes edges[0], and the last bin
+has no upper edge. For a threshold t that is an edge, the number of positive voxels (`score > t`) is exact.
 """
 
 from __future__ import annotations
@@ -13,13 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import digamma
 
-# Tables are text: a threshold may come back with fewer digits than the edge it was taken from.
 _EDGE_RTOL = 1e-5
+"""Relative tolerance for a threshold, which may have fewer digits in a text table than the edge."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Voxels of one volume, sorted by prediction and truth."""
+    """Confusion matrix of the brain voxels of one image.
+
+    Parameters
+    ----------
+    true_positive, false_positive, false_negative, true_negative : int
+        Number of voxels of each kind.
+    """
 
     true_positive: int
     false_positive: int
@@ -28,17 +33,17 @@ class Confusion:
 
     @property
     def both_empty(self) -> bool:
-        """No lesion and nothing found."""
+        """Whether both the lesion mask and the anomaly mask are empty."""
         return self.true_positive + self.false_positive + self.false_negative == 0
 
     @property
     def truth_empty(self) -> bool:
-        """Whether there is no lesion voxel."""
+        """Whether the lesion mask is empty."""
         return self.true_positive + self.false_negative == 0
 
     @property
     def dice(self) -> float:
-        """2 |P and T| / (|P| + |T|); 1 when both are empty."""
+        """Dice coefficient 2 |P and T| / (|P| + |T|) of prediction P and truth T; 1 if both are empty."""
         if self.both_empty:
             return 1.0
         doubled = 2 * self.true_positive
@@ -46,17 +51,17 @@ class Confusion:
 
     @property
     def sensitivity(self) -> float:
-        """Found share of the lesion voxels; NaN without any."""
+        """True-positive fraction of the lesion voxels; NaN without lesion voxels."""
         return _ratio(self.true_positive, self.true_positive + self.false_negative)
 
     @property
     def precision(self) -> float:
-        """Lesion share of the voxels found; NaN when nothing is found."""
+        """True-positive fraction of the positive voxels; NaN without positive voxels."""
         return _ratio(self.true_positive, self.true_positive + self.false_positive)
 
     @property
     def false_positive_rate(self) -> float:
-        """Share of the non-lesion brain voxels that is called anomalous; NaN without any."""
+        """False-positive fraction of the non-lesion voxels; NaN without non-lesion voxels."""
         return _ratio(self.false_positive, self.false_positive + self.true_negative)
 
 
@@ -65,22 +70,22 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def lesion_wise(n_lesions: float, n_detected: float, n_false: float) -> dict[str, float]:
-    """Compute sensitivity, precision and F1 of counted lesions.
+    """Compute lesion-wise sensitivity, precision and F1 score.
 
     Parameters
     ----------
     n_lesions : float
-        Lesions of the truth.
+        Number of lesions.
     n_detected : float
-        Those that the prediction touches: the true positives.
+        Number of lesions that overlap with the anomaly mask (true positives).
     n_false : float
-        Predicted components that touch no lesion: the false positives.
+        Number of components of the anomaly mask that overlap with no lesion (false positives).
 
     Returns
     -------
     dict
-        `lesion_sensitivity`, `lesion_precision` and `lesion_f1`; NaN where the denominator is 0, or a count
-        is not known.
+        `lesion_sensitivity`, `lesion_precision` and `lesion_f1`; NaN if the denominator is 0 or a count is
+        NaN.
 
     Examples
     --------
@@ -95,24 +100,24 @@ def lesion_wise(n_lesions: float, n_detected: float, n_false: float) -> dict[str
 
 
 def edge_index(edges: np.ndarray, threshold: float) -> int:
-    """Find the bin edge that a threshold is.
+    """Return the index of the bin edge that equals a threshold.
 
     Parameters
     ----------
     edges : numpy.ndarray
         Lower bin edges, increasing, shape (n_bins,).
     threshold : float
-        A threshold on the same scale.
+        Threshold on the same scale.
 
     Returns
     -------
     int
-        k with `edges[k]` equal to `threshold` up to the digits of a text table.
+        Index k with `edges[k]` equal to `threshold`, up to rounding in a text table.
 
     Raises
     ------
     ValueError
-        If the threshold lies between two edges: counts per bin then cannot answer.
+        If the threshold is between two edges, where the number of positive voxels is not known.
     """
     nearest = int(np.argmin(np.abs(edges - threshold)))
     if abs(edges[nearest] - threshold) > _EDGE_RTOL * abs(threshold):
@@ -131,13 +136,13 @@ def counts_above(counts: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        Voxels in bin k and all higher ones, shape (n_bins,).
+        Voxels in bin k and all higher bins, shape (n_bins,).
     """
     return np.cumsum(counts[::-1])[::-1]
 
 
 def confusion(n_nonlesion: np.ndarray, n_lesion: np.ndarray, edge: int) -> Confusion:
-    """Sort the voxels of a volume by `score > edges[edge]` and truth.
+    """Compute the confusion matrix at the threshold `edges[edge]`.
 
     Parameters
     ----------
@@ -149,7 +154,7 @@ def confusion(n_nonlesion: np.ndarray, n_lesion: np.ndarray, edge: int) -> Confu
     Returns
     -------
     Confusion
-        The four counts.
+        Numbers of true and false positives and negatives.
     """
     true_positive = int(n_lesion[edge:].sum())
     false_positive = int(n_nonlesion[edge:].sum())
@@ -172,7 +177,7 @@ def dice_curve(n_nonlesion: np.ndarray, n_lesion: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        float64, shape (n_bins,); 1 where nothing is lesion and nothing is found.
+        Dice coefficients, float64, shape (n_bins,); 1 without lesion and positive voxels.
     """
     true_positive = counts_above(n_lesion).astype(np.float64)
     denominator = true_positive + counts_above(n_nonlesion) + float(n_lesion.sum())
@@ -192,8 +197,8 @@ def precision_recall(n_nonlesion: np.ndarray, n_lesion: np.ndarray) -> tuple[np.
     Returns
     -------
     precision, recall : numpy.ndarray
-        float64, shape (n_bins,), from the lowest threshold to the highest. Precision is NaN where
-        nothing is found; recall is NaN everywhere when there is no lesion voxel.
+        float64, shape (n_bins,), from the lowest threshold to the highest. Precision is NaN without positive
+        voxels, recall without lesion voxels.
     """
     true_positive = counts_above(n_lesion).astype(np.float64)
     found = true_positive + counts_above(n_nonlesion)
@@ -205,13 +210,13 @@ def precision_recall(n_nonlesion: np.ndarray, n_lesion: np.ndarray) -> tuple[np.
 
 
 def average_precision(n_nonlesion: np.ndarray, n_lesion: np.ndarray) -> float:
-    """Compute the area under the precision-recall curve.
+    """Compute the area under the precision-recall curve (average precision).
 
-    The sum over thresholds of (gain in recall) x (precision), without interpolation, as
-    scikit-learn's `average_precision_score` defines it. How the voxels of a bin follow each other is not
-    known; the sum is the mean over all orders, in closed form (McSherry and Najork 2008, Computing
-    information retrieval performance measures efficiently in the presence of tied scores). The first
-    bin holds the zeros, which are equal indeed.
+    The sum over thresholds of (increase in recall) x (precision), without interpolation, as defined by
+    scikit-learn's `average_precision_score`. The order of the scores within a bin is not known, so the
+    expectation over all orders is computed in closed form (McSherry and Najork 2008, Computing information
+    retrieval performance measures efficiently in the presence of tied scores). The scores of the first bin
+    are all zero and are treated as tied.
 
     Parameters
     ----------
@@ -221,14 +226,15 @@ def average_precision(n_nonlesion: np.ndarray, n_lesion: np.ndarray) -> float:
     Returns
     -------
     float
-        In [0, 1]; NaN when there is no lesion voxel.
+        Average precision from 0 to 1; NaN without lesion voxels.
     """
     total = int(n_lesion.sum())
     if total == 0:
         return float("nan")
     tied = n_lesion[0] * (total / (total + int(n_nonlesion.sum())))
-    # Place r of a bin with n voxels, k of them lesion, holds one with chance k / n, on average behind
-    # (r - 1) (k - 1) / (n - 1) others of this bin; precision is (lesion voxels so far) / (voxels so far).
+    # In a bin with n voxels, k of them lesion, the voxel at rank r is a lesion voxel with probability k / n,
+    # preceded by (r - 1) (k - 1) / (n - 1) lesion voxels of the bin on average. The precision at this rank is
+    # the number of lesion voxels up to it, divided by the number of voxels up to it.
     inside = np.flatnonzero(n_lesion[1:]) + 1
     lesion, size = n_lesion[inside].astype(np.float64), (n_lesion + n_nonlesion)[inside].astype(np.float64)
     lesion_before = counts_above(n_lesion)[inside] - lesion

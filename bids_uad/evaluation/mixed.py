@@ -1,4 +1,4 @@
-"""Linear models of scans whose participants, and scanners, have random intercepts."""
+"""Linear mixed models with crossed random intercepts of participants and scanners."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from scipy import optimize
 from statsmodels.tools.numdiff import approx_fprime, approx_hess
 
 MAX_RATIO = 1e4
-"""Largest variance of a random intercept that is tried, in variances of the residuals."""
+"""Upper bound of the variance of a random intercept, relative to the residual variance."""
 MIN_RATIO = 1e-8
-"""Variance of a random intercept, in variances of the residuals, below which there is none."""
+"""Relative variance of a random intercept below which it is set to zero."""
 
 
 class CrossedModel:
-    """Linear model with crossed random intercepts of participants and of scanners, by restricted likelihood.
+    """Linear mixed model with crossed random intercepts, fitted by restricted maximum likelihood (REML).
 
     Parameters
     ----------
     y : numpy.ndarray, shape (n,)
         Outcome.
     x : numpy.ndarray, shape (n, k)
-        Fixed effects, with the constant.
+        Fixed effects, including the constant.
     participants : numpy.ndarray of int, shape (n,)
-        Participant of each row, 0 to their number minus one. Where each has a single row, there is no random
+        Participant of each row, numbered from 0. If each participant has a single row, there is no random
         intercept of participants, since it could not be distinguished from the residuals.
     scanners : numpy.ndarray of int, shape (n,), optional
-        Scanner of each row, likewise. If None, scanners have no random intercept.
+        Scanner of each row, numbered from 0. If None, scanners have no random intercept.
 
     Attributes
     ----------
     params : numpy.ndarray, shape (k,)
         Coefficients of the fixed effects.
     covariance : numpy.ndarray, shape (k, k)
-        Of these.
+        Covariance of the coefficients.
     participant_variance, scanner_variance, residual_variance : float
+        Variances of the random intercepts and of the residuals.
 
     Notes
     -----
-    The model of Laird and Ware 1982 (Biometrics 38). Cross-products of all columns, and their sums over each
-    participant, are all that the likelihood needs, so that a fit costs as much as there are participants.
+    The model of Laird and Ware 1982 (Biometrics 38). The likelihood depends on the data through the
+    cross-products of all columns and their sums over each participant only, so that the cost of an evaluation
+    grows with the number of participants.
     """
 
     def __init__(
@@ -69,14 +71,15 @@ class CrossedModel:
         Parameters
         ----------
         contrasts : numpy.ndarray, shape (m, k)
+            Weights of the coefficients in each combination.
 
         Returns
         -------
         numpy.ndarray, shape (m,)
-            Satterthwaite's, from the observed information of the variances (Giesbrecht and Burns 1985,
-            Biometrics 41); at least 1, and at most those that the residuals have with scanners as fixed
-            effects, since in small samples the former are too many. A variance that is estimated as zero is
-            taken as known.
+            Satterthwaite degrees of freedom, from the observed information of the variances (Giesbrecht and
+            Burns 1985, Biometrics 41). They are limited to between 1 and the residual degrees of freedom with
+            scanners as fixed effects, since they are too large in small samples. A variance that is estimated
+            as zero is treated as known.
         """
         free = self.ratios > 0
         logs = np.log(self.residual_variance * np.array([1.0, *self.ratios[free]]))
@@ -98,23 +101,25 @@ class CrossedModel:
         return np.clip(2 / np.maximum(variance, 2 / self._n), 1.0, self._residual_df)
 
     def whiten(self, table: np.ndarray) -> np.ndarray:
-        """Subtract from each row the part of its participant's mean that leaves rows independent.
+        """Remove the correlation between the rows of a participant by subtracting a part of their mean.
 
         Parameters
         ----------
         table : numpy.ndarray, shape (n, m)
+            Columns of data, one row per observation.
 
         Returns
         -------
         numpy.ndarray, shape (n, m)
-            Ordinary least squares on such rows are the generalised ones of the model without random scanners.
+            Transformed columns, for which ordinary least squares equal generalised least squares of the model
+            with random intercepts of participants.
         """
         part = (1 - 1 / np.sqrt(1 + self._sizes * self.ratios[0])) / self._sizes
         return table - (part[:, None] * self._summed(table))[self._participants]
 
     @cached_property
     def ratios(self) -> np.ndarray:
-        """Variances of the intercepts of participants and scanners, in variances of the residuals, (2,)."""
+        """Variances of the participant and scanner intercepts, relative to the residual variance."""
         ratios = np.zeros(2)
         if self._free.any():
 
@@ -128,13 +133,13 @@ class CrossedModel:
         return np.where(ratios < MIN_RATIO, 0.0, ratios)
 
     def _summed(self, table: np.ndarray) -> np.ndarray:
-        """Sum the rows of each participant, (participants, m)."""
+        """Sum the rows of each participant, shape (n_participants, m)."""
         sums = np.zeros((len(self._sizes), table.shape[1]))
         np.add.at(sums, self._participants, table)
         return sums
 
     def _weighted(self, ratios: np.ndarray) -> tuple[np.ndarray, float]:
-        """Cross-products of [x, y] with the inverse of V between, and log |V|; residuals of variance 1."""
+        """Return [x, y]' V^-1 [x, y] and log |V|, where V is the covariance at residual variance 1."""
         participant, scanner = ratios
         own = self._k + 1
         weight = participant / (1 + self._sizes * participant)
@@ -146,7 +151,7 @@ class CrossedModel:
         return products[:own, :own] - scanner * cross @ np.linalg.solve(inner, cross.T), determinant
 
     def _deviance(self, ratios: np.ndarray, residual_variance: float | None = None) -> float:
-        """Minus twice the restricted log likelihood, up to a constant, at the best variance if it is None."""
+        """Return -2 log restricted likelihood up to a constant; by default at the best residual variance."""
         products, determinant = self._weighted(ratios)
         k, freedom = self._k, self._n - self._k
         information = products[:k, :k]

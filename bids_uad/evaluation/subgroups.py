@@ -1,4 +1,4 @@
-"""The same numbers for parts of a cohort: sex, age, scanner, lesion load, or what else a column says."""
+"""Metrics in subgroups of a cohort by sex, age, scanner, lesion load or another variable, and disparities."""
 
 from __future__ import annotations
 
@@ -20,152 +20,153 @@ OUTCOMES = {"fpr": HEALTHY, "dice": LESION, "sensitivity": LESION}
 AGE_BANDS = {"0 to 39": 40.0, "40 to 59": 60.0, "60 and above": np.inf}
 QUARTILES = ("1st quarter", "2nd quarter", "3rd quarter", "4th quarter")
 MAX_LEVELS = 8
-"""A column of numbers with more values than this is cut at its quartiles, the lowest first."""
+"""A numeric variable with more values than this is divided at its quartiles."""
 CATEGORY_NAMES = frozenset(
     [
         *("scanner", "device", "station", "serial", "manufacturer", "protocol"),
         *("site", "center", "centre", "institution", "hospital", "id"),
     ]
 )
-"""Words in the names of columns whose numbers are labels: `scanner`, `site_id`, `DeviceSerialNumber`."""
+"""Words in the names of variables whose numbers are labels: `scanner`, `site_id`, `DeviceSerialNumber`."""
 MIN_PARTICIPANTS = 3
-"""Participants that a part needs to be listed."""
+"""Minimum number of participants of a subgroup in the table."""
 MIN_COMPARED = 6
-"""Participants that a part needs for the test of all parts: with five in each of twelve parts the
-simultaneous intervals cover less than 92 %."""
+"""Minimum number of participants of a subgroup in tests of disparity: with five in each of twelve subgroups,
+simultaneous intervals of nominally 95 % cover less than 92 %."""
 MIN_SHARED = 3
-"""Participants in both of two parts from which a correlation of the two is estimated; with fewer it is 0."""
+"""Minimum number of participants in both of two subgroups for an estimate of their correlation, else 0."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
     "modality": {"Description": "Modality of the images"},
     "outcome": {
-        "Description": "What is averaged",
+        "Description": "Averaged outcome",
         "Levels": {
             "fpr": "False-positive rate at the fixed threshold, healthy scans",
             "dice": "Dice at the fixed threshold, lesion scans",
             "sensitivity": "Voxel-wise sensitivity at the fixed threshold, lesion scans",
         },
     },
-    "factor": {"Description": "What divides the cohort"},
-    "level": {"Description": "The part"},
-    "n_participants": {"Description": "Participants in this part (images of one are averaged)"},
-    "mean": {"Description": "Mean over them"},
+    "factor": {"Description": "Subgroup variable"},
+    "level": {"Description": "Subgroup: value, age band or quartile of the variable"},
+    "n_participants": {
+        "Description": "Number of participants in the subgroup; the images of a participant are averaged"
+    },
+    "mean": {"Description": "Mean outcome over these participants"},
     **interval_columns("mean", "mean"),
     "difference": {
-        "Description": "This mean minus that of all participants of other parts, whose parts are averaged"
+        "Description": "Mean of this subgroup minus the mean over the participants of all other subgroups"
     },
     "difference_ci_low": {
-        "Description": "Lower end of its 95 % interval (Welch; participants in both are taken as pairs), for "
-        "this part alone: not corrected for the number of parts"
+        "Description": "Lower limit of the 95 % confidence interval of difference (Welch, with participants "
+        "in both groups as pairs), not corrected for the number of subgroups"
     },
-    "difference_ci_high": {"Description": "Upper end of the same"},
-    "p": {"Description": "Two-sided p value of the difference, for this part alone"},
-    "p_fdr": {"Description": "The same, corrected over the whole table (Benjamini and Hochberg)"},
-    "hedges_g": {"Description": "The difference in standard deviations (Hedges' g)"},
+    "difference_ci_high": {"Description": "Upper limit of the 95 % confidence interval of difference"},
+    "p": {"Description": "Two-sided p value of difference, not corrected"},
+    "p_fdr": {"Description": "p, corrected over the whole table (Benjamini and Hochberg)"},
+    "hedges_g": {"Description": "Difference in pooled standard deviations (Hedges' g)"},
     "hedges_g_ci_low": {
-        "Description": "Lower end of its 95 % interval (large-sample), for this part alone; n/a where "
-        "participants are in this part and in others"
+        "Description": "Lower limit of the 95 % confidence interval of hedges_g (large-sample), not "
+        "corrected; n/a if participants belong to several subgroups"
     },
-    "hedges_g_ci_high": {"Description": "Upper end of the same"},
+    "hedges_g_ci_high": {"Description": "Upper limit of the 95 % confidence interval of hedges_g"},
 }
 DISPARITY_COLUMNS: dict[str, dict[str, Any]] = {
     **{name: COLUMNS[name] for name in ("detector", "modality", "outcome", "factor")},
-    "n_levels": {"Description": f"Parts with at least {MIN_COMPARED} participants, which are compared"},
-    "n_participants": {"Description": "Participants in them"},
-    "n_shared": {"Description": "Participants that are in more than one of them"},
+    "n_levels": {"Description": f"Number of compared subgroups (at least {MIN_COMPARED} participants each)"},
+    "n_participants": {"Description": "Number of participants in these subgroups"},
+    "n_shared": {"Description": "Number of participants in more than one of these subgroups"},
     "p": {
-        "Description": "p value of the hypothesis that all parts have the same mean: analysis of variance "
-        "for unequal variances (Brown and Forsythe), or, with participants in more than one part, the "
-        "smallest p value of all pairs, adjusted for their number (Games and Howell)"
+        "Description": "p value of the hypothesis that all subgroups have the same mean: analysis of "
+        "variance for unequal variances (Brown and Forsythe), or, with participants in several subgroups, "
+        "the smallest p value of all pairs, adjusted for their number (Games and Howell)"
     },
-    "p_fdr": {"Description": "The same, corrected over the whole table (Benjamini and Hochberg)"},
-    "highest": {"Description": "Part with the highest mean"},
-    "lowest": {"Description": "Part with the lowest mean"},
+    "p_fdr": {"Description": "p, corrected over the whole table (Benjamini and Hochberg)"},
+    "highest": {"Description": "Subgroup with the highest mean"},
+    "lowest": {"Description": "Subgroup with the lowest mean"},
     "gap": {
-        "Description": "Highest minus lowest mean; of fpr, how far from equal false alarms a threshold is"
+        "Description": "Highest minus lowest mean; for fpr, the disparity in false positives at one threshold"
     },
     "gap_ci_low": {
-        "Description": "Lower end of its 95 % interval, simultaneous for all pairs of parts (Games and "
-        "Howell), so that it allows for these two having been picked"
+        "Description": "Lower limit of the 95 % confidence interval of gap, simultaneous for all pairs of "
+        "subgroups (Games and Howell), which accounts for the choice of the extreme pair"
     },
-    "gap_ci_high": {"Description": "Upper end of the same"},
-    "ratio": {"Description": "Highest divided by lowest mean; n/a where the lowest is zero"},
+    "gap_ci_high": {"Description": "Upper limit of the 95 % confidence interval of gap"},
+    "ratio": {"Description": "Highest divided by lowest mean; n/a if the lowest is zero"},
 }
 
 
-def levels_of(subjects: pd.DataFrame, factor: str) -> pd.Series | None:
-    """Say which part of the cohort each image is in.
+def levels_of(subjects: pd.DataFrame, variable: str) -> pd.Series | None:
+    """Return the subgroup of each image.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
-        One row per image and detector, with the columns of participants.tsv and others asked for.
-    factor : str
-        A column; `age` is cut into `AGE_BANDS`, `lesion load` is the quartile of the lesion volume, and any
-        other column of more than `MAX_LEVELS` numbers is cut at its quartiles, unless its name has one of
-        `CATEGORY_NAMES` in it: the numbers of scanners and sites are labels.
+        One row per image and detector, with the columns of participants.tsv and of image metadata.
+    variable : str
+        Subgroup variable: a column, or `lesion load` for quartiles of the lesion volume. `age` is divided
+        into `AGE_BANDS`. Any other numeric column with more than `MAX_LEVELS` values is divided at its
+        quartiles, unless :func:`is_category` holds.
 
     Returns
     -------
     pandas.Series or None
-        Text, missing where nothing is known; None without such a column.
+        Subgroup as text, missing if the value is not known; None if there is no such column.
     """
-    if factor == LESION_LOAD:
+    if variable == LESION_LOAD:
         volume = subjects["lesion_volume_mm3"].where(subjects["role"] == LESION)
         return _quartiles(volume.where(volume > 0), subjects["source_image"])
-    if factor not in subjects:
+    if variable not in subjects:
         return None
-    values = subjects[factor]
+    values = subjects[variable]
     numbers = pd.to_numeric(values, errors="coerce")
-    if factor == "age":
+    if variable == "age":
         return pd.cut(numbers, [-np.inf, *AGE_BANDS.values()], right=False, labels=list(AGE_BANDS)).astype(
             "string"
         )
-    is_measure = numbers.notna().sum() == values.notna().sum() and not is_category(factor)
+    is_measure = numbers.notna().sum() == values.notna().sum() and not is_category(variable)
     if is_measure and numbers.nunique() > MAX_LEVELS:
         return _quartiles(numbers, subjects["source_image"])
     return values.astype("string")
 
 
 def is_category(name: str) -> bool:
-    """Return whether numbers in a column of this name are labels and not measurements.
+    """Return whether numbers in a column of this name are labels instead of measurements.
 
     Parameters
     ----------
     name : str
-        In snake case, camel case or separate words.
+        Column name in snake case, camel case or separate words.
 
     Returns
     -------
     bool
-        Whether one of its words is in `CATEGORY_NAMES`, also with a number or a plural s behind it.
+        True if one of its words is in `CATEGORY_NAMES`, also if followed by a number or a plural s.
     """
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     return any(word.lower().removesuffix("s") in CATEGORY_NAMES for word in words)
 
 
 def _quartiles(values: pd.Series, images: pd.Series) -> pd.Series:
-    """Cut at quartiles over images, each of which counts once however many detectors there are."""
-    once = values[~images.duplicated()].dropna()
-    if once.nunique() < len(QUARTILES):
+    """Divide values at the quartiles over images; the rows of an image for several detectors count once."""
+    unique = values[~images.duplicated()].dropna()
+    if unique.nunique() < len(QUARTILES):
         return pd.Series(pd.NA, index=values.index, dtype="string")
-    inner = np.quantile(once, [0.25, 0.5, 0.75])
-    place = np.searchsorted(inner, values.fillna(0), side="left")
-    return pd.Series(np.array(QUARTILES)[place], index=values.index).where(values.notna()).astype("string")
+    quartile = np.searchsorted(np.quantile(unique, [0.25, 0.5, 0.75]), values.fillna(0), side="left")
+    return pd.Series(np.array(QUARTILES)[quartile], index=values.index).where(values.notna()).astype("string")
 
 
 def compare_subgroups(
-    subjects: pd.DataFrame, factors: Sequence[str], *, seed: int
+    subjects: pd.DataFrame, variables: Sequence[str], *, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Average over the parts of a cohort, and measure how far apart they are.
+    """Compute the mean outcomes of subgroups, and the largest difference between subgroups.
 
     Parameters
     ----------
     subjects : pandas.DataFrame
-        One row per image and detector, with the columns of participants.tsv.
-    factors : sequence of str
-        See :func:`levels_of`.
+        One row per image and detector, with the columns of participants.tsv and of image metadata.
+    variables : sequence of str
+        Subgroup variables, see :func:`levels_of`.
     seed : int
         Seed of the bootstrap.
 
@@ -178,8 +179,8 @@ def compare_subgroups(
     """
     subgroups: list[dict[str, Any]] = []
     disparities: list[dict[str, Any]] = []
-    for factor in factors:
-        levels = levels_of(subjects, factor)
+    for variable in variables:
+        levels = levels_of(subjects, variable)
         if levels is None:
             continue
         for (detector, modality), scans in subjects.groupby(["detector", "modality"], sort=True):
@@ -190,8 +191,8 @@ def compare_subgroups(
                 means = means.loc[:, means.notna().sum() >= MIN_PARTICIPANTS].sort_index(axis="columns")
                 if means.shape[1] < 2:
                     continue
-                labels = {"detector": detector, "modality": modality, "outcome": outcome, "factor": factor}
-                subgroups += [labels | _stratum(name, means, seed) for name in means]
+                labels = {"detector": detector, "modality": modality, "outcome": outcome, "factor": variable}
+                subgroups += [labels | _subgroup(name, means, seed) for name in means]
                 means = means.loc[:, means.notna().sum() >= MIN_COMPARED].dropna(how="all")
                 if means.shape[1] > 1:
                     disparities.append(labels | _disparity(means))
@@ -204,17 +205,18 @@ def compare_subgroups(
     return tables
 
 
-def _stratum(name: str, means: pd.DataFrame, seed: int) -> dict[str, Any]:
-    part, others = means[name].dropna(), means.drop(columns=name).mean(axis="columns").dropna()
-    low, high = bootstrap_interval(part.to_numpy(), list(part.index), seed=seed)
-    pair = pairwise_differences(pd.concat([part, others], axis="columns", keys=["part", "others"])).iloc[0]
-    g, g_low, g_high = hedges_g(part.to_numpy(), others.to_numpy())
-    if part.index.isin(others.index).any():
+def _subgroup(name: str, means: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Compare one subgroup with all others, given means by participant (rows) and subgroup (columns)."""
+    own, others = means[name].dropna(), means.drop(columns=name).mean(axis="columns").dropna()
+    low, high = bootstrap_interval(own.to_numpy(), list(own.index), seed=seed)
+    pair = pairwise_differences(pd.concat([own, others], axis="columns", keys=["own", "others"])).iloc[0]
+    g, g_low, g_high = hedges_g(own.to_numpy(), others.to_numpy())
+    if own.index.isin(others.index).any():
         g_low = g_high = np.nan
     return {
         "level": name,
-        "n_participants": len(part),
-        "mean": part.mean(),
+        "n_participants": len(own),
+        "mean": own.mean(),
         "mean_ci_low": low,
         "mean_ci_high": high,
         "difference": pair["difference"],
@@ -228,14 +230,15 @@ def _stratum(name: str, means: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 
 def _disparity(means: pd.DataFrame) -> dict[str, Any]:
-    of_parts = means.mean()
-    highest, lowest = of_parts.idxmax(), of_parts.idxmin()
+    """Compare the subgroups with the highest and the lowest mean."""
+    averages = means.mean()
+    highest, lowest = averages.idxmax(), averages.idxmin()
     pairs = pairwise_differences(means)
     gap = pairs[(pairs["a"].isin([highest, lowest])) & (pairs["b"].isin([highest, lowest]))]
     low, high = np.nan, np.nan
     if len(gap):
-        ends = gap.iloc[0][["ci_low", "ci_high"]]
-        low, high = ends if gap.iloc[0]["a"] == highest else -ends[::-1]
+        limits = gap.iloc[0][["ci_low", "ci_high"]]
+        low, high = limits if gap.iloc[0]["a"] == highest else -limits[::-1]
     return {
         "n_levels": means.shape[1],
         "n_participants": len(means),
@@ -243,29 +246,29 @@ def _disparity(means: pd.DataFrame) -> dict[str, Any]:
         "p": equal_means_p(means, pairs),
         "highest": highest,
         "lowest": lowest,
-        "gap": of_parts[highest] - of_parts[lowest],
+        "gap": averages[highest] - averages[lowest],
         "gap_ci_low": low,
         "gap_ci_high": high,
-        "ratio": of_parts[highest] / of_parts[lowest] if of_parts[lowest] > 0 else np.nan,
+        "ratio": averages[highest] / averages[lowest] if averages[lowest] > 0 else np.nan,
     }
 
 
 def pairwise_differences(values: pd.DataFrame) -> pd.DataFrame:
-    """Compare the means of every two groups, with intervals that hold for all pairs at once.
+    """Compare the means of each pair of groups, with simultaneous confidence intervals.
 
-    Groups may differ in size and variance, and may share participants, who are then taken as pairs.
+    Groups may differ in size and variance, and may share participants, who are then treated as pairs.
 
     Parameters
     ----------
     values : pandas.DataFrame, shape (n_participants, n_groups)
-        One number for each participant and group; NaN where a participant is not in a group.
+        Value of each participant in each group; NaN if a participant is not in a group.
 
     Returns
     -------
     pandas.DataFrame
         One row for each pair of columns: `a` and `b` (names), `difference` (mean of a minus mean of b),
-        `error` (its standard error), `df` (degrees of freedom), `ci_low` and `ci_high` (95 % interval,
-        simultaneous for all pairs; for two groups Welch's). The last four are NaN where neither group varies.
+        `error` (standard error), `df` (degrees of freedom), `ci_low` and `ci_high` (95 % interval,
+        simultaneous for all pairs; for two groups Welch's). The last four are NaN if neither group varies.
 
     Notes
     -----
@@ -286,9 +289,9 @@ def pairwise_differences(values: pd.DataFrame) -> pd.DataFrame:
     with np.errstate(divide="ignore", invalid="ignore"):
         welch = (own[a] + own[b]) ** 2 / (own[a] ** 2 / (n[a] - 1) + own[b] ** 2 / (n[b] - 1))
         error = np.sqrt(np.maximum(own[a] + own[b] - 2 * covariance, 0.0))
-    # As many as there are pairs of values, and in proportion for those without a partner.
-    alone = n[a] + n[b] - 2 * both
-    df = both - 1 + (welch - both + 1) * alone / (alone + 2 * both)
+    # Interpolated between the paired t test (all participants in both groups) and Welch's test (none).
+    unpaired = n[a] + n[b] - 2 * both
+    df = both - 1 + (welch - both + 1) * unpaired / (unpaired + 2 * both)
     df[~np.isfinite(welch)], error[~np.isfinite(welch)] = np.nan, np.nan
     varies = np.isfinite(df) & (error > 0)
     margin = np.full(len(a), np.nan)
@@ -315,45 +318,45 @@ def equal_means_p(values: pd.DataFrame, pairs: pd.DataFrame) -> float:
     Parameters
     ----------
     values : pandas.DataFrame, shape (n_participants, n_groups)
-        As for :func:`pairwise_differences`.
+        Values as for :func:`pairwise_differences`.
     pairs : pandas.DataFrame
-        Of :func:`pairwise_differences`.
+        Result of :func:`pairwise_differences` for these values.
 
     Returns
     -------
     float
         p value of the analysis of variance for unequal variances of Brown and Forsythe 1974 (Technometrics
-        16), with Mehrotra's (1997) degrees of freedom; where participants are in several groups, which it
-        does not allow for, the smallest adjusted p value of `pairs`. NaN where nothing varies.
+        16), with Mehrotra's (1997) degrees of freedom. That test requires independent groups; if participants
+        are in several groups, the smallest adjusted p value of `pairs`. NaN if no group varies.
 
     Notes
     -----
-    Welch's analysis of variance rejects too often with many small groups: of true hypotheses 9 % with twelve
-    groups of five, against 5 % of this one.
+    Welch's analysis of variance is too liberal with many small groups: at a nominal level of 5 %, its
+    type I error rate is 9 % with twelve groups of five.
     """
     if pairs["error"].isna().all():
         return np.nan
     if (values.notna().sum(axis="columns") <= 1).all():
         groups = [values[name].dropna().to_numpy() for name in values]
         return float(anova_oneway(groups, use_var="bf").pvalue)
-    extent = pairs["difference"].abs() / (pairs["ci_high"] - pairs["ci_low"])
-    most = pairs.loc[extent.idxmax()]
-    size = np.sqrt(2) * abs(most["difference"]) / most["error"]
-    return float(stats.studentized_range.sf(size, values.shape[1], most["df"]))
+    relative = pairs["difference"].abs() / (pairs["ci_high"] - pairs["ci_low"])
+    largest = pairs.loc[relative.idxmax()]
+    statistic = np.sqrt(2) * abs(largest["difference"]) / largest["error"]
+    return float(stats.studentized_range.sf(statistic, values.shape[1], largest["df"]))
 
 
 def hedges_g(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Standardise a difference of means.
+    """Compute Hedges' g, the standardised difference of two means (Hedges 1981).
 
     Parameters
     ----------
     one, other : numpy.ndarray
-        One number for each participant.
+        Values of the participants of each group, one-dimensional.
 
     Returns
     -------
     g, low, high : float
-        Hedges' g (Hedges 1981) with its large-sample 95 % interval; NaN where nothing varies.
+        Hedges' g with its large-sample 95 % interval; NaN if neither group varies.
     """
     n, m = len(one), len(other)
     freedom = n + m - 2

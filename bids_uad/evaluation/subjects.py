@@ -1,4 +1,4 @@
-"""One row of numbers for each image and detector."""
+"""Table of subjects: one row of metrics for each image and detector, with participant and image metadata."""
 
 from __future__ import annotations
 
@@ -8,99 +8,92 @@ from typing import Any
 
 import pandas as pd
 
-from bids_uad.dataset.image_metadata import image_columns
+from bids_uad.dataset.image_metadata import image_metadata
 from bids_uad.dataset.participants import FACTS, Participants, describe_columns
-from bids_uad.dataset.sidecars import SCANNER_SEEN_LEVELS
+from bids_uad.dataset.sidecars import METRICS_COLUMNS
 from bids_uad.errors import InputError
-from bids_uad.evaluation.metrics import (
-    average_precision,
-    confusion,
-    edge_index,
-    lesion_wise,
-)
+from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
 from bids_uad.evaluation.tables import UnitScores
 
 LESION_LOAD = "lesion load"
-"""A factor that is no column: the quartile of an image's lesion volume."""
+"""Subgroup variable that is not a column: quartile of the lesion volume of the image."""
 LESION, HEALTHY, MISSING_MASK = "lesion", "healthy", "missing_mask"
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "participant_id": {"Description": "Participant"},
     "session_id": {"Description": "Session, n/a without sessions"},
-    "source_image": {"Description": "The raw image that was scored"},
-    "modality": {"Description": "Modality of the image"},
-    "detector": {"Description": "Anomaly detector"},
-    "preset": {"Description": "Preset of the detector's model bundle"},
+    "source_image": METRICS_COLUMNS["source_image"],
+    "modality": METRICS_COLUMNS["modality"],
+    "detector": METRICS_COLUMNS["detector"],
+    "preset": METRICS_COLUMNS["preset"],
     "cohort": {
-        "Description": "healthy, else the participant's pathology (or what --cohort names), else unspecified"
+        "Description": "healthy for healthy controls, else the pathology (or the column that --cohort "
+        "names), else unspecified"
     },
     "role": {
-        "Description": "What the image is used for",
+        "Description": "Metrics for which the image is used",
         "Levels": {
-            LESION: "Not known to be healthy and has a lesion mask (which may be empty): Dice, "
-            "AUPRC, lesion-wise numbers",
-            HEALTHY: "Healthy by participants.tsv: false-positive rate only",
-            MISSING_MASK: "Not known to be healthy and no lesion mask: used for nothing",
+            LESION: "Not a healthy control, with a lesion mask (which may be empty): Dice, AUPRC, "
+            "lesion-wise metrics",
+            HEALTHY: "Healthy control by participants.tsv: false-positive rate only",
+            MISSING_MASK: "Not a healthy control, without a lesion mask: not used",
         },
     },
-    "threshold_name": {"Description": "How the fixed threshold was chosen on validation data"},
-    "seen_in_training": {
-        "Description": "Cohorts of the model that the participant was in, with 'and' between them: training, "
-        "validation, normative reference; or no"
-    },
-    "scanner_seen": {
-        "Description": "Whether the model has learnt from the participant's scanner (column scanner of "
-        "participants.tsv)",
-        "Levels": SCANNER_SEEN_LEVELS,
-    },
-    "threshold": {"Description": "The fixed threshold on the anomaly score; positive is above it"},
-    "n_brain_voxels": {"Description": "Voxels of the brain mask in SRI24 space", "Units": "voxel"},
-    "n_lesion_voxels": {"Description": "Lesion voxels inside the brain mask", "Units": "voxel"},
-    "prevalence": {"Description": "Lesion voxels divided by brain voxels"},
-    "dice": {"Description": "Dice at the fixed threshold; 1 if mask and prediction are empty"},
-    "both_empty": {"Description": "1 if mask and prediction are both empty, else 0"},
+    "threshold_name": METRICS_COLUMNS["threshold_name"],
+    "seen_in_training": METRICS_COLUMNS["seen_in_training"],
+    "scanner_seen": METRICS_COLUMNS["scanner_seen"],
+    "threshold": {"Description": "Fixed threshold; voxels with a higher score are positive"},
+    "n_brain_voxels": {"Description": "Number of brain voxels in SRI24 space", "Units": "voxel"},
+    "n_lesion_voxels": {"Description": "Number of lesion voxels inside the brain", "Units": "voxel"},
+    "prevalence": {"Description": "Lesion voxels / brain voxels"},
+    "dice": {"Description": "Dice coefficient of anomaly mask and lesion mask; 1 if both masks are empty"},
+    "both_empty": {"Description": "1 if anomaly mask and lesion mask are both empty, else 0"},
     "sensitivity": {"Description": "Lesion voxels above the threshold / lesion voxels"},
-    "precision": {"Description": "Lesion voxels above the threshold / voxels above it"},
+    "precision": {"Description": "Lesion voxels above the threshold / voxels above the threshold"},
     "auprc": {
-        "Description": "Average precision over the brain voxels of the image, from counts per score bin: the "
-        "mean over all orders of the voxels in a bin, those of score zero tied"
+        "Description": "Area under the precision-recall curve: average precision over the brain voxels, "
+        "computed from the score histogram as the expectation over all orders of the voxels of a bin (scores "
+        "of zero are tied)"
     },
     "fpr": {
-        "Description": "Non-lesion brain voxels above the threshold / non-lesion brain voxels; "
-        "n/a when the lesions are not known"
+        "Description": "False-positive rate: non-lesion brain voxels above the threshold / non-lesion brain "
+        "voxels; n/a without a lesion mask, except for healthy controls"
     },
-    "brain_volume_mm3": {"Description": "Volume of the brain mask", "Units": "mm^3"},
-    "anomaly_volume_mm3": {"Description": "Volume above the threshold", "Units": "mm^3"},
-    "lesion_volume_mm3": {"Description": "Volume of the lesion mask", "Units": "mm^3"},
-    "min_lesion_volume_mm3": {
-        "Description": "Least volume of lesions, and of false lesions, that are counted (option "
-        "--min-lesion-volume of the participant level); n/a in tables of earlier versions, whose lesion-wise "
-        "numbers are left out",
-        "Units": "mm^3",
-    },
-    "n_components": {"Description": "26-connected components of the prediction"},
-    "n_counted_components": {"Description": "Those of at least that volume"},
-    "n_lesions": {"Description": "26-connected components of the lesion mask, of at least that volume"},
-    "n_lesions_detected": {"Description": "Those of them that the prediction touches"},
-    "n_false_components": {
-        "Description": "Predicted components, of at least that volume, that touch no lesion of any size"
+    **{
+        name: METRICS_COLUMNS[name]
+        for name in (
+            *("brain_volume_mm3", "anomaly_volume_mm3", "lesion_volume_mm3", "min_lesion_volume_mm3"),
+            *("n_components", "n_counted_components", "n_lesions", "n_lesions_detected"),
+            "n_false_components",
+        )
     },
     "lesion_sensitivity": {"Description": "n_lesions_detected / n_lesions"},
     "lesion_precision": {"Description": "n_lesions_detected / (n_lesions_detected + n_false_components)"},
     "lesion_f1": {
-        "Description": "2 n_lesions_detected / (n_lesions + n_lesions_detected + n_false_components), the "
-        "harmonic mean of the two"
+        "Description": "Harmonic mean of lesion_sensitivity and lesion_precision: 2 * n_lesions_detected / "
+        "(n_lesions + n_lesions_detected + n_false_components)"
     },
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
     "app_version": {"Description": "Version of bids_uad that scored the image"},
-    "report": {"Description": "The participant's report, relative to this file; n/a without one"},
+    "report": {"Description": "Report of the participant, relative to this file; n/a without a report"},
 }
 
 
 def unit_role(unit: UnitScores) -> str:
-    """Say what an image may be used for: `lesion`, `healthy` or `missing_mask`.
+    """Return the role of an image: `lesion`, `healthy` or `missing_mask`.
 
-    A missing mask never makes anyone healthy, and a mask never makes a control a patient.
+    Healthy controls are defined by participants.tsv alone: a participant without a lesion mask is not taken
+    for healthy, and a control with a lesion mask remains a control.
+
+    Parameters
+    ----------
+    unit : UnitScores
+        Score tables of one image and detector.
+
+    Returns
+    -------
+    str
+        One of the levels of the column `role`.
     """
     if unit.healthy:
         return HEALTHY
@@ -108,17 +101,17 @@ def unit_role(unit: UnitScores) -> str:
 
 
 def subject_row(unit: UnitScores) -> dict[str, Any]:
-    """Compute the scalar numbers of one unit.
+    """Compute the metrics of one image and detector.
 
     Parameters
     ----------
     unit : UnitScores
-        The tables of one image and detector.
+        Score tables of one image and detector.
 
     Returns
     -------
     dict
-        A value for every key of `COLUMNS` but `report`; numbers that are not defined are NaN.
+        Value of each column of `COLUMNS` except `report`; NaN for metrics that are not defined.
 
     Raises
     ------
@@ -128,13 +121,13 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
     try:
         edge = edge_index(unit.edges, unit.threshold)
     except ValueError as error:
-        remedy = "score the subject again with an undamaged bundle"
+        remedy = "score the participant again with an undamaged bundle"
         raise InputError(unit.path, str(error), remedy) from error
     nan = float("nan")
     role = unit_role(unit)
     n_lesion = unit.n_lesion if unit.has_lesion_mask else unit.n_nonlesion * 0
     counts = confusion(unit.n_nonlesion, n_lesion, edge)
-    judged = role == LESION
+    scored = role == LESION
     n_lesion_voxels = int(n_lesion.sum())
     n_brain_voxels = int(unit.n_nonlesion.sum()) + n_lesion_voxels
     return {
@@ -152,12 +145,12 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "threshold": unit.threshold,
         "n_brain_voxels": n_brain_voxels,
         "n_lesion_voxels": n_lesion_voxels if unit.has_lesion_mask else nan,
-        "prevalence": n_lesion_voxels / n_brain_voxels if judged and n_brain_voxels else nan,
-        "dice": counts.dice if judged else nan,
-        "both_empty": float(counts.both_empty) if judged else nan,
-        "sensitivity": counts.sensitivity if judged else nan,
-        "precision": counts.precision if judged else nan,
-        "auprc": average_precision(unit.n_nonlesion, n_lesion) if judged else nan,
+        "prevalence": n_lesion_voxels / n_brain_voxels if scored and n_brain_voxels else nan,
+        "dice": counts.dice if scored else nan,
+        "both_empty": float(counts.both_empty) if scored else nan,
+        "sensitivity": counts.sensitivity if scored else nan,
+        "precision": counts.precision if scored else nan,
+        "auprc": average_precision(unit.n_nonlesion, n_lesion) if scored else nan,
         "fpr": nan if role == MISSING_MASK else counts.false_positive_rate,
         "brain_volume_mm3": unit.brain_volume_mm3,
         "anomaly_volume_mm3": unit.anomaly_volume_mm3,
@@ -170,7 +163,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "n_false_components": unit.n_false_components,
         **(
             lesion_wise(unit.n_lesions, unit.n_lesions_detected, unit.n_false_components)
-            if judged
+            if scored
             else dict.fromkeys(("lesion_sensitivity", "lesion_precision", "lesion_f1"), nan)
         ),
         "model_sha256": unit.model_sha256,
@@ -181,21 +174,22 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
 def add_participant_columns(
     table: pd.DataFrame, participants: Participants
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Append the columns of participants.tsv, with the values of each image's session.
+    """Append the columns of participants.tsv, with the values at the session of each image.
 
     Parameters
     ----------
     table : pandas.DataFrame
         One row per image and detector.
     participants : Participants
+        Participants of the raw dataset.
 
     Returns
     -------
     table : pandas.DataFrame
-        With the further columns; one whose name is taken is called `participants_<name>`. `age` is in years
-        (float), `sex` is `male`, `female` or `other`, and all others are text, also a numeric `scanner`.
+        Table with the further columns; a column whose name is taken is called `participants_<name>`. `age` is
+        in years (float), `sex` is `male`, `female` or `other`, and all others are text.
     descriptions : dict
-        Column dictionary of the whole table.
+        Description of each column of the table.
     """
     keys = [
         (subject, None if pd.isna(session) else session)
@@ -215,38 +209,38 @@ def add_participant_columns(
 def add_image_columns(
     table: pd.DataFrame,
     descriptions: dict[str, Any],
-    factors: Sequence[str],
+    variables: Sequence[str],
     bids_dir: Path,
     participants: Participants,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Put what the raw dataset says about each image behind the numbers, for factors that have no column.
+    """Append a column of image metadata for each subgroup variable that is not in the table.
 
     Parameters
     ----------
     table : pandas.DataFrame
         One row per image and detector.
     descriptions : dict
-        Its column dictionary.
-    factors : sequence of str
-        What the cohort is to be divided by.
+        Description of each column.
+    variables : sequence of str
+        Subgroup variables.
     bids_dir : pathlib.Path
-        The raw dataset.
+        Root of the raw dataset.
     participants : Participants
-        Those of the raw dataset.
+        Participants of the raw dataset.
 
     Returns
     -------
     table : pandas.DataFrame
-        With a column for each factor that sessions.tsv, scans.tsv or a sidecar knows.
+        Table with a column for each variable found in sessions.tsv, scans.tsv or the sidecars.
     descriptions : dict
-        Column dictionary of the whole table.
+        Description of each column of the table.
     """
-    unknown = [factor for factor in factors if factor not in table and factor != LESION_LOAD]
-    if not unknown:
+    missing = [name for name in variables if name not in table and name != LESION_LOAD]
+    if not missing:
         return table, descriptions
-    found = image_columns(bids_dir, table["source_image"], unknown, participants)
-    told = {
-        name: {"Description": f"{name}, as sessions.tsv, scans.tsv or the sidecar of the raw image says"}
-        for name in found
+    metadata = image_metadata(bids_dir, table["source_image"], missing, participants)
+    added = {
+        name: {"Description": f"{name}, from sessions.tsv, scans.tsv or the sidecar of the raw image"}
+        for name in metadata
     }
-    return table.join(found, on="source_image"), descriptions | told
+    return table.join(metadata, on="source_image"), descriptions | added

@@ -238,7 +238,7 @@ def _date(config: RunConfig) -> str:
 
 
 def _useless(asked: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> list[str]:
-    """Say which factors that were asked for divide nothing, and why."""
+    """Say which subgroup variables that were requested divide nothing, and why."""
     lines = []
     for factor in asked:
         if factor not in subjects and factor != LESION_LOAD:

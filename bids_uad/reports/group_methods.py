@@ -105,7 +105,7 @@ def _models(benchmark: pd.DataFrame) -> list[UsedModel]:
 def _bias(coefficients: pd.DataFrame) -> list[str]:
     if coefficients.empty:
         return []
-    # 'scanner: A' and 'scanner (spread)' are both the scanner.
+    # 'scanner: A' and 'scanner (SD)' are both the scanner.
     covariates = list(dict.fromkeys(coefficients["term"].str.replace(r"^scanner\b.*", "scanner", regex=True)))
     parts = [fragment("group_bias", prior=f"{PRIOR_VOXELS:g}", covariates=join_words(covariates))]
     for models, name in (

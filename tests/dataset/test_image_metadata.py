@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from bids import BIDSLayout
 
-from bids_uad.dataset.image_metadata import image_columns
+from bids_uad.dataset.image_metadata import image_metadata
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
 from tests.dataset.skeleton import write_dataset
@@ -49,7 +49,7 @@ IMAGES = (
 
 def test_sidecars_inherit_as_pybids_says(raw):
     names = ["MagneticFieldStrength", "Manufacturer", "FlipAngle", "Other", "Done"]
-    found = image_columns(raw, [f"bids:raw:{image}" for image in IMAGES], names, read_participants(raw))
+    found = image_metadata(raw, [f"bids:raw:{image}" for image in IMAGES], names, read_participants(raw))
     layout = BIDSLayout(raw, validate=False)
     for image in IMAGES:
         told = layout.get_metadata(raw / image)
@@ -66,7 +66,7 @@ def test_sidecars_inherit_as_pybids_says(raw):
 
 
 def test_tables_of_sessions_and_scans_come_first(raw):
-    found = image_columns(raw, IMAGES, ["drug", "operator", "EchoTime", "nothing"], read_participants(raw))
+    found = image_metadata(raw, IMAGES, ["drug", "operator", "EchoTime", "nothing"], read_participants(raw))
     assert list(found) == ["drug", "operator", "EchoTime"]
     assert found["drug"].tolist() == ["none", "none", "one", "one"]
     assert found["operator"].fillna("-").tolist() == ["-", "-", "kim", "-"]
@@ -75,7 +75,7 @@ def test_tables_of_sessions_and_scans_come_first(raw):
 
 def test_nothing_is_known_where_there_is_no_dataset(tmp_path):
     images = ["sub-01/anat/sub-01_T1w.nii.gz"]
-    assert image_columns(tmp_path / "none", images, ["Manufacturer"], read_participants()).empty
+    assert image_metadata(tmp_path / "none", images, ["Manufacturer"], read_participants()).empty
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_nothing_is_known_where_there_is_no_dataset(tmp_path):
 def test_damaged_files_are_named(raw, name, text, problem):
     (raw / name).write_text(text)
     with pytest.raises(InputError, match=problem) as error:
-        image_columns(raw, IMAGES, ["operator"], read_participants(raw))
+        image_metadata(raw, IMAGES, ["operator"], read_participants(raw))
     assert name.rsplit("/", 1)[-1] in str(error.value)

@@ -147,7 +147,7 @@ def test_group_text_describes_the_bias_models(cohort):
     analyses = analyse(cohort.subjects, cohort.cohort_curves, (), seed=0)
     rows = [
         {"term": term, "model": model}
-        for term, model in (("age", LINEAR), ("scanner: A", LINEAR), ("scanner (spread)", MIXED))
+        for term, model in (("age", LINEAR), ("scanner: A", LINEAR), ("scanner (SD)", MIXED))
     ]
     subgroups = pd.DataFrame({"factor": ["sex", "age", "sex", "scanner"]})
     asked = replace(analyses, subgroups=subgroups, bias=Bias(pd.DataFrame(rows), [], []))
