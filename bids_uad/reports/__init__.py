@@ -1,1 +1,1 @@
-"""Reports that a person reads: one page per subject, one for the group, and the methods text."""
+"""Reports of the participant and group level, and the methods text."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import bids_uad
 from bids_uad.dataset.participants import Participants
@@ -42,40 +42,50 @@ MAX_SCAN_ROWS = 1000
 """Rows of the table of scans; group_subjects.tsv has all of them."""
 MAX_LISTED = 50
 """Images or participants that are listed per reason; the others are counted."""
-CONTENTS = {
-    "summary": "Summary",
-    "benchmark": "Benchmark",
-    "examples": "Examples",
-    "false_positives": "False positives",
-    "comparison": "Comparison of detectors",
-    "thresholds": "Thresholds and scores",
-    "lesions": "Lesion size and contrast",
-    "subgroups": "Subgroups",
-    "bias": "Bias",
-    "experiments": "Experiments",
-    "further": "Further figures",
-    "scans": "Scans",
-    "problems": "Missing and failed",
-    "provenance": "Provenance",
-    "definitions": "Definitions",
-    "methods": "Methods text",
-}
-CHAPTERS = {
-    "dice": "benchmark",
-    "dice_by_volume": "benchmark",
-    "precision_recall": "benchmark",
-    "examples": "examples",
-    "fpr_healthy": "false_positives",
-    "ranks": "comparison",
-    "dice_by_threshold": "thresholds",
-    "thresholds": "thresholds",
-    "score_histograms": "thresholds",
-    "lesion_size": "lesions",
-    "bias_age": "bias",
-    "scaling": "experiments",
-    "ablation": "experiments",
-}
-"""Chapter of each figure, by the name of the figure without modality, in order of display."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Chapter of the report.
+
+    Parameters
+    ----------
+    name : str
+        HTML id.
+    title : str
+        Entry in the list of contents.
+    figures : tuple of str, default=()
+        Names of its figures without modality, in order of display.
+    contents : tuple of str or None, default=None
+        Names of its contents besides the figures (keys of `_optional_contents`); the chapter is omitted if
+        these and the figures are empty. None for chapters that are always shown.
+    """
+
+    name: str
+    title: str
+    figures: tuple[str, ...] = ()
+    contents: tuple[str, ...] | None = None
+
+
+CHAPTERS = (
+    Chapter("summary", "Summary"),
+    Chapter("benchmark", "Benchmark", ("dice", "dice_by_volume", "precision_recall")),
+    Chapter("examples", "Examples", ("examples",), ("no_examples",)),
+    Chapter("false_positives", "False positives", ("fpr_healthy",), ()),
+    Chapter("comparison", "Comparison of detectors", ("ranks",), ("comparison",)),
+    Chapter(
+        "thresholds", "Thresholds and scores", ("dice_by_threshold", "thresholds", "score_histograms"), ()
+    ),
+    Chapter("lesions", "Lesion size and contrast", ("lesion_size",), ("lesions", "n_without_lesion_table")),
+    Chapter("subgroups", "Subgroups", (), ("subgroups",)),
+    Chapter("bias", "Bias", ("bias_age",)),
+    Chapter("experiments", "Experiments", ("scaling", "ablation"), ("experiments",)),
+    Chapter("scans", "Scans"),
+    Chapter("problems", "Missing and failed"),
+    Chapter("provenance", "Provenance"),
+    Chapter("definitions", "Definitions"),
+    Chapter("methods", "Methods text", (), ("methods",)),
+)
 
 
 @dataclass(frozen=True)
@@ -128,54 +138,27 @@ def write_group_report(
         Path of `group.html`.
     """
     root = Path(out_dir)
-    colours = detector_colours(evaluation)
     examples, no_examples = example_figures(root, evaluation.subjects)
-    figures = [*group_charts(evaluation, analyses, experiments), *examples]
-    _write_figures(root / "group" / "figures", figures)
-    chapters: dict[str, list[Chart]] = {chapter: [] for chapter in CONTENTS}
-    for figure in sorted(figures, key=_position):
-        chapters[CHAPTERS.get(_without_modality(figure.name), "further")].append(figure)
-
-    text = root / "logs" / "CITATION_group.md"
+    charts = [*group_charts(evaluation, analyses, experiments), *examples]
+    _write_figures(root / "group" / "figures", charts)
+    figures = _by_chapter(charts)
+    contents = _optional_contents(root, evaluation, analyses, experiments) | {"no_examples": no_examples}
+    definitions = _definitions(analyses, experiments)
     overall = evaluation.benchmark["cohort"] == ALL
-    tables = {
-        "benchmark": ("Benchmark", BENCHMARK_COLUMNS),
-        "subjects": ("Scores of each image and detector", SUBJECT_COLUMNS),
-        **{name: (title, columns) for name, (_, title, columns) in analyses.tables.items()},
-    }
-    if experiments is not None:
-        tables["experiments"] = ("Models compared on the same images", EXPERIMENT_COLUMNS)
-    environment = Environment(
-        loader=PackageLoader("bids_uad", "data/reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= {"fixed": fixed, "detector_name": detector_name}
-    environment.globals |= {"interval": interval, "no_interval": no_interval, "colours": colours}
-    content = {
-        "figures": chapters,
-        "comparison": _split(analyses.comparison, ["modality", "outcome"]),
-        "disparities": _split(analyses.disparities, ["modality", "factor"]),
-        "experiments": [] if experiments is None else _split(experiments, ["modality", "detector"]),
-        "lesions": _split(analyses.lesions, ["modality", "factor"]),
-        "min_lesion_volume": evaluation.min_lesion_volume,
-        "n_without_lesion_table": evaluation.lesions.without,
-        "subgroups": _by_modality(analyses.subgroups),
-        "no_examples": no_examples,
-        "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
-    }
-    page = environment.get_template("group.html.j2").render(
-        **content,
+    page = _load_template(detector_colours(evaluation)).render(
+        **contents,
+        figures=figures,
         version=bids_uad.__version__,
-        contents=[(name, title) for name, title in CONTENTS.items() if _has(name, content)],
+        chapters=[chapter for chapter in CHAPTERS if _is_shown(chapter, figures, contents)],
         summary=summarise(evaluation, analyses, experiments),
         overview=_overview(evaluation, participants),
         benchmark=_by_modality(_ranked(evaluation.benchmark[overall])),
         cohorts=_cohorts(evaluation.benchmark[~overall]),
         cohort_column=participants.cohort_column,
         best=_best(evaluation.benchmark[overall]),
+        min_lesion_volume=evaluation.min_lesion_volume,
         missed=_records(analyses.missed),
+        disparities=_split(analyses.disparities, ["modality", "factor"]),
         bias=_split(_odds_ratios(analyses.bias.coefficients), ["modality", "outcome"]),
         deviations=_by_modality(_exponentiate_effects(analyses.deviations)),
         remarks=analyses.bias.remarks,
@@ -190,17 +173,50 @@ def write_group_report(
         warnings=evaluation.warnings,
         origins=provenance.origins,
         provenance=_provenance(root, provenance, participants),
-        about={name: columns for name, (_, columns) in tables.items()},
-        definitions=[
-            (
-                name,
-                title,
-                [(key, column["Description"]) for key, column in columns.items() if "_ci_" not in key],
-            )
-            for name, (title, columns) in tables.items()
-        ],
+        definitions=definitions,
+        about={name: columns for name, (_, columns) in definitions.items()},
     )
     return write_text(root / "group.html", page + "\n")
+
+
+def _load_template(colours: dict[str, str]) -> Template:
+    """Load the template of the page, with its filters and functions."""
+    environment = Environment(
+        loader=PackageLoader("bids_uad", "data/reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {"fixed": fixed, "detector_name": detector_name}
+    environment.globals |= {"interval": interval, "no_interval": no_interval, "colours": colours}
+    return environment.get_template("group.html.j2")
+
+
+def _optional_contents(
+    root: Path, evaluation: Evaluation, analyses: Analyses, experiments: pd.DataFrame | None
+) -> dict[str, Any]:
+    """Return the contents whose chapters are omitted if they are empty."""
+    text = root / "logs" / "CITATION_group.md"
+    return {
+        "comparison": _split(analyses.comparison, ["modality", "outcome"]),
+        "experiments": [] if experiments is None else _split(experiments, ["modality", "detector"]),
+        "lesions": _split(analyses.lesions, ["modality", "factor"]),
+        "n_without_lesion_table": evaluation.lesions.without,
+        "subgroups": _by_modality(analyses.subgroups),
+        "methods": methods_html(text.read_text(encoding="utf-8"), bibliography()) if text.is_file() else "",
+    }
+
+
+def _definitions(analyses: Analyses, experiments: pd.DataFrame | None) -> dict[str, tuple[str, Any]]:
+    """Return title and columns of each table in the outputs, by the name of the table."""
+    tables = {
+        "benchmark": ("Benchmark", BENCHMARK_COLUMNS),
+        "subjects": ("Scores of each image and detector", SUBJECT_COLUMNS),
+        **{name: (title, columns) for name, (_, title, columns) in analyses.tables.items()},
+    }
+    if experiments is not None:
+        tables["experiments"] = ("Models compared on the same images", EXPERIMENT_COLUMNS)
+    return tables
 
 
 def _write_figures(folder: Path, figures: Iterable[Chart]) -> None:
@@ -214,28 +230,25 @@ def _write_figures(folder: Path, figures: Iterable[Chart]) -> None:
         stale.unlink()
 
 
-def _position(figure: Chart) -> int:
-    """Return the position of a figure in the report; figures without a chapter come last."""
-    order = list(CHAPTERS)
-    name = _without_modality(figure.name)
-    return order.index(name) if name in order else len(order)
+def _by_chapter(charts: Iterable[Chart]) -> dict[str, list[Chart]]:
+    """Sort charts into chapters, in order of display; chapters without charts have an empty list."""
+    charts = list(charts)
+    return {
+        chapter.name: [
+            chart
+            for name in chapter.figures
+            for chart in charts
+            if chart.name.removesuffix("_T1w").removesuffix("_T2w") == name
+        ]
+        for chapter in CHAPTERS
+    }
 
 
-def _without_modality(name: str) -> str:
-    return name.removesuffix("_T1w").removesuffix("_T2w")
-
-
-def _has(chapter: str, content: dict[str, Any]) -> bool:
-    """Return whether a chapter has content."""
-    if chapter in ("comparison", "experiments", "subgroups", "methods"):
-        return bool(content[chapter])
-    if chapter == "lesions":
-        return bool(content[chapter] or content["n_without_lesion_table"])
-    if chapter == "examples":
-        return bool(content["figures"][chapter] or content["no_examples"])
-    if chapter in ("false_positives", "thresholds", "further"):
-        return bool(content["figures"][chapter])
-    return True
+def _is_shown(chapter: Chapter, figures: dict[str, list[Chart]], contents: dict[str, Any]) -> bool:
+    """Return whether a chapter is always shown or has contents."""
+    if chapter.contents is None:
+        return True
+    return bool(figures[chapter.name]) or any(contents[name] for name in chapter.contents)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
