@@ -26,7 +26,7 @@ from bids_uad.engine.protocol import CORRECTED
 from bids_uad.methods.base import Batch, GradientStage
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.networks.synthetic_anomalies import cut_windows, uniform, vary_intensity
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, Subject
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +125,7 @@ def main() -> None:
     for task in args.tasks:
         torch.manual_seed(0)
         detector = Candidate(task)
-        schedule = Schedule(0, args.steps)
+        schedule = TrainingSettings(0, args.steps)
         with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
             train_detector(detector, TrainingData.all_of(store), schedule, Path(folder), fabric=fabric)
         row = {"task": task}

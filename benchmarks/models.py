@@ -9,7 +9,7 @@ import torch
 from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
 from bids_uad.engine.protocol import protocol_of
 from bids_uad.methods.registry import build_detector
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, Subject
 
 STEPS = 30  # enough for a network that gives something else than zero
@@ -35,7 +35,11 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
     detector = build_detector(name, preset)
     data = TrainingData.all_of(SliceStore(scratch / "slices"))
     train_detector(
-        detector, data, Schedule(0, STEPS, 4), scratch / f"training-{name}", fabric=start_fabric(device)
+        detector,
+        data,
+        TrainingSettings(0, STEPS, 4),
+        scratch / f"training-{name}",
+        fabric=start_fabric(device),
     )
     training = {"source": f"benchmark: {STEPS} steps"}
     save_bundle(scratch / folder, detector, preset=preset, modality="T2w", training=training, card="")

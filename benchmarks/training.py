@@ -27,7 +27,7 @@ from bids_uad.engine.protocol import CORRECTED
 from bids_uad.files import write_json
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.methods.registry import build_detector
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, Subject
 
 DETECTORS = ("disyre", "andi", "riad", "fae")
@@ -88,7 +88,7 @@ def _engine(detector: Detector, store: SliceStore, folder: Path, device: torch.d
     train_detector(
         detector,
         TrainingData.all_of(store),
-        Schedule(0, steps + 1, precision=resolve_precision("auto", device)),
+        TrainingSettings(0, steps + 1, precision=resolve_precision("auto", device)),
         folder,
         fabric=start_fabric(device),
         report=lambda *_: ticks.append(time.perf_counter()),

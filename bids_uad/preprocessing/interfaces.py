@@ -24,12 +24,12 @@ from bids_uad.config import EXTRACTIONS
 from bids_uad.errors import InputError
 from bids_uad.images import make_image, save_image, scale_intensity
 from bids_uad.preprocessing.brain_extraction.masks import (
-    AGREEMENT,
+    BRAIN_VOLUME_RANGE_ML,
     COMBINED,
+    MIN_AGREEMENT,
     NETWORK,
     PROGRAMS,
     TEMPLATE,
-    VOLUME_ML,
     air_mask,
     extract_brain,
     has_brain_volume,
@@ -167,7 +167,7 @@ class BrainMask(SimpleInterface):
         if self.inputs.program in (COMBINED, NETWORK):
             seen = predict_brain_mask(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
         mask, agreement = extract_brain(scan, template, folder, seen)
-        if agreement is not None and agreement < AGREEMENT:
+        if agreement is not None and agreement < MIN_AGREEMENT:
             text = (
                 f"The template and the network disagree about the brain (Dice {agreement:.2f}); the "
                 "network was believed: check the brain mask."
@@ -525,7 +525,7 @@ def _refuse_other_objects(source: str, qc: dict[str, Any], other: str) -> None:
 
 
 def _millilitres(mask: np.ndarray, scan: Volume) -> str:
-    low, high = VOLUME_ML
+    low, high = BRAIN_VOLUME_RANGE_ML
     return f"{mask_volume(mask, scan.affine):,.0f} mL, and brains hold {low:,.0f} to {high:,.0f} mL"
 
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from scipy.stats import median_abs_deviation
 from sklearn.mixture import GaussianMixture
 
-from bids_uad.preprocessing.brain_extraction.masks import VOLUME_ML
+from bids_uad.preprocessing.brain_extraction.masks import BRAIN_VOLUME_RANGE_ML
 from bids_uad.preprocessing.check import background
 from bids_uad.preprocessing.registration import Volume, dice
 from bids_uad.preprocessing.resampling import field_of_view, resample
@@ -19,7 +19,7 @@ from bids_uad.preprocessing.resampling import field_of_view, resample
 LOW_OVERLAP, FAILED_OVERLAP = 0.80, 0.70
 LOW_SIMILARITY, FAILED_SIMILARITY = 0.022, 0.016
 LOW_COVERAGE, FAILED_COVERAGE = 0.85, 0.60
-USUAL_VOLUME_ML = (900.0, 1900.0)
+USUAL_VOLUME_RANGE_ML = (900.0, 1900.0)
 REPORTED_OUTSIDE, FAILED_OUTSIDE = 0.02, 0.25
 """Fractions of the reference brain outside the field of view.
 
@@ -105,8 +105,8 @@ def assess_quality(
             not registration["similarity"] >= FAILED_SIMILARITY,
         ),
         f"The brain mask holds {volume / 1000:.0f} mL, unusual for an adult: check the brain mask.": (
-            not _within(volume / 1000, USUAL_VOLUME_ML),
-            not _within(volume / 1000, VOLUME_ML),
+            not _within(volume / 1000, USUAL_VOLUME_RANGE_ML),
+            not _within(volume / 1000, BRAIN_VOLUME_RANGE_ML),
         ),
         f"Only {100 * kept:.0f} % of the brain mask lies on the SRI24 grid and in the field of view.": (
             kept < LOW_COVERAGE,

@@ -1,4 +1,4 @@
-"""Put a volume on another grid through one affine, in one interpolation."""
+"""Resampling in one interpolation, rigid transforms, ITK transform files, and conversion to ANTs images."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from bids_uad.images import make_image
 if TYPE_CHECKING:
     from ants import ANTsImage
 
+ANTS_SEED = "20251201"
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_ITK_HEADER = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+
 
 def resample(
     volume: np.ndarray,
@@ -33,32 +37,33 @@ def resample(
     order: int = 1,
     extend: bool = False,
 ) -> np.ndarray:
-    """Resample a volume; outside its field of view the result is 0 (or the nearest edge value).
+    """Resample a volume to another grid through one affine transform.
 
     Parameters
     ----------
     volume : numpy.ndarray, three-dimensional
-        Boolean volumes are interpolated as 0/1.
+        Intensities; boolean volumes are interpolated as 0 and 1.
     affine : numpy.ndarray, shape (4, 4)
         Voxel-to-world (RAS+, mm) of `volume`.
     shape : tuple of int
         Shape of the result.
     target_affine : numpy.ndarray, shape (4, 4)
         Voxel-to-world of the result.
-    pull : numpy.ndarray, shape (4, 4), optional
-        World matrix from points of the result to points of `volume`; identity by default.
-    order : int
-        0 nearest neighbour, 1 linear.
-    extend : bool
-        Repeat the edge values outside the field of view instead of 0.
+    pull : numpy.ndarray, shape (4, 4), default=None
+        World matrix from points of the result to points of `volume`; identity if None.
+    order : int, default=1
+        0 for nearest-neighbour, 1 for linear interpolation.
+    extend : bool, default=False
+        Whether voxels outside the field of view get the nearest edge value. If False, they are 0.
 
     Returns
     -------
     numpy.ndarray of float32, of `shape`
+        Resampled volume.
     """
     matrix = _voxel_matrix(affine, target_affine, pull)
-    # A sample belongs to the image up to half a voxel beyond its outermost centres (thick slices!); the
-    # edge value is repeated there, and what lies further out is cleared by the field of view.
+    # The field of view extends half a voxel beyond the outermost voxel centres, which matters for thick
+    # slices. The edge value is repeated there, and voxels further outside are set to 0 afterwards.
     sampled = ndimage.affine_transform(
         np.asarray(volume, dtype=np.float32),
         matrix[:3, :3],
@@ -80,19 +85,22 @@ def resample_mask(
     target_affine: np.ndarray,
     pull: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Resample a binary mask: linear interpolation of its indicator, cut at one half.
+    """Resample a binary mask by linear interpolation and a threshold of 0.5.
 
-    This is ITK's generic-label interpolation with a linear kernel. It keeps the volume of a mask, and its
-    edge is smoother than the staircase that nearest neighbours leave of thick slices.
+    This is ITK's generic-label interpolation with a linear kernel. It preserves the volume of a mask, and its
+    edge is smoother than that of nearest-neighbour interpolation of thick slices.
 
     Parameters
     ----------
-    mask, affine, shape, target_affine, pull
-        As in :func:`resample`; `mask` is boolean.
+    mask : numpy.ndarray of bool, three-dimensional
+        Mask.
+    affine, shape, target_affine, pull
+        As for :func:`resample`.
 
     Returns
     -------
     numpy.ndarray of bool, of `shape`
+        Resampled mask.
     """
     return resample(mask, affine, shape, target_affine, pull) > 0.5
 
@@ -104,18 +112,22 @@ def resample_mask_through(
     target_affine: np.ndarray,
     transforms: Sequence[str],
 ) -> np.ndarray:
-    """Resample a binary mask as :func:`resample_mask` does, through a chain of ITK transforms of any kind.
+    """Resample a binary mask as :func:`resample_mask` does, through a chain of ITK transform files.
 
     Parameters
     ----------
-    mask, affine, shape, target_affine
-        As in :func:`resample`; `mask` is boolean.
+    mask : numpy.ndarray of bool, three-dimensional
+        Mask.
+    affine, shape, target_affine
+        As for :func:`resample`.
     transforms : sequence of str
-        Files. The first takes points of the result, each other points that the one before gives.
+        ITK transform files of any kind. The first is applied to points of the result, each other one to the
+        output of the one before.
 
     Returns
     -------
     numpy.ndarray of bool, of `shape`
+        Resampled mask.
 
     Raises
     ------
@@ -133,53 +145,33 @@ def resample_mask_through(
             fixed=to_ants(np.zeros(shape, dtype=np.float32), target_affine),
             moving=to_ants(mask.astype(np.float32), affine),
             transformlist=names,
-            # Otherwise an affine that stands alone or last is inverted.
+            # Without this, ANTs inverts an affine that is alone or last in the list.
             whichtoinvert=[False] * len(transforms),
             interpolator="linear",
         )
     return moved.numpy() > 0.5
 
 
-def field_of_view(
-    volume_shape: tuple[int, int, int],
-    affine: np.ndarray,
-    shape: tuple[int, int, int],
-    target_affine: np.ndarray,
-    pull: np.ndarray | None = None,
-) -> np.ndarray:
-    """Tell which voxels of a grid an image covers.
-
-    Parameters
-    ----------
-    volume_shape : tuple of int
-        Shape of the image.
-    affine, shape, target_affine, pull
-        As in :func:`resample`.
-
-    Returns
-    -------
-    numpy.ndarray of bool, of `shape`
-    """
-    return _inside(volume_shape, shape, _voxel_matrix(affine, target_affine, pull))
-
-
 def resample_isotropic(
     volume: np.ndarray, affine: np.ndarray, spacing: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resample to isotropic voxels along the image's own axes, smoothing first where it gets coarser.
+    """Resample to isotropic voxels along the image's own axes, with smoothing along axes that get coarser.
 
     Parameters
     ----------
     volume : numpy.ndarray, three-dimensional
+        Intensities or a mask.
     affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world of `volume`.
     spacing : float
-        New voxel edge in mm.
+        New voxel edge, mm.
 
     Returns
     -------
     volume : numpy.ndarray of float32
+        Resampled volume.
     affine : numpy.ndarray, shape (4, 4)
-        The corner of the first voxel stays where it was.
+        Its voxel-to-world matrix; the corner of the first voxel is unchanged.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     smooth = smooth_to_spacing(volume, affine, spacing)
@@ -192,23 +184,84 @@ def resample_isotropic(
 
 
 def smooth_to_spacing(volume: np.ndarray, affine: np.ndarray, spacing: float) -> np.ndarray:
-    """Smooth a volume as far as voxels of `spacing` mm would, along each axis that is finer.
+    """Smooth a volume to the resolution of voxels of `spacing` mm, along each axis that is finer.
 
     Parameters
     ----------
     volume : numpy.ndarray, three-dimensional
+        Intensities.
     affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world of `volume`.
     spacing : float
+        Voxel edge, mm. The full width at half maximum of the Gaussian is sqrt(spacing^2 - zoom^2).
 
     Returns
     -------
     numpy.ndarray of float32
+        Smoothed volume on the same grid.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     widths = np.sqrt(np.maximum(spacing**2 - zooms**2, 0.0)) / zooms
     return ndimage.gaussian_filter(
         np.asarray(volume, dtype=np.float32), widths / np.sqrt(8 * np.log(2)), mode="nearest"
     )
+
+
+def map_to_native(
+    mask_sri24: np.ndarray, native_image: str | PathLike[str], from_sri24: str | PathLike[str]
+) -> nib.Nifti1Image:
+    """Resample a label volume from SRI24 to the grid of a raw scan by nearest-neighbour interpolation.
+
+    Parameters
+    ----------
+    mask_sri24 : numpy.ndarray, shape (240, 240, 155)
+        Boolean or non-negative integers.
+    native_image : path-like
+        An image on the grid of the raw scan; only its header is read.
+    from_sri24 : path-like
+        ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``) of that scan.
+
+    Returns
+    -------
+    nibabel.Nifti1Image
+        uint8 (int32 if a label exceeds 255), three-dimensional, with the affine of `native_image`.
+
+    Raises
+    ------
+    ValueError
+        If the volume is not on the SRI24 grid.
+    """
+    labels = np.asarray(mask_sri24)
+    if labels.shape != space.SHAPE:
+        raise ValueError(f"expected a volume of shape {space.SHAPE}, got {labels.shape}")
+    dtype = np.uint8 if labels.dtype == bool or labels.max() <= 255 else np.int32
+    native = nib.load(native_image)
+    values = resample(labels, space.AFFINE, native.shape[:3], native.affine, read_itk(from_sri24), order=0)
+    return make_image(values, native.affine, dtype)
+
+
+def field_of_view(
+    volume_shape: tuple[int, int, int],
+    affine: np.ndarray,
+    shape: tuple[int, int, int],
+    target_affine: np.ndarray,
+    pull: np.ndarray | None = None,
+) -> np.ndarray:
+    """Mark the voxels of a grid that lie in the field of view of an image.
+
+    Parameters
+    ----------
+    volume_shape : tuple of int
+        Shape of the image.
+    affine, shape, target_affine, pull
+        As for :func:`resample`.
+
+    Returns
+    -------
+    numpy.ndarray of bool, of `shape`
+        True inside the field of view.
+    """
+    return _inside(volume_shape, shape, _voxel_matrix(affine, target_affine, pull))
 
 
 def _voxel_matrix(affine: np.ndarray, target_affine: np.ndarray, pull: np.ndarray | None) -> np.ndarray:
@@ -222,50 +275,106 @@ def _inside(volume_shape: tuple[int, ...], shape: tuple[int, ...], matrix: np.nd
     for axis, size in enumerate(volume_shape):
         x, y, z = (np.float32(matrix[axis, k]) * grid[k].astype(np.float32) for k in range(3))
         position = x + (y + z + np.float32(matrix[axis, 3]))
-        # The tolerance keeps an image that fills the grid exactly.
+        # The tolerance includes the edges of an image that fills the grid exactly.
         inside &= position > -0.5 - 1e-3
         inside &= position < size - 0.5 + 1e-3
     return inside
 
 
-_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
-_HEADER = "#Insight Transform File V1.0\n#Transform 0\n"
+def translation(vector: np.ndarray) -> np.ndarray:
+    """Return the 4 x 4 matrix of a translation by `vector` (mm)."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = vector
+    return matrix
+
+
+def rotation_about(point: np.ndarray, degrees_xyz: tuple[float, float, float]) -> np.ndarray:
+    """Return the matrix of a rotation about a point.
+
+    Parameters
+    ----------
+    point : numpy.ndarray, shape (3,)
+        Fixed point, mm.
+    degrees_xyz : tuple of float
+        Euler angles about x, then y, then z; degrees.
+
+    Returns
+    -------
+    numpy.ndarray, shape (4, 4)
+        Rigid transform.
+    """
+    from scipy.spatial.transform import Rotation
+
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", degrees_xyz, degrees=True).as_matrix()
+    matrix[:3, 3] = np.asarray(point) - matrix[:3, :3] @ np.asarray(point)
+    return matrix
+
+
+def rotation_angle(matrix: np.ndarray) -> float:
+    """Return the rotation angle of a rigid transform in degrees."""
+    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
+
+
+def nearest_rigid(matrix: np.ndarray, fixed_point: np.ndarray) -> np.ndarray:
+    """Replace the linear part of an affine by the closest rotation, and preserve the image of one point.
+
+    ITK optimises in single precision, so that its rotations deviate from orthonormality by about 1e-7.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray, shape (4, 4)
+        Nearly rigid transform.
+    fixed_point : numpy.ndarray, shape (3,)
+        Point whose image is preserved, such as the centre of the brain; mm.
+
+    Returns
+    -------
+    numpy.ndarray, shape (4, 4)
+        Determinant +1, orthonormal to double precision.
+    """
+    u, _, vt = np.linalg.svd(matrix[:3, :3])
+    rotation = u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
+    rigid = np.eye(4)
+    rigid[:3, :3] = rotation
+    rigid[:3, 3] = matrix[:3, :3] @ fixed_point + matrix[:3, 3] - rotation @ fixed_point
+    return rigid
 
 
 def lps_to_ras(matrix: np.ndarray) -> np.ndarray:
-    """Change the coordinate convention of a 4 x 4 world matrix, LPS+ to RAS+ or back (its own inverse)."""
-    return _FLIP @ matrix @ _FLIP
+    """Convert a 4 x 4 world matrix from LPS+ to RAS+ or back."""
+    return _LPS @ matrix @ _LPS
 
 
 def write_itk(path: str | PathLike[str], pull: np.ndarray) -> Path:
-    """Write one affine as an ITK text file.
+    """Write an affine transform as an ITK text file.
 
     Parameters
     ----------
     path : path-like
-        Ends in ``.txt``.
+        File whose name ends in ``.txt``.
     pull : numpy.ndarray, shape (4, 4)
         RAS+ matrix from output points to input points.
 
     Returns
     -------
     pathlib.Path
+        The file.
     """
     lps = lps_to_ras(np.asarray(pull, dtype=np.float64))
     # + 0.0 turns a negative zero into zero
     numbers = " ".join(repr(float(x) + 0.0) for x in [*lps[:3, :3].ravel(), *lps[:3, 3]])
-    return write_text(
-        path,
-        f"{_HEADER}Transform: AffineTransform_double_3_3\nParameters: {numbers}\nFixedParameters: 0 0 0\n",
-    )
+    return write_text(path, f"{_ITK_HEADER}Parameters: {numbers}\nFixedParameters: 0 0 0\n")
 
 
 def read_itk(path: str | PathLike[str]) -> np.ndarray:
-    """Read an ITK text file that holds one affine.
+    """Read an ITK text file with one affine transform.
 
     Parameters
     ----------
     path : path-like
+        Text file.
 
     Returns
     -------
@@ -302,18 +411,19 @@ def read_itk(path: str | PathLike[str]) -> np.ndarray:
 
 
 def from_itk_parameters(parameters: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Build the RAS+ matrix from ITK's twelve parameters and its centre of rotation.
+    """Convert the parameters of an ITK affine to a RAS+ matrix.
 
     Parameters
     ----------
     parameters : numpy.ndarray, shape (12,)
-        Row-major 3 x 3 matrix, then the translation (LPS+).
+        Row-major 3 x 3 matrix, then the translation (LPS+, mm).
     centre : numpy.ndarray, shape (3,)
-        Fixed parameters of the transform (LPS+, mm).
+        Centre of rotation: the fixed parameters of the transform (LPS+, mm).
 
     Returns
     -------
     numpy.ndarray, shape (4, 4)
+        RAS+ matrix, mm.
     """
     lps = np.eye(4)
     lps[:3, :3] = np.reshape(parameters[:9], (3, 3))
@@ -321,68 +431,8 @@ def from_itk_parameters(parameters: np.ndarray, centre: np.ndarray) -> np.ndarra
     return lps_to_ras(lps)
 
 
-def nearest_rigid(matrix: np.ndarray, fixed_point: np.ndarray) -> np.ndarray:
-    """Replace the linear part by the closest rotation, keeping the image of one point.
-
-    ITK optimises in single precision and its rotations drift by about 1e-7.
-
-    Parameters
-    ----------
-    matrix : numpy.ndarray, shape (4, 4)
-    fixed_point : numpy.ndarray, shape (3,)
-        Point whose image must not change, e.g. the centre of the brain.
-
-    Returns
-    -------
-    numpy.ndarray, shape (4, 4)
-        Determinant +1, orthonormal to double precision.
-    """
-    u, _, vt = np.linalg.svd(matrix[:3, :3])
-    rotation = u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
-    rigid = np.eye(4)
-    rigid[:3, :3] = rotation
-    rigid[:3, 3] = matrix[:3, :3] @ fixed_point + matrix[:3, 3] - rotation @ fixed_point
-    return rigid
-
-
-def rotation_about(point: np.ndarray, degrees_xyz: tuple[float, float, float]) -> np.ndarray:
-    """Rotate about `point` by Euler angles (x, then y, then z; degrees).
-
-    Parameters
-    ----------
-    point : numpy.ndarray, shape (3,)
-    degrees_xyz : tuple of float
-
-    Returns
-    -------
-    numpy.ndarray, shape (4, 4)
-    """
-    from scipy.spatial.transform import Rotation
-
-    matrix = np.eye(4)
-    matrix[:3, :3] = Rotation.from_euler("xyz", degrees_xyz, degrees=True).as_matrix()
-    matrix[:3, 3] = np.asarray(point) - matrix[:3, :3] @ np.asarray(point)
-    return matrix
-
-
-def rotation_angle(matrix: np.ndarray) -> float:
-    """Angle of a rigid transform's rotation, degrees."""
-    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
-
-
-def translation(vector: np.ndarray) -> np.ndarray:
-    """Make the 4 x 4 matrix that adds `vector` (mm)."""
-    matrix = np.eye(4)
-    matrix[:3, 3] = vector
-    return matrix
-
-
-SEED = "20251201"
-
-
 def load_ants() -> ModuleType:
-    """Import antspyx with one thread and a fixed seed.
+    """Import antspyx with one thread and a fixed random seed, which makes its results reproducible.
 
     Returns
     -------
@@ -390,51 +440,28 @@ def load_ants() -> ModuleType:
         ``ants``
     """
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
-    os.environ["ANTS_RANDOM_SEED"] = SEED
+    os.environ["ANTS_RANDOM_SEED"] = ANTS_SEED
     import ants
 
     return ants
 
 
-@contextmanager
-def link_plain_names(paths: Sequence[str]) -> Iterator[list[str]]:
-    """Give files names that ANTs can read, whatever their paths hold.
-
-    ANTs takes commas and brackets in a path for its own syntax. The files are linked to from a temporary
-    folder, which is the working directory of the process meanwhile.
-
-    Parameters
-    ----------
-    paths : sequence of str
-
-    Yields
-    ------
-    list of str
-        Names without a folder, with the endings of the files.
-    """
-    targets = [Path(path).absolute() for path in paths]
-    with TemporaryDirectory() as folder, chdir(folder):
-        names = [f"{number}{''.join(target.suffixes)}" for number, target in enumerate(targets)]
-        for name, target in zip(names, targets, strict=True):
-            Path(name).symlink_to(target)
-        yield names
-
-
 def to_ants(volume: np.ndarray, affine: np.ndarray) -> ANTsImage:
-    """Make an ANTs image of an array.
+    """Convert an array to an ANTs image.
 
     Parameters
     ----------
     volume : numpy.ndarray, three-dimensional
+        Intensities or a mask.
     affine : numpy.ndarray, shape (4, 4)
         Voxel-to-world (RAS+, mm), without shear.
 
     Returns
     -------
     ants.ANTsImage
-        Pixel type float.
+        Image of pixel type float.
     """
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    lps = _LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     return load_ants().from_numpy(
         np.ascontiguousarray(volume, dtype=np.float32),
@@ -444,34 +471,26 @@ def to_ants(volume: np.ndarray, affine: np.ndarray) -> ANTsImage:
     )
 
 
-def map_to_native(
-    mask_sri24: np.ndarray, native_image: str | PathLike[str], from_sri24: str | PathLike[str]
-) -> nib.Nifti1Image:
-    """Resample a label volume from SRI24 to the grid of a raw scan, with nearest neighbours.
+@contextmanager
+def link_plain_names(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Link files to names without special characters, and change to their folder.
+
+    ANTs parses commas and brackets in a path as its own syntax. The links are in a temporary folder, which is
+    the working directory of the process inside the context.
 
     Parameters
     ----------
-    mask_sri24 : numpy.ndarray, shape (240, 240, 155)
-        Boolean or small non-negative integers.
-    native_image : path-like
-        An image on the grid of the raw scan; only its header is read.
-    from_sri24 : path-like
-        ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``) of that scan.
+    paths : sequence of str
+        Files.
 
-    Returns
-    -------
-    nibabel.Nifti1Image
-        uint8 (int32 if a label exceeds 255), three-dimensional, with the affine of `native_image`.
-
-    Raises
+    Yields
     ------
-    ValueError
-        If the volume is not on the SRI24 grid.
+    list of str
+        Names relative to the working directory, with the suffixes of the files.
     """
-    labels = np.asarray(mask_sri24)
-    if labels.shape != space.SHAPE:
-        raise ValueError(f"expected a volume of shape {space.SHAPE}, got {labels.shape}")
-    dtype = np.uint8 if labels.dtype == bool or labels.max() <= 255 else np.int32
-    native = nib.load(native_image)
-    values = resample(labels, space.AFFINE, native.shape[:3], native.affine, read_itk(from_sri24), order=0)
-    return make_image(values, native.affine, dtype)
+    targets = [Path(path).absolute() for path in paths]
+    with TemporaryDirectory() as folder, chdir(folder):
+        names = [f"{number}{''.join(target.suffixes)}" for number, target in enumerate(targets)]
+        for name, target in zip(names, targets, strict=True):
+            Path(name).symlink_to(target)
+        yield names

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bids_uad.preprocessing.brain_extraction.masks import COMBINED, NETWORK, PROGRAMS
-from bids_uad.preprocessing.intensity_correction import DESCRIPTION
+from bids_uad.preprocessing.intensity_correction import MP2RAGE_DESCRIPTION
 
 SAME_SESSION, OTHER_SESSION = "the same session", "another session"
 GIVEN, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
@@ -122,7 +122,7 @@ def _paragraph(pathway: Pathway) -> str:
         "They were resampled once, with linear interpolation to the SRI24 grid (240 x 240 x 155 voxels of "
         "1 mm), divided by the 99.5th percentile of the intensities in the brain, and set to 0 outside."
     )
-    masked = [DESCRIPTION.strip()] if pathway.mp2rage else []
+    masked = [MP2RAGE_DESCRIPTION.strip()] if pathway.mp2rage else []
     return " ".join([*masked, _brain_mask(pathway), corrected, registered, scaled])
 
 

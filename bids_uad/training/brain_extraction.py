@@ -1,4 +1,4 @@
-"""Teach the network with heads that are drawn as it learns."""
+"""Training of the brain-extraction network on simulated heads (``bids_uad extraction``)."""
 
 from __future__ import annotations
 
@@ -17,46 +17,54 @@ from torch.nn import functional as F
 from bids_uad.files import atomic_path, write_text
 from bids_uad.preprocessing.brain_extraction.network import BrainNet
 from bids_uad.training.checkpoint import moving_average
-from bids_uad.training.heads import Head, read_head, simulate_head
-from bids_uad.training.loop import CLIP_NORM, rate
+from bids_uad.training.loop import CLIP_NORM, learning_rate_factor
+from bids_uad.training.simulated_heads import Head, read_head, simulate_head
 
 LEARNING_RATE = 2e-3
 EMA_DECAY = 0.99
+SOURCE = "label maps of SynthSeg's training (Billot et al. 2023, Apache-2.0)"
+CARD = """# Brain extraction
+
+Research software, not for clinical use.
+
+A three-dimensional U-Net with {parameters:,} parameters that masks the brain in whole heads of any contrast.
+Training data are simulated heads only: label maps of {n_heads} heads, deformed, in random contrasts, with
+blobs as lesions, thick slices, bias fields, noise and a cropped field of view.
+
+- Source: {source}
+- {steps} steps of one head, seed {seed}, {precision}, {minutes:.0f} minutes on one CPU thread, torch {torch}
+
+## Reproduce
+
+    bids_uad extraction LABELMAPS OUT --steps {steps} \\
+        --seed {seed} --precision {precision}
+"""
 
 Report = Callable[[int, float], None]
-
-
-def loss_of(logits: Tensor, brain: Tensor) -> Tensor:
-    """Cross-entropy plus one minus soft Dice.
-
-    Parameters
-    ----------
-    logits, brain : Tensor, of the same shape
-        `brain` is the share of brain in each voxel.
-    """
-    likely = torch.sigmoid(logits)
-    overlap = 2 * (likely * brain).sum() / ((likely + brain).sum() + 1)
-    return F.binary_cross_entropy_with_logits(logits, brain) + 1 - overlap
 
 
 def train(
     heads: Sequence[Head], steps: int, seed: int, *, precision: str = "fp32", report: Report | None = None
 ) -> BrainNet:
-    """Train from the beginning; one head a step.
+    """Train a network from random weights, with one simulated head in each step.
 
     Parameters
     ----------
     heads : sequence of Head
+        Label maps; one is drawn in each step.
     steps : int
+        Number of optimisation steps.
     seed : int
-    precision : {"fp32", "bf16"}
+        Seed of the weights and of all draws.
+    precision : {"fp32", "bf16"}, default="fp32"
+        Precision of the forward pass; weights and loss are float32.
     report : callable, optional
-        ``report(step, loss)`` after each step.
+        Called as ``report(step, loss)`` after each step, counted from 1.
 
     Returns
     -------
     BrainNet
-        With the moving average of its weights.
+        Network with the exponential moving average of the weights, in evaluation mode.
     """
     torch.manual_seed(seed)
     network = BrainNet()
@@ -66,10 +74,10 @@ def train(
         rng = np.random.default_rng([seed, step])
         scan, brain = simulate_head(heads[int(rng.integers(len(heads)))], rng)
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * rate(step, steps)
+            group["lr"] = LEARNING_RATE * learning_rate_factor(step, steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = network(scan[None, None])
-        loss = loss_of(logits.float(), brain[None, None])
+        loss = bce_dice_loss(logits.float(), brain[None, None])
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
@@ -81,23 +89,24 @@ def train(
     return network.eval()
 
 
-CARD = """# Brain extraction
+def bce_dice_loss(logits: Tensor, brain: Tensor) -> Tensor:
+    """Compute binary cross-entropy plus one minus soft Dice.
 
-Research software, not for clinical use.
+    Parameters
+    ----------
+    logits : Tensor
+        Output of the network.
+    brain : Tensor, of the same shape
+        Fraction of brain in each voxel.
 
-A three-dimensional U-Net with {parameters:,} numbers that finds the brain in whole heads of any contrast.
-It has learnt from synthetic heads alone: label maps of {n_heads} heads, deformed, in random contrasts, with
-blobs for lesions, thick slices, bias fields, noise, and parts that are cut off.
-
-- Source: {source}
-- {steps} steps of one head, seed {seed}, {precision}, {minutes:.0f} minutes on one CPU thread, torch {torch}
-
-## Make it again
-
-    bids_uad extraction LABELMAPS OUT --steps {steps} \\
-        --seed {seed} --precision {precision}
-"""
-SOURCE = "label maps of SynthSeg's training (Billot et al. 2023, Apache-2.0)"
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    probability = torch.sigmoid(logits)
+    dice = 2 * (probability * brain).sum() / ((probability + brain).sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, brain) + 1 - dice
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,15 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("labelmaps", nargs="+", type=Path, help="label maps of whole heads")
     parser.add_argument("out", type=Path, help="folder for weights.safetensors and MODEL_CARD.md")
-    parser.add_argument("--steps", type=int, default=3_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--source", default=SOURCE, help="where the label maps are from, for the card")
+    parser.add_argument("--steps", type=int, default=3_000, help="optimisation steps (default 3000)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default 1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
+    parser.add_argument("--source", default=SOURCE, help="source of the label maps, for the model card")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, and write weights and card; exit code 0."""
+    """Train the network, write its weights and model card, and return exit code 0."""
     args = build_parser().parse_args(arguments)
     torch.set_num_threads(1)
     start = time.monotonic()

@@ -67,7 +67,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Schedule(Constrained):
+class TrainingSettings(Constrained):
     """How it is learnt.
 
     Parameters
@@ -101,7 +101,7 @@ class Losses:
 def train_detector(
     detector: Detector,
     data: TrainingData,
-    schedule: Schedule,
+    schedule: TrainingSettings,
     folder: Path,
     *,
     fabric: Fabric,
@@ -118,7 +118,7 @@ def train_detector(
     detector : Detector
         Moved to the device of `fabric` and trained in place; the averaged weights are left in it.
     data : TrainingData
-    schedule : Schedule
+    schedule : TrainingSettings
     folder : pathlib.Path
         Of checkpoint and log. What an earlier run of the same training left there is gone on from.
     fabric : lightning_fabric.Fabric
@@ -212,7 +212,7 @@ class _StageTrainer:
         number: int,
         stage: GradientStage,
         data: TrainingData,
-        schedule: Schedule,
+        schedule: TrainingSettings,
         fabric: Fabric,
     ) -> None:
         self.detector, self.number, self.stage = detector, number, stage
@@ -258,7 +258,7 @@ class _StageTrainer:
         batch = self.data.store.batch(self._slices(step), self.device)
         batch = _in_field(batch, self.detector.field_of_view, rng)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.stage.learning_rate * rate(step - 1, self.steps)
+            group["lr"] = self.stage.learning_rate * learning_rate_factor(step - 1, self.steps)
         loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
         self.stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -302,7 +302,7 @@ class _StageTrainer:
         return float(np.mean(losses))
 
 
-def rate(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """Share of the learning rate after `step` of `steps`: a short rise, then half a cosine down to zero."""
     warm_up = max(1, steps // 50)
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))

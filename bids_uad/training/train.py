@@ -35,9 +35,9 @@ from bids_uad.training.cohort import (
     healthy_cohort,
     scratch_folder,
 )
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.model_card import model_card
-from bids_uad.training.simulated import contrast_transfer_cohort, synthetic_cohort
+from bids_uad.training.simulated_cohorts import contrast_transfer_cohort, synthetic_cohort
 from bids_uad.training.store import SliceStore, Subject
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def run_train(config: RunConfig) -> int:
     training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
     data = TrainingData(store, training_slices, held_out)
     precision = resolve_precision(config.precision, device)
-    schedule = Schedule(config.random_seed, config.steps, config.batch_size, precision)
+    schedule = TrainingSettings(config.random_seed, config.steps, config.batch_size, precision)
     scratch = _scratch(config, folder.name, detector, store)
     if fabric.is_global_zero:
         remove_unfinished(scratch)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bids_uad.methods.base import Detector, GradientStage
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore
 
 
@@ -47,5 +47,5 @@ if __name__ == "__main__":
     toy = Toy(ToyHyper())
     fabric = start_fabric(torch.device("cpu"), int(processes))
     data = TrainingData.all_of(SliceStore(Path(store)))
-    train_detector(toy, data, Schedule(seed=1), Path(folder), fabric=fabric)
+    train_detector(toy, data, TrainingSettings(seed=1), Path(folder), fabric=fabric)
     save_file(toy.state_dict(), f"{weights}-{fabric.global_rank}.safetensors")

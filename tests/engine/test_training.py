@@ -22,10 +22,10 @@ from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig
 from bids_uad.training.checkpoint import moving_average
 from bids_uad.training.loop import (
-    Schedule,
     TrainingData,
+    TrainingSettings,
     _StageTrainer,
-    rate,
+    learning_rate_factor,
     start_fabric,
     train_detector,
 )
@@ -78,7 +78,9 @@ def store(tmp_path_factory):
 def learn(detector, store, folder, report=None, held_out=0):
     """Train on all slices but the first `held_out`."""
     data = TrainingData(store, np.arange(held_out, len(store)), np.arange(held_out))
-    return train_detector(detector, data, Schedule(seed=3), folder, fabric=start_fabric(CPU), report=report)
+    return train_detector(
+        detector, data, TrainingSettings(seed=3), folder, fabric=start_fabric(CPU), report=report
+    )
 
 
 def test_the_store_holds_the_slices(store):
@@ -94,7 +96,7 @@ def test_the_store_holds_the_slices(store):
 
 def test_every_slice_is_seen_once_a_pass(store):
     data = TrainingData(store, np.arange(len(store)), np.arange(0))
-    schedule = Schedule(seed=0, steps=10, batch_size=len(store) // 2)
+    schedule = TrainingSettings(seed=0, steps=10, batch_size=len(store) // 2)
     stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
     descent = _StageTrainer(Disyre(TINY), 0, stage, data, schedule, start_fabric(CPU))
     passes = [np.concatenate([descent._slices(step) for step in steps]) for steps in ((1, 2), (3, 4))]
@@ -140,7 +142,7 @@ def test_a_store_is_compact(store):
 
 
 def test_the_rate_rises_and_falls():
-    rates = [rate(step, 1000) for step in range(1000)]
+    rates = [learning_rate_factor(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.05)
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert int(np.argmax(rates)) == 19

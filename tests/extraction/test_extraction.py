@@ -12,17 +12,17 @@ from torch import nn
 
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.brain_extraction.network import (
-    SHAPE,
+    INPUT_SHAPE,
     BrainNet,
-    _fold,
-    _unfold,
+    _depth_to_space,
+    _space_to_depth,
     grid_affine,
     load_network,
     predict_brain_mask,
-    scale,
+    scale_to_bright_tissue,
 )
-from bids_uad.training.brain_extraction import loss_of, main, train
-from bids_uad.training.heads import Head, read_head, simulate_head
+from bids_uad.training.brain_extraction import bce_dice_loss, main, train
+from bids_uad.training.simulated_heads import Head, read_head, simulate_head
 
 CSF, CORTEX, WHITE, SKULL, SKIN = 24, 3, 2, 515, 507
 
@@ -51,12 +51,12 @@ def head(label_map: Path) -> Head:
 
 def test_folding_loses_nothing() -> None:
     volumes = torch.arange(2 * 16 * 4 * 6, dtype=torch.float32).reshape(2, 1, 16, 4, 6)
-    folded = _fold(volumes)
+    folded = _space_to_depth(volumes)
     assert folded.shape == (2, 8, 8, 2, 3)
     assert folded[0, :, 0, 0, 0].tolist() == [
         float(volumes[0, 0, x, y, z]) for x in (0, 1) for y in (0, 1) for z in (0, 1)
     ]
-    assert torch.equal(_unfold(folded), volumes)
+    assert torch.equal(_depth_to_space(folded), volumes)
 
 
 def test_a_label_map_is_read_as_a_head(head: Head) -> None:
@@ -73,7 +73,7 @@ def test_a_label_map_is_read_as_a_head(head: Head) -> None:
 def test_a_head_is_a_function_of_its_stream(head: Head) -> None:
     one, other, third = (simulate_head(head, np.random.default_rng(seed)) for seed in (4, 4, 5))
     for a, b in zip(one, other, strict=True):
-        assert a.shape == SHAPE
+        assert a.shape == INPUT_SHAPE
         assert torch.equal(a, b)
         assert torch.isfinite(a).all()
     assert not torch.equal(one[0], third[0])
@@ -91,21 +91,23 @@ def test_a_brain_is_where_its_tissue_is_drawn(head: Head) -> None:
 
 def test_scaling_brings_what_is_bright_to_one() -> None:
     volume = torch.cat([torch.zeros(5000), torch.linspace(10, 1000, 5000)])
-    scaled = scale(volume)
+    scaled = scale_to_bright_tissue(volume)
     assert torch.quantile(scaled[5000:], 0.98).item() == pytest.approx(1.0, abs=0.01)
     assert scaled[0] == 0
-    assert torch.equal(scale(torch.zeros(500)), torch.zeros(500))
+    assert torch.equal(scale_to_bright_tissue(torch.zeros(500)), torch.zeros(500))
 
 
 def test_the_loss_is_least_where_the_truth_is() -> None:
     brain = (torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     sure = 20 * (2 * brain - 1)
-    assert loss_of(sure, brain).item() < 0.02
-    assert loss_of(-sure, brain).item() > 10
+    assert bce_dice_loss(sure, brain).item() < 0.02
+    assert bce_dice_loss(-sure, brain).item() > 10
     p = torch.sigmoid(torch.full_like(brain, 0.3))
     entropy = -(brain * p.log() + (1 - brain) * (1 - p).log()).mean()
     overlap = 2 * (p * brain).sum() / (p.sum() + brain.sum() + 1)
-    assert loss_of(torch.full_like(brain, 0.3), brain).item() == pytest.approx(float(entropy + 1 - overlap))
+    assert bce_dice_loss(torch.full_like(brain, 0.3), brain).item() == pytest.approx(
+        float(entropy + 1 - overlap)
+    )
 
 
 class Bright(nn.Module):
@@ -137,7 +139,7 @@ def test_nothing_is_found_where_nothing_is() -> None:
 
 def test_the_grid_lies_about_its_centre() -> None:
     affine = grid_affine(np.array([3.0, -4.0, 5.0]))
-    middle = affine[:3, :3] @ ((np.array(SHAPE) - 1) / 2) + affine[:3, 3]
+    middle = affine[:3, :3] @ ((np.array(INPUT_SHAPE) - 1) / 2) + affine[:3, 3]
     np.testing.assert_allclose(middle, [3, -4, 5])
 
 
@@ -158,5 +160,5 @@ def test_the_command_writes_weights_that_load(label_map: Path, tmp_path: Path) -
     assert isinstance(load_network(tmp_path / "weights.safetensors"), BrainNet)
     assert "1 heads" in (tmp_path / "MODEL_CARD.md").read_text()
     (tmp_path / "weights.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(InputError, match="no weights of the brain extraction"):
+    with pytest.raises(InputError, match="not the weights of the brain-extraction network"):
         load_network(tmp_path / "weights.safetensors")

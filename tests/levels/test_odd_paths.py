@@ -25,7 +25,7 @@ from bids_uad.levels.participant import run, workflow
 from bids_uad.levels.participant import workflow as writing
 from bids_uad.levels.participant.executors import make_plugin, prepare_nipype
 from bids_uad.preprocessing.reference import _find_image
-from bids_uad.preprocessing.registration import Schedule, Volume, register_rigid
+from bids_uad.preprocessing.registration import RegistrationSchedule, Volume, register_rigid
 from bids_uad.preprocessing.resampling import resample_mask_through, write_itk
 from tests.dataset.skeleton import AFFINE, write_dataset
 from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
@@ -179,7 +179,7 @@ def test_ants_works_in_any_folder_and_with_files_from_any_folder(tmp_path, part)
     data = (np.exp(-4 * ((grid - 0.1) ** 2).sum(0)) * 100).astype(np.float32)
     fixed = Volume(data, AFFINE, np.ones(data.shape, bool))
     before = Path.cwd()
-    found = register_rigid(fixed, fixed, np.eye(4), folder, Schedule((5,), (2,), (0,), 1.0))
+    found = register_rigid(fixed, fixed, np.eye(4), folder, RegistrationSchedule((5,), (2,), (0,), 1.0))
     np.testing.assert_allclose(found, np.eye(4), atol=0.2)
     write_itk(folder / "shift_xfm.txt", np.eye(4))
     mask = data > 50

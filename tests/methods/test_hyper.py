@@ -41,8 +41,8 @@ from bids_uad.networks.backbones import BackboneConfig, build_backbone
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
-from bids_uad.preprocessing.registration import Schedule as RegistrationSchedule
-from bids_uad.training.loop import Schedule
+from bids_uad.preprocessing.registration import RegistrationSchedule
+from bids_uad.training.loop import TrainingSettings
 
 NAN, INF = float("nan"), float("inf")
 
@@ -228,7 +228,12 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
     IntensityHyper: {"slices": [0, 2.0]},
 }
 OTHERS = {
-    Schedule: {"seed": [-1, 2**32, None], "steps": [0], "batch_size": [0], "precision": ["fp16", "auto"]},
+    TrainingSettings: {
+        "seed": [-1, 2**32, None],
+        "steps": [0],
+        "batch_size": [0],
+        "precision": ["fp16", "auto"],
+    },
     Execution: {"precision": ["auto", "half"], "batch_size": [0], "compiled": [None]},
     Protocol: {"scaling": [None], "filtering": ["", None], "published": [1]},
     GradientStage: {
@@ -247,7 +252,7 @@ OTHERS = {
     },
 }
 START = {
-    Schedule: Schedule(0),
+    TrainingSettings: TrainingSettings(0),
     Execution: Execution(),
     Protocol: CORRECTED,
     GradientStage: GradientStage("x", torch.nn.Identity(), print, 1, 1, 1e-3),

@@ -12,7 +12,7 @@ from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.simulation.__main__ import main as simulate
-from bids_uad.training.loop import Schedule, TrainingData, start_fabric, train_detector
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, Subject
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_planted_anomalies_rank_above_healthy_tissue(name, store, volumes, tmp_p
     train_detector(
         detector,
         TrainingData.all_of(store),
-        Schedule(0, STEPS.get(name, OTHER_STEPS)),
+        TrainingSettings(0, STEPS.get(name, OTHER_STEPS)),
         tmp_path,
         fabric=start_fabric(CPU),
     )

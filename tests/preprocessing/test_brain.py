@@ -65,7 +65,8 @@ def witnesses(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
     ball = (grid**2).sum(axis=0) < 25**2
     data = np.where(ball, 100.0, 0.0) + np.where((grid**2).sum(axis=0) < 34**2, 8.0, 0.0)
     monkeypatch.setattr(
-        "bids_uad.preprocessing.brain_extraction.masks._by_template", lambda *_: np.roll(ball, 1, axis=2)
+        "bids_uad.preprocessing.brain_extraction.masks._warp_template_mask",
+        lambda *_: np.roll(ball, 1, axis=2),
     )
     monkeypatch.setattr("bids_uad.preprocessing.brain_extraction.masks._refine", lambda mask, _: mask)
     monkeypatch.setattr("bids_uad.preprocessing.brain_extraction.masks.correct_bias", lambda data, *_: data)

@@ -96,7 +96,7 @@ def test_the_mask_of_a_program_is_taken(
 
 def test_a_failure_names_the_scan_and_repeats_what_was_said(programs, tmp_path: Path) -> None:
     empty = save(tmp_path / "sub-01_T1w.nii.gz", np.ones((20, 20, 20), np.float32), AFFINE)
-    with pytest.raises(InputError, match=r"sub-01_T1w.*SynthStrip found no brain.*nothing there"):
+    with pytest.raises(InputError, match=r"sub-01_T1w.*SynthStrip wrote no brain mask.*nothing there"):
         run_external_program("synthstrip", programs["synthstrip"], empty, tmp_path)
 
 

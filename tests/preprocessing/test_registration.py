@@ -8,8 +8,8 @@ import pytest
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
     BINS,
-    POOR_OVERLAP,
-    Schedule,
+    RESTART_OVERLAP,
+    RegistrationSchedule,
     Volume,
     centred_start,
     mask_overlap,
@@ -103,7 +103,7 @@ def test_a_brain_back_to_front_overlaps_well_and_is_found_out_by_its_similarity(
     first = register_rigid(*outlines, centred_start(fixed, moving), tmp_path)
     truth = turn @ known_move()
     assert target_error(first, truth, reference_volume) > 20
-    assert mask_overlap(fixed, moving, first) > POOR_OVERLAP
+    assert mask_overlap(fixed, moving, first) > RESTART_OVERLAP
     pull, qc = register_to_reference(reference_volume, turned, tmp_path)
     assert qc["restarted"] is True
     assert target_error(pull, truth, reference_volume) < 0.7
@@ -186,7 +186,7 @@ def test_the_most_similar_of_several_registrations_is_kept(
     fixed, moving = reference_volume.coarse(6.0).cropped(2), scan.coarse(6.0)
     far = known_move() @ rotation_about(fixed.centre(), (0.0, 0.0, 90.0))
     for starts in ([far, known_move()], [known_move(), far]):
-        pull, score = register_best(fixed, moving, starts, tmp_path, Schedule((50,), (1,), (0,)))
+        pull, score = register_best(fixed, moving, starts, tmp_path, RegistrationSchedule((50,), (1,), (0,)))
         assert target_error(pull, known_move(), fixed) < 3
         assert score == pytest.approx(similarity(fixed, moving, pull))
         assert score > similarity(fixed, moving, far)

@@ -1,4 +1,8 @@
-"""Brain extraction by a program that the user has installed, with weights that the user names."""
+"""Brain masks: from the background of skull-stripped scans, and extracted from whole heads.
+
+Whole heads are masked by template registration, by a network (`network`), by both combined, or by an external
+program (SynthStrip, HD-BET).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from bids_uad.preprocessing.check import background
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
     SPACING,
-    Schedule,
+    RegistrationSchedule,
     Volume,
     dice,
     register_affine,
@@ -28,37 +32,70 @@ from bids_uad.preprocessing.registration import (
 )
 from bids_uad.preprocessing.resampling import load_ants, resample, rotation_about, to_ants, translation
 
-HD_BET_FOLDER = "hd-bet_params"  # in HOME: where the program looks for its weights
+COMBINED, TEMPLATE, NETWORK = "combined", "template", "network"
+"""Built-in methods: template registration and network combined, or one of the two alone."""
+HD_BET_FOLDER = "hd-bet_params"
+"""Folder of HD-BET's weights; the program expects it in ``$HOME``."""
+BRAIN_VOLUME_RANGE_ML = (700.0, 2300.0)
+"""Smallest and largest plausible volume of a brain mask, which may include cerebrospinal fluid."""
+MIN_AGREEMENT = 0.9
+"""Dice of the template's and the network's mask below which the network's mask is used alone."""
+DILATION_MM = 1.0
+"""Dilation of the mean of the two masks, so that lesions at the edge of the brain are kept."""
+
+CORE_VOXELS = 4
+"""Depth (2 mm voxels) from which a mask is not changed by `_refine`."""
+MIN_EDGE_INTENSITY = 0.45
+"""Voxels near the surface are removed below this fraction of the median brain intensity: skull, air, dura."""
+MAX_ADDED_INTENSITY = 1.25
+"""Voxels next to the mask are added to it only below this fraction of the median brain intensity; brighter
+ones are likely fat."""
+
+# Search for the position of the head, and skull and scalp drawn around the template.
+CENTRE_BELOW_TOP_MM = 70.0
+HEAD_SLAB_MM = (20.0, 120.0)
+PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)  # degrees
+FORWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
+UPWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
+STARTS = 2
+SCALP_MM = (9.0, 14.0)
+AIR_MM = 20.0
+VAULT_HEIGHT = 0.4
+"""Fraction of the brain's height above which skull and air are drawn: face and neck have no vault."""
+AIR_SPACING_MM = 3.0
+RIGID_SCHEDULE = RegistrationSchedule((300, 150), (2, 1), (1, 0), 1.0)
+AFFINE_SCHEDULE = RegistrationSchedule((300, 150, 40))
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that finds brains.
+    """External program for brain extraction.
 
     Attributes
     ----------
     commands : tuple of str
-        Its names, best first.
+        Names of the executable, in order of preference.
     citation : str
-        Key of its reference.
+        Key in the bibliography.
     title : str
+        Name in reports and messages.
     """
 
     commands: tuple[str, ...]
     citation: str
     title: str
 
-    def find(self) -> str:
-        """Say where it lies.
+    def executable(self) -> str:
+        """Return the path of the first of `commands` that is on the PATH.
 
         Raises
         ------
         UnavailableError
-            If it is not installed.
+            If none is installed.
         """
         for command in self.commands:
-            if found := shutil.which(command):
-                return found
+            if path := shutil.which(command):
+                return path
         raise UnavailableError(
             f"--brain-extraction: {' or '.join(self.commands)} is not on the PATH; install {self.title}, or "
             "leave the option out for the built-in extraction"
@@ -71,62 +108,16 @@ PROGRAMS = {
 }
 
 
-def run_external_program(name: str, weights: Path, image: Path, folder: Path) -> Path:
-    """Run a program on a scan.
-
-    Parameters
-    ----------
-    name : str
-        Key of `PROGRAMS`.
-    weights : pathlib.Path
-    image : pathlib.Path
-        Three-dimensional NIfTI file.
-    folder : pathlib.Path
-        Where its files go.
-
-    Returns
-    -------
-    pathlib.Path
-        Brain mask on the grid of the scan.
-
-    Raises
-    ------
-    InputError
-        If it fails or leaves no mask.
-    """
-    command, environment = [PROGRAMS[name].find()], dict(os.environ)
-    if name == "hd-bet":
-        brain, mask = folder / "brain.nii.gz", folder / "brain_bet.nii.gz"
-        command += ["-i", str(image), "-o", str(brain), "-device", "cpu", "--disable_tta", "--save_bet_mask"]
-        environment["HOME"] = str(weights.parent)
-    else:
-        mask = folder / "brain_mask.nii.gz"
-        command += ["-i", str(image), "-m", str(mask), "--model", str(weights)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0 or not mask.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise InputError(
-            image,
-            f"{PROGRAMS[name].title} found no brain in it (exit code {done.returncode}: {said})",
-            "give a brain mask, or leave --brain-extraction out",
-        )
-    return mask
-
-
-COMBINED, TEMPLATE, NETWORK = "combined", "template", "network"
-"""Built in: registration of the template, the network of this package, or both."""
-
-
 @dataclass(frozen=True)
 class Extraction:
-    """What finds the brain in a whole head.
+    """Method of brain extraction for whole heads.
 
     Parameters
     ----------
     program : str
         One of `bids_uad.config.EXTRACTIONS`.
     weights : pathlib.Path, optional
-        File, or HD-BET's folder.
+        Weights file, or HD-BET's folder of weights. None for the template method.
     """
 
     program: str
@@ -143,35 +134,36 @@ class Extraction:
 
 
 def packaged_weights() -> Path:
-    """Say where the network's weights lie that come with the package."""
+    """Return the path of the network weights that come with the package."""
     return Path(str(resources.files("bids_uad") / "data" / "extraction" / "weights.safetensors"))
 
 
 def resolve_extraction(program: str, weights: Path | None) -> Extraction:
-    """Refuse what cannot be run, before any scan is touched.
+    """Check that a brain-extraction method can be run, and find its weights.
 
     Parameters
     ----------
     program : str
         One of `bids_uad.config.EXTRACTIONS`.
-    weights : pathlib.Path, optional
-        As named by the user; the network has packaged ones.
+    weights : pathlib.Path or None
+        Weights named by the user. The built-in network has packaged ones.
 
     Returns
     -------
     Extraction
+        Method and weights; both exist.
 
     Raises
     ------
     UnavailableError
-        If the program is not installed, or its weights are not named or not there.
+        If the program is not installed, or its weights are not named or do not exist.
     """
     if program == TEMPLATE:
         return Extraction(TEMPLATE)
     if program in (COMBINED, NETWORK) and weights is None:
         weights = packaged_weights()
     if program in PROGRAMS:
-        PROGRAMS[program].find()
+        PROGRAMS[program].executable()
     if weights is None:
         raise UnavailableError(
             f"--brain-extraction {program} needs --brain-extraction-weights, since nothing is downloaded at "
@@ -179,52 +171,11 @@ def resolve_extraction(program: str, weights: Path | None) -> Extraction:
         )
     if program == "hd-bet" and not (weights.is_dir() and weights.name == HD_BET_FOLDER):
         raise UnavailableError(
-            f"--brain-extraction-weights {weights}: HD-BET wants its folder {HD_BET_FOLDER}"
+            f"--brain-extraction-weights {weights} must be HD-BET's folder {HD_BET_FOLDER}"
         )
     if not weights.exists():
         raise UnavailableError(f"--brain-extraction-weights {weights} does not exist")
     return Extraction(program, weights)
-
-
-CENTRE_BELOW_TOP_MM = 70.0
-HEAD_SLAB_MM = (20.0, 120.0)
-PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)
-FORWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
-UPWARD_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
-STARTS = 2
-SCALP_MM = (9.0, 14.0)
-AIR_MM = 20.0
-AIR_SPACING = 3.0
-VAULT_FROM = 0.4
-"""Share of the brain's height above which the template is given a skull: face and neck have none."""
-CORE_VOXELS = 4
-DARK_SHARE = 0.45
-"""Share of the brain's median intensity below which a voxel near its surface is not brain."""
-BRIGHT_SHARE = 1.25
-"""And above which a voxel just outside the warped mask is not taken in."""
-AGREEMENT = 0.9
-"""Dice of the two masks below which they contradict each other."""
-GENEROUS_MM = 1.0
-"""How far the mean of two masks is widened: a lesion at the edge must not be lost."""
-VOLUME_ML = (700.0, 2300.0)
-"""Least and largest volume of a brain with its fluid; what is left of eyes, skull or neck adds to it."""
-POSITION = Schedule((300, 150), (2, 1), (1, 0), 1.0)
-SHAPE = Schedule((300, 150, 40))
-
-
-def mask_from_background(data: np.ndarray) -> np.ndarray:
-    """Take the brain mask of a skull-stripped scan from its background.
-
-    Parameters
-    ----------
-    data : numpy.ndarray, three-dimensional
-
-    Returns
-    -------
-    numpy.ndarray of bool
-        Largest connected piece that is not background, holes filled: fluid that happens to be zero is inside.
-    """
-    return ndimage.binary_fill_holes(largest_component(data != background(data)))
 
 
 def mask_volume(mask: np.ndarray, affine: np.ndarray) -> float:
@@ -233,107 +184,61 @@ def mask_volume(mask: np.ndarray, affine: np.ndarray) -> float:
     Parameters
     ----------
     mask : numpy.ndarray of bool, three-dimensional
+        Mask.
     affine : numpy.ndarray, shape (4, 4)
         Voxel-to-world, mm.
 
     Returns
     -------
     float
-        In mL.
+        Volume in mL.
     """
     return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000.0)
 
 
 def has_brain_volume(mask: np.ndarray, affine: np.ndarray) -> bool:
-    """Say whether the volume of a mask is one that brains have (`VOLUME_ML`).
+    """Return whether the volume of a mask is plausible for a brain (`BRAIN_VOLUME_RANGE_ML`).
 
     Parameters
     ----------
     mask, affine
-        As of :func:`mask_volume`.
+        As for :func:`mask_volume`.
 
     Returns
     -------
     bool
+        True within the range, limits included.
     """
-    return VOLUME_ML[0] <= mask_volume(mask, affine) <= VOLUME_ML[1]
+    return BRAIN_VOLUME_RANGE_ML[0] <= mask_volume(mask, affine) <= BRAIN_VOLUME_RANGE_ML[1]
 
 
-def extract_brain(
-    head: Volume, template: Volume | None, folder: Path, seen: np.ndarray | None = None
-) -> tuple[np.ndarray, float | None]:
-    """Find the brain in a whole-head scan.
-
-    The template, a network, or both say where it is, and intensities refine the surface. Of two masks that
-    agree the mean is taken, somewhat widened. If they contradict each other the network's is taken: a
-    template that was stretched over a skull is far off.
+def mask_from_background(data: np.ndarray) -> np.ndarray:
+    """Derive the brain mask of a skull-stripped scan from its constant background.
 
     Parameters
     ----------
-    head : Volume
-        Scan in native space, T1w or T2w.
-    template : Volume or None
-        Reference image with its brain mask; None to go by the network alone.
-    folder : pathlib.Path
-        Where ANTs leaves its files.
-    seen : numpy.ndarray of bool, optional
-        What the network took for the brain, on the grid of `head`.
+    data : numpy.ndarray, three-dimensional
+        Skull-stripped scan.
 
     Returns
     -------
-    mask : numpy.ndarray of bool
-        On the grid of `head`.
-    agreement : float or None
-        Dice of the two masks; None where there is only one.
+    numpy.ndarray of bool
+        Largest connected component of the voxels that differ from the background, with holes filled, so that
+        fluid with the value of the background is included.
     """
-    coarse = head.coarse(SPACING)
-    tissue = _foreground(coarse.data)
-    coarse = Volume(correct_bias(coarse.data, coarse.affine, tissue, (30, 30)), coarse.affine)
-    masks = []
-    if template is not None:
-        masks.append(_by_template(coarse, tissue, template, folder))
-    if seen is not None:
-        masks.append(resample(seen, head.affine, coarse.data.shape, coarse.affine) > 0.5)
-    mask, *others = [_refine(mask, coarse.data) for mask in masks]
-    agreement = None
-    for other in others:
-        agreement = dice(mask, other)
-        if agreement >= AGREEMENT:
-            mask = _agreed(mask, other)
-        elif other.any():
-            mask = other
-    mask = resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
-    return ndimage.binary_fill_holes(largest_component(mask)), agreement
+    return ndimage.binary_fill_holes(largest_component(data != background(data)))
 
 
-def _agreed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Take the surface halfway between two masks, and go out a little."""
-    depth = [
-        ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask) for mask in (one, other)
-    ]
-    return (depth[0] + depth[1]) / 2 > -GENEROUS_MM / SPACING
-
-
-def _by_template(coarse: Volume, tissue: np.ndarray, template: Volume, folder: Path) -> np.ndarray:
-    """Register the skull-stripped template to a head and bring its mask along.
-
-    The template is first given what it lacks, a dark skull, a bright scalp and dark air around the vault:
-    without them nothing keeps a brain from being stretched over the whole head. Rigid (after a search over
-    the pitch and place of the head), then affine, then deformable inside the brain, on 2 mm voxels; the mask
-    of the template comes back through both.
-    """
-    brain = _padded(template.coarse(SPACING).cropped(0), int(AIR_MM / SPACING) + 2)
-    vault = _with_skull(brain)
-    shift = translation(_brain_centre(tissue, coarse.affine) - brain.centre())
-    start = _position(vault, coarse, shift, brain.centre(), folder)
-    affine = register_affine(vault, coarse, start, folder, SHAPE)
-    likely, likely_affine = _deform(brain, coarse, affine, folder)
-    back = np.linalg.inv(affine)
-    return resample(likely, likely_affine, coarse.data.shape, coarse.affine, back) > 0.5
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """Return the largest connected component (by faces) of a mask; an empty mask is returned unchanged."""
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
 
 
 def air_mask(head: Volume) -> np.ndarray:
-    """Find the air around a head, well away from the skin.
+    """Segment the air around a head, at least 9 mm away from the skin.
 
     Parameters
     ----------
@@ -343,11 +248,131 @@ def air_mask(head: Volume) -> np.ndarray:
     Returns
     -------
     numpy.ndarray of bool
-        On its grid.
+        Air mask on the grid of the scan.
     """
-    coarse = head.coarse(AIR_SPACING)
-    tissue = ndimage.binary_dilation(_foreground(coarse.data), iterations=3)
+    coarse = head.coarse(AIR_SPACING_MM)
+    tissue = ndimage.binary_dilation(_head_mask(coarse.data), iterations=3)
     return resample(tissue, coarse.affine, head.data.shape, head.affine, order=0, extend=True) < 0.5
+
+
+def extract_brain(
+    head: Volume, template: Volume | None, folder: Path, network_mask: np.ndarray | None = None
+) -> tuple[np.ndarray, float | None]:
+    """Mask the brain of a whole-head scan by template registration, from a network's mask, or both.
+
+    The surface of each mask is refined by the intensities (`_refine`). If both masks agree, their mean is
+    used, dilated by 1 mm. If they do not (Dice below 0.9), the network's mask is used, since the template may
+    have been stretched over the skull.
+
+    Parameters
+    ----------
+    head : Volume
+        T1w or T2w scan in native space.
+    template : Volume or None
+        Reference image with its brain mask. If None, only `network_mask` is used.
+    folder : pathlib.Path
+        Working folder for the files that ANTs writes.
+    network_mask : numpy.ndarray of bool, optional
+        Brain mask predicted by the network, on the grid of `head`. If None, only the template is used.
+
+    Returns
+    -------
+    mask : numpy.ndarray of bool
+        Brain mask on the grid of `head`.
+    agreement : float or None
+        Dice of the two masks; None if there is only one.
+    """
+    coarse = head.coarse(SPACING)
+    tissue = _head_mask(coarse.data)
+    coarse = Volume(correct_bias(coarse.data, coarse.affine, tissue, (30, 30)), coarse.affine)
+    masks = []
+    if template is not None:
+        masks.append(_warp_template_mask(coarse, tissue, template, folder))
+    if network_mask is not None:
+        masks.append(resample(network_mask, head.affine, coarse.data.shape, coarse.affine) > 0.5)
+    mask, *others = [_refine(mask, coarse.data) for mask in masks]
+    agreement = None
+    for other in others:
+        agreement = dice(mask, other)
+        if agreement >= MIN_AGREEMENT:
+            mask = _mean_mask(mask, other)
+        elif other.any():
+            mask = other
+    mask = resample(mask, coarse.affine, head.data.shape, head.affine) > 0.5
+    return ndimage.binary_fill_holes(largest_component(mask)), agreement
+
+
+def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """Fit the outer layer of a mask to the intensities; the core (`CORE_VOXELS`) is kept.
+
+    Dark voxels near the surface are removed, and adjacent voxels that are neither dark nor bright are added.
+    Bright voxels of the mask are never removed: they may be a lesion.
+    """
+    core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
+    if not core.any():
+        return ndimage.binary_fill_holes(largest_component(mask))
+    typical = float(np.median(data[core]))
+    added = ndimage.binary_dilation(mask, iterations=1) & (data < MAX_ADDED_INTENSITY * typical)
+    refined = ((mask | added) & (data > MIN_EDGE_INTENSITY * typical)) | core
+    refined = largest_component(ndimage.binary_opening(refined, _ball(2))) | core
+    margin = 4
+    closed = ndimage.binary_closing(np.pad(refined, margin), _ball(3))
+    inner = (slice(margin, -margin),) * 3
+    return ndimage.binary_fill_holes(closed[inner])
+
+
+def _ball(radius: int) -> np.ndarray:
+    return (np.square(np.indices((2 * radius + 1,) * 3) - radius)).sum(axis=0) <= radius**2
+
+
+def _mean_mask(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Average the signed distance maps of two masks, and dilate the result by `DILATION_MM`."""
+    depth = [
+        ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask) for mask in (one, other)
+    ]
+    return (depth[0] + depth[1]) / 2 > -DILATION_MM / SPACING
+
+
+def _head_mask(data: np.ndarray) -> np.ndarray:
+    """Segment the head: half of Otsu's threshold, largest component, holes filled."""
+    values = np.clip(data, *np.percentile(data, [0.5, 99.0]))
+    mask = values > 0.5 * _otsu(values)
+    mask = largest_component(ndimage.binary_opening(mask, iterations=1))
+    return ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=2))
+
+
+def _otsu(values: np.ndarray, bins: int = 256) -> float:
+    """Compute the threshold that maximises the between-class variance (Otsu 1979)."""
+    counts, edges = np.histogram(values, bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(centres[np.nanargmax(between)])
+
+
+def _warp_template_mask(head: Volume, tissue: np.ndarray, template: Volume, folder: Path) -> np.ndarray:
+    """Register the skull-stripped template to a head, and warp its brain mask to the head.
+
+    A dark skull, a bright scalp and dark air are drawn around the template first; without them the brain
+    would be stretched over the whole head. Registration is rigid (after a search over pitch and position),
+    then affine, then deformable within the brain, on 2 mm voxels.
+    """
+    brain = _padded(template.coarse(SPACING).cropped(0), int(AIR_MM / SPACING) + 2)
+    vault = _with_skull(brain)
+    shift = translation(_brain_centre(tissue, head.affine) - brain.centre())
+    start = _search_position(vault, head, shift, brain.centre(), folder)
+    affine = register_affine(vault, head, start, folder, AFFINE_SCHEDULE)
+    probability, grid = _deform(brain, head, affine, folder)
+    return resample(probability, grid, head.data.shape, head.affine, np.linalg.inv(affine)) > 0.5
+
+
+def _padded(volume: Volume, margin: int) -> Volume:
+    affine = volume.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(margin))
+    return Volume(np.pad(volume.data, margin), affine, np.pad(volume.mask, margin))
 
 
 def _with_skull(brain: Volume) -> Volume:
@@ -358,13 +383,25 @@ def _with_skull(brain: Volume) -> Volume:
     drawn[scalp] = 1.2 * np.percentile(brain.data[brain.mask], 95)
     height = np.argwhere(brain.mask)[:, 2]
     # The reference is on the SRI24 grid, whose third axis points up.
-    above = np.arange(brain.mask.shape[2]) > height.min() + VAULT_FROM * np.ptp(height)
+    above = np.arange(brain.mask.shape[2]) > height.min() + VAULT_HEIGHT * np.ptp(height)
     region = brain.mask | ((distance <= AIR_MM) & above)
     return Volume(ndimage.gaussian_filter(drawn, 0.5), brain.affine, region)
 
 
-def _position(vault: Volume, head: Volume, shift: np.ndarray, origin: np.ndarray, folder: Path) -> np.ndarray:
-    """Try pitches and shifts exhaustively on 6 mm voxels, then register rigidly from the best of them."""
+def _brain_centre(tissue: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Estimate the centre of the brain from the top of the head (world z), since necks and chins vary."""
+    world = affine[:3, :3] @ np.argwhere(tissue).T + affine[:3, 3:]
+    top = np.percentile(world[2], 99.9)
+    depth = top - world[2]
+    slab = world[:, (depth > HEAD_SLAB_MM[0]) & (depth < HEAD_SLAB_MM[1])]
+    centre = slab.mean(axis=1) if slab.shape[1] else world.mean(axis=1)
+    return np.array([centre[0], centre[1], top - CENTRE_BELOW_TOP_MM])
+
+
+def _search_position(
+    vault: Volume, head: Volume, shift: np.ndarray, origin: np.ndarray, folder: Path
+) -> np.ndarray:
+    """Compare pitches and shifts on 6 mm voxels, then register rigidly from the `STARTS` best of them."""
     candidates = [
         translation(np.array([0.0, forward, upward])) @ shift @ rotation_about(origin, (pitch, 0.0, 0.0))
         for pitch, forward, upward in itertools.product(PITCHES, FORWARD_MM, UPWARD_MM)
@@ -372,17 +409,17 @@ def _position(vault: Volume, head: Volume, shift: np.ndarray, origin: np.ndarray
     fixed, moving = vault.coarse(6.0), head.coarse(6.0)
     scores = [similarity(fixed, moving, pull) for pull in candidates]
     starts = [candidates[i] for i in np.argsort(scores)[::-1][:STARTS]]
-    return register_best(vault.coarse(4.0), head.coarse(4.0), starts, folder, POSITION)[0]
+    return register_best(vault.coarse(4.0), head.coarse(4.0), starts, folder, RIGID_SCHEDULE)[0]
 
 
 def _deform(brain: Volume, head: Volume, affine: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Deform the template's mask to the head, both on the template's grid."""
+    """Deform the template's mask to the head (SyN); return it and its affine, on the template's grid."""
     ants = load_ants()
     near = ndimage.binary_dilation(brain.mask, iterations=2)
     box = Volume(np.where(brain.mask, brain.data, 0.0), brain.affine, near).cropped(2)
     template_mask = resample(brain.mask, brain.affine, box.data.shape, box.affine)
     target = to_ants(resample(head.data, head.affine, box.data.shape, box.affine, affine), box.affine)
-    # ANTs would take commas and brackets in the path of the folder for its own syntax.
+    # ANTs parses commas and brackets in a path as its own syntax, so it gets relative names.
     with chdir(folder):
         result = ants.registration(
             fixed=to_ants(box.data, box.affine),
@@ -395,76 +432,53 @@ def _deform(brain: Volume, head: Volume, affine: np.ndarray, folder: Path) -> tu
             reg_iterations=(40, 30, 0),
         )
         warps = [name for name in result["invtransforms"] if not name.endswith(".mat")]
-        likely = ants.apply_transforms(
+        probability = ants.apply_transforms(
             fixed=target,
             moving=to_ants(template_mask, box.affine),
             transformlist=warps,
             interpolator="linear",
         )
-    return likely.numpy(), box.affine
+    return probability.numpy(), box.affine
 
 
-def _padded(volume: Volume, margin: int) -> Volume:
-    affine = volume.affine.copy()
-    affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(margin))
-    return Volume(np.pad(volume.data, margin), affine, np.pad(volume.mask, margin))
+def run_external_program(name: str, weights: Path, image: Path, folder: Path) -> Path:
+    """Run an external brain-extraction program on a scan.
 
+    Parameters
+    ----------
+    name : str
+        Key of `PROGRAMS`.
+    weights : pathlib.Path
+        Weights file (SynthStrip) or folder (HD-BET).
+    image : pathlib.Path
+        Three-dimensional NIfTI file.
+    folder : pathlib.Path
+        Working folder for the output files.
 
-def _refine(mask: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """Let the outer layer of the mask follow the intensities; the core is kept whatever it looks like.
+    Returns
+    -------
+    pathlib.Path
+        Brain mask on the grid of the scan.
 
-    Dark voxels near the surface (skull, air, dura) are dropped, and a layer that is neither dark nor bright
-    (fat) is taken in. Bright voxels are never dropped: they may be a lesion.
+    Raises
+    ------
+    InputError
+        If the program fails or writes no mask.
     """
-    core = ndimage.binary_erosion(mask, iterations=CORE_VOXELS)
-    if not core.any():
-        return ndimage.binary_fill_holes(largest_component(mask))
-    typical = float(np.median(data[core]))
-    added = ndimage.binary_dilation(mask, iterations=1) & (data < BRIGHT_SHARE * typical)
-    follow = ((mask | added) & (data > DARK_SHARE * typical)) | core
-    follow = largest_component(ndimage.binary_opening(follow, _ball(2))) | core
-    margin = 4
-    closed = ndimage.binary_closing(np.pad(follow, margin), _ball(3))
-    inner = (slice(margin, -margin),) * 3
-    return ndimage.binary_fill_holes(closed[inner])
-
-
-def _ball(radius: int) -> np.ndarray:
-    return (np.square(np.indices((2 * radius + 1,) * 3) - radius)).sum(axis=0) <= radius**2
-
-
-def _brain_centre(tissue: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Guess where the brain is from the top of the head (world z), since necks and chins vary."""
-    world = affine[:3, :3] @ np.argwhere(tissue).T + affine[:3, 3:]
-    top = np.percentile(world[2], 99.9)
-    depth = top - world[2]
-    slab = world[:, (depth > HEAD_SLAB_MM[0]) & (depth < HEAD_SLAB_MM[1])]
-    centre = slab.mean(axis=1) if slab.shape[1] else world.mean(axis=1)
-    return np.array([centre[0], centre[1], top - CENTRE_BELOW_TOP_MM])
-
-
-def _foreground(data: np.ndarray) -> np.ndarray:
-    """Separate the head from air: Otsu's threshold, loosened, largest piece, holes filled."""
-    values = np.clip(data, *np.percentile(data, [0.5, 99.0]))
-    mask = values > 0.5 * _otsu(values)
-    mask = largest_component(ndimage.binary_opening(mask, iterations=1))
-    return ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=2))
-
-
-def _otsu(values: np.ndarray, bins: int = 256) -> float:
-    counts, edges = np.histogram(values, bins=bins)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(centres[np.nanargmax(between)])
-
-
-def largest_component(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest connected piece of a mask; one that is empty stays so."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    command, environment = [PROGRAMS[name].executable()], dict(os.environ)
+    if name == "hd-bet":
+        brain, mask = folder / "brain.nii.gz", folder / "brain_bet.nii.gz"
+        command += ["-i", str(image), "-o", str(brain), "-device", "cpu", "--disable_tta", "--save_bet_mask"]
+        environment["HOME"] = str(weights.parent)
+    else:
+        mask = folder / "brain_mask.nii.gz"
+        command += ["-i", str(image), "-m", str(mask), "--model", str(weights)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode != 0 or not mask.is_file():
+        message = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
+        raise InputError(
+            image,
+            f"{PROGRAMS[name].title} wrote no brain mask (exit code {result.returncode}: {message})",
+            "provide a brain mask, or leave --brain-extraction out",
+        )
+    return mask
