@@ -64,13 +64,14 @@ def make_image(volume: np.ndarray, affine: np.ndarray, dtype: type, *, code: int
 
 
 def save_image(image: nib.Nifti1Image, target: str | Path) -> Path:
-    """Write an image of :func:`make_image` atomically; equal images make equal files.
+    """Write an image of :func:`make_image` atomically; equal images give files with equal bytes.
 
     Parameters
     ----------
     image : nibabel.Nifti1Image
+        Image to write.
     target : path-like
-        Ends in ``.nii`` or ``.nii.gz``.
+        File whose name ends in ``.nii`` or ``.nii.gz``.
 
     Returns
     -------
@@ -107,26 +108,27 @@ _FOREIGN = (
 
 
 def open_nifti(path: str | PathLike[str]) -> nib.Nifti1Image:
-    """Open a single-file NIfTI-1 or NIfTI-2 image; its data are not read yet.
+    """Open a single-file NIfTI-1 or NIfTI-2 image without reading its data.
 
     Parameters
     ----------
     path : path-like
+        NIfTI file.
 
     Returns
     -------
     nibabel.Nifti1Image
-        Also for NIfTI-2, whose class is derived from it.
+        Image; for NIfTI-2 an instance of the derived class `nibabel.Nifti2Image`.
 
     Raises
     ------
     bids_uad.errors.InputError
-        If the file is missing, empty, a pointer to content that is elsewhere, or not a NIfTI file.
+        If the file is missing, empty, a git-annex or Git LFS pointer, or not a NIfTI file.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise InputError(path, "a folder, not a file", "remove it, or put the image in its place")
+            raise InputError(path, "a folder, not a file", "replace it by the image")
         if path.stat().st_size == 0:
             raise InputError(path, "the file is empty", _COPY_AGAIN)
         image = nib.load(path)
@@ -145,33 +147,33 @@ def read_data(path: str | PathLike[str], image: nib.Nifti1Image) -> np.ndarray:
     path : path-like
         The file of the image.
     image : nibabel.Nifti1Image
-        As :func:`open_nifti` returns it.
+        Image from :func:`open_nifti`.
 
     Returns
     -------
     numpy.ndarray of float32
-        In the shape of the header.
+        Voxels in the shape of the header.
 
     Raises
     ------
     bids_uad.errors.InputError
-        If the voxels are no real numbers (complex, RGB, RGBA), or the data are incomplete or damaged.
+        If the voxels are complex, RGB or RGBA, or the data are incomplete or damaged.
     """
     path = Path(path)
     dtype = image.get_data_dtype()
     if dtype.kind == "c":
         raise InputError(
-            path, f"the voxels are complex numbers ({dtype})", "give the magnitude image (part-mag)"
+            path, f"the voxels are complex numbers ({dtype})", "provide the magnitude image (part-mag)"
         )
     if dtype.names:
         raise InputError(
-            path, f"an {''.join(dtype.names)} picture, not a scan", "give the image with its intensities"
+            path, f"an {''.join(dtype.names)} colour image, not a scan", "provide an image of intensities"
         )
-    promised = int(np.prod(image.shape, dtype=object)) * dtype.itemsize
+    expected = int(np.prod(image.shape, dtype=object)) * dtype.itemsize
     try:
         size = path.stat().st_size
         if path.name.lower().endswith(".gz"):
-            # Read to its end, since the checksum of the data is there. nibabel stops at the last voxel.
+            # Read to the end of the stream, where its checksum is; nibabel stops at the last voxel.
             with gzip.open(path) as stream:
                 content = stream.read()
             image, size = type(image).from_bytes(content), len(content)
@@ -181,10 +183,10 @@ def read_data(path: str | PathLike[str], image: nib.Nifti1Image) -> np.ndarray:
             raise InputError(
                 path, problem, "repair the header, or convert the scan from its DICOM files again"
             )
-        if size - offset < promised:
-            problem = f"the image data are cut short ({max(size - offset, 0)} of {promised} bytes)"
+        if size - offset < expected:
+            problem = f"the image data are cut short ({max(size - offset, 0)} of {expected} bytes)"
             raise InputError(path, problem, _COPY_AGAIN)
-        # Intensities beyond the range of float32 become infinite, which is refused by name later.
+        # Intensities beyond the range of float32 become infinite, which later checks report.
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(image.dataobj, dtype=np.float32)
     except _DAMAGED as error:
@@ -196,7 +198,7 @@ def read_data(path: str | PathLike[str], image: nib.Nifti1Image) -> np.ndarray:
 
 
 def _explain(path: Path, error: Exception) -> InputError:
-    """Say what a file is that could not be opened as an image."""
+    """Return an error that describes a file which is not a readable image."""
     if isinstance(error, OSError) and error.errno is not None:
         return unreadable(path, error)
     # nibabel reports a missing file without an error number.
@@ -232,22 +234,21 @@ SCALING = {"method": "percentile", "lower": 0.0, "upper": UPPER_PERCENTILE, "reg
 def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Scale a scan so that the 99.5th percentile of the brain is 1.
 
-    Nothing is cut above: what a detector does with the brightest voxels is its own (see
-    :mod:`bids_uad.engine.protocol`). Zero stays zero: magnitude images have a physical origin, and a lower
-    percentile would move with the amount of cerebrospinal fluid that the brain mask happens to hold. One
-    bright vessel moves nothing.
+    Higher values are not clipped (see :mod:`bids_uad.engine.protocol`). Zero is unchanged, since magnitude
+    images have a physical origin, and a lower percentile would depend on the amount of cerebrospinal fluid in
+    the brain mask. The upper percentile is robust to bright vessels.
 
     Parameters
     ----------
     volume : numpy.ndarray
-        Any shape, bias-corrected intensities.
+        Bias-corrected intensities of any shape.
     brain : numpy.ndarray of bool
-        Same shape. The mask, not ``volume == 0``, says what is brain.
+        Brain mask of the same shape.
 
     Returns
     -------
     numpy.ndarray of float32
-        At least 0; 0 outside the brain.
+        Scaled intensities, at least 0; 0 outside the brain.
 
     Raises
     ------

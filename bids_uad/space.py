@@ -1,7 +1,7 @@
-"""The one space every map lives in: the SRI24 grid.
+"""The SRI24 grid, the space of all anomaly maps.
 
-240 x 240 x 155 voxels of 1 mm, stored left-posterior-superior as the BraTS data are. The detectors see
-axial slices, centre-cropped to 224 x 224.
+240 x 240 x 155 voxels of 1 mm, stored left-posterior-superior (LPS) as in the BraTS data. Detectors
+process axial slices, centre-cropped to 224 x 224.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ AFFINE = np.array(
 VOXEL_MM3 = 1.0
 CROP = 224
 SliceSide = Annotated[int, Interval(16, CROP)]
-"""Height or width of a part of a cropped slice, in pixels."""
+"""Height or width of a window in a cropped slice, pixels."""
 MARGIN = (SHAPE[0] - CROP) // 2
 BRAIN_CENTRE = (112, 122)
-"""Row and column of a cropped slice about which a brain in this space lies."""
+"""Row and column of a cropped slice at the centre of the brain."""
 
 
 def to_slices(volume: np.ndarray) -> np.ndarray:
-    """Cut a volume on the SRI24 grid into cropped axial slices.
+    """Convert a volume on the SRI24 grid to cropped axial slices.
 
     Parameters
     ----------
     volume : numpy.ndarray, shape (240, 240, 155)
+        Image or mask.
 
     Returns
     -------
@@ -53,11 +54,12 @@ def to_slices(volume: np.ndarray) -> np.ndarray:
 
 
 def from_slices(slices: np.ndarray) -> np.ndarray:
-    """Put cropped axial slices back on the SRI24 grid; the margin becomes 0.
+    """Convert cropped axial slices to a volume on the SRI24 grid; the margin is 0.
 
     Parameters
     ----------
     slices : numpy.ndarray, shape (155, 224, 224)
+        Output of :func:`to_slices`.
 
     Returns
     -------
@@ -74,22 +76,24 @@ def from_slices(slices: np.ndarray) -> np.ndarray:
 
 
 def to_image(volume: np.ndarray, dtype: type = np.float32) -> nib.Nifti1Image:
-    """Wrap an array on the SRI24 grid as a NIfTI image (sform and qform code 2: aligned).
+    """Create a NIfTI image from an array on the SRI24 grid (sform and qform code 2: aligned).
 
     Parameters
     ----------
     volume : numpy.ndarray, shape (240, 240, 155)
+        Voxel values.
     dtype : type, default=numpy.float32
         Type on disk; see :func:`bids_uad.images.make_image`.
 
     Returns
     -------
     nibabel.Nifti1Image
+        Image with the affine of the SRI24 grid.
 
     Raises
     ------
     ValueError
-        If the volume is not on the SRI24 grid, or `dtype` is not one that is written.
+        If the volume is not on the SRI24 grid, or `dtype` is not supported.
     """
     from bids_uad.images import make_image
 

@@ -279,8 +279,8 @@ TYPES = [
     spoilt(
         "complex128", nifti(HEAD.astype(np.complex128)), "the voxels are complex numbers (complex128); give"
     ),
-    spoilt("rgb", coloured("RGB"), "an RGB picture, not a scan; give"),
-    spoilt("rgba", coloured("RGBA"), "an RGBA picture, not a scan; give"),
+    spoilt("rgb", coloured("RGB"), "an RGB colour image, not a scan; provide"),
+    spoilt("rgba", coloured("RGBA"), "an RGBA colour image, not a scan; provide"),
     spoilt("unknowntype", patched(70, "h", 999), "not a readable image (data code 999 not"),
     spoilt("notype", patched(70, "h", 0), "not a readable image"),
     spoilt("float128", patched(70, "2h", 1536, 128), "not a readable image"),
@@ -298,15 +298,15 @@ SHAPES = [
     ),
     spoilt("vectors", nifti(np.stack([HEAD] * 3, -1)[:, :, :, None]), "the image has 5 dimensions"),
     spoilt("volumelast", nifti(HEAD[:, :, None]), "the image has 4 dimensions (20, 22, 1, 24)"),
-    spoilt("slice", nifti(HEAD[:, :, 12]), "the image of shape (20, 22) is no volume; give"),
-    spoilt("line", nifti(HEAD[:, 11, 12]), "the image of shape (20,) is no volume"),
-    spoilt("thinaxial", nifti(HEAD[:, :, 12:13]), "the image of shape (20, 22, 1) is no volume"),
-    spoilt("thincoronal", nifti(HEAD[:, 11:12]), "the image of shape (20, 1, 24) is no volume"),
-    spoilt("thinsagittal", nifti(HEAD[10:11]), "the image of shape (1, 22, 24) is no volume"),
-    spoilt("sevenslices", nifti(HEAD[:, :, 8:15]), "the image of shape (20, 22, 7) is no volume"),
-    spoilt("nodimensions", patched(40, "h", 0), "the image of shape (0,) is no volume"),
-    spoilt("zerodimension", patched(46, "h", 0), "the image of shape (20, 22, 0) is no volume"),
-    spoilt("negative", patched(46, "h", -24), "the image of shape (20, 22, -24) is no volume"),
+    spoilt("slice", nifti(HEAD[:, :, 12]), "the image of shape (20, 22) is not a volume; provide"),
+    spoilt("line", nifti(HEAD[:, 11, 12]), "the image of shape (20,) is not a volume"),
+    spoilt("thinaxial", nifti(HEAD[:, :, 12:13]), "the image of shape (20, 22, 1) is not a volume"),
+    spoilt("thincoronal", nifti(HEAD[:, 11:12]), "the image of shape (20, 1, 24) is not a volume"),
+    spoilt("thinsagittal", nifti(HEAD[10:11]), "the image of shape (1, 22, 24) is not a volume"),
+    spoilt("sevenslices", nifti(HEAD[:, :, 8:15]), "the image of shape (20, 22, 7) is not a volume"),
+    spoilt("nodimensions", patched(40, "h", 0), "the image of shape (0,) is not a volume"),
+    spoilt("zerodimension", patched(46, "h", 0), "the image of shape (20, 22, 0) is not a volume"),
+    spoilt("negative", patched(46, "h", -24), "the image of shape (20, 22, -24) is not a volume"),
     spoilt("ninedimensions", patched(40, "h", 9), "not a readable image"),
     spoilt(
         "toolarge", patched(42, "3h", 80, 80, 87), "the image data are cut short (21120 of 1113600 bytes)"
@@ -327,7 +327,7 @@ HEADERS = [
     taken("slope", patched(112, "2f", 2, 0), value=200),
     taken("intercept", patched(112, "2f", 1, 10), value=110),
     taken("slopeandintercept", patched(112, "2f", 0.5, 1), value=51),
-    spoilt("slopenegative", patched(112, "2f", -1, 0), "many voxels are negative; give magnitude"),
+    spoilt("slopenegative", patched(112, "2f", -1, 0), "many voxels are negative; provide magnitude"),
     spoilt(
         "interceptnan",
         patched(112, "2f", 1, np.nan),
@@ -339,19 +339,17 @@ HEADERS = [
     taken("flipped", with_forms(FLIPPED, FLIPPED)),
     taken("oblique", with_forms(OBLIQUE, OBLIQUE)),
     taken("templatecodes", with_forms(AFFINE, AFFINE, (4, 2))),
-    spoilt("sheared", with_forms(SHEARED, None), "the header's affine is sheared; resample"),
-    spoilt(
-        "nocodes", with_forms(None, None), "the header states no orientation (sform and qform codes are 0)"
-    ),
+    spoilt("sheared", with_forms(SHEARED, None), "the header's affine has shear; resample"),
+    spoilt("nocodes", with_forms(None, None), "the header has no orientation (sform and qform codes are 0)"),
     taken(
         "apart",
         with_forms(AFFINE, moved(7)),
-        note="The header's sform and qform are up to 7 mm apart; the sform was",
+        note="The header's sform and qform differ by up to 7 mm; the sform was",
     ),
     taken(
         "handedness",
         with_forms(AFFINE, FLIPPED),
-        note="The header's sform and qform disagree about what is left and what is right",
+        note="The header's sform and qform disagree about left and right",
     ),
     taken(
         "pixdim",
@@ -374,11 +372,17 @@ HEADERS = [
         "the header's affine is singular",
     ),
     spoilt(
-        "metres", nifti(affine=AFFINE / 1000), "the voxel size 0.008 x 0.008 x 0.008 mm is absurd for a head"
+        "metres",
+        nifti(affine=AFFINE / 1000),
+        "the voxel size 0.008 x 0.008 x 0.008 mm is implausible for a head",
     ),
-    spoilt("micrometres", nifti(affine=AFFINE * 1000), "the voxel size 8000 x 8000 x 8000 mm is absurd"),
-    spoilt("smallfield", nifti(affine=AFFINE / 8), "the field of view 20 x 22 x 24 mm is absurd for a head"),
-    spoilt("largefield", nifti(np.pad(HEAD, 40), AFFINE), "the field of view 800 x 816 x 832 mm is absurd"),
+    spoilt("micrometres", nifti(affine=AFFINE * 1000), "the voxel size 8000 x 8000 x 8000 mm is implausible"),
+    spoilt(
+        "smallfield", nifti(affine=AFFINE / 8), "the field of view 20 x 22 x 24 mm is implausible for a head"
+    ),
+    spoilt(
+        "largefield", nifti(np.pad(HEAD, 40), AFFINE), "the field of view 800 x 816 x 832 mm is implausible"
+    ),
     taken("smallvoxels", nifti(np.repeat(HEAD, 12, axis=0), AFFINE @ np.diag([1 / 12, 1, 1, 1]))),
     refused("offsetzero", patched(108, "f", 0), "the header places the image data inside itself", "T1w.nii"),
     refused("offsetlarge", patched(108, "f", 1e6), "the image data are cut short", "T1w.nii"),

@@ -1,10 +1,9 @@
-"""Install the SRI24 atlas from what a user downloaded.
+"""Installation of the SRI24 atlas from a downloaded package.
 
 ``bids_uad atlas FILE ARCHIVE``. The atlas (Rohlfing et al. 2010,
 doi:10.1002/hbm.20906) is distributed by NITRC (https://www.nitrc.org/projects/sri24) in several packages
-whose headers differ: a trailing axis, no qform, other origins, voxels in LAS order. They are brought to one
-form here, a TemplateFlow ``tpl-SRI24`` folder, and told apart from anything else by the checksum of their
-voxels.
+whose headers differ: a trailing axis, no qform, other origins, voxels in LAS order. They are converted to a
+TemplateFlow ``tpl-SRI24`` folder, and identified by the checksum of their voxels.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.files import write_json, write_text, write_tsv
 from bids_uad.images import save_image
-from bids_uad.preprocessing.reference import digest, resolve_reference
+from bids_uad.preprocessing.reference import resolve_reference, voxel_sha256
 from bids_uad.preprocessing.registration import dice
 
 LOGGER = logging.getLogger("bids_uad")
@@ -38,10 +37,9 @@ FOLDER = "tpl-SRI24"
 KNOWN = {
     "80767d1b6559bf2675e9e229a9d1e1b83d1f5618446b6c44764b42c60609adfe": "NITRC, skull-stripped SPGR channel"
 }
-"""SHA-256 of the T1w channel's voxels, brought to our grid."""
-LEAST_OVERLAP = 0.9
-
-# Names of the packages' files without ending, by the name they get.
+"""Known packages by the SHA-256 of the T1w channel's voxels on the SRI24 grid."""
+MIN_OVERLAP = 0.9
+"""Dice of the brain mask and the stand-in's brain mask below which an image is refused."""
 CHANNELS = {
     "desc-brain_T1w": ("spgr", "t1_brain", "spgr_brain"),
     "desc-brain_T2w": ("late", "t2_brain", "late_brain"),
@@ -50,7 +48,8 @@ CHANNELS = {
     "atlas-LPBA40_dseg": ("lpba40",),
     "atlas-TZO116plus_dseg": ("tzo116plus",),
 }
-NAMES_OF_TZO = re.compile(r"tzo116plus.*\.txt$", re.IGNORECASE)
+"""File names in the packages (without suffix) by the entities of the installed file."""
+TZO_NAMES = re.compile(r"tzo116plus.*\.txt$", re.IGNORECASE)
 LPBA40 = {
     21: "superior frontal gyrus",
     23: "middle frontal gyrus",
@@ -80,7 +79,7 @@ LPBA40 = {
     163: "putamen",
     165: "hippocampus",
 }
-"""Regions of the LONI Probabilistic Brain Atlas (Shattuck et al. 2008); right has the next number."""
+"""Left regions of the LONI Probabilistic Brain Atlas (Shattuck et al. 2008); right is the label + 1."""
 UNPAIRED = {181: "cerebellum", 182: "brainstem"}
 
 LICENCE = """The SRI24 atlas
@@ -90,36 +89,36 @@ https://www.nitrc.org/projects/sri24
 
 Licence: Creative Commons Attribution-ShareAlike 3.0 Unported, https://creativecommons.org/licenses/by-sa/3.0/
 
-Changes made here: trailing axes dropped, voxels put in LPS order, header written anew, brain mask derived
-from the T1w channel. The same licence holds for these files.
+Changes: trailing axes dropped, voxels stored in LPS order, header rewritten, brain mask derived from the T1w
+channel. The same licence applies to these files.
 """
 
 
 def install_atlas(source: Path, archive: Path) -> Path:
-    """Bring a downloaded SRI24 package to the form that ``--atlas-dir`` takes.
+    """Convert a downloaded SRI24 package to the archive that ``--atlas-dir`` expects.
 
     Parameters
     ----------
     source : pathlib.Path
         Zip file, or folder, with the skull-stripped channels (``spgr`` and so on, or ``T1_brain``); the
-        parcellations (``lpba40``, ``tzo116plus``) come along if they are there.
+        parcellations (``lpba40``, ``tzo116plus``) are installed if they are there.
     archive : pathlib.Path
-        Where the ``tpl-SRI24`` folder goes.
+        Folder in which ``tpl-SRI24`` is created.
 
     Returns
     -------
     pathlib.Path
-        That folder.
+        The ``tpl-SRI24`` folder.
 
     Raises
     ------
     InputError
-        If it is there already, or the source holds no skull-stripped T1w channel, or one that is not on the
-        SRI24 grid or no SRI24 brain.
+        If ``tpl-SRI24`` exists already, or the source has no skull-stripped T1w channel, or its voxels are
+        not those of the SRI24 grid or brain.
     """
     target = archive / FOLDER
     if target.exists():
-        raise InputError(target, "is there already", "remove it, or give another archive")
+        raise InputError(target, "exists already", "remove it, or choose another archive")
     archive.mkdir(parents=True, exist_ok=True)
     with _unpacked(source) as files, tempfile.TemporaryDirectory(dir=archive) as scratch:
         folder = Path(scratch) / FOLDER
@@ -128,16 +127,16 @@ def install_atlas(source: Path, archive: Path) -> Path:
         if "desc-brain_T1w" not in found:
             raise InputError(
                 source,
-                "there is no skull-stripped T1w channel in it (spgr.nii or T1_brain.nii)",
+                "no skull-stripped T1w channel (spgr.nii or T1_brain.nii)",
                 "download the skull-stripped package from https://www.nitrc.org/projects/sri24",
             )
         volumes = {name: read_on_grid(path) for name, path in found.items()}
-        checksum = digest(volumes["desc-brain_T1w"])
+        checksum = voxel_sha256(volumes["desc-brain_T1w"])
         mask = ndimage.binary_fill_holes(volumes["desc-brain_T1w"] > 0)
         _check_brain(found["desc-brain_T1w"], mask, Path(scratch))
         if checksum not in KNOWN:
             LOGGER.warning(
-                "%s: not a T1w channel that is known here (SHA-256 of its voxels %s)", source, checksum
+                "%s: unknown version of the T1w channel (SHA-256 of its voxels %s)", source, checksum
             )
         for name, volume in volumes.items():
             dtype = np.int32 if name.endswith("dseg") else np.float32
@@ -151,20 +150,22 @@ def install_atlas(source: Path, archive: Path) -> Path:
 
 
 def read_on_grid(path: Path) -> np.ndarray:
-    """Read a channel and put its voxels in the order of our grid, whatever its header says of the origin.
+    """Read a channel and reorder its voxels to the SRI24 grid; the origin in its header is ignored.
 
     Parameters
     ----------
     path : pathlib.Path
+        NIfTI file.
 
     Returns
     -------
     numpy.ndarray, shape (240, 240, 155)
+        Intensities or labels in LPS order.
 
     Raises
     ------
     InputError
-        If its voxels are not those of the SRI24 grid.
+        If shape or voxel size are not those of the SRI24 grid.
     """
     image = nib.load(path)
     data = np.asarray(image.dataobj)
@@ -181,21 +182,19 @@ def read_on_grid(path: Path) -> np.ndarray:
         raise InputError(
             path,
             f"has {size} voxels of {millimetres} mm, not 240 x 240 x 155 of 1 mm",
-            "use the packages on the original grid",
+            "use a package on the original grid",
         )
     return data
 
 
 @contextmanager
 def _unpacked(source: Path) -> Iterator[list[Path]]:
-    """Give the files of a folder or a zip file."""
+    """List the files of a folder or an unpacked zip file."""
     if source.is_dir():
         yield sorted(path for path in source.rglob("*") if path.is_file())
         return
     if not zipfile.is_zipfile(source):
-        raise InputError(
-            source, "is neither a folder nor a zip file", "give the package as it was downloaded"
-        )
+        raise InputError(source, "neither a folder nor a zip file", "use the package as it was downloaded")
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(source) as package:
             package.extractall(folder)
@@ -203,7 +202,7 @@ def _unpacked(source: Path) -> Iterator[list[Path]]:
 
 
 def _find(files: list[Path], names: tuple[str, ...]) -> Path | None:
-    """Find a channel by the names it has in the packages."""
+    """Find a channel by its names in the packages."""
     for name in names:
         for path in files:
             if path.name.lower() in (f"{name}.nii", f"{name}.nii.gz"):
@@ -212,15 +211,15 @@ def _find(files: list[Path], names: tuple[str, ...]) -> Path | None:
 
 
 def _check_brain(path: Path, mask: np.ndarray, scratch: Path) -> None:
-    """Refuse an image that is no brain, or lies elsewhere on the grid."""
+    """Raise an error if the brain mask differs from that of the stand-in in shape or position."""
     stand_in = nib.load(resolve_reference(None, scratch / "stand-in").brain_mask)
     expected = np.asarray(stand_in.dataobj) > 0
     overlap = dice(mask, expected)
-    if overlap < LEAST_OVERLAP:
+    if overlap < MIN_OVERLAP:
         raise InputError(
             path,
-            f"overlaps the brain that lies on the SRI24 grid by only {overlap:.2f} (Dice)",
-            "use the skull-stripped channel, in the orientation that its header states",
+            f"Dice of only {overlap:.2f} with the brain on the SRI24 grid",
+            "use the skull-stripped channel in the orientation of its header",
         )
 
 
@@ -229,7 +228,7 @@ def _write_names(folder: Path, files: list[Path], volumes: set[str]) -> None:
     if "atlas-LPBA40_dseg" in volumes:
         names = {index + side: f"{label} {name}" for index, name in LPBA40.items() for side, label in _SIDES}
         _write_table(folder, "LPBA40", names | UNPAIRED)
-    text = next((path for path in files if NAMES_OF_TZO.search(path.name)), None)
+    text = next((path for path in files if TZO_NAMES.search(path.name)), None)
     if "atlas-TZO116plus_dseg" in volumes and text is not None:
         rows = [line.split() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()]
         _write_table(
@@ -253,7 +252,7 @@ def _description(checksum: str) -> dict[str, object]:
         "License": "CC BY-SA 3.0",
         "ReferencesAndLinks": ["https://doi.org/10.1002/hbm.20906", "https://www.nitrc.org/projects/sri24"],
         "SHA256": checksum,
-        "Version": KNOWN.get(checksum, "not one that is known"),
+        "Version": KNOWN.get(checksum, "unknown"),
     }
 
 

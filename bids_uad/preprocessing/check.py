@@ -1,4 +1,7 @@
-"""Refuse an unusable scan with one line that says what is wrong, before anything is computed on it."""
+"""Reading of scans and lesion masks, with checks of header and intensities before anything is computed.
+
+An unusable image raises an `InputError` with one line: the file, the problem and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +22,36 @@ VOXEL_RANGE_MM = (0.2, 10.0)
 EXTENT_RANGE_MM = (40.0, 700.0)
 MIN_VOXELS_PER_AXIS = 8
 MIN_CONTENT_MM3 = 100_000.0
-MAX_NEGATIVE_SHARE = 0.1
+MAX_NEGATIVE_FRACTION = 0.1
 STRIPPED_VOLUME_MM3 = (600_000.0, 2_100_000.0)
-STRIPPED_BORDER_SHARE = 0.98
-STRIPPED_BACKGROUND_SHARE = 0.3
+STRIPPED_BORDER_FRACTION = 0.98
+STRIPPED_BACKGROUND_FRACTION = 0.3
 MAX_SHEAR = 1e-2
 WHOLE_NUMBER_TOLERANCE = 1e-3
-"""Labels that are stored with a scale factor come back this close to a whole number."""
-FORMS_APART_MM = 1.0
-ZOOMS_APART_MM = 0.05
+"""Maximum deviation from a whole number of labels that are stored with a scale factor."""
+MAX_FORM_DISTANCE_MM = 1.0
+MAX_PIXDIM_DIFFERENCE_MM = 0.05
 DARK_FRACTION = 0.1
 """Finite voxels below this fraction of the 99th percentile may be background."""
 MAX_POCKET_FRACTION = 1e-3
-"""Enclosed NaN voxels that an image with a NaN background may have, as a fraction of the voxels with signal.
-Most of 58 skull-stripped scans have enclosed voxels of 0, in fluid and at the surface: up to 631, 0.04 %."""
+"""Maximum number of enclosed NaN voxels in an image with a NaN background, as a fraction of the voxels with
+signal. Most of 58 skull-stripped scans have enclosed voxels of 0, in fluid and at the surface: up to 631,
+0.04 %.
+"""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan that can be worked on.
+    """Checked scan.
 
     Parameters
     ----------
     data : numpy.ndarray of float32, three-dimensional
-        All finite. Trailing axes of length one are dropped.
+        Finite intensities. Trailing axes of length one are dropped.
     affine : numpy.ndarray, shape (4, 4)
         Voxel-to-world (RAS+, mm): the sform if it is set, else the qform.
     notes : tuple of str
-        Sentences on what was changed in the data on reading; empty for most scans.
+        Sentences on changes of the data on reading; empty for most scans.
     """
 
     data: np.ndarray
@@ -55,7 +60,7 @@ class Scan:
 
 
 def check_image(path: str | PathLike[str]) -> None:
-    """Read a scan completely and refuse it if nothing sensible could come out of it.
+    """Read a scan completely and raise an error if it is unusable.
 
     Parameters
     ----------
@@ -65,15 +70,15 @@ def check_image(path: str | PathLike[str]) -> None:
     Raises
     ------
     bids_uad.errors.InputError
-        Missing, truncated or corrupt file; complex or RGB voxels; not three-dimensional; no orientation,
-        sheared or absurd geometry; NaN or infinite values in the head; constant, nearly empty or already
-        normalised (negative) intensities.
+        If the file is missing, truncated or corrupt; voxels are complex or RGB; the image is not
+        three-dimensional; the header has no orientation, shear, or implausible voxel sizes; voxels of the
+        head are NaN or infinite; intensities are constant, nearly empty or normalised (negative).
     """
     _read_checked(Path(path))
 
 
 def read_scan(path: str | PathLike[str]) -> Scan:
-    """Read a scan that passes :func:`check_image`.
+    """Read a scan, with the checks of :func:`check_image`.
 
     NaN and infinite voxels of the background are set to 0. In an MP2RAGE image (suffix ``UNIT1``) the noise
     outside the head is set to 0 as well, see :func:`.intensity_correction.mask_background`.
@@ -81,15 +86,17 @@ def read_scan(path: str | PathLike[str]) -> Scan:
     Parameters
     ----------
     path : path-like
+        NIfTI file.
 
     Returns
     -------
     Scan
+        Finite intensities, affine, and notes on changes.
 
     Raises
     ------
     bids_uad.errors.InputError
-        As :func:`check_image`.
+        As for :func:`check_image`.
     """
     scan = _read_checked(Path(path))
     if not is_uniform_image(path):
@@ -102,22 +109,26 @@ def read_scan(path: str | PathLike[str]) -> Scan:
 
 
 def read_volume(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read any three-dimensional NIfTI file (a scan or a mask) whose geometry makes sense.
+    """Read a three-dimensional NIfTI file (a scan or a mask), with checks of its geometry.
 
     Parameters
     ----------
     path : path-like
+        NIfTI file.
 
     Returns
     -------
     data : numpy.ndarray of float32, three-dimensional
+        Finite values.
     affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world (RAS+, mm).
 
     Raises
     ------
     bids_uad.errors.InputError
-        Missing, truncated or corrupt file; complex or RGB voxels; not three-dimensional; no orientation,
-        sheared or absurd geometry; NaN or infinite values.
+        If the file is missing, truncated or corrupt; voxels are complex or RGB; the image is not
+        three-dimensional; the header has no orientation, shear, or implausible voxel sizes; values are NaN or
+        infinite.
     """
     data, affine = _read(Path(path))
     if not np.isfinite(data).all():
@@ -138,25 +149,26 @@ def read_lesion(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     lesion : numpy.ndarray of bool, three-dimensional
+        True in lesions.
     affine : numpy.ndarray, shape (4, 4)
-        As in :func:`read_scan`.
+        Voxel-to-world (RAS+, mm).
 
     Raises
     ------
     bids_uad.errors.InputError
-        As :func:`read_volume`; several volumes; colours or complex numbers; negative values or fractions; a
-        background other than 0.
+        As for :func:`read_volume`, and if the mask has several volumes, colours or complex numbers, negative
+        values or fractions, or a background other than 0.
     """
     image = open_nifti(path)
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(
             path,
             f"lesion mask of colours or complex numbers ({image.get_data_dtype()})",
-            "give whole numbers, 0 in the background and 1 in lesions",
+            "use whole numbers, 0 in the background and 1 in lesions",
         )
     if np.prod(image.shape[3:], dtype=int) > 1:
         shape = " x ".join(map(str, image.shape))
-        raise InputError(path, f"lesion mask of more than one volume ({shape})", "give one volume")
+        raise InputError(path, f"lesion mask of more than one volume ({shape})", "provide one volume")
     data, affine = read_volume(path)
     labels = np.rint(data)
     fractions = data[np.abs(data - labels) > WHOLE_NUMBER_TOLERANCE]
@@ -164,68 +176,71 @@ def read_lesion(path: str | PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             path,
             f"lesion mask with values that are not whole numbers (such as {fractions[0]:.3g})",
-            "cut probabilities at a threshold such as 0.5",
+            "threshold probabilities, for example at 0.5",
         )
     if labels.min() < 0:
         raise InputError(
-            path, f"lesion mask with negative values (lowest {labels.min():g})", "give 0 to the background"
+            path, f"lesion mask with negative values (lowest {labels.min():g})", "set the background to 0"
         )
     if background(labels) != 0:
         raise InputError(
-            path, f"lesion mask whose background is {background(labels):g}, not 0", "give 0 to the background"
+            path, f"lesion mask whose background is {background(labels):g}, not 0", "set the background to 0"
         )
     return labels > 0, affine
 
 
 def is_skull_stripped(data: np.ndarray, affine: np.ndarray, sidecar: dict[str, Any] | None = None) -> bool:
-    """Tell whether a scan shows a brain alone.
+    """Return whether a scan is skull-stripped.
 
-    The sidecar decides if it says so (``SkullStripped``). Otherwise a stripped scan is one whose border is
-    exactly constant, whose background is a good share of the grid, and whose remaining volume is that of
-    a brain and not of a head.
+    ``SkullStripped`` of the sidecar is used if it is there. Otherwise a scan is skull-stripped if at least 98
+    % of its border have one value, at least 30 % of its voxels have this value, and the volume of the rest,
+    with holes filled, is 0.6 to 2.1 L (that of a brain and not of a head).
 
     Parameters
     ----------
     data : numpy.ndarray, three-dimensional
+        Scan.
     affine : numpy.ndarray, shape (4, 4)
-    sidecar : dict, optional
+        Voxel-to-world, mm.
+    sidecar : dict, default=None
         BIDS metadata of the scan.
 
     Returns
     -------
     bool
+        True for a skull-stripped scan.
     """
-    stated = (sidecar or {}).get("SkullStripped")
-    if isinstance(stated, bool):
-        return stated
+    value = (sidecar or {}).get("SkullStripped")
+    if isinstance(value, bool):
+        return value
     value = background(data)
-    if np.mean(_border(data) == value) < STRIPPED_BORDER_SHARE:
+    if np.mean(_border(data) == value) < STRIPPED_BORDER_FRACTION:
         return False
     content = data != value
-    if 1.0 - content.mean() < STRIPPED_BACKGROUND_SHARE:
+    if 1.0 - content.mean() < STRIPPED_BACKGROUND_FRACTION:
         return False
     volume = ndimage.binary_fill_holes(content).sum() * abs(np.linalg.det(affine[:3, :3]))
     return bool(STRIPPED_VOLUME_MM3[0] <= volume <= STRIPPED_VOLUME_MM3[1])
 
 
 def background(data: np.ndarray) -> float:
-    """Return the commonest value on the six faces of a volume."""
+    """Return the most frequent value on the six faces of a volume."""
     values, counts = np.unique(_border(data), return_counts=True)
     return float(values[np.argmax(counts)])
 
 
 def header_warnings(path: str | PathLike[str]) -> dict[str, bool]:
-    """Tell where the orientations and voxel sizes of a header contradict each other; the sform is used.
+    """Compare the orientations and voxel sizes of a header, of which the sform is used.
 
     Parameters
     ----------
     path : path-like
-        A readable NIfTI file.
+        Readable NIfTI file.
 
     Returns
     -------
     dict
-        Sentences, and whether they are so grave that the scan cannot be relied on.
+        Warnings, and whether the scan is excluded from benchmarks because of each.
     """
     image = open_nifti(path)
     sform, sform_code = image.get_sform(coded=True)
@@ -235,23 +250,23 @@ def header_warnings(path: str | PathLike[str]) -> dict[str, bool]:
     if not sform_code:
         return {}
     if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
-        return {"The header's sform and qform disagree about what is left and what is right.": True}
+        return {"The header's sform and qform disagree about left and right.": True}
     size = np.array(image.shape[:3]) - 1
     corners = np.array(np.meshgrid(*[(0, n) for n in size])).reshape(3, -1).T
     apart = nib.affines.apply_affine(sform, corners) - nib.affines.apply_affine(qform, corners)
     distance = float(np.linalg.norm(apart, axis=1).max())
-    if distance < FORMS_APART_MM:
+    if distance < MAX_FORM_DISTANCE_MM:
         return {}
-    return {f"The header's sform and qform are up to {distance:.0f} mm apart; the sform was used.": False}
+    return {f"The header's sform and qform differ by up to {distance:.0f} mm; the sform was used.": False}
 
 
 def _pixdim_warnings(image: nib.Nifti1Image) -> dict[str, bool]:
-    """Compare the voxel size that the header states (pixdim) with that of the sform."""
-    stated = np.array(image.header.get_zooms()[:3], dtype=float)
+    """Compare the voxel sizes of pixdim and sform."""
+    pixdim = np.array(image.header.get_zooms()[:3], dtype=float)
     zooms = nib.affines.voxel_sizes(image.affine)
-    if np.abs(stated - zooms).max() < ZOOMS_APART_MM:
+    if np.abs(pixdim - zooms).max() < MAX_PIXDIM_DIFFERENCE_MM:
         return {}
-    text = f"The header's pixdim ({_mm(stated)}) and sform ({_mm(zooms)}) disagree; the sform was used."
+    text = f"The header's pixdim ({_mm(pixdim)}) and sform ({_mm(zooms)}) disagree; the sform was used."
     return {text: False}
 
 
@@ -268,7 +283,7 @@ def _read_checked(path: Path) -> Scan:
     data, affine = _read(path)
     finite = np.isfinite(data)
     if is_uniform_image(path) and (low := data[finite].min(initial=0)) < 0:
-        # Stored from -0.5 to 0.5, or around 0 in other units. Where the scale begins carries no information.
+        # Stored from -0.5 to 0.5, or around 0 in other units: the origin of the scale has no meaning.
         data = data - low
     notes: tuple[str, ...] = ()
     if not finite.all():
@@ -283,22 +298,12 @@ def _read_checked(path: Path) -> Scan:
 
 
 def _has_invalid_inside(data: np.ndarray, finite: np.ndarray) -> bool:
-    """Say whether a voxel that is not finite lies in the head.
+    """Return whether a voxel that is not finite lies in the head.
 
-    Background is what can be reached from the border of the volume, from face to face, through voxels that
-    are dark or not finite. Whole slices that are not finite, between others that hold signal, are not. Where
-    the border itself is not finite, few enclosed voxels are taken for background, too: that is how a program
-    that replaces 0 by NaN leaves a skull-stripped image.
-
-    Parameters
-    ----------
-    data : numpy.ndarray, three-dimensional
-    finite : numpy.ndarray of bool
-        Where it is finite; somewhere at least.
-
-    Returns
-    -------
-    bool
+    The background is the region of dark or non-finite voxels that is connected to the border of the volume,
+    without slices that have no finite voxel between slices with signal. If the border itself is not finite, a
+    few enclosed voxels count as background too, since software that replaces 0 by NaN leaves them in
+    skull-stripped images. At least one voxel must be finite.
     """
     signal = finite & (np.where(finite, data, 0) > DARK_FRACTION * np.percentile(data[finite], 99))
     for axis in range(3):
@@ -318,13 +323,13 @@ def _spatial_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
         kept.pop()
     if len(kept) > 3:
         raise InputError(
-            path, f"the image has {len(kept)} dimensions {tuple(shape)}", "give one volume, e.g. the mean"
+            path, f"the image has {len(kept)} dimensions {tuple(shape)}", "provide one volume, e.g. the mean"
         )
     if len(kept) < 3 or min(kept) < MIN_VOXELS_PER_AXIS:
         raise InputError(
             path,
-            f"the image of shape {tuple(shape)} is no volume",
-            f"give an image with at least {MIN_VOXELS_PER_AXIS} voxels along each of three axes",
+            f"the image of shape {tuple(shape)} is not a volume",
+            f"provide an image with at least {MIN_VOXELS_PER_AXIS} voxels along each of three axes",
         )
     return kept[0], kept[1], kept[2]
 
@@ -334,27 +339,27 @@ def _checked_affine(path: Path, image: nib.Nifti1Image, shape: tuple[int, int, i
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise InputError(
             path,
-            "the header states no orientation (sform and qform codes are 0)",
-            "convert the scan from its DICOM files again, or set the form whose orientation you know",
+            "the header has no orientation (sform and qform codes are 0)",
+            "convert the scan from its DICOM files again, or set the code of the form that is correct",
         )
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise InputError(path, "the header's affine is singular or not finite", "repair the NIfTI header")
-    with np.errstate(over="ignore"):  # the next checks refuse what is infinite
+    with np.errstate(over="ignore"):  # infinite values fail the next checks
         zooms = np.linalg.norm(affine[:3, :3], axis=0)
         extents = zooms * np.array(shape)
     if zooms.min() < VOXEL_RANGE_MM[0] or zooms.max() > VOXEL_RANGE_MM[1]:
         raise InputError(
-            path, f"the voxel size {_mm(zooms)} is absurd for a head", "check the header's units"
+            path, f"the voxel size {_mm(zooms)} is implausible for a head", "check the header's units"
         )
     if extents.min() < EXTENT_RANGE_MM[0] or extents.max() > EXTENT_RANGE_MM[1]:
         raise InputError(
-            path, f"the field of view {_mm(extents)} is absurd for a head", "check the voxel size"
+            path, f"the field of view {_mm(extents)} is implausible for a head", "check the voxel size"
         )
     axes = affine[:3, :3] / zooms
     if np.abs(axes.T @ axes - np.eye(3)).max() > MAX_SHEAR:
         raise InputError(
-            path, "the header's affine is sheared", "resample the scan to a grid with perpendicular axes"
+            path, "the header's affine has shear", "resample the scan to a grid with perpendicular axes"
         )
     return affine
 
@@ -369,11 +374,13 @@ def _check_values(path: str | PathLike[str], data: np.ndarray, affine: np.ndarra
         raise InputError(
             path,
             f"only {volume / 1000:.1f} mL of the image are not background",
-            "give a scan that shows a brain",
+            "provide a scan of a whole brain",
         )
-    if np.mean(content < 0) > MAX_NEGATIVE_SHARE:
+    if np.mean(content < 0) > MAX_NEGATIVE_FRACTION:
         raise InputError(
-            path, "many voxels are negative", "give magnitude intensities, not normalised ones (z-scores)"
+            path,
+            "many voxels are negative",
+            "provide magnitude intensities instead of normalised ones (z-scores)",
         )
 
 

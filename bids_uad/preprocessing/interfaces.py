@@ -1,7 +1,7 @@
-"""nipype interfaces of the workflow: files in, files out; the work is done by the modules beside this one.
+"""nipype interfaces of the preprocessing workflow.
 
-Inputs that users give are declared without ``exists=True``: nipype drops the path of a file that has
-vanished, and then asks for a value. Read here, the error names the file.
+Inputs from users are declared without ``exists=True``: nipype would drop the path of a deleted file and
+report a missing value, while reading it raises an error with the file name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from bids_uad.preprocessing.check import (
 )
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.quality import (
-    LEAST_LOCAL_CORRELATION,
+    MIN_LOCAL_CORRELATION,
     assess_quality,
     coverage_mask,
     image_quality_metrics,
@@ -70,7 +70,8 @@ from bids_uad.preprocessing.resampling import (
 
 EXTERNAL, BACKGROUND, EXTRACTED, ANCHOR = "given", "background", "extracted", "anchor"
 ORIGINS = (EXTERNAL, BACKGROUND, EXTRACTED, ANCHOR)
-"""Where a brain mask comes from; see `dataset.sidecars.QUALITY_COLUMNS`."""
+"""Origins of brain masks; see `dataset.sidecars.QUALITY_COLUMNS`."""
+_IMPLAUSIBLE_STRIPPED = "The image, which is marked or detected as skull-stripped,"
 
 
 class _ConformInputSpec(BaseInterfaceInputSpec):
@@ -79,14 +80,13 @@ class _ConformInputSpec(BaseInterfaceInputSpec):
 
 class _ConformOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="three-dimensional float32 scan on the same grid")
-    warnings = traits.Dict(desc="warnings about the header, and whether they are grave")
+    warnings = traits.Dict(desc="warnings about the header, and whether each excludes the scan")
 
 
 class Conform(SimpleInterface):
-    """Check a scan and rewrite it as a three-dimensional float32 volume with one orientation, not two.
+    """Check a scan and rewrite it as a three-dimensional float32 volume with equal sform and qform.
 
-    The voxels stay where they are, oblique or not; sform and qform are made equal, since programs differ in
-    which of the two they read.
+    Voxels keep their positions, also on oblique grids; software differs in which of the two forms it reads.
     """
 
     input_spec = _ConformInputSpec
@@ -103,25 +103,25 @@ class _BrainMaskInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed scan")
     template = File(exists=True, mandatory=True, desc="skull-stripped reference image")
     template_mask = File(exists=True, mandatory=True, desc="its brain mask")
-    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if not given")
-    external_mask = File(desc="brain mask on the grid of the scan, from elsewhere")
-    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
-    program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="what extracts the brain")
+    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if unset")
+    external_mask = File(desc="brain mask of another pipeline on the grid of the scan")
+    source = traits.Str(nohash=True, desc="original scan, for messages")
+    program = traits.Enum(*EXTRACTIONS, mandatory=True, desc="brain-extraction method")
     weights = traits.Str(desc="weights of the network or program")
 
 
 class _BrainMaskOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the scan")
-    skull_stripped = traits.Bool(desc="what was found")
-    origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
-    warnings = traits.Dict(desc="warnings about the mask, and whether they are grave")
+    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped")
+    origin = traits.Enum(*ORIGINS, desc="origin of the mask")
+    warnings = traits.Dict(desc="warnings about the mask, and whether each excludes the scan")
 
 
 class BrainMask(SimpleInterface):
-    """Mask the brain of an anchor: as given, its background if it is skull-stripped, or extracted.
+    """Mask the brain of an anchor: external mask, background of a skull-stripped scan, or brain extraction.
 
-    A mask whose volume is not that of a brain is not used: the next of the three is. If the volume of the
-    extracted one is not either, the scan is refused.
+    The first of the three with a plausible brain volume is used. If the extracted one has none either, the
+    scan is refused.
     """
 
     input_spec = _BrainMaskInputSpec
@@ -134,43 +134,44 @@ class BrainMask(SimpleInterface):
         if isdefined(self.inputs.external_mask):
             mask, origin = _on_grid_of(scan, self.inputs.external_mask), EXTERNAL
             if not has_brain_volume(mask, scan.affine):
-                said = f"The brain mask {Path(self.inputs.external_mask).name} of another pipeline"
-                warnings[_replaced(said, mask, scan)] = False
+                subject = f"The brain mask {Path(self.inputs.external_mask).name} of another pipeline"
+                warnings[_replaced(subject, mask, scan)] = False
                 mask = None
         stripped = _stripped(self.inputs.skull_stripped, scan)
         if stripped and mask is None:
             mask, origin = mask_from_background(scan.data), BACKGROUND
             if not has_brain_volume(mask, scan.affine):
-                warnings[_replaced(_STATED, mask, scan)] = False
+                warnings[_replaced(_IMPLAUSIBLE_STRIPPED, mask, scan)] = False
                 mask, stripped = None, False
         if mask is None:
             mask, origin = self._extract(scan, Path(runtime.cwd), warnings), EXTRACTED
             if not has_brain_volume(mask, scan.affine):
                 raise InputError(
                     _source(self),
-                    f"no brain was found: the brain extraction gave {_millilitres(mask, scan)}",
-                    "exclude the scan if it shows no whole brain, or give its brain mask with -d",
+                    f"brain extraction failed: the mask has {_describe_volume(mask, scan)}",
+                    "exclude the scan if it shows no whole brain, or provide its brain mask with -d",
                 )
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
         self._results |= {"skull_stripped": stripped, "origin": origin, "warnings": warnings}
         return runtime
 
     def _extract(self, scan: Volume, folder: Path, warnings: dict[str, bool]) -> np.ndarray:
-        """Find the brain as in a whole head, with the program that was asked for."""
+        """Extract the brain of a whole head with the requested method."""
         if self.inputs.program in PROGRAMS:
             weights = Path(self.inputs.weights)
-            found = run_external_program(self.inputs.program, weights, Path(self.inputs.in_file), folder)
-            return _on_grid_of(scan, str(found))
-        template = seen = None
+            path = run_external_program(self.inputs.program, weights, Path(self.inputs.in_file), folder)
+            return _on_grid_of(scan, str(path))
+        template = network_mask = None
         if self.inputs.program in (COMBINED, TEMPLATE):
             template = _volume(self.inputs.template, self.inputs.template_mask)
         if self.inputs.program in (COMBINED, NETWORK):
-            seen = predict_brain_mask(scan.data, scan.affine, load_network(Path(self.inputs.weights)))
-        mask, agreement = extract_brain(scan, template, folder, seen)
+            network = load_network(Path(self.inputs.weights))
+            network_mask = predict_brain_mask(scan.data, scan.affine, network)
+        mask, agreement = extract_brain(scan, template, folder, network_mask)
         if agreement is not None and agreement < MIN_AGREEMENT:
             text = (
-                f"The template and the network disagree about the brain (Dice {agreement:.2f}); the "
-                "network was believed: check the brain mask."
+                f"The brain masks of the template and the network differ (Dice {agreement:.2f}); that of the "
+                "network was used: check the brain mask."
             )
             warnings[text] = False
         return mask
@@ -179,7 +180,7 @@ class BrainMask(SimpleInterface):
 class _CorrectBiasInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed scan")
     mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
-    corrected = traits.Bool(False, usedefault=True, desc="whether another pipeline has done so already")
+    corrected = traits.Bool(False, usedefault=True, desc="whether the scan is bias-corrected already")
 
 
 class _CorrectBiasOutputSpec(TraitedSpec):
@@ -188,15 +189,16 @@ class _CorrectBiasOutputSpec(TraitedSpec):
 
 
 class CorrectBias(SimpleInterface):
-    """Correct the bias field with N4, estimated in the brain, unless that is done."""
+    """Correct the bias field with N4, estimated in the brain, unless the scan is corrected already."""
 
     input_spec = _CorrectBiasInputSpec
     output_spec = _CorrectBiasOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file, self.inputs.mask)
-        done = self.inputs.corrected
-        corrected = scan.data if done else correct_bias(scan.data, scan.affine, scan.mask)
+        corrected = scan.data
+        if not self.inputs.corrected:
+            corrected = correct_bias(scan.data, scan.affine, scan.mask)
         self._results["out_file"] = _save(runtime, "corrected.nii.gz", corrected, scan.affine, np.float32)
         brain = np.where(scan.mask, corrected, 0.0)
         self._results["out_brain"] = _save(runtime, "brain.nii.gz", brain, scan.affine, np.float32)
@@ -208,19 +210,19 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     mask = File(exists=True, mandatory=True, desc="its mask")
     reference = File(exists=True, mandatory=True, desc="reference image on the SRI24 grid")
     reference_mask = File(exists=True, mandatory=True, desc="its brain mask")
-    external_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
-    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
-    asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference has a left and a right")
+    external_xfm = File(desc="ITK transform from the scan to SRI24, of another pipeline")
+    source = traits.Str(nohash=True, desc="original scan, for messages")
+    asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference is left-right asymmetric")
 
 
 class _RegisterToReferenceOutputSpec(TraitedSpec):
-    to_sri24 = File(exists=True, desc="ITK transform that resamples the scan on the SRI24 grid")
+    to_sri24 = File(exists=True, desc="ITK transform from the scan to SRI24")
     from_sri24 = File(exists=True, desc="its inverse")
     qc = traits.Dict(desc="similarity, mask_overlap, restarted")
 
 
 class RegisterToReference(SimpleInterface):
-    """Register the anchor's brain rigidly (6 degrees of freedom) to the reference, unless that is done."""
+    """Register the anchor's brain rigidly (6 degrees of freedom) to the reference, or use its transform."""
 
     input_spec = _RegisterToReferenceInputSpec
     output_spec = _RegisterToReferenceOutputSpec
@@ -233,10 +235,9 @@ class RegisterToReference(SimpleInterface):
             pull = read_itk(self.inputs.external_xfm)
             qc = registration_metrics(reference, brain, pull)
         else:
-            sided = self.inputs.asymmetric
-            pull, qc = register_to_reference(reference, brain, folder, asymmetric=sided)
-        _refuse_other_objects(_source(self), qc, "the reference brain")
-        self._results |= _both_ways(folder, pull)
+            pull, qc = register_to_reference(reference, brain, folder, asymmetric=self.inputs.asymmetric)
+        _check_shows_brain(_source(self), qc, "the reference brain")
+        self._results |= _write_both_directions(folder, pull)
         self._results["qc"] = qc
         return runtime
 
@@ -245,28 +246,26 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed T2w scan, whole head or stripped")
     anchor = File(exists=True, mandatory=True, desc="bias-corrected brain of the anchor, in its native space")
     anchor_mask = File(exists=True, mandatory=True, desc="brain mask of the anchor")
-    anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform that resamples the anchor to SRI24")
-    source = traits.Str(nohash=True, desc="scan that `in_file` was made of, for messages")
-    skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if not given")
-    aligned = traits.Bool(False, usedefault=True, desc="whether it lies on the anchor already")
-    measure_agreement = traits.Bool(
-        True, usedefault=True, desc="whether the agreement of the two is measured"
-    )
-    external_xfm = File(desc="ITK transform that resamples the scan to SRI24, from elsewhere")
+    anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform from the anchor to SRI24")
+    source = traits.Str(nohash=True, desc="original scan, for messages")
+    skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if unset")
+    aligned = traits.Bool(False, usedefault=True, desc="whether the scan is aligned with the anchor already")
+    measure_agreement = traits.Bool(True, usedefault=True, desc="whether to compute quality metrics")
+    external_xfm = File(desc="ITK transform from the scan to SRI24, of another pipeline")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the T2w scan")
     to_sri24 = File(exists=True, desc="one composed ITK transform, T2w scan to SRI24")
     from_sri24 = File(exists=True, desc="its inverse")
-    skull_stripped = traits.Bool(desc="what was found")
-    origin = traits.Enum(*ORIGINS, desc="where the mask comes from")
-    warnings = traits.Dict(desc="warnings about the mask, and whether they are grave")
+    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped")
+    origin = traits.Enum(*ORIGINS, desc="origin of the mask")
+    warnings = traits.Dict(desc="warnings about the mask, and whether each excludes the scan")
     qc = traits.Dict(desc="similarity, mask_overlap, restarted")
 
 
 class RegisterToAnchor(SimpleInterface):
-    """Register a T2w scan rigidly to its T1w scan and chain the result with the T1w's way to SRI24."""
+    """Register a T2w scan rigidly to its T1w scan, and compose the result with the T1w scan's transform."""
 
     input_spec = _RegisterToAnchorInputSpec
     output_spec = _RegisterToAnchorOutputSpec
@@ -279,9 +278,10 @@ class RegisterToAnchor(SimpleInterface):
         own_mask = mask_from_background(scan.data) if stripped else None
         warnings: dict[str, bool] = {}
         if own_mask is not None and not has_brain_volume(own_mask, scan.affine):
-            warnings[
-                _replaced(_STATED, own_mask, scan, "the brain mask of the T1w image was taken alone")
-            ] = False
+            text = _replaced(
+                _IMPLAUSIBLE_STRIPPED, own_mask, scan, "only the T1w image's brain mask was used"
+            )
+            warnings[text] = False
             own_mask, stripped = None, False
         anchor_xfm = read_itk(self.inputs.anchor_xfm)
         moving = Volume(scan.data, scan.affine, own_mask)
@@ -289,10 +289,10 @@ class RegisterToAnchor(SimpleInterface):
             external = None if self.inputs.aligned else read_itk(self.inputs.external_xfm)
             pull = np.eye(4) if external is None else external @ np.linalg.inv(anchor_xfm)
             qc = registration_metrics(anchor, moving, pull, folder)
-            _refuse_other_objects(_source(self), qc, "its T1w image")
+            _check_shows_brain(_source(self), qc, "its T1w image")
         elif self.inputs.measure_agreement:
             pull, qc = register_to_anchor(anchor, moving, folder)
-            _refuse_other_objects(_source(self), qc, "its T1w image")
+            _check_shows_brain(_source(self), qc, "its T1w image")
         else:
             pull, qc = coregister(anchor, moving, folder), {}
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
@@ -302,34 +302,34 @@ class RegisterToAnchor(SimpleInterface):
             raise InputError(
                 _source(self),
                 "the scan does not overlap its T1w scan",
-                "check that both show one session",
+                "check that both belong to one session",
             )
         to_sri24 = pull @ anchor_xfm
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, scan.affine, np.uint8)
-        self._results |= _both_ways(folder, to_sri24)
+        self._results |= _write_both_directions(folder, to_sri24)
         self._results |= {"skull_stripped": stripped, "origin": ANCHOR, "warnings": warnings, "qc": qc}
         return runtime
 
 
 class _RelateToRawInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="conformed scan that another pipeline has made")
+    in_file = File(exists=True, mandatory=True, desc="conformed image of another pipeline")
     mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
-    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples it on the SRI24 grid")
-    raw = File(mandatory=True, desc="raw scan it was made of")
-    from_raw = File(desc="ITK transform that resamples the raw scan on it; found if not given")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform from it to SRI24")
+    raw = File(mandatory=True, desc="raw scan of that image")
+    from_raw = File(desc="ITK transform from the raw scan to it; registered if unset")
 
 
 class _RelateToRawOutputSpec(TraitedSpec):
     out_mask = File(exists=True, desc="brain mask on the grid of the raw scan")
-    to_sri24 = File(exists=True, desc="ITK transform that resamples the raw scan on the SRI24 grid")
+    to_sri24 = File(exists=True, desc="ITK transform from the raw scan to SRI24")
     from_sri24 = File(exists=True, desc="its inverse")
 
 
 class RegisterRaw(SimpleInterface):
-    """Find the way from SRI24 to the raw scan, where another pipeline's image is what was registered.
+    """Find the transform from the raw scan to SRI24 if another pipeline's image was registered to SRI24.
 
-    Results go back to the raw scan's grid. The two images show the same head; without a transform they are
-    registered rigidly, starting from the same place.
+    It is needed for outputs on the grid of the raw scan. Without a transform between the two images they are
+    registered rigidly.
     """
 
     input_spec = _RelateToRawInputSpec
@@ -345,19 +345,17 @@ class RegisterRaw(SimpleInterface):
         to_sri24 = pull @ read_itk(self.inputs.to_sri24)
         mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)
-        self._results |= _both_ways(folder, to_sri24)
+        self._results |= _write_both_directions(folder, to_sri24)
         return runtime
 
 
 class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
-    conformed = File(exists=True, mandatory=True, desc="the same before correction")
+    conformed = File(exists=True, mandatory=True, desc="the scan before correction")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on its grid")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
-    skull_stripped = traits.Bool(
-        mandatory=True, desc="whether voxels outside the native mask carry no signal"
-    )
-    brain_mask = File(exists=True, desc="brain mask to bring along instead of the native one (the anchor's)")
+    skull_stripped = traits.Bool(mandatory=True, desc="whether voxels outside the native mask have no signal")
+    brain_mask = File(exists=True, desc="brain mask of the anchor, used instead of the native one")
     brain_xfm = File(exists=True, desc="ITK transform of that mask to SRI24")
 
 
@@ -400,9 +398,9 @@ class ResampleToSRI24(SimpleInterface):
 
 
 class _ResampleLesionInputSpec(BaseInterfaceInputSpec):
-    in_file = File(desc="lesion mask; without one nothing is done")
-    xfm = File(desc="ITK transform that resamples its space to the scan's, if they differ")
-    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform that resamples the scan to SRI24")
+    in_file = File(desc="lesion mask; if unset, there is no output")
+    xfm = File(desc="ITK transform from its space to that of the scan, if they differ")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform from the scan to SRI24")
 
 
 class _ResampleLesionOutputSpec(TraitedSpec):
@@ -410,10 +408,7 @@ class _ResampleLesionOutputSpec(TraitedSpec):
 
 
 class ResampleLesion(SimpleInterface):
-    """Bring a manual lesion mask to SRI24 in one interpolation, if there is one.
-
-    Any non-zero label is lesion.
-    """
+    """Resample a manual lesion mask to SRI24 in one interpolation; any non-zero label is lesion."""
 
     input_spec = _ResampleLesionInputSpec
     output_spec = _ResampleLesionOutputSpec
@@ -434,10 +429,10 @@ class ResampleLesion(SimpleInterface):
 class _AssessQualityInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
     modality = traits.Enum("T1w", "T2w", mandatory=True)
-    registration = traits.Dict(mandatory=True, desc="figures of the registration")
+    registration = traits.Dict(mandatory=True, desc="quality metrics of the registration")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
     skull_stripped = traits.Bool(mandatory=True)
-    mask_origin = traits.Enum(*ORIGINS, mandatory=True, desc="where the brain mask comes from")
+    mask_origin = traits.Enum(*ORIGINS, mandatory=True, desc="origin of the brain mask")
     brain_mask = File(exists=True, mandatory=True, desc="brain mask on the SRI24 grid")
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
@@ -448,11 +443,11 @@ class _AssessQualityInputSpec(BaseInterfaceInputSpec):
 
 
 class _AssessQualityOutputSpec(TraitedSpec):
-    qc = traits.Dict(desc="figures and warnings for the report")
+    qc = traits.Dict(desc="quality metrics and warnings")
 
 
 class AssessQuality(SimpleInterface):
-    """Collect the quality figures of one scan and put warnings into words."""
+    """Collect the quality metrics of one scan, and derive warnings and failures."""
 
     input_spec = _AssessQualityInputSpec
     output_spec = _AssessQualityOutputSpec
@@ -488,57 +483,56 @@ def _mask(path: str) -> Volume:
     return Volume(data > 0, affine)
 
 
-def _both_ways(folder: Path, to_sri24: np.ndarray) -> dict[str, str]:
-    """Write a transform to SRI24 and its inverse; give the files by output field."""
-    ways = {"to_sri24": to_sri24, "from_sri24": np.linalg.inv(to_sri24)}
-    return {name: str(write_itk(folder / f"{name}.txt", pull)) for name, pull in ways.items()}
+def _write_both_directions(folder: Path, to_sri24: np.ndarray) -> dict[str, str]:
+    """Write a transform to SRI24 and its inverse; return the files by output field."""
+    transforms = {"to_sri24": to_sri24, "from_sri24": np.linalg.inv(to_sri24)}
+    return {name: str(write_itk(folder / f"{name}.txt", pull)) for name, pull in transforms.items()}
 
 
 def _on_grid_of(scan: Volume, mask: str) -> np.ndarray:
-    """Read a mask on the grid of a scan, whatever order its voxels are stored in."""
+    """Read a mask and reorder its voxels to the grid of a scan."""
     data, affine = read_volume(mask)
     return resample(data > 0, affine, scan.data.shape, scan.affine, order=0) > 0
 
 
 def _source(interface: SimpleInterface) -> str:
-    """Name the scan that an interface works on as the user knows it."""
+    """Return the path of the original scan of an interface, for messages."""
     source = interface.inputs.source
     return str(source) if isdefined(source) else str(interface.inputs.in_file)
 
 
-def _refuse_other_objects(source: str, qc: dict[str, Any], other: str) -> None:
-    """Refuse a scan that shows something other than a brain.
+def _check_shows_brain(source: str, qc: dict[str, Any], other: str) -> None:
+    """Check that a scan shows a brain.
 
     Raises
     ------
     InputError
-        If it has less in common with what it was registered to than brains have.
+        If its local correlation with the registration target is lower than that of brains.
     """
-    found = abs(qc["local_correlation"])
-    if found < LEAST_LOCAL_CORRELATION:
+    correlation = abs(qc["local_correlation"])
+    if correlation < MIN_LOCAL_CORRELATION:
         raise InputError(
             source,
-            f"shows no brain: it has nothing in common with {other} (local correlation {found:.2f}; that of "
-            f"brains is at least {LEAST_LOCAL_CORRELATION:.2f})",
-            "exclude the scan if it shows something else, such as a phantom; else check its orientation",
+            f"shows no brain: its local correlation with {other} is {correlation:.2f} (brains: at least "
+            f"{MIN_LOCAL_CORRELATION:.2f})",
+            "exclude the scan if it shows something else, such as a phantom; otherwise check its orientation",
         )
 
 
-def _millilitres(mask: np.ndarray, scan: Volume) -> str:
+def _describe_volume(mask: np.ndarray, scan: Volume) -> str:
     low, high = BRAIN_VOLUME_RANGE_ML
-    return f"{mask_volume(mask, scan.affine):,.0f} mL, and brains hold {low:,.0f} to {high:,.0f} mL"
+    return f"{mask_volume(mask, scan.affine):,.0f} mL (brains: {low:,.0f} to {high:,.0f} mL)"
 
 
-def _replaced(subject: str, mask: np.ndarray, scan: Volume, by: str = "the brain mask was made anew") -> str:
-    """Say that a mask was replaced, and why."""
-    return f"{subject} holds {_millilitres(mask, scan)}: {by}; check the brain mask."
+def _replaced(
+    subject: str, mask: np.ndarray, scan: Volume, action: str = "another brain mask was computed"
+) -> str:
+    """Return the warning that a mask was replaced because of its volume."""
+    return f"{subject} has {_describe_volume(mask, scan)}: {action}; check the brain mask."
 
 
-_STATED = "The image, which is stated or appears to be skull-stripped,"
-
-
-def _stripped(stated: Any, scan: Volume) -> bool:
-    return bool(stated) if isdefined(stated) else is_skull_stripped(scan.data, scan.affine)
+def _stripped(value: Any, scan: Volume) -> bool:
+    return bool(value) if isdefined(value) else is_skull_stripped(scan.data, scan.affine)
 
 
 def _save(runtime: Any, name: str, data: np.ndarray, affine: np.ndarray, dtype: type) -> str:

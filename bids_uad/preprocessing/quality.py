@@ -1,4 +1,7 @@
-"""Quality figures of a preprocessed scan, what a person should be told about them, and what rules it out."""
+"""Quality control of a preprocessed scan: coverage, image quality metrics, warnings, and failures.
+
+A failed scan is excluded from benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +26,42 @@ USUAL_VOLUME_RANGE_ML = (900.0, 1900.0)
 REPORTED_OUTSIDE, FAILED_OUTSIDE = 0.02, 0.25
 """Fractions of the reference brain outside the field of view.
 
-In four brains that were cut at the top or the bottom, the registration moved by 0.6 to 1.6 mm (mean over the
-brain) where 6 to 9 % were cut, by 0.9 to 4.0 mm where 20 to 25 % were, and by up to 4.9 mm beyond 30 %.
-Volumes and scores of a scan with less than three quarters of a brain are not comparable with others.
+In four brains with a field of view cut at the top or the bottom, the registration moved by 0.6 to 1.6 mm
+(mean over the brain) with 6 to 9 % outside, by 0.9 to 4.0 mm with 20 to 25 %, and by up to 4.9 mm beyond 30
+%. Volumes and scores of a scan with less than three quarters of a brain are not comparable with others.
 """
-LEAST_LOCAL_CORRELATION = 0.07
-"""Size of the local correlation below which a scan is refused, since it shows no brain.
+MIN_LOCAL_CORRELATION = 0.07
+"""Absolute local correlation below which a scan is refused, since it shows no brain.
 
-With a T1w reference, phantoms (balls, cylinders, grids, rods) and a spine reach 0.06 at most; T1w images of
+With a T1w reference, phantoms (balls, cylinders, grids, rods) and a spine reach at most 0.06; T1w images of
 healthy brains reach 0.36 to 0.53, of gliomas of 57 to 231 mL 0.22 to 0.39, and T2w images 0.26 to 0.52. The
-largest of these gliomas has the lowest value of all, 0.09 in its T2w image.
+largest of these gliomas has the lowest value, 0.09 in its T2w image.
 """
-LARGE_ROTATION = 60.0
-MIRRORED, SURELY_MIRRORED = 1.05, 1.3
-"""How much better a mirror image fits. Scans of one head differ by more than the latter (0.03 against 0.14),
-brains and atlas hardly: 0.96 to 1.01 as they are, 1.07 to 1.15 in six that are most likely mirrored."""
-LOW_LESION_SHARE = 0.5
+MAX_ROTATION_DEGREES = 60.0
+MIRRORED, FAILED_MIRRORED = 1.05, 1.3
+"""Ratio of the similarities of the mirror image and of the image itself.
+
+Scans of one head differ by more than the second limit (0.03 and 0.14). With the atlas the ratio is 0.96 to
+1.01 for correct images, and 1.07 to 1.15 in six that are probably flipped.
+"""
+MIN_LESION_IN_BRAIN = 0.5
+"""Fraction of the lesion mask inside the brain below which a warning is given."""
+
+TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
+"""Tissues in ascending order of intensity."""
+FITTED_VOXELS = 50_000
+"""Voxels to which the tissue mixture is fitted."""
+MIN_TISSUE_VOXELS = 10
+
+MARGIN_SPACING_MM = 2.0
+"""Margins of the field of view are searched on every voxel, or on every second, third, ... of finer grids."""
+MIN_MARGIN_MM = 4.0
+"""Depth of a margin: air and fluid also have single voxels with exactly the background's value."""
+CUT_AREA = 1 / 3
+"""Fraction of the largest cross-section from which the first slice of a skull-stripped brain is a cut.
+
+At its natural end a brain tapers off: a slice 5 mm inside has at most a fifth.
+"""
 
 
 def assess_quality(
@@ -54,30 +77,31 @@ def assess_quality(
     image: dict[str, float],
     warnings: Mapping[str, bool],
 ) -> dict[str, Any]:
-    """Collect the figures of one scan and judge them.
+    """Collect the quality metrics of one scan, and derive warnings and failures.
 
     Parameters
     ----------
     registration : dict
         ``similarity``, ``mirrored_similarity``, ``local_correlation``, ``mask_overlap`` and ``restarted`` of
-        the registration.
+        the registration; see :func:`.registration.register_to_reference`.
     skull_stripped : bool
+        Whether the scan is skull-stripped.
     mask_origin : str
-        Where the brain mask comes from (``brain_mask_origin`` of `dataset.sidecars.QUALITY_COLUMNS`).
+        Origin of the brain mask (``brain_mask_origin`` of `dataset.sidecars.QUALITY_COLUMNS`).
     rotation : float
-        Degrees by which the scan was turned to lie on the atlas.
+        Rotation angle of the transform to the atlas, degrees.
     brain, reference : numpy.ndarray of bool, shape (240, 240, 155)
         Brain masks of the scan and of the reference image.
     native_volume_mm3 : float
         Volume of the brain mask in native space.
-    covered : numpy.ndarray of bool
-        Voxels of the same grid that the scan has data for.
+    covered : numpy.ndarray of bool, shape (240, 240, 155)
+        Coverage mask of the scan, see :func:`coverage_mask`.
     lesion : numpy.ndarray of bool or None
         Manual lesion mask on the same grid.
     image : dict
-        Metrics of :func:`bids_uad.preprocessing.quality.image_quality_metrics`.
+        Metrics of :func:`image_quality_metrics`.
     warnings : mapping of str to bool
-        Further sentences, and whether the scan fails by them.
+        Further warnings, and whether the scan fails because of them.
 
     Returns
     -------
@@ -85,22 +109,21 @@ def assess_quality(
         ``similarity``, ``mirrored_similarity``, ``local_correlation``, ``registration_overlap``,
         ``restarted``, ``rotation_degrees``, ``skull_stripped``, ``brain_mask_origin``,
         ``outside_fov_fraction`` (of the reference brain), ``mask_overlap`` (Dice of the brain with the
-        reference brain),
-        ``brain_volume_mm3`` (on the SRI24 grid), ``native_brain_volume_mm3``, ``kept_share`` (of the native
-        brain volume on the SRI24 grid), the metrics of `image`; ``warnings``, a list of sentences, and
-        ``failures``, those of them for which the scan is to be left out of a benchmark.
+        reference brain), ``brain_volume_mm3`` (on the SRI24 grid), ``native_brain_volume_mm3``,
+        ``kept_share`` (fraction of the native brain volume that is on the SRI24 grid), the metrics of
+        `image`, ``warnings`` (list of sentences), and ``failures`` (those for which the scan is excluded).
     """
     volume = float(brain.sum())
     overlap = dice(brain, reference)
     kept = volume / native_volume_mm3
     outside = float((reference & ~covered).sum() / reference.sum())
-    judged = {
+    checks = {
         f"The brain overlaps the reference brain by only {overlap:.2f} (Dice): check the registration.": (
             not overlap >= LOW_OVERLAP,
             not overlap >= FAILED_OVERLAP,
         ),
-        f"The scan resembles what it was registered to by only {registration['similarity']:.3f} (normalised "
-        "mutual information): check the registration.": (
+        f"The similarity of the scan and its registration target is only {registration['similarity']:.3f} "
+        "(normalised mutual information): check the registration.": (
             not registration["similarity"] >= LOW_SIMILARITY,  # also where it is NaN
             not registration["similarity"] >= FAILED_SIMILARITY,
         ),
@@ -116,8 +139,8 @@ def assess_quality(
             outside > REPORTED_OUTSIDE,
             outside > FAILED_OUTSIDE,
         ),
-        f"The head was turned by {rotation:.0f} degrees to lie on the atlas: its header is most likely "
-        "wrong, and left and right may be swapped.": (rotation > LARGE_ROTATION,) * 2,
+        f"The registration rotated the head by {rotation:.0f} degrees: its header is probably wrong, and "
+        "left and right may be swapped.": (rotation > MAX_ROTATION_DEGREES,) * 2,
         "The registration had to be restarted from rotated positions: check the orientation.": (
             registration["restarted"],
             False,
@@ -125,11 +148,11 @@ def assess_quality(
     }
     mirrored = (registration["mirrored_similarity"] or 0.0) / max(registration["similarity"], 1e-6)
     text = "The scan fits better with left and right swapped: check the orientation of the session's scans."
-    judged[text] = (mirrored > MIRRORED, mirrored > SURELY_MIRRORED)
+    checks[text] = (mirrored > MIRRORED, mirrored > FAILED_MIRRORED)
     if lesion is not None and lesion.any():
-        share = float((lesion & brain).sum() / lesion.sum())
-        text = f"Only {100 * share:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
-        judged[text] = (share < LOW_LESION_SHARE, False)
+        inside = float((lesion & brain).sum() / lesion.sum())
+        text = f"Only {100 * inside:.0f} % of the lesion mask lies in the brain: check that it fits the scan."
+        checks[text] = (inside < MIN_LESION_IN_BRAIN, False)
     return {
         "similarity": registration["similarity"] if np.isfinite(registration["similarity"]) else None,
         "registration_overlap": registration["mask_overlap"],
@@ -145,10 +168,10 @@ def assess_quality(
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
         "kept_share": round(kept, 4),
         **{name: round(value, 4) for name, value in image.items()},
-        "warnings": [*warnings, *(text for text, (doubtful, _) in judged.items() if doubtful)],
+        "warnings": [*warnings, *(text for text, (warned, _) in checks.items() if warned)],
         "failures": [
-            *(text for text, grave in warnings.items() if grave),
-            *(text for text, (_, failed) in judged.items() if failed),
+            *(text for text, failed in warnings.items() if failed),
+            *(text for text, (_, failed) in checks.items() if failed),
         ],
     }
 
@@ -157,46 +180,40 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]
 
 
-TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
-"""From dark to bright."""
-FITTED_VOXELS = 50_000
-FEWEST_VOXELS = 10
-"""Of a tissue; with fewer there is none to speak of."""
-
-
 @dataclass(frozen=True)
 class TissueIntensities:
-    """What the metrics are computed from.
+    """Intensities of three tissues, from which the metrics are computed.
 
     Attributes
     ----------
     csf, gm, wm : numpy.ndarray, one-dimensional
         Intensities of the voxels that are most likely cerebrospinal fluid, grey and white matter.
-    shares : dict
-        Share of each tissue in the brain.
+    fractions : dict
+        Fraction of the brain by tissue.
     """
 
     csf: np.ndarray
     gm: np.ndarray
     wm: np.ndarray
-    shares: dict[str, float]
+    fractions: dict[str, float]
 
 
 def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> TissueIntensities:
-    """Tell three tissues apart by intensity.
+    """Segment three tissues by a Gaussian mixture of the intensities.
 
     Parameters
     ----------
     values : numpy.ndarray, one-dimensional
         Bias-corrected intensities in the brain.
     modality : {"T1w", "T2w"}
-        Says which tissue is dark and which is bright.
-    seed : int
-        Of the voxels that the mixture is fitted to.
+        Contrast, which determines the order of the tissues.
+    seed : int, default=0
+        Seed of the random sample of voxels to which the mixture is fitted.
 
     Returns
     -------
     TissueIntensities
+        Intensities between the 1st and 99th percentile, by tissue.
     """
     values = np.asarray(values, dtype=np.float64)
     low, high = np.percentile(values, [1, 99])
@@ -210,73 +227,78 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Tiss
     names = TISSUES[modality]
     likeliest = posterior.argmax(axis=1)
     tissues = {name: kept[likeliest == k] for k, name in enumerate(names)}
-    shares = {name: float(posterior[:, k].mean()) for k, name in enumerate(names)}
-    return TissueIntensities(**tissues, shares=shares)
+    fractions = {name: float(posterior[:, k].mean()) for k, name in enumerate(names)}
+    return TissueIntensities(**tissues, fractions=fractions)
 
 
 def snr(tissue: np.ndarray) -> float:
-    """Signal-to-noise ratio within a tissue: median over standard deviation."""
+    """Compute the signal-to-noise ratio within a tissue: median over standard deviation."""
     return float(np.median(tissue) / np.std(tissue, ddof=1))
 
 
 def cnr(wm: np.ndarray, gm: np.ndarray, air_std: float) -> float:
-    """Contrast-to-noise ratio (Magnotta and Friedman 2006).
+    """Compute the contrast-to-noise ratio (Magnotta and Friedman 2006).
 
-    Difference of the medians of white and grey matter over the noise of both and of the air.
+    The difference of the medians of white and grey matter, divided by the square root of the sum of the
+    variances of both and of the air.
     """
     noise = np.sqrt(air_std**2 + np.var(wm) + np.var(gm))
     return float(abs(np.median(wm) - np.median(gm)) / noise)
 
 
 def cjv(wm: np.ndarray, gm: np.ndarray) -> float:
-    """Coefficient of joint variation (Ganzetti et al. 2016): spread of both tissues over their contrast.
+    """Compute the coefficient of joint variation (Ganzetti et al. 2016); higher is worse.
 
-    Medians, and median absolute deviations scaled to standard deviations; higher is worse.
+    The sum of the median absolute deviations of both tissues (scaled to standard deviations), divided by the
+    difference of their medians.
     """
-    spread = median_abs_deviation(wm, scale="normal") + median_abs_deviation(gm, scale="normal")
-    return float(spread / abs(np.median(wm) - np.median(gm)))
+    deviation = median_abs_deviation(wm, scale="normal") + median_abs_deviation(gm, scale="normal")
+    return float(deviation / abs(np.median(wm) - np.median(gm)))
 
 
 def efc(image: np.ndarray) -> float:
-    """Entropy focus criterion (Atkinson et al. 1997), relative to that of a uniform image.
+    """Compute the entropy focus criterion (Atkinson et al. 1997), relative to that of a uniform image.
 
-    Shannon entropy of the voxels' shares in the energy of the image: 1 if all are alike, 0 if one voxel has
-    it all. Ghosts and blur from motion raise it.
+    Shannon entropy of the voxels' fractions of the root of the image's energy: 1 if all voxels are equal, 0
+    if only one is not 0. Ghosting and blurring from motion increase it.
     """
     values = np.abs(np.asarray(image, dtype=np.float64)).ravel()
-    share = values / np.sqrt(np.sum(values**2))
-    share = share[share > 0]
-    largest = np.sqrt(values.size) * np.log(np.sqrt(values.size))
-    return float(-(share * np.log(share)).sum() / largest)
+    fraction = values / np.sqrt(np.sum(values**2))
+    fraction = fraction[fraction > 0]
+    maximum = np.sqrt(values.size) * np.log(np.sqrt(values.size))
+    return float(-(fraction * np.log(fraction)).sum() / maximum)
 
 
 def wm2max(wm: np.ndarray, image: np.ndarray) -> float:
-    """Median of white matter over the 99.95th percentile of the image."""
+    """Compute the median of white matter over the 99.95th percentile of the image."""
     return float(np.median(wm) / np.percentile(image, 99.95))
 
 
 def image_quality_metrics(
     image: np.ndarray, mask: np.ndarray, air: np.ndarray, modality: str
 ) -> dict[str, float]:
-    """Compute all metrics of a scan.
+    """Compute the image quality metrics of a scan.
 
     Parameters
     ----------
     image : numpy.ndarray, three-dimensional
-        Bias-corrected, whole head or brain.
-    mask, air : numpy.ndarray of bool
-        Brain, and the air around the head; the latter is empty in skull-stripped scans.
+        Bias-corrected scan, whole head or skull-stripped.
+    mask : numpy.ndarray of bool
+        Brain mask.
+    air : numpy.ndarray of bool
+        Mask of the air around the head; empty for skull-stripped scans.
     modality : {"T1w", "T2w"}
+        Contrast.
 
     Returns
     -------
     dict
         ``snr_csf``, ``snr_gm``, ``snr_wm``, ``snr_total`` (their mean), ``cnr``, ``cjv``, ``efc``,
-        ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``; ``efc`` alone if no three tissues can be told
-        apart. A ratio is left out where its denominator is 0.
+        ``wm2max``, ``icvs_csf``, ``icvs_gm`` and ``icvs_wm``; only ``efc`` if a tissue has fewer than 10
+        voxels. A ratio is left out if its denominator is 0.
     """
     tissues = tissue_intensities(image[mask], modality)
-    if min(len(tissues.csf), len(tissues.gm), len(tissues.wm)) < FEWEST_VOXELS:
+    if min(len(tissues.csf), len(tissues.gm), len(tissues.wm)) < MIN_TISSUE_VOXELS:
         return {"efc": efc(image)}
     ratios = {f"snr_{name}": snr(getattr(tissues, name)) for name in TISSUES["T1w"]}
     measured = {
@@ -286,59 +308,53 @@ def image_quality_metrics(
         "cjv": cjv(tissues.wm, tissues.gm),
         "efc": efc(image),
         "wm2max": wm2max(tissues.wm, image),
-        **{f"icvs_{name}": tissues.shares[name] for name in TISSUES["T1w"]},
+        **{f"icvs_{name}": tissues.fractions[name] for name in TISSUES["T1w"]},
     }
     return {name: value for name, value in measured.items() if np.isfinite(value)}
 
 
-SPACING = 2.0
-"""mm; margins are looked for on every voxel, or on every second, third, ... of finer grids."""
-LEAST_MARGIN_MM = 4.0
-"""Depth of a margin. Air and fluid have single voxels of exactly the background's value, too."""
-ABRUPT = 1 / 3
-"""Share of the largest cross-section from which the first slice of a skull-stripped brain is a cut.
-
-A brain tapers off: a slice that touches it by 5 mm shows at most a fifth.
-"""
-
-
 def coverage_mask(
-    scan: Volume, stripped: bool, shape: tuple[int, int, int], affine: np.ndarray, pull: np.ndarray
-):
-    """Find the voxels of a grid that a scan has data for.
+    scan: Volume, skull_stripped: bool, shape: tuple[int, int, int], affine: np.ndarray, pull: np.ndarray
+) -> np.ndarray:
+    """Mark the voxels of a grid for which a scan has data.
 
-    Resampling (to the grid of another image, or to 256 x 256 x 256 voxels) fills what lies outside the field
-    of view with the value of the background. Such margins are no data.
+    Resampling by other software (to the grid of another image, or to 256 x 256 x 256 voxels) fills voxels
+    outside the field of view with the value of the background. Such margins have no data.
 
     Parameters
     ----------
     scan : Volume
-        On its own grid, with the intensities it came with.
-    stripped : bool
-        Whether the scan is skull-stripped. Then only slices beyond an abrupt end of the brain are margins.
+        Scan on its own grid, with its original intensities.
+    skull_stripped : bool
+        Whether the scan is skull-stripped. If so, only slices beyond an abrupt end of the brain are margins.
     shape : tuple of int
         Shape of the grid.
     affine : numpy.ndarray, shape (4, 4)
-        Its voxel-to-world.
+        Voxel-to-world of the grid.
     pull : numpy.ndarray, shape (4, 4)
         World matrix from points of the grid to points of the scan.
 
     Returns
     -------
     numpy.ndarray of bool, of `shape`
+        True for voxels with data.
     """
     inside = field_of_view(scan.data.shape, scan.affine, shape, affine, pull)
-    steps = np.maximum(SPACING / np.linalg.norm(scan.affine[:3, :3], axis=0), 1).astype(int)
+    steps = np.maximum(MARGIN_SPACING_MM / np.linalg.norm(scan.affine[:3, :3], axis=0), 1).astype(int)
     empty = scan.data[:: steps[0], :: steps[1], :: steps[2]] == background(scan.data)
     thinned = scan.affine @ np.diag([*steps, 1.0])
-    margin = _beyond_cuts(empty) if stripped else _deep_margin(empty, np.linalg.norm(thinned[:3, :3], axis=0))
+    margin = (
+        _beyond_cuts(empty)
+        if skull_stripped
+        else _deep_margin(empty, np.linalg.norm(thinned[:3, :3], axis=0))
+    )
     if not margin.any():
         return inside
     return inside & (resample(margin, thinned, shape, affine, pull, order=0, extend=True) < 0.5)
 
 
 def _beyond_cuts(empty: np.ndarray) -> np.ndarray:
-    """Mark the empty slices at the ends of the three axes, where the brain ends abruptly."""
+    """Mark the empty slices beyond an abrupt end of the brain, along each axis."""
     margin = np.zeros_like(empty)
     for axis in range(3):
         area = np.count_nonzero(~empty, axis=tuple(other for other in range(3) if other != axis))
@@ -346,20 +362,20 @@ def _beyond_cuts(empty: np.ndarray) -> np.ndarray:
         if not filled.size:
             return np.zeros_like(empty)
         slices = np.moveaxis(margin, axis, 0)
-        if area[filled[0]] >= ABRUPT * area.max():
+        if area[filled[0]] >= CUT_AREA * area.max():
             slices[: filled[0]] = True
-        if area[filled[-1]] >= ABRUPT * area.max():
+        if area[filled[-1]] >= CUT_AREA * area.max():
             slices[filled[-1] + 1 :] = True
     return margin
 
 
 def _deep_margin(empty: np.ndarray, zooms: np.ndarray) -> np.ndarray:
     """Keep the regions of empty voxels that are deep and reach the border of the grid."""
-    # What lies outside the grid is empty, so that a single slice at its border is deep enough if it is thick.
+    # Voxels outside the grid count as empty, so that a single thick slice at the border is deep enough.
     wide = np.pad(empty, 1, constant_values=True)
-    core = ndimage.distance_transform_edt(wide, sampling=zooms) > LEAST_MARGIN_MM
+    core = ndimage.distance_transform_edt(wide, sampling=zooms) > MIN_MARGIN_MM
     labels, _ = ndimage.label(core | np.pad(np.zeros_like(empty), 1, constant_values=True))
     core = labels == labels[0, 0, 0]
-    near = ndimage.distance_transform_edt(~core, sampling=zooms) <= LEAST_MARGIN_MM
+    near = ndimage.distance_transform_edt(~core, sampling=zooms) <= MIN_MARGIN_MM
     inner = (slice(1, -1),) * 3
     return (near & wide)[inner]

@@ -1,4 +1,4 @@
-"""The reference image of the SRI24 space: the atlas where there is one, its stand-in where there is none."""
+"""Reference image of the SRI24 space: the SRI24 atlas, or a stand-in made from the ICBM152 template."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ICBM_LICENCE = (
 
 @dataclass(frozen=True)
 class Reference:
-    """The images that define the space of every output, all on the SRI24 grid.
+    """Images that define the space of all outputs, on the SRI24 grid.
 
     Attributes
     ----------
@@ -39,17 +39,19 @@ class Reference:
     t2w : pathlib.Path or None
         Skull-stripped T2w image, if the atlas has one.
     brain_mask : pathlib.Path
+        Brain mask.
     name : str
-        For people.
+        Name in reports.
     source : str
-        Where it comes from: the atlas folder's name or the stand-in's origin; never a path of this machine.
+        Origin of the images, without paths: name of the atlas folder, or origin of the stand-in.
     licence : str
+        Licence of the images.
     sha256 : str
-        Of the bytes of the T1w image's voxels and affine, so that it does not depend on compression.
-    metadata : dict
-        What the sidecars and the run record repeat.
-    parcellations : dict of str to pathlib.Path
-        Label images of the atlas by name, each with a ``.tsv`` of `index` and `name` beside it.
+        :func:`voxel_sha256` of the T1w image, which does not depend on the compression of the file.
+    metadata : dict, default={}
+        Fields for sidecars and the run record.
+    parcellations : dict of str to pathlib.Path, default={}
+        Label images of the atlas by name, each with a ``.tsv`` with columns `index` and `name` beside it.
     """
 
     t1w: Path
@@ -66,44 +68,46 @@ class Reference:
 def resolve_reference(
     atlas_dir: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str]
 ) -> Reference:
-    """Find the reference images; nothing is ever downloaded.
+    """Find the reference images, without downloads.
 
-    First `atlas_dir`, then a ``tpl-SRI24`` with content under ``TEMPLATEFLOW_HOME``, then the built-in
-    stand-in: the ICBM152 template that nilearn carries, put on the SRI24 grid.
+    In this order: `atlas_dir`; ``tpl-SRI24`` under ``TEMPLATEFLOW_HOME`` if its files are not empty; the
+    stand-in, which is nilearn's ICBM152 template resampled to the SRI24 grid.
 
     Parameters
     ----------
     atlas_dir : path-like or None
-        TemplateFlow archive that holds ``tpl-SRI24`` (or that folder itself). May be read-only.
+        TemplateFlow archive with ``tpl-SRI24``, or that folder itself. May be read-only.
     cache_dir : path-like
-        Where the stand-in is written once.
+        Folder in which the stand-in is written once.
 
     Returns
     -------
     Reference
+        Paths, checksum and metadata.
 
     Raises
     ------
     bids_uad.errors.InputError
-        If `atlas_dir` holds no usable SRI24 atlas.
+        If `atlas_dir` has no usable SRI24 atlas.
     """
     if atlas_dir is not None:
         return _from_atlas(Path(atlas_dir))
     home = os.environ.get("TEMPLATEFLOW_HOME")
-    # TemplateFlow's own skeleton is made of empty files: they are no atlas.
+    # TemplateFlow creates empty placeholder files before any download.
     if home and _has_content(Path(home) / "tpl-SRI24"):
         return _from_atlas(Path(home))
     return _stand_in(Path(cache_dir))
 
 
 def write_template(reference: Reference, out_dir: str | os.PathLike[str]) -> Path:
-    """Write the reference into the outputs, so that their ``SpatialReference`` resolves.
+    """Write the reference images into the outputs, which makes their ``SpatialReference`` resolvable.
 
-    Several processes may do this at once: each file appears whole, with the same bytes from each.
+    Several processes may do this at once: files are written atomically, with identical bytes.
 
     Parameters
     ----------
     reference : Reference
+        Images to write.
     out_dir : path-like
         Root of the derivative dataset.
 
@@ -147,9 +151,9 @@ def write_template(reference: Reference, out_dir: str | os.PathLike[str]) -> Pat
 def _from_atlas(root: Path) -> Reference:
     root = root.parent if root.name == "tpl-SRI24" else root
     folder = root / "tpl-SRI24"
-    remedy = "point --atlas-dir at a TemplateFlow archive with tpl-SRI24, or leave it out for the stand-in"
+    remedy = "set --atlas-dir to a TemplateFlow archive with tpl-SRI24, or leave it out for the stand-in"
     if not folder.is_dir():
-        raise InputError(folder, "there is no SRI24 atlas", remedy)
+        raise InputError(folder, "no SRI24 atlas in this folder", remedy)
     found = {key: _find_image(folder, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
     for key in ("t1w", "brain_mask"):
         if found[key] is None:
@@ -159,7 +163,7 @@ def _from_atlas(root: Path) -> Reference:
     data = {key: _read_on_grid(path) for key, path in found.items() if path is not None}
     description = _description(folder)
     licence = str(description.get("License", "not stated"))
-    checksum = digest(data["t1w"])
+    checksum = voxel_sha256(data["t1w"])
     name = str(description.get("Name", "SRI24"))
     return Reference(
         t1w=found["t1w"],
@@ -175,7 +179,7 @@ def _from_atlas(root: Path) -> Reference:
 
 
 def _parcellations(folder: Path) -> dict[str, Path]:
-    """List the label images of an atlas whose labels have names."""
+    """List the label images of an atlas that have a lookup table of label names."""
     found = {}
     for table in sorted(folder.glob("tpl-SRI24_*atlas-*_dseg.tsv")):
         image = table.with_suffix(".nii.gz")
@@ -186,16 +190,15 @@ def _parcellations(folder: Path) -> dict[str, Path]:
 
 
 def _find_image(folder: Path, suffix: str, desc: str) -> Path | None:
-    """Find one image of a template, of 1 mm where there are several; None if there is none with content.
+    """Find one image of a template, preferably of 1 mm; return None if there is none that is not empty.
 
-    TemplateFlow's client would read entities from the whole path, also from folders above the archive.
+    TemplateFlow's client is not used: it also parses entities in the names of folders above the archive.
     """
     found = [
         path
         for path in sorted(folder.glob(f"tpl-SRI24_*_{suffix}.nii.gz"))
         if path.is_file()
         and path.stat().st_size > 0
-        # A stub that TemplateFlow has not downloaded yet is an empty file.
         and entities_of(path).get("desc") == desc
         and not {"atlas", "label", "seg"} & set(entities_of(path))
     ]
@@ -252,7 +255,7 @@ def _stand_in(cache_dir: Path) -> Reference:
         brain = resample(data > 0, affine, space.SHAPE, space.AFFINE, pull) > 0.5
         save_image(space.to_image(brain, np.uint8), mask)
         save_image(space.to_image(np.rint(head * brain * (1000.0 / head.max()))), t1w)
-    checksum = digest(_read_on_grid(t1w))
+    checksum = voxel_sha256(_read_on_grid(t1w))
     return Reference(
         t1w=t1w,
         t2w=None,
@@ -265,22 +268,24 @@ def _stand_in(cache_dir: Path) -> Reference:
     )
 
 
-def digest(data: np.ndarray) -> str:
-    """SHA-256 of the voxels of an image on the SRI24 grid, as float32 in C order.
+def voxel_sha256(data: np.ndarray) -> str:
+    """Compute the SHA-256 of the voxels of an image, as little-endian float32 in C order.
 
     Parameters
     ----------
     data : numpy.ndarray, shape (240, 240, 155)
+        Image on the SRI24 grid.
 
     Returns
     -------
     str
+        Hexadecimal digest.
     """
     return hashlib.sha256(np.ascontiguousarray(data, dtype="<f4").tobytes()).hexdigest()
 
 
 def _write(source: Path, target: Path, dtype: type, metadata: dict[str, Any]) -> None:
-    """Write a reference image and, last, its sidecar, unless both are there."""
+    """Write a reference image and then its sidecar, unless both exist."""
     sidecar = target.with_name(target.name.removesuffix(".nii.gz") + ".json")
     if target.is_file() and sidecar.is_file() and json.loads(sidecar.read_text(encoding="utf-8")) == metadata:
         return

@@ -1,4 +1,4 @@
-"""The workflow that takes one T1w or T2w scan from its native grid to SRI24."""
+"""Preprocessing workflow of one T1w or T2w scan, from its native grid to SRI24."""
 
 from __future__ import annotations
 
@@ -51,16 +51,18 @@ OUTPUTS = (
 
 @dataclass(frozen=True)
 class ExternalInputs:
-    """What another pipeline has already done for a scan.
+    """Inputs that another pipeline provides for a scan.
 
     Parameters
     ----------
-    image : bool
-        The scan comes from it, bias-corrected, and stands for a raw scan.
-    mask, xfm : bool
-        Its brain mask, its way to SRI24.
-    aligned : bool
-        The scan lies on its anchor already.
+    image : bool, default=False
+        Bias-corrected image, used instead of the raw scan.
+    mask : bool, default=False
+        Brain mask.
+    xfm : bool, default=False
+        Transform to SRI24.
+    aligned : bool, default=False
+        Whether the image is aligned with its anchor.
     """
 
     image: bool = False
@@ -86,9 +88,9 @@ def init_preproc_wf(
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
-    An *anchor* (the T1w, or the T2w of a session without one) finds its own way to the reference image. Any
-    other T2w is registered to its anchor, and the two transforms are composed, so that every scan
-    is interpolated once.
+    An *anchor* (the T1w, or the T2w of a session without one) is registered to the reference image. Any other
+    T2w is registered to its anchor, and the two transforms are composed, so that every scan is interpolated
+    once.
 
     Workflow Graph
         .. workflow::
@@ -117,37 +119,37 @@ def init_preproc_wf(
     is_anchor : bool
         Whether the scan is registered to the reference itself.
     skull_stripped : bool or None
-        Whether the scan is skull-stripped; detected when the workflow runs if None.
+        Whether the scan is skull-stripped; if None, it is detected when the workflow runs.
     omp_nthreads : int
-        Threads that a node may use. ANTs runs on one whatever is given here, which makes its results repeat
-        bit for bit; the number is what the scheduler reserves at most.
+        Maximum number of threads that the scheduler reserves for a node. ANTs always runs with one thread,
+        which makes its results reproducible to the bit.
     reference : bids_uad.preprocessing.reference.Reference
         Reference images on the SRI24 grid.
-    external : ExternalInputs
-        What another pipeline has done for the scan.
-    lesion_on_raw : bool
-        Whether the lesion mask lies on the raw scan and not on the image of another pipeline.
+    external : ExternalInputs, default=NO_EXTERNAL_INPUTS
+        Inputs that another pipeline provides.
+    lesion_on_raw : bool, default=True
+        Whether the lesion mask is on the grid of the raw scan instead of another pipeline's image.
     extraction : Extraction
-        What finds the brain in a whole head.
+        Brain-extraction method for whole heads.
 
     Inputs
     ------
     in_file
-        Scan: the raw one, or another pipeline's.
+        Raw scan, or image of another pipeline.
     anchor_file
         Bias-corrected brain of the anchor in its native space (output ``brain`` of the anchor's workflow).
-        Not used by an anchor, as the next two.
+        This and the next two inputs are not used by an anchor.
     anchor_mask
         Brain mask of the anchor on the same grid (its ``own_mask``).
     anchor_xfm
         ITK transform of the anchor to SRI24 (its ``xfm``).
     lesion_mask, lesion_xfm
-        Manual lesion mask, and the ITK transform that resamples its space to the scan's, if they differ.
+        Manual lesion mask, and the ITK transform from its space to that of the scan, if they differ.
         Optional.
     external_mask, external_xfm
-        Brain mask on the grid of the scan, and ITK transform of the scan to SRI24, where they are given.
+        Brain mask on the grid of the scan and ITK transform from the scan to SRI24, of another pipeline.
     raw_file, from_raw
-        Where an image is given: the raw scan, and the ITK transform between the two, if there is one.
+        With an image of another pipeline: the raw scan, and the ITK transform from it to that image.
 
     Outputs
     -------
@@ -173,6 +175,7 @@ def init_preproc_wf(
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
+        The workflow.
 
     Raises
     ------
@@ -240,9 +243,9 @@ def init_preproc_wf(
 
 
 def init_lesion_wf(*, name: str) -> LiterateWorkflow:
-    """Build the way of a lesion mask that was drawn on an image that is not looked at, such as a FLAIR.
+    """Build the workflow of a lesion mask drawn on an image that is not preprocessed, such as a FLAIR.
 
-    The image is registered to a scan that is, and the mask resampled once through both transforms.
+    The image is registered to a preprocessed scan, and the mask is resampled once through both transforms.
 
     Workflow Graph
         .. workflow::
@@ -260,11 +263,11 @@ def init_lesion_wf(*, name: str) -> LiterateWorkflow:
     Inputs
     ------
     in_file
-        The image.
+        Image on which the mask was drawn.
     lesion_mask
         Lesion mask on its grid.
     anchor_file, anchor_mask, anchor_xfm
-        As for :func:`init_preproc_wf`, of the scan.
+        As for :func:`init_preproc_wf`, of the preprocessed scan.
 
     Outputs
     -------
@@ -274,6 +277,7 @@ def init_lesion_wf(*, name: str) -> LiterateWorkflow:
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
+        The workflow.
     """
     workflow = LiterateWorkflow(name=name)
     fields = ["in_file", "lesion_mask", "anchor_file", "anchor_mask", "anchor_xfm"]
@@ -299,7 +303,7 @@ def _connect_anchor(
     modality: str,
     reference: Reference,
 ) -> tuple[pe.Node, pe.Node]:
-    target = _target(modality, reference)
+    target = _registration_target(modality, reference)
     mask = pe.Node(
         BrainMask(template=str(target), template_mask=str(reference.brain_mask)),
         name="brain_mask",
@@ -309,7 +313,7 @@ def _connect_anchor(
         RegisterToReference(
             reference=str(target),
             reference_mask=str(reference.brain_mask),
-            # The stand-in is the symmetric ICBM152: it cannot tell left from right.
+            # The stand-in is the symmetric ICBM152, which has no left-right asymmetry.
             asymmetric=not reference.metadata.get("StandIn", False),
         ),
         name="register",
@@ -347,5 +351,5 @@ def _connect_to_anchor(workflow: LiterateWorkflow, inputnode: pe.Node, *, aligne
     return register
 
 
-def _target(modality: str, reference: Reference) -> Path:
+def _registration_target(modality: str, reference: Reference) -> Path:
     return reference.t2w if modality == "T2w" and reference.t2w is not None else reference.t1w

@@ -441,7 +441,7 @@ REFUSED = {
     "two volumes": (stored(np.stack([cube(), cube()], -1)), "lesion mask of more than one volume (24 x"),
     "colours": (stored(COLOURS), "lesion mask of colours or complex numbers"),
     "complex": (stored(cube(1, np.complex64)), "lesion mask of colours or complex numbers"),
-    "no orientation": (stored(cube(), codes=0), "the header states no orientation"),
+    "no orientation": (stored(cube(), codes=0), "the header has no orientation"),
     "truncated": (spoiled(lambda content: content[: len(content) // 2]), "not a readable image"),
     "not gzip": (spoiled(lambda _: b"<html>404</html>"), "a web page, not an image"),
     "empty file": (spoiled(lambda _: b""), "the file is empty"),

@@ -213,7 +213,7 @@ def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_p
     [
         ({"4": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
         ({"6": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
-        ({"8": "patient"}, np.ones((4, 4, 4), np.uint8), "the image of shape (4, 4, 4) is no volume"),
+        ({"8": "patient"}, np.ones((4, 4, 4), np.uint8), "the image of shape (4, 4, 4) is not a volume"),
         ({"8": "patient"}, np.zeros((240, 240, 154), np.uint8), "lesion mask not on the SRI24 grid"),
         (
             {"8": "patient"},

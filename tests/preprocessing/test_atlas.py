@@ -14,7 +14,7 @@ import pytest
 from bids_uad import space
 from bids_uad.errors import InputError
 from bids_uad.preprocessing.atlas import KNOWN, install_atlas, main
-from bids_uad.preprocessing.reference import Reference, digest, resolve_reference
+from bids_uad.preprocessing.reference import Reference, resolve_reference, voxel_sha256
 from tests.header_contract import faults_below
 
 from .conftest import REAL_DATA
@@ -91,14 +91,14 @@ def test_what_is_no_atlas_is_refused_and_leaves_nothing(brain, tmp_path: Path, c
     with pytest.raises(InputError, match="240 x 240 x 150 voxels"):
         install_atlas(package, archive)
     as_packaged(np.roll(brain, 60, axis=0), package / "spgr.nii")
-    with pytest.raises(InputError, match="overlaps the brain"):
+    with pytest.raises(InputError, match="with the brain on the SRI24 grid"):
         install_atlas(package, archive)
     (tmp_path / "file.zip").write_text("no zip")
     assert main([str(tmp_path / "file.zip"), str(archive)]) == 66
     assert "neither a folder nor a zip file" in capsys.readouterr().err
     assert list(archive.iterdir()) == []
     (archive / "tpl-SRI24").mkdir()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         install_atlas(package, archive)
 
 
@@ -111,7 +111,7 @@ def test_the_real_atlas_is_known_and_its_left_is_left(tmp_path: Path) -> None:
         as_packaged(labels, tmp_path / "package" / f"{atlas.lower()}.nii")
     (tmp_path / "package" / "tzo116plus.txt").write_bytes((REAL / "SRI24-tzo116plus.txt").read_bytes())
     folder = install_atlas(tmp_path / "package", tmp_path)
-    assert digest(t1w) in KNOWN
+    assert voxel_sha256(t1w) in KNOWN
     for atlas, left, right in (("LPBA40", "left ", "right "), ("TZO116plus", "_L", "_R")):
         start = folder / f"tpl-SRI24_res-1_atlas-{atlas}_dseg"
         names = pd.read_csv(f"{start}.tsv", sep="\t").set_index("name")["index"]

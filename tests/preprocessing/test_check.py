@@ -131,7 +131,7 @@ DEFECTS = [
     (truncated_gzip, "cannot be read"),
     (truncated_plain, "cut short"),
     (corrupt_header, "not a readable image"),
-    (corrupt_dimensions, "no volume|not a readable image|cannot be read"),
+    (corrupt_dimensions, "not a volume|not a readable image|cannot be read"),
     (not_an_image, "not a readable image"),
     (empty, "empty"),
     (broken_link, "datalad get"),
@@ -141,15 +141,15 @@ DEFECTS = [
     (with_values(np.nan), "NaN"),
     (with_values(np.inf), "infinite"),
     (lambda folder: good(folder, np.stack([head()] * 2, axis=-1)), "4 dimensions"),
-    (lambda folder: good(folder, head()[:, :, 25]), "no volume"),
-    (lambda folder: good(folder, head()[:, :, 25:26]), "no volume"),
+    (lambda folder: good(folder, head()[:, :, 25]), "not a volume"),
+    (lambda folder: good(folder, head()[:, :, 25:26]), "not a volume"),
     (lambda folder: good(folder, affine=np.diag([4000.0, 4000.0, 4000.0, 1.0])), "voxel size"),
     (lambda folder: good(folder, affine=np.diag([0.3, 0.3, 0.3, 1.0])), "field of view"),
     (lambda folder: good(folder, (head() - 100) * (head() > 0)), "negative"),
     (almost_empty, "only 1.7 mL"),
     (no_orientation, "no orientation"),
     (zero_affine, "singular"),
-    (sheared, "sheared"),
+    (sheared, "shear"),
 ]
 """How a scan is spoilt, and what is said about it."""
 
@@ -175,8 +175,8 @@ def two_forms(folder: Path, sform: np.ndarray, qform: np.ndarray, codes: tuple[i
     ("qform", "codes", "sentence", "grave"),
     [
         (AFFINE, (1, 1), None, False),
-        (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 1), "disagree about what is left", True),
-        (AFFINE + np.array([[0, 0, 0, 7.0]] + [[0] * 4] * 3), (2, 1), "up to 7 mm apart", False),
+        (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 1), "disagree about left and right", True),
+        (AFFINE + np.array([[0, 0, 0, 7.0]] + [[0] * 4] * 3), (2, 1), "differ by up to 7 mm", False),
         (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 0), None, False),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_stripped_image_that_holds_more_than_a_brain_is_extracted_anew(
     assert dice(mask, brain > 0) > 0.93
     assert (outputs.origin, outputs.skull_stripped) == ("extracted", False)
     (text,) = outputs.warnings
-    assert "stated or appears to be skull-stripped, holds 2,7" in text
+    assert "marked or detected as skull-stripped, has 2,7" in text
     assert outputs.warnings[text] is False
 
 
@@ -89,7 +89,7 @@ def test_a_given_mask_that_is_none_is_replaced_by_the_background(
     np.testing.assert_array_equal(mask, brain > 0)
     assert (outputs.origin, outputs.skull_stripped) == ("background", True)
     (text,) = outputs.warnings
-    assert text.startswith("The brain mask sub-01_desc-brain_mask.nii.gz of another pipeline holds ")
+    assert text.startswith("The brain mask sub-01_desc-brain_mask.nii.gz of another pipeline has ")
 
 
 def test_a_given_mask_that_is_none_is_replaced_by_extraction(
@@ -123,7 +123,7 @@ def test_a_scan_in_which_no_brain_is_found_is_refused_by_name(
     mask = np.zeros(NATIVE_SHAPE, bool)
     mask.flat[: round(millilitres * 1000 / 27)] = True
     monkeypatch.setattr("bids_uad.preprocessing.interfaces.extract_brain", lambda *_: (mask, None))
-    said = rf"^/data/sub-01_T1w.nii.gz: no brain was found: .* {millilitres:,} mL, and .* 700 to 2,300 mL; "
+    said = rf"^/data/sub-01_T1w.nii.gz: brain extraction failed: .* {millilitres:,} mL .*700 to 2,300 mL\); "
     with pytest.raises(InputError, match=said):
         find_mask(head_around(brain), reference, tmp_path)
 
@@ -148,7 +148,7 @@ def test_a_t2w_image_falls_back_on_the_mask_of_its_t1w(wrong: str, brain: np.nda
     np.testing.assert_array_equal(np.asarray(nib.load(outputs.out_mask).dataobj) > 0, brain > 0)
     assert (outputs.origin, outputs.skull_stripped) == ("anchor", False)
     (text,) = outputs.warnings
-    assert "the brain mask of the T1w image was taken alone" in text
+    assert "only the T1w image's brain mask was used" in text
 
 
 SHAPE, AFFINE = (56, 60, 56), nib.affines.from_matvec(np.diag([3.5] * 3), [-96, -103, -96])

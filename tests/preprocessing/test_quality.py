@@ -71,7 +71,7 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"covered": seen_up_to(90)}, "38 % of the reference brain lie outside", True),  # 42 of 112
         ({"native_volume_mm3": 1.25 * REFERENCE.sum()}, "Only 80 %", False),
         ({"native_volume_mm3": 2.0 * REFERENCE.sum()}, "Only 50 %", True),
-        ({"rotation": 95.0}, "turned by 95 degrees", True),
+        ({"rotation": 95.0}, "rotated the head by 95 degrees", True),
         ({"registration": REGISTRATION | {"restarted": True}}, "restarted", False),
         ({"lesion": ~REFERENCE}, "of the lesion mask", False),
         (
@@ -100,4 +100,4 @@ def test_doubts_are_told_and_failures_ruled_out(changes, word: str, failed: bool
 def test_a_similarity_that_is_not_a_number_is_a_failed_registration() -> None:
     found = judged(registration=REGISTRATION | {"similarity": float("nan")})
     assert found["similarity"] is None
-    assert any("resembles what it was registered to" in text for text in found["failures"])
+    assert any("similarity of the scan and its registration target" in text for text in found["failures"])

@@ -30,7 +30,7 @@ from bids_uad.levels.participant.executors import START_METHOD, NodeFailure, rai
 from bids_uad.levels.participant.interfaces import sidecar_of
 from bids_uad.levels.participant.plan import Task
 from bids_uad.levels.participant.workflow import node_key, node_key_of
-from bids_uad.preprocessing.quality import SURELY_MIRRORED
+from bids_uad.preprocessing.quality import FAILED_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
 from bids_uad.reports.group_text import detector_name
@@ -449,7 +449,7 @@ def find_swapped(output_dir: Path, subject: str) -> dict[tuple[str, str], str]:
     swapped = {}
     for image in others:
         ratio = mirror_ratio(reference, _read(image))
-        if ratio > SURELY_MIRRORED:
+        if ratio > FAILED_MIRRORED:
             one, other = (f"{each.prefix}_{each.modality}" for each in (first, image))
             swapped[image.prefix, image.modality] = (
                 f"Left and right are swapped between {one} and {other}: the images agree {ratio:.1f} times "
