@@ -27,7 +27,7 @@ from bids_uad.methods.base import Batch, GradientStage
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.networks.synthetic_anomalies import cut_windows, uniform, vary_intensity
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 RESULTS = Path(__file__).parent / "results"
 CELL = 16  # pixels; side of the squares that masked modelling hides
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     healthy = find_preprocessed(args.train, args.modality)
-    subjects = [Subject(scan.image, scan.brain, scan.tissue, scan.subject) for scan in healthy]
+    subjects = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in healthy]
     store = SliceStore.open_or_build(subjects, args.work_dir, CORRECTED)
     fabric = start_fabric(torch.device("cpu"))
     rows = []

@@ -10,7 +10,7 @@ from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
 from bids_uad.engine.protocol import protocol_of
 from bids_uad.methods.registry import build_detector
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 STEPS = 30  # enough for a network that gives something else than zero
 
@@ -48,7 +48,7 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
 
 def store_slices(scans: list[tuple[Path, Path, Path]], scratch: Path, preset: str) -> None:
     """Store the slices that models are trained on for a moment."""
-    subjects = [Subject(image, brain, tissue) for image, brain, tissue in scans]
+    subjects = [TrainingScan(image, brain, tissue) for image, brain, tissue in scans]
     SliceStore.build(subjects, scratch / "slices", protocol_of(preset))
 
 

@@ -28,7 +28,7 @@ from bids_uad.files import write_json
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.methods.registry import build_detector
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 DETECTORS = ("disyre", "andi", "riad", "fae")
 STEPS = {"cpu": 20, "cuda": 200}
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        subjects = [Subject(*paths) for paths in simulate(scratch / "healthy", healthy=2)]
+        subjects = [TrainingScan(*paths) for paths in simulate(scratch / "healthy", healthy=2)]
         store = SliceStore.build(subjects, scratch / "slices", CORRECTED)
         rows = [compare(name, args.preset, store, scratch / name, device) for name in DETECTORS]
     told = {

@@ -1,1 +1,1 @@
-"""Training and calibration of models; nothing here is imported by a run on scans."""
+"""Training and calibration of models; the participant and group levels do not import this package."""

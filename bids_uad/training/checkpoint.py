@@ -1,4 +1,4 @@
-"""The state of a training on disk: tensors only, written atomically."""
+"""Checkpoints of a training (tensors only, written atomically), and averaged weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ DETECTOR, AVERAGE, OPTIMISER = "detector/", "average/", "optimiser/"
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
-    """Make an exponential moving average of a module's weights; its buffers are copied, not averaged.
+    """Create an exponential moving average of a module's weights; its buffers are copied, not averaged.
 
     Parameters
     ----------
     module : torch.nn.Module
+        Module whose weights are averaged.
     decay : float
         Final decay. After n updates it is ``min(decay, (1 + n) / (10 + n))``.
 
     Returns
     -------
     torch.optim.swa_utils.AveragedModel
-        Starts with the weights that the module has after the first update.
+        Average; the first update copies the weights of the module.
     """
 
     def average(mean: Tensor, value: Tensor, updates: Tensor | int) -> Tensor:
@@ -44,13 +45,14 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
 
 
 class Checkpoint:
-    """One checkpoint file, overwritten as the training goes on.
+    """State of a training in one file, which each save overwrites.
+
+    A file that cannot be read is ignored with a warning.
 
     Parameters
     ----------
     path : pathlib.Path
-        A ``.safetensors`` file. It belongs to one training: another hyper-parameter is another file. One that
-        cannot be read is left out of account, with a warning.
+        Safetensors file. Trainings with other settings need another file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,8 +64,9 @@ class Checkpoint:
             return
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata()
-                position, updates = (int(told["stage"]), int(told["step"])), int(told["updates"])
+                metadata = file.metadata()
+                position = int(metadata["stage"]), int(metadata["step"])
+                updates = int(metadata["updates"])
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             LOGGER.warning("%s is damaged (%s); the training starts again", path, error)
@@ -77,33 +80,37 @@ class Checkpoint:
         optimiser: torch.optim.Optimizer | None = None,
         average: AveragedModel | None = None,
     ) -> None:
-        """Write the state after `position`, stage and step; between stages there is no optimiser.
+        """Write the state after a step.
 
         Parameters
         ----------
         detector : Detector
+            Detector with its current weights.
         position : tuple of int
-        optimiser : torch.optim.Optimizer, optional
-        average : AveragedModel, optional
+            Index of the stage, and number of its completed steps.
+        optimiser : torch.optim.Optimizer, default=None
+            Optimiser of the stage; None between stages.
+        average : AveragedModel, default=None
+            Averaged weights of the stage; None between stages.
         """
         tensors = _prefixed(DETECTOR, detector.state_dict())
         if optimiser is not None and average is not None:
             tensors |= _prefixed(AVERAGE, average.module.state_dict())
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= _prefixed(f"{OPTIMISER}{index}/", state)
-        told = {"stage": str(position[0]), "step": str(position[1])}
-        told["updates"] = str(0 if average is None else int(average.n_averaged))
+        metadata = {"stage": str(position[0]), "step": str(position[1])}
+        metadata["updates"] = str(0 if average is None else int(average.n_averaged))
         with atomic_path(self.path) as temporary:
-            write_tensors(tensors, temporary, told)
+            write_tensors(tensors, temporary, metadata)
 
     def restore(self, detector: Detector) -> tuple[int, int]:
-        """Put the weights into a detector; gives the stage and the step that were reached, (0, 0) if none."""
+        """Load the weights into a detector, and return the stage and step; (0, 0) without a checkpoint."""
         if self.tensors:
             detector.load_state_dict(_unprefixed(DETECTOR, self.tensors))
         return self.position
 
     def restore_stage(self, stage: int, optimiser: torch.optim.Optimizer, average: AveragedModel) -> int:
-        """Put the state of a stage into optimiser and average; gives the step that was reached."""
+        """Load the state of a stage into optimiser and average, and return its number of completed steps."""
         if self.position[0] != stage or self.position[1] == 0:
             return 0
         average.module.load_state_dict(_unprefixed(AVERAGE, self.tensors))
@@ -117,7 +124,7 @@ class Checkpoint:
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Parameters that share memory would be refused, so each gets its own.
+    # Cloned, since safetensors refuses tensors that share memory.
     return {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 

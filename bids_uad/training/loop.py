@@ -1,4 +1,4 @@
-"""Run a detector's training stages over a slice store, in one process or several; killed, it goes on."""
+"""Training loop: runs the stages of a detector over a slice store, with checkpoints and several processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ from bids_uad.engine.execution import in_precision
 from bids_uad.engine.inference import default_field
 from bids_uad.errors import truncate_list
 from bids_uad.files import atomic_path
-from bids_uad.methods.base import (
-    Batch,
-    Detector,
-    FitStage,
-    GradientStage,
-)
+from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage
 from bids_uad.training.checkpoint import Checkpoint, moving_average
 from bids_uad.training.store import SliceStore
 
@@ -36,24 +31,30 @@ LOGGER = logging.getLogger(__name__)
 
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
-JITTER = 8  # pixels by which the field is moved about, since brains do not all lie in the same place
-CHECKPOINTS = 50  # in a stage, unless they would be too close
-STEPS_APART = 10
-HELD_OUT_CHECKS = 20  # in a stage
+JITTER_PIXELS = 8
+"""Maximum shift of the training window, since brains differ in position."""
+CHECKPOINTS_PER_STAGE = 50
+MIN_STEPS_BETWEEN_CHECKPOINTS = 10
+HELD_OUT_CHECKS = 20
+"""Evaluations of the held-out loss per stage."""
 HELD_OUT_SLICES = 64
+LOG_COLUMNS = ["stage_number", "stage", "step", "loss", "held_out_loss"]
 
 Report = Callable[[str, int, int, float], None]
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is learnt from.
+    """Slices for training and for the held-out loss.
 
     Parameters
     ----------
     store : SliceStore
-    training, held_out : numpy.ndarray of int
-        Its slices that are learnt from, and those that only tell how well. The latter may be none.
+        Slices of all scans.
+    training : numpy.ndarray of int
+        Indices of the slices for training.
+    held_out : numpy.ndarray of int
+        Indices of the slices for the held-out loss; may be empty.
     """
 
     store: SliceStore
@@ -62,22 +63,24 @@ class TrainingData:
 
     @classmethod
     def all_of(cls, store: SliceStore) -> TrainingData:
-        """Learn from every slice of a store."""
+        """Return all slices of a store as training data, without held-out slices."""
         return cls(store, np.arange(len(store)), np.arange(0))
 
 
 @dataclass(frozen=True)
 class TrainingSettings(Constrained):
-    """How it is learnt.
+    """Settings of a training run.
 
     Parameters
     ----------
     seed : int
-        Of the order of slices and of every random draw.
-    steps, batch_size : int, optional
-        Instead of the preset's, for all gradient stages. The batch is that of all processes together.
-    precision : {"fp32", "bf16"}
-        Of convolutions and matrix products in networks; weights and losses are in single precision.
+        Seed of the order of slices and of all random draws.
+    steps : int, default=None
+        Number of steps of each gradient stage; if None, that of the preset.
+    batch_size : int, default=None
+        Batch size of each gradient stage, summed over all processes; if None, that of the preset.
+    precision : {"fp32", "bf16"}, default="fp32"
+        Precision of convolutions and matrix products; weights and losses are float32.
     """
 
     seed: Seed
@@ -85,14 +88,22 @@ class TrainingSettings(Constrained):
     batch_size: Count | None = None
     precision: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
 
-    def stream(self, *place: int) -> np.random.Generator:
-        """Random numbers of one place in the training: stage, step and so on, and of nothing else."""
-        return np.random.default_rng([self.seed, *place])
+    def stream(self, *key: int) -> np.random.Generator:
+        """Return the random numbers of a stage, step and so on, which no other key shares."""
+        return np.random.default_rng([self.seed, *key])
 
 
 @dataclass
 class Losses:
-    """Mean loss over the last tenth of each gradient stage, and the last held-out loss, by stage name."""
+    """Losses at the end of each gradient stage, by name of the stage.
+
+    Attributes
+    ----------
+    training : dict of str to float, default={}
+        Mean loss of the last tenth of the steps.
+    held_out : dict of str to float, default={}
+        Last held-out loss.
+    """
 
     training: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
@@ -101,110 +112,99 @@ class Losses:
 def train_detector(
     detector: Detector,
     data: TrainingData,
-    schedule: TrainingSettings,
+    settings: TrainingSettings,
     folder: Path,
     *,
     fabric: Fabric,
     report: Report | None = None,
 ) -> Losses:
-    """Train every stage of a detector, in order.
+    """Train all stages of a detector in order.
 
-    Every random number is a function of seed, stage and step, and the checkpoint holds everything else, so
-    that a training that was killed and started again ends with the same weights to the bit. Several processes
-    share the slices of each step and agree on its gradient.
+    All random numbers are functions of seed, stage and step, and the checkpoint holds the rest of the state,
+    so that an interrupted training that is resumed ends with the same weights to the bit. Several processes
+    divide the slices of each step and average their gradients.
 
     Parameters
     ----------
     detector : Detector
-        Moved to the device of `fabric` and trained in place; the averaged weights are left in it.
+        Moved to the device of `fabric` and trained in place; it ends with the averaged weights.
     data : TrainingData
-    schedule : TrainingSettings
+        Slices.
+    settings : TrainingSettings
+        Seed, steps, batch size and precision.
     folder : pathlib.Path
-        Of checkpoint and log. What an earlier run of the same training left there is gone on from.
+        Folder of checkpoint and log. Training resumes from a checkpoint in it.
     fabric : lightning_fabric.Fabric
-        Launched, see :func:`~bids_uad.training.loop.start_fabric`. The first process alone writes.
+        Launched, see :func:`start_fabric`. Only the first process writes files.
     report : callable, optional
-        ``report(stage, step, steps, loss)`` after each step.
+        Called as ``report(stage, step, steps, loss)`` after each step.
 
     Returns
     -------
     Losses
+        Final losses by stage.
 
     Raises
     ------
     ValueError
-        If a stage needs tissue classes and the store has none, or a loss, a gradient or what a stage leaves
-        in the detector is NaN or infinite.
+        If a stage needs tissue classes and the store has none, or a loss, a gradient or the detector's state
+        after a stage is NaN or infinite.
     """
     device = fabric.device
-    # Only what a stage trains is in training mode, and all is laid out alike, so that features are the same
-    # to the bit whether they were learnt a moment ago or come from a checkpoint.
-    detector.to(device, memory_format=_layout(device, schedule.precision)).eval()
+    # Only the module of the current stage is in training mode, and the memory layout is the same for all, so
+    # that features are equal to the bit whether they were just trained or come from a checkpoint.
+    detector.to(device, memory_format=_layout(device, settings.precision)).eval()
     checkpoint = Checkpoint(folder / "checkpoint.safetensors")
     position = checkpoint.restore(detector)
     log = TrainingLog(folder / "training.csv", keep=position)
     if position != (0, 0):
-        LOGGER.info("Going on with stage %d after step %d", position[0] + 1, position[1])
+        LOGGER.info("Resuming stage %d after step %d", position[0] + 1, position[1])
     for number, stage in enumerate(detector.stages()):
         if number < position[0]:
             continue
         if isinstance(stage, FitStage):
-            rng = schedule.stream(number)
-            generator = _generator(rng, device)
+            rng = settings.stream(number)
+            generator = _torch_generator(rng, device)
             detector.eval()
             drawn = data.store.draw(data.training, stage.slices, stage.batch_size, rng, device)
             with torch.no_grad():
-                stage.fit((_in_field(batch, detector.field_of_view, rng) for batch in drawn), generator)
+                stage.fit((_in_window(batch, detector.field_of_view, rng) for batch in drawn), generator)
         else:
             if stage.needs_tissue and not data.store.has_tissue:
                 raise ValueError(
                     f"stage {stage.name!r} needs tissue classes (desc-tissue_dseg) for every training scan"
                 )
-            with in_precision(detector, schedule.precision):
-                _StageTrainer(detector, number, stage, data, schedule, fabric).run(checkpoint, log, report)
-        if wrong := not_finite(detector.state_dict()):
+            with in_precision(detector, settings.precision):
+                _StageTrainer(detector, number, stage, data, settings, fabric).run(checkpoint, log, report)
+        if invalid := not_finite(detector.state_dict()):
             raise ValueError(
-                f"NaN or infinite values in {truncate_list(wrong, 3)} after stage {stage.name!r}"
+                f"NaN or infinite values in {truncate_list(invalid, 3)} after stage {stage.name!r}"
             )
         if fabric.is_global_zero:
             checkpoint.save(detector, (number + 1, 0))
     detector.eval()
-    return _losses(log)
+    return log.losses()
 
 
 def _layout(device: torch.device, precision: str) -> torch.memory_format:
-    """Channels last, the fastest, but where group norm's gradient takes ten times as long in it."""
+    """Return channels last, except for bf16 on a CPU, where the gradient of group norm is slow in it."""
     slow = device.type == "cpu" and precision == "bf16"
     return torch.contiguous_format if slow else torch.channels_last
 
 
-def _losses(log: TrainingLog) -> Losses:
-    table = log.table()
-    losses = Losses()
-    for _, rows in table.groupby("stage_number"):
-        name = str(rows["stage"].iloc[0])
-        last = rows[rows["step"] > rows["step"].max() - max(1, len(rows) // 10)]
-        losses.training[name] = float(last["loss"].mean())
-        checked = rows["held_out_loss"].dropna()
-        if len(checked):
-            losses.held_out[name] = float(checked.iloc[-1])
-    return losses
+def _torch_generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
-class _Loss(nn.Module):
-    """A stage's loss as a forward pass, which is where processes learn whose gradients they share."""
-
-    def __init__(self, stage: GradientStage) -> None:
-        super().__init__()
-        self.module = stage.module
-        self.loss = stage.loss
-
-    def forward(self, slices: Tensor, brain: Tensor, tissue: Tensor | None, generator: Generator) -> Tensor:
-        return self.loss(Batch(slices, brain, tissue), generator)
+def _in_window(batch: Batch, size: tuple[int, int], rng: np.random.Generator) -> Batch:
+    """Crop a batch to the detector's field of view, shifted at random."""
+    row, column = rng.integers(-JITTER_PIXELS, JITTER_PIXELS + 1, 2).tolist()
+    window = default_field(size, (row, column))
+    return batch.cut(window.rows, window.columns)
 
 
 class _StageTrainer:
-    """One gradient stage."""
+    """Optimisation of one gradient stage."""
 
     def __init__(
         self,
@@ -212,30 +212,30 @@ class _StageTrainer:
         number: int,
         stage: GradientStage,
         data: TrainingData,
-        schedule: TrainingSettings,
+        settings: TrainingSettings,
         fabric: Fabric,
     ) -> None:
         self.detector, self.number, self.stage = detector, number, stage
-        self.data, self.schedule = data, schedule
+        self.data, self.settings = data, settings
         self.fabric, self.device = fabric, fabric.device
-        self.steps = schedule.steps or stage.steps
-        self.batch_size = schedule.batch_size or stage.batch_size
-        self.order: tuple[int, np.ndarray] | None = None  # a pass over the slices, and how it goes
+        self.steps = settings.steps or stage.steps
+        self.batch_size = settings.batch_size or stage.batch_size
+        self.epoch_order: tuple[int, np.ndarray] | None = None  # number of an epoch, and its order of slices
         self.module = stage.module.train()
         self.average = moving_average(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
         self.loss, self.stepper = fabric.setup(_Loss(stage), self.optimiser)
 
     def run(self, checkpoint: Checkpoint, log: TrainingLog, report: Report | None) -> None:
-        """Descend from where the checkpoint is, and leave the averaged weights in the module."""
+        """Optimise from the step of the checkpoint, and leave the averaged weights in the module."""
         done = checkpoint.restore_stage(self.number, self.optimiser, self.average)
-        checks = self.fabric.is_global_zero and len(self.data.held_out) > 0
+        has_checks = self.fabric.is_global_zero and len(self.data.held_out) > 0
         check_every = max(1, self.steps // HELD_OUT_CHECKS)
-        save_every = max(STEPS_APART, self.steps // CHECKPOINTS)
+        save_every = max(MIN_STEPS_BETWEEN_CHECKPOINTS, self.steps // CHECKPOINTS_PER_STAGE)
         for step in range(done + 1, self.steps + 1):
             loss = self._step(step)
             held_out = None
-            if checks and (step % check_every == 0 or step == self.steps):
+            if has_checks and (step % check_every == 0 or step == self.steps):
                 held_out = self._held_out_loss()
                 self._check_finite("held-out loss", held_out, step)
             log.add(self.number, self.stage.name, step, loss, held_out)
@@ -250,13 +250,13 @@ class _StageTrainer:
         self.module.eval()
 
     def _step(self, step: int) -> float:
-        rng, rank = self.schedule.stream(self.number, step), self.fabric.global_rank
-        # Processes look at the same place of their slices, and draw what they do to them each for itself.
-        own = rng if rank == 0 else self.schedule.stream(self.number, step, rank)
-        generator = _generator(own, self.device)
-        torch.manual_seed(int(own.integers(2**62)))  # dropout draws from there
+        rng, rank = self.settings.stream(self.number, step), self.fabric.global_rank
+        # All processes share the window of the step; each draws its own augmentation and dropout.
+        own = rng if rank == 0 else self.settings.stream(self.number, step, rank)
+        generator = _torch_generator(own, self.device)
+        torch.manual_seed(int(own.integers(2**62)))  # used by dropout
         batch = self.data.store.batch(self._slices(step), self.device)
-        batch = _in_field(batch, self.detector.field_of_view, rng)
+        batch = _in_window(batch, self.detector.field_of_view, rng)
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.learning_rate * learning_rate_factor(step - 1, self.steps)
         loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
@@ -264,37 +264,37 @@ class _StageTrainer:
         self.fabric.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
         value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
-        # Before the step, so that neither the weights nor the checkpoint take it in.
+        # Checked before the step, so that weights and checkpoint stay finite.
         self._check_finite("loss", value, step)
         self._check_finite("gradient", norm.item(), step)
         self.stepper.step()
         self.average.update_parameters(self.module)
         return value
 
-    def _check_finite(self, what: str, value: float, step: int) -> None:
+    def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise ValueError(f"the {what} of stage {self.stage.name!r} is {value} at step {step}")
+            raise ValueError(f"the {name} of stage {self.stage.name!r} is {value} at step {step}")
 
     def _slices(self, step: int) -> np.ndarray:
-        """Slices of a step that are this process's: each pass over the data has an order of its own."""
-        among = self.data.training
-        in_a_pass = max(1, len(among) // self.batch_size)
-        number, place = divmod(step - 1, in_a_pass)
-        if self.order is None or self.order[0] != number:
-            self.order = number, self.schedule.stream(self.number, 0, number).permutation(among)
-        taken = self.order[1][place * self.batch_size : (place + 1) * self.batch_size]
-        return taken[self.fabric.global_rank :: self.fabric.world_size]
+        """Return the slices of a step for this process; each epoch has its own random order."""
+        training = self.data.training
+        steps_per_epoch = max(1, len(training) // self.batch_size)
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        if self.epoch_order is None or self.epoch_order[0] != epoch:
+            self.epoch_order = epoch, self.settings.stream(self.number, 0, epoch).permutation(training)
+        batch = self.epoch_order[1][index * self.batch_size : (index + 1) * self.batch_size]
+        return batch[self.fabric.global_rank :: self.fabric.world_size]
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """Loss of the averaged weights on slices that are not learnt from; the same draws every time."""
-        rng = self.schedule.stream(self.number)
-        generator = _generator(rng, self.device)
+        """Compute the loss of the averaged weights on held-out slices, with the same draws every time."""
+        rng = self.settings.stream(self.number)
+        generator = _torch_generator(rng, self.device)
         own = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.module.eval().load_state_dict(self.average.module.state_dict())
         drawn = self.data.store.draw(self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.device)
         losses = [
-            self.stage.loss(_in_field(batch, self.detector.field_of_view, rng), generator).item()
+            self.stage.loss(_in_window(batch, self.detector.field_of_view, rng), generator).item()
             for batch in drawn
         ]
         self.module.load_state_dict(own)
@@ -302,34 +302,46 @@ class _StageTrainer:
         return float(np.mean(losses))
 
 
+class _Loss(nn.Module):
+    """Loss of a stage as the forward pass of a module, which Fabric needs to average gradients."""
+
+    def __init__(self, stage: GradientStage) -> None:
+        super().__init__()
+        self.module = stage.module
+        self.loss = stage.loss
+
+    def forward(self, slices: Tensor, brain: Tensor, tissue: Tensor | None, generator: Generator) -> Tensor:
+        return self.loss(Batch(slices, brain, tissue), generator)
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Share of the learning rate after `step` of `steps`: a short rise, then half a cosine down to zero."""
+    """Compute the factor of the learning rate: linear warm-up over 2 % of the steps, then half a cosine to 0.
+
+    Parameters
+    ----------
+    step : int
+        Number of completed steps.
+    steps : int
+        Number of all steps.
+
+    Returns
+    -------
+    float
+        From 0 to 1.
+    """
     warm_up = max(1, steps // 50)
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-
-
-def _in_field(batch: Batch, size: tuple[int, int], rng: np.random.Generator) -> Batch:
-    """Show of a batch what the detector sees of slices, not always in the same place."""
-    row, column = rng.integers(-JITTER, JITTER + 1, 2).tolist()
-    field_of_view = default_field(size, (row, column))
-    return batch.cut(field_of_view.rows, field_of_view.columns)
-
-
-COLUMNS = ["stage_number", "stage", "step", "loss", "held_out_loss"]
-
-
 class TrainingLog:
-    """A CSV file with a row for each step.
+    """CSV file with one row per step.
 
     Parameters
     ----------
     path : pathlib.Path
+        CSV file.
     keep : tuple of int
-        Stage and step up to which rows of an earlier run hold; later ones will be made again.
+        Stage and step up to which rows of an interrupted run are kept; later steps will be repeated.
     """
 
     def __init__(self, path: Path, keep: tuple[int, int]) -> None:
@@ -338,19 +350,31 @@ class TrainingLog:
         if path.is_file() and keep != (0, 0):
             earlier = pd.read_csv(path)
             number, step = earlier["stage_number"], earlier["step"]
-            held = earlier[(number < keep[0]) | ((number == keep[0]) & (step <= keep[1]))]
-            self.rows = list(held[COLUMNS].itertuples(index=False, name=None))
+            kept = earlier[(number < keep[0]) | ((number == keep[0]) & (step <= keep[1]))]
+            self.rows = list(kept[LOG_COLUMNS].itertuples(index=False, name=None))
 
     def add(self, number: int, stage: str, step: int, loss: float, held_out: float | None) -> None:
-        """Remember a step."""
+        """Append a step, with a held-out loss if there is one."""
         self.rows.append((number, stage, step, loss, np.nan if held_out is None else held_out))
 
     def table(self) -> pd.DataFrame:
-        """All steps so far."""
-        return pd.DataFrame(self.rows, columns=COLUMNS)
+        """Return all steps, with columns `LOG_COLUMNS`."""
+        return pd.DataFrame(self.rows, columns=LOG_COLUMNS)
+
+    def losses(self) -> Losses:
+        """Summarise the end of each stage."""
+        losses = Losses()
+        for _, rows in self.table().groupby("stage_number"):
+            name = str(rows["stage"].iloc[0])
+            last = rows[rows["step"] > rows["step"].max() - max(1, len(rows) // 10)]
+            losses.training[name] = float(last["loss"].mean())
+            checked = rows["held_out_loss"].dropna()
+            if len(checked):
+                losses.held_out[name] = float(checked.iloc[-1])
+        return losses
 
     def flush(self) -> None:
-        """Write the file."""
+        """Write the file atomically."""
         with atomic_path(self.path) as temporary:
             self.table().to_csv(temporary, index=False)
 
@@ -358,23 +382,24 @@ class TrainingLog:
 def start_fabric(device: torch.device, devices: int = 1, nodes: int = 1) -> Fabric:
     """Start the processes that share a training.
 
-    With several devices the command is run once more for each by Fabric, or by SLURM (``srun`` with a task
-    for each device); all of them come to this place.
+    With several devices, Fabric or SLURM (``srun`` with one task per device) runs the command once more for
+    each, and every process calls this function.
 
     Parameters
     ----------
     device : torch.device
-        Its type is that of all devices. An index picks the only one.
-    devices : int
-        Per node; processes on a CPU.
-    nodes : int
+        Device type; an index selects a single device.
+    devices : int, default=1
+        Devices per node; processes for a CPU.
+    nodes : int, default=1
+        Number of nodes.
 
     Returns
     -------
     Fabric
-        Launched. Arithmetic is left alone: detectors choose the precision of their networks.
+        Launched. Its precision is not set: detectors choose the precision of their networks.
     """
-    # A node of a cluster has srun, and a training that was not started by it means that.
+    # On a cluster, a training that was not started by srun is meant to be a single process.
     warnings.filterwarnings("ignore", "The `srun` command is available", category=UserWarning)
     if devices * nodes == 1:
         fabric = Fabric(

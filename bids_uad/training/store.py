@@ -1,4 +1,4 @@
-"""Healthy slices on disk, memory-mapped, ready to be drawn at random."""
+"""Memory-mapped slices of training scans."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from bids_uad.methods.base import Batch
 
 LOGGER = logging.getLogger(__name__)
 
-MINIMUM_BRAIN = 400  # pixels; slices with less hold little to learn from
+MIN_BRAIN_PIXELS = 400
+"""Slices with fewer brain pixels are not stored."""
 PIXELS = space.CROP**2
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One preprocessed scan to learn from.
+class TrainingScan:
+    """Preprocessed scan for training, on the SRI24 grid.
 
     Parameters
     ----------
-    image, brain : pathlib.Path
-        On the SRI24 grid.
-    tissue : pathlib.Path, optional
-        Tissue classes on the same grid.
-    name : str
-        Whose scan it is; scans of one person stay together when subjects are set aside.
+    image : pathlib.Path
+        Preprocessed image.
+    brain : pathlib.Path
+        Brain mask.
+    tissue : pathlib.Path, default=None
+        Tissue classes.
+    name : str, default=""
+        Name of the subject; all scans of a subject are either held out or not.
     """
 
     image: Path
@@ -44,15 +47,15 @@ class Subject:
 
 
 class SliceStore:
-    """Slices of many scans in memory-mapped files: of the brain its pixels, of the rest one bit.
+    """Slices of many scans in memory-mapped files: intensities of brain pixels, and a bit mask of the brain.
 
-    A scan takes about 4 MB (half floats, and a byte a pixel more where there are tissue classes), so that
-    three thousand take 12 GB.
+    A scan takes about 4 MB (float16, and one more byte per pixel with tissue classes), so that 3,000 scans
+    take 12 GB.
 
     Parameters
     ----------
     folder : pathlib.Path
-        As written by :meth:`build`.
+        Folder written by :meth:`build`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,48 +73,52 @@ class SliceStore:
 
     @property
     def has_tissue(self) -> bool:
-        """Whether there are tissue classes for every slice."""
+        """Whether all slices have tissue classes."""
         return self.tissue is not None
 
     @classmethod
-    def open_or_build(cls, subjects: Sequence[Subject], parent: Path, protocol: Protocol) -> SliceStore:
-        """Open the store of these scans, and build it if there is none yet.
+    def open_or_build(cls, scans: Sequence[TrainingScan], parent: Path, protocol: Protocol) -> SliceStore:
+        """Open the store of these scans, or build it if it does not exist.
 
         Parameters
         ----------
-        subjects : sequence of Subject
+        scans : sequence of TrainingScan
+            Scans to store.
         parent : pathlib.Path
-            Folder of stores; each is named after what it holds.
+            Folder of stores; each is named by a hash of its scans.
         protocol : Protocol
+            Intensity scaling of the scans.
 
         Returns
         -------
         SliceStore
+            Opened store.
         """
-        folder = parent / f"slices-{_contents(subjects, protocol)}"
+        folder = parent / f"slices-{_hash(scans, protocol)}"
         if not folder.is_dir():
-            LOGGER.info("Storing the slices of %d scans in %s", len(subjects), folder)
+            LOGGER.info("Storing the slices of %d scans in %s", len(scans), folder)
             remove_unfinished(parent)
             with temporary_folder(parent, folder.name) as unfinished:
-                cls.build(subjects, unfinished, protocol)
+                cls.build(scans, unfinished, protocol)
                 try:
                     unfinished.rename(folder)
                 except OSError:
-                    if not folder.is_dir():  # unless another training was quicker
+                    if not folder.is_dir():  # another process may have written it first
                         raise
         return cls(folder)
 
     @classmethod
-    def build(cls, subjects: Sequence[Subject], folder: Path, protocol: Protocol = CORRECTED) -> SliceStore:
-        """Write the slices of `subjects` to `folder`, one scan after the other.
+    def build(cls, scans: Sequence[TrainingScan], folder: Path, protocol: Protocol = CORRECTED) -> SliceStore:
+        """Write the slices of scans to a folder.
 
         Parameters
         ----------
-        subjects : sequence of Subject
+        scans : sequence of TrainingScan
+            Scans to store.
         folder : pathlib.Path
-            Made if missing, overwritten if there.
-        protocol : Protocol
-            Says how the scans are scaled.
+            Folder of the store; created if missing, overwritten otherwise.
+        protocol : Protocol, default=CORRECTED
+            Intensity scaling of the scans.
 
         Returns
         -------
@@ -119,25 +126,25 @@ class SliceStore:
             Slices with at least 400 brain pixels.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        has_tissue = all(subject.tissue for subject in subjects)
+        has_tissue = all(scan.tissue for scan in scans)
         (folder / "tissue.u8").unlink(missing_ok=True)
         masks, counts, owners = [], [], []
-        names = list(dict.fromkeys(subject.name for subject in subjects))
+        names = list(dict.fromkeys(scan.name for scan in scans))
         with (folder / "pixels.f16").open("wb") as pixels:
-            for subject in subjects:
-                volume, brain = protocol.prepare(_volume(subject.image), _volume(subject.brain) > 0)
+            for scan in scans:
+                volume, brain = protocol.prepare(_volume(scan.image), _volume(scan.brain) > 0)
                 inside = space.to_slices(brain)
-                kept = inside.sum((1, 2)) >= MINIMUM_BRAIN
+                kept = inside.sum((1, 2)) >= MIN_BRAIN_PIXELS
                 mask = inside[kept]
                 pixels.write(space.to_slices(volume)[kept][mask].astype(np.float16).tobytes())
                 if has_tissue:
-                    classes = space.to_slices(_volume(subject.tissue))[kept][mask].astype(np.uint8)
+                    classes = space.to_slices(_volume(scan.tissue))[kept][mask].astype(np.uint8)
                     with (folder / "tissue.u8").open("ab") as stream:
-                        # Brain without a class still has to be told from background.
+                        # Class 0 is background, so brain without a class becomes class 1.
                         stream.write(np.maximum(classes, 1).tobytes())
                 masks.append(np.packbits(mask.reshape(len(mask), -1), axis=1))
                 counts.append(mask.sum((1, 2)))
-                owners.append(np.full(len(mask), names.index(subject.name), dtype=np.int32))
+                owners.append(np.full(len(mask), names.index(scan.name), dtype=np.int32))
         np.save(folder / "masks.npy", np.concatenate(masks))
         np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(np.concatenate(counts))]))
         np.save(folder / "owners.npy", np.concatenate(owners))
@@ -145,8 +152,8 @@ class SliceStore:
         return cls(folder)
 
     def batch(self, index: np.ndarray, device: torch.device) -> Batch:
-        """Slices `index` as a batch on `device`."""
-        index = np.sort(index)  # the disk likes it, the loss does not mind
+        """Return the slices `index`, in ascending order, as a batch on `device`."""
+        index = np.sort(index)  # faster to read
         brain = np.unpackbits(self.masks[index], axis=1, count=PIXELS).astype(bool)
         spans = [slice(self.starts[k], self.starts[k + 1]) for k in index]
         shape = (len(index), 1, space.CROP, space.CROP)
@@ -164,47 +171,47 @@ class SliceStore:
         )
 
     def split(self, fraction: float, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-        """Choose subjects to learn from, and set others aside.
+        """Split the subjects into training and held-out subjects by hashes of their names.
 
-        Which ones follows from their names alone. Of two fractions the smaller is part of the larger, and
-        the same subjects are set aside for all.
+        The training subjects of a smaller fraction are a subset of those of a larger one, and the held-out
+        subjects are the same for all fractions.
 
         Parameters
         ----------
         fraction : float
-            Of the subjects that are not set aside, the share that is learnt from; at least one.
+            Fraction of the other subjects that is used for training; at least one subject.
         held_out : float
-            Share of all subjects that is set aside.
+            Fraction of all subjects that is held out.
 
         Returns
         -------
-        training, aside : numpy.ndarray of int64
+        training, held_out : numpy.ndarray of int64
             Indices of slices, ascending.
         """
         order = sorted(range(len(self.names)), key=lambda k: _digest(self.names[k]))
-        aside = order[: round(held_out * len(order))]
-        others = order[len(aside) :]
+        excluded = order[: round(held_out * len(order))]
+        others = order[len(excluded) :]
         chosen = others[: max(1, round(fraction * len(others)))]
-        return tuple(np.flatnonzero(np.isin(self.owners, part)) for part in (chosen, aside))
+        return tuple(np.flatnonzero(np.isin(self.owners, part)) for part in (chosen, excluded))
 
     def draw(
         self, among: np.ndarray, count: int, batch_size: int, rng: np.random.Generator, device: torch.device
     ) -> Iterator[Batch]:
-        """Batches of `count` of the slices `among`, without replacement (all if there are fewer)."""
+        """Yield batches of at most `count` slices drawn from `among` without replacement."""
         chosen = rng.choice(among, min(count, len(among)), replace=False)
         for start in range(0, len(chosen), batch_size):
             yield self.batch(chosen[start : start + batch_size], device)
 
 
-def _contents(subjects: Sequence[Subject], protocol: Protocol) -> str:
-    """Tell one store from another by the names, sizes and times of its scans."""
-    told = hashlib.sha256(protocol.name.encode())
-    for subject in subjects:
-        for path in (subject.image, subject.brain, subject.tissue):
+def _hash(scans: Sequence[TrainingScan], protocol: Protocol) -> str:
+    """Hash the protocol and the names, paths, sizes and modification times of scans."""
+    digest = hashlib.sha256(protocol.name.encode())
+    for scan in scans:
+        for path in (scan.image, scan.brain, scan.tissue):
             if path is not None:
                 status = path.stat()
-                told.update(f"{subject.name} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return told.hexdigest()[:12]
+                digest.update(f"{scan.name} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _digest(name: str) -> bytes:

@@ -38,7 +38,7 @@ from bids_uad.training.cohort import (
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.model_card import model_card
 from bids_uad.training.simulated_cohorts import contrast_transfer_cohort, synthetic_cohort
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _build(config: RunConfig) -> Detector:
 
 def _open_store(config: RunConfig, cohorts: Sequence[Cohort]) -> SliceStore:
     subjects = [
-        Subject(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
+        TrainingScan(scan.image, scan.brain, scan.tissue, cohort.full_name(scan))
         for cohort in cohorts
         for scan in cohort.scans
     ]

@@ -29,7 +29,7 @@ from bids_uad.training.loop import (
     start_fabric,
     train_detector,
 )
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(
@@ -71,7 +71,7 @@ def store(tmp_path_factory):
         nib.save(space.to_image(volume), paths[0])
         nib.save(space.to_image(tissue > 0, np.uint8), paths[1])
         nib.save(space.to_image(tissue, np.uint8), paths[2])
-        subjects.append(Subject(*paths, name=f"sub-{seed}"))
+        subjects.append(TrainingScan(*paths, name=f"sub-{seed}"))
     return SliceStore.build(subjects, folder / "store")
 
 
@@ -122,7 +122,7 @@ def test_subjects_set_aside_and_fractions_are_nested(tmp_path):
 
 def test_a_store_is_used_again_while_its_scans_are_the_same(store, tmp_path):
     folder = store.folder.parent
-    scans = [Subject(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz", name="sub-0")]
+    scans = [TrainingScan(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz", name="sub-0")]
     first = SliceStore.open_or_build(scans, tmp_path, CORRECTED)
     written = (first.folder / "pixels.f16").stat().st_mtime_ns
     again = SliceStore.open_or_build(scans, tmp_path, CORRECTED)
@@ -208,7 +208,7 @@ def test_trained_patchcore_marks_what_it_has_not_seen(store, tmp_path):
 
 def test_missing_tissue_is_said(tmp_path, store):
     folder = store.folder.parent
-    scans = [Subject(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz")]
+    scans = [TrainingScan(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz")]
     plain = SliceStore.build(scans, tmp_path / "plain")
     with pytest.raises(ValueError, match="tissue classes"):
         learn(PatchCore(PatchCore.presets["lite"]), plain, tmp_path)

@@ -13,7 +13,7 @@ from bids_uad.engine.inference import anomaly_map
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.simulation.__main__ import main as simulate
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
-from bids_uad.training.store import SliceStore, Subject
+from bids_uad.training.store import SliceStore, TrainingScan
 
 CPU = torch.device("cpu")
 TRAINING_SUBJECTS, TEST_SUBJECTS, VOLUMES = 4, 2, 10
@@ -34,7 +34,7 @@ def scans(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(scans, tmp_path_factory):
-    subjects = [Subject(scan.image, scan.brain, scan.tissue) for scan in scans[:TRAINING_SUBJECTS]]
+    subjects = [TrainingScan(scan.image, scan.brain, scan.tissue) for scan in scans[:TRAINING_SUBJECTS]]
     return SliceStore.build(subjects, tmp_path_factory.mktemp("slices"))
 
 
