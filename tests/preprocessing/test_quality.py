@@ -76,12 +76,12 @@ def test_a_good_scan_has_neither_doubts_nor_failures() -> None:
         ({"lesion": ~REFERENCE}, "of the lesion mask", False),
         (
             {"registration": REGISTRATION | {"similarity": 0.02, "mirrored_similarity": None}},
-            "by only 0.020",
+            "is only 0.020",
             False,
         ),
         (
             {"registration": REGISTRATION | {"similarity": 0.01, "mirrored_similarity": None}},
-            "by only 0.010",
+            "is only 0.010",
             True,
         ),
         ({"registration": REGISTRATION | {"mirrored_similarity": 0.33}}, "left and right swapped", False),
