@@ -12,6 +12,7 @@ import pandas as pd
 
 from bids_uad.dataset.lesion_masks import written_mask
 from bids_uad.dataset.naming import PREFIX_ENTITIES
+from bids_uad.reports.group_text import detector_name
 from bids_uad.space import NAME
 
 _PREPROC = re.compile(
@@ -51,6 +52,11 @@ class Detection:
     histogram: Path | None
     metrics: dict[str, Any]
     sidecar: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Name of the detector, printed in the report."""
+        return detector_name(self.detector.lower())
 
     @property
     def threshold(self) -> float | None:

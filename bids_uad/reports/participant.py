@@ -33,7 +33,6 @@ from bids_uad.reports.figures.display import Volume, load_ras
 from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
-from bids_uad.reports.group_text import detector_name
 from bids_uad.reports.participant_findings import (
     PARCELLATIONS,
     QUALITY_COLUMNS,
@@ -234,7 +233,7 @@ def _write_detection(
             scan,
             brain,
             scores,
-            title=f"{detector_name(detection.detector.lower())} on {image.name}",
+            title=f"{detection.title} on {image.name}",
             threshold=finding.threshold,
             threshold_name=finding.threshold_source,
             components=labels,
@@ -265,8 +264,7 @@ def _write_detection(
 def _leakage_warnings(found: Sequence[tuple[Detection, Finding]]) -> list[str]:
     """Return a warning for each model in whose data the participant was."""
     cohorts = {
-        detector_name(detection.detector.lower()): str(detection.metrics.get("seen_in_training", "no"))
-        for detection, _ in found
+        detection.title: str(detection.metrics.get("seen_in_training", "no")) for detection, _ in found
     }
     return [
         f"This participant was in the {cohort} data of {name}: the scores are not an independent test."
@@ -284,45 +282,27 @@ def _summary(
     controls: Collection[str],
     remarks: Mapping[tuple[str, str], str],
 ) -> str:
+    """Write the summary: status of the images, image quality, findings, and reference image."""
     rows, qualities = [], []
     for image, found in findings:
-        excluded = exclusions.get((image.prefix, image.modality))
-        sources = {
-            str(detection.metrics["source_image"])
-            for detection, _ in found
-            if "source_image" in detection.metrics
-        }
+        key = (image.prefix, image.modality)
         sidecar = {} if image.preproc is None else read_sidecar(image.preproc)
-        sources = sources or set(sidecar.get("Sources", [])[:1])
-        quality = sidecar.get("PreprocessingQuality", {})
-        warnings = [*quality.get("warnings", []), *_leakage_warnings(found)]
-        if (image.prefix, image.modality) in remarks:
-            warnings.append(remarks[image.prefix, image.modality])
-        if excluded is not None and excluded != " ".join(quality.get("failures", [])):
-            warnings.append(f"Excluded from the group level: {excluded}")
-        status = "processed" if excluded is None else "excluded"
-        qualities.append({"name": image.name, "values": quality_row(quality)})
         rows.append(
             {
-                "name": image.name,
-                "status": status if image.preproc is not None else "incomplete",
-                "good": image.preproc is not None and excluded is None,
-                "source": ", ".join(sorted(sources)),
-                "detectors": [detector_name(detection.detector.lower()) for detection, _ in found],
                 "truth": _describe_truth(image, image.prefix in controls),
-                "remark": "the preprocessed image is missing"
-                if image.preproc is None
-                else " ".join(warnings),
+                **_image_row(image, found, sidecar, exclusions.get(key), remarks.get(key)),
             }
         )
+        quality = quality_row(sidecar.get("PreprocessingQuality", {}))
+        qualities.append({"name": image.name, "values": quality})
     for entry in run_info.get("images", ()):
         if entry["status"] not in _GOOD_STATES:
             row = {"name": entry["image"], "status": entry["status"], "remark": entry["message"]}
             rows.append({"good": False, "source": "", "detectors": [], "truth": "", **row})
     found_rows = [
         {
-            "anchor": f"{anchor(image, detection)}",
-            "detector": detector_name(detection.detector.lower()),
+            "anchor": anchor(image, detection),
+            "detector": detection.title,
             "preset": detection.metrics.get("preset", ""),
             "scan": image.name,
             **summary_row(finding),
@@ -351,6 +331,35 @@ def _summary(
         n_errors=len(errors),
         facts=[(name, value) for name, value in facts if value],
     )
+
+
+def _image_row(
+    image: Image,
+    found: Sequence[tuple[Detection, Finding]],
+    sidecar: Mapping[str, Any],
+    excluded: str | None,
+    remark: str | None,
+) -> dict[str, Any]:
+    """Return the row of an image in the table of images; `excluded` is the reason of its exclusion."""
+    sources = {
+        str(detection.metrics["source_image"])
+        for detection, _ in found
+        if "source_image" in detection.metrics
+    }
+    quality = sidecar.get("PreprocessingQuality", {})
+    warnings = [*quality.get("warnings", []), *_leakage_warnings(found), *([remark] if remark else [])]
+    if excluded is not None and excluded != " ".join(quality.get("failures", [])):
+        warnings.append(f"Excluded from the group level: {excluded}")
+    row = {"status": "processed" if excluded is None else "excluded", "remark": " ".join(warnings)}
+    if image.preproc is None:
+        row = {"status": "incomplete", "remark": "the preprocessed image is missing"}
+    return {
+        "name": image.name,
+        "good": image.preproc is not None and excluded is None,
+        "source": ", ".join(sorted(sources or sidecar.get("Sources", [])[:1])),
+        "detectors": [detection.title for detection, _ in found],
+        **row,
+    }
 
 
 def _describe_truth(image: Image, is_control: bool) -> str:
@@ -402,7 +411,7 @@ def _about(images: Sequence[Image], reference: Reference, run_info: Mapping[str,
         for detection in image.detections:
             digest = detection.metrics.get("model_sha256")
             if digest:
-                name = f"Model, {detector_name(detection.detector.lower())} on {image.modality}"
+                name = f"Model, {detection.title} on {image.modality}"
                 rows.append((name, f"{detection.metrics.get('preset', '')}, sha256 {digest}"))
     for key, name in (("License", "Reference licence"), ("ReferenceSHA256", "Reference sha256")):
         if key in reference.sidecar:

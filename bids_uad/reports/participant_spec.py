@@ -10,7 +10,6 @@ import yaml
 
 from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.reports.derivatives import Detection, Image
-from bids_uad.reports.group_text import detector_name
 from bids_uad.space import NAME
 
 _PREFIX_ENTITIES = [name for name, _ in PREFIX_ENTITIES if name != "subject"]
@@ -78,6 +77,6 @@ def _detector_group(
         query = {**entities, "desc": detection.desc, **reportlet["bids"]}
         own = {**reportlet, "bids": query, "name": f"{anchor(image, detection)}_{query['suffix']}"}
         if position == 0:
-            own |= {"name": anchor(image, detection), "title": detector_name(detection.detector.lower())}
+            own |= {"name": anchor(image, detection), "title": detection.title}
         group.append(own)
     return group
