@@ -93,14 +93,14 @@ def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
         return squares.clamp_min(1e-12).sqrt()
 
     total = torch.zeros_like(x)
-    for side in hyper.cells:
+    for side in hyper.cell_sizes:
         rows, columns = -(-height // side), -(-width // side)
         order = drawn.uniform(side, rows, columns).flatten().argsort().tolist()
         filled = torch.zeros_like(x)
-        for part in range(hyper.parts):
+        for part in range(hyper.n_sets):
             hidden = torch.zeros_like(x, dtype=torch.bool)
             for rank, cell in enumerate(order):
-                if rank * hyper.parts // len(order) == part:
+                if rank * hyper.n_sets // len(order) == part:
                     row, column = side * (cell // columns), side * (cell % columns)
                     hidden[..., row : row + side, column : column + side] = True
             filled[hidden] = detector.network(torch.where(hidden, 0.0, x))[hidden]
@@ -112,7 +112,7 @@ def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
             a, b = gradient(first), gradient(second)
             similar = (2 * a * b + 0.0026) / (a * a + b * b + 0.0026)
             likeness += F.interpolate(similar, size=(height, width), mode="bilinear")
-        weight = 1 / (rows * columns) if hyper.weigh_by_cells else 1 / len(hyper.cells)
+        weight = 1 / (rows * columns) if hyper.weight_by_cells else 1 / len(hyper.cell_sizes)
         total += weight * (1 - likeness / 4)
     return total
 
@@ -128,7 +128,7 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
     condition = torch.fft.ifft2(torch.where(low, torch.exp(1j * spectrum.angle()), spectrum)).real
     first = (image - detector.first(condition)) ** 2
     falling = first[brain].sort(descending=True).values
-    count = int(hyper.first_share * len(falling))
+    count = int(hyper.initial_mask_fraction * len(falling))
     limit = falling[min(count, len(falling) - 1)] if len(falling) else 0.0
     mask = (first > limit) & brain
     frozen, scores = torch.zeros_like(image), torch.minimum(first, detector.threshold)
@@ -141,7 +141,7 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
         mask = (error > detector.threshold) & brain & mask
         if number:
             frozen = filled
-        if before == 0 or before - int(mask.sum()) < hyper.least_shrinkage * before:
+        if before == 0 or before - int(mask.sum()) < hyper.min_shrinkage * before:
             break
     return (image - frozen) ** 2 if hyper.whole_brain else scores
 
@@ -157,7 +157,7 @@ def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
             changes = []
             for label in hyper.labels:
                 output = detector.network(patch, _label(label, x))
-                restored = patch + output if hyper.predict_change else output
+                restored = patch + output if hyper.predict_residual else output
                 changes.append((patch - restored).abs())
             offsets = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in hyper.window]
             profiles = [torch.exp(-0.5 * (offset / (len(offset) / 8)) ** 2) for offset in offsets]

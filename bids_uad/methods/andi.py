@@ -2,8 +2,8 @@
 
 Frotscher et al. 2023 ("Unsupervised anomaly detection using aggregated normative diffusion",
 arXiv 2312.01904). A diffusion model of healthy slices, trained on pyramid noise, denoises a slice from many
-noise levels in one step each. Where it would move the slice elsewhere than the slice itself would, tissue is
-not as it should be. The squared differences of the posterior means are aggregated by their geometric mean.
+noise levels in one step each. At each level, the posterior mean given the denoised slice is compared with the
+posterior mean given the slice itself; the score is the geometric mean of the squared differences over levels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from bids_uad.networks.ddpmpp import (
 )
 
 STEPS = 1000
-FIRST, LAST = 125, 26  # thousandths, where the aggregation begins and ends
+"""Time steps of the diffusion."""
+FIRST, LAST = 125, 26
+"""First and last time step of the aggregation, which runs backwards in time."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,27 @@ class ANDiHyper(Constrained):
     Parameters
     ----------
     network : DDPMppConfig
-    time_scale : float
-        Factor from time in [0, 1] to the network's time label.
-    discount : float
-        Weight of each coarser layer of the training noise.
-    published_noise : bool
-        The pyramid noise of the published code.
-    stride : int
-        Use every stride-th of the 100 noise levels. The geometric mean bears well with fewer.
-    field_of_view : tuple of int
-        Height and width of the part of a slice that is seen.
-    residual_floor : float
-        Least squared residual that enters the geometric mean, in [-1, 1] units. Without it, one level that
-        restores a pixel exactly makes the pixel's score zero, whatever the others say.
-    steps, batch_size, learning_rate
-        Training schedule.
+        Network that predicts the velocity.
+    time_scale : float, default=1000.0
+        Factor from the diffusion time in [0, 1] to the time label of the network.
+    discount : float, default=0.9
+        Weight of each coarser layer of the pyramid noise in training.
+    published_noise : bool, default=False
+        Whether to draw pyramid noise as in the published code, see
+        :func:`bids_uad.networks.ddpmpp.layered_noise`.
+    stride : int, default=1
+        Only every stride-th of the 100 noise levels is used.
+    field_of_view : tuple of int, default=(160, 192)
+        Height and width in pixels of the part of a slice that is processed.
+    residual_floor : float, default=1e-8
+        Smallest squared residual in the geometric mean (image range -1 to 1). Without it, the score of a
+        pixel is 0 if one level restores it exactly.
+    steps : int, default=50000
+        Optimiser steps.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     network: DDPMppConfig = NETWORK
@@ -88,15 +96,25 @@ class ANDiHyper(Constrained):
 
 
 def noise_levels(stride: int) -> Tensor:
-    """Times at which a slice is denoised, descending; shape (ceil(100 / stride),), float64."""
+    """Return the times at which a slice is denoised, descending, shape (ceil(100 / stride),), float64."""
     return torch.arange(FIRST, LAST - 1, -stride, dtype=torch.float64) / STEPS
 
 
 def aggregation_constant(times: Tensor) -> float:
-    """Geometric mean of the squared transition weights, 6.644e-4 over the published levels.
+    """Compute the geometric mean of the squared transition weights, 6.644e-4 for the published levels.
 
-    It is all that the posterior means add to the residuals: the difference of the means is the residual times
-    a number that depends on the time alone, and the geometric mean takes such numbers out.
+    The difference of two posterior means is the residual times a weight that depends on time only, so the
+    weights can be taken out of the geometric mean of the squared differences.
+
+    Parameters
+    ----------
+    times : Tensor, shape (T,)
+        Times from :func:`noise_levels`.
+
+    Returns
+    -------
+    float
+        Factor of the score.
     """
     return float((2 * transition_weight(times, times - 1 / STEPS).log()).mean().exp())
 
@@ -107,6 +125,7 @@ class ANDi(Detector):
     Parameters
     ----------
     hyper : ANDiHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "andi"
@@ -129,21 +148,20 @@ class ANDi(Detector):
         self.predictor = NoisePredictor(self.network, hyper.time_scale)
 
     def stages(self) -> list[Stage]:
-        """One network."""
+        """Return one stage, which trains the network."""
         return [GradientStage.scheduled("denoising", self.network, self.loss, self.hyper)]
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Error of the predicted noise, at a time of each slice's own."""
+        """Compute the mean squared error of the predicted noise, at a random time for each slice."""
         images = 2 * batch.slices - 1
         noise = pyramid_noise(images, self.hyper.discount, generator, published=self.hyper.published_noise)
         time = torch.rand(len(images), generator=generator, device=images.device)
         return self.predictor.loss(images, noise, time)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Geometric mean over noise levels of the squared difference of the posterior means.
+        """Compute the geometric mean over noise levels of the squared difference of the posterior means.
 
-        Each level draws white noise of its own. The sum of logarithms runs along, so that memory does not
-        grow with the number of levels.
+        Each level has its own white noise. Logarithms are summed level by level, in constant memory.
         """
         x = 2 * slices - 1
         times = noise_levels(self.hyper.stride)

@@ -1,9 +1,9 @@
-"""DDPM++: partial diffusion, the plain baseline of the diffusion detectors.
+"""DDPM++ (partial): partial diffusion with the DDPM++ network, a baseline of the diffusion detectors.
 
-A slice is noised part of the way and denoised again by a diffusion model of healthy slices; what does not
-come back is anomalous (Wyatt et al. 2022, "AnoDDPM: anomaly detection with denoising diffusion probabilistic
-models using simplex noise"). Network, loss and schedule are ANDi's, so that the two differ in their score
-alone.
+A slice is noised up to an intermediate time and denoised by a diffusion model of healthy slices; the score
+is the reconstruction error (Wyatt et al. 2022, "AnoDDPM: anomaly detection with denoising diffusion
+probabilistic models using simplex noise"). Network, loss and noise schedule are those of ANDi, so that the
+two detectors differ only in their score. The published benchmark uses DDPM++ as a network only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from bids_uad.networks.ddpmpp import (
     signal_and_noise,
 )
 
-TYPICAL_RATIO = 3.0  # of the sizes of the layers of pyramid noise; in training it is drawn from 2 to 4
+SCORING_RATIO = 3.0
+"""Ratio of the sizes of successive layers of pyramid noise in scoring; drawn from 2 to 4 in training."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,23 @@ class PartialDiffusionHyper(Constrained):
     Parameters
     ----------
     network : DDPMppConfig
-    time_scale : float
-        Factor from time in [0, 1] to the network's time label.
-    discount : float
+        Network that predicts the velocity.
+    time_scale : float, default=1000.0
+        Factor from the diffusion time in [0, 1] to the time label of the network.
+    discount : float, default=0.0
         Weight of each coarser layer of pyramid noise, in training and scoring; 0 is white noise.
-    start : float
-        Time to which a slice is noised.
-    denoising_steps : int
-        Steps back to the image; 1 reads it off at once.
-    field_of_view : tuple of int
-        Height and width of the part of a slice that is seen.
-    steps, batch_size, learning_rate
-        Training schedule.
+    start : float, default=0.25
+        Diffusion time up to which a slice is noised, in (0, 1].
+    denoising_steps : int, default=10
+        Deterministic steps from `start` back to the image.
+    field_of_view : tuple of int, default=(160, 192)
+        Height and width in pixels of the part of a slice that is processed.
+    steps : int, default=50000
+        Optimiser steps.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     network: DDPMppConfig = NETWORK
@@ -88,6 +94,7 @@ class PartialDiffusion(Detector):
     Parameters
     ----------
     hyper : PartialDiffusionHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "ddpmpp"
@@ -101,7 +108,7 @@ class PartialDiffusion(Detector):
         "default": PartialDiffusionHyper(),
         "lite": PartialDiffusionHyper(
             network=LITE_NETWORK,
-            # A network that has learnt for minutes restores best in one long step.
+            # After a short training, one long step restores better than several short ones.
             start=0.4,
             denoising_steps=1,
             steps=1_500,
@@ -116,11 +123,11 @@ class PartialDiffusion(Detector):
         self.predictor = NoisePredictor(self.network, hyper.time_scale)
 
     def stages(self) -> list[Stage]:
-        """One network."""
+        """Return one stage, which trains the network."""
         return [GradientStage.scheduled("denoising", self.network, self.loss, self.hyper)]
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Error of the predicted noise, at a time of each slice's own."""
+        """Compute the mean squared error of the predicted noise, at a random time for each slice."""
         images = 2 * batch.slices - 1
         if self.hyper.discount:
             noise = pyramid_noise(images, self.hyper.discount, generator, published=False)
@@ -130,14 +137,14 @@ class PartialDiffusion(Detector):
         return self.predictor.loss(images, noise, time)
 
     def _slice_noise(self, size: tuple[int, int], generator: SliceGenerator) -> Tensor:
-        """Noise of the kind the network knows, its layers of middling sizes; shape (B, 1, *size)."""
+        """Draw noise of the kind used in training, shape (B, 1, *size)."""
 
         def white(number: int, size: tuple[int, int]) -> Tensor:
             return generator.normal(number, 1, *size)
 
         if not self.hyper.discount:
             return white(0, size)
-        return layered_noise(white, size, self.hyper.discount, lambda: TYPICAL_RATIO)
+        return layered_noise(white, size, self.hyper.discount, lambda: SCORING_RATIO)
 
     def restore(self, slices: Tensor, generator: SliceGenerator) -> Tensor:
         """Noise slices and denoise them by deterministic steps (DDIM, Song et al. 2020, arXiv 2010.02502).
@@ -145,11 +152,14 @@ class PartialDiffusion(Detector):
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
-            In [-1, 1].
+            Slices, intensities in [-1, 1].
+        generator : SliceGenerator
+            Random numbers of the noise.
 
         Returns
         -------
         Tensor, shape (B, 1, H, W)
+            Restored slices, intensities in [-1, 1].
         """
         times = torch.linspace(self.hyper.start, 0, self.hyper.denoising_steps + 1, dtype=torch.float64)[:-1]
         alphas, sigmas = (scale.tolist() for scale in signal_and_noise(times))
@@ -162,6 +172,6 @@ class PartialDiffusion(Detector):
         return restored
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Absolute difference between a slice and its restoration, in [0, 1] intensities."""
+        """Compute the absolute reconstruction error, intensities in [0, 1]."""
         restored = self.restore(2 * slices - 1, generator)
         return torch.where(brain, (slices - (restored + 1) / 2).abs(), 0.0)

@@ -1,8 +1,9 @@
 """Disyre: restoring synthetic anomalies by cold diffusion.
 
 Naval Marimont et al. 2023 ("DISYRE: diffusion-inspired synthetic restoration for unsupervised anomaly
-detection") and 2024 (v2, with disentangled anomaly generation). A U-Net learns to undo synthetic anomalies of
-known severity; at test time it is told several severities, and what it would change is the anomaly.
+detection") and 2024 (v2, with disentangled anomaly generation). A U-Net is trained to remove synthetic
+anomalies, conditioned on their severity. In scoring it is conditioned on several severities in turn; the
+score is the mean absolute change of the slice.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ from bids_uad.networks.synthetic_anomalies import (
 )
 
 LABELS = 100
+"""Number of severity labels."""
 CODEBOOK_SAMPLES = 100_000
-PATCHES = 64  # windows times labels that go through the network at once
+"""Largest number of intensities for k-means."""
+PATCHES = 64
+"""Windows times labels that are processed at once."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,36 @@ class DisyreHyper(Constrained):
     Parameters
     ----------
     network : DDPMppConfig
-    window : tuple of int
-        Height and width in pixels of what the network sees at once.
-    stride : int
-        Step of the sliding window at test time, in pixels.
-    field_of_view : tuple of int
-        Height and width of the part of a slice that the windows are laid over.
-    labels : tuple of int
-        Severity labels told to the network at test time, 0 strongest, 99 almost none.
-    foreground_weighting : bool
-        Multiply a slice's map by its share of brain pixels, as published. It ties the threshold to head
-        size and hides the vertex, so only ``paper`` does it.
-    predict_change : bool
-        Let the network give what to add to a slice instead of the restored slice. It then starts from the
-        identity and need not learn to copy, which a small network and a short training are spared.
-    codebook_size : int
-        Tissue intensities of the anomaly generator.
+        Restoration network.
+    window : tuple of int, default=(128, 128)
+        Height and width in pixels of the input of the network.
+    stride : int, default=64
+        Step of the sliding window in scoring, in pixels.
+    field_of_view : tuple of int, default=(160, 192)
+        Height and width in pixels of the part of a slice that the windows cover.
+    labels : tuple of int, default=(99, 74, 49, 24)
+        Severity labels in scoring, from 0 (strongest) to 99 (weakest).
+    foreground_weighting : bool, default=False
+        Whether to multiply the map of a slice by its fraction of brain pixels, as published. The threshold
+        then depends on head size, and scores near the vertex are reduced.
+    predict_residual : bool, default=False
+        Whether the network predicts the change of a slice instead of the restored slice. It then starts as
+        the identity, which shortens the training of a small network.
+    codebook_size : int, default=5
+        Number of tissue intensities of the anomaly generator.
     anomaly : AnomalyConfig
+        Synthetic anomalies.
     anomalies : tuple of str
-        What synthetic anomalies are made of, see `synthetic_anomalies.COMPONENTS`; for ablations.
+        Components of the synthetic anomalies, by default all of
+        :data:`bids_uad.networks.synthetic_anomalies.COMPONENTS`; for ablations.
     augmentation : AugmentationConfig
-    steps, batch_size, learning_rate
-        Training schedule.
+        Augmentation of the training slices.
+    steps : int, default=100000
+        Optimiser steps.
+    batch_size : int, default=64
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     network: DDPMppConfig = field(default_factory=DDPMppConfig)
@@ -94,7 +106,7 @@ class DisyreHyper(Constrained):
     field_of_view: FieldOfView = BRAIN_FIELD
     labels: Annotated[tuple[Annotated[int, Interval(0, LABELS - 1)], ...], Items()] = (99, 74, 49, 24)
     foreground_weighting: bool = False
-    predict_change: bool = False
+    predict_residual: bool = False
     codebook_size: Count = 5
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     anomalies: Annotated[tuple[Annotated[str, OneOf(*COMPONENTS)], ...], Items()] = COMPONENTS
@@ -102,6 +114,8 @@ class DisyreHyper(Constrained):
     steps: Count = 100_000
     batch_size: Count = 64
     learning_rate: Positive = 1e-4
+
+    renamed_fields: ClassVar[dict[str, str]] = {"predict_change": "predict_residual"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,18 +129,19 @@ class DisyreHyper(Constrained):
 
 
 def intensity_centres(values: np.ndarray, clusters: int) -> np.ndarray:
-    """Find the centres of intensities by k-means, started at evenly spaced quantiles.
+    """Compute the centres of intensities by k-means, initialised at evenly spaced quantiles.
 
     Parameters
     ----------
     values : numpy.ndarray, shape (n,)
-        Of more than `CODEBOOK_SAMPLES` values, as many evenly spaced quantiles are used.
+        Intensities. If there are more than `CODEBOOK_SAMPLES`, that many evenly spaced quantiles are used.
     clusters : int
+        Number of centres.
 
     Returns
     -------
     numpy.ndarray of float32, shape (clusters,)
-        Ascending. Deterministic.
+        Centres in ascending order. The result is deterministic.
     """
     from sklearn.cluster import KMeans
 
@@ -138,12 +153,12 @@ def intensity_centres(values: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def severity_table() -> Tensor:
-    """Severity of each label: the signal scale of a 100-step diffusion, beta linear from 0.001 to 0.2.
+    """Compute the severity of each label: sqrt(prod(1 - beta)), beta from 0.001 to 0.2 in 100 steps.
 
     Returns
     -------
     Tensor, shape (100,)
-        Falls from 0.9995 (label 0, strongest corruption) to 0.0045 (label 99).
+        Severities, from 0.9995 (label 0, strongest anomaly) to 0.0045 (label 99).
     """
     beta = torch.linspace(0.001, 0.2, LABELS, dtype=torch.float64)
     return torch.cumprod(1 - beta, 0).sqrt().float()
@@ -155,6 +170,7 @@ class Disyre(Detector):
     Parameters
     ----------
     hyper : DisyreHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "disyre"
@@ -170,8 +186,8 @@ class Disyre(Detector):
         "default": DisyreHyper(),
         "lite": DisyreHyper(
             network=replace(LITE_NETWORK, size=192),
-            predict_change=True,
-            # One window holds the whole brain of a slice, so that nothing is computed twice.
+            predict_residual=True,
+            # One window contains the whole brain of most slices.
             window=(160, 192),
             stride=80,
             labels=(49,),
@@ -192,41 +208,43 @@ class Disyre(Detector):
         self.register_buffer("severities", severity_table(), persistent=False)
 
     def stages(self) -> list[Stage]:
-        """First the tissue intensities, then the restoration network."""
+        """Fit the tissue intensities, then train the restoration network."""
         return [
             FitStage("codebook", self.fit_codebook, slices=256, batch_size=64),
             GradientStage.scheduled("restoration", self.network, self.loss, self.hyper),
         ]
 
     def fit_codebook(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Find the tissue intensities of the training data by k-means."""
+        """Compute the tissue intensities of the training data by k-means."""
         values = torch.cat([batch.slices[batch.brain] for batch in batches])
         self.codebook.copy_(
             torch.from_numpy(intensity_centres(values.cpu().numpy(), self.hyper.codebook_size))
         )
 
     def severity_label(self, severity: Tensor) -> Tensor:
-        """Label whose severity is nearest, shape and order kept."""
+        """Return the label with the nearest severity, for severities of shape (B,)."""
         return (self.severities[None] - severity[:, None]).abs().argmin(1)
 
     def restore(self, slices: Tensor, labels: Tensor) -> Tensor:
-        """Undo an anomaly of the severity told.
+        """Restore slices, conditioned on severity labels.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, h, w)
-            In [-1, 1].
+            Windows of slices, intensities in [-1, 1].
         labels : Tensor, shape (B,)
+            Severity labels.
 
         Returns
         -------
         Tensor, shape (B, 1, h, w)
+            Restored windows.
         """
         output = self.network(slices, labels)
-        return slices + output if self.hyper.predict_change else output
+        return slices + output if self.hyper.predict_residual else output
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Mean squared error of the restored slices, in [-1, 1] units."""
+        """Compute the mean squared error of the restored slices, intensities in [-1, 1]."""
         hyper = self.hyper
         clean, brain = cut_windows(batch.slices, batch.brain, hyper.window, hyper.augmentation, generator)
         clean = vary_intensity(clean, brain, hyper.augmentation, generator)
@@ -237,16 +255,16 @@ class Disyre(Detector):
         return (restored - (2 * clean - 1)).square().mean()
 
     def _changes(self, patches: Tensor) -> Tensor:
-        """Mean absolute change over the severity labels, patches and labels batched."""
+        """Compute the mean absolute change of patches over the severity labels."""
         labels = torch.tensor(self.hyper.labels, device=patches.device)
         changes = []
-        for some in patches.split(max(1, PATCHES // len(labels))):
-            restored = self.restore(some.repeat(len(labels), 1, 1, 1), labels.repeat_interleave(len(some)))
-            changes.append((some - restored.view(len(labels), *some.shape)).abs().mean(0))
+        for part in patches.split(max(1, PATCHES // len(labels))):
+            restored = self.restore(part.repeat(len(labels), 1, 1, 1), labels.repeat_interleave(len(part)))
+            changes.append((part - restored.view(len(labels), *part.shape)).abs().mean(0))
         return torch.cat(changes)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Mean absolute change the network makes, over the severity labels."""
+        """Compute the mean absolute change over severity labels, averaged over sliding windows."""
         hyper = self.hyper
         height, width = hyper.window
         rows = window_starts(slices.shape[-2], height, hyper.stride)
@@ -258,7 +276,7 @@ class Disyre(Detector):
         ]
         x = 2 * slices - 1
         changes = self._changes(torch.cat([x[inside] for inside in windows]))
-        weight = importance(height, width, slices.device)
+        weight = window_weight(height, width, slices.device)
         total, norm = torch.zeros_like(slices), torch.zeros_like(slices[:1])
         for inside, change in zip(windows, changes.split(len(slices)), strict=True):
             total[inside] += weight * change
@@ -270,30 +288,41 @@ class Disyre(Detector):
 
 
 def window_starts(extent: int, window: int, stride: int) -> list[int]:
-    """First indices of the windows that cover one axis.
+    """Return the first indices of the windows that cover one axis.
 
     Parameters
     ----------
-    extent, window, stride : int
-        `window` is at most `extent`.
+    extent : int
+        Length of the axis in pixels.
+    window : int
+        Length of a window in pixels, at most `extent`.
+    stride : int
+        Step of the windows in pixels.
 
     Returns
     -------
     list of int
-        Ascending; the last window ends where the axis does.
+        Indices in ascending order; the last window ends at the end of the axis.
     """
     end = extent - window
     return [*range(0, end, stride), end]
 
 
 @cache
-def importance(height: int, width: int, device: torch.device) -> Tensor:
-    """Gaussian weight of a window's pixels, standard deviation an eighth of each side, at least 0.001.
+def window_weight(height: int, width: int, device: torch.device) -> Tensor:
+    """Compute Gaussian weights of the pixels of a window.
+
+    Parameters
+    ----------
+    height, width : int
+        Size of the window in pixels. The standard deviation is an eighth of it.
+    device : torch.device
+        Device of the result.
 
     Returns
     -------
     Tensor, shape (height, width)
-        1 at the centre.
+        Weights, 1 at the centre and at least 0.001.
     """
 
     def profile(size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """FAE: an autoencoder of features.
 
 Meissen et al. 2022 ("Unsupervised anomaly localization with structural feature-autoencoders",
-arXiv 2208.10992). The maps of a frozen network are stacked, squeezed and restored. Healthy features come back
-in their structure.
+arXiv 2208.10992). An autoencoder restores the stacked feature maps of a frozen network; the score is their
+structural dissimilarity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
 
-STRIDE = 4  # of the finest map; the kernels of the decoder are laid out for its 56 x 56 pixels
+STRIDE = 4
+"""Required stride of the finest map; the kernels of the decoder fit 56 x 56 pixels."""
 WindowSide = Annotated[int, Interval(1, 55, odd=True)]
 
 
@@ -36,14 +37,20 @@ class FAEHyper(Constrained):
     Parameters
     ----------
     backbone : BackboneConfig
-    widths : tuple of int
+        Frozen network and its feature maps.
+    widths : tuple of int, default=(100, 150, 200, 300)
         Channels of the four levels of the encoder.
-    dropout : float
+    dropout : float, default=0.1
         Probability of dropping a channel.
-    training_window, scoring_window : int
-        Sides of the SSIM windows, in feature pixels. The published code trains with another than it scores.
-    steps, batch_size, learning_rate
-        Training schedule of the autoencoder.
+    training_window, scoring_window : int, default=11
+        Sides of the SSIM windows in training and scoring, in pixels of the finest map. The published code
+        uses 5 and 11.
+    steps : int, default=20000
+        Optimiser steps of the autoencoder.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(name="resnet18", taps=(0, 1, 2)))
@@ -61,14 +68,16 @@ class FAEHyper(Constrained):
 
 
 class FeatureAutoencoder(nn.Sequential):
-    """Four halvings by strided convolutions, and back by transposed ones.
+    """Convolutional autoencoder that halves the size four times and doubles it four times.
 
     Parameters
     ----------
     channels : int
-        Of the stacked features.
+        Channels of the stacked feature maps.
     widths : tuple of int
+        Channels of the four levels of the encoder.
     dropout : float
+        Probability of dropping a channel.
     """
 
     def __init__(self, channels: int, widths: tuple[int, int, int, int], dropout: float) -> None:
@@ -81,7 +90,7 @@ class FeatureAutoencoder(nn.Sequential):
             layers += activated(nn.Conv2d(inputs, outputs, 6, stride=2, padding=2, bias=False), outputs)
             inputs = outputs
         layers.append(nn.Conv2d(inputs, inputs, 5, padding=2, bias=False))
-        # The first kernel is odd: it brings 3 back to 7, where all others double.
+        # The first kernel is odd, since it enlarges 3 pixels to 7; the others double the size.
         for outputs, kernel in zip((*widths[-2::-1], channels), (7, 6, 6, 6), strict=True):
             conv = nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, padding=2, bias=False)
             layers += activated(conv, outputs)
@@ -96,6 +105,7 @@ class FAE(FeatureDetector):
     Parameters
     ----------
     hyper : FAEHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "fae"
@@ -117,27 +127,27 @@ class FAE(FeatureDetector):
         self.autoencoder = FeatureAutoencoder(sum(hyper.backbone.channels), hyper.widths, hyper.dropout)
 
     def stages(self) -> list[Stage]:
-        """The backbone, if it is our own, then the autoencoder."""
+        """Train the backbone, if it is not pretrained, then the autoencoder."""
         return [
             *self.backbone_stages(),
             GradientStage.scheduled("autoencoder", self.autoencoder, self.loss, self.hyper),
         ]
 
     def feature_stack(self, slices: Tensor) -> Tensor:
-        """Stack the backbone's maps at the size of the finest."""
+        """Stack the feature maps at the size of the finest, shape (B, C, h, w)."""
         maps = self.features(slices)
         return stack_maps(maps, maps[0].shape[-2:])
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """One minus the mean SSIM of features and restored features."""
+        """Compute one minus the mean SSIM of feature maps and restored feature maps."""
         features = self.feature_stack(batch.slices)
         restored = self.autoencoder(features)
         return 1 - ssim_map(restored, features, window=self.hyper.training_window, valid=True).mean()
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """One minus the SSIM of features and restored features, mean over channels; in [0, 2]."""
+        """Compute one minus the SSIM of feature maps and restored ones, mean over channels, in [0, 2]."""
         features = self.feature_stack(slices)
-        likeness = ssim_map(self.autoencoder(features), features, window=self.hyper.scoring_window)
-        unlike = 1 - likeness.mean(1, keepdim=True)
-        fine = F.interpolate(unlike, size=slices.shape[-2:], mode="bilinear", align_corners=True)
+        similarity = ssim_map(self.autoencoder(features), features, window=self.hyper.scoring_window)
+        dissimilarity = 1 - similarity.mean(1, keepdim=True)
+        fine = F.interpolate(dissimilarity, size=slices.shape[-2:], mode="bilinear", align_corners=True)
         return torch.where(brain, fine, 0.0)

@@ -1,8 +1,8 @@
-"""Intensity: the baseline without a model.
+"""Intensity: a baseline without a network.
 
-Lesions are wet, so they look like fluid: bright in T2w, dark in T1w. Thresholding the intensity is hard to
-beat (Meissen et al. 2022, "Challenging current semi-supervised anomaly segmentation methods for brain MRI"),
-which is why every benchmark here shows it.
+Many lesions contain more water than healthy tissue and are bright in T2w and dark in T1w images. Meissen et
+al. 2022 ("Challenging current semi-supervised anomaly segmentation methods for brain MRI") found thresholding
+of the intensity superior to many detectors, so it is part of every benchmark here.
 """
 
 from __future__ import annotations
@@ -15,29 +15,24 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.constraints import Constrained, Count
-from bids_uad.methods.base import (
-    Batch,
-    Detector,
-    FitStage,
-    Stage,
-)
+from bids_uad.methods.base import Batch, Detector, FitStage, Stage
 from bids_uad.networks.counter_rng import SliceGenerator
 
 
 def fluid_polarity(batches: Iterator[Batch]) -> Tensor:
-    """Sign of fluid's contrast.
+    """Determine from the skewness of the intensities whether fluid is bright or dark.
 
-    Fluid is the tail of the healthy histogram: bright if it is skewed upwards, dark if downwards.
+    Fluid forms the tail of the histogram of healthy brains: to the right if it is bright, else to the left.
 
     Parameters
     ----------
     batches : iterator of Batch
-        Of healthy slices.
+        Healthy slices.
 
     Returns
     -------
     Tensor, scalar
-        1 where fluid is bright, -1 where it is dark.
+        1 if fluid is bright, -1 if it is dark: the sign of the third central moment.
     """
     values = torch.cat([batch.slices[batch.brain] for batch in batches]).double()
     return (values - values.mean()).pow(3).mean().sign()
@@ -45,17 +40,24 @@ def fluid_polarity(batches: Iterator[Batch]) -> Tensor:
 
 @dataclass(frozen=True)
 class IntensityHyper(Constrained):
-    """Hyper-parameters of the baseline: how many slices settle the polarity."""
+    """Hyper-parameters of the baseline.
+
+    Parameters
+    ----------
+    slices : int, default=256
+        Number of slices from which the polarity of fluid is determined.
+    """
 
     slices: Count = 256
 
 
 class Intensity(Detector):
-    """The scan itself, turned so that fluid is high.
+    """Intensity as score, inverted if fluid is dark.
 
     Parameters
     ----------
     hyper : IntensityHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "intensity"
@@ -67,13 +69,13 @@ class Intensity(Detector):
         self.register_buffer("polarity", torch.ones(()))
 
     def stages(self) -> list[Stage]:
-        """One look at the histogram."""
+        """Return one stage, which fits the polarity."""
         return [FitStage("polarity", self.fit_polarity, slices=self.hyper.slices, batch_size=64)]
 
     def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Learn whether fluid is bright or dark."""
+        """Set the polarity of fluid from healthy slices."""
         self.polarity.copy_(fluid_polarity(batches))
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Intensity, or one minus it where fluid is dark."""
+        """Return the intensity, or one minus the intensity if fluid is dark."""
         return torch.where(brain, torch.where(self.polarity > 0, slices, 1 - slices), 0.0)

@@ -1,8 +1,10 @@
-"""IterMask: a mask over the anomaly that shrinks as long as what it hides can be foretold.
+"""IterMask: iterative shrinking of a mask by the error with which its content is restored.
 
 Liang et al. 2024 ("IterMask2: iterative unsupervised anomaly segmentation via spatial and frequency masking",
-arXiv 2406.02422). One network restores a slice from the phase of its low frequencies and all of the high
-ones. A second also sees the slice outside a mask, and fills the mask. Pixels filled well leave the mask.
+arXiv 2406.02422). A first network restores a slice from its high frequencies and the phase of its low
+frequencies; the pixels with the largest errors form the first mask. A second network fills the mask from the
+surrounding pixels and the same frequencies. Pixels with a small error are removed from the mask, and the
+masked pixels are filled again, until the mask hardly shrinks.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from bids_uad.networks.ddpmpp import (
 )
 from bids_uad.space import CROP
 
-MAX_ROUNDS = 100  # a mask that loses a tenth each round is empty long before
-
+MAX_ROUNDS = 100
+"""Limit of the iterations; masks that lose a tenth per round are empty much earlier."""
 UNET = replace(NETWORK, norm="batch", time_embedding=False, rescale=False)
 
 
@@ -55,37 +57,47 @@ class IterMaskHyper(Constrained):
     Parameters
     ----------
     network : DDPMppConfig
-        Of both networks.
-    radius : float
-        Frequencies nearer to zero than this lose their magnitude, in cycles per 224 pixels.
-    first_share : float
-        Share of the brain under the first mask, worst restored pixels first.
-    masked_share : float
-        Share of the masked pixels of healthy slices whose error lies above the shrinking threshold.
-    least_shrinkage : float
-        A slice is done when its mask loses less than this share in a round.
-    whole_brain : bool
-        Score every pixel by the last filling, hidden or not, and slices that are done after one round by
-        their own intensity, as published; otherwise score each pixel by the last filling that hid it.
-    field_of_view : tuple of int
-        Height and width of the part of a slice that is seen.
-    threshold_slices : int
-        Healthy slices that settle the shrinking threshold.
-    steps, batch_size, learning_rate
-        Training schedule of each network.
+        Architecture of both networks.
+    radius : float, default=15.0
+        Frequencies up to this radius, in cycles per 224 pixels, keep only their phase.
+    initial_mask_fraction : float, default=0.6
+        Fraction of the brain in the first mask: the pixels with the largest errors.
+    error_tail_fraction : float, default=0.2
+        Fraction of the masked pixels of healthy slices with an error above the threshold of the mask.
+    min_shrinkage : float, default=0.1
+        The iteration of a slice ends when its mask loses less than this fraction in a round.
+    whole_brain : bool, default=False
+        Whether to score, as published, all pixels by the last filling, and slices that end after one round by
+        their squared intensity. If False, each pixel is scored by the last filling in which it was masked.
+    field_of_view : tuple of int, default=(160, 192)
+        Height and width in pixels of the part of a slice that is processed.
+    threshold_slices : int, default=2000
+        Number of healthy slices from which the threshold of the mask is computed.
+    steps : int, default=100000
+        Optimiser steps of each network.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     network: DDPMppConfig = UNET
     radius: NonNegative = 15.0
-    first_share: Annotated[float, Interval(0, 1, closed="right")] = 0.6
-    masked_share: Probability = 0.2
-    least_shrinkage: Probability = 0.1
+    initial_mask_fraction: Annotated[float, Interval(0, 1, closed="right")] = 0.6
+    error_tail_fraction: Probability = 0.2
+    min_shrinkage: Probability = 0.1
     whole_brain: bool = False
     field_of_view: FieldOfView = BRAIN_FIELD
     threshold_slices: Count = 2_000
     steps: Count = 100_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "first_share": "initial_mask_fraction",
+        "masked_share": "error_tail_fraction",
+        "least_shrinkage": "min_shrinkage",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,13 +110,14 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
+        Slices.
     radius : float
-        In cycles per 224 pixels, the bins of a whole slice; this radius included.
+        Largest radius of low frequencies, in cycles per 224 pixels.
 
     Returns
     -------
     Tensor, shape (B, 1, H, W)
-        Shape remains, intensity does not.
+        Slices whose edges are kept and whose regional intensities are lost.
     """
     height, width = images.shape[-2:]
     spectrum = torch.fft.fft2(images)
@@ -115,23 +128,26 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     return torch.fft.ifft2(torch.where(low, phase, spectrum)).real
 
 
-def worst_pixels(errors: Tensor, brain: Tensor, share: float) -> Tensor:
-    """Mark the given share of each slice's brain pixels, largest errors first.
+def worst_pixels(errors: Tensor, brain: Tensor, fraction: float) -> Tensor:
+    """Select the given fraction of the brain pixels of each slice with the largest errors.
 
     Parameters
     ----------
     errors : Tensor, shape (B, 1, H, W)
-        At least 0.
+        Errors, at least 0.
     brain : Tensor of bool, shape (B, 1, H, W)
-    share : float
+        Brain masks.
+    fraction : float
+        Fraction in (0, 1].
 
     Returns
     -------
     Tensor of bool, shape (B, 1, H, W)
+        Selected pixels.
     """
-    kept = (share * brain.flatten(1).sum(1, keepdim=True)).long()
-    falling = torch.where(brain, errors, -1.0).flatten(1).sort(1, descending=True).values
-    limit = falling.gather(1, kept.clamp_max(falling.shape[1] - 1))
+    count = (fraction * brain.flatten(1).sum(1, keepdim=True)).long()
+    ordered = torch.where(brain, errors, -1.0).flatten(1).sort(1, descending=True).values
+    limit = ordered.gather(1, count.clamp_max(ordered.shape[1] - 1))
     return (errors > limit[:, :, None, None]) & brain
 
 
@@ -141,6 +157,7 @@ class IterMask(Detector):
     Parameters
     ----------
     hyper : IterMaskHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "itermask"
@@ -166,7 +183,7 @@ class IterMask(Detector):
         self.register_buffer("threshold", torch.zeros(()))
 
     def stages(self) -> list[Stage]:
-        """Two networks, then the error below which a pixel leaves the mask."""
+        """Train both networks, then compute the error below which a pixel leaves the mask."""
         hyper = self.hyper
         return [
             GradientStage.scheduled("first", self.first, self.first_loss, hyper),
@@ -175,26 +192,33 @@ class IterMask(Detector):
         ]
 
     def fill(self, images: Tensor, condition: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """Fill the mask from what is around it and from the frequency condition.
+        """Fill the mask from the surrounding pixels and the frequency condition.
 
         Parameters
         ----------
-        images, condition, noise : Tensor, shape (B, 1, H, W)
-            In [-3, 3] units.
+        images : Tensor, shape (B, 1, H, W)
+            Slices, intensities in [-3, 3].
+        condition : Tensor, shape (B, 1, H, W)
+            Result of :func:`frequency_condition`.
         mask : Tensor of bool, shape (B, 1, H, W)
+            Pixels that are replaced by noise in the input.
+        noise : Tensor, shape (B, 1, H, W)
+            Standard normal numbers.
 
         Returns
         -------
         Tensor, shape (B, 1, H, W)
+            Restored slices, intensities in [-3, 3].
         """
         return self.filler(torch.cat([torch.where(mask, noise, images), condition], 1))
 
     def first_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Squared error of the slice restored from its frequency condition."""
+        """Compute the mean squared error of slices restored from their frequency condition."""
         images = 6 * batch.slices - 3
         return (self.first(frequency_condition(images, self.hyper.radius)) - images).square().mean()
 
     def _masked_errors(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return squared errors and mask of slices with a random mask, both (B, 1, H, W)."""
         images = 6 * batch.slices - 3
         mask = clustered_squares(batch.brain, generator)
         noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -202,57 +226,60 @@ class IterMask(Detector):
         return (filled - images).square(), mask
 
     def filler_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Squared error of the whole slice, part of it masked."""
+        """Compute the mean squared error of partly masked slices, over all pixels."""
         return self._masked_errors(batch, generator)[0].mean()
 
     def fit_threshold(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Find the error that a fifth of the masked healthy pixels exceed."""
+        """Compute the error that `error_tail_fraction` of the masked healthy pixels exceed."""
         pooled = []
         for batch in batches:
             errors, mask = self._masked_errors(batch, generator)
             pooled.append(errors[mask])
         values = torch.cat(pooled).sort().values
-        self.threshold.copy_(values[int((1 - self.hyper.masked_share) * (len(values) - 1))])
+        self.threshold.copy_(values[int((1 - self.hyper.error_tail_fraction) * (len(values) - 1))])
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Squared residual of the filling, in [-3, 3] units.
+        """Compute the squared error of the filling, intensities in [-3, 3].
 
-        A slice leaves the batch as soon as its mask has stopped shrinking.
+        Slices whose mask has stopped shrinking are removed from the batch.
         """
         hyper = self.hyper
         images = 6 * slices - 3
         condition = frequency_condition(images, hyper.radius)
         errors = (images - self.first(condition)).square()
-        mask = worst_pixels(errors, brain, hyper.first_share)
-        # What is never hidden was foretold well from the start.
+        mask = worst_pixels(errors, brain, hyper.initial_mask_fraction)
+        # Pixels that are never masked have a small error of the first network.
         scores = images.square() if hyper.whole_brain else errors.clamp_max(self.threshold)
         active = torch.arange(len(images), device=images.device)
-        for turn in range(MAX_ROUNDS):
-            seen, hidden = images[active], mask[active]
-            noise = generator[active].normal(turn, *seen.shape[1:])
-            residual = (seen - self.fill(seen, condition[active], hidden, noise)).square()
+        for round_ in range(MAX_ROUNDS):
+            current, hidden = images[active], mask[active]
+            noise = generator[active].normal(round_, *current.shape[1:])
+            residual = (current - self.fill(current, condition[active], hidden, noise)).square()
             wrong = hidden & (residual > self.threshold)
             before, after = hidden.flatten(1).sum(1), wrong.flatten(1).sum(1)
-            going_on = (before - after >= hyper.least_shrinkage * before) & (before > 0)
+            shrinking = (before - after >= hyper.min_shrinkage * before) & (before > 0)
             if not hyper.whole_brain:
                 scores[active] = torch.where(hidden, residual, scores[active])
-            elif turn:
+            elif round_:
                 scores[active] = residual
             mask[active] = wrong
-            active = active[going_on]
+            active = active[shrinking]
             if len(active) == 0:
                 break
         return torch.where(brain, scores, 0.0)
 
 
-COVARIANCE = (0.3, 10.0)
-WIDE, NARROW = 0.1, 0.4  # pixel pitch of the wide and of the narrow cluster
+VARIANCE = (0.3, 10.0)
+"""Range of the variances of a cluster of squares."""
+WIDE, NARROW = 0.1, 0.4
+"""Units of the Gaussian density per pixel, for wide and narrow clusters."""
 MEDIUM_SQUARES, LARGE_SQUARES = (5, 10), (3, 10)
+"""Half-open ranges of the number of squares of 8 and 16 pixels."""
 
 
 @dataclass(frozen=True)
 class SquareSize:
-    """Squares of one size: side in pixels, and the half-open range of their number for each image."""
+    """Side in pixels of one size of squares, and the half-open range of their number for each image."""
 
     side: int
     low: float | Tensor
@@ -260,20 +287,23 @@ class SquareSize:
 
 
 def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
-    """Draw one mask per image: squares of three sizes around a random place, the smallest by far the most.
+    """Draw one mask per image: a cluster of squares of three sizes, most of them of the smallest size.
 
-    Squares lie at pixels drawn from a Gaussian density inside the brain, with row and column from two draws,
-    and reach to the right and down. Two images in three have a wide cluster of many squares, the third a
-    narrow one of few.
+    The upper left corners are drawn from a Gaussian density around a random brain pixel, rows and columns in
+    two independent draws. Two thirds of the images have a wide cluster of many squares, the others a narrow
+    cluster of few.
 
     Parameters
     ----------
     brain : Tensor of bool, shape (B, 1, H, W)
+        Brain masks.
+    generator : torch.Generator
+        Draws clusters and squares.
 
     Returns
     -------
     Tensor of bool, shape (B, 1, H, W)
-        Inside the brain.
+        Masks inside the brain.
 
     References
     ----------
@@ -287,9 +317,9 @@ def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
         return low + (high - low) * torch.rand(batch, generator=generator, device=device)
 
     narrow = torch.randint(0, 3, (batch,), generator=generator, device=device) == 2
-    c11, c22 = uniform(*COVARIANCE), uniform(*COVARIANCE)
+    c11, c22 = uniform(*VARIANCE), uniform(*VARIANCE)
     extent = (c11 * c22).sqrt()
-    # A correlation below 1 keeps the density proper.
+    # A correlation below 1 keeps the covariance matrix positive definite.
     sign = torch.randint(0, 2, (batch,), generator=generator, device=device) * 2 - 1
     c12 = sign * uniform(0.0, 0.99 * extent)
 
@@ -319,7 +349,7 @@ def clustered_squares(brain: Tensor, generator: Generator) -> Tensor:
         )
         corners = row // width * width + column % width
         drawn = torch.arange(most, device=device)[None] < count[:, None]
-        # Corners beyond an image's own number go to an extra cell that is cut off again.
+        # Surplus corners of an image go to an extra cell, which is removed.
         corners = torch.where(drawn, corners, height * width)
         hit = torch.zeros(batch, height * width + 1, device=device).scatter_(1, corners, 1.0)[:, :-1]
         spread = F.pad(hit.view(batch, 1, height, width), (size.side - 1, 0, size.side - 1, 0))

@@ -1,7 +1,7 @@
 """PatchCore: distance to the nearest healthy patch.
 
-Roth et al. 2022, "Towards total recall in industrial anomaly detection" (CVPR). Local features of healthy
-slices, thinned to a coreset, are the model; a test patch scores its distance to the nearest of them.
+Roth et al. 2022, "Towards total recall in industrial anomaly detection" (CVPR). A memory bank holds a coreset
+of the local features of healthy slices; the score is the distance to the nearest feature of the bank.
 """
 
 from __future__ import annotations
@@ -34,31 +34,30 @@ class PatchCoreHyper(Constrained):
     Parameters
     ----------
     backbone : BackboneConfig
-        Two maps, the second half as fine as the first.
-    descriptor : {"published", "pooled"}
-        How a place is described: by the published two rounds of adaptive pooling, or by the mean of its
-        neighbourhood in both maps, each channel standardised.
-    neighbourhood : int
-        Side of the square of features averaged into one descriptor, odd.
-    squared : bool
-        Score squared distances, as published.
-    every_place : bool
-        Also score places without brain, which the interpolation to pixels mixes into the brain's rim, as
-        published; otherwise they count as 0.
-    candidates : int
-        Descriptors the coreset is chosen from.
-    projection : int
-        Dimensions of the random projection in which the coreset is chosen; 0 keeps all channels of the
-        descriptors.
-    bank : int
-        Descriptors kept, at most `candidates`.
-    bank_slices : int
-        Slices the candidates are drawn from.
+        Frozen network with two feature maps, the second with twice the stride of the first.
+    descriptor : {"published", "pooled"}, default="published"
+        Descriptor of a location: two rounds of adaptive pooling, as published, or the mean of its
+        neighbourhood in both maps with each channel standardised.
+    neighbourhood : int, default=5
+        Side of the square of features that are averaged to one descriptor, odd.
+    squared_distance : bool, default=False
+        Whether to score squared distances, as published.
+    score_outside_brain : bool, default=False
+        Whether to score grid cells without brain. The published method does, so that interpolation mixes
+        background distances into the edge of the brain. If False, these cells are set to 0.
+    candidates : int, default=200000
+        Number of descriptors from which the coreset is selected.
+    projection_dim : int, default=128
+        Dimension of the random projection in which the coreset is selected; 0 uses the descriptors.
+    bank_size : int, default=10000
+        Number of descriptors in the bank, at most `candidates`.
+    bank_slices : int, default=20000
+        Number of slices from which the candidates are drawn.
 
     Raises
     ------
     InvalidParameterError
-        If a value is not allowed, the backbone does not give two maps that fit, or `bank` exceeds
+        If a value is not allowed, the backbone does not give two maps that fit, or `bank_size` exceeds
         `candidates`.
     """
 
@@ -67,18 +66,25 @@ class PatchCoreHyper(Constrained):
     )
     descriptor: Annotated[str, OneOf("published", "pooled")] = "published"
     neighbourhood: Annotated[int, Interval(1, 27, odd=True)] = 5
-    squared: bool = False
-    every_place: bool = False
+    squared_distance: bool = False
+    score_outside_brain: bool = False
     candidates: Count = 200_000
-    projection: CountOrZero = 128
-    bank: Count = 10_000
+    projection_dim: CountOrZero = 128
+    bank_size: Count = 10_000
     bank_slices: Count = 20_000
+
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "squared": "squared_distance",
+        "every_place": "score_outside_brain",
+        "projection": "projection_dim",
+        "bank": "bank_size",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_maps(self, 2, halving=True, doubling=self.descriptor == "published")
-        if self.bank > self.candidates:
-            raise invalid(self, "bank", f"at most 'candidates', {self.candidates}")
+        if self.bank_size > self.candidates:
+            raise invalid(self, "bank_size", f"at most 'candidates', {self.candidates}")
 
 
 class PatchCore(FeatureDetector):
@@ -87,6 +93,7 @@ class PatchCore(FeatureDetector):
     Parameters
     ----------
     hyper : PatchCoreHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "patchcore"
@@ -94,8 +101,8 @@ class PatchCore(FeatureDetector):
     presets: ClassVar[dict[str, PatchCoreHyper]] = {
         "paper": PatchCoreHyper(
             backbone=BackboneConfig(name="wide_resnet50_2", taps=(2, 3), normalise=False),
-            squared=True,
-            every_place=True,
+            squared_distance=True,
+            score_outside_brain=True,
         ),
         "default": PatchCoreHyper(),
         "lite": PatchCoreHyper(
@@ -103,7 +110,7 @@ class PatchCore(FeatureDetector):
             descriptor="pooled",
             neighbourhood=3,
             candidates=60_000,
-            bank=4_096,
+            bank_size=4_096,
             bank_slices=3_000,
         ),
     }
@@ -115,62 +122,64 @@ class PatchCore(FeatureDetector):
             width = 2 * hyper.backbone.channels[0]
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
-        self.register_buffer("bank", torch.zeros(hyper.bank, width, dtype=torch.float16))
+        self.register_buffer("bank", torch.zeros(hyper.bank_size, width, dtype=torch.float16))
 
     def stages(self) -> list[Stage]:
-        """The backbone, if it is our own, then the memory bank."""
+        """Train the backbone, if it is not pretrained, then fill the memory bank."""
         bank = FitStage("bank", self.fit_bank, slices=self.hyper.bank_slices, batch_size=16)
         return [*self.backbone_stages(), bank]
 
     def descriptors(self, slices: Tensor) -> Tensor:
-        """Local features on the grid of the finer map.
+        """Compute local descriptors on the grid of the finer map.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, 224, 224)
+            Slices, intensities in [0, 1].
 
         Returns
         -------
         Tensor, shape (B, h, w, C)
+            Descriptors.
         """
         fine, coarse = self.features(slices)
         describe = published_descriptors if self.hyper.descriptor == "published" else pooled_descriptors
-        found = describe(fine, coarse, self.hyper.neighbourhood)
-        return (found - self.centre) / self.spread
+        described = describe(fine, coarse, self.hyper.neighbourhood)
+        return (described - self.centre) / self.spread
 
     def fit_bank(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Collect healthy descriptors inside the brain and keep a coreset of them."""
+        """Fill the bank with a coreset of the descriptors of healthy slices inside the brain."""
         hyper = self.hyper
         self.centre.zero_()
         self.spread.fill_(1)
-        share = -(-hyper.candidates // hyper.bank_slices)
+        per_slice = -(-hyper.candidates // hyper.bank_slices)
         kept = []
         for batch in batches:
-            found = self.descriptors(batch.slices)
-            found = found[self._covered(batch.brain, found.shape[1])]
-            pick = torch.randperm(len(found), generator=generator, device=found.device)
-            kept.append(found[pick[: share * len(batch.slices)]])
+            described = self.descriptors(batch.slices)
+            described = described[self._covered(batch.brain, described.shape[1])]
+            pick = torch.randperm(len(described), generator=generator, device=described.device)
+            kept.append(described[pick[: per_slice * len(batch.slices)]])
         candidates = torch.cat(kept)
         if hyper.descriptor == "pooled":
             self.centre.copy_(candidates.mean(0))
             self.spread.copy_(candidates.std(0).clamp_min(1e-6))
             candidates = (candidates - self.centre) / self.spread
         compared = candidates
-        if hyper.projection:
-            shape = (candidates.shape[1], hyper.projection)
+        if hyper.projection_dim:
+            shape = (candidates.shape[1], hyper.projection_dim)
             compared = candidates @ torch.randn(shape, generator=generator, device=candidates.device)
-        self.bank = candidates[farthest_points(compared, hyper.bank, generator)].half()
+        self.bank = candidates[farthest_points(compared, hyper.bank_size, generator)].half()
 
     @staticmethod
     def _covered(brain: Tensor, grid: int) -> Tensor:
-        """Cells of the descriptor grid that hold any brain, shape (B, grid, grid)."""
+        """Return which cells of the grid contain brain, shape (B, grid, grid)."""
         return F.max_pool2d(brain.float(), brain.shape[-1] // grid)[:, 0] > 0
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Euclidean distance to the nearest descriptor of the bank, interpolated to the pixels."""
+        """Compute the distance to the nearest descriptor of the bank, interpolated to the pixels."""
         described = self.descriptors(slices)
         covered = self._covered(brain, described.shape[1])
-        if self.hyper.every_place:
+        if self.hyper.score_outside_brain:
             covered = torch.ones_like(covered)
         queries = described[covered]
         bank = self.bank.to(queries.dtype)
@@ -182,60 +191,63 @@ class PatchCore(FeatureDetector):
         coarse = torch.zeros(covered.shape, dtype=queries.dtype, device=slices.device)
         if nearest:
             squared = torch.cat(nearest).clamp_min(0)
-            coarse[covered] = squared if self.hyper.squared else squared.sqrt()
+            coarse[covered] = squared if self.hyper.squared_distance else squared.sqrt()
         fine = F.interpolate(coarse[:, None], size=slices.shape[-2:], mode="bilinear", align_corners=False)
         return torch.where(brain, fine, 0.0)
 
 
 def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:
-    """Choose points greedily, each the farthest from those already chosen.
+    """Select points greedily, each the farthest from those already selected.
 
     Parameters
     ----------
     points : Tensor, shape (N, C)
-        Distances are Euclidean in all C dimensions.
+        Points; distances are Euclidean.
     count : int
-        How many to keep, at most N.
+        Number of points to select, at most N.
     generator : torch.Generator
         Draws the first point.
 
     Returns
     -------
     Tensor of int64, shape (count,)
-        Indices in the order chosen.
+        Indices in the order of selection.
 
     Raises
     ------
     ValueError
-        If there are fewer points than asked for.
+        If there are fewer than `count` points.
     """
     if len(points) < count:
-        raise ValueError(f"cannot choose {count} of {len(points)} descriptors; train on more slices")
+        raise ValueError(f"cannot select {count} of {len(points)} descriptors; train on more slices")
     squared = points.square().sum(1)
-    chosen = torch.empty(count, dtype=torch.int64, device=points.device)
+    selected = torch.empty(count, dtype=torch.int64, device=points.device)
     current = torch.randint(len(points), (1,), generator=generator, device=points.device)
     distance = torch.full((len(points),), torch.inf, device=points.device)
     for index in range(count):
-        chosen[index] = current
+        selected[index] = current
         to_current = squared + squared[current] - 2 * (points @ points[current[0]])
         distance = torch.minimum(distance, to_current)
         current = distance.argmax()[None]
-    return chosen
+    return selected
 
 
 def pooled_descriptors(fine: Tensor, coarse: Tensor, side: int) -> Tensor:
-    """Means of neighbourhoods in both maps, at the places of the finer one.
+    """Compute means of neighbourhoods in both maps, at the locations of the finer map.
 
     Parameters
     ----------
     fine : Tensor, shape (B, C, H, W)
+        Finer map.
     coarse : Tensor, shape (B, D, H/2, W/2)
+        Coarser map.
     side : int
-        Of the neighbourhood, odd; zeros beyond the border count.
+        Side of the neighbourhood, odd; the border is padded with zeros.
 
     Returns
     -------
     Tensor, shape (B, H, W, C + D)
+        Descriptors.
     """
     fine, coarse = (F.avg_pool2d(part, side, stride=1, padding=side // 2) for part in (fine, coarse))
     coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False)
@@ -243,24 +255,27 @@ def pooled_descriptors(fine: Tensor, coarse: Tensor, side: int) -> Tensor:
 
 
 def published_descriptors(fine: Tensor, coarse: Tensor, side: int) -> Tensor:
-    """PatchCore's published descriptor in closed form.
+    """Compute the published descriptor of PatchCore in closed form.
 
-    The published code unfolds each place into its neighbourhood's C x side x side values, pools these
-    adaptively to 2 C numbers in each map, and both maps' numbers together to 2 C again. Since 2 C numbers out
-    of C side**2 are means of half a channel's neighbourhood each, and the last pooling takes means of pairs,
-    what remains are means over neighbourhoods: of each channel of the finer map, its centre twice, and of
-    each pair of channels of the coarser one. Nothing needs to be unfolded.
+    The published code unfolds the neighbourhood of each location to C x side x side values, pools these
+    adaptively to 2 C numbers in each map, and the numbers of both maps together to 2 C again. Adaptive
+    pooling of C side**2 values to 2 C takes means of half a neighbourhood of a channel, and the last pooling
+    takes means of pairs. The result equals means over neighbourhoods: of each channel of the finer map, with
+    the centre counted twice, and of each pair of channels of the coarser map.
 
     Parameters
     ----------
     fine : Tensor, shape (B, C, H, W)
+        Finer map.
     coarse : Tensor, shape (B, 2 C, H/2, W/2)
+        Coarser map.
     side : int
-        Of the neighbourhood, odd; zeros beyond the border count.
+        Side of the neighbourhood, odd; the border is padded with zeros.
 
     Returns
     -------
     Tensor, shape (B, H, W, 2 C)
+        Descriptors.
     """
     cells = side**2
     mean = F.avg_pool2d(fine, side, stride=1, padding=side // 2)

@@ -1,8 +1,8 @@
 """RD: reverse distillation.
 
 Deng and Li 2022 ("Anomaly detection via reverse distillation from one-class embedding", arXiv 2201.10703). A
-student restores the features of a frozen teacher from a narrow embedding of them, coarse to fine. It has
-learnt to do so for healthy slices only.
+student network, trained on healthy slices, restores the feature maps of a frozen teacher from a compact
+embedding of them, from coarse to fine. The score is the cosine distance of the maps.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ class RDHyper(Constrained):
     Parameters
     ----------
     backbone : BackboneConfig
-        Its three maps halve in size and double in channels from one to the next.
-    embedding_blocks : int
+        Teacher; from each of its three maps to the next, the size halves and the channels double.
+    embedding_blocks : int, default=3
         Residual blocks of the embedding.
-    student_blocks : tuple of int
-        Residual blocks of the student's stages, coarse to fine.
-    steps, batch_size, learning_rate
-        Training schedule of embedding and student.
+    student_blocks : tuple of int, default=(3, 4, 6)
+        Residual blocks of the stages of the student, from coarse to fine.
+    steps : int, default=25000
+        Optimiser steps of embedding and student.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     backbone: BackboneConfig = field(
@@ -56,14 +60,14 @@ def _halving(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class ResampledBottleneck(nn.Module):
-    """A wide bottleneck block that halves, keeps or doubles the size.
+    """Bottleneck block that halves, keeps or doubles the size.
 
     Parameters
     ----------
     inputs, inner, outputs : int
-        Channels; the 3x3 convolution has `inner`.
-    resample : {"down", "up"} or None
-        ``up`` replaces the 3x3 by a transposed 2x2 convolution.
+        Channels of input, 3x3 convolution and output.
+    resample : {"down", "up"}, optional
+        ``down`` uses stride 2, ``up`` a transposed 2x2 convolution; by default the size is kept.
     """
 
     def __init__(self, inputs: int, inner: int, outputs: int, resample: str | None = None) -> None:
@@ -94,13 +98,14 @@ class ResampledBottleneck(nn.Module):
 
 
 class OneClassEmbedding(nn.Module):
-    """Fuse three maps at the size of the coarsest, and squeeze them.
+    """Fuse three feature maps at the size of the coarsest, and compress them.
 
     Parameters
     ----------
     width : int
         Channels of the finest map; the others have two and four times as many.
     blocks : int
+        Residual blocks.
     """
 
     def __init__(self, width: int, blocks: int) -> None:
@@ -116,7 +121,7 @@ class OneClassEmbedding(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Give (B, 8 width, H/2, W/2), with H and W the size of the coarsest map."""
+        """Return the embedding, shape (B, 8 width, H/2, W/2), with H and W the size of the coarsest map."""
         fine, middle, coarse = maps
         return self.squeeze(torch.cat([self.from_fine(fine), self.from_middle(middle), coarse], 1))
 
@@ -129,6 +134,7 @@ class Student(nn.Module):
     width : int
         Channels of the finest map.
     blocks : tuple of int
+        Residual blocks of the stages, from coarse to fine.
     """
 
     def __init__(self, width: int, blocks: tuple[int, int, int]) -> None:
@@ -146,7 +152,7 @@ class Student(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, embedding: Tensor) -> list[Tensor]:
-        """Give maps in the order of the teacher's, fine to coarse."""
+        """Return restored maps in the order of the teacher, from fine to coarse."""
         maps = []
         for stage in self.stages:
             embedding = stage(embedding)
@@ -160,6 +166,7 @@ class ReverseDistillation(FeatureDetector):
     Parameters
     ----------
     hyper : RDHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "rd"
@@ -184,7 +191,7 @@ class ReverseDistillation(FeatureDetector):
         self.student = Student(width, hyper.student_blocks)
 
     def stages(self) -> list[Stage]:
-        """The backbone, if it is our own, then embedding and student together."""
+        """Train the backbone, if it is not pretrained, then embedding and student together."""
         return [
             *self.backbone_stages(),
             GradientStage.scheduled(
@@ -193,20 +200,20 @@ class ReverseDistillation(FeatureDetector):
         ]
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """One minus the cosine of whole maps, summed over scales."""
-        taught = self.features(batch.slices)
-        learnt = self.student(self.embedding(taught))
+        """Compute the sum over scales of one minus the cosine of flattened maps."""
+        teacher_maps = self.features(batch.slices)
+        student_maps = self.student(self.embedding(teacher_maps))
         return sum(
             (1 - F.cosine_similarity(a.flatten(1), b.flatten(1))).mean()
-            for a, b in zip(taught, learnt, strict=True)
+            for a, b in zip(teacher_maps, student_maps, strict=True)
         )
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """One minus the cosine at each place, resized and summed over scales; in [0, 6]."""
-        taught = self.features(slices)
-        learnt = self.student(self.embedding(taught))
+        """Compute the sum over scales of one minus the cosine at each location, in [0, 6]."""
+        teacher_maps = self.features(slices)
+        student_maps = self.student(self.embedding(teacher_maps))
         total = torch.zeros_like(slices)
-        for a, b in zip(taught, learnt, strict=True):
-            unlike = 1 - F.cosine_similarity(a, b)[:, None]
-            total += F.interpolate(unlike, size=slices.shape[-2:], mode="bilinear", align_corners=True)
+        for a, b in zip(teacher_maps, student_maps, strict=True):
+            distance = 1 - F.cosine_similarity(a, b)[:, None]
+            total += F.interpolate(distance, size=slices.shape[-2:], mode="bilinear", align_corners=True)
         return torch.where(brain, total, 0.0)

@@ -1,8 +1,8 @@
 """RIAD: reconstruction by inpainting.
 
-Zavrtanik et al. 2021 ("Reconstruction by inpainting for visual anomaly detection"). Cells of a slice are
-hidden in turn, and a U-Net fills each from what is around it. What the surroundings do not foretell is
-anomalous.
+Zavrtanik et al. 2021 ("Reconstruction by inpainting for visual anomaly detection"). Each cell of a slice is
+masked once, and a U-Net fills it from the surrounding cells. The score is the gradient magnitude
+dissimilarity of the slice and the filled slice, averaged over several cell sizes.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from bids_uad.networks.ddpmpp import (
 from bids_uad.networks.similarity import gms_maps, ssim_map
 from bids_uad.space import CROP
 
-SMALLEST_FIELD = 24  # pixels; what is left of it after three halvings still has a gradient
-
+SMALLEST_FIELD = 24
+"""Smallest side of the field of view in pixels, so that gradients exist after halving it three times."""
 INPAINTING = replace(NETWORK, blocks=(1, 1, 1, 2, 3, 2), time_embedding=False, rescale=False)
 
 
@@ -55,27 +55,38 @@ class RIADHyper(Constrained):
     Parameters
     ----------
     network : DDPMppConfig
-    cells : tuple of int
-        Sides of the square cells, in pixels. Where they do not divide a field, those at its end are cut.
-    parts : int
-        Disjoint sets of cells; each is hidden once.
-    weigh_by_cells : bool
-        Divide the map of each cell size by its number of cells, as published, so that the largest cells
-        decide. Otherwise all sizes count alike.
-    field_of_view : tuple of int
-        Height and width of the part of a slice that is seen.
-    steps, batch_size, learning_rate
-        Training schedule.
+        Inpainting network.
+    cell_sizes : tuple of int, default=(8, 16, 28, 32)
+        Sides of the square cells in pixels. Cells at the end of the field of view may be smaller.
+    n_sets : int, default=5
+        Number of disjoint sets of cells, each of which is masked once.
+    weight_by_cells : bool, default=False
+        Whether to divide the map of each cell size by the number of cells, as published, which gives the
+        largest cells most weight. If False, all sizes have the same weight.
+    field_of_view : tuple of int, default=(160, 192)
+        Height and width in pixels of the part of a slice that is processed.
+    steps : int, default=100000
+        Optimiser steps.
+    batch_size : int, default=16
+        Slices per step.
+    learning_rate : float, default=5e-5
+        Initial learning rate.
     """
 
     network: DDPMppConfig = INPAINTING
-    cells: Annotated[tuple[Annotated[int, Interval(1, CROP)], ...], Items()] = (8, 16, 28, 32)
-    parts: Annotated[int, Interval(2)] = 5
-    weigh_by_cells: bool = False
+    cell_sizes: Annotated[tuple[Annotated[int, Interval(1, CROP)], ...], Items()] = (8, 16, 28, 32)
+    n_sets: Annotated[int, Interval(2)] = 5
+    weight_by_cells: bool = False
     field_of_view: FieldOfView = BRAIN_FIELD
     steps: Count = 100_000
     batch_size: Count = 16
     learning_rate: Positive = 5e-5
+
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "cells": "cell_sizes",
+        "parts": "n_sets",
+        "weigh_by_cells": "weight_by_cells",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,24 +95,25 @@ class RIADHyper(Constrained):
             raise invalid(self, "field_of_view", f"at least {SMALLEST_FIELD} pixels high and wide")
 
 
-def cell_parts(uniform: Tensor, parts: int, side: int) -> Tensor:
-    """Share the cells of a grid out among disjoint sets.
+def cell_sets(uniform: Tensor, n_sets: int, side: int) -> Tensor:
+    """Distribute the cells of a grid over disjoint sets.
 
     Parameters
     ----------
     uniform : Tensor, shape (B, rows, columns)
-        Random numbers, one a cell, whose order decides.
-    parts : int
+        One random number per cell; their ranks determine the sets.
+    n_sets : int
+        Number of sets.
     side : int
         Side of a cell in pixels.
 
     Returns
     -------
     Tensor of int64, shape (B, 1, rows * side, columns * side)
-        The set, 0 to ``parts - 1``, of each pixel; set sizes differ by one cell at most.
+        Set of each pixel, 0 to ``n_sets - 1``. The sizes of the sets differ by at most one cell.
     """
     rank = uniform.flatten(1).argsort(1).argsort(1)
-    grid = (rank * parts // rank.shape[1]).view(-1, 1, *uniform.shape[1:])
+    grid = (rank * n_sets // rank.shape[1]).view(-1, 1, *uniform.shape[1:])
     return grid.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
@@ -111,6 +123,7 @@ class RIAD(Detector):
     Parameters
     ----------
     hyper : RIADHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "riad"
@@ -118,14 +131,14 @@ class RIAD(Detector):
     presets: ClassVar[dict[str, RIADHyper]] = {
         "paper": RIADHyper(
             network=replace(INPAINTING, causal=True, activate_second=False),
-            weigh_by_cells=True,
+            weight_by_cells=True,
             field_of_view=WHOLE_SLICE,
         ),
         "default": RIADHyper(),
         "lite": RIADHyper(
             network=replace(LITE_NETWORK, time_embedding=False, rescale=False),
-            cells=(16, 32),
-            parts=3,
+            cell_sizes=(16, 32),
+            n_sets=3,
             steps=800,
             batch_size=8,
             learning_rate=1.5e-3,
@@ -137,64 +150,66 @@ class RIAD(Detector):
         self.network = DDPMpp(hyper.network)
 
     def stages(self) -> list[Stage]:
-        """One network."""
+        """Return one stage, which trains the network."""
         return [GradientStage.scheduled("inpainting", self.network, self.loss, self.hyper)]
 
     @staticmethod
     def _grid(slices: Tensor, cell: int) -> tuple[int, int]:
-        """Rows and columns of cells that cover a slice."""
+        """Return the numbers of rows and columns of cells that cover a slice."""
         height, width = slices.shape[-2:]
         return -(-height // cell), -(-width // cell)
 
-    def inpaint(self, slices: Tensor, part_of: Tensor) -> Tensor:
+    def inpaint(self, slices: Tensor, set_of: Tensor) -> Tensor:
         """Fill every cell from the cells of the other sets.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
-        part_of : Tensor of int, at least of that shape
-            From :func:`cell_parts`.
+            Slices, intensities in [0, 1].
+        set_of : Tensor of int, shape (B, 1, at least H, at least W)
+            Sets of the pixels, from :func:`cell_sets`.
 
         Returns
         -------
         Tensor, shape (B, 1, H, W)
+            Filled slices.
         """
-        parts = self.hyper.parts
-        numbers = torch.arange(parts, device=slices.device).view(parts, 1, 1, 1, 1)
+        n_sets = self.hyper.n_sets
+        numbers = torch.arange(n_sets, device=slices.device).view(n_sets, 1, 1, 1, 1)
         height, width = slices.shape[-2:]
-        hidden = part_of[None, ..., :height, :width] == numbers
+        hidden = set_of[None, ..., :height, :width] == numbers
         filled = self.network((slices[None] * ~hidden).flatten(0, 1)).view(hidden.shape)
         return (filled * hidden).sum(0)
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Squared error, gradient and structural dissimilarity, at one cell size drawn for the batch."""
+        """Compute squared error plus gradient and structural dissimilarity, at one random cell size."""
         slices = batch.slices
-        draw = torch.randint(len(self.hyper.cells), (), generator=generator, device=slices.device)
-        side = self.hyper.cells[int(draw)]
+        draw = torch.randint(len(self.hyper.cell_sizes), (), generator=generator, device=slices.device)
+        side = self.hyper.cell_sizes[int(draw)]
         uniform = torch.rand(
             (len(slices), *self._grid(slices, side)), generator=generator, device=slices.device
         )
-        filled = self.inpaint(slices, cell_parts(uniform, self.hyper.parts, side))
+        filled = self.inpaint(slices, cell_sets(uniform, self.hyper.n_sets, side))
         gradients = gms_maps(filled, slices)
         gradient_loss = sum(1 - part.mean() for part in gradients) / len(gradients)
         structure_loss = 1 - ssim_map(filled, slices, valid=True).mean()
         return (filled - slices).square().mean() + gradient_loss + structure_loss
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Gradient dissimilarity of the inpainted slice, over scales and cell sizes.
+        """Compute the mean gradient dissimilarity of the filled slice over scales and cell sizes.
 
-        The published map is this one less a constant: it subtracts the least value of a whole volume.
+        The published map differs by a constant, the minimum of the volume, which is subtracted there.
         """
         total = torch.zeros_like(slices)
-        for cell in self.hyper.cells:
+        for cell in self.hyper.cell_sizes:
             grid = self._grid(slices, cell)
-            part_of = cell_parts(generator.uniform(cell, *grid), self.hyper.parts, cell)
-            filled = self.inpaint(slices, part_of)
+            set_of = cell_sets(generator.uniform(cell, *grid), self.hyper.n_sets, cell)
+            filled = self.inpaint(slices, set_of)
             maps = gms_maps(filled, slices)
-            likeness = sum(
+            similarity = sum(
                 F.interpolate(part, size=slices.shape[-2:], mode="bilinear", align_corners=False)
                 for part in maps
             )
-            weight = 1 / math.prod(grid) if self.hyper.weigh_by_cells else 1 / len(self.hyper.cells)
-            total += weight * (1 - likeness / len(maps))
+            weight = 1 / math.prod(grid) if self.hyper.weight_by_cells else 1 / len(self.hyper.cell_sizes)
+            total += weight * (1 - similarity / len(maps))
         return torch.where(brain, total, 0.0)

@@ -1,8 +1,8 @@
-"""UniAD: a transformer that restores features it must not copy.
+"""UniAD: restoration of features by a transformer with neighbour-masked attention.
 
-You et al. 2022 ("A unified model for multi-class anomaly detection", arXiv 2206.03687). Tokens of a frozen
-network are restored by attention that is blind to each token's neighbourhood, through a query that is
-learnt, from jittered features.
+You et al. 2022 ("A unified model for multi-class anomaly detection", arXiv 2206.03687). A transformer with
+learnt queries restores the features of a frozen network from jittered features. Attention is masked in the
+neighbourhood of each token, so that features cannot be copied. The score is the restoration error.
 """
 
 from __future__ import annotations
@@ -36,19 +36,25 @@ class UniADHyper(Constrained):
     Parameters
     ----------
     backbone : BackboneConfig
-    grid : int
-        Side of the square of tokens.
-    width, heads, hidden : int
+        Frozen network and its feature maps.
+    grid : int, default=14
+        Side of the square grid of tokens.
+    width, heads, feedforward_width : int, default=256, 8, 1024
         Channels, attention heads and channels of the feed-forward layers of the transformer.
-    layers : int
-        Of the encoder, and of the decoder.
-    blind : int
-        Side of the neighbourhood that a token does not see, odd.
-    dropout : float
-    jitter : float
-        Strength of the noise on the training features.
-    steps, batch_size, learning_rate
-        Training schedule of the transformer.
+    layers : int, default=4
+        Layers of the encoder, and of the decoder.
+    neighbour_mask : int, default=7
+        Side of the neighbourhood in tokens to which a token does not attend, odd.
+    dropout : float, default=0.1
+        Dropout probability.
+    jitter : float, default=5.0
+        Strength of the noise that is added to the features in training.
+    steps : int, default=30000
+        Optimiser steps of the transformer.
+    batch_size : int, default=128
+        Slices per step.
+    learning_rate : float, default=1e-4
+        Initial learning rate.
     """
 
     backbone: BackboneConfig = field(
@@ -57,65 +63,83 @@ class UniADHyper(Constrained):
     grid: Annotated[int, Interval(2, CROP)] = 14
     width: Count = 256
     heads: Count = 8
-    hidden: Count = 1024
+    feedforward_width: Count = 1024
     layers: Count = 4
-    blind: Annotated[int, Interval(1, odd=True)] = 7
+    neighbour_mask: Annotated[int, Interval(1, odd=True)] = 7
     dropout: Annotated[float, Interval(0, 1, closed="left")] = 0.1
     jitter: NonNegative = 5.0
     steps: Count = 30_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
 
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "blind": "neighbour_mask",
+        "hidden": "feedforward_width",
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % 2 or self.width % self.heads:
             raise invalid(self, "width", f"an even multiple of 'heads', {self.heads}")
-        if self.blind // 2 >= self.grid // 2:
-            # A token in the middle of the grid would see no other, and its softmax would have no terms.
+        if self.neighbour_mask // 2 >= self.grid // 2:
+            # Otherwise a token at the centre of the grid could attend to no token at all.
             raise invalid(
-                self, "blind", f"at most {2 * (self.grid // 2) - 1} on a grid of {self.grid} x {self.grid}"
+                self,
+                "neighbour_mask",
+                f"at most {2 * (self.grid // 2) - 1} on a grid of {self.grid} x {self.grid}",
             )
 
 
 def neighbourhoods(grid: int, side: int) -> Tensor:
-    """Say which tokens of a square grid lie in each other's neighbourhood.
+    """Compute which pairs of tokens of a square grid are neighbours.
 
     Parameters
     ----------
     grid : int
+        Side of the grid.
     side : int
-        Odd.
+        Side of the neighbourhood, odd.
 
     Returns
     -------
     Tensor of bool, shape (grid**2, grid**2)
+        True for pairs of neighbours.
     """
     place = torch.arange(grid)
     near = (place[:, None] - place[None]).abs() <= side // 2
     return (near[:, None, :, None] & near[None, :, None, :]).reshape(grid**2, grid**2)
 
 
-def jittered(tokens: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Add noise to tokens in proportion to their length.
+def jitter_tokens(tokens: Tensor, strength: float, generator: Generator) -> Tensor:
+    """Add Gaussian noise to tokens in proportion to their norm.
 
     Parameters
     ----------
     tokens : Tensor, shape (B, N, C)
+        Tokens.
     strength : float
-        The noise of each channel has the spread ``strength * |token| / C``.
+        The noise of each channel has a standard deviation of ``strength * |token| / C``.
+    generator : torch.Generator
+        Draws the noise.
+
+    Returns
+    -------
+    Tensor, shape (B, N, C)
+        Jittered tokens.
     """
     noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
     return tokens + noise * tokens.norm(dim=2, keepdim=True) * (strength / tokens.shape[2])
 
 
 class Layer(nn.Module):
-    """Attention steps and a feed-forward step, each added and normalised (post-norm).
+    """Transformer layer with post-normalisation: attention steps and a feed-forward step.
 
     Parameters
     ----------
     hyper : UniADHyper
+        Hyper-parameters.
     attentions : int
-        1 in the encoder, 2 in the decoder.
+        Number of attention steps: 1 in the encoder, 2 in the decoder.
     """
 
     def __init__(self, hyper: UniADHyper, attentions: int) -> None:
@@ -124,27 +148,28 @@ class Layer(nn.Module):
             nn.MultiheadAttention(hyper.width, hyper.heads, hyper.dropout, batch_first=True)
             for _ in range(attentions)
         )
-        self.widen = nn.Linear(hyper.width, hyper.hidden)
-        self.narrow = nn.Linear(hyper.hidden, hyper.width)
+        self.widen = nn.Linear(hyper.width, hyper.feedforward_width)
+        self.narrow = nn.Linear(hyper.feedforward_width, hyper.width)
         self.norms = nn.ModuleList(nn.LayerNorm(hyper.width) for _ in range(attentions + 1))
         self.dropout = nn.Dropout(hyper.dropout)
 
-    def forward(self, x: Tensor, sources: Sequence[Tensor], position: Tensor, hidden: Tensor) -> Tensor:
-        """Let x, shape (B, N, C), attend to each source in turn; `hidden` pairs may not look."""
+    def forward(self, x: Tensor, sources: Sequence[Tensor], position: Tensor, mask: Tensor) -> Tensor:
+        """Let x, shape (B, N, C), attend to each source in turn, except for pairs in `mask`."""
         for attention, norm, source in zip(self.attentions, self.norms, sources, strict=False):
-            told, _ = attention(x + position, source + position, source, attn_mask=hidden, need_weights=False)
-            x = norm(x + self.dropout(told))
+            mixed, _ = attention(x + position, source + position, source, attn_mask=mask, need_weights=False)
+            x = norm(x + self.dropout(mixed))
         return self.norms[-1](x + self.dropout(self.narrow(self.dropout(self.widen(x).relu()))))
 
 
 class TokenTransformer(nn.Module):
-    """Restores a grid of tokens.
+    """Transformer that restores a grid of tokens.
 
     Parameters
     ----------
     channels : int
-        Of the tokens.
+        Channels of the tokens.
     hyper : UniADHyper
+        Hyper-parameters.
     """
 
     def __init__(self, channels: int, hyper: UniADHyper) -> None:
@@ -160,7 +185,7 @@ class TokenTransformer(nn.Module):
         self.encoder = nn.ModuleList(Layer(hyper, 1) for _ in range(hyper.layers))
         self.decoder = nn.ModuleList(Layer(hyper, 2) for _ in range(hyper.layers))
         self.norm = nn.LayerNorm(hyper.width)
-        self.register_buffer("hidden", neighbourhoods(hyper.grid, hyper.blind), persistent=False)
+        self.register_buffer("mask", neighbourhoods(hyper.grid, hyper.neighbour_mask), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Restore tokens, shape (B, grid**2, channels)."""
@@ -170,20 +195,21 @@ class TokenTransformer(nn.Module):
         position = torch.cat([columns, rows], 2).flatten(0, 1)
         memory = self.enter(tokens)
         for layer in self.encoder:
-            memory = layer(memory, [memory], position, self.hidden)
+            memory = layer(memory, [memory], position, self.mask)
         restored = memory
         for layer, query in zip(self.decoder, self.queries, strict=True):
             start = query.expand(len(tokens), -1, -1)
-            restored = layer(start, [memory, restored], position, self.hidden)
+            restored = layer(start, [memory, restored], position, self.mask)
         return self.leave(self.norm(restored))
 
 
 class UniAD(FeatureDetector):
-    """Restoration of features by a blinded transformer.
+    """Restoration of features by a transformer with neighbour-masked attention.
 
     Parameters
     ----------
     hyper : UniADHyper
+        Hyper-parameters.
     """
 
     name: ClassVar[str] = "uniad"
@@ -197,7 +223,7 @@ class UniAD(FeatureDetector):
             backbone=BackboneConfig(),
             width=96,
             heads=4,
-            hidden=192,
+            feedforward_width=192,
             layers=2,
             steps=800,
             batch_size=8,
@@ -210,25 +236,25 @@ class UniAD(FeatureDetector):
         self.transformer = TokenTransformer(sum(hyper.backbone.channels), hyper)
 
     def stages(self) -> list[Stage]:
-        """The backbone, if it is our own, then the transformer."""
+        """Train the backbone, if it is not pretrained, then the transformer."""
         return [
             *self.backbone_stages(),
             GradientStage.scheduled("transformer", self.transformer, self.loss, self.hyper),
         ]
 
     def tokens(self, slices: Tensor) -> Tensor:
-        """Stack the backbone's maps on the grid, shape (B, grid**2, channels)."""
+        """Stack the feature maps on the grid, shape (B, grid**2, channels)."""
         grid = (self.hyper.grid, self.hyper.grid)
         return stack_maps(self.features(slices), grid).flatten(2).transpose(1, 2)
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Squared error of the features restored from jittered ones."""
+        """Compute the mean squared error of the features restored from jittered features."""
         tokens = self.tokens(batch.slices)
-        restored = self.transformer(jittered(tokens, self.hyper.jitter, generator))
+        restored = self.transformer(jitter_tokens(tokens, self.hyper.jitter, generator))
         return (restored - tokens).square().mean()
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Euclidean distance of features and restored features, resized."""
+        """Compute the Euclidean distance of features and restored features, interpolated to the pixels."""
         tokens = self.tokens(slices)
         distance = (self.transformer(tokens) - tokens).norm(dim=2)
         coarse = distance.view(-1, 1, self.hyper.grid, self.hyper.grid)

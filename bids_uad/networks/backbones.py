@@ -1,4 +1,8 @@
-"""Frozen feature extractors: networks trained on ImageNet, or our own, trained on brains."""
+"""Feature networks: ResNet and EfficientNet with ImageNet weights, and a small network trained on brains.
+
+The ImageNet networks have the architecture and the tensor names of torchvision, so that its published weights
+can be loaded. `BackboneConfig` selects a network and those of its feature maps that a detector uses.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Residual block of ResNet-18: two 3x3 convolutions."""
 
     expansion = 1
 
@@ -53,7 +57,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution and a shortcut; the 3x3 has `widening` times the planes."""
+    """Bottleneck block of ResNet-50: a 1x1, a 3x3 and a 1x1 convolution, with `widening` times the planes."""
 
     expansion = 4
 
@@ -75,7 +79,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet up to one of its stages.
+    """ResNet (He et al. 2016, arXiv 1512.03385) up to one of its stages.
 
     Parameters
     ----------
@@ -83,9 +87,10 @@ class ResNet(nn.Module):
         :class:`BasicBlock` or :class:`Bottleneck`.
     depths : tuple of int
         Blocks of each of the four stages.
-    widening : int
-    stages : int
-        How many stages to build; 4 adds the classifier, too, and makes the published network whole.
+    widening : int, default=1
+        Factor of the inner channels of bottleneck blocks.
+    stages : int, default=4
+        Number of stages; 4 includes the classifier of the published network.
     """
 
     def __init__(
@@ -110,16 +115,17 @@ class ResNet(nn.Module):
             self.fc = nn.Linear(inputs, 1000)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Maps after the first pooling and after each stage.
+        """Compute the feature maps after the first pooling and after each stage.
 
         Parameters
         ----------
         images : Tensor, shape (B, 3, H, W)
+            Images, normalised.
 
         Returns
         -------
         list of Tensor
-            At a quarter of the resolution twice, then at an eighth, and so on.
+            Maps with strides of 4, 4, 8, 16 and 32 pixels.
         """
         h = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
         maps = [h]
@@ -130,18 +136,18 @@ class ResNet(nn.Module):
 
 
 def resnet18(stages: int = 4) -> ResNet:
-    """ResNet-18."""
+    """Build a ResNet-18 of the given number of stages."""
     return ResNet(BasicBlock, (2, 2, 2, 2), stages=stages)
 
 
 def wide_resnet50_2(stages: int = 4) -> ResNet:
-    """Wide ResNet-50-2."""
+    """Build a Wide ResNet-50-2 of the given number of stages."""
     return ResNet(Bottleneck, (3, 4, 6, 3), widening=2, stages=stages)
 
 
 STEM, LAST = 48, 1792
-# Of each stage: expansion, kernel, stride, channels, blocks; the baseline's, scaled by 1.4 in width and 1.8
-# in depth.
+"""Channels of the first and of the last convolution of EfficientNet-B4."""
+# Expansion, kernel, stride, channels and blocks of each stage.
 B4 = (
     (1, 3, 1, 24, 2),
     (6, 3, 2, 32, 4),
@@ -164,7 +170,7 @@ def _conv(
 
 
 class SqueezeExcitation(nn.Module):
-    """Weigh channels by what their means say."""
+    """Channel attention: multiply channels by weights computed from their means."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -172,13 +178,13 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each channel of x, shape (B, channels, H, W), by a number in (0, 1)."""
+        """Multiply each channel of x, shape (B, channels, H, W), by a number in (0, 1)."""
         mean = x.mean((2, 3), keepdim=True)
         return x * self.fc2(nn.functional.silu(self.fc1(mean))).sigmoid()
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter channel by channel, weigh, narrow; with a shortcut where shapes allow."""
+    """Inverted residual block: expansion, depthwise convolution, squeeze and excitation, projection."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -199,13 +205,12 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetB4(nn.Module):
-    """EfficientNet-B4 up to one of its stages.
+    """EfficientNet-B4 (Tan and Le 2019, arXiv 1905.11946) up to one of its stages.
 
     Parameters
     ----------
-    stages : int
-        How many of the seven stages to build; 7 adds the last convolution and the classifier, too, and makes
-        the published network whole.
+    stages : int, default=7
+        Number of stages; 7 includes last convolution and classifier of the published network.
     """
 
     def __init__(self, stages: int = 7) -> None:
@@ -224,16 +229,17 @@ class EfficientNetB4(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Maps after each stage.
+        """Compute the feature maps after each stage.
 
         Parameters
         ----------
         images : Tensor, shape (B, 3, H, W)
+            Images, normalised.
 
         Returns
         -------
         list of Tensor
-            The first at half the resolution.
+            Maps with strides of 2, 4, 8, 16, 16, 32 and 32 pixels.
         """
         h = self.features[0](images)
         maps = []
@@ -252,13 +258,13 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class TissueNet(nn.Module):
-    """Encoder of three halvings with a light decoder that names the tissue of each pixel.
+    """Tissue segmentation network with an encoder of three halvings and a small decoder.
 
     Parameters
     ----------
     classes : int
-        Tissue classes, background included.
-    widths : tuple of int
+        Number of classes, background included.
+    widths : tuple of int, default=(8, 24, 48, 96)
         Channels at full, half, quarter and eighth resolution.
     """
 
@@ -276,29 +282,34 @@ class TissueNet(nn.Module):
         self.head = nn.Conv2d(half + full, classes, 3, padding=1)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """Encoder features at half, quarter and eighth resolution.
+        """Compute the feature maps of the encoder.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
-            H and W divisible by 8.
+            Slices; H and W are divisible by 8.
 
         Returns
         -------
         list of Tensor
-            Shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8, W/8).
+            Maps of shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8, W/8).
         """
         half = self.at_half(self.at_full(slices))
         quarter = self.at_quarter(half)
         return [half, quarter, self.at_eighth(quarter)]
 
     def classify(self, images: Tensor) -> Tensor:
-        """Class scores, which the network is trained by.
+        """Compute class scores, for the training of the network.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 1, H, W)
+            Slices; H and W are divisible by 8.
 
         Returns
         -------
         Tensor, shape (B, classes, H, W)
-            Unnormalised log-probabilities.
+            Logits.
         """
         full = self.at_full(images)
         half = self.at_half(full)
@@ -314,12 +325,13 @@ class TissueNet(nn.Module):
 
 
 MRI = "mri"
+"""Name of :class:`TissueNet` in `BackboneConfig`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class _Published:
-    """A network of the ImageNet challenge: how it is built, its depth, channels and strides of its maps."""
+    """An ImageNet network: its builder, the number of stages, and channels and strides of its maps."""
 
     build: Callable[[int], nn.Module]
     stages: int
@@ -337,35 +349,39 @@ _MRI_STRIDES = (2, 4, 8)
 
 @dataclass(frozen=True)
 class BackboneConfig(Constrained):
-    """Which features a detector looks at.
+    """Feature network of a detector, its feature maps, and the training of network ``mri``.
 
     Parameters
     ----------
-    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4"}
-        ``mri`` is trained with the detector, on scans with tissue classes; the others come with weights
-        trained on ImageNet.
-    taps : tuple of int
-        Which of the network's maps are taken, fine to coarse. ``mri`` has those at half, quarter and
+    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4"}, default="mri"
+        ``mri`` is :class:`TissueNet`, which is trained on scans with tissue classes before the detector; the
+        others have ImageNet weights.
+    taps : tuple of int, default=(1, 2)
+        Indices of the feature maps that are used, from fine to coarse. ``mri`` has maps at half, quarter and
         eighth resolution.
-    normalise : bool
-        Give ImageNet networks the mean and spread they were trained with.
-    classes : int
-        What ``mri`` learns to tell apart: background, tissue classes and, last, painted anomalies.
-    widths : tuple of int
+    normalise : bool, default=True
+        Whether inputs of ImageNet networks are normalised by the mean and standard deviation of ImageNet.
+    classes : int, default=7
+        Classes of ``mri``: background, tissue classes and painted anomalies.
+    widths : tuple of int, default=(8, 24, 48, 96)
         Channels of ``mri`` at full, half, quarter and eighth resolution.
     augmentation : AugmentationConfig
-        Variation of the slices while ``mri`` learns.
+        Augmentation of the training slices of ``mri``.
     anomaly : AnomalyConfig
-        What is painted over them.
-    window : tuple of int
-        Height and width in pixels of the windows it learns from.
-    steps, batch_size, learning_rate
-        Its training schedule.
+        Anomalies that are painted into these slices.
+    window : tuple of int, default=(160, 192)
+        Height and width in pixels of the training windows of ``mri``.
+    steps : int, default=600
+        Optimiser steps of ``mri``.
+    batch_size : int, default=8
+        Slices per step.
+    learning_rate : float, default=2e-3
+        Initial learning rate.
 
     Raises
     ------
     InvalidParameterError
-        If a value is not allowed, the network has no such map, or the window cannot be halved three times.
+        If a value is not allowed, the network has no such map, or the window is not divisible by 8.
     """
 
     name: Annotated[str, OneOf(MRI, *_IMAGENET)] = MRI
@@ -394,27 +410,27 @@ class BackboneConfig(Constrained):
 
     @property
     def pretrained(self) -> bool:
-        """Whether the weights come from a file."""
+        """Whether the network has ImageNet weights, which are loaded from a file."""
         return self.name != MRI
 
     def same_network(self, other: BackboneConfig) -> bool:
-        """Say whether another detector looks at the same network, be it at other maps of it."""
+        """Return whether another detector uses the same network, possibly with other maps."""
         return (self.name, self.classes, self.widths) == (other.name, other.classes, other.widths)
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of the maps that are taken."""
+        """Channels of the maps that are used."""
         available = self._available("channels")
         return tuple(available[tap] for tap in self.taps)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """How many pixels of a slice a pixel of each map that is taken spans, along a side."""
+        """Strides in pixels of the maps that are used."""
         available = self._available("strides")
         return tuple(available[tap] for tap in self.taps)
 
     def _available(self, what: str) -> tuple[int, ...]:
-        """Return channels or strides of all maps of the network."""
+        """Return ``channels`` or ``strides`` of all maps of the network."""
         if self.pretrained:
             return getattr(_IMAGENET[self.name], what)
         return {"channels": self.widths[1:], "strides": _MRI_STRIDES}[what]
@@ -423,25 +439,25 @@ class BackboneConfig(Constrained):
 def check_maps(
     hyper: Any, number: int, *, halving: bool = False, doubling: bool = False, finest: int | None = None
 ) -> None:
-    """Refuse hyper-parameters whose `backbone` gives other maps than their detector can use.
+    """Raise an error if the feature maps of a backbone do not suit the detector.
 
     Parameters
     ----------
     hyper : dataclass instance
         Has a field `backbone`, a :class:`BackboneConfig`.
     number : int
-        How many maps are needed; 0 allows any number.
+        Required number of maps; 0 allows any number.
     halving : bool, default=False
-        Whether each map must be half as fine as the one before.
+        Whether each map must have twice the stride of the one before.
     doubling : bool, default=False
         Whether each map must have twice the channels of the one before.
     finest : int, optional
-        Stride of the first map, in pixels; any by default.
+        Required stride of the first map in pixels; any by default.
 
     Raises
     ------
     InvalidParameterError
-        If the maps are others.
+        If the maps do not meet the requirements.
     """
     backbone, owner = hyper.backbone, type(hyper).__name__
     strides, channels = backbone.strides, backbone.channels
@@ -457,12 +473,14 @@ def check_maps(
 
 
 class ImageNetFeatures(nn.Module):
-    """A frozen network of the ImageNet challenge that looks at grey slices.
+    """Frozen ImageNet network for grey slices.
 
     Parameters
     ----------
-    name : str
+    name : {"resnet18", "wide_resnet50_2", "efficientnet_b4"}
+        Architecture.
     normalise : bool
+        Whether to normalise by the mean and standard deviation of ImageNet.
     """
 
     def __init__(self, name: str, normalise: bool) -> None:
@@ -470,33 +488,33 @@ class ImageNetFeatures(nn.Module):
         published = _IMAGENET[name]
         self.name = name
         self.network = published.build(published.stages).requires_grad_(False)
-        mean, spread = (IMAGENET_MEAN, IMAGENET_STD) if normalise else ((0.0,) * 3, (1.0,) * 3)
+        mean, sd = (IMAGENET_MEAN, IMAGENET_STD) if normalise else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("spread", torch.tensor(spread).view(3, 1, 1), persistent=False)
+        self.register_buffer("sd", torch.tensor(sd).view(3, 1, 1), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> ImageNetFeatures:
-        """Stay in evaluation mode: what is frozen keeps its batch statistics, too."""
+        """Stay in evaluation mode, so that batch statistics are frozen as well."""
         return super().train(False)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """All maps of the network for slices of shape (B, 1, H, W) in [0, 1]."""
-        images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.spread
-        read = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
-        return read(images)
+        """Compute all feature maps of slices of shape (B, 1, H, W), intensities in [0, 1]."""
+        images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.sd
+        features = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
+        return features(images)
 
     def load_published(self, path: Path) -> None:
-        """Take the weights that torchvision publishes for this network.
+        """Load the weights that torchvision publishes for this network.
 
         Parameters
         ----------
         path : pathlib.Path
-            A ``.safetensors`` file, or torchvision's ``.pth``, of which only tensors are read.
+            ``.safetensors`` file, or ``.pth`` file of torchvision, from which only tensors are read.
 
         Raises
         ------
         ValueError
-            If the file cannot be read or is another network's.
+            If the file cannot be read, or holds the weights of another network.
         """
         try:
             if path.suffix == ".safetensors":
@@ -504,54 +522,70 @@ class ImageNetFeatures(nn.Module):
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
-            raise ValueError(f"its weights cannot be read: {error}") from error
-        except (
-            Exception
-        ) as error:  # the restricted reader refuses whatever is no tensor with errors of its own
-            raise ValueError(f"it holds more than tensors: {type(error).__name__}") from error
-        own = self.network.state_dict()
-        odd = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        if odd:
+            raise ValueError(f"the weights cannot be read: {error}") from error
+        except Exception as error:  # the restricted unpickler has errors of its own for other objects
             raise ValueError(
-                f"these are not the weights of {self.name}: {odd[0]} is missing or of another shape"
+                f"the file contains other objects than tensors: {type(error).__name__}"
+            ) from error
+        own = self.network.state_dict()
+        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        if wrong:
+            raise ValueError(
+                f"these are not the weights of {self.name}: {wrong[0]} is missing or of another shape"
             )
         self.network.load_state_dict({name: state[name] for name in own})
 
 
-def find_published(place: Path, name: str) -> Path:
-    """Find the file that holds a network's published weights.
+def find_published(path: Path, name: str) -> Path:
+    """Find the file with the published weights of a network.
 
     Parameters
     ----------
-    place : pathlib.Path
-        The file itself, or a folder that holds it under the name that torchvision publishes it by, such as
-        torch's own cache (``~/.cache/torch/hub``).
-    name : str
-        ``resnet18``, ``wide_resnet50_2`` or ``efficientnet_b4``.
+    path : pathlib.Path
+        The file, or a folder with a file under the name that torchvision uses, such as the cache of PyTorch
+        (``~/.cache/torch/hub``).
+    name : {"resnet18", "wide_resnet50_2", "efficientnet_b4"}
+        Name of the network.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
 
     Raises
     ------
     ValueError
-        If the folder holds no such file, or several.
+        If the folder contains no such file, or several.
     """
-    if not place.is_dir():
-        return place
-    folders = (place, place / "checkpoints", place / "hub" / "checkpoints")
+    if not path.is_dir():
+        return path
+    folders = (path, path / "checkpoints", path / "hub" / "checkpoints")
     found = [
-        path
+        file
         for folder in folders
         for pattern in (f"{name}[-_.]*.pth", f"{name}*.safetensors")
-        for path in sorted(folder.glob(pattern))
+        for file in sorted(folder.glob(pattern))
     ]
     if not found:
         raise ValueError(f"no weights of {name} in this folder ({name}-*.pth or {name}*.safetensors)")
     if len(found) > 1:
-        raise ValueError(f"several weights of {name}: {', '.join(path.name for path in found)}")
+        raise ValueError(f"several weights of {name}: {', '.join(file.name for file in found)}")
     return found[0]
 
 
 def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
-    """Build a feature extractor; it gives the list of its maps, fine to coarse."""
+    """Build the feature network of a detector.
+
+    Parameters
+    ----------
+    config : BackboneConfig
+        Name and architecture.
+
+    Returns
+    -------
+    TissueNet or ImageNetFeatures
+        Network that returns the list of its feature maps, from fine to coarse.
+    """
     if config.pretrained:
         return ImageNetFeatures(config.name, config.normalise)
     return TissueNet(config.classes, config.widths)

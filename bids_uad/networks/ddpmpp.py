@@ -1,8 +1,10 @@
-"""The DDPM++ U-Net, backbone of the reconstruction detectors.
+"""The DDPM++ U-Net of the reconstruction detectors, and the diffusion process of those that use one.
 
-Ho et al. 2020 (arXiv 2006.11239) with the improvements of Song et al. 2021 (arXiv 2011.13456): residual
-blocks that resample, FiLM-conditioned group normalisation, attention at coarse resolutions. The switches
-of :class:`DDPMppConfig` reach both the published variant of arXiv 2512.01534 and the corrected one.
+The network is that of Ho et al. 2020 (arXiv 2006.11239) with the changes of Song et al. 2021 (arXiv
+2011.13456): residual blocks that resample, FiLM-conditioned group normalisation, attention at coarse
+resolutions. The options of :class:`DDPMppConfig` cover the published variant of arXiv 2512.01534 and the
+corrected one. The diffusion process has a shifted cosine schedule (Hoogeboom et al. 2023, arXiv 2301.11093),
+and its network predicts the velocity v (Salimans and Ho 2022, arXiv 2202.00512).
 """
 
 from __future__ import annotations
@@ -30,46 +32,46 @@ from bids_uad.constraints import (
 
 @dataclass(frozen=True)
 class DDPMppConfig(Constrained):
-    """Shape of a DDPM++ U-Net.
+    """Architecture of a DDPM++ U-Net.
 
     Parameters
     ----------
-    size : int
-        Side of the square input in pixels; it fixes at which levels attention sits.
-    width : int
+    size : int, default=128
+        Nominal side of the input in pixels; it determines which levels have attention and dropout.
+    width : int, default=64
         Channels of the first level.
-    multipliers : tuple of int
+    multipliers : tuple of int, default=(1, 2, 2, 4, 4)
         Channels of each level, in units of `width`.
-    blocks : tuple of int
+    blocks : tuple of int, default=(1, 1, 2, 4, 2)
         Residual blocks of each encoder level; the decoder has one more.
-    attention : tuple of int
-        Feature widths in pixels that get attention.
-    middle_attention : bool
-        Attention between the two bottleneck blocks.
-    head_width : int
+    attention : tuple of int, default=(16, 8)
+        Sides of the levels with attention, in pixels.
+    middle_attention : bool, default=True
+        Whether there is attention between the two bottleneck blocks.
+    head_width : int, default=64
         Channels of one attention head.
-    dropout : float
-        Dropout probability in the levels of at most `dropout_at` pixels and in the bottleneck.
-    dropout_at : int
-        Feature width in pixels from which on dropout acts.
-    rescale : bool
-        Divide each residual sum by the square root of 2.
-    time_embedding : bool
-        Condition on a time label.
-    causal : bool
-        Let each pixel attend only to the pixels before it in raster order (the published behaviour).
-    activate_second : bool
-        SiLU before the second convolution of a block; the published network lacks it.
-    norm : {"group", "batch"}
-        Normalisation; IterMask's published networks have batch normalisation.
-    fold : int
-        Fold squares of `fold` x `fold` pixels into channels at the input, and unfold at the output.
-        1 is the published network; 2 makes the full resolution four times cheaper.
+    dropout : float, default=0.1
+        Dropout probability in levels of at most `dropout_at` pixels and in the bottleneck.
+    dropout_at : int, default=8
+        Largest side in pixels of the levels with dropout.
+    rescale : bool, default=True
+        Whether to divide each residual sum by the square root of 2.
+    time_embedding : bool, default=True
+        Whether the network is conditioned on a time label.
+    causal : bool, default=False
+        Whether each pixel attends only to the pixels before it in raster order, as published.
+    activate_second : bool, default=True
+        Whether there is a SiLU before the second convolution of a block; the published network has none.
+    norm : {"group", "batch"}, default="group"
+        Normalisation; the published networks of IterMask have batch normalisation.
+    fold : int, default=1
+        Squares of `fold` x `fold` pixels are folded into channels at the input and unfolded at the output. 1
+        is the published network; 2 reduces the cost of the full resolution by a factor of four.
 
     Raises
     ------
     InvalidParameterError
-        If a value is not allowed, or if number of levels, channels and attention heads do not fit together.
+        If a value is not allowed, or number of levels, channels and attention heads are inconsistent.
     """
 
     size: Count = 128
@@ -104,7 +106,7 @@ class DDPMppConfig(Constrained):
 
     @property
     def divisor(self) -> int:
-        """What height and width of an input must be divisible by."""
+        """Number by which height and width of an input must be divisible."""
         return self.fold * 2 ** (len(self.multipliers) - 1)
 
     @property
@@ -119,7 +121,6 @@ class DDPMppConfig(Constrained):
         return levels + widths[-1:] * self.middle_attention
 
 
-# What ANDi has; partial diffusion, RIAD and IterMask vary it.
 NETWORK = DDPMppConfig(
     size=224,
     width=32,
@@ -129,7 +130,7 @@ NETWORK = DDPMppConfig(
     head_width=32,
     dropout_at=14,
 )
-# For two CPU cores.
+"""Published network of ANDi; those of RIAD and IterMask are variants."""
 LITE_NETWORK = DDPMppConfig(
     size=224,
     width=24,
@@ -140,10 +141,11 @@ LITE_NETWORK = DDPMppConfig(
     dropout=0.0,
     fold=4,
 )
+"""Network of preset ``lite``, for two CPU cores."""
 
 
 def check_network(hyper: Any, size: str, *, time_embedding: bool) -> None:
-    """Refuse hyper-parameters whose `network` cannot process the input of their detector.
+    """Raise an error if the network of a detector cannot process its input.
 
     Parameters
     ----------
@@ -157,8 +159,8 @@ def check_network(hyper: Any, size: str, *, time_embedding: bool) -> None:
     Raises
     ------
     InvalidParameterError
-        If the network has a time embedding that it does not need or lacks one that it needs, or if the input
-        cannot be halved as often as the network does.
+        If the network has a time embedding that is not used, or has none where one is used, or if the size of
+        the input is not divisible by that of the coarsest level.
     """
     network = hyper.network
     if network.time_embedding != time_embedding:
@@ -169,17 +171,19 @@ def check_network(hyper: Any, size: str, *, time_embedding: bool) -> None:
 
 
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
-    """Embed times as sines then cosines of geometrically spaced frequencies 1 ... 1e-4.
+    """Embed times by sines and cosines of geometrically spaced frequencies from 1 to 1e-4.
 
     Parameters
     ----------
     time : Tensor, shape (B,)
+        Time labels.
     width : int
-        Even number of features.
+        Number of features, even.
 
     Returns
     -------
     Tensor, shape (B, width)
+        Sines, then cosines.
     """
     half = width // 2
     exponent = torch.arange(half, device=time.device, dtype=torch.float32) / (half - 1)
@@ -188,7 +192,7 @@ def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
 
 
 def _glorot(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.Linear:
-    """Glorot-uniform weights (variance scaling, mean of fans) and zero bias; scale 0 gives zeros."""
+    """Initialise weights by Glorot's uniform distribution, or by zeros if scale is 0, and biases by zeros."""
     if scale == 0.0:
         nn.init.zeros_(layer.weight)
     else:
@@ -262,7 +266,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the pixels of each map, shape (B, C, H, W)."""
+        """Apply attention to feature maps of shape (B, C, H, W)."""
         batch, channels, height, width = x.shape
         tokens = self.inner(self.norm(x).flatten(2).transpose(1, 2))
         qkv = self.qkv(tokens).view(batch, height * width, 3, self.heads, channels // self.heads)
@@ -274,18 +278,19 @@ class Attention(nn.Module):
 
 
 class DDPMpp(nn.Module):
-    """The U-Net.
+    """DDPM++ U-Net.
 
     Parameters
     ----------
     config : DDPMppConfig
-    inputs : int
+        Architecture.
+    inputs : int, default=1
         Input channels.
 
     Notes
     -----
-    Encoder outputs (the input convolution, each block with its attention, each down-sampling block) are
-    the skip connections, taken by the decoder in reverse.
+    The outputs of the input convolution, of each encoder block (after attention) and of each down-sampling
+    block are skip connections, which the decoder uses in reverse order.
     """
 
     def __init__(self, config: DDPMppConfig, inputs: int = 1) -> None:
@@ -341,13 +346,14 @@ class DDPMpp(nn.Module):
         Parameters
         ----------
         x : Tensor, shape (B, inputs, H, W)
-            H and W divisible by ``fold * 2 ** (levels - 1)``.
+            Images; H and W are divisible by ``config.divisor``.
         time : Tensor, shape (B,) or (1,), optional
-            Time labels, or one for all; needed exactly when the network has a time embedding.
+            Time labels, or one for all images; required if the network has a time embedding.
 
         Returns
         -------
         Tensor, shape (B, 1, H, W)
+            Images.
         """
         embedding = None
         if self.config.time_embedding:
@@ -367,33 +373,52 @@ class DDPMpp(nn.Module):
         return F.pixel_shuffle(self.leave(F.silu(self.leave_norm(h))), self.config.fold)
 
 
-LOG_SNR_LIMIT = 15.0  # before the shift
+LOG_SNR_LIMIT = 15.0
+"""Limit of the log-signal-to-noise ratio on both sides, before the shift."""
 SHIFT = 2 * math.log(56 / 224)
+"""Shift of the schedule from images of 56 x 56 pixels to slices of 224 x 224."""
 
 
 def log_snr(time: Tensor) -> Tensor:
-    """Log-signal-to-noise ratio at each time, falling from about 12.2 to -17.8.
+    """Compute the log-signal-to-noise ratio, which decreases from about 12.2 to -17.8.
 
     Parameters
     ----------
     time : Tensor
-        In [0, 1].
+        Diffusion times in [0, 1].
+
+    Returns
+    -------
+    Tensor
+        Ratios, same shape.
     """
     first, last = (math.atan(math.exp(sign * LOG_SNR_LIMIT / 2)) for sign in (-1, 1))
     return -2 * torch.tan(first + time * (last - first)).log() + SHIFT
 
 
 def signal_and_noise(time: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales alpha of the signal and sigma of the noise at each time, same shape as `time`."""
+    """Compute the scales alpha of the signal and sigma of the noise at each time, same shape as `time`."""
     ratio = log_snr(time)
     return ratio.sigmoid().sqrt(), (-ratio).sigmoid().sqrt()
 
 
 def transition_weight(time: Tensor, earlier: Tensor) -> Tensor:
-    """Factor c between an error in the predicted image and one in the posterior mean at `earlier`.
+    """Compute the factor c by which a difference of two images enters their posterior means.
 
-    The posterior means of q(z_s | z_t, x) for two images differ by c (x - x'), with
-    c = (1 - exp(lambda_t - lambda_s)) alpha_s.
+    The means of q(z_s | z_t, x) for two images differ by c (x - x'), where
+    c = (1 - exp(lambda_t - lambda_s)) alpha_s and lambda is the log-signal-to-noise ratio.
+
+    Parameters
+    ----------
+    time : Tensor
+        Times t.
+    earlier : Tensor, same shape
+        Times s < t.
+
+    Returns
+    -------
+    Tensor
+        Factors, same shape.
     """
     return -torch.expm1(log_snr(time) - log_snr(earlier)) * signal_and_noise(earlier)[0]
 
@@ -406,26 +431,26 @@ def layered_noise(
     *,
     published: bool = False,
 ) -> Tensor:
-    """Noise with power at many scales, of unit power in all.
-
-    White noise plus ever coarser white noise, enlarged, each weighted by a further `discount`.
+    """Compute pyramid noise: white noise plus enlarged layers of coarser white noise, of unit power.
 
     Parameters
     ----------
     white : callable
-        ``white(number, size)``, white noise of shape (B, 1, *size), independent for each number.
+        ``white(number, size)`` returns white noise of shape (B, 1, *size), independent for each number.
     size : tuple of int
-        Height and width.
+        Height and width in pixels.
     discount : float
+        Weight of layer k is ``discount ** k``.
     ratio : callable
-        Gives how much coarser a layer is than the one before; the second time its square counts, and so on.
-    published : bool
-        The published code starts with a second full-resolution layer and divides by the standard deviation
-        of the whole batch; otherwise the first coarse layer is smaller, and each image has unit power.
+        ``ratio()`` returns a random number r; layer k is smaller than the one before by a factor of r ** k.
+    published : bool, default=False
+        Whether to begin with a second layer of full resolution and to divide by the standard deviation of the
+        batch, as in the published code. If False, the first layer is smaller, and each image has unit power.
 
     Returns
     -------
     Tensor, shape (B, 1, *size)
+        Noise.
 
     References
     ----------
@@ -445,19 +470,23 @@ def layered_noise(
 
 
 def pyramid_noise(images: Tensor, discount: float, generator: Generator, *, published: bool) -> Tensor:
-    """Draw :func:`layered_noise` for training, its ratios too: uniformly between 2 and 4.
+    """Draw :func:`layered_noise` for training, with ratios drawn uniformly between 2 and 4.
 
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
-        Gives shape, type and device.
+        Images whose shape, type and device the noise has.
     discount : float
+        As in :func:`layered_noise`.
     generator : torch.Generator
+        Draws noise and ratios.
     published : bool
+        As in :func:`layered_noise`.
 
     Returns
     -------
     Tensor, shape (B, 1, H, W)
+        Noise.
     """
     device = images.device
 
@@ -471,15 +500,15 @@ def pyramid_noise(images: Tensor, discount: float, generator: Generator, *, publ
 
 
 class NoisePredictor:
-    """A network that predicts the velocity v, read as image or as noise.
+    """Predict image and noise from the velocity v that a network predicts.
 
     Parameters
     ----------
     network : nn.Module
-        Called as ``network(z, label)`` with one time label per image.
+        Network that is called as ``network(z, label)`` with one time label per image.
     time_scale : float
-        Factor from time to label. 1000 spreads [0, 1] over the frequencies of a sinusoidal embedding; the
-        published code has 1, which leaves most of them constant.
+        Factor from time to time label. With 1000, times in [0, 1] use all frequencies of the embedding; the
+        published code has 1, for which most channels are nearly constant.
     """
 
     def __init__(self, network: nn.Module, time_scale: float) -> None:
@@ -487,12 +516,21 @@ class NoisePredictor:
         self.time_scale = time_scale
 
     def loss(self, images: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Mean squared error of the noise implied by the predicted velocity.
+        """Compute the mean squared error of the noise that follows from the predicted velocity.
 
         Parameters
         ----------
-        images, noise : Tensor, shape (B, 1, H, W)
+        images : Tensor, shape (B, 1, H, W)
+            Healthy slices, intensities in [-1, 1].
+        noise : Tensor, shape (B, 1, H, W)
+            Noise that is added.
         time : Tensor, shape (B,)
+            Diffusion times in [0, 1].
+
+        Returns
+        -------
+        Tensor, scalar
+            The loss.
         """
         alpha, sigma = (scale[:, None, None, None] for scale in signal_and_noise(time))
         noised = alpha * images + sigma * noise
@@ -500,15 +538,23 @@ class NoisePredictor:
         return (sigma * noised + alpha * velocity - noise).square().mean()
 
     def denoise(self, noised: Tensor, time: float) -> tuple[Tensor, Tensor]:
-        """Predicted image, kept in [-1, 1], and the noise that goes with it.
+        """Predict image and noise.
 
         Parameters
         ----------
         noised : Tensor, shape (B, 1, H, W)
+            Slices with noise.
         time : float
-            The same for all.
+            Diffusion time of all slices.
+
+        Returns
+        -------
+        image : Tensor, shape (B, 1, H, W)
+            Predicted image, clipped to [-1, 1].
+        noise : Tensor, shape (B, 1, H, W)
+            Noise for which `noised` is composed of this image and this noise.
         """
-        # One label for the whole batch, so that it is embedded once.
+        # One label for the batch, so that it is embedded once.
         times = torch.full((1,), time, device=noised.device)
         alpha, sigma = (float(scale) for scale in signal_and_noise(times.double()))
         velocity = self.network(noised, self.time_scale * times).to(noised.dtype)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GMS_CONSTANT = 0.0026
+"""Constant of gradient magnitude similarity that stabilises it where both gradients are small."""
 
 
 def _gaussian_band(size: int, window: int, sigma: float, valid: bool, like: Tensor) -> Tensor:
-    """Matrix that smooths an axis of `size` pixels; a row for each pixel whose window counts."""
+    """Return the matrix that smooths an axis of `size` pixels, one row per output pixel."""
     reach = window // 2
     offset = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
     weight = torch.exp(-0.5 * (offset / sigma) ** 2)
@@ -24,28 +25,30 @@ def _gaussian_band(size: int, window: int, sigma: float, valid: bool, like: Tens
 def ssim_map(
     first: Tensor, second: Tensor, *, window: int = 11, sigma: float = 1.5, valid: bool = False
 ) -> Tensor:
-    """Structural similarity at each pixel, channel by channel.
+    """Compute the structural similarity at each pixel, channel by channel.
 
     Parameters
     ----------
     first, second : Tensor, shape (B, C, H, W)
-        The constants suit values in [0, 1].
-    window : int
-        Side of the Gaussian window, odd.
-    sigma : float
-        Its standard deviation, in pixels.
-    valid : bool
-        Keep only the pixels whose window lies inside; otherwise what is outside counts as 0.
+        Images or feature maps; the constants are those for values in [0, 1].
+    window : int, default=11
+        Side of the Gaussian window in pixels, odd.
+    sigma : float, default=1.5
+        Standard deviation of the window in pixels.
+    valid : bool, default=False
+        Whether to return only pixels whose window lies inside the image. If False, the border is padded with
+        zeros.
 
     Returns
     -------
-    Tensor, shape (B, C, H, W), or smaller by ``window - 1`` where `valid`
+    Tensor, shape (B, C, H, W)
+        Similarity, at most 1; height and width are smaller by ``window - 1`` if `valid`.
 
     References
     ----------
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
     """
-    # A Gaussian separates, and for maps of this size two products with banded matrices are the quickest way.
+    # The Gaussian is separable; at these sizes products with banded matrices are faster than convolutions.
     height, width = first.shape[-2:]
     rows = _gaussian_band(height, window, sigma, valid, first)
     columns = _gaussian_band(width, window, sigma, valid, first)
@@ -59,15 +62,17 @@ def ssim_map(
 
 
 def gradient_magnitude(images: Tensor) -> Tensor:
-    """Magnitude of the Prewitt gradient, a third of the published operator's sum.
+    """Compute the magnitude of the Prewitt gradient, with kernels divided by 3.
 
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
+        Images.
 
     Returns
     -------
     Tensor, shape (B, 1, H - 2, W - 2)
+        Gradient magnitude.
     """
     across = torch.tensor([1.0, 0.0, -1.0], device=images.device, dtype=images.dtype).expand(3, 3) / 3
     kernels = torch.stack([across, across.T])[:, None]
@@ -75,18 +80,19 @@ def gradient_magnitude(images: Tensor) -> Tensor:
 
 
 def gms_maps(first: Tensor, second: Tensor, scales: int = 4) -> list[Tensor]:
-    """Gradient magnitude similarity at several scales, each half as fine as the one before.
+    """Compute the gradient magnitude similarity at several scales, each half as fine as the one before.
 
     Parameters
     ----------
     first, second : Tensor, shape (B, 1, H, W)
-        In [0, 1].
-    scales : int
+        Images, intensities in [0, 1].
+    scales : int, default=4
+        Number of scales.
 
     Returns
     -------
-    list of Tensor
-        Shapes (B, 1, H / 2**k - 2, W / 2**k - 2), values in (0, 1], 1 where the gradients are alike.
+    list of Tensor, shape (B, 1, H / 2**k - 2, W / 2**k - 2)
+        Similarity in (0, 1], 1 where the gradients are equal.
 
     References
     ----------

@@ -1,8 +1,8 @@
 """Synthetic anomalies painted into healthy slices, and the augmentations before them.
 
-The disentangled anomaly generation of Disyre v2 (Naval Marimont et al. 2024): a random shape, filled with
-a foreign texture and an intensity bias, with a known severity. Everything is vectorised over the batch and
-draws from the generator it is handed.
+The disentangled anomaly generation of Disyre v2 (Naval Marimont et al. 2024): random shapes with a foreign
+texture and an intensity bias, of known severity. All functions are vectorised over the batch and draw from
+the generator that they are given.
 """
 
 from __future__ import annotations
@@ -28,31 +28,30 @@ from bids_uad.constraints import (
 
 SHAPES = ("rectangle", "disc", "blobs")
 COMPONENTS = (*SHAPES, "texture", "bias", "blur")
-"""What synthetic anomalies are made of: kinds of shape, foreign texture, intensity bias, soft edges."""
+"""Components of synthetic anomalies: shapes, foreign texture, intensity bias and soft edges."""
 
 
 @dataclass(frozen=True)
 class AnomalyConfig(Constrained):
-    """What synthetic anomalies look like.
+    """Shape, edge and intensity of synthetic anomalies.
 
     Parameters
     ----------
-    size : tuple of float
-        Smallest and largest side or diameter of a shape, in pixels.
-    log_size : bool
-        Draw sizes log-uniformly, so that small shapes are as common as large ones.
-    max_shapes : int
-        An anomaly is one to this many shapes, as multifocal disease is. A short training then sees more of
-        what it has to undo.
-    max_blur : float
-        Largest standard deviation of the mask's edge, in pixels.
-    blur_probability : float
-        How often the edge is soft.
-    matching : {"minmax", "mean"}
-        How a foreign texture's intensities are fitted to those it replaces; the publication means the
-        first, its code does the second.
-    class_offset : float
-        Pixels added to the mask when choosing which tissue classes the bias touches.
+    size : tuple of float, default=(10.0, 44.0)
+        Smallest and largest side or diameter of a shape in pixels.
+    log_size : bool, default=False
+        Whether to draw sizes log-uniformly instead of uniformly.
+    max_shapes : int, default=1
+        Largest number of shapes of an anomaly. More shapes per slice shorten the training.
+    max_blur : float, default=5.0
+        Largest standard deviation of the edge of the mask in pixels.
+    blur_probability : float, default=0.7
+        Probability that the edge is soft.
+    matching : {"minmax", "mean"}, default="minmax"
+        How the intensities of a foreign texture are matched to those that it replaces. The publication
+        describes ``minmax``, its code uses ``mean``.
+    class_offset : float, default=1000.0
+        Pixels added to the size of the mask when tissue classes for the bias are drawn.
     """
 
     size: PositiveRange = (10.0, 44.0)
@@ -65,7 +64,7 @@ class AnomalyConfig(Constrained):
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
-    """Draw uniformly from [low, high) on the generator's device."""
+    """Draw uniformly from [low, high), on the device of the generator."""
     draw = torch.rand(shape, generator=generator, device=generator.device)
     return low + (high - low) * draw
 
@@ -76,13 +75,15 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
+        Images; the border is padded by replication.
     sigma : Tensor, shape (B,)
-        In pixels; 0 leaves the image as it is. The kernel is cut at 3 standard deviations of the largest.
+        Standard deviations in pixels; 0 leaves an image unchanged. The kernel is truncated at three times the
+        largest.
 
     Returns
     -------
     Tensor, shape (B, 1, H, W)
-        Borders are extended by replication.
+        Blurred images.
     """
     radius = max(1, math.ceil(3 * float(sigma.max())))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -100,17 +101,19 @@ def random_centres(brain: Tensor, generator: Generator) -> Tensor:
     Parameters
     ----------
     brain : Tensor of bool, shape (B, 1, H, W)
-        An image without brain gets a pixel anywhere.
+        Brain masks. If a mask is empty, any pixel is drawn.
+    generator : torch.Generator
+        Draws the pixels.
 
     Returns
     -------
     Tensor, shape (B, 2)
         Row and column.
     """
-    among = brain.flatten(1)
-    among = among | ~among.any(1, keepdim=True)
-    rank = among.cumsum(1)
-    # A tenth of the time that torch.multinomial takes on a CPU.
+    candidates = brain.flatten(1)
+    candidates = candidates | ~candidates.any(1, keepdim=True)
+    rank = candidates.cumsum(1)
+    # Ten times as fast as torch.multinomial on a CPU.
     drawn = (uniform((len(brain), 1), 0.0, 1.0, generator) * rank[:, -1:]).long() + 1
     index = torch.searchsorted(rank, drawn)[:, 0]
     width = brain.shape[-1]
@@ -125,22 +128,28 @@ def random_shapes(
     generator: Generator,
     kinds: Sequence[str] = SHAPES,
 ) -> Tensor:
-    """Draw one binary shape per image: a rectangle, a disc or a cloud of blobs.
+    """Draw one binary shape per image: a rectangle, a disc or blobs.
 
-    Blobs are a thresholded smooth random field, in place of the publication's shape library, which is not
-    free to pass on.
+    Blobs are a thresholded smooth random field. They replace the shape library of the publication, which may
+    not be redistributed.
 
     Parameters
     ----------
     centres : Tensor, shape (B, 2)
+        Row and column of the centres.
     height, width : int
-    kinds : sequence of str
-        Those of `SHAPES` to draw from.
+        Size of the result in pixels.
+    config : AnomalyConfig
+        Distribution of the sizes.
+    generator : torch.Generator
+        Draws the shapes.
+    kinds : sequence of str, default=SHAPES
+        Kinds of shape to draw from.
 
     Returns
     -------
     Tensor of float, shape (B, 1, H, W)
-        0 or 1.
+        1 inside the shape, 0 outside.
     """
     batch, device = centres.shape[0], centres.device
     low, high = config.size
@@ -158,21 +167,21 @@ def random_shapes(
     rectangle = (u.abs() <= 1) & (v.abs() <= 1)
     side = sides[:, 0, None, None] / 2
     disc = rows**2 + columns**2 <= side**2
-    # A field of about three bumps per side inside an ellipse; its level set has one or several parts.
+    # A level set of a random field with about three periods per side, limited to an ellipse.
     field = torch.randn((batch, 1, 7, 7), generator=generator, device=device)
     grid = torch.stack([v, u], dim=-1) * 0.8
     field = F.grid_sample(field, grid, mode="bicubic", padding_mode="border", align_corners=True)[:, 0]
     radius = (u**2 + v**2).sqrt()
     blobs = (field + 0.8 - radius**2 > 0.4) & (radius <= 1.6)
-    places = torch.tensor([SHAPES.index(kind) for kind in SHAPES if kind in kinds], device=device)
-    drawn = torch.randint(0, len(places), (batch,), generator=generator, device=device)
-    kind = places[drawn][:, None, None]
+    allowed = torch.tensor([SHAPES.index(kind) for kind in SHAPES if kind in kinds], device=device)
+    drawn = torch.randint(0, len(allowed), (batch,), generator=generator, device=device)
+    kind = allowed[drawn][:, None, None]
     shape = torch.where(kind == 0, rectangle, torch.where(kind == 1, disc, blobs))
     return shape[:, None].float()
 
 
 def _matched(texture: Tensor, image: Tensor, mask: Tensor, matching: str) -> Tensor:
-    """Fit the texture's intensities inside the mask to the image's."""
+    """Match the intensities of a texture inside the mask to those of the image."""
     inside = mask > 0.5
     count = inside.sum((1, 2, 3), keepdim=True).clamp_min(1)
 
@@ -201,24 +210,28 @@ def paint_anomalies(
     generator: Generator,
     components: Sequence[str] = COMPONENTS,
 ) -> tuple[Tensor, Tensor]:
-    """Corrupt healthy slices with one synthetic anomaly each, of one or several shapes.
+    """Paint one synthetic anomaly, of one or several shapes, into each healthy slice.
 
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
-        Healthy slices in [0, 1].
+        Healthy slices, intensities in [0, 1].
     brain : Tensor of bool, shape (B, 1, H, W)
+        Brain masks.
     codebook : Tensor, shape (K,)
-        Tissue intensities (k-means centres) that split a slice into classes for the intensity bias.
+        Tissue intensities (centres of k-means) that define the classes for the intensity bias.
     config : AnomalyConfig
+        Shape, edge and intensity of the anomalies.
     generator : torch.Generator
-    components : sequence of str
-        Those of `COMPONENTS` that anomalies are made of. One that is switched off is still drawn, so that
-        the rest stays the same.
+        Draws the anomalies.
+    components : sequence of str, default=COMPONENTS
+        Components that are used. Random numbers of unused components are drawn as well, so that the other
+        components do not change.
 
     Returns
     -------
     corrupted : Tensor, shape (B, 1, H, W)
+        Slices with anomalies, intensities in [0, 1].
     severity : Tensor, shape (B,)
         The larger of texture opacity and intensity bias, in [0, 1].
 
@@ -264,22 +277,22 @@ def paint_anomalies(
 
 @dataclass(frozen=True)
 class AugmentationConfig(Constrained):
-    """How healthy slices are varied before they are corrupted.
+    """Augmentation of healthy slices before anomalies are painted.
 
     Parameters
     ----------
-    spatial : float
+    spatial : float, default=0.2
         Probability of a rotation and zoom.
-    rotation : float
-        Largest rotation, in degrees.
-    zoom : tuple of float
+    rotation : float, default=15.0
+        Largest rotation in degrees.
+    zoom : tuple of float, default=(0.75, 1.25)
         Range of the isotropic zoom.
-    shift : float
-        Largest shift of the window off the brain's centre, as a share of its side.
-    flip_front_back : bool
-        Mirror front to back as well as left to right. Brains never come that way, and a network that need
-        not allow for it learns sooner what belongs where.
-    intensity : float
+    shift : float, default=0.25
+        Largest shift of the window from the centre of the brain, as a fraction of its side.
+    flip_front_back : bool, default=True
+        Whether to mirror front to back as well as left to right. Such brains do not occur, and training is
+        shorter without them.
+    intensity : float, default=0.15
         Probability of each intensity change.
     """
 
@@ -300,26 +313,30 @@ def cut_windows(
     config: AugmentationConfig,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Cut one window per slice around its brain, mirrored, rotated and zoomed at random.
+    """Cut one window per slice around the brain, randomly mirrored, rotated and zoomed.
 
     Parameters
     ----------
     images : Tensor, shape (B, 1, H, W)
+        Slices.
     labels : Tensor of bool or int, shape (B, 1, H, W)
-        A brain mask or tissue classes, 0 outside the brain.
+        Brain mask or tissue classes, 0 outside the brain.
     window : tuple of int
-        Height and width of the windows.
+        Height and width of the windows in pixels.
+    config : AugmentationConfig
+        Probabilities and ranges of the transforms.
+    generator : torch.Generator
+        Draws the transforms.
 
     Returns
     -------
     images, labels : Tensor, shape (B, 1, h, w)
-        Windows without rotation are copied pixel by pixel; labels keep their type.
+        Windows, by linear and nearest-neighbour interpolation. Without rotation and zoom, pixels are copied.
     """
     brain = labels > 0
     batch, _, height, width = images.shape
     device = images.device
     h, w = window
-    # The window may slide as far as the image allows.
     rows = brain.any(3).flatten(1).float()
     columns = brain.any(2).flatten(1).float()
 
@@ -354,34 +371,41 @@ def cut_windows(
 
 
 def vary_intensity(images: Tensor, brain: Tensor, config: AugmentationConfig, generator: Generator) -> Tensor:
-    """Change brightness, contrast curve, noise and sharpness, each at random; background stays 0.
+    """Vary brightness, gamma, noise and sharpness, each with probability ``config.intensity``.
 
     Parameters
     ----------
-    images, brain : Tensor, shape (B, 1, H, W)
+    images : Tensor, shape (B, 1, H, W)
+        Slices, intensities in [0, 1].
+    brain : Tensor of bool, shape (B, 1, H, W)
+        Brain masks.
+    config : AugmentationConfig
+        Probability of each change.
+    generator : torch.Generator
+        Draws the changes.
 
     Returns
     -------
     Tensor, shape (B, 1, H, W)
-        In [0, 1].
+        Slices, intensities in [0, 1], 0 outside the brain.
     """
     batch = images.shape[0]
     device = images.device
 
-    def picked() -> Tensor:
+    def selected() -> Tensor:
         draw = torch.rand((batch, 1, 1, 1), generator=generator, device=device)
         return draw < config.intensity
 
     def gamma() -> Tensor:
-        # Half of the draws below 1, half above, as far as 2 either way.
+        # Log-uniform from 1/2 to 2.
         return uniform((batch, 1, 1, 1), -math.log(2), math.log(2), generator).exp()
 
-    x = torch.where(picked(), images * uniform((batch, 1, 1, 1), 0.9, 1.1, generator), images).clamp(0, 1)
-    x = torch.where(picked(), x ** gamma(), x)
-    x = torch.where(picked(), 1 - (1 - x) ** gamma(), x)
+    x = torch.where(selected(), images * uniform((batch, 1, 1, 1), 0.9, 1.1, generator), images).clamp(0, 1)
+    x = torch.where(selected(), x ** gamma(), x)
+    x = torch.where(selected(), 1 - (1 - x) ** gamma(), x)
     noise = torch.randn(x.shape, generator=generator, device=device)
     noise = noise * uniform((batch, 1, 1, 1), 0.0, 0.05, generator)
-    x = torch.where(picked(), x + noise, x)
+    x = torch.where(selected(), x + noise, x)
     blurred = gaussian_blur(x, uniform((batch,), 0.5, 1.5, generator))
-    x = torch.where(picked(), blurred, x)
+    x = torch.where(selected(), blurred, x)
     return x.clamp(0, 1) * brain

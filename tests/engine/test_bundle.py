@@ -29,7 +29,7 @@ from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.backbones import BackboneConfig
 
-TINY = replace(PatchCore.presets["lite"], backbone=BackboneConfig(widths=(4, 8, 8, 16)), bank=16)
+TINY = replace(PatchCore.presets["lite"], backbone=BackboneConfig(widths=(4, 8, 8, 16)), bank_size=16)
 CALIBRATION = {
     "thresholds": {"max_dice": 0.5, "fpr_1pct": 0.7},
     "default_threshold": "max_dice",
@@ -144,7 +144,7 @@ def test_unknown_hyper_parameters_are_refused(folder):
             "'neighbourhood' parameter of PatchCoreHyper must be an odd int .* Got 4 instead",
         ),
         ({"descriptor": "poold"}, "'descriptor' parameter of PatchCoreHyper must be one of .* Got 'poold'"),
-        ({"bank": 100_000}, "'bank' parameter of PatchCoreHyper must be at most 'candidates'"),
+        ({"bank_size": 100_000}, "'bank_size' parameter of PatchCoreHyper must be at most 'candidates'"),
         ({"backbone": {"name": "vgg"}}, "'name' parameter of BackboneConfig must be one of .* Got 'vgg'"),
         ({"backbone": 3}, "'backbone' parameter of PatchCoreHyper must be an instance of .* Got 3"),
     ],

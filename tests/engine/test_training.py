@@ -195,7 +195,9 @@ def test_a_training_that_was_stopped_ends_the_same(store, tmp_path, when):
 def test_trained_patchcore_marks_what_it_has_not_seen(store, tmp_path):
     torch.manual_seed(0)
     backbone = BackboneConfig(classes=3, widths=(4, 8, 16, 16), window=(96, 96), steps=40, batch_size=4)
-    hyper = replace(PatchCore.presets["lite"], backbone=backbone, bank=128, candidates=4_000, bank_slices=40)
+    hyper = replace(
+        PatchCore.presets["lite"], backbone=backbone, bank_size=128, candidates=4_000, bank_slices=40
+    )
     detector = PatchCore(hyper)
     learn(detector, store, tmp_path)
     batch = store.batch(np.array([10]), CPU)
@@ -294,6 +296,6 @@ def test_a_stage_that_leaves_nan_behind_is_named(store, tmp_path):
             return [replace(stage, fit=lambda batches, generator: self.bank.fill_(torch.nan))]
 
     backbone = BackboneConfig(widths=(4, 8, 8, 16))
-    detector = Damaged(replace(PatchCore.presets["lite"], backbone=backbone, bank=16))
+    detector = Damaged(replace(PatchCore.presets["lite"], backbone=backbone, bank_size=16))
     with pytest.raises(ValueError, match="NaN or infinite values in bank after stage"):
         learn(detector, store, tmp_path, None)

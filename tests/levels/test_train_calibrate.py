@@ -438,7 +438,7 @@ def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
         target = scan.with_name(scan.name.replace("desc-brain_mask", "desc-tissue_dseg"))
         nib.save(space.to_image(np.asarray(brain.dataobj), np.uint8), target)
     few = ["--steps", "2", "--batch-size", "2", "--nprocs", "1"]
-    hyper = ["--hyper", "bank=64", "candidates=500", "bank_slices=20"]
+    hyper = ["--hyper", "bank_size=64", "candidates=500", "bank_slices=20"]
     assert call(scans, tmp_path, "train", "patchcore", *few, *hyper) == 0
     first = tmp_path / "patchcore-T2w-lite"
     assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(first)) == 0

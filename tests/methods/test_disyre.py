@@ -80,7 +80,7 @@ def test_score_is_the_mean_change_over_windows_and_labels(slices):
 
 
 def test_an_untrained_network_of_changes_is_the_identity():
-    detector = Disyre(replace(TINY, predict_change=True)).eval()
+    detector = Disyre(replace(TINY, predict_residual=True)).eval()
     x = torch.rand(1, 1, 64, 64)
     assert torch.equal(detector.restore(x, torch.tensor([24])), x)
 

@@ -172,7 +172,7 @@ def literal_rounds(detector, x, brain, drawn, whole_brain):
         if rounds:
             frozen = filled
         rounds, mask = rounds + 1, new
-        if not shrinkage >= detector.hyper.least_shrinkage:
+        if not shrinkage >= detector.hyper.min_shrinkage:
             break
     return torch.where(brain, (image - frozen) ** 2 if whole_brain else scores, 0), rounds
 
@@ -180,7 +180,7 @@ def literal_rounds(detector, x, brain, drawn, whole_brain):
 @pytest.mark.parametrize("whole_brain", [True, False])
 def test_rounds_are_the_literal_ones_slice_by_slice(slices, whole_brain):
     torch.manual_seed(1)
-    detector = IterMask(replace(TINY, whole_brain=whole_brain, least_shrinkage=0.02)).eval()
+    detector = IterMask(replace(TINY, whole_brain=whole_brain, min_shrinkage=0.02)).eval()
     for network in (detector.first, detector.filler):
         torch.nn.init.normal_(network.leave.weight, std=0.4)
     detector.threshold.fill_(0.8)

@@ -19,8 +19,8 @@ TINY = PatchCoreHyper(
     descriptor="pooled",
     neighbourhood=3,
     candidates=2_000,
-    projection=0,
-    bank=64,
+    projection_dim=0,
+    bank_size=64,
     bank_slices=4,
 )
 
@@ -92,7 +92,9 @@ def test_published_descriptor_is_the_literal_one():
 
 def test_published_score_is_squared(batch):
     torch.manual_seed(0)
-    plain, squared = (PatchCore(replace(TINY, projection=8, squared=flag)).eval() for flag in (False, True))
+    plain, squared = (
+        PatchCore(replace(TINY, projection_dim=8, squared_distance=flag)).eval() for flag in (False, True)
+    )
     with torch.no_grad():
         plain.fit_bank(iter([batch]), torch.Generator().manual_seed(1))
         squared.load_state_dict(plain.state_dict())

@@ -114,7 +114,7 @@ class TestIterMask:
         images, condition = 6 * slices - 3, torch.from_numpy(case["condition"])[:, None]
         published = torch.from_numpy(np.unpackbits(case["first_mask"]).reshape(1, 1, 224, 224).astype(bool))
         errors = (images - detector.first(condition)).square()
-        assert torch.equal(worst_pixels(errors, slices > 0, detector.hyper.first_share), published)
+        assert torch.equal(worst_pixels(errors, slices > 0, detector.hyper.initial_mask_fraction), published)
         # The condition differs, see below; its effect on the mean over the slice is 2e-5.
         assert_same(detector.first_loss(Batch(slices, slices > 0), None), case["loss_first"], 5e-5)
         filled_in = detector.fill(images, condition, published, case.noise(901))
@@ -230,7 +230,7 @@ class TestFeatures:
         assert_same(still.loss(Batch(slices, slices > 0), torch.Generator()), expected)
 
     def test_patchcore(self):
-        case, detector = filled("patchcore", bank=len(Case("patchcore")["bank"]))
+        case, detector = filled("patchcore", bank_size=len(Case("patchcore")["bank"]))
         slices = case.grey()
         assert_same(detector.descriptors(slices)[0, ..., ::32], case["descriptors_every_32nd"])
         detector.bank = torch.from_numpy(case["bank"])
@@ -241,7 +241,7 @@ class TestFeatures:
     def test_patchcore_with_all_places_in_the_bank(self):
         healthy = Case("patchcore").grey("healthy_u8")
         covered = int((F.max_pool2d((healthy > 0).float(), 8) > 0).sum())
-        case, detector = filled("patchcore", bank=covered, candidates=1568, bank_slices=2)
+        case, detector = filled("patchcore", bank_size=covered, candidates=1568, bank_slices=2)
         detector.fit_bank(iter([Batch(healthy, healthy > 0)]), torch.Generator().manual_seed(0))
         slices = case.grey()
         ours = detector.score(slices, slices > 0, None)[:, 0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.riad import RIAD, RIADHyper, cell_parts
+from bids_uad.methods.riad import RIAD, RIADHyper, cell_sets
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.similarity import gms_maps
@@ -26,8 +26,8 @@ TINY = RIADHyper(
         dropout=0.0,
         time_embedding=False,
     ),
-    cells=(8, 16),
-    parts=3,
+    cell_sizes=(8, 16),
+    n_sets=3,
 )
 
 
@@ -51,7 +51,7 @@ def generator():
 
 def test_parts_are_disjoint_cells_of_even_number():
     uniform = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    part_of = cell_parts(uniform, 5, 28)
+    part_of = cell_sets(uniform, 5, 28)
     assert part_of.shape == (4, 1, 224, 224)
     cells = part_of[:, 0, ::28, ::28]
     assert torch.equal(cells.repeat_interleave(28, 1).repeat_interleave(28, 2), part_of[:, 0])
@@ -72,7 +72,7 @@ def test_cells_at_the_end_of_a_field_are_cut():
 def test_a_cell_is_filled_without_being_seen(slices):
     detector = detector_of()
     x, _ = slices
-    part_of = cell_parts(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), 3, 8)
+    part_of = cell_sets(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), 3, 8)
     hidden = part_of == 0
     with torch.no_grad():
         filled = detector.inpaint(x, part_of)
@@ -85,7 +85,7 @@ def test_a_cell_is_filled_without_being_seen(slices):
 
 def test_published_map_up_to_its_constant(slices):
     """Sum over cell sizes of (1 - S) / 4 / cells, with S the sum over four scales; then less its minimum."""
-    detector = detector_of(replace(TINY, weigh_by_cells=True))
+    detector = detector_of(replace(TINY, weight_by_cells=True))
     x, brain = slices
     with torch.no_grad():
         ours = detector.score(x, brain, generator())
@@ -93,7 +93,7 @@ def test_published_map_up_to_its_constant(slices):
         for cell in (8, 16):
             edge = 64 // cell
             uniform = generator().uniform(cell, edge, edge)
-            maps = gms_maps(detector.inpaint(x, cell_parts(uniform, 3, cell)), x)
+            maps = gms_maps(detector.inpaint(x, cell_sets(uniform, 3, cell)), x)
             likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
             literal += (1 - likeness) / 4 / edge**2
     # Where everything is alike S is 4: that is the least there can be.

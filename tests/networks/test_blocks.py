@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import binary_closing, gaussian_filter, label
 
 from bids_uad.methods import disyre
-from bids_uad.methods.disyre import importance, intensity_centres, window_starts
+from bids_uad.methods.disyre import intensity_centres, window_starts, window_weight
 from bids_uad.methods.patchcore import farthest_points
 from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
@@ -31,7 +31,7 @@ def test_window_starts(extent, window, stride, expected):
 
 
 def test_importance_is_gaussian_with_a_floor():
-    weight = importance(128, 128, torch.device("cpu"))
+    weight = window_weight(128, 128, torch.device("cpu"))
     assert weight[64, 64] == pytest.approx(np.exp(-0.5 * 2 * (0.5 / 16) ** 2), rel=1e-5)
     assert weight.min() == pytest.approx(1e-3)
 
@@ -66,7 +66,7 @@ def test_farthest_points_are_the_greedy_choice_in_all_channels(channels):
 
 
 def test_coreset_needs_enough_points():
-    with pytest.raises(ValueError, match="cannot choose 5 of 4"):
+    with pytest.raises(ValueError, match="cannot select 5 of 4"):
         farthest_points(torch.zeros(4, 2), 5, torch.Generator())
 
 
