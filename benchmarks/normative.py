@@ -20,7 +20,7 @@ from benchmarks.scan import read
 from benchmarks.simulated import RESULTS, markdown, tables_of, write_tables
 from bids_uad.calibration.normative import NormativeReference
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.dataset.participants import identities, read_participants
+from bids_uad.dataset.participants import read_participants, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import (
     NORMATIVE,
@@ -60,7 +60,7 @@ def score_both(bundle: Bundle, test: Path, out: Path) -> None:
     reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
     people = read_participants(test)
     for scan in track(missing, description=bundle.name):
-        met = bundle.cohorts_containing(identities(test, [scan.subject]))
+        met = bundle.cohorts_containing(subject_hashes(test, [scan.subject]))
         brain = read(scan.brain) > 0
         scores = score(scan, brain)
         write_tables(scan, bundle, scores, brain, met, None, out)

@@ -20,7 +20,7 @@ from scipy.ndimage import median_filter
 from benchmarks.scan import read
 from benchmarks.simulated import markdown
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.dataset.participants import Participants, identities, read_participants
+from bids_uad.dataset.participants import Participants, read_participants, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.metrics import counts_above, dice_curve
@@ -67,7 +67,7 @@ def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]
     list of str
         ``sub-<label>``.
     """
-    hashes = {name: identities(data, [name]) for name in people.labels}
+    hashes = {name: subject_hashes(data, [name]) for name in people.labels}
     strangers = [
         name for name in hashes if not any(bundle.cohorts_containing(hashes[name]) for bundle in bundles)
     ]

@@ -21,7 +21,7 @@ from bids_uad.calibration.thresholds import score_counts
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.config import DEFAULT_MIN_LESION_VOLUME
 from bids_uad.dataset.naming import detector_desc
-from bids_uad.dataset.participants import identities, read_participants, source_name
+from bids_uad.dataset.participants import read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, beside, find_preprocessed
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
@@ -144,7 +144,7 @@ def main() -> None:
         missing = [scan for scan in scans if not tables_of(scan, bundle, args.out)[0].is_file()]
         detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
-            met = bundle.cohorts_containing(identities(args.test, [scan.subject]))
+            met = bundle.cohorts_containing(subject_hashes(args.test, [scan.subject]))
             scanner = people.person(scan.subject, scan.session).scanner
             seen = scanner_seen(bundle, scanner, source_name(args.test))
             score(scan, bundle, detector, met, seen, args.out)

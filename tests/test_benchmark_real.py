@@ -9,7 +9,7 @@ from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score, f1_score
 
 from benchmarks.real import best_dice, best_of_each, choose, floor_of, floors
-from bids_uad.dataset.participants import by_name, read_participants
+from bids_uad.dataset.participants import read_participants, subject_hash
 from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.engine.bundle import Bundle
 from bids_uad.evaluation.subjects import subject_row
@@ -61,7 +61,7 @@ def test_lesions_and_healthy_ones_of_every_site_are_chosen(tmp_path):
     people = read_participants(tmp_path)
     assert choose(tmp_path, people, 3, []) == ["sub-a0", "sub-a1", "sub-b0", "sub-p0"]
     (tmp_path / "dataset_description.json").write_text('{"Name": "Two sites"}')
-    met = {"training": {"subjects": [by_name("Two sites", "sub-a0")]}}
+    met = {"training": {"subjects": [subject_hash("Two sites", "sub-a0")]}}
     assert choose(tmp_path, people, 3, [Bundle(tmp_path, met, {"cohort": {}})]) == [
         "sub-a1",
         "sub-a2",

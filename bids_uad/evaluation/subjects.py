@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bids_uad.dataset.image_metadata import image_metadata
-from bids_uad.dataset.participants import FACTS, Participants, describe_columns
+from bids_uad.dataset.participants import STANDARD_COLUMNS, Participants, describe_columns
 from bids_uad.dataset.sidecars import METRICS_COLUMNS
 from bids_uad.errors import InputError
 from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
@@ -196,7 +196,7 @@ def add_participant_columns(
         for subject, session in zip(table["participant_id"], table["session_id"], strict=True)
     ]
     rows = {key: participants.row(*key) for key in dict.fromkeys(keys)}
-    of_sessions = [fact for fact in FACTS if any(fact in row for row in rows.values())]
+    of_sessions = [fact for fact in STANDARD_COLUMNS if any(fact in row for row in rows.values())]
     columns = list(dict.fromkeys([*participants.columns, *of_sessions]))
     names = {column: f"participants_{column}" if column in table.columns else column for column in columns}
     added = pd.DataFrame([rows[key] for key in keys], index=table.index, columns=columns)

@@ -82,7 +82,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     output_dir = Path(config.output_dir)
     participants = _read_participants(config)
     if config.cohort is not None:
-        participants = participants.divided_by(config.cohort)
+        participants = participants.with_cohort_column(config.cohort)
     only = frozenset(f"sub-{label}" for label in config.participants)
     for folder in (output_dir, output_dir / "logs", output_dir / "group" / "figures"):
         remove_unfinished(folder)

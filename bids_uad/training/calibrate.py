@@ -17,7 +17,7 @@ import numpy as np
 from bids_uad.calibration.deviation import DeviationCalibrator
 from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
 from bids_uad.config import RunConfig
-from bids_uad.dataset.participants import identities
+from bids_uad.dataset.participants import subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError, ModelError, truncate_list
 from bids_uad.files import (
@@ -255,11 +255,11 @@ def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
         If one of them is in the validation, too, and would be judged by a reference that knows the person.
     """
     others = healthy_cohort(folder, bundle.modality)
-    known = identities(validation.folder, {scan.subject for scan in validation.scans})
+    known = subject_hashes(validation.folder, {scan.subject for scan in validation.scans})
     twice = [
         subject
         for subject in sorted({scan.subject for scan in others.scans})
-        if not known.isdisjoint(identities(folder, [subject]))
+        if not known.isdisjoint(subject_hashes(folder, [subject]))
     ]
     if twice:
         raise InputError(

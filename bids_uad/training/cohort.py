@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.dataset.participants import Participants, identities, read_participants, source_name
+from bids_uad.dataset.participants import Participants, read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import InputError, truncate_list
 from bids_uad.files import read_json
@@ -175,5 +175,7 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
         "sex": dict(known.most_common()) or None,
         "scanners": sorted(scanners) or None,
         "anatomies": sorted(anatomies) or None,
-        "subjects": sorted(set().union(*(identities(folder, subjects) for folder, subjects in met.items()))),
+        "subjects": sorted(
+            set().union(*(subject_hashes(folder, subjects) for folder, subjects in met.items()))
+        ),
     }

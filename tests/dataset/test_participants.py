@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from bids_uad.dataset.participants import Person, read_participants, write_participants
+from bids_uad.dataset.participants import (
+    Person,
+    image_hash,
+    read_participants,
+    source_name,
+    subject_hash,
+    subject_hashes,
+    write_participants,
+)
 from bids_uad.errors import InputError
 
 
@@ -227,22 +236,24 @@ GROUPS = {
         for name, case in cases.items()
     ],
 )
-def test_values_of_a_column(tmp_path, fact, values, sidecar, expected, note):
-    people = read_participants(write(tmp_path, column(fact, *values), {fact: sidecar}))
+def test_ages_sexes_and_groups_are_standardised(tmp_path, fact, values, sidecar, expected, note):
+    participants = read_participants(write(tmp_path, column(fact, *values), {fact: sidecar}))
     name = "healthy" if fact == "group" else fact
-    found = [getattr(people.person(subject), name) for subject in people.labels]
+    found = [getattr(participants.person(subject), name) for subject in participants.labels]
     assert found == (pytest.approx(expected) if fact == "age" and None not in expected else expected)
     if note is None:
-        assert people.notes == ()
+        assert participants.notes == ()
     else:
-        (line,) = [line for line in people.notes if note in line]
+        (line,) = [line for line in participants.notes if note in line]
         assert line.startswith(f"{tmp_path}/participants.tsv: column {fact}")
         assert "\n" not in line
-    # What the derivatives say is read as the same, without further notes about ages and sexes.
+    # The derivative table gives the same values, without further notes about ages and sexes.
     out = tmp_path / "out"
-    write_participants(out, people, [], "Participants")
+    write_participants(out, participants, [], "Participants")
     again = read_participants(out)
-    assert [again.person(subject) for subject in people.labels] == [people.person(s) for s in people.labels]
+    assert [again.person(subject) for subject in participants.labels] == [
+        participants.person(s) for s in participants.labels
+    ]
     if fact != "group":
         assert again.notes == ()
 
@@ -293,7 +304,7 @@ ODD_TABLES = {
     "contradictory rows": (
         b"participant_id\tage\tsex\nsub-1\t3\tM\nsub-1\t4\tmale\nsub-2\t5\tF\n",
         {"sub-1": Person(None, "male"), "sub-2": Person(5.0, "female")},
-        "sub-1 is listed more than once, with different age, which count as missing; keep one row",
+        "sub-1 is listed more than once, with different age, which are treated as missing; keep one row",
     ),
     "a cell too many": (
         b"participant_id\tage\nsub-1\t3\t4\nsub-2\t5\n",
@@ -339,13 +350,13 @@ ODD_TABLES = {
 
 
 @pytest.mark.parametrize(("content", "expected", "note"), ODD_TABLES.values(), ids=list(ODD_TABLES))
-def test_odd_tables_are_read(tmp_path, content, expected, note):
-    people = read_participants(write(tmp_path, content))
-    assert {subject: people.person(subject) for subject in people.labels} == expected
+def test_tables_that_deviate_from_bids_are_read(tmp_path, content, expected, note):
+    participants = read_participants(write(tmp_path, content))
+    assert {subject: participants.person(subject) for subject in participants.labels} == expected
     if note is None:
-        assert people.notes == ()
+        assert participants.notes == ()
     else:
-        (line,) = [line for line in people.notes if note in line]
+        (line,) = [line for line in participants.notes if note in line]
         assert line.startswith(f"{tmp_path}/participants.tsv: ")
 
 
@@ -367,7 +378,7 @@ def test_odd_tables_are_read(tmp_path, content, expected, note):
         ("folder", "the file cannot be read"),
     ],
 )
-def test_unusable_tables_are_refused_by_name(tmp_path, content, problem):
+def test_unreadable_table_raises(tmp_path, content, problem):
     path = tmp_path / "participants.tsv"
     if content is None:
         path.symlink_to("nowhere.tsv")
@@ -381,7 +392,7 @@ def test_unusable_tables_are_refused_by_name(tmp_path, content, problem):
 
 
 @pytest.mark.parametrize(("text", "problem"), [("{", "not valid JSON"), ("[1]", "not a JSON object")])
-def test_an_unusable_sidecar_is_refused_by_name(tmp_path, text, problem):
+def test_unreadable_sidecar_raises(tmp_path, text, problem):
     write(tmp_path, column("sex", "1"))
     (tmp_path / "participants.json").write_text(text)
     with pytest.raises(InputError, match=f"participants.json: {problem}"):
@@ -392,23 +403,23 @@ def test_an_unusable_sidecar_is_refused_by_name(tmp_path, text, problem):
     "entry", [None, 3, "Age of the participant", [], {"Levels": ["a"]}, {"Levels": None, "Units": None}]
 )
 def test_sidecar_entries_that_bids_does_not_define_are_ignored(tmp_path, entry):
-    people = read_participants(write(tmp_path, column("age", "3"), {"age": entry}))
-    assert people.person("sub-1").age == 3
-    assert people.notes == ()
+    participants = read_participants(write(tmp_path, column("age", "3"), {"age": entry}))
+    assert participants.person("sub-1").age == 3
+    assert participants.notes == ()
 
 
-def test_sidecar_names_columns_in_any_case(tmp_path):
-    people = read_participants(write(tmp_path, column("AGE", "24"), {"Age": {"Units": "months"}}))
-    assert people.person("sub-1").age == 2
+def test_sidecar_spells_columns_in_any_case(tmp_path):
+    participants = read_participants(write(tmp_path, column("AGE", "24"), {"Age": {"Units": "months"}}))
+    assert participants.person("sub-1").age == 2
 
 
-def test_nobody_is_known_without_tables(tmp_path):
-    for people in (read_participants(), read_participants(tmp_path)):
-        assert people.path is None
-        assert people.labels == ()
-        assert people.row("sub-1") == {}
-        assert people.person("sub-1") == Person()
-        assert people.cohort("sub-1") == "unspecified"
+def test_participants_are_empty_without_tables(tmp_path):
+    for participants in (read_participants(), read_participants(tmp_path)):
+        assert participants.path is None
+        assert participants.labels == ()
+        assert participants.row("sub-1") == {}
+        assert participants.person("sub-1") == Person()
+        assert participants.cohort("sub-1") == "unspecified"
 
 
 PER_SESSION = """participant_id\tsession_id\tAge\tsex\tgroup\tscanner
@@ -436,12 +447,12 @@ SESSIONS = {
         ("sub-1", "ses-4", Person(None, "male", None, "A")),
         ("sub-1", None, Person(None, "male", None, "A")),
         ("sub-2", "ses-1", Person(40.0, "female", True, "A")),
-        ("sub-2", "ses-2", Person(None, "female", True, "A")),  # the age at another session is not this one's
+        ("sub-2", "ses-2", Person(None, "female", True, "A")),  # the age at another session is not used
         (
             "sub-2",
             None,
             Person(40.0, "female", True, "A"),
-        ),  # an image without a session has the only age there is
+        ),  # without a session, the only age is used
         ("sub-3", "ses-1", Person(71.0, "female", False, "B")),
         ("sub-3", "ses-2", Person(70.0, "female", False, "B")),
         ("sub-4", "ses-1", Person(None, "female", True, "A")),
@@ -449,56 +460,58 @@ SESSIONS = {
         ("sub-5", "ses-2", Person(89.0, scanner="C")),
     ],
 )
-def test_values_hold_at_a_session(tmp_path, subject, session, expected):
-    people = read_participants(write(tmp_path / "raw", PER_SESSION, sessions=SESSIONS))
-    assert people.person(subject, session) == expected
-    assert people.labels == ("sub-1", "sub-2", "sub-3", "sub-4")
-    assert [line.removeprefix(f"{tmp_path}/raw/") for line in people.notes] == [
-        "participants.tsv: sub-4 ses-1 is listed more than once, with different age, which count as missing; "
-        "keep one row, or add a column session_id",
+def test_values_depend_on_the_session(tmp_path, subject, session, expected):
+    participants = read_participants(write(tmp_path / "raw", PER_SESSION, sessions=SESSIONS))
+    assert participants.person(subject, session) == expected
+    assert participants.labels == ("sub-1", "sub-2", "sub-3", "sub-4")
+    assert [line.removeprefix(f"{tmp_path}/raw/") for line in participants.notes] == [
+        "participants.tsv: sub-4 ses-1 is listed more than once, with different age, which are treated as "
+        "missing; keep one row, or add a column session_id",
         "sub-*/sub-*_sessions.tsv: column age: 1 of 4 ages are bounds or ranges (89+); the bound, or the "
         "middle of the range, is used",
     ]
     out = tmp_path / "out"
     (out / "sub-5").mkdir(parents=True)
-    write_participants(out, people, [f"sub-{number}" for number in range(1, 6)], "Participants")
+    write_participants(out, participants, [f"sub-{number}" for number in range(1, 6)], "Participants")
     again = read_participants(out)
     assert again.person(subject, session) == expected
     assert again.notes == ()
     assert pd.read_csv(out / "participants.tsv", sep="\t")["participant_id"].is_unique
 
 
-def test_latin_1_with_a_row_for_each_session_and_other_names(tmp_path):
+def test_latin_1_table_with_rows_per_session_and_other_column_names(tmp_path):
     text = (
         "participant_id\tsession_id\tAge\tGender\tgroup\nsub-good\tses-1\t89+\tM\tHealthy control\n"
         "sub-good\tses-2\t91\tM\tHealthy control\nsub-2\tses-1\t18-38\t1\tMüller\n"
     )
-    people = read_participants(write(tmp_path, text.encode("latin-1")))
-    assert people.person("sub-good", "1") == Person(89.0, "male", True)
-    assert people.person("sub-good", "2") == Person(91.0, "male", True)
-    assert people.person("sub-2", "1") == Person(28.0, "male", False)
-    assert people.row("sub-2")["group"] == "Müller"
-    assert [line.removeprefix(f"{tmp_path}/participants.tsv: ").split(";")[0] for line in people.notes] == [
+    participants = read_participants(write(tmp_path, text.encode("latin-1")))
+    assert participants.person("sub-good", "1") == Person(89.0, "male", True)
+    assert participants.person("sub-good", "2") == Person(91.0, "male", True)
+    assert participants.person("sub-2", "1") == Person(28.0, "male", False)
+    assert participants.row("sub-2")["group"] == "Müller"
+    assert [
+        line.removeprefix(f"{tmp_path}/participants.tsv: ").split(";")[0] for line in participants.notes
+    ] == [
         "not UTF-8, read as Latin-1",
         "column Age: 2 of 3 ages are bounds or ranges (89+, 18-38)",
         "column Gender: 1 values are 1 or 2 without a description, read as 1 = male and 2 = female",
     ]
 
 
-def test_cohorts_hold_at_a_session(tmp_path):
+def test_cohort_depends_on_the_session(tmp_path):
     text = (
         "participant_id\tsession_id\tgroup\tPathology\nsub-1\tses-1\tHC\tn/a\nsub-1\tses-2\tpatient\tstroke\n"
         "sub-2\tn/a\tpatient\tMS\n"
     )
-    people = read_participants(write(tmp_path, text))
-    assert [people.cohort("sub-1", session) for session in ("1", "2")] == ["healthy", "stroke"]
-    assert people.cohorts("sub-1") == {"healthy", "stroke"}
-    assert people.cohorts("sub-2") == {"MS"}
-    assert people.cohorts("sub-3") == {"unspecified"}
-    assert people.divided_by("PATHOLOGY").cohort("sub-2") == "MS"
-    assert people.divided_by("Group").cohort("sub-2") == "patient"
-    with pytest.raises(InputError, match="no column site to name cohorts by; choose one of group, Pathology"):
-        people.divided_by("site")
+    participants = read_participants(write(tmp_path, text))
+    assert [participants.cohort("sub-1", session) for session in ("1", "2")] == ["healthy", "stroke"]
+    assert participants.cohorts("sub-1") == {"healthy", "stroke"}
+    assert participants.cohorts("sub-2") == {"MS"}
+    assert participants.cohorts("sub-3") == {"unspecified"}
+    assert participants.with_cohort_column("PATHOLOGY").cohort("sub-2") == "MS"
+    assert participants.with_cohort_column("Group").cohort("sub-2") == "patient"
+    with pytest.raises(InputError, match="no column site for cohorts; choose one of group, Pathology"):
+        participants.with_cohort_column("site")
 
 
 @pytest.mark.parametrize(
@@ -509,19 +522,19 @@ def test_cohorts_hold_at_a_session(tmp_path):
         ("session_id,age\nses-1,30,4\n", "columns are separated by commas"),
     ],
 )
-def test_an_unusable_sessions_table_leaves_the_others(tmp_path, table, problem):
+def test_unreadable_sessions_table_is_skipped(tmp_path, table, problem):
     sessions = {"sub-1": table, "sub-2": "session_id\tage\nses-1\t30\n"}
     write(tmp_path, column("age", "20", "21"), sessions={"sub-2": sessions["sub-2"]})
     (tmp_path / "sub-1").mkdir()
     (tmp_path / "sub-1" / "sub-1_sessions.tsv").write_text(table)
-    people = read_participants(tmp_path)
-    assert people.person("sub-2", "1").age == 30
-    assert people.person("sub-1", "1").age == 20
-    (line,) = people.notes
+    participants = read_participants(tmp_path)
+    assert participants.person("sub-2", "1").age == 30
+    assert participants.person("sub-1", "1").age == 20
+    (line,) = participants.notes
     assert line.startswith(f"{tmp_path}/sub-1/sub-1_sessions.tsv: {problem}")
 
 
-def test_many_notes_about_sessions_are_cut_short(tmp_path):
+def test_many_notes_about_sessions_are_truncated(tmp_path):
     write(
         tmp_path, column("age", "20"), sessions={f"sub-{k}": "session_id,age\nses-1,3\n" for k in range(20)}
     )
@@ -540,24 +553,24 @@ def test_sidecars_of_sessions_describe_their_columns(tmp_path):
     (tmp_path / "sessions.json").write_text(json.dumps({"age": {"Units": "months"}}))
     own = {"age": {"Units": "years"}, "sex": levels(**{"1": "male"})}
     (tmp_path / "sub-2" / "sub-2_sessions.json").write_text(json.dumps(own))
-    people = read_participants(tmp_path)
-    assert [people.person(f"sub-{k}", "1").age for k in (1, 2, 3)] == [2, 24, 2]
-    assert [people.person(f"sub-{k}", "1").sex for k in (1, 2, 3)] == ["female", "male", "female"]
+    participants = read_participants(tmp_path)
+    assert [participants.person(f"sub-{k}", "1").age for k in (1, 2, 3)] == [2, 24, 2]
+    assert [participants.person(f"sub-{k}", "1").sex for k in (1, 2, 3)] == ["female", "male", "female"]
     only = read_participants(tmp_path, ["sub-1", "sub-9"])
     assert only.person("sub-1", "1").age == 2
     assert only.person("sub-2", "1").age is None
 
 
-def test_derivative_tables_are_supersets_and_describe_every_column(tmp_path):
+def test_write_participants_adds_participants_and_describes_columns(tmp_path):
     sidecar = {
         "iq": {"Description": "own words"},
         "Age": {"Description": "at scan", "Units": "months"},
         "group": levels(**{"1": "Healthy control"}),
     }
     text = "participant_id\tAge\tiq\tgroup\tgender\nsub-1\t408\tn/a\t1\tF\nsub-2\t6\t100\t1\tM\n"
-    people = read_participants(write(tmp_path / "raw", text, sidecar))
+    participants = read_participants(write(tmp_path / "raw", text, sidecar))
     out = tmp_path / "out"
-    write_participants(out, people, ["sub-1", "sub-7"], "Participants")
+    write_participants(out, participants, ["sub-1", "sub-7"], "Participants")
     assert (out / "participants.tsv").read_text() == (
         "participant_id\tage\tiq\tgroup\tsex\nsub-1\t34\tn/a\tHealthy control\tfemale\n"
         "sub-2\t0.5\t100\tHealthy control\tmale\nsub-7\tn/a\tn/a\tn/a\tn/a\n"
@@ -570,11 +583,49 @@ def test_derivative_tables_are_supersets_and_describe_every_column(tmp_path):
     assert set(columns["sex"]["Levels"]) == {"male", "female", "other"}
 
 
-def test_derivative_tables_of_sessions_go_when_they_hold_no_longer(tmp_path):
+def test_write_participants_removes_obsolete_sessions_tables(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
-    people = read_participants(write(raw, column("age", "20", "21"), sessions={"sub-1": SESSIONS["sub-1"]}))
-    write_participants(out, people, ["sub-1", "sub-2"], "Participants")
+    participants = read_participants(
+        write(raw, column("age", "20", "21"), sessions={"sub-1": SESSIONS["sub-1"]})
+    )
+    write_participants(out, participants, ["sub-1", "sub-2"], "Participants")
     assert [path.name for path in sorted(out.rglob("*sessions*"))] == ["sessions.json", "sub-1_sessions.tsv"]
     (raw / "sub-1" / "sub-1_sessions.tsv").unlink()
     write_participants(out, read_participants(raw), ["sub-1", "sub-2"], "Participants")
     assert not list(out.rglob("*sessions*"))
+
+
+def dataset(folder, **description):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset_description.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_source_name_of_a_derivative_is_that_of_its_raw_dataset(tmp_path):
+    raw = dataset(tmp_path / "raw", Name="A study (2)")
+    link = "urn:bids-dataset:A%20study%20%282%29"
+    derived = dataset(tmp_path / "derived", Name="bids_uad: A study", DatasetLinks={"raw": link})
+    assert source_name(raw) == source_name(derived) == "A study (2)"
+    assert (
+        subject_hashes(raw, ["sub-1"])
+        == subject_hashes(derived, ["sub-1"])
+        == {subject_hash("A study (2)", "sub-1")}
+    )
+    assert source_name(tmp_path) is None
+    assert subject_hashes(tmp_path, ["sub-1"]) == set()
+
+
+def test_subject_hashes_include_the_hashes_of_raw_images(tmp_path):
+    sha256 = hashlib.sha256(b"scan").hexdigest()
+    log = dataset(tmp_path / "derived", Name="B") / "sub-9" / "ses-1" / "log"
+    log.mkdir(parents=True)
+    (log / "sub-9_ses-1_T1w.json").write_text(json.dumps({"fingerprint": {"input_sha256": sha256}}))
+    assert subject_hashes(tmp_path / "derived", ["sub-9"]) == {subject_hash("B", "sub-9"), image_hash(sha256)}
+
+
+def test_hashes_of_participants_and_images_differ():
+    hashes = {subject_hash(*name) for name in (("A", "sub-1"), ("A", "sub-2"), ("B", "sub-1"))}
+    hashes.add(image_hash("sub-1"))
+    assert len(hashes) == 4
+    expected = hashlib.sha256(b"subject\nA\nsub-1").hexdigest()[:16]
+    assert subject_hash("A", "sub-1") == expected

@@ -119,7 +119,7 @@ def test_participants_that_cannot_be_read_stop_deviations_only(bench, capfd):
     assert "Traceback" not in told
     assert bench.run("--deviation", "none", "--participant-label", "01") == 0
     told = " ".join(capfd.readouterr().err.split())
-    assert "separate columns by tabs; until then nothing is known of the participants" in told
+    assert "separate columns by tabs; the table is not used" in told
 
 
 def test_group_puts_both_side_by_side(bench):

@@ -432,7 +432,7 @@ def test_cohorts_are_those_of_the_column_that_was_asked_for(study):
     assert set(subjects["cohort"]) == {"healthy", "north", "south"}
     page = (study / "out" / "group.html").read_text()
     assert "By site" in page
-    with pytest.raises(InputError, match="no column hospital to name cohorts by; choose one of age, sex"):
+    with pytest.raises(InputError, match="no column hospital for cohorts; choose one of age, sex"):
         group(study, cohort="hospital")
 
 

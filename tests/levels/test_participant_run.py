@@ -13,7 +13,7 @@ import pytest
 from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.lesion_masks import written_mask
-from bids_uad.dataset.participants import by_content, read_participants
+from bids_uad.dataset.participants import image_hash, read_participants
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.files import sha256_of
@@ -536,7 +536,7 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     bundle = Path(bench.models[0])
     info = json.loads((bundle / "bundle.json").read_text())
     info["training"] = {
-        "subjects": [by_content(sha256_of.__wrapped__(bench.raw / T1W))],
+        "subjects": [image_hash(sha256_of.__wrapped__(bench.raw / T1W))],
         "source": "Others; Phantoms",
         "n_scans": 1,
         "n_subjects": 1,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from bids_uad import space
 from bids_uad.cli.main import main
-from bids_uad.dataset.participants import by_name
+from bids_uad.dataset.participants import subject_hash
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import main as score_in_process
 from bids_uad.errors import ModelError
@@ -327,7 +327,7 @@ def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
 
 def test_a_bundle_knows_whom_it_has_met(models):
     bundle = load_bundle(models / "intensity-T2w-lite")
-    learnt_from, judged_by, stranger = ({by_name("Thirty slices", f"sub-{k}")} for k in ("1", "3", "4"))
+    learnt_from, judged_by, stranger = ({subject_hash("Thirty slices", f"sub-{k}")} for k in ("1", "3", "4"))
     assert bundle.cohorts_containing(learnt_from) == ["training", "validation"]
     assert bundle.cohorts_containing(judged_by) == ["validation"]
     assert bundle.cohorts_containing(stranger) == []
@@ -339,7 +339,7 @@ def test_synthetic_subjects_are_learnt_from_alone_or_beside_others(scans, tmp_pa
     assert call("none", tmp_path, "train", "intensity", *chosen) == 0
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert (training["source"], training["n_subjects"]) == ("Synthetic brains, seed 3", 1)
-    assert training["subjects"] == [by_name("Synthetic brains, seed 3", "sub-001")]
+    assert training["subjects"] == [subject_hash("Synthetic brains, seed 3", "sub-001")]
     (image,) = tmp_path.glob("scratch/synthetic-*/sub-001/anat/*_T2w.nii.gz")
     made = image.stat().st_mtime_ns
     assert call(scans, tmp_path, "train", "intensity", *chosen) == 0
@@ -357,7 +357,7 @@ def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, cap
     assert call(t1w, tmp_path, "train", "intensity", *chosen) == 0
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
     assert (training["source"], training["n_scans"]) == ("Thirty slices", 2)
-    assert training["subjects"] == sorted(by_name("Thirty slices", f"sub-{k}") for k in "12")
+    assert training["subjects"] == sorted(subject_hash("Thirty slices", f"sub-{k}") for k in "12")
     images = tmp_path.glob("scratch/recontrasted-*/sub-*/anat/*_T2w.nii.gz")
     made = {path: path.stat().st_mtime_ns for path in images}
     assert len(made) == 2
@@ -522,7 +522,7 @@ def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path
     assert "of 4 healthy people (age 20 to 80 years)" in card
     assert "2 of them are there for that alone (Others)." in card
     raw, deviating = resolve_bundles([str(folders[1])], ["T2w"], ["none", "normative"])
-    stranger = {by_name("Others", "sub-7")}
+    stranger = {subject_hash("Others", "sub-7")}
     assert (raw.cohorts_containing(stranger), deviating.cohorts_containing(stranger)) == (
         [],
         ["normative reference"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bids_uad.calibration.normative import FORMULA, HealthyCohort
 from bids_uad.dataset import sidecars
 from bids_uad.dataset.naming import ImageUnit
-from bids_uad.dataset.participants import by_content, by_name, source_name
+from bids_uad.dataset.participants import image_hash, source_name, subject_hash
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import truncate_list
 from bids_uad.files import sha256_of
@@ -39,9 +39,9 @@ def seen_in_training(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> st
     str
         `no`, or cohorts (:meth:`Bundle.cohorts_containing`) joined by `and`.
     """
-    hashes = {by_content(sha256_of(unit.path))}
+    hashes = {image_hash(sha256_of(unit.path))}
     if dataset:
-        hashes.add(by_name(dataset, f"sub-{unit.subject}"))
+        hashes.add(subject_hash(dataset, f"sub-{unit.subject}"))
     return " and ".join(bundle.cohorts_containing(hashes)) or NOT_SEEN
 
 

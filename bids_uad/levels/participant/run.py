@@ -26,7 +26,7 @@ from bids_uad.dataset.describe import (
 from bids_uad.dataset.external import LESIONS
 from bids_uad.dataset.inputs import Collection, collect, requested_subjects
 from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, detector_desc, entities_of
-from bids_uad.dataset.participants import Participants, read_if_usable, read_participants
+from bids_uad.dataset.participants import Participants, read_participants, try_read_participants
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import (
     ConfigError,
@@ -253,7 +253,9 @@ def _read_participants(config: RunConfig, collection: Collection, bundles: Seque
     InputError
         If `participants.tsv` cannot be used and deviations are asked for.
     """
-    read = read_participants if any(bundle.deviation != "none" for bundle in bundles) else read_if_usable
+    read = (
+        read_participants if any(bundle.deviation != "none" for bundle in bundles) else try_read_participants
+    )
     participants = read(config.bids_dir, [f"sub-{label}" for label in collection.subjects])
     for note in participants.notes:
         LOGGER.warning(note)

@@ -23,7 +23,7 @@ from rich.text import Text
 from bids_uad import __version__
 from bids_uad.config import RunConfig
 from bids_uad.dataset.naming import Problem, detection_outputs, preprocessing_outputs
-from bids_uad.dataset.participants import Participants, read_if_usable
+from bids_uad.dataset.participants import Participants, try_read_participants
 from bids_uad.files import locked, read_json, write_json
 from bids_uad.levels.participant.completion_records import read_record, record_path, records_of
 from bids_uad.levels.participant.executors import START_METHOD, NodeFailure, raise_if_unwritable
@@ -302,7 +302,7 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     kills = oom_kills()
     workers = min(config.nprocs, len(subjects))
     with worker_pool(workers, START_METHOD) as pool:
-        people = read_if_usable(config.bids_dir, [f"sub-{subject}" for subject in subjects])
+        people = try_read_participants(config.bids_dir, [f"sub-{subject}" for subject in subjects])
         jobs = {
             subject: pool.submit(_write, config.output_dir, subject, people.only([f"sub-{subject}"]))
             for subject in subjects
