@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from benchmarks.scan import read
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import Participants, read_participants
-from bids_uad.dataset.sri24_scans import PreprocessedScan, beside, find_preprocessed
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.files import atomic_path
 from bids_uad.preprocessing.reference import resolve_reference
@@ -54,7 +54,7 @@ def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Particip
     desc = detector_desc(bundle.modality, bundle.scored_as)
     for scan in scans:
         healthy = people.person(scan.subject, scan.session).healthy
-        path = beside(scan.image, f"label-anomaly_desc-{desc}_mask.nii.gz")
+        path = sibling_output(scan.image, f"label-anomaly_desc-{desc}_mask.nii.gz")
         if not path.is_file() or not (healthy or scan.lesion):
             continue
         lesion = read(scan.lesion) > 0 if scan.lesion else False

@@ -22,7 +22,7 @@ from bids_uad.cli.main import main as bids_uad
 from bids_uad.config import DEFAULT_MIN_LESION_VOLUME
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants, source_name, subject_hashes
-from bids_uad.dataset.sri24_scans import PreprocessedScan, beside, find_preprocessed
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
 from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.metrics import edge_index
@@ -56,7 +56,7 @@ def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, 
     """Say where the score tables of a scan lie: metrics and histogram."""
     image = out / scan.subject / "anat" / scan.image.name
     desc = f"desc-{detector_desc(bundle.modality, bundle.scored_as)}"
-    return beside(image, f"{desc}_metrics.tsv"), beside(image, f"{desc}_histogram.tsv")
+    return sibling_output(image, f"{desc}_metrics.tsv"), sibling_output(image, f"{desc}_histogram.tsv")
 
 
 def score(

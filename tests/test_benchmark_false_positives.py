@@ -24,7 +24,7 @@ def save(path, *boxes):
 
 @pytest.fixture
 def derivatives(tmp_path):
-    """A healthy person, patients with and without a lesion mask, and a healthy one whom nobody scored."""
+    """A healthy control, patients with and without a lesion mask, and a control without scores."""
     left, right = np.s_[100:110, 100:110, 60:64], np.s_[130:140, 100:110, 60:64]
     for subject, marked in {
         "sub-h": (left,),
@@ -36,14 +36,14 @@ def derivatives(tmp_path):
         for ending in ("desc-preproc_T1w", "desc-brain_mask"):
             save(start.with_name(f"{start.name}{ending}.nii.gz"), np.s_[20:200, 20:200, 20:140])
         if marked:
-            save(start.with_name(f"{start.name}label-anomaly_desc-T1wFpi_mask.nii.gz"), *marked)
+            save(start.with_name(f"{start.name}label-anomaly_desc-T1wPls_mask.nii.gz"), *marked)
     save(tmp_path / "sub-p" / "anat" / "sub-p_space-SRI24_label-lesion_desc-manual_mask.nii.gz", right)
     rows = ["participant_id\tgroup", "sub-h\tcontrol", "sub-p\tpatient", "sub-q\tpatient", "sub-x\tcontrol"]
     (tmp_path / "participants.tsv").write_text("\n".join(rows) + "\n")
     return tmp_path
 
 
-def test_only_what_is_known_to_be_healthy_is_counted(derivatives, tmp_path):
+def test_count_marked_skips_lesions_and_patients_without_a_lesion_mask(derivatives, tmp_path):
     bundle = load_bundle(PACKAGED / "pls-T1w-default")
     scans = find_preprocessed(derivatives, "T1w")
     marked = count_marked(scans, bundle, read_participants(derivatives))

@@ -1,4 +1,4 @@
-"""Lesion masks: which mask belongs to which image, and how it comes to the SRI24 grid."""
+"""Matching of lesion masks to images, and the route of each mask to the SRI24 grid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRITTEN = f"*_space-{NAME}_label-lesion_desc-manual_mask.nii.gz"
 _DESC_RANK = {None: 0, "manual": 1}
 _INDICES = ("run", "echo")
 _MODALITIES = {"T1w": "T1w", "T2w": "T2w", "UNIT1": "T1w"}
-"""Modality of the images that anomalies are looked for in, by suffix."""
+"""Modality of the images in which anomalies are detected, by suffix."""
 _ATLAS: Grid = (SHAPE, AFFINE)
 
 Session = str | None
@@ -32,26 +32,26 @@ Session = str | None
 
 @dataclass(frozen=True)
 class LesionMask:
-    """A lesion mask and how it is brought to the SRI24 grid.
+    """Lesion mask and its route to the SRI24 grid.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file.
+        Mask file.
     provider : str
-        Key of the image whose workflow brings the mask to SRI24, one of those that the mask belongs to.
+        Key of the image whose workflow resamples the mask to SRI24; one of the images of the mask.
     output : pathlib.Path
-        The mask on the SRI24 grid, relative to the output dataset. It is named after the entities that the
-        mask names, so that :func:`written_mask` finds it for the same images.
-    is_empty : bool
-        Whether no voxel is lesion.
+        Path of the mask on the SRI24 grid, relative to the output dataset. Its name has the entities of the
+        input mask, so that :func:`written_mask` finds it for the same images.
+    is_empty : bool, default=False
+        Whether the mask has no lesion voxel.
     on_atlas : bool, default=False
-        Whether the mask is on the SRI24 grid already.
-    on_prepared : bool, default=False
-        Whether the mask is on the grid of another pipeline's version of the image, not of the raw image.
+        Whether the mask is on the SRI24 grid.
+    on_external : bool, default=False
+        Whether the mask is on the grid of an external derivative of the image instead of the raw image.
     other : pathlib.Path, optional
-        Image on whose grid the mask is, where that is none of the run's images, such as a FLAIR. It is
-        registered to the provider.
+        Image on whose grid the mask is, if that is not an image of the run, such as a FLAIR. It is registered
+        to the provider.
     transform : pathlib.Path, optional
         ITK transform, linear or not, that resamples the space of the mask to the provider.
     """
@@ -61,64 +61,69 @@ class LesionMask:
     output: Path
     is_empty: bool = False
     on_atlas: bool = False
-    on_prepared: bool = False
+    on_external: bool = False
     other: Path | None = None
     transform: Path | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The mask, and the files that its position on the SRI24 grid depends on."""
+        """The mask, and the files on which its position on the SRI24 grid depends."""
         return tuple(path for path in (self.path, self.other, self.transform) if path is not None)
 
 
 def identifying_entities(path: Path) -> dict[str, str]:
-    """Read the entities of a file name that tell images of a participant apart (session, run and so on).
+    """Return the entities of a file name that identify an image of a participant (session, run and so on).
 
     Parameters
     ----------
     path : pathlib.Path
+        File with a BIDS name.
 
     Returns
     -------
     dict of str to str
-        By key (`ses`, `run`); indices without leading zeros, since BIDS reads `run-1` and `run-01` alike.
+        Entities by key (`ses`, `run`); indices without leading zeros, since `run-1` and `run-01` are equal in
+        BIDS.
     """
-    found = {key: value for key, value in entities_of(path).items() if key in IDENTIFYING_KEYS}
-    return {key: value.lstrip("0") or "0" if key in _INDICES else value for key, value in found.items()}
+    entities = {key: value for key, value in entities_of(path).items() if key in IDENTIFYING_KEYS}
+    return {key: value.lstrip("0") or "0" if key in _INDICES else value for key, value in entities.items()}
 
 
 def belongs_to(mask: Path, image: Path) -> bool:
-    """Check by the names alone whether a mask may belong to an image.
+    """Return whether a mask matches an image by name.
 
     Parameters
     ----------
-    mask, image : pathlib.Path
+    mask : pathlib.Path
+        Lesion mask.
+    image : pathlib.Path
+        Raw or preprocessed image.
 
     Returns
     -------
     bool
-        True if the image has every identifying entity that the mask names, with the same value. A mask that
-        names `run-2` belongs neither to an image of another run nor to one without a run.
+        True if the image has all identifying entities of the mask, with the same values. A mask with `run-2`
+        matches neither an image of another run nor an image without a run.
     """
     return identifying_entities(mask).items() <= identifying_entities(image).items()
 
 
 def applicable_masks(masks: Iterable[Path], image: Path) -> list[list[Path]]:
-    """List the masks that may belong to an image by their names.
+    """Group the masks that match an image by name, best match first.
 
-    This is the rule by which all levels and reports find the lesion mask of an image.
+    All levels and reports find the lesion mask of an image by this rule.
 
     Parameters
     ----------
     masks : iterable of pathlib.Path
-        In order of preference.
+        Lesion masks in order of preference.
     image : pathlib.Path
-        Raw or preprocessed.
+        Raw or preprocessed image.
 
     Returns
     -------
     list of list of pathlib.Path
-        Masks that name the same entities in one list; those that name most of the image's entities first.
+        Groups of masks with the same entities; the group with most entities of the image is first.
     """
     groups = defaultdict(list)
     for mask in masks:
@@ -128,17 +133,17 @@ def applicable_masks(masks: Iterable[Path], image: Path) -> list[list[Path]]:
 
 
 def written_mask(image: Path) -> Path | None:
-    """Find the lesion mask of a preprocessed image in our own outputs.
+    """Find the lesion mask of a preprocessed image in the outputs of the participant level.
 
     Parameters
     ----------
     image : pathlib.Path
-        An output for the image in SRI24 space; only its folder and name are used.
+        Any output of the image in SRI24 space; only its folder and name are used.
 
     Returns
     -------
     pathlib.Path or None
-        None if there is no mask for this image.
+        Lesion mask on the SRI24 grid; None without a mask of this image.
     """
     groups = applicable_masks(sorted(image.parent.glob(_WRITTEN)), image)
     return groups[0][0] if groups else None
@@ -150,61 +155,61 @@ def find_masks(root: Path, subject: str) -> list[Path]:
     Parameters
     ----------
     root : pathlib.Path
-        The derivative dataset.
+        Root of the derivative dataset.
     subject : str
-        Label without `sub-`.
+        Participant label without `sub-`.
 
     Returns
     -------
     list of pathlib.Path
-        `*_label-lesion_mask`, `*_label-lesion_roi` or `*_seg-lesion_mask`; masks without `desc-` first,
-        `desc-manual` second, then by name.
+        Files `*_label-lesion_mask`, `*_label-lesion_roi` or `*_seg-lesion_mask`; masks without `desc-` first,
+        those with `desc-manual` second, then by name.
     """
-    found = [
+    masks = [
         path
         for path in (root / f"sub-{subject}").rglob("*.nii*")
         if _MASK_NAME.search(path.name) and entities_of(path).get("sub") == subject
     ]
-    return sorted(found, key=lambda path: (_DESC_RANK.get(entities_of(path).get("desc"), 2), path.name))
+    return sorted(masks, key=lambda path: (_DESC_RANK.get(entities_of(path).get("desc"), 2), path.name))
 
 
 def find_transforms(roots: Iterable[Path], image: Path, modality: str) -> dict[str, Path]:
-    """List the given transforms from other spaces to an image.
+    """Find transforms from other spaces to an image in derivative datasets.
 
     Parameters
     ----------
     roots : iterable of pathlib.Path
-        Derivative datasets; the first that has a transform counts.
+        Derivative datasets, in order of preference.
     image : pathlib.Path
-        The raw image.
-    modality : str
-        `T1w` or `T2w`.
+        Raw image.
+    modality : {"T1w", "T2w"}
+        Modality of the image.
 
     Returns
     -------
     dict of str to pathlib.Path
-        ``from-<space>_to-<modality>_mode-image_xfm`` by space. Its name may hold entities of the image only.
+        Files ``from-<space>_to-<modality>_mode-image_xfm`` whose entities match the image, by space.
     """
-    found: dict[str, Path] = {}
+    transforms: dict[str, Path] = {}
     for root in roots:
         folder = root / f"sub-{entities_of(image).get('sub')}"
         for path in sorted(folder.rglob(f"*_to-{modality}_mode-image_xfm.*")):
-            origin = entities_of(path).get("from")
-            if origin is not None and path.suffix in TRANSFORM_SUFFIXES and belongs_to(path, image):
-                found.setdefault(origin, path)
-    return found
+            space = entities_of(path).get("from")
+            if space is not None and path.suffix in TRANSFORM_SUFFIXES and belongs_to(path, image):
+                transforms.setdefault(space, path)
+    return transforms
 
 
 def resolve_masks(
     root: Path, units: Sequence[ImageUnit], bids_dir: Path, roots: Sequence[Path]
 ) -> tuple[dict[str, LesionMask], list[InputError]]:
-    """Decide which lesion mask belongs to each image of a participant.
+    """Find the lesion mask of each image of a participant.
 
-    Names come first: a mask belongs to the images that have all entities it names, and an image takes the
-    mask that names most of its entities. A mask without a session belongs to the one session it fits. An
-    entity that none of the T1w and T2w images has tells which other image a mask was drawn on, such as a
-    FLAIR; such a mask serves the images of its session that have no other. Grids come second: T1w, T2w, SRI24
-    space, a space from which a transform leads to the image, any other image of the session.
+    Masks are matched by name first. A mask belongs to the images that have all of its entities, and an image
+    uses the matching mask with most entities. A mask without a session belongs to the session whose grids
+    match. A mask with an entity that no T1w or T2w image has was drawn on another image, such as a FLAIR; it
+    is used for the images of its session without a mask of their own. The grid of the mask is identified
+    second: T1w, T2w, SRI24 space, a space with a transform to the image, or any other image of the session.
 
     Parameters
     ----------
@@ -213,16 +218,16 @@ def resolve_masks(
     units : sequence of ImageUnit
         Images of one participant, T1w first.
     bids_dir : pathlib.Path
-        The raw dataset; the participant may have sessions there that are not part of the run.
+        Root of the raw dataset, which may have sessions of the participant that are not part of the run.
     roots : sequence of pathlib.Path
-        Derivative datasets that may hold transforms from other spaces.
+        Derivative datasets to search for transforms from other spaces.
 
     Returns
     -------
     masks : dict of str to LesionMask
-        By the image's key; an image without a mask is not listed.
+        Masks by the key of the image, for images with a mask.
     problems : list of InputError
-        One for each mask that cannot be used.
+        One error for each mask that cannot be used.
     """
     subject = units[0].subject
     raw = _raw_images(bids_dir / f"sub-{subject}")
@@ -235,100 +240,101 @@ def resolve_masks(
             if session is None and set(raw) - {None}:
                 without_session.append(mask)
             elif session not in {*raw, *by_session}:
-                raise _names_no_image(mask)
+                raise _no_matching_image(mask)
             elif session in by_session:
                 grid_of(mask)  # raises if it is no image
                 by_session[session].append(mask)
         except InputError as error:
             problems.append(error)
     if any(not applicable_masks(by_session[unit.session], unit.path) for unit in units):
-        for mask, session in _fitting_sessions(without_session, units, raw, roots, problems):
+        for mask, session in _match_sessions(without_session, units, raw, roots, problems):
             by_session.get(session, []).append(mask)
-    found: dict[str, LesionMask] = {}
+    resolved: dict[str, LesionMask] = {}
     for session, masks in by_session.items():
         own = [unit for unit in units if unit.session == session]
-        found |= _resolve_session(masks, own, raw.get(session, []), roots, problems)
-    return found, problems
+        resolved |= _resolve_session(masks, own, raw.get(session, []), roots, problems)
+    return resolved, problems
 
 
 def _raw_images(folder: Path) -> dict[Session, list[Path]]:
-    """List the anatomical images of a participant's raw folder by session, None without sessions."""
+    """List the anatomical images in the raw folder of a participant by session (None: without a session)."""
     folders = {None: folder / "anat"}
     folders |= {path.name.removeprefix("ses-"): path / "anat" for path in sorted(folder.glob("ses-*"))}
-    found = {session: sorted(anat.glob("sub-*.nii*")) for session, anat in folders.items()}
-    return {session: images for session, images in found.items() if images}
+    images = {session: sorted(anat.glob("sub-*.nii*")) for session, anat in folders.items()}
+    return {session: paths for session, paths in images.items() if paths}
 
 
 def _session_of(mask: Path, root: Path) -> Session:
-    """Read the session of a mask from its name, or else from its folder."""
-    named = entities_of(mask).get("ses")
+    """Return the session of a mask by its name, else by its folder."""
+    by_name = entities_of(mask).get("ses")
     parts = mask.relative_to(root).parent.parts
-    lies = next((part.removeprefix("ses-") for part in parts if part.startswith("ses-")), None)
-    if None not in (named, lies) and named != lies:
-        raise InputError(mask, f"lesion mask of ses-{named} in the folder of ses-{lies}", "move or rename it")
-    return named or lies
+    by_folder = next((part.removeprefix("ses-") for part in parts if part.startswith("ses-")), None)
+    if None not in (by_name, by_folder) and by_name != by_folder:
+        problem = f"lesion mask of ses-{by_name} in the folder of ses-{by_folder}"
+        raise InputError(mask, problem, "move or rename it")
+    return by_name or by_folder
 
 
-def _names_no_image(mask: Path) -> InputError:
-    """Describe a mask whose entities no image of the participant has."""
+def _no_matching_image(mask: Path) -> InputError:
+    """Return the error for a mask whose entities no image of the participant has."""
     names = [f"{key}-{value}" for key, value in identifying_entities(mask).items() if key != "sub"]
-    problem = f"lesion mask that names {', '.join(names)}, as no image of the participant does"
-    return InputError(mask, problem, "rename it after the image it was drawn on")
+    problem = f"no image of the participant has {', '.join(names)} of this lesion mask"
+    return InputError(mask, problem, "rename the mask after the image it was drawn on")
 
 
 def _modality_of(image: Path) -> str:
-    """Return the modality of an image, its suffix if it is neither T1w nor T2w."""
+    """Return the modality of an image; its suffix if it is neither T1w nor T2w."""
     suffix = image.name.split(".", 1)[0].rsplit("_", 1)[-1]
     return _MODALITIES.get(suffix, suffix)
 
 
 def _is_scored(image: Path) -> bool:
-    """Check whether anomalies are looked for in images of this kind unless other ones are asked for."""
+    """Return whether anomalies are detected in images of this kind by default."""
     return _modality_of(image) in _MODALITIES and "ce" not in entities_of(image)
 
 
 def _is_on(grid: Grid, image: Path) -> bool:
-    """Check whether an image has this grid; one that cannot be read has not."""
+    """Return whether an image has this grid; False if it cannot be read."""
     try:
         return same_grid(grid, grid_of(image))
     except InputError:
         return False
 
 
-def _fitting_sessions(
+def _match_sessions(
     masks: Sequence[Path],
     units: Sequence[ImageUnit],
     raw: Mapping[Session, Sequence[Path]],
     roots: Sequence[Path],
     problems: list[InputError],
 ) -> list[tuple[Path, Session]]:
-    """Find the one session that each mask without a session fits, in the run or not."""
-    found, unfitting = [], []
+    """Match masks without a session to the only session, in the run or not, that has their grid."""
+    matched, unmatched = [], []
     for mask in masks:
         try:
             grid = grid_of(mask)
-            fitting = [session for session, images in raw.items() if _fits(mask, grid, images, roots)]
+            candidates = [session for session, images in raw.items() if _matches(mask, grid, images, roots)]
             external = [unit for unit in units if unit.image != unit.path and belongs_to(mask, unit.path)]
-            fitting += [unit.session for unit in external if _is_on(grid, unit.image)]
-            fitting = list(dict.fromkeys(fitting))
-            if len(fitting) == 1:
-                found.append((mask, fitting[0]))
+            candidates += [unit.session for unit in external if _is_on(grid, unit.image)]
+            candidates = list(dict.fromkeys(candidates))
+            if len(candidates) == 1:
+                matched.append((mask, candidates[0]))
                 continue
-            sessions = [f"ses-{session}" if session else "images without a session" for session in fitting]
+            sessions = [f"ses-{session}" if session else "images without a session" for session in candidates]
             problem = "lesion mask without a session on the grid of none of the participant's images"
             if sessions:
-                problem = f"lesion mask without a session that fits {', '.join(sessions[:-1])}"
+                problem = f"lesion mask without a session that matches {', '.join(sessions[:-1])}"
                 problem += f" and {sessions[-1]}"
             error = InputError(mask, problem, "add the session it was drawn in to its name (ses-<label>)")
-            (problems if sessions else unfitting).append(error)
+            (problems if sessions else unmatched).append(error)
         except InputError as error:
             problems.append(error)
-    problems += [] if found else unfitting
-    return found
+    problems += [] if matched else unmatched
+    return matched
 
 
-def _fits(mask: Path, grid: Grid, images: Sequence[Path], roots: Sequence[Path]) -> bool:
-    """Check whether a mask is on the grid of one of these raw images, or can be brought to it."""
+def _matches(mask: Path, grid: Grid, images: Sequence[Path], roots: Sequence[Path]) -> bool:
+    """Return whether a mask is on the grid of one of these raw images, or can be resampled to it."""
     space = entities_of(mask).get("space")
     for image in images:
         modality = _modality_of(image)
@@ -350,63 +356,63 @@ def _resolve_session(
     roots: Sequence[Path],
     problems: list[InputError],
 ) -> dict[str, LesionMask]:
-    """Distribute the masks of a session over its images; see :func:`resolve_masks`."""
-    named, elsewhere = [], []
+    """Assign the masks of a session to its images; see :func:`resolve_masks`."""
+    matching, of_others = [], []
     for mask in masks:
         if any(belongs_to(mask, unit.path) for unit in units):
-            named.append(mask)
+            matching.append(mask)
             continue
-        bearers = [image for image in raw if belongs_to(mask, image)]
-        if not bearers:
-            problems.append(_names_no_image(mask))
-        elif not any(map(_is_scored, bearers)):
-            elsewhere.append(mask)
-    refused: set[Path] = set()
+        others = [image for image in raw if belongs_to(mask, image)]
+        if not others:
+            problems.append(_no_matching_image(mask))
+        elif not any(map(_is_scored, others)):
+            of_others.append(mask)
+    rejected: set[Path] = set()
     while True:
-        parts: dict[tuple[Path, ...], list[ImageUnit]] = defaultdict(list)
+        users_of: dict[tuple[Path, ...], list[ImageUnit]] = defaultdict(list)
         for unit in units:
-            groups = applicable_masks([mask for mask in named if mask not in refused], unit.path)
-            free = [mask for mask in elsewhere if mask not in refused]
-            parts[tuple(groups[0] if groups else free)].append(unit)
-        parts.pop((), None)
-        found, faulty = {}, set()
-        for candidates, users in parts.items():
+            groups = applicable_masks([mask for mask in matching if mask not in rejected], unit.path)
+            fallback = [mask for mask in of_others if mask not in rejected]
+            users_of[tuple(groups[0] if groups else fallback)].append(unit)
+        users_of.pop((), None)
+        resolved, invalid = {}, set()
+        for candidates, users in users_of.items():
             at_fault = candidates
             try:
-                lesion = _place(candidates, users, raw, roots)
+                lesion = _locate(candidates, users, raw, roots)
                 at_fault = (lesion.path,)
                 lesion = replace(lesion, is_empty=not read_lesion(lesion.path)[0].any())
             except InputError as error:
                 problems.append(error)
-                faulty.update(at_fault)
+                invalid.update(at_fault)
                 continue
-            found |= {user.key: lesion for user in users}
-        if not faulty:
-            return found
-        # Images whose mask was refused may have another one that names fewer entities.
-        refused |= faulty
+            resolved |= {user.key: lesion for user in users}
+        if not invalid:
+            return resolved
+        # Images with a rejected mask may have another mask with fewer entities.
+        rejected |= invalid
 
 
-def _place(
+def _locate(
     masks: Sequence[Path], users: Sequence[ImageUnit], raw: Sequence[Path], roots: Sequence[Path]
 ) -> LesionMask:
-    """Choose one of the masks of some images by its grid, and say how it comes to SRI24.
+    """Choose the first mask on a known grid, and its route to SRI24.
 
     Parameters
     ----------
     masks : sequence of pathlib.Path
-        Masks that name the same entities, best first.
+        Masks with the same entities, in order of preference.
     users : sequence of ImageUnit
-        The images they belong to, T1w first.
+        Images of these masks, T1w first.
     raw : sequence of pathlib.Path
         All raw images of the session.
     roots : sequence of pathlib.Path
-        Derivative datasets that may hold transforms from other spaces.
+        Derivative datasets to search for transforms from other spaces.
 
     Returns
     -------
     LesionMask
-        Its content has not been looked at.
+        The mask, without a check of its voxels.
 
     Raises
     ------
@@ -417,7 +423,7 @@ def _place(
     spaces = {path: entities_of(path).get("space") for path in masks}
     users = sorted(users, key=lambda unit: unit.modality)
 
-    def placed(path: Path, unit: ImageUnit = users[0], **how: Any) -> LesionMask:
+    def located(path: Path, unit: ImageUnit = users[0], **route: Any) -> LesionMask:
         shared = {
             name: value
             for key, name in IDENTIFYING_KEYS.items()
@@ -425,40 +431,40 @@ def _place(
             and (value := unit.entities.get(name)) is not None
             and all(user.entities.get(name) == value for user in users)
         }
-        return LesionMask(path, unit.key, lesion_output(shared), **how)
+        return LesionMask(path, unit.key, lesion_output(shared), **route)
 
     for unit in users:
         for image in dict.fromkeys([unit.path, unit.image]):
             for path in masks:
                 if spaces[path] in (None, "orig", unit.modality) and _is_on(grids[path], image):
-                    return placed(path, unit, on_prepared=image != unit.path)
+                    return located(path, unit, on_external=image != unit.path)
     for path in masks:
         if spaces[path] == NAME and same_grid(grids[path], _ATLAS):
-            return placed(path, on_atlas=True)
-    # Looked for only now: folders of other pipelines may be large, and most masks are on a known grid.
+            return located(path, on_atlas=True)
+    # Searched last, since folders of other pipelines may be large and most masks are on a known grid.
     for unit in users:
         transforms = find_transforms(roots, unit.path, unit.modality)
         for path in masks:
             transform = transforms.get(spaces[path] or "")
             if transform is not None:
-                return placed(path, unit, on_prepared=_same_tree(transform, unit), transform=transform)
-    known = {unit.path.name for unit in users}
+                return located(path, unit, on_external=_same_tree(transform, unit), transform=transform)
+    of_users = {unit.path.name for unit in users}
     for path in masks:
-        named = [image for image in raw if belongs_to(path, image) and image.name not in known]
-        # One that names a run is not taken from the grid of a T1w of another run.
-        unnamed = [image for image in raw if not belongs_to(path, image) and not _is_scored(image)]
-        for other in (*named, *unnamed):
+        matching = [image for image in raw if belongs_to(path, image) and image.name not in of_users]
+        # The grid of a T1w of another run is not used for a mask of a run.
+        remaining = [image for image in raw if not belongs_to(path, image) and not _is_scored(image)]
+        for other in (*matching, *remaining):
             if _is_on(grids[path], other):
-                return placed(path, other=other)
+                return located(path, other=other)
     others = ", ".join(path.name for path in masks[1:])
     raise InputError(
         masks[0],
-        "lesion mask on the grid of none of the images it may serve, and no transform leads from its space"
-        + (f" (nor from {others})" if others else ""),
+        "lesion mask on the grid of none of the images it matches, and no transform from its space"
+        + (f" (likewise {others})" if others else ""),
         "resample it to the T1w with nearest-neighbour interpolation",
     )
 
 
 def _same_tree(transform: Path, unit: ImageUnit) -> bool:
-    """Check whether a transform leads to another pipeline's version of an image."""
+    """Return whether a transform is to the external derivative of an image."""
     return unit.external.image is not None and transform.is_relative_to(unit.external.root)

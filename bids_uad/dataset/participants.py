@@ -442,7 +442,7 @@ class _Reader:
     def _add(
         self, path: Path, subject: str, by_session: Mapping[str | None, Sequence[Mapping[str, Any]]]
     ) -> None:
-        """Store the rows of a participant; values (not age) that agree in all sessions apply to any session."""
+        """Store the rows of a participant; values (not age) that all sessions share apply to any session."""
         sessions = {
             session: self._merge(path, f"{subject} {session or ''}".strip(), rows)
             for session, rows in by_session.items()

@@ -1,4 +1,4 @@
-"""Scans that are already on the SRI24 grid: what `train` and `calibrate` read."""
+"""Search for preprocessed scans on the SRI24 grid, the inputs of `train` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from bids_uad.errors import InputError
 
 @dataclass(frozen=True)
 class PreprocessedScan:
-    """One preprocessed scan of a derivative dataset.
+    """Preprocessed scan of a derivative dataset.
 
     Parameters
     ----------
     subject : str
-        `sub-<label>`.
+        Participant, `sub-<label>`.
     image : pathlib.Path
-        Intensities on the SRI24 grid, the 99.5th percentile of the brain at 1.
+        Skull-stripped image on the SRI24 grid, with the 99.5th percentile of the brain at 1.
     brain : pathlib.Path
         Brain mask on the same grid.
-    lesion : pathlib.Path, optional
+    lesion : pathlib.Path or None
         Lesion mask on the same grid, see :func:`bids_uad.dataset.lesion_masks.written_mask`.
-    tissue : pathlib.Path, optional
-        Tissue classes on the same grid.
+    tissue : pathlib.Path or None
+        Tissue segmentation on the same grid.
     """
 
     subject: str
@@ -35,38 +35,44 @@ class PreprocessedScan:
 
     @property
     def session(self) -> str | None:
-        """`ses-<label>`; None without sessions."""
+        """Session, `ses-<label>`; None without sessions."""
         return next((part for part in self.image.name.split("_") if part.startswith("ses-")), None)
 
     @property
     def key(self) -> str:
-        """The image's file name up to its space, and its modality."""
+        """File name of the image up to `_space-`, and its modality."""
         return self.image.name.split("_space-")[0] + "_" + self.image.name.split("_")[-1].split(".")[0]
 
 
-def beside(image: Path, name: str) -> Path:
-    """Say where something else of a preprocessed image lies, whether it is there or not.
+def sibling_output(image: Path, ending: str) -> Path:
+    """Return the path of another output of a preprocessed image, which need not exist.
 
     Parameters
     ----------
     image : pathlib.Path
-    name : str
-        What its name has after the space, such as ``desc-brain_mask.nii.gz``.
+        Preprocessed image (`*_desc-preproc_*`).
+    ending : str
+        Part of the output's name after the space, such as ``desc-brain_mask.nii.gz``.
+
+    Returns
+    -------
+    pathlib.Path
+        Path in the folder of the image.
     """
-    return image.with_name(image.name.split("desc-preproc_")[0] + name)
+    return image.with_name(image.name.split("desc-preproc_")[0] + ending)
 
 
 def _images(folder: Path, modality: str) -> list[Path]:
     return sorted(folder.glob(f"sub-*/**/anat/*_space-SRI24_desc-preproc_{modality}.nii.gz"))
 
 
-def _found(image: Path, name: str) -> Path | None:
-    path = beside(image, name)
+def _existing_output(image: Path, ending: str) -> Path | None:
+    path = sibling_output(image, ending)
     return path if path.is_file() else None
 
 
 def has_preprocessed(folder: Path, modality: str) -> bool:
-    """Whether a derivative dataset has a preprocessed scan of a modality."""
+    """Return whether a derivative dataset has a preprocessed scan of a modality."""
     return bool(_images(folder, modality))
 
 
@@ -76,14 +82,14 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
     Parameters
     ----------
     folder : pathlib.Path
-        A derivative dataset, as the participant level or the simulator writes it.
-    modality : str
-        `T1w` or `T2w`.
+        Derivative dataset written by the participant level or the simulator.
+    modality : {"T1w", "T2w"}
+        Modality of the scans.
 
     Returns
     -------
     list of PreprocessedScan
-        Sorted by file name. A T2w uses its own brain mask, or else its T1w's.
+        Scans sorted by path. A T2w has its own brain mask, else that of the T1w.
 
     Raises
     ------
@@ -92,22 +98,23 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
     """
     scans = []
     for image in _images(folder, modality):
-        brain = _found(image, f"desc-{modality}Brain_mask.nii.gz") or _found(image, "desc-brain_mask.nii.gz")
+        brain = _existing_output(image, f"desc-{modality}Brain_mask.nii.gz")
+        brain = brain or _existing_output(image, "desc-brain_mask.nii.gz")
         if brain is None:
-            raise InputError(image, "no brain mask beside it", "run the participant level again")
+            raise InputError(image, "no brain mask in its folder", "run the participant level again")
         scans.append(
             PreprocessedScan(
                 subject=image.name.split("_")[0],
                 image=image,
                 brain=brain,
                 lesion=written_mask(image),
-                tissue=_found(image, "desc-tissue_dseg.nii.gz"),
+                tissue=_existing_output(image, "desc-tissue_dseg.nii.gz"),
             )
         )
     if not scans:
         raise InputError(
             folder,
-            f"no *_space-SRI24_desc-preproc_{modality}.nii.gz below it",
+            f"no *_space-SRI24_desc-preproc_{modality}.nii.gz in this folder",
             "give the output folder of the participant level, or of the simulator with --derivatives",
         )
     return scans

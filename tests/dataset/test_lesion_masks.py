@@ -1,4 +1,4 @@
-"""Which lesion mask belongs to which image: by names first, by grids second, and what masks may hold."""
+"""Lesion masks are matched to images by name and grid, and their content is checked."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SESSION = {"_T1w": T1W, "_T2w": T2W}
         ({"_seg-lesion_mask": T1W}, "_seg-lesion_mask", "T1w"),
     ],
 )
-def test_mask_is_matched_to_a_grid(resolve, masks, used, provider):
+def test_mask_is_matched_to_the_grid_of_an_image(resolve, masks, used, provider):
     found = resolve(SESSION, masks)
     assert not found.problems
     lesion = found.lesions["sub-01_T1w"]
@@ -94,14 +94,14 @@ def test_mask_stored_in_another_voxel_order_is_on_the_same_grid(resolve):
 @pytest.mark.parametrize(
     "grid", [(np.eye(4), SHAPE), (AFFINE, (24, 24, 23)), (OTHER + np.eye(4) * 0.5, SHAPE)]
 )
-def test_mask_on_no_known_grid_is_refused_by_name(resolve, grid):
+def test_mask_on_another_grid_is_reported(resolve, grid):
     found = resolve(SESSION, {MASK: grid})
     assert not found.lesions
     assert len(found.units) == 2
     assert f"sub-01{MASK}.nii.gz: lesion mask on the grid of none" in found.problems[0].message
 
 
-def test_mask_on_another_image_of_the_session_comes_with_that_image(resolve):
+def test_mask_on_the_grid_of_a_flair_is_resolved_with_the_flair(resolve):
     found = resolve(SESSION | {"_FLAIR": FLAIR}, {"_space-FLAIR_label-lesion_mask": FLAIR})
     lesion = found.lesions["sub-01_T1w"]
     assert lesion.provider == "sub-01_T1w"
@@ -109,7 +109,7 @@ def test_mask_on_another_image_of_the_session_comes_with_that_image(resolve):
     assert lesion.transform is None
 
 
-def test_mask_in_a_space_that_a_given_transform_leads_from(resolve):
+def test_mask_in_another_space_is_resolved_with_a_transform(resolve):
     def write(config):
         folder = config.derivatives["lesions"] / "sub-01" / "anat"
         names = [f"from-{ends}" for ends in ("MNI_to-T1w", "T1w_to-MNI", "X_to-T1w")]
@@ -128,7 +128,7 @@ def test_mask_named_for_sri24_must_be_on_its_grid(resolve):
     assert "grid of none" in found.problems[0].message
 
 
-def test_change_masks_and_other_labels_are_no_lesion_masks(resolve):
+def test_masks_of_other_labels_are_ignored(resolve):
     found = resolve(SESSION, {"_label-lesionchange_mask": T1W, "_label-brain_mask": T1W})
     assert not found.lesions
     assert not found.problems
@@ -136,7 +136,7 @@ def test_change_masks_and_other_labels_are_no_lesion_masks(resolve):
 
 RUNS = {"_run-1_T1w": T1W, "_run-2_T1w": T1W, "_T2w": T1W}
 SESSIONS = {"_ses-a_T1w": T1W, "_ses-b_T1w": T2W}
-TWINS = {"_ses-a_T1w": T1W, "_ses-b_T1w": T1W}
+SAME_GRID = {"_ses-a_T1w": T1W, "_ses-b_T1w": T1W}
 NAMES = {
     # name: images, masks, mask of each image that has one, start of each problem
     "one mask for each run": (
@@ -176,13 +176,13 @@ NAMES = {
         RUNS,
         {"_run-3" + MASK: T1W},
         {},
-        ["_run-3_label-lesion_mask.nii.gz: lesion mask that names run-3, as no image"],
+        ["_run-3_label-lesion_mask.nii.gz: no image of the participant has run-3 of"],
     ),
     "a session that is not there": (
         SESSION,
         {"_ses-b" + MASK: T1W},
         {},
-        ["_ses-b_label-lesion_mask.nii.gz: lesion mask that names ses-b, as no image"],
+        ["_ses-b_label-lesion_mask.nii.gz: no image of the participant has ses-b of"],
     ),
     "drawn on a FLAIR of another acquisition": (
         {"_acq-x_T1w": T1W, "_acq-x_T2w": T2W, "_acq-y_FLAIR": FLAIR},
@@ -230,16 +230,16 @@ NAMES = {
         [],
     ),
     "no session, on both sessions' grid": (
-        TWINS,
+        SAME_GRID,
         {MASK: T1W},
         {},
-        ["_label-lesion_mask.nii.gz: lesion mask without a session that fits ses-a and ses-b;"],
+        ["_label-lesion_mask.nii.gz: lesion mask without a session that matches ses-a and ses-b;"],
     ),
     "no session, three sessions": (
-        TWINS | {"_ses-c_T1w": T1W},
+        SAME_GRID | {"_ses-c_T1w": T1W},
         {MASK: T1W},
         {},
-        ["_label-lesion_mask.nii.gz: lesion mask without a session that fits ses-a, ses-b and ses-c;"],
+        ["_label-lesion_mask.nii.gz: lesion mask without a session that matches ses-a, ses-b and ses-c;"],
     ),
     "no session, on no grid": (
         SESSIONS,
@@ -251,28 +251,28 @@ NAMES = {
         SESSIONS,
         {"_space-SRI24" + MASK: SRI24},
         {},
-        ["_space-SRI24_label-lesion_mask.nii.gz: lesion mask without a session that fits ses-a and ses-b;"],
+        ["_space-SRI24_label-lesion_mask.nii.gz: lesion mask without a session that matches ses-a and"],
     ),
     "no session, on one session's FLAIR": (
-        TWINS | {"_ses-b_FLAIR": FLAIR},
+        SAME_GRID | {"_ses-b_FLAIR": FLAIR},
         {MASK: FLAIR},
         {"_ses-b_T1w": MASK},
         [],
     ),
     "no session, but each session has its own": (
-        TWINS,
+        SAME_GRID,
         {MASK: T1W, "_ses-a" + MASK: T1W, "_ses-b" + MASK: T1W},
         {"_ses-a_T1w": "_ses-a" + MASK, "_ses-b_T1w": "_ses-b" + MASK},
         [],
     ),
     "the folder names the session": (
-        TWINS,
+        SAME_GRID,
         {f"sub-01/ses-b/anat/sub-01{MASK}.nii.gz": T1W},
         {"_ses-b_T1w": MASK},
         [],
     ),
     "folder and name disagree": (
-        TWINS,
+        SAME_GRID,
         {f"sub-01/ses-b/anat/sub-01_ses-a{MASK}.nii.gz": T1W},
         {},
         ["_ses-a_label-lesion_mask.nii.gz: lesion mask of ses-a in the folder of ses-b; move"],
@@ -281,15 +281,15 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_mask_belongs_to_the_images_it_names(resolve, case):
-    images, masks, belongs, problems = NAMES[case]
+def test_mask_is_assigned_to_images_by_its_entities(resolve, case):
+    images, masks, expected, problems = NAMES[case]
     found = resolve(images, masks)
     names = {key.removeprefix("sub-01"): mask.path.name for key, mask in found.lesions.items()}
-    assert names == {key: f"sub-01{name}.nii.gz" for key, name in belongs.items()}
+    assert names == {key: f"sub-01{name}.nii.gz" for key, name in expected.items()}
     starts = [problem.message.rsplit("/sub-01", 1)[1] for problem in found.problems]
     assert len(starts) == len(problems), starts
     assert all(text.startswith(start) for text, start in zip(starts, problems, strict=True)), starts
-    # Each image's outputs lead back to its own mask, and no other image's do.
+    # By its name, the written mask is found for the same images.
     for unit in found.units:
         written = [mask.output for mask in found.lesions.values()]
         groups = applicable_masks(written, unit.path)
@@ -298,17 +298,17 @@ def test_mask_belongs_to_the_images_it_names(resolve, case):
 
 
 def test_session_of_a_mask_does_not_depend_on_the_sessions_of_the_run(resolve):
-    """Jobs that process one session each must not both take a mask that names none."""
-    found = resolve(TWINS, {MASK: T1W}, sessions=("a",))
+    """Two jobs for one session each must not both use a mask without a session."""
+    found = resolve(SAME_GRID, {MASK: T1W}, sessions=("a",))
     assert not found.lesions
-    assert "fits ses-a and ses-b" in found.problems[0].message
+    assert "matches ses-a and ses-b" in found.problems[0].message
 
 
-def test_masks_of_other_sessions_are_left_alone(resolve):
+def test_masks_of_other_sessions_are_not_read(resolve):
     def write(config):
         (config.derivatives["lesions"] / place("_ses-b" + MASK)).write_bytes(b"")
 
-    found = resolve(TWINS, {"_ses-a" + MASK: T1W, "_ses-b" + MASK: T1W}, write=write, sessions=("a",))
+    found = resolve(SAME_GRID, {"_ses-a" + MASK: T1W, "_ses-b" + MASK: T1W}, write=write, sessions=("a",))
     assert list(found.lesions) == ["sub-01_ses-a_T1w"]
     assert not found.problems
 
@@ -332,7 +332,7 @@ def test_written_mask_is_found_by_name(tmp_path, masks, image, found):
     assert path == (None if found is None else tmp_path / f"sub-01{found}_space-SRI24{MANUAL}.nii.gz")
 
 
-def test_find_preprocessed_gives_a_later_t2w_the_mask_of_its_session(tmp_path):
+def test_find_preprocessed_finds_the_mask_of_the_session(tmp_path):
     """The T2w is not the first image of the session, and its name differs from that of the mask."""
     anat = tmp_path / "sub-01/ses-a/anat"
     anat.mkdir(parents=True)
@@ -344,9 +344,6 @@ def test_find_preprocessed_gives_a_later_t2w_the_mask_of_its_session(tmp_path):
     for modality in ("T1w", "T2w"):
         (scan,) = find_preprocessed(tmp_path, modality)
         assert scan.lesion == anat / f"sub-01_ses-a_space-SRI24{MANUAL}.nii.gz"
-
-
-# What a mask may hold
 
 
 def cube(value: float = 1, dtype: type = np.uint8) -> np.ndarray:
@@ -408,7 +405,7 @@ def mixed(*values: float) -> np.ndarray:
 
 
 COLOURS = np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-TAKEN = {
+VALID = {
     # name: how it is stored, lesion voxels
     "bytes": (stored(cube()), 64),
     "uncompressed": (stored(cube(), ending=".nii"), 64),
@@ -428,7 +425,7 @@ TAKEN = {
 }
 FRACTIONS = "lesion mask with values that are not whole numbers"
 NOT_FINITE = "the image has NaN or infinite voxels"
-REFUSED = {
+INVALID = {
     # name: how it is stored, start of the message
     "probabilities": (stored(mixed(0.1, 0.5, 0.9, 1)), FRACTIONS),
     "one half": (stored(cube(0.5, np.float32)), f"{FRACTIONS} (such as 0.5)"),
@@ -458,9 +455,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", TAKEN)
-def test_mask_is_taken(resolve, case):
-    store, voxels = TAKEN[case]
+@pytest.mark.parametrize("case", VALID)
+def test_valid_mask_is_accepted(resolve, case):
+    store, voxels = VALID[case]
     found = resolve({"_T1w": T1W}, {}, write=lambda config: _store(config, store))
     assert not found.problems
     lesion = found.lesions["sub-01_T1w"]
@@ -468,9 +465,9 @@ def test_mask_is_taken(resolve, case):
     assert read_lesion(lesion.path)[0].sum() == voxels
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_mask_is_refused_in_one_line(resolve, case):
-    store, message = REFUSED[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_mask_is_reported_in_one_line(resolve, case):
+    store, message = INVALID[case]
     found = resolve({"_T1w": T1W}, {}, write=lambda config: _store(config, store))
     assert not found.lesions
     assert [unit.key for unit in found.units] == ["sub-01_T1w"]

@@ -221,7 +221,7 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
         omp_nthreads=context.config.omp_nthreads,
         reference=context.reference,
         external=inputs,
-        lesion_on_raw=task.lesion is None or not task.lesion.on_prepared,
+        lesion_on_raw=task.lesion is None or not task.lesion.on_external,
         extraction=context.extraction,
     )
     files = {
