@@ -23,7 +23,7 @@ from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
 from bids_uad.files import sha256_of
-from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant.workflow import FROM_PREPROCESSING, connect_record
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.interfaces import Conform
@@ -725,8 +725,8 @@ def finished(tmp_path_factory):
         patch.setattr(workflow, "init_derivatives_wf", init_recording_wf)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(run, "print_summary", lambda *_: None)
-        patch.setattr(run, "doubts", lambda *_: [])
-        patch.setattr(run, "write_reports", lambda config, subjects: [])
+        patch.setattr(run, "quality_warnings", lambda *_: [])
+        patch.setattr(summary, "write_reports", lambda config, subjects: [])
         patch.setenv("COLUMNS", "500")
         saved = {number: os.dup(number) for number in (1, 2)}  # workers write there, too
         for number in saved:

@@ -11,7 +11,7 @@ from bids_uad.dataset.naming import entities_of
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import truncate_list
 from bids_uad.evaluation.tables import subject_of
-from bids_uad.levels.participant.completion_records import CompletionRecord, ModelRecord, records_of
+from bids_uad.levels.participant.completion_records import CompletionRecord, ModelRecord, read_records
 
 UNLISTED = "not listed by a record, since their run did not finish, or others have replaced it"
 REMOVED = "of images that are not in BIDS_DIR any more"
@@ -72,7 +72,7 @@ def _reasons(
     output_dir: Path, subject: str, raw: Path | None, participants: Participants
 ) -> Iterator[tuple[str, str | None]]:
     """Go through the outputs that a participant's records list: name, and why it does not hold, if so."""
-    for record in records_of(output_dir, subject):
+    for record in read_records(output_dir, subject):
         outdated = None if raw is None else _image_outdated(record, raw)
         for model in record.models.values():
             why = outdated or _model_outdated(record, model, participants)

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.images import save_image
-from bids_uad.levels.participant.summary import find_swapped, write_reports
+from bids_uad.levels.participant.summary import find_left_right_swaps, write_reports
 from bids_uad.preprocessing.reference import resolve_reference
 from bids_uad.preprocessing.resampling import resample, rotation_about, translation
 
@@ -55,7 +55,7 @@ def test_an_image_with_left_and_right_swapped_is_found(template, tmp_path: Path,
     image = person(template, 0)
     write(tmp_path, "sub-01", image)
     write(tmp_path, "sub-01_rec-flipped", image[::-1])
-    found = find_swapped(tmp_path, "01")
+    found = find_left_right_swaps(tmp_path, "01")
     assert list(found) == [("sub-01_rec-flipped", "T1w")]
     text = found["sub-01_rec-flipped", "T1w"]
     assert text.startswith("Left and right are swapped between sub-01_T1w and sub-01_rec-flipped_T1w: ")
@@ -75,7 +75,7 @@ def test_other_images_are_left_alone(template, tmp_path: Path) -> None:
     write(tmp_path, "sub-01_run-3", np.where(image > 0, 1.3 - image, 0.0), "T2w")
     write(tmp_path, "sub-01_run-4", person(template, 1))
     write(tmp_path, "sub-01_run-1", np.where(image > 0, 1.3 - image, 0.0)[::-1], "T2w", "T2wBrain")
-    assert find_swapped(tmp_path, "01") == {}
+    assert find_left_right_swaps(tmp_path, "01") == {}
 
 
 def test_images_that_failed_are_compared_with_one_that_did_not(template, tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_images_that_failed_are_compared_with_one_that_did_not(template, tmp_pat
         write(tmp_path, f"sub-01_run-{run}", image[::-1] if mirrored else image)
     sidecar = tmp_path / "sub-01" / "anat" / "sub-01_run-1_space-SRI24_desc-preproc_T1w.json"
     sidecar.write_text(json.dumps({"PreprocessingQuality": {"failures": ["turned"]}}))
-    assert list(find_swapped(tmp_path, "01")) == [("sub-01_run-1", "T1w")]
+    assert list(find_left_right_swaps(tmp_path, "01")) == [("sub-01_run-1", "T1w")]

@@ -15,8 +15,8 @@ from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
     add_measured_methods,
-    methods_of,
-    records_of,
+    describe_methods,
+    read_records,
 )
 from bids_uad.reports.boilerplate import UsedModel
 from bids_uad.reports.pathways import (
@@ -72,14 +72,14 @@ def test_the_text_sums_up_images_in_any_order():
     for one in again:
         one["models"] = {name: ModelRecord(**told) for name, told in one["models"].items()}
     read = [CompletionRecord(**one) for one in again]
-    text = methods_of(read)
-    assert text == methods_of(reversed(read)) == methods_of(records)
+    text = describe_methods(read)
+    assert text == describe_methods(reversed(read)) == describe_methods(records)
     assert "*bids_uad* 1.0 and 2.0" in text
     assert "T1w images (n = 4)" in text
     assert text.count("validation scans of") == 1
     assert "replaced by the mean of the reference" in text
     withdrawn = replace(records[0], outputs=[], models={}, fingerprint={})
-    assert methods_of([withdrawn]) == ""
+    assert describe_methods([withdrawn]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -147,4 +147,4 @@ def test_the_text_follows_what_the_dataset_holds(tmp_path, stand_ins):  # noqa: 
     text = citation.read_text()
     assert "Lesion masks on the grid of a scan" in text
     assert "Disyre on T1w" not in text  # its outputs are of the run without mask, and gone
-    assert methods_of(records_of(bench.out, "sub-01")) == text
+    assert describe_methods(read_records(bench.out, "sub-01")) == text

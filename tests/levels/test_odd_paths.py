@@ -23,7 +23,7 @@ from bids_uad.errors import ConfigError
 from bids_uad.files import sha256_of
 from bids_uad.levels.participant import run, workflow
 from bids_uad.levels.participant import workflow as writing
-from bids_uad.levels.participant.executors import make_plugin, prepare_nipype
+from bids_uad.levels.participant.executors import configure_nipype, make_plugin
 from bids_uad.preprocessing.reference import _find_image
 from bids_uad.preprocessing.registration import RegistrationSchedule, Volume, register_rigid
 from bids_uad.preprocessing.resampling import resample_mask_through, write_itk
@@ -208,7 +208,7 @@ def test_an_atlas_is_found_in_any_folder(tmp_path, part):
 def test_nipype_searches_folders_and_not_patterns(tmp_path, part):
     from nipype.pipeline.engine import nodes, utils
 
-    prepare_nipype()
+    configure_nipype()
     folder = tmp_path / part
     folder.mkdir(parents=True)
     (folder / "_0xabc.json").touch()

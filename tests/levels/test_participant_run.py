@@ -17,7 +17,7 @@ from bids_uad.dataset.participants import image_hash, read_participants
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.files import sha256_of
-from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.header_contract import faults_below
@@ -71,7 +71,7 @@ def stand_ins(reference):
         patch.setattr(workflow, "init_preproc_wf", init_fake_preproc_wf)
         patch.setattr(writing, "Detect", FakeDetect)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
-        patch.setattr(run, "write_reports", write_pages)
+        patch.setattr(summary, "write_reports", write_pages)
         yield
 
 
@@ -449,9 +449,7 @@ def test_masks_with_other_names_are_reported(bench, capfd, monkeypatch):
     bench.dataset(T1W)
     write_mask(bench.folder / "lesions/sub-01/anat/sub-01_label-L_desc-T1lesion_mask.nii.gz")
     assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", "--dry-run") == 0
-    assert (
-        "lesions holds no usable lesion mask for any of the images; names must end" in capfd.readouterr().err
-    )
+    assert "lesions: no usable lesion mask for any of the images; names must end" in capfd.readouterr().err
 
 
 def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatch):
@@ -468,8 +466,8 @@ def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatc
         nib.save(space.to_image(truth, np.uint8), path)
     assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", "--modalities", "T1w") == 0
     told = capfd.readouterr().err
-    assert "The lesion mask is empty: sub-zero; Dice is 1 where nothing is found" in told
-    assert "with a lesion in the lesion mask: sub-masked. They count as healthy" in told
+    assert "Empty lesion mask: sub-zero; Dice is 1 if no anomaly is detected" in told
+    assert "with a lesion in the lesion mask: sub-masked; they are evaluated as controls" in told
     table = {
         label: next(line for line in told.splitlines() if f"sub-{label}_T1w" in line and "done" in line)
         for label in groups
@@ -526,9 +524,9 @@ def test_workflow_that_cannot_be_built_has_its_own_code(bench, monkeypatch, caps
 
 def test_failed_report_is_told_apart(bench, monkeypatch, capsys):
     bench.dataset(T1W)
-    monkeypatch.setattr(run, "write_reports", lambda config, subjects: ["sub-01: but not its report: x"])
+    monkeypatch.setattr(summary, "write_reports", lambda config, subjects: ["sub-01: report not written: x"])
     assert bench.run() == 1
-    assert "but not its report" in " ".join(capsys.readouterr().err.split())
+    assert "report not written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):

@@ -12,7 +12,7 @@ import pytest
 from nipype import Function, Node, Workflow
 
 from bids_uad.levels.participant import executors
-from bids_uad.levels.participant.executors import IsolatedPlugin, describe_death
+from bids_uad.levels.participant.executors import IsolatedPlugin, describe_exit
 from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.levels.participant.summary import error_line
 
@@ -116,10 +116,10 @@ def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
 
 _RUN = """
 import time
-from bids_uad.levels.participant.executors import IsolatedPlugin, prepare_nipype
+from bids_uad.levels.participant.executors import IsolatedPlugin, configure_nipype
 from tests.levels.test_plugin import Task, wait
 if __name__ == "__main__":
-    prepare_nipype()
+    configure_nipype()
     plugin = IsolatedPlugin({"n_procs": 1, "memory_gb": 1, "n_gpu_procs": 1})
     print(wait(plugin, plugin._submit_job(Task("work")))["result"][1], flush=True)
     plugin._submit_job(Task("hold the lock"))
@@ -154,9 +154,9 @@ def is_running(process_id):
 
 
 def test_deaths_in_words():
-    assert "memory" in describe_death(-signal.SIGKILL, 0)
-    assert "SIGSEGV" in describe_death(-signal.SIGSEGV, 0)
-    assert "exit code 3" in describe_death(3, 0)
+    assert "memory" in describe_exit(-signal.SIGKILL, 0)
+    assert "SIGSEGV" in describe_exit(-signal.SIGSEGV, 0)
+    assert "exit code 3" in describe_exit(3, 0)
 
 
 def test_engine_failures_in_words():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
-from bids_uad.levels.participant.summary import Progress
+from bids_uad.levels.participant.summary import ProgressLog
 
 
 def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:
@@ -14,7 +14,7 @@ def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:
 
 
 def test_each_image_is_told_once_when_it_ends(caplog):
-    progress = Progress(3)
+    progress = ProgressLog(3)
     with caplog.at_level(logging.INFO, logger="bids_uad"):
         for name in ("detect", "complete"):
             progress(node(name), "start")

@@ -12,9 +12,9 @@ import pytest
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
-    all_there,
+    all_exist,
     read_record,
-    withdraw,
+    withdraw_outputs,
     write_record,
 )
 
@@ -50,9 +50,9 @@ def test_a_record_survives_the_round_trip(tmp_path):
     record = read_record(path_in(tmp_path))
     assert record.files == {PREPROC, *outputs_of("rd")} == on_disk(tmp_path)
     assert record.models["rd"].identity == "first"
-    assert all_there(record.files, tmp_path)
+    assert all_exist(record.files, tmp_path)
     (tmp_path / PREPROC).write_text("")
-    assert not all_there(record.files, tmp_path)
+    assert not all_exist(record.files, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_damaged_record_is_none(tmp_path, text):
     path_in(tmp_path).parent.mkdir(parents=True)
     path_in(tmp_path).write_text(text)
     assert read_record(path_in(tmp_path)) is None
-    withdraw(path_in(tmp_path), tmp_path, NEW, {})  # nothing is known, so nothing is removed
+    withdraw_outputs(path_in(tmp_path), tmp_path, NEW, {})  # nothing is known, so nothing is removed
     finish(tmp_path, "rd")
     assert set(read_record(path_in(tmp_path)).models) == {"rd"}
 
@@ -91,7 +91,7 @@ def test_what_holds_no_longer_is_removed_before_a_run(tmp_path, fingerprint, ide
     foreign = tmp_path / "sub-01" / "anat" / "notes.txt"
     foreign.write_text("not ours")
     before = on_disk(tmp_path)
-    withdraw(path_in(tmp_path), tmp_path, fingerprint, identities)
+    withdraw_outputs(path_in(tmp_path), tmp_path, fingerprint, identities)
     assert before - on_disk(tmp_path) == removed
     assert set(read_record(path_in(tmp_path)).models) == left
     assert foreign.exists()
@@ -108,11 +108,11 @@ def test_a_run_that_was_killed_while_it_removed_files_is_finished_by_the_next(tm
 
     monkeypatch.setattr(Path, "unlink", killed)
     with pytest.raises(KeyboardInterrupt):
-        withdraw(path_in(tmp_path), tmp_path, NEW, {})
+        withdraw_outputs(path_in(tmp_path), tmp_path, NEW, {})
     monkeypatch.undo()
     assert "sub-01/anat/rd_metrics.tsv" in on_disk(tmp_path)
     assert read_record(path_in(tmp_path)).files == set()  # no reader takes it for a result
-    withdraw(path_in(tmp_path), tmp_path, NEW, {})
+    withdraw_outputs(path_in(tmp_path), tmp_path, NEW, {})
     assert on_disk(tmp_path) == set()
 
 

@@ -13,9 +13,9 @@ from bids_uad.levels.participant.summary import (
     PARTICIPANT,
     UNUSABLE,
     UP_TO_DATE,
-    Outcome,
+    ImageStatus,
     last_run_file,
-    remember,
+    save_last_run,
 )
 from tests.dataset.skeleton import write_dataset
 
@@ -61,7 +61,7 @@ def test_what_a_run_says_of_its_images_replaces_what_was_said_of_them(tmp_path, 
             sessions=sessions,
             run_id=f"run{number}",
         )
-        remember(config, "01", [Outcome("01", image, status, message=message)], "cpu")
+        save_last_run(config, "01", [ImageStatus("01", image, status, message=message)], "cpu")
     told = json.loads(last_run_file(tmp_path / "out", "01").read_text())
     assert told["run_id"] == f"run{len(runs) - 1}"
     assert {image["image"]: image["status"] for image in told["images"]} == remembered

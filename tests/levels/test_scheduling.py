@@ -15,9 +15,9 @@ from bids_uad.levels.participant.executors import (
     IsolatedPlugin,
     SlurmGraphPlugin,
     SlurmPlugin,
-    describe_end,
+    configure_nipype,
+    describe_job_end,
     make_plugin,
-    prepare_nipype,
     read_plugin_file,
 )
 
@@ -63,9 +63,9 @@ def test_what_is_no_plugin_file_is_refused(tmp_path, text, told):
 
 
 def test_ends_of_jobs_in_words():
-    assert "memory ran out" in describe_end(7, "OUT_OF_MEMORY")
-    assert "time limit" in describe_end(7, "TIMEOUT")
-    assert describe_end(7, "FAILED") == "ProcessKilled: SLURM job 7 ended as FAILED"
+    assert "memory ran out" in describe_job_end(7, "OUT_OF_MEMORY")
+    assert "time limit" in describe_job_end(7, "TIMEOUT")
+    assert describe_job_end(7, "FAILED") == "ProcessKilled: SLURM job 7 ended as FAILED"
 
 
 class _OnGpuInputSpec(BaseInterfaceInputSpec):
@@ -91,7 +91,7 @@ class OnGpu(SimpleInterface):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_gpu_nodes_run_as_many_at_a_time_as_asked(tmp_path, at_once):
-    prepare_nipype()
+    configure_nipype()
     workflow = Workflow(name="gpu", base_dir=str(tmp_path))
     nodes = [Node(OnGpu(), name=f"node{number}") for number in range(4)]
     workflow.add_nodes(nodes)

@@ -20,7 +20,7 @@ from bids_uad.dataset.describe import ModelEntry, describe_dataset
 from bids_uad.dataset.participants import Participants
 from bids_uad.files import locked_names, write_json
 from bids_uad.levels.participant import summary as reporting
-from bids_uad.levels.participant.summary import DONE, FAILED, Outcome
+from bids_uad.levels.participant.summary import DONE, FAILED, ImageStatus
 from bids_uad.reports import participant
 from tests.dataset.skeleton import write_dataset
 from tests.levels.fakes import fake_bundle, fake_reference
@@ -152,12 +152,12 @@ def end(out: Path, session: str) -> None:
     (out / f"ses-{session}").mkdir(parents=True)
     name = f"sub-01_ses-{session}_T1w"
     outcome = (
-        Outcome("01", name, FAILED, message=f"{name}: failed")
+        ImageStatus("01", name, FAILED, message=f"{name}: failed")
         if session == "0"
-        else Outcome("01", name, DONE)
+        else ImageStatus("01", name, DONE)
     )
-    reporting.remember(config, "01", [outcome], "cpu")
-    reporting._write(out, "01", Participants())
+    reporting.save_last_run(config, "01", [outcome], "cpu")
+    reporting.write_report(out, "01", Participants())
 
 
 def write_slowly(out_dir: Path, subject: str, *, errors: list[str], run_info: dict, **others: object) -> None:

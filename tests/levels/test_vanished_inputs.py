@@ -93,7 +93,7 @@ def check_run(bench, capfd, path: Path, message: str, *options: str) -> None:  #
 def test_input_that_vanishes_before_it_is_hashed(dataset, monkeypatch, capfd, name):
     path = dataset.files[name]
     if name == "second":
-        vanish_before(monkeypatch, "_find_reference", path, remove)
+        vanish_before(monkeypatch, "resolve_reference", path, remove)
         given = [f"{other}={dataset.folder / other}" for other in ("lesions", "fmriprep")]
         assert dataset.run("-d", *given, models=["none"]) == 1
         told = capfd.readouterr().err
@@ -102,7 +102,7 @@ def test_input_that_vanishes_before_it_is_hashed(dataset, monkeypatch, capfd, na
         assert (dataset.out / "sub-01/log/sub-01_T1w.json").is_file()
         assert not (dataset.out / "sub-01/log/sub-01_T2w.json").exists()
         return
-    vanish_before(monkeypatch, "_find_reference", path, remove)
+    vanish_before(monkeypatch, "resolve_reference", path, remove)
     check_run(dataset, capfd, path, "there is no such file (any more)")
 
 
@@ -125,7 +125,7 @@ def test_anchor_that_is_dropped_before_its_step(dataset, monkeypatch, capfd):
 
 def test_a_run_whose_inputs_all_vanish_is_no_input(bench, monkeypatch, capfd):  # noqa: F811
     bench.dataset(T1W, T2W)
-    vanish_before(monkeypatch, "_find_reference", bench.raw / T1W, remove)
+    vanish_before(monkeypatch, "resolve_reference", bench.raw / T1W, remove)
     assert bench.run(models=["none"]) == 66
     told = capfd.readouterr().err
     assert squeezed(told).count(squeezed(f"{bench.raw / T1W}: there is no such file (any more)")) == 1

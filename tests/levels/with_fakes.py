@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bids_uad.cli.main import main
-from bids_uad.levels.participant import run, workflow
+from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
 from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
 
@@ -28,5 +28,5 @@ if __name__ == "__main__":
     writing.Detect = FakeDetect
     run.resolve_reference = lambda atlas, cache: fake_reference(Path(os.environ["REFERENCE"]))
     if os.environ.get("REPORTS") != "real":
-        run.write_reports = write_pages
+        summary.write_reports = write_pages
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Records of what was written: one small file for each image, written when all of its outputs are there."""
+"""Completion records: for each image a JSON file with its outputs, their inputs and the methods text."""
 
 from __future__ import annotations
 
@@ -29,22 +29,26 @@ if TYPE_CHECKING:
     from bids_uad.levels.participant.plan import RunContext, Task
 
 
+_TRAINING = ("n_scans", "n_subjects", "n_held_out_subjects", "source", "anatomies")
+"""Fields of a bundle's training data that the methods text uses."""
+
+
 @dataclass(frozen=True)
 class ModelRecord:
-    """What one model has written for an image.
+    """Outputs of one model for an image.
 
     Parameters
     ----------
     label : str
-        Name of the model bundle, and the deviation where there is one.
+        Name of the model bundle, with the deviation if there is one.
     identity : str
-        Of model, thresholds and what else the outputs depend on (:func:`plan.model_identity`).
+        Inputs and options that the outputs depend on, see :func:`plan.model_identity`.
     covariates : dict of str to float or None
-        Age and sex that deviations were computed with; empty for scores.
+        Age and sex used for normative deviations; empty for scores.
     outputs : list of str
         Files, relative to the dataset.
     methods : dict
-        What the methods text says about the model (`reports.boilerplate.UsedModel`).
+        Fields of :class:`~bids_uad.reports.boilerplate.UsedModel`, for the methods text.
     """
 
     label: str
@@ -56,31 +60,31 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class CompletionRecord:
-    """What was written for one image, and what it depends on.
+    """Outputs of one image, and what they depend on.
 
-    Every file in the dataset that the group level may read is listed in a record. What holds no longer is
-    taken out of the record before anything else is written under the same name, so that an interrupted run
-    leaves no file listed that is not what the record says.
+    A record lists every file that the group level may read. Outdated files are removed from the record before
+    new ones are written under their names, so that an interrupted run never leaves a listed file that does
+    not match the record.
 
     Parameters
     ----------
     key : str
         Name of the image.
     run_id : str
-        The run that finished it last.
+        Last run that completed the image.
     source : str
-        The raw image, relative to the raw dataset.
+        Raw image, relative to the raw dataset.
     fingerprint : dict
-        What the outputs depend on, models apart.
+        Inputs and options that the outputs depend on, except the models.
     outputs : list of str
-        Files of the preprocessing, relative to the dataset.
+        Outputs of preprocessing, relative to the dataset.
     models : dict of str to ModelRecord
-        By the name that the outputs carry (`Bundle.scored_as`): two bundles of one detector write the same
-        files, and the last one holds.
+        Outputs of each model by the detector name in their file names (`Bundle.scored_as`). Two bundles of
+        one detector write the same files; the last one counts.
     outdated : list of str
-        Files that hold no longer and are to be removed.
+        Outdated files that are to be removed.
     methods : dict
-        What the methods text says about the preprocessing (`reports.pathways.Pathway`).
+        Fields of :class:`~bids_uad.reports.pathways.Pathway`, and `parcellations`, for the methods text.
     """
 
     key: str
@@ -94,7 +98,7 @@ class CompletionRecord:
 
     @property
     def files(self) -> set[str]:
-        """Every file that holds, relative to the dataset."""
+        """All outputs that are up to date, relative to the dataset."""
         return {*self.outputs, *(name for model in self.models.values() for name in model.outputs)}
 
 
@@ -109,11 +113,12 @@ def read_record(path: Path) -> CompletionRecord | None:
     Parameters
     ----------
     path : pathlib.Path
+        JSON file, see :func:`record_path`.
 
     Returns
     -------
-    Record or None
-        None if there is no such file, or it is damaged or of another version: the image is processed again.
+    CompletionRecord or None
+        None if the file is missing, damaged or of another version, so that the image is processed again.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -123,19 +128,20 @@ def read_record(path: Path) -> CompletionRecord | None:
         return None
 
 
-def records_of(output_dir: Path, subject: str = "sub-*") -> Iterator[CompletionRecord]:
-    """Read the records of a participant, or of all.
+def read_records(output_dir: Path, subject: str = "sub-*") -> Iterator[CompletionRecord]:
+    """Read the records of one participant, or of all.
 
     Parameters
     ----------
     output_dir : pathlib.Path
+        Root of the derivatives.
     subject : str, default="sub-*"
-        `sub-<label>`.
+        `sub-<label>`, or a pattern.
 
     Yields
     ------
-    Record
-        In the order of their names; what cannot be read is left out.
+    CompletionRecord
+        In the order of their file names; unreadable records are skipped.
     """
     for pattern in ("log/*.json", "ses-*/log/*.json"):
         for path in sorted(output_dir.glob(f"{subject}/{pattern}")):
@@ -144,54 +150,60 @@ def records_of(output_dir: Path, subject: str = "sub-*") -> Iterator[CompletionR
                 yield record
 
 
-def withdraw(path: Path, output_dir: Path, fingerprint: Mapping[str, Any], models: Mapping[str, str]) -> None:
-    """Take outputs that hold no longer out of a record, and remove them from the dataset.
+def withdraw_outputs(
+    path: Path, output_dir: Path, fingerprint: Mapping[str, Any], models: Mapping[str, str]
+) -> None:
+    """Remove outdated outputs from a record and from the dataset.
 
     Parameters
     ----------
     path : pathlib.Path
-        Of the record; nothing is done without one.
+        The record; without one, nothing is removed.
     output_dir : pathlib.Path
+        Root of the derivatives.
     fingerprint : mapping
-        What the outputs depend on now. If it is another than the record's, none of them holds.
+        Present inputs and options. If they differ from those of the record, all outputs are outdated.
     models : mapping of str to str
-        Identity of the models that are about to write, by the name that their outputs carry.
+        Identity of the models that are about to write, by `Bundle.scored_as`.
     """
     with _exclusive(path):
         record = read_record(path)
         if record is None:
             return
         if record.fingerprint != fingerprint:
-            kept = replace(record, fingerprint={}, outputs=[], models={})
+            remaining = replace(record, fingerprint={}, outputs=[], models={})
         else:
-            holding = {
+            current = {
                 name: model
                 for name, model in record.models.items()
                 if models.get(name, model.identity) == model.identity
             }
-            kept = replace(record, models=holding)
-        outdated = sorted((record.files | set(record.outdated)) - kept.files)
-        # First the record: a run that is killed in between leaves files that it knows to be outdated.
-        write_json(path, asdict(replace(kept, outdated=outdated)))
+            remaining = replace(record, models=current)
+        outdated = sorted((record.files | set(record.outdated)) - remaining.files)
+        # The record is written first, so that it lists the files as outdated if the run is killed here.
+        write_json(path, asdict(replace(remaining, outdated=outdated)))
         _remove(outdated, output_dir)
 
 
 def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path:
-    """Write the record of an image whose outputs are all there.
+    """Write the record of an image after all its outputs.
 
-    What other runs have written for it since this one began is kept, if it depends on the same inputs and
-    options; otherwise it is removed.
+    Outputs of other models that another run has recorded meanwhile are kept if they depend on the same inputs
+    and options, and removed otherwise.
 
     Parameters
     ----------
     path : pathlib.Path
+        The record.
     output_dir : pathlib.Path
+        Root of the derivatives.
     record : CompletionRecord
-        Of this run: `models` are those that it has run.
+        Record of this run; `models` are the models that it has applied.
 
     Returns
     -------
     pathlib.Path
+        `path`.
     """
     with _exclusive(path):
         earlier = read_record(path)
@@ -203,13 +215,19 @@ def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path
 
 
 def _exclusive(path: Path) -> AbstractContextManager[None]:
-    """Let one run at a time read and write the records of a folder."""
+    """Hold the lock of the records of a folder."""
     return locked(path.parent / "records.lock")
 
 
 def _remove(names: Iterable[str], output_dir: Path) -> None:
     for name in names:
         (output_dir / name).unlink(missing_ok=True)
+
+
+def all_exist(names: Iterable[str], output_dir: Path) -> bool:
+    """Return whether all files, relative to the dataset, exist and are not empty."""
+    paths = [output_dir / name for name in names]
+    return all(path.is_file() and path.stat().st_size > 0 for path in paths)
 
 
 def make_fingerprint(
@@ -220,24 +238,32 @@ def make_fingerprint(
     random_seed: int,
     extraction: Extraction,
 ) -> dict[str, Any]:
-    """List what the outputs of an image depend on, models apart.
+    """Return the inputs and options that the outputs of an image depend on, except the models.
 
-    The device and the number of processes are left out on purpose: an interrupted run may go on elsewhere.
+    Device and number of processes are not included: an interrupted run may continue on other hardware.
 
     Parameters
     ----------
     unit : ImageUnit
+        The image, its anchor and its external derivatives.
     lesion : LesionMask or None
-        The lesion mask that belongs to the image.
+        Lesion mask of the image.
     reference_sha256 : str
+        Checksum of the reference image.
     random_seed : int
+        Seed of the run.
     extraction : Extraction
-        What finds brains in whole heads.
+        Method of brain extraction.
 
     Returns
     -------
     dict
-        JSON types only.
+        Checksums and options, JSON types only.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
     """
     return {
         "app_version": __version__,
@@ -247,8 +273,8 @@ def make_fingerprint(
         "anchor_sha256": None if unit.anchor is None else sha256_of(unit.anchor.path),
         "lesion_sha256": [] if lesion is None else [sha256_of(path) for path in lesion.files],
         "lesion_provider": None if lesion is None else [lesion.provider, lesion.output.name],
-        "prepared_sha256": _prepared(unit),
-        "anchor_prepared_sha256": None if unit.anchor is None else _prepared(unit.anchor),
+        "prepared_sha256": _checksums(unit),
+        "anchor_prepared_sha256": None if unit.anchor is None else _checksums(unit.anchor),
         "skull_stripped": unit.skull_stripped,
         "reference_sha256": reference_sha256,
         "random_seed": random_seed,
@@ -256,14 +282,9 @@ def make_fingerprint(
     }
 
 
-def _prepared(unit: ImageUnit) -> list[str]:
-    """Checksums of what another pipeline has done for an image."""
+def _checksums(unit: ImageUnit) -> list[str]:
+    """Return the checksums of an image's external derivatives."""
     return [sha256_of(path) for path in unit.external.files]
-
-
-def all_there(names: Iterable[str], output_dir: Path) -> bool:
-    """Check that files, named relative to the dataset, exist and are not empty."""
-    return all(_has_content(output_dir / name) for name in names)
 
 
 def _size_of(path: Path) -> int:
@@ -273,28 +294,24 @@ def _size_of(path: Path) -> int:
         raise unreadable(path, error) from error
 
 
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-_TRAINING = ("n_scans", "n_subjects", "n_held_out_subjects", "source", "anatomies")
-
-
 def describe_preprocessing(task: Task, context: RunContext) -> dict[str, Any]:
-    """Describe how an image is preprocessed, as far as it is known before.
+    """Describe the planned preprocessing of an image, for the methods text.
 
     Parameters
     ----------
     task : Task
+        The image, its anchor, external derivatives and lesion mask.
     context : RunContext
+        Reference image and brain extraction.
 
     Returns
     -------
     dict
-        A :class:`~bids_uad.reports.pathways.Pathway` of JSON types, and `parcellations`, those of the atlas.
+        Fields of :class:`~bids_uad.reports.pathways.Pathway`, and `parcellations`, the names of those of the
+        atlas; JSON types only.
     """
     unit, external, reference = task.unit, task.unit.external, context.reference
-    given = external.to_sri24 is not None and external.reference_sha256 == reference.sha256
+    has_transform = external.to_sri24 is not None and external.reference_sha256 == reference.sha256
     anchor = ""
     if unit.anchor is not None:
         same = unit.anchor.session == unit.session
@@ -306,18 +323,18 @@ def describe_preprocessing(task: Task, context: RunContext) -> dict[str, Any]:
         extraction=context.extraction.program,
         anchor=anchor,
         image_given=external.image is not None,
-        transform_given=given,
+        transform_given=has_transform,
         aligned=external.aligned,
         stand_in=bool(reference.metadata.get("StandIn")),
         t2w_reference=unit.modality == "T2w" and not anchor and reference.t2w is not None,
         mp2rage=is_uniform_image(unit.image),
-        lesion=_lesion(task),
+        lesion=_lesion_grid(task),
     )
     return {**asdict(pathway), "parcellations": list(reference.parcellations)}
 
 
-def _lesion(task: Task) -> str:
-    """Say what the lesion mask of an image lies on."""
+def _lesion_grid(task: Task) -> str:
+    """Return the grid of an image's lesion mask, see :class:`~bids_uad.reports.pathways.Pathway`."""
     lesion = task.lesion
     if lesion is None:
         return ""
@@ -329,18 +346,19 @@ def _lesion(task: Task) -> str:
 
 
 def add_measured_methods(methods: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what preprocessing found out about an image.
+    """Add what is known only after preprocessing: skull-stripping, and the origin of the brain mask.
 
     Parameters
     ----------
     methods : mapping
-        Of :func:`describe_preprocessing`.
+        Description by :func:`describe_preprocessing`.
     quality : mapping
-        Of :func:`bids_uad.preprocessing.quality.assess`.
+        Measures of :func:`bids_uad.preprocessing.quality.assess`.
 
     Returns
     -------
     dict
+        `methods` with `skull_stripped` and `mask_origin` replaced.
     """
     stripped = bool(quality.get("skull_stripped", methods["skull_stripped"]))
     origin = pathways.ANCHOR if methods["anchor"] else methods["mask_origin"]
@@ -349,10 +367,25 @@ def add_measured_methods(methods: Mapping[str, Any], quality: Mapping[str, Any])
 
 
 def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str, Any]:
-    """Describe a model that is applied to an image: a `UsedModel` of JSON types."""
+    """Describe a model that is applied to an image, for the methods text.
+
+    Parameters
+    ----------
+    task : Task
+        The image, and age and sex of the participant.
+    bundle : Bundle
+        The model.
+    context : RunContext
+        Raw dataset and precision.
+
+    Returns
+    -------
+    dict
+        Fields of :class:`~bids_uad.reports.boilerplate.UsedModel`; JSON types only.
+    """
     name, threshold = bundle.default_threshold
     training = bundle.info.get("training", {})
-    met = seen_in_training(bundle, task.unit, source_name(context.config.bids_dir))
+    seen_in = seen_in_training(bundle, task.unit, source_name(context.config.bids_dir))
     model = UsedModel(
         detector=bundle.scored_as,
         modality=bundle.modality,
@@ -362,7 +395,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
         precision=context.precision,
-        seen_in=() if met == NOT_SEEN else tuple(met.split(" and ")),
+        seen_in=() if seen_in == NOT_SEEN else tuple(seen_in.split(" and ")),
     )
     if bundle.deviation != "none":
         cohort = HealthyCohort.read(bundle.normative["reference"]["covariates"])
@@ -376,41 +409,41 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
     return asdict(model)
 
 
-def methods_of(records: Iterable[CompletionRecord]) -> str:
-    """Write the methods text of images.
+def describe_methods(records: Iterable[CompletionRecord]) -> str:
+    """Write the methods text of the images of completion records.
 
     Parameters
     ----------
     records : iterable of CompletionRecord
+        Records in any order; those without outputs are skipped.
 
     Returns
     -------
     str
-        Markdown; empty if no image was processed. It does not depend on the order of the records.
+        Markdown; empty if no image was processed.
     """
-    ways: Counter[Pathway] = Counter()
+    preprocessing: Counter[Pathway] = Counter()
     models: dict[str, UsedModel] = {}
     parcellations: set[str] = set()
     versions: set[str] = set()
     for record in records:
         if not record.outputs:
             continue
-        told = dict(record.methods)
-        parcellations |= set(told.pop("parcellations"))
-        ways[Pathway(**told)] += 1
+        fields = dict(record.methods)
+        parcellations |= set(fields.pop("parcellations", ()))  # absent from records of early versions
+        preprocessing[Pathway(**fields)] += 1
         versions.add(record.fingerprint["app_version"])
         for model in record.models.values():
-            _add_model(models, model.methods)
-    if not ways:
+            _merge_model(models, UsedModel.from_record(model.methods))
+    if not preprocessing:
         return ""
     used = sorted(models.values(), key=lambda model: (model.detector, model.modality, repr(model)))
     version = " and ".join(sorted(versions))
-    return methods_text(used, pathways=ways, parcellations=sorted(parcellations), version=version)
+    return methods_text(used, pathways=preprocessing, parcellations=sorted(parcellations), version=version)
 
 
-def _add_model(models: dict[str, UsedModel], told: Mapping[str, Any]) -> None:
-    """Add a model to those that are known; what differs from image to image is summed up."""
-    model = UsedModel.from_record(told)
+def _merge_model(models: dict[str, UsedModel], model: UsedModel) -> None:
+    """Add a model; merge the fields that differ between images of the same model."""
     key = repr(replace(model, seen_in=(), imputed=False))
     known = models.get(key, model)
     seen_in = tuple(sorted({*known.seen_in, *model.seen_in}))
@@ -418,11 +451,14 @@ def _add_model(models: dict[str, UsedModel], told: Mapping[str, Any]) -> None:
 
 
 def write_methods(output_dir: Path) -> None:
-    """Write the methods text of all that the dataset holds; nothing without records.
+    """Write the methods text of all images in a dataset, under a lock; nothing without records.
 
-    Jobs that end at the same moment write it one after the other, the last of them from the records of all.
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Root of the derivatives.
     """
     with locked(output_dir / "logs" / "dataset.lock"):
-        text = methods_of(records_of(output_dir))
+        text = describe_methods(read_records(output_dir))
         if text:
             write_citation(output_dir, text)

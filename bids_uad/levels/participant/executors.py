@@ -1,8 +1,8 @@
-"""A nipype plugin whose workers can die without taking the run with them.
+"""Nipype plugins: local worker processes and SLURM jobs, with failures recorded by node.
 
-nipype's MultiProc runs on one process pool. If the kernel kills a worker, usually for memory, the pool breaks
-as a whole, the exception is lost in a callback, and the run waits for ever. Here each worker is a process of
-its own behind a pipe: a death is noticed, told with its signal, and charged to the node that ran there.
+nipype's MultiProc uses one process pool. If a worker is killed, usually because memory ran out, the pool
+breaks, the exception is lost in a callback, and the run waits forever. :class:`IsolatedPlugin` has one pipe
+per worker process: the exit of a worker is detected, and is the failure of the node that ran in it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ from bids_uad.resources import end_with_parent, oom_kills, why_killed
 
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
+"""Modules imported once, in the process that workers are forked from; they start neither threads nor CUDA."""
+PLUGINS = ("MultiProc", "SLURM", "SLURMGraph")
+POLL_SECONDS = 2.0
+"""Interval in s between queries of the states of SLURM jobs."""
+_JOB_STATES = {
+    "OUT_OF_MEMORY": "was killed because memory ran out; give the jobs more memory (--mem in sbatch_args)",
+    "TIMEOUT": "reached its time limit; give the jobs more time (--time in sbatch_args)",
+    "CANCELLED": "was cancelled",
+    "NODE_FAIL": "ended because its compute node failed; run the same command again to continue",
+    "PREEMPTED": "was preempted; run the same command again to continue",
+}
+"""Descriptions of final states of SLURM jobs without a result."""
+_UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STAGE_OUT"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,9 @@ class NodeFailure:
     node : str
         Full name, dots between workflows.
     traceback : str
+        Traceback of the error, or a line about the exit of its process.
     crash_file : str
-        Where nipype wrote the details.
+        Crash file of nipype, with the details.
     """
 
     node: str
@@ -58,14 +72,15 @@ class NodeFailure:
 
 
 class FailureLog:
-    """A nipype plugin that remembers what failed, in order, and stops where a disk cannot be written.
+    """Mixin of nipype plugins that records failed nodes, and ends the run if a disk cannot be written.
 
     Attributes
     ----------
     failures : list of NodeFailure
+        Failed nodes in order of time.
     folders : tuple of pathlib.Path
-        Where outputs and intermediate files go. If one of them cannot be written, all other nodes would fail,
-        too: the run ends with a :class:`~bids_uad.errors.StorageError`.
+        Output and work folders. If one cannot be written, all other nodes would fail, too, and the run ends
+        with a :class:`~bids_uad.errors.StorageError`.
     """
 
     folders: tuple[Path, ...] = ()
@@ -83,17 +98,19 @@ class FailureLog:
 
 
 def raise_if_unwritable(traceback: str, folders: Sequence[Path]) -> None:
-    """Raise an error of its own kind if a node has failed because a folder cannot be written.
+    """Raise a storage error if a node has failed because a folder cannot be written.
 
     Parameters
     ----------
     traceback : str
-        Of the node.
+        Traceback of the node.
     folders : sequence of pathlib.Path
+        Output and work folders.
 
     Raises
     ------
     StorageError
+        If the traceback describes one, see :func:`bids_uad.errors.storage_error`.
     """
     messages = [line for line in traceback.splitlines() if not line.lstrip().startswith("File ")]
     if folders and (found := storage_error("\n".join(messages), folders, guess=True)) is not None:
@@ -106,22 +123,21 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
     Parameters
     ----------
     plugin_args : dict
-        As for MultiProc (`n_procs`, `memory_gb`, `n_gpu_procs`, `raise_insufficient`, `status_callback`).
+        MultiProc's `n_procs`, `memory_gb`, `n_gpu_procs`, `raise_insufficient`, `status_callback`.
     """
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
         super().__init__(plugin_args)
         self._context = mp.get_context(START_METHOD)
-        # Imported once, in the process that workers are forked from; nothing here starts threads or CUDA.
         self._context.set_forkserver_preload(list(PRELOADED))
         self._idle: list[_Worker] = []
         self._busy: dict[int, _Worker] = {}
 
     def run(self, graph, config, updatehash=False):
-        """Run the nodes; see nipype.
+        """Run the nodes, as nipype's plugins do.
 
-        nipype collects garbage whenever it looks at its workers, ten times a second. That takes half a second
-        if it goes through all that is imported, and next to nothing if that is set apart.
+        nipype collects garbage at each poll, ten times a second, which takes 0.5 s with all imported modules.
+        `gc.freeze` excludes these.
         """
         gc.collect()
         gc.freeze()
@@ -152,7 +168,7 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         return jobids[turn][np.argsort(of_jobs[turn], kind="stable")]
 
     def close(self) -> None:
-        """Stop all workers; what they were doing is lost."""
+        """Kill all workers; the results of running nodes are lost."""
         for worker in [*self._idle, *self._busy.values()]:
             worker.kill()
         self._idle, self._busy = [], {}
@@ -176,35 +192,35 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         return {**result, "taskid": taskid}
 
     def _clear_task(self, taskid):
-        """Nothing to clear: the worker was released with its result."""
+        """Do nothing: the worker was released with its result."""
 
     def _postrun_check(self):
         self.close()
 
 
 class _Worker:
-    """One process that runs nodes, and our end of its pipe."""
+    """Process that runs nodes, with the parent's end of its pipe."""
 
     def __init__(self, context: mp.context.BaseContext) -> None:
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(Path.cwd())), daemon=True)
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end, str(Path.cwd())), daemon=True)
         self._process.start()
         self._oom_kills = oom_kills()
-        theirs.close()
+        child_end.close()
 
     @property
     def alive(self) -> bool:
         return self._process.is_alive()
 
     def start(self, node: Any, updatehash: bool, taskid: int) -> None:
-        """Hand over a node; a worker that died while idle shows at the next poll."""
+        """Send a node to the process; the exit of an idle process is detected at the next poll."""
         try:
             self._pipe.send((node, updatehash, taskid))
         except (BrokenPipeError, ConnectionResetError):
             self._process.join()
 
     def poll(self) -> dict[str, Any] | None:
-        """Give nipype's result dictionary, or None while the node runs."""
+        """Return nipype's result dictionary, or None while the node runs."""
         try:
             if self._pipe.poll():
                 return self._pipe.recv()
@@ -212,7 +228,8 @@ class _Worker:
             self._process.join()
         if self._process.is_alive():
             return None
-        return {"result": None, "traceback": [describe_death(self._process.exitcode, self._oom_kills)]}
+        cause = describe_exit(self._process.exitcode, self._oom_kills)
+        return {"result": None, "traceback": [f"ProcessKilled: the step {cause}"]}
 
     def kill(self) -> None:
         self._process.kill()
@@ -220,63 +237,61 @@ class _Worker:
         self._pipe.close()
 
 
-def describe_death(exitcode: int | None, oom_kills_before: int) -> str:
-    """Say why a worker process is gone.
+def describe_exit(exitcode: int | None, oom_kills_before: int) -> str:
+    """Describe why a worker process has ended.
 
     Parameters
     ----------
     exitcode : int or None
-        Negative for a signal, as :mod:`multiprocessing` has it.
+        Exit code; negative for a signal, as in :mod:`multiprocessing`.
     oom_kills_before : int
-        Processes that the kernel had killed for memory when it started.
+        Number of processes killed for memory before it started, see :func:`bids_uad.resources.oom_kills`.
 
     Returns
     -------
     str
-        One line.
+        Predicate of a sentence in one line.
     """
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        if name == "SIGKILL":
-            return f"ProcessKilled: the step was killed {why_killed(oom_kills_before)}"
-        return f"ProcessKilled: the step died of {name}"
-    return f"ProcessKilled: the step's process ended by itself with exit code {exitcode}"
+    if exitcode is None:
+        return "ended without an exit code"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}; see the error above"
+    name = signal.Signals(-exitcode).name
+    return f"was killed {why_killed(oom_kills_before)}" if name == "SIGKILL" else f"was ended by {name}"
 
 
 def _serve(pipe: Connection, folder: str) -> None:
-    """Run nodes until the other end closes."""
+    """Run nodes until the parent closes its end of the pipe."""
     os.chdir(folder)
     os.environ["NIPYPE_NO_ET"] = "1"
     end_with_parent()
-    prepare_nipype()
+    configure_nipype()
     while True:
         try:
             node, updatehash, taskid = pipe.recv()
         except EOFError:
             return
-        except (
-            Exception
-        ) as error:  # unpickling runs foreign code, too, and what it raises would be printed here
+        except Exception as error:  # of unpickling
             failure = f"{type(error).__name__}: the step cannot be received by its process: {error}"
             pipe.send({"result": None, "traceback": [failure], "taskid": None})
             continue
         try:
             result = run_node(node, updatehash, taskid)
-        except Exception as error:  # a full disk: nipype reads the result that it could not write
+        except Exception as error:  # with a full disk, nipype reads a result that it could not write
             result = {"result": None, "traceback": format_exception(error), "taskid": taskid}
         try:
             pipe.send(result)
-        except Exception as error:  # pickling runs foreign code: whatever it raises is the node's failure
+        except Exception as error:  # of pickling
             failure = f"{type(error).__name__}: the step's result cannot be sent back: {error}"
             pipe.send({"result": None, "traceback": [failure], "taskid": taskid})
 
 
-def prepare_nipype() -> None:
-    """Set up nipype, and nibabel, in this process, which may be a worker.
+def configure_nipype() -> None:
+    """Configure nipype and nibabel in this process, which may be a worker.
 
-    They are kept from repeating on the terminal what the crash files and our summary say. And where nipype
-    searches a node's folder, it takes the folder's path for a part of the pattern: below a folder such as
-    ``data [2024]`` it finds nothing, and removes the files that it has just written.
+    Their messages are in the crash files and the summary, and are not printed. nipype's search for files of a
+    node takes the folder's path as part of the pattern: below a folder such as ``data [2024]`` it finds
+    nothing, and removes files that were just written. It is replaced by one that takes the path literally.
     """
     for name in (
         "nibabel.global",
@@ -291,37 +306,26 @@ def prepare_nipype() -> None:
 
 
 def _glob_in_folder(pattern: str) -> list[str]:
-    """List the files of a folder whose names match a pattern; the folder itself is no pattern."""
+    """List the files whose names match a pattern, in a folder whose path is taken literally."""
     path = Path(pattern)
     return [str(found) for found in path.parent.glob(path.name)]
 
 
-POLL_SECONDS = 2.0
-_WORDS = {
-    "OUT_OF_MEMORY": "was killed because memory ran out; give the jobs more memory (--mem in sbatch_args)",
-    "TIMEOUT": "ran into its time limit; give the jobs more time (--time in sbatch_args)",
-    "CANCELLED": "was cancelled",
-    "NODE_FAIL": "died with its compute node; the same command goes on where it stopped",
-    "PREEMPTED": "was preempted; the same command goes on where it stopped",
-}
-_UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STAGE_OUT"}
-
-
 class SlurmPlugin(FailureLog, SLURMPlugin):
-    """One SLURM job for each node, submitted when what it needs is there.
+    """SLURM plugin that submits one job per node, as soon as its inputs exist.
 
     Parameters
     ----------
     plugin_args : dict
-        As for nipype's SLURM plugin (`sbatch_args`, `template`, `max_jobs`, `status_callback`).
+        Arguments of nipype's SLURM plugin (`sbatch_args`, `template`, `max_jobs`, `status_callback`).
     """
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
-        _name_user()
+        _set_logname()
         super().__init__(plugin_args)
 
     def close(self) -> None:
-        """Cancel the jobs that are still under way."""
+        """Cancel unfinished jobs."""
         _cancel([str(job) for job in self._pending])
         self._pending = {}
 
@@ -329,39 +333,40 @@ class SlurmPlugin(FailureLog, SLURMPlugin):
         if self._is_pending(taskid):
             return None
         state = _state_of(taskid)
-        if state in _WORDS:
-            return {"result": None, "traceback": [describe_end(taskid, state)]}
+        if state in _JOB_STATES:
+            return {"result": None, "traceback": [describe_job_end(taskid, state)]}
         return super()._get_result(taskid)
 
 
 class SlurmGraphPlugin(SLURMGraphPlugin):
-    """All jobs submitted at once, each waiting for those that it needs; returns when all have ended.
+    """SLURM plugin that submits all jobs at once, with their dependencies, and waits until all have ended.
 
     Parameters
     ----------
     plugin_args : dict
-        As for nipype's SLURMGraph plugin (`sbatch_args`, `template`, `dont_resubmit_completed_jobs`).
+        Arguments of nipype's SLURMGraph plugin (`sbatch_args`, `template`, `dont_resubmit_completed_jobs`).
     mark : str
-        Tells this run's jobs from others: one word.
+        Comment (one word) that identifies the jobs of this run.
 
     Attributes
     ----------
     failures : list of NodeFailure
+        See :class:`FailureLog`.
     folders : tuple of pathlib.Path
-        As those of :class:`~bids_uad.levels.participant.executors.FailureLog`.
+        See :class:`FailureLog`.
     """
 
     folders: tuple[Path, ...] = ()
 
     def __init__(self, plugin_args: dict[str, Any], mark: str) -> None:
-        _name_user()
+        _set_logname()
         self.failures: list[NodeFailure] = []
         self._mark, self._nodes = mark, []
         own = f"{plugin_args.get('sbatch_args', '')} --comment={mark} --kill-on-invalid-dep=yes"
         super().__init__(plugin_args={**plugin_args, "sbatch_args": own})
 
     def run(self, graph, config, updatehash=False):
-        """Submit the graph, wait for its jobs, and take note of what failed."""
+        """Submit the graph, wait for its jobs, and record failures."""
         started = time.time()
         super().run(graph, config, updatehash=updatehash)
         jobs = self._wait()
@@ -373,12 +378,12 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
             if crash is not None:
                 raise_if_unwritable(crash.read_text(), self.folders)
                 self.failures.append(NodeFailure(node.fullname, crash.read_text(), str(crash)))
-            elif state != "CANCELLED":  # those that waited for a failed one are cancelled
+            elif state != "CANCELLED":  # as are the jobs that depend on a failed one
                 log = next(iter(sorted(Path(node.base_dir).glob(f"*/batch/*{node._id}.sh.e"))), "none")
-                self.failures.append(NodeFailure(node.fullname, describe_end(job, state), str(log)))
+                self.failures.append(NodeFailure(node.fullname, describe_job_end(job, state), str(log)))
 
     def close(self) -> None:
-        """Cancel the jobs that are still under way."""
+        """Cancel unfinished jobs."""
         _cancel([job for job, state in self._jobs().values() if state in _UNFINISHED])
 
     def _submit_graph(self, pyfiles, dependencies, nodes):
@@ -386,7 +391,7 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
         super()._submit_graph(pyfiles, dependencies, nodes)
 
     def _wait(self) -> dict[int, tuple[str, str]]:
-        """Give number and last state of each node's job when all have ended."""
+        """Return number and final state of each node's job when all have ended."""
         last: dict[int, tuple[str, str]] = {}
         while True:
             seen = self._jobs()
@@ -394,15 +399,15 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
             if not any(state in _UNFINISHED for _, state in seen.values()):
                 break
             time.sleep(POLL_SECONDS)
-        # SLURM forgets jobs minutes after their end; the last word may then be missing.
+        # SLURM drops jobs minutes after their end, so that the final state may not have been seen.
         return {
             index: (job, _state_of(job) if state in _UNFINISHED else state)
             for index, (job, state) in last.items()
         }
 
     def _jobs(self) -> dict[int, tuple[str, str]]:
-        """Ask SLURM for this run's jobs: number and state by the node's place in the graph."""
-        lines = _ask("squeue", "--noheader", "--me", "--states=all", "--format=%i|%j|%T|%k").splitlines()
+        """Query SLURM for the jobs of this run: number and state by index of the node in the graph."""
+        lines = _query("squeue", "--noheader", "--me", "--states=all", "--format=%i|%j|%T|%k").splitlines()
         jobs = {}
         for line in lines:
             job, name, state, mark = line.strip().split("|")
@@ -411,29 +416,29 @@ class SlurmGraphPlugin(SLURMGraphPlugin):
         return jobs
 
 
-def describe_end(job: int | str, state: str) -> str:
-    """Say in one line why a job ended without a result."""
-    return f"ProcessKilled: SLURM job {job} {_WORDS.get(state, f'ended as {state}')}"
+def describe_job_end(job: int | str, state: str) -> str:
+    """Describe in one line why a SLURM job ended without a result."""
+    return f"ProcessKilled: SLURM job {job} {_JOB_STATES.get(state, f'ended as {state}')}"
 
 
 def _state_of(job: int | str) -> str:
-    """Ask SLURM how a job ended; empty if it has forgotten it."""
-    told = _ask("scontrol", "--oneliner", "show", "job", str(job), check=False)
-    found = re.search(r"\bJobState=(\w+)", told)
+    """Query SLURM for the state of a job; empty if it is no longer known."""
+    fields = _query("scontrol", "--oneliner", "show", "job", str(job), check=False)
+    found = re.search(r"\bJobState=(\w+)", fields)
     return found[1] if found else ""
 
 
 def _cancel(jobs: list[str]) -> None:
     if jobs:
-        _ask("scancel", *jobs, check=False)
+        _query("scancel", *jobs, check=False)
 
 
-def _ask(*command: str, check: bool = True) -> str:
+def _query(*command: str, check: bool = True) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=check).stdout
 
 
 def _crash_file(node: Any, since: float) -> Path | None:
-    """Find what nipype wrote about a node's crash during this run."""
+    """Return the crash file that nipype has written for a node during this run."""
     folder = Path(node.config["execution"]["crashdump_dir"])
     for path in sorted(folder.glob(f"crash-*-{node._id}-*.txt")):
         if path.stat().st_mtime >= since and path.read_text().startswith(f"Node: {node.fullname}\n"):
@@ -441,8 +446,8 @@ def _crash_file(node: Any, since: float) -> Path | None:
     return None
 
 
-def _name_user() -> None:
-    """Give the environment the user's name, which nipype names jobs after and some schedulers leave out."""
+def _set_logname() -> None:
+    """Set LOGNAME, which nipype uses in the names of jobs, and which some schedulers do not set."""
     if "LOGNAME" not in os.environ:
         try:
             os.environ["LOGNAME"] = getpass.getuser()
@@ -450,37 +455,35 @@ def _name_user() -> None:
             os.environ["LOGNAME"] = str(os.getuid())
 
 
-PLUGINS = ("MultiProc", "SLURM", "SLURMGraph")
-
-
 class Plugin(Protocol):
-    """What a run needs of a nipype plugin beside nipype's own interface."""
+    """Interface of the plugins here, in addition to nipype's."""
 
     failures: list[NodeFailure]
     folders: tuple[Path, ...]
 
     def close(self) -> None:
-        """Stop what is still under way."""
+        """Stop unfinished nodes or jobs."""
 
 
 def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plugin:
-    """Make the plugin that a run asks for.
+    """Return the nipype plugin of a run.
 
     Parameters
     ----------
     config : RunConfig
-        `plugin_file` names the plugin and its arguments; without it, workers of this process.
+        `plugin_file` names the plugin and its arguments; without it, :class:`IsolatedPlugin` is used.
     callback : callable
-        Is told of each node's start and end, where the plugin knows.
+        Called with each node and its status (`start`, `end`, `exception`); not by SLURMGraph.
 
     Returns
     -------
     Plugin
+        Plugin with the resources of `config`.
 
     Raises
     ------
     ConfigError
-        If the file is not understood, or the path of the working folder is one that job scripts cannot hold.
+        If the plugin file is not valid, or job scripts cannot contain the path of the work folder.
     """
     name, arguments = "MultiProc", {}
     if config.plugin_file is not None:
@@ -504,42 +507,51 @@ def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plug
 
 
 def check_job_folder(folder: Path) -> None:
-    """Refuse a working folder whose path nipype's job scripts, which do not quote it, cannot hold.
+    """Check that the path of the work folder can be used in nipype's job scripts, which do not quote it.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Work folder of the run.
 
     Raises
     ------
     ConfigError
+        If the path contains special characters.
     """
     plain = "".join(character for character in str(folder) if character.isascii())
     if plain != quote(plain) or "%" in plain:  # SLURM replaces %j and the like in the names of log files
         raise ConfigError(
             f"the work folder {folder} has a space, quote, bracket or other special character in its path, "
-            "which jobs of a cluster cannot use; choose another with -w"
+            "which cluster jobs cannot use; choose another with -w"
         )
 
 
 def read_plugin_file(path: Path) -> tuple[str, dict[str, Any]]:
-    """Read a plugin and its arguments from YAML, as fMRIPrep does.
+    """Read a plugin and its arguments from YAML, in the format of fMRIPrep.
 
     Parameters
     ----------
     path : pathlib.Path
-        A mapping with `plugin`, one of `PLUGINS`, and perhaps `plugin_args`.
+        YAML file with `plugin`, one of `PLUGINS`, and optionally `plugin_args`.
 
     Returns
     -------
     name : str
+        One of `PLUGINS`.
     arguments : dict
+        Contents of `plugin_args`.
 
     Raises
     ------
     ConfigError
+        If the file cannot be read or has other contents.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--use-plugin {path} cannot be read: {error}") from error
-    remedy = "write 'plugin: SLURM' and, below it, 'plugin_args:' with what the plugin takes"
+    remedy = "write 'plugin: SLURM' and, below it, 'plugin_args:' with its arguments"
     if not isinstance(content, dict) or not {"plugin"} <= set(content) <= {"plugin", "plugin_args"}:
         raise ConfigError(f"--use-plugin {path}: {remedy}")
     if content["plugin"] not in PLUGINS:

@@ -1,57 +1,95 @@
-"""What is to be done: every image against what is already there."""
+"""Plan of a run: what is missing or outdated of each image, under locks, and removal of outdated outputs."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bids_uad.config import RunConfig
+from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.inputs import Collection
 from bids_uad.dataset.lesion_masks import LesionMask
-from bids_uad.dataset.naming import ImageUnit, Problem
+from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, entities_of
 from bids_uad.dataset.participants import Participants, Person
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import InputError, truncate_list
-from bids_uad.files import sha256_of
+from bids_uad.files import locked_names, remove_unfinished, sha256_of
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
-    all_there,
+    all_exist,
     make_fingerprint,
     read_record,
     record_path,
+    withdraw_outputs,
 )
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.reference import Reference
 
-LOGGER = logging.getLogger("bids_uad")
+MAX_DETECTION_THREADS = 4
+"""Maximum number of CPU threads of one detector, unless `omp_nthreads` is higher."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Options and resources of a run, the same for all images.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Options of the command line.
+    bundles : tuple of Bundle
+        Models, one entry per deviation.
+    reference : Reference
+        Reference image in SRI24 space.
+    extraction : Extraction
+        Method of brain extraction.
+    device : str
+        `cpu`, `cuda` or `cuda:N`; that of `config` before the device is resolved.
+    precision : str
+        `fp32` or `bf16`; that of `config` before the device is resolved.
+    """
+
+    config: RunConfig
+    bundles: tuple[Bundle, ...]
+    reference: Reference
+    extraction: Extraction
+    device: str
+    precision: str
+
+    @property
+    def detection_threads(self) -> int:
+        """CPU threads of a detector; they depend on options only, so that results are reproducible."""
+        if self.device != "cpu":
+            return 1
+        return max(self.config.omp_nthreads, min(self.config.nprocs, MAX_DETECTION_THREADS))
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image and what is still to be done about it.
+    """An image, and which of its outputs are missing or outdated.
 
     Parameters
     ----------
     unit : ImageUnit
+        The image.
     bundles : tuple of Bundle
-        Models whose outputs are missing, one for each deviation.
+        Models whose outputs are missing, one entry per deviation.
     person : Person
         Age, sex, health and scanner of the participant at the image's session.
     lesion : LesionMask, optional
-        Ground truth of the image, which other images of the session may share.
+        Ground truth of the image; images of a session may share it.
     fingerprint : dict
-        What the outputs depend on, models apart.
+        Inputs and options that the outputs depend on, except the models.
     outdated : bool
-        Whether an earlier run's outputs hold no longer, since inputs or options have changed.
-    lost : tuple of str
-        Labels of models whose outputs are outdated and which this run does not have.
+        Whether inputs or options have changed since the outputs were written.
+    outdated_models : tuple of str
+        Labels of models with outdated outputs that are not among the models of this run.
     done : bool
-        Nothing is to be done.
-    anchor_only : bool
-        Whether the image belongs to a session that was not asked for, and is preprocessed only where T2w
-        images of other sessions are registered to it. It counts as done.
+        Whether all outputs exist and are up to date.
+    anchor_only : bool, default=False
+        Whether the image is used only to register T2w images of other sessions. It is not written, and
+        counts as done.
     """
 
     unit: ImageUnit
@@ -60,205 +98,188 @@ class Task:
     lesion: LesionMask | None
     fingerprint: dict
     outdated: bool
-    lost: tuple[str, ...]
+    outdated_models: tuple[str, ...]
     done: bool
     anchor_only: bool = False
 
     @property
     def provides_lesion(self) -> bool:
-        """Whether this image's workflow brings the lesion mask to SRI24."""
+        """Whether the lesion mask is transformed to SRI24 by the workflow of this image."""
         return self.lesion_provider == self.unit.key
 
     @property
     def is_control(self) -> bool:
-        """Whether the participant is healthy by participants.tsv, at the image's session."""
+        """Whether the participant is a healthy control in participants.tsv, at the image's session."""
         return bool(self.person.healthy)
 
     @property
     def lesion_provider(self) -> str | None:
-        """Name of the image whose workflow does; none without ground truth."""
+        """Name of the image whose workflow transforms the lesion mask; None without ground truth."""
         return None if self.lesion is None else self.lesion.provider
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        """Names of the images whose brain mask or registration the outputs of this one rest on."""
+        """Names of other images whose brain mask or registration the outputs depend on."""
         anchor = None if self.unit.anchor is None else self.unit.anchor.key
         lesion = None if self.lesion is None or self.lesion.on_atlas else self.lesion.provider
         return tuple(dict.fromkeys(name for name in (anchor, lesion) if name not in (None, self.unit.key)))
 
 
-def model_identity(bundle: Bundle, precision: str, person: Person, min_lesion_volume: float) -> str:
-    """Identify what a model's outputs depend on: its training, calibration, and the options of the run.
+def plan_tasks(collection: Collection, participants: Participants, context: RunContext) -> list[Task]:
+    """Compare every image with its completion record.
 
-    A precision of ``auto`` holds wherever the run goes on. Deviations also depend on age and sex, and counts
-    of lesions and components on the least volume of those that are counted.
+    Parameters
+    ----------
+    collection : Collection
+        Images of the run, lesion masks, and images that are anchors only.
+    participants : Participants
+        Age, sex, health and scanner.
+    context : RunContext
+        Options, models, reference image and brain extraction.
+
+    Returns
+    -------
+    list of Task
+        One per image, in the order of `collection.units`.
     """
-    identity = f"{bundle.sha256}+{bundle.calibration_sha256}+{precision}+{min_lesion_volume:g}mm3"
+    tasks = []
+    for unit in collection.units:
+        if unit.key in collection.anchors_only:
+            tasks.append(Task(unit, (), Person(), None, {}, False, (), done=True, anchor_only=True))
+        else:
+            person = participants.person(f"sub-{unit.subject}", unit.session)
+            tasks.append(_plan_task(unit, person, collection.lesions.get(unit.key), context))
+    return tasks
+
+
+def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, context: RunContext) -> Task:
+    """Compare one image with its completion record."""
+    config = context.config
+    fingerprint = make_fingerprint(
+        unit,
+        lesion,
+        reference_sha256=context.reference.sha256,
+        random_seed=config.random_seed,
+        extraction=context.extraction,
+    )
+    record = read_record(record_path(config.output_dir, unit))
+    outdated = record is not None and record.fingerprint != fingerprint
+    current = None if outdated else record
+    requested = [
+        bundle
+        for bundle in context.bundles
+        if bundle.modality == unit.modality and unit.modality in config.modalities
+    ]
+    missing = tuple(
+        bundle
+        for bundle in requested
+        if not _is_current(current, bundle, model_identity(bundle, config, person), config.output_dir)
+    )
+    names = {bundle.scored_as for bundle in requested}
+    earlier = record.models if outdated else {}
+    return Task(
+        unit=unit,
+        bundles=missing,
+        person=person,
+        lesion=lesion,
+        fingerprint=fingerprint,
+        outdated=outdated,
+        outdated_models=tuple(model.label for name, model in earlier.items() if name not in names),
+        done=current is not None and not missing and all_exist(current.outputs, config.output_dir),
+    )
+
+
+def _is_current(record: CompletionRecord | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
+    """Return whether all outputs of exactly this model exist."""
+    model = None if record is None else record.models.get(bundle.scored_as)
+    return model is not None and model.identity == identity and all_exist(model.outputs, output_dir)
+
+
+def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
+    """Return a text that identifies what the outputs of a model depend on.
+
+    These are training, calibration, the requested precision (`auto` is not resolved, so that a run may
+    continue on other hardware), the minimum lesion volume, and for deviations also age and sex.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The model.
+    config : RunConfig
+        `precision` and `min_lesion_volume` are used.
+    person : Person
+        Age and sex of the participant.
+
+    Returns
+    -------
+    str
+        Checksums and values, joined by `+`.
+    """
+    identity = (
+        f"{bundle.sha256}+{bundle.calibration_sha256}+{config.precision}+{config.min_lesion_volume:g}mm3"
+    )
     if bundle.deviation == "none":
         return identity
     return f"{identity}+{person.covariates['age']}+{person.covariates['sex']}"
 
 
-def make_plan(
-    collection: Collection,
-    bundles: Sequence[Bundle],
-    participants: Participants,
-    *,
-    output_dir: Path,
-    modalities: Sequence[str],
-    reference_sha256: str,
-    random_seed: int,
-    precision: str,
-    min_lesion_volume: float,
-    extraction: Extraction,
-) -> list[Task]:
-    """Compare every image with its record.
-
-    Parameters
-    ----------
-    collection : Collection
-    bundles : sequence of Bundle
-        Models of this run.
-    participants : Participants
-    output_dir : pathlib.Path
-    modalities : sequence of str
-        Images that anomalies are looked for in; an anchor of another kind is only preprocessed.
-    reference_sha256 : str
-    random_seed : int
-    precision : str
-        As asked for: `auto`, `fp32` or `bf16`.
-    min_lesion_volume : float
-        Least volume of a lesion that is counted, in mm3.
-    extraction : Extraction
-        What finds brains in whole heads.
-
-    Returns
-    -------
-    list of Task
-        In the order of the collection's units.
-    """
-    tasks = []
-    for unit in collection.units:
-        if unit.key in collection.anchors_only:
-            tasks.append(_anchor_only(unit))
-            continue
-        lesion = collection.lesions.get(unit.key)
-        fingerprint = make_fingerprint(
-            unit,
-            lesion,
-            reference_sha256=reference_sha256,
-            random_seed=random_seed,
-            extraction=extraction,
-        )
-        person = participants.person(f"sub-{unit.subject}", unit.session)
-        wanted = [b for b in bundles if b.modality == unit.modality and unit.modality in modalities]
-        record = read_record(record_path(output_dir, unit))
-        outdated = record is not None and record.fingerprint != fingerprint
-        current = None if outdated else record
-        identities = [model_identity(bundle, precision, person, min_lesion_volume) for bundle in wanted]
-        missing = tuple(
-            bundle
-            for bundle, identity in zip(wanted, identities, strict=True)
-            if not _is_current(current, bundle, identity, output_dir)
-        )
-        complete = current is not None and all_there(current.outputs, output_dir)
-        again = {bundle.scored_as for bundle in wanted}
-        earlier = record.models if outdated else {}
-        tasks.append(
-            Task(
-                unit=unit,
-                bundles=missing,
-                person=person,
-                lesion=lesion,
-                fingerprint=fingerprint,
-                outdated=outdated,
-                lost=tuple(model.label for name, model in earlier.items() if name not in again),
-                done=complete and not missing,
-            )
-        )
-    return tasks
-
-
-def _anchor_only(unit: ImageUnit) -> Task:
-    """Make the task of an image that is used as an anchor, and not written."""
-    return Task(
-        unit=unit,
-        bundles=(),
-        person=Person(),
-        lesion=None,
-        fingerprint={},
-        outdated=False,
-        lost=(),
-        done=True,
-        anchor_only=True,
-    )
-
-
-def _is_current(record: CompletionRecord | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
-    """Check that the outputs of a model are there and are those of this very model."""
-    model = None if record is None else record.models.get(bundle.scored_as)
-    return model is not None and model.identity == identity and all_there(model.outputs, output_dir)
-
-
 def by_subject(tasks: Sequence[Task]) -> dict[str, list[Task]]:
-    """Group tasks by participant, in their order."""
+    """Group tasks by participant label, in their order."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.unit.subject, []).append(task)
     return groups
 
 
-def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
-    """Report lesion masks that are empty, belong to a control, or leave images of their session without one.
+def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """Split the tasks of a participant into pending ones and those that pending ones depend on.
+
+    An image that is done is preprocessed again (from the working folder, if it still exists) if another image
+    is registered to it, or needs the lesion mask on its grid.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Of all participants.
-    lesions_dir : pathlib.Path or None
-        Dataset of lesion masks; None if there is none.
+        All tasks of the participant.
 
     Returns
     -------
-    list of str
-        One line for each kind.
+    to_do : list of Task
+        Tasks with missing outputs.
+    support : list of Task
+        Tasks that are done and that `to_do` depends on.
     """
-    masked = [task for task in tasks if task.lesion is not None]
-    empty = {f"sub-{task.unit.subject}" for task in masked if task.lesion.is_empty and not task.is_control}
-    controls = {f"sub-{task.unit.subject}" for task in masked if task.is_control and not task.lesion.is_empty}
-    sessions = {(task.unit.subject, task.unit.session) for task in masked}
-    without = [
-        task.unit.key
-        for task in tasks
-        if task.lesion is None and (task.unit.subject, task.unit.session) in sessions
-    ]
-    lines = []
-    if lesions_dir is not None and not masked:
-        text = "names must end in _label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
-        lines.append(f"{lesions_dir} holds no usable lesion mask for any of the images; {text}")
-    if empty:
-        text = "Dice is 1 where nothing is found, else 0, and they are counted apart"
-        lines.append(f"The lesion mask is empty: {truncate_list(sorted(empty))}; {text}")
-    if controls:
-        text = "Healthy by participants.tsv and yet with a lesion in the lesion mask"
-        lines.append(f"{text}: {truncate_list(sorted(controls))}. They count as healthy")
-    if without:
-        lines.append(
-            f"No lesion mask for {truncate_list(without)}: the masks of their session name other images"
-        )
-    return lines
+    to_do = [task for task in tasks if not task.done]
+    needed = set()
+    for task in to_do:
+        needed |= _needs(task)
+    by_key = {task.unit.key: task for task in tasks}
+    for key in list(needed):
+        needed |= _needs(by_key[key]) if by_key[key].unit.anchor is not None else set()
+    support = [task for task in tasks if task.done and task.unit.key in needed]
+    return to_do, support
+
+
+def _needs(task: Task) -> set[str]:
+    """Return the names of the images whose workflows are connected to that of a task."""
+    needs = set() if task.unit.anchor is None else {task.unit.anchor.key}
+    if task.lesion_provider not in (None, task.unit.key):
+        needs.add(task.lesion_provider)
+    return needs
 
 
 def drop_unreadable(collection: Collection) -> Collection:
-    """Move images to the problems whose files have become unreadable, or those of an image that they need.
+    """Move images to the problems if their files, or those of an image that they need, are unreadable.
 
     Parameters
     ----------
     collection : Collection
+        Images, lesion masks and external derivatives.
 
     Returns
     -------
     Collection
+        With readable images only, and one more problem for each image that was dropped.
     """
     units: list[ImageUnit] = []
     problems: list[Problem] = []
@@ -278,71 +299,160 @@ def drop_unreadable(collection: Collection) -> Collection:
     return replace(collection, units=tuple(units), problems=(*collection.problems, *problems))
 
 
-def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
-    """Split a participant's tasks into those to do and those that are only needed by them.
-
-    An image that is done is preprocessed again (from the working folder, where it is still there) if
-    another is registered to it, or needs the lesion mask that lies on its grid.
+def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
+    """Report lesion masks that are empty, belong to a control, or are missing for some images of a session.
 
     Parameters
     ----------
     tasks : sequence of Task
+        Tasks of all participants.
+    lesions_dir : pathlib.Path or None
+        Dataset of lesion masks; None if there is none.
 
     Returns
     -------
-    to_do, support : list of Task
+    list of str
+        One line per kind of warning.
     """
-    to_do = [task for task in tasks if not task.done]
-    needed = set()
-    for task in to_do:
-        needed |= _needs(task)
-    by_key = {task.unit.key: task for task in tasks}
-    for key in list(needed):
-        needed |= _needs(by_key[key]) if by_key[key].unit.anchor is not None else set()
-    support = [task for task in tasks if task.done and task.unit.key in needed]
-    return to_do, support
+    masked = [task for task in tasks if task.lesion is not None]
+    empty = {f"sub-{task.unit.subject}" for task in masked if task.lesion.is_empty and not task.is_control}
+    controls = {f"sub-{task.unit.subject}" for task in masked if task.is_control and not task.lesion.is_empty}
+    sessions = {(task.unit.subject, task.unit.session) for task in masked}
+    without = [
+        task.unit.key
+        for task in tasks
+        if task.lesion is None and (task.unit.subject, task.unit.session) in sessions
+    ]
+    lines = []
+    if lesions_dir is not None and not masked:
+        lines.append(
+            f"{lesions_dir}: no usable lesion mask for any of the images; names must end in "
+            "_label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
+        )
+    if empty:
+        lines.append(
+            f"Empty lesion mask: {truncate_list(sorted(empty))}; Dice is 1 if no anomaly is detected and 0 "
+            "otherwise, and these participants are counted separately"
+        )
+    if controls:
+        lines.append(
+            f"Healthy controls (participants.tsv) with a lesion in the lesion mask: "
+            f"{truncate_list(sorted(controls))}; they are evaluated as controls"
+        )
+    if without:
+        lines.append(
+            f"No lesion mask for {truncate_list(without)}: the entities of the masks of their session match "
+            "other images only"
+        )
+    return lines
 
 
-def _needs(task: Task) -> set[str]:
-    """Name the images that a task's workflow takes something from."""
-    needs = set() if task.unit.anchor is None else {task.unit.anchor.key}
-    if task.lesion_provider not in (None, task.unit.key):
-        needs.add(task.lesion_provider)
-    return needs
+@contextmanager
+def lock_images(config: RunConfig, plan: Callable[[], list[Task]]) -> Iterator[list[Task]]:
+    """Plan a run, and hold locks on the images that it processes.
 
-
-MAX_DETECTION_THREADS = 4
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Options, reference image, brain extraction and device of a run.
+    Jobs for different sessions, models or participants may share the output and work folders. If two need the
+    same image, such as an anchor, the second waits for the first, and finds the image up to date.
 
     Parameters
     ----------
     config : RunConfig
-    reference : Reference
-    extraction : Extraction
-    device : str
-        Resolved: `cpu`, `cuda` or `cuda:N`.
-    precision : str
-        Resolved: `fp32` or `bf16`.
+        `output_dir`, `work_dir` and `clean_workdir` are used.
+    plan : callable
+        Returns the tasks; called again whenever further locks were taken.
+
+    Yields
+    ------
+    list of Task
+        Tasks planned while all locks are held.
     """
+    held: set[str] = set()
+    with ExitStack() as stack:
+        while True:
+            tasks = plan()
+            needed = _images_in_use(tasks, everything=config.clean_workdir) - held
+            if not needed:
+                break
+            for folder in (config.output_dir / "logs", config.work_dir):
+                stack.enter_context(locked_names(folder / "images.lock", needed))
+            held |= needed
+        yield tasks
 
-    config: RunConfig
-    reference: Reference
-    extraction: Extraction
-    device: str
-    precision: str = "fp32"
 
-    @property
-    def detection_threads(self) -> int:
-        """CPU threads of a detector; the command line alone decides, so that a rerun gives the same map."""
-        if self.device != "cpu":
-            return 1
-        return max(self.config.omp_nthreads, min(self.config.nprocs, MAX_DETECTION_THREADS))
+def _images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
+    """Return the names of the images whose working folders a run uses or removes."""
+    if everything:
+        return {task.unit.key for task in tasks}
+    used = [split_tasks(own) for own in by_subject(tasks).values()]
+    return {task.unit.key for to_do, support in used for task in (*to_do, *support)}
+
+
+def remove_temporary_files(output_dir: Path, subjects: Iterable[str]) -> None:
+    """Remove the temporary files that killed runs have left in the output folder.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    subjects : iterable of str
+        Labels, without `sub-`, of the participants whose folders are searched.
+    """
+    for folder in (output_dir, output_dir / "logs"):
+        remove_unfinished(folder)
+    for name in ("tpl-SRI24", *(f"sub-{subject}" for subject in subjects)):
+        remove_unfinished(output_dir / name, below=True)
+
+
+def remove_outdated(task: Task, config: RunConfig) -> None:
+    """Remove outdated outputs of an image, and temporary files of a run that was killed.
+
+    Parameters
+    ----------
+    task : Task
+        The image, with the models that are about to write.
+    config : RunConfig
+        `output_dir`, `precision` and `min_lesion_volume` are used.
+    """
+    remove_unfinished(config.output_dir / task.unit.folder, lambda name: _is_output_of(name, task.unit))
+    identities = {bundle.scored_as: model_identity(bundle, config, task.person) for bundle in task.bundles}
+    path = record_path(config.output_dir, task.unit)
+    withdraw_outputs(path, config.output_dir, task.fingerprint, identities)
+
+
+def _is_output_of(name: str, unit: ImageUnit) -> bool:
+    """Return whether a file name has the entities and modality of an image."""
+    keys = {key: entity for entity, key in PREFIX_ENTITIES}
+    entities = {keys[key]: value for key, value in entities_of(Path(name)).items() if key in keys}
+    others = [modality for modality in MODALITIES if modality != unit.modality]
+    return entities == unit.entities and not any(other in name for other in others)
+
+
+def remove_unusable(problems: Sequence[Problem], config: RunConfig) -> None:
+    """Remove the outputs of unusable images whose file has changed since they were written.
+
+    The outputs of files that are missing or unreadable are kept.
+
+    Parameters
+    ----------
+    problems : sequence of Problem
+        Images that cannot be used.
+    config : RunConfig
+        `bids_dir` and `output_dir` are used.
+    """
+    for problem in problems:
+        for path in (config.output_dir / f"sub-{problem.subject}").glob(f"**/log/{problem.key}.json"):
+            record = read_record(path)
+            source = None if record is None else config.bids_dir / record.source
+            if source is None or not source.is_file():
+                continue
+            try:
+                checksum = sha256_of(source)
+            except InputError:
+                continue
+            if record.fingerprint.get("input_sha256") != checksum:
+                withdraw_outputs(path, config.output_dir, {"input_sha256": checksum}, {})
 
 
 def crash_dir(config: RunConfig, subject: str) -> Path:
-    """Say where a participant's crash files go."""
+    """Return the folder of a participant's crash files."""
     return config.output_dir / f"sub-{subject}" / "log" / config.run_id

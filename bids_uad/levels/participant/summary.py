@@ -1,12 +1,13 @@
-"""What became of every image, and how it is told."""
+"""Status of every image of a run: time, log, summary table, participant reports and their triggers."""
 
 from __future__ import annotations
 
 import logging
 import re
+import signal
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,22 +23,35 @@ from rich.text import Text
 
 from bids_uad import __version__
 from bids_uad.config import RunConfig
-from bids_uad.dataset.naming import Problem, detection_outputs, preprocessing_outputs
+from bids_uad.dataset.inputs import requested_subjects
+from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, try_read_participants
 from bids_uad.files import locked, read_json, write_json
-from bids_uad.levels.participant.completion_records import read_record, record_path, records_of
-from bids_uad.levels.participant.executors import START_METHOD, NodeFailure, raise_if_unwritable
+from bids_uad.levels.participant.completion_records import (
+    describe_methods,
+    read_record,
+    read_records,
+    record_path,
+)
+from bids_uad.levels.participant.executors import (
+    START_METHOD,
+    NodeFailure,
+    describe_exit,
+    raise_if_unwritable,
+)
 from bids_uad.levels.participant.interfaces import sidecar_of
-from bids_uad.levels.participant.plan import Task
+from bids_uad.levels.participant.plan import Task, remove_temporary_files
 from bids_uad.levels.participant.workflow import node_key, node_key_of
 from bids_uad.preprocessing.quality import FAILED_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
 from bids_uad.reports.group_text import detector_name
-from bids_uad.resources import oom_kills, why_killed, worker_pool
+from bids_uad.resources import oom_kills, worker_pool
+
+LOGGER = logging.getLogger("bids_uad")
 
 PARTICIPANT = "-"
-"""Stands for an image in the outcome of a participant as a whole."""
+"""Name of the image in the status of a participant as a whole."""
 DONE, UP_TO_DATE, FAILED, NOT_RUN, UNUSABLE = "done", "up to date", "failed", "not run", "unusable"
 
 _ERROR_LINE = re.compile(r"^\s*(?:[A-Za-z_][\w.]*\.)?([A-Za-z_]\w*(?:Error|Exception|Killed|Exit)): (.+)$")
@@ -45,19 +59,21 @@ _STYLES = {DONE: "green", UP_TO_DATE: "cyan", FAILED: "red", NOT_RUN: "yellow", 
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one image.
+class ImageStatus:
+    """Result of a run for one image.
 
     Parameters
     ----------
-    subject, image : str
-        Label, and name of the image (or what is known of it).
+    subject : str
+        Label of the participant, without `sub-`.
+    image : str
+        Name of the image; `PARTICIPANT` if the status concerns the participant as a whole.
     status : str
         `done`, `up to date`, `failed`, `not run` or `unusable`.
-    seconds : float
-        Time spent in its steps, summed; 0 if nothing was done.
-    message : str
-        Why, in one line; empty if all is well.
+    seconds : float, default=0
+        Total time of the image's nodes.
+    message : str, default=""
+        Cause of a failure in one line.
     """
 
     subject: str
@@ -67,97 +83,134 @@ class Outcome:
     message: str = ""
 
     @property
-    def good(self) -> bool:
-        """Whether all outputs of the image are there."""
+    def complete(self) -> bool:
+        """Whether all outputs of the image exist and are up to date."""
         return self.status in (DONE, UP_TO_DATE)
 
 
 @dataclass
 class Stopwatch:
-    """A nipype status callback that sums up the time of each image's steps."""
+    """Nipype status callback that measures the time of each image's nodes.
+
+    Attributes
+    ----------
+    seconds : dict
+        Total time in s, by :func:`~bids_uad.levels.participant.workflow.node_key`.
+    """
 
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
     _started: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, node: Any, status: str) -> None:
-        """Take note of `start`, `end` and `exception`."""
+        """Process a status: `start`, `end` or `exception`."""
         name = node.fullname
         if status == "start":
             self._started[name] = time.monotonic()
         elif name in self._started:
-            spent = time.monotonic() - self._started.pop(name)
-            place = node_key_of(name)
-            self.seconds[place] = self.seconds.get(place, 0.0) + spent
+            seconds = time.monotonic() - self._started.pop(name)
+            key = node_key_of(name)
+            self.seconds[key] = self.seconds.get(key, 0.0) + seconds
 
 
-def collect_outcomes(
+@dataclass
+class ProgressLog:
+    """Nipype status callback that logs each image when it is complete or has failed.
+
+    Parameters
+    ----------
+    total : int
+        Number of images to process.
+    """
+
+    total: int
+    _ended: set[tuple[str, str]] = field(default_factory=set)
+
+    def __call__(self, node: Any, status: str) -> None:
+        """Process a status: `start`, `end` or `exception`."""
+        key = node_key_of(node.fullname)
+        complete = status == "end" and node.name == "complete"  # the last node of an image
+        if key in self._ended or not (complete or status == "exception"):
+            return
+        self._ended.add(key)
+        LOGGER.info(
+            "%s %s, %d of %d images", key[1], "done" if complete else "failed", len(self._ended), self.total
+        )
+
+
+def collect_statuses(
     tasks: Sequence[Task],
     problems: Sequence[Problem],
     failures: Sequence[NodeFailure],
     stopwatch: Stopwatch,
-    *,
-    output_dir: Path,
-    run_id: str,
-) -> list[Outcome]:
-    """Find out what became of every image after a run.
+    config: RunConfig,
+) -> list[ImageStatus]:
+    """Return the status of every image after a run.
 
     Parameters
     ----------
     tasks : sequence of Task
+        Tasks of the run.
     problems : sequence of Problem
-        What could not be used from the start.
+        Images and participants that could not be used.
     failures : sequence of NodeFailure
+        Nodes that failed.
     stopwatch : Stopwatch
-    output_dir : pathlib.Path
-    run_id : str
+        Times of the images.
+    config : RunConfig
+        `output_dir` and `run_id` are used.
 
     Returns
     -------
-    list of Outcome
-        Sorted by participant.
+    list of ImageStatus
+        Sorted by participant and image.
     """
-    first = {}
+    first_failures: dict[tuple[str, str], NodeFailure] = {}
     for failure in failures:
-        first.setdefault(node_key_of(failure.node), failure)
-    outcomes = [
-        Outcome(problem.subject, problem.key or PARTICIPANT, UNUSABLE, message=problem.message)
+        first_failures.setdefault(node_key_of(failure.node), failure)
+    statuses = [
+        ImageStatus(problem.subject, problem.key or PARTICIPANT, UNUSABLE, message=problem.message)
         for problem in problems
     ]
     for task in tasks:
-        unit = task.unit
-        place = node_key(unit.subject, unit.key)
-        if task.anchor_only and place not in first:
+        key = node_key(task.unit.subject, task.unit.key)
+        failure = first_failures.get(key)
+        if failure is None and task.anchor_only:
             continue
-        spent = stopwatch.seconds.get(place, 0.0)
-        record = read_record(record_path(output_dir, unit))
-        if task.done and not task.anchor_only:
-            outcome = Outcome(unit.subject, unit.key, UP_TO_DATE, spent)
-        elif record is not None and record.run_id == run_id:
-            outcome = Outcome(unit.subject, unit.key, DONE, spent)
-        elif place in first:
-            failure = first[place]
-            step = failure.node.rsplit(".", 1)[-1]
-            told = f"{unit.key}: {step}: {error_line(failure.traceback)} (details: {failure.crash_file})"
-            outcome = Outcome(unit.subject, unit.key, FAILED, spent, told)
-        else:
-            told = f"{unit.key}: not run, because another image that it needs, or the run, failed before"
-            outcome = Outcome(unit.subject, unit.key, NOT_RUN, spent, told)
-        outcomes.append(outcome)
-    return sorted(outcomes, key=lambda outcome: (outcome.subject, outcome.image))
+        status, message = _status_of(task, failure, config)
+        seconds = stopwatch.seconds.get(key, 0.0)
+        statuses.append(ImageStatus(task.unit.subject, task.unit.key, status, seconds, message))
+    return sorted(statuses, key=lambda status: (status.subject, status.image))
+
+
+def _status_of(task: Task, failure: NodeFailure | None, config: RunConfig) -> tuple[str, str]:
+    """Return status and message of a task."""
+    if task.done and not task.anchor_only:
+        return UP_TO_DATE, ""
+    record = read_record(record_path(config.output_dir, task.unit))
+    if record is not None and record.run_id == config.run_id:
+        return DONE, ""
+    if failure is not None:
+        node = failure.node.rsplit(".", 1)[-1]
+        cause = f"{error_line(failure.traceback)} (details: {failure.crash_file})"
+        return FAILED, f"{task.unit.key}: {node}: {cause}"
+    return (
+        NOT_RUN,
+        f"{task.unit.key}: not run, because an image that it depends on, or the run, failed before",
+    )
 
 
 def error_line(traceback: str) -> str:
-    """Find the line of a traceback that says what happened.
+    """Return the line of a traceback that describes the error.
 
     Parameters
     ----------
     traceback : str
-        nipype's, which may wrap another.
+        Traceback of nipype, which may contain another.
 
     Returns
     -------
     str
-        The message alone for an error with a message of its own, else its last line.
+        The message without the error class if it is one for users, else the last line.
     """
     lines = [line.strip() for line in traceback.splitlines() if line.strip()]
     for line in reversed(lines):
@@ -169,48 +222,40 @@ def error_line(traceback: str) -> str:
 
 
 def print_summary(
-    outcomes: Sequence[Outcome], tasks: Sequence[Task], output_dir: Path, console: Console
+    statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path, console: Console
 ) -> None:
-    """Print one line for each image: status, time, volumes and, with ground truth, Dice.
+    """Print a table of all images: status, time, volumes and, with ground truth, Dice.
 
     Parameters
     ----------
-    outcomes : sequence of Outcome
+    statuses : sequence of ImageStatus
+        Statuses of the run.
     tasks : sequence of Task
+        Tasks of the run.
     output_dir : pathlib.Path
+        Root of the derivatives.
     console : rich.console.Console
+        Console to print to.
     """
     table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
     for column in table.columns[2:4]:
         column.justify = "right"
     by_key = {task.unit.key: task for task in tasks}
-    for outcome in outcomes:
-        brain, found = "", ""
-        if outcome.good:
-            task = by_key[outcome.image]
+    for status in statuses:
+        brain, anomalies = "", ""
+        if status.complete:
+            task = by_key[status.image]
             rows = [_measure(output_dir, task, name) for name in _detectors(output_dir, task.unit)]
             brain = rows[0][0] if rows else ""
-            found = ", ".join(text for _, text in rows)
-        seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "-"
-        image = outcome.image if outcome.image != PARTICIPANT else f"sub-{outcome.subject}"
-        table.add_row(image, Text(outcome.status, _STYLES[outcome.status]), seconds, brain, found)
+            anomalies = ", ".join(text for _, text in rows)
+        seconds = f"{status.seconds:.0f}" if status.seconds else "-"
+        image = status.image if status.image != PARTICIPANT else f"sub-{status.subject}"
+        table.add_row(image, Text(status.status, _STYLES[status.status]), seconds, brain, anomalies)
     console.print(table)
 
 
-def doubts(outcomes: Sequence[Outcome], tasks: Sequence[Task], output_dir: Path) -> list[str]:
-    """Repeat what preprocessing wants a person to look at, for the images of this run."""
-    units = {task.unit.key: task.unit for task in tasks}
-    lines = []
-    for outcome in outcomes:
-        if outcome.status == DONE:
-            image = output_dir / preprocessing_outputs(units[outcome.image])["preproc"]
-            quality = read_json(sidecar_of(image)).get("PreprocessingQuality", {})
-            lines += [f"{outcome.image}: {warning}" for warning in quality.get("warnings", [])]
-    return lines
-
-
-def _detectors(output_dir: Path, unit: Any) -> list[str]:
-    """List the detectors whose metrics an image has."""
+def _detectors(output_dir: Path, unit: ImageUnit) -> list[str]:
+    """List the detectors with a metrics table of an image."""
     pattern = detection_outputs(unit, "X")["metrics"].name.replace(f"{unit.modality}X_", f"{unit.modality}*_")
     start = f"_desc-{unit.modality}"
     paths = sorted((output_dir / unit.folder).glob(pattern))
@@ -225,66 +270,117 @@ def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
     if row["lesion_volume_mm3"] == 0 and not task.is_control:
         text += " (empty mask)"
     elif pd.notna(row["lesion_volume_mm3"]) and not task.is_control:
-        text += f" ({dice_of(output_dir / files['histogram'], row):.3f})"
+        text += f" ({_dice(output_dir / files['histogram'], row):.3f})"
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
 
 
-def dice_of(histogram: Path, row: pd.Series) -> float:
-    """Compute Dice at the fixed threshold from the score counts.
+def _dice(histogram: Path, row: pd.Series) -> float:
+    """Compute Dice from a score histogram, of which the threshold is an edge; 1 if both masks are empty."""
+    table = pd.read_csv(histogram, sep="\t", na_values="n/a")
+    overlap = float(table.loc[table["score_lower"] >= row["threshold"], "n_lesion"].sum())
+    total = float(row["anomaly_volume_mm3"] + row["lesion_volume_mm3"])
+    return 1.0 if total == 0 else 2 * overlap / total
+
+
+def quality_warnings(statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path) -> list[str]:
+    """List the quality warnings of preprocessing for the images that this run has processed.
 
     Parameters
     ----------
-    histogram : pathlib.Path
-    row : pandas.Series
-        The metrics row; its threshold is one of the bin edges.
+    statuses : sequence of ImageStatus
+        Statuses of the run.
+    tasks : sequence of Task
+        Tasks of the run.
+    output_dir : pathlib.Path
+        Root of the derivatives.
 
     Returns
     -------
-    float
-        1 if both masks are empty.
+    list of str
+        One line per warning.
     """
-    table = pd.read_csv(histogram, sep="\t", na_values="n/a")
-    hit = float(table.loc[table["score_lower"] >= row["threshold"], "n_lesion"].sum())
-    total = float(row["anomaly_volume_mm3"] + row["lesion_volume_mm3"])
-    return 1.0 if total == 0 else 2 * hit / total
+    units = {task.unit.key: task.unit for task in tasks}
+    lines = []
+    for status in statuses:
+        if status.status == DONE:
+            image = output_dir / preprocessing_outputs(units[status.image])["preproc"]
+            quality = read_json(sidecar_of(image)).get("PreprocessingQuality", {})
+            lines += [f"{status.image}: {warning}" for warning in quality.get("warnings", [])]
+    return lines
 
 
-LOGGER = logging.getLogger("bids_uad")
-
-
-@dataclass
-class Progress:
-    """A nipype status callback that logs each image as it ends, well or not.
-
-    Parameters
-    ----------
-    total : int
-        Images to process.
-    """
-
-    total: int
-    _ended: set[tuple[str, str]] = field(default_factory=set)
-
-    def __call__(self, node: Any, status: str) -> None:
-        """Take note of an image's last node, and of the first that fails."""
-        place = node_key_of(node.fullname)
-        # The record is written last, when all else is.
-        good = status == "end" and node.name == "complete"
-        if place in self._ended or not (good or status == "exception"):
-            return
-        self._ended.add(place)
-        LOGGER.info(
-            "%s %s, %d of %d images", place[1], "done" if good else "failed", len(self._ended), self.total
-        )
-
-
-def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
-    """Write the reports of some participants from what :func:`remember` left and the derivatives.
+def update_reports(config: RunConfig, statuses: Sequence[ImageStatus], device: str) -> list[str]:
+    """Write the reports of participants whose images have changed, or whose report is missing or outdated.
 
     Parameters
     ----------
     config : RunConfig
+        Options of the run.
+    statuses : sequence of ImageStatus
+        Statuses of all images.
+    device : str
+        Device of the detectors.
+
+    Returns
+    -------
+    list of str
+        One line for each report that could not be written.
+    """
+    by_subject = defaultdict(list)
+    for status in statuses:
+        by_subject[status.subject].append(status)
+    subjects = []
+    for subject, own in by_subject.items():
+        without_images = all(status.image == PARTICIPANT for status in own)
+        if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
+            continue
+        changed = any(status.status != UP_TO_DATE for status in own)
+        if changed or _is_report_outdated(config.output_dir, subject):
+            save_last_run(config, subject, own, device)
+            subjects.append(subject)
+    return write_reports(config, subjects)
+
+
+def _is_report_outdated(output_dir: Path, subject: str) -> bool:
+    """Return whether a report is missing, or older than a record, because a run was killed in between."""
+    page = output_dir / f"sub-{subject}.html"
+    if not page.is_file():
+        return True
+    written = page.stat().st_mtime_ns
+    return any(path.stat().st_mtime_ns > written for path in page.with_suffix("").glob("**/log/*.json"))
+
+
+def rewrite_reports(config: RunConfig) -> list[str]:
+    """Write the reports of all selected participants from the derivatives (`--reports-only`).
+
+    Parameters
+    ----------
+    config : RunConfig
+        `output_dir` and `participants` are used.
+
+    Returns
+    -------
+    list of str
+        One line for each report that could not be written; logged, too.
+    """
+    subjects = requested_subjects(config.output_dir, config.participants)
+    remove_temporary_files(config.output_dir, subjects)
+    failed = write_reports(config, subjects)
+    for line in failed:
+        LOGGER.error(line)
+    LOGGER.info("%d report(s) written to %s", len(subjects) - len(failed), config.output_dir)
+    return failed
+
+
+def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
+    """Write the reports of participants from their derivatives and last run.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir`, `output_dir` and `nprocs` are used.
     subjects : sequence of str
+        Labels without `sub-`.
 
     Returns
     -------
@@ -300,37 +396,87 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
         return []
     failed = []
     kills = oom_kills()
-    workers = min(config.nprocs, len(subjects))
-    with worker_pool(workers, START_METHOD) as pool:
-        people = try_read_participants(config.bids_dir, [f"sub-{subject}" for subject in subjects])
+    with worker_pool(min(config.nprocs, len(subjects)), START_METHOD) as pool:
+        participants = try_read_participants(config.bids_dir, [f"sub-{subject}" for subject in subjects])
         jobs = {
-            subject: pool.submit(_write, config.output_dir, subject, people.only([f"sub-{subject}"]))
+            subject: pool.submit(
+                write_report, config.output_dir, subject, participants.only([f"sub-{subject}"])
+            )
             for subject in subjects
         }
+        processes = pool._processes  # a broken pool forgets them
         for subject, job in jobs.items():
-            reason = _outcome(job, kills)
-            for warning in () if reason else job.result():
-                LOGGER.warning(warning)
-            if reason:
-                raise_if_unwritable(reason, (config.output_dir,))
-                failed.append(f"sub-{subject}: its derivatives are complete, but not its report: {reason}")
+            try:
+                for warning in job.result():
+                    LOGGER.warning(warning)
+            except BrokenProcessPool:
+                cause = f"its process {describe_exit(_exit_code(processes), kills)}"
+            except Exception as error:  # one failed report must not prevent the others
+                LOGGER.debug("report failed", exc_info=error)
+                cause = f"{type(error).__name__}: {error}"
+            else:
+                continue
+            raise_if_unwritable(cause, (config.output_dir,))
+            failed.append(f"sub-{subject}: report not written: {cause}")
     return failed
 
 
-def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], device: str) -> None:
-    """Keep what became of a participant's images, for the report of this run and for later ones.
+def _exit_code(processes: dict[int, Any]) -> int | None:
+    """Return the exit code of the process that broke a pool; the others are terminated because of it."""
+    codes = [process.exitcode for process in list(processes.values())]
+    return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
 
-    What earlier runs said of other images stays, since jobs for other sessions, modalities or models know
-    nothing of each other; of an image that is gone from the dataset it does not.
+
+def write_report(output_dir: Path, subject: str, participants: Participants) -> list[str]:
+    """Write the report of one participant; the last of several jobs includes the results of all.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    subject : str
+        Label without `sub-`.
+    participants : Participants
+        Age, sex and health of the participant.
+
+    Returns
+    -------
+    list of str
+        Warnings about images whose left and right differ.
+    """
+    from bids_uad.reports.participant import write_subject_report
+
+    with _report_lock(output_dir, subject):
+        swapped = find_left_right_swaps(output_dir, subject)
+        last_run = read_json(last_run_file(output_dir, subject))
+        write_subject_report(
+            output_dir,
+            subject,
+            errors=[image["message"] for image in last_run.get("images", []) if image["message"]],
+            run_info=last_run,
+            participants=participants,
+            remarks=swapped,
+            methods=describe_methods(read_records(output_dir, f"sub-{subject}")),
+        )
+    return list(swapped.values())
+
+
+def save_last_run(config: RunConfig, subject: str, statuses: Sequence[ImageStatus], device: str) -> None:
+    """Save options and statuses of a run for the participant's report.
+
+    The statuses that earlier runs have saved for other images are kept, since jobs for other sessions,
+    modalities or models do not process them. Those of images that no longer exist are dropped.
 
     Parameters
     ----------
     config : RunConfig
+        Options of the run.
     subject : str
-    outcomes : sequence of Outcome
-        The participant's.
+        Label without `sub-`.
+    statuses : sequence of ImageStatus
+        Statuses of the participant's images.
     device : str
-        Where detectors ran.
+        Device of the detectors.
     """
     run = {
         "run_id": config.run_id,
@@ -345,27 +491,28 @@ def remember(config: RunConfig, subject: str, outcomes: Sequence[Outcome], devic
     }
     images = [
         {
-            "image": outcome.image,
-            "status": outcome.status,
-            "message": outcome.message,
+            "image": status.image,
+            "status": status.status,
+            "message": status.message,
             "run_id": config.run_id,
             "sessions": list(config.sessions),
         }
-        for outcome in outcomes
+        for status in statuses
     ]
     path = last_run_file(config.output_dir, subject)
-    with _one_at_a_time(config.output_dir, subject):
+    with _report_lock(config.output_dir, subject):
+        reported = {status.image for status in statuses}
         earlier = [
             image
             for image in read_json(path).get("images", [])
-            if not _is_superseded(image, config, subject, {outcome.image for outcome in outcomes})
+            if not _is_superseded(image, config, subject, reported)
         ]
         images = sorted([*images, *earlier], key=lambda image: (image["image"], image["message"]))
         write_json(path, {**run, "images": images})
 
 
 def _is_superseded(image: dict[str, Any], config: RunConfig, subject: str, reported: set[str]) -> bool:
-    """Check whether what an earlier run said of an image, or of a participant as a whole, holds no longer."""
+    """Return whether the saved status of an image or participant is replaced by this run, or obsolete."""
     name = image["image"]
     if name == PARTICIPANT:
         before, now = set(image.get("sessions", [])), set(config.sessions)
@@ -378,77 +525,42 @@ def _is_superseded(image: dict[str, Any], config: RunConfig, subject: str, repor
 
 
 def last_run_file(output_dir: Path, subject: str) -> Path:
-    """Return the path of the description of a participant's last run."""
+    """Return the path of the file written by :func:`save_last_run`."""
     return output_dir / f"sub-{subject}" / "log" / "last_run.json"
 
 
-def _one_at_a_time(output_dir: Path, subject: str) -> AbstractContextManager[None]:
-    """Let one job at a time work on a participant's report."""
+def _report_lock(output_dir: Path, subject: str) -> AbstractContextManager[None]:
+    """Hold the lock of a participant's report."""
     return locked(output_dir / f"sub-{subject}" / "log" / "report.lock")
 
 
-def _write(output_dir: Path, subject: str, participants: Participants) -> list[str]:
-    """Write one report (in a worker); return warnings about the images taken together."""
-    pass
-    from bids_uad.levels.participant.completion_records import methods_of
-    from bids_uad.reports.participant import write_subject_report
+def find_left_right_swaps(output_dir: Path, subject: str) -> dict[tuple[str, str], str]:
+    """Compare the orientation of a participant's images that were registered to the atlas.
 
-    # Whichever of several jobs comes last sees what all of them have left.
-    with _one_at_a_time(output_dir, subject):
-        swapped = find_swapped(output_dir, subject)
-        told = read_json(last_run_file(output_dir, subject))
-        errors = [image["message"] for image in told.get("images", []) if image["message"]]
-        write_subject_report(
-            output_dir,
-            subject,
-            errors=errors,
-            run_info=told,
-            participants=participants,
-            remarks=swapped,
-            methods=methods_of(records_of(output_dir, f"sub-{subject}")),
-        )
-    return list(swapped.values())
-
-
-def _outcome(job: Future, kills: int) -> str:
-    """Wait for a report; give the reason if it failed."""
-    try:
-        job.result()
-    except BrokenProcessPool:
-        return f"its process was killed {why_killed(kills)}"
-    except Exception as error:  # whatever a report runs into must not cost the other reports
-        LOGGER.debug("report failed", exc_info=error)
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def find_swapped(output_dir: Path, subject: str) -> dict[tuple[str, str], str]:
-    """Compare the images of a participant that were registered to the atlas, of all runs and sessions.
-
-    Each is compared with the first (of those that passed quality control, if any did). An image that was
-    registered to another of its session is compared with it during registration.
+    Images of all runs and sessions are compared with the first, preferably one without quality failures.
+    Images that were registered to another image are compared with it during registration.
 
     Parameters
     ----------
     output_dir : pathlib.Path
-        Root of the derivative dataset.
+        Root of the derivatives.
     subject : str
-        Label without ``sub-``.
+        Label without `sub-`.
 
     Returns
     -------
     dict of (str, str) to str
-        A sentence for each image that disagrees with the first, by its prefix and modality.
+        A warning for each image that agrees with the first only if mirrored, by its prefix and modality.
     """
     images = [image for image in find_images(output_dir, subject) if _is_anchor(image)]
     if len(images) < 2:
         return {}
-    images.sort(key=_failed)  # which keeps the order otherwise
+    images.sort(key=_has_failures)  # stable
     first, *others = images
-    reference = _read(first)
+    reference = _read_volume(first)
     swapped = {}
     for image in others:
-        ratio = mirror_ratio(reference, _read(image))
+        ratio = mirror_ratio(reference, _read_volume(image))
         if ratio > FAILED_MIRRORED:
             one, other = (f"{each.prefix}_{each.modality}" for each in (first, image))
             swapped[image.prefix, image.modality] = (
@@ -459,15 +571,15 @@ def find_swapped(output_dir: Path, subject: str) -> dict[tuple[str, str], str]:
 
 
 def _is_anchor(image: Image) -> bool:
-    """Say whether an image was registered to the atlas itself, and all that is needed of it is there."""
+    """Return whether an image was registered to the atlas, and its preprocessed image and mask exist."""
     return image.preproc is not None and image.brain is not None and "_desc-brain_" in image.brain.name
 
 
-def _failed(image: Image) -> bool:
+def _has_failures(image: Image) -> bool:
     return bool(read_sidecar(image.preproc).get("PreprocessingQuality", {}).get("failures"))
 
 
-def _read(image: Image) -> Volume:
+def _read_volume(image: Image) -> Volume:
     scan = nib.load(image.preproc)
     brain = np.asarray(nib.load(image.brain).dataobj) > 0
     return Volume(np.asarray(scan.dataobj, dtype=np.float32), scan.affine, brain)

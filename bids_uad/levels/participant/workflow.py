@@ -361,7 +361,7 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
         models={
             bundle.scored_as: ModelRecord(
                 label=bundle.label,
-                identity=model_identity(bundle, config.precision, task.person, config.min_lesion_volume),
+                identity=model_identity(bundle, config, task.person),
                 covariates={} if bundle.deviation == "none" else task.person.covariates,
                 outputs=with_sidecars(_detection_files(task, bundle).values()),
                 methods=describe_model(task, bundle, context),
