@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -131,3 +132,33 @@ def test_no_file_is_too_short_to_be_worth_opening():
         and len(path.read_text(encoding="utf-8").splitlines()) < 30
     }
     assert short == set(SHORT_FILES)
+
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+HOPS = re.findall(r"^\| \d+ \|.*\| `(bids_uad/[\w/]+\.py)` \| `(\w+)` \|$", PAGE, re.MULTILINE)
+
+
+def test_the_page_follows_a_scan_in_at_most_twelve_steps():
+    assert 8 <= len(HOPS) <= 12
+
+
+@pytest.mark.parametrize(("file", "name"), HOPS)
+def test_each_step_of_the_page_is_a_public_definition(file, name):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_each_step_of_the_page_is_reached_from_the_one_before_it_or_an_earlier_one():
+    modules = [_name(ROOT / file) for file, _ in HOPS]
+    for number, module in enumerate(modules[1:], 1):
+        reached, waiting = set(), modules[:number]
+        while waiting:
+            new = imported(waiting.pop()) - reached
+            reached |= new
+            waiting += new
+        assert module in reached
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:\w+/)*\w+(?:/|\.py))`", PAGE))))
+def test_files_and_folders_of_the_page_exist(path):
+    assert (PACKAGE / path).exists() or (ROOT / path).exists()
