@@ -1,7 +1,7 @@
-"""Which task makes the best features? PatchCore on backbones trained by several tasks, and untrained.
+"""Compare training tasks of the feature network by the AUPRC of PatchCore.
 
 ``python -m benchmarks.backbones TRAIN LESIONS... --modality T2w`` takes folders of preprocessed scans:
-healthy ones with tissue classes to learn from, and folders of scans with lesion masks. Results are average
+healthy ones with tissue classes for training, and folders of scans with lesion masks. Results are average
 precision (AUPRC) over brain voxels, averaged over scans, in ``benchmarks/results/backbones-T2w.json``.
 """
 
@@ -30,22 +30,26 @@ from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric,
 from bids_uad.training.store import SliceStore, TrainingScan
 
 RESULTS = Path(__file__).parent / "results"
-CELL = 16  # pixels; side of the squares that masked modelling hides
-HIDDEN = 0.5
-PLACES = 256  # of a slice, that contrastive learning tells apart
+CELL = 16
+"""Side in pixels of the squares that are hidden in masked modelling."""
+HIDDEN_FRACTION = 0.5
+"""Fraction of hidden squares."""
+N_LOCATIONS = 256
+"""Locations per slice in contrastive learning."""
 TEMPERATURE = 0.1
+"""Temperature of the contrastive loss."""
 TASKS = ("untrained", "segmentation", "painted anomalies", "masked modelling", "contrastive")
 
 
 class Candidate(PatchCore):
-    """PatchCore whose backbone learns by one of several tasks."""
+    """PatchCore whose backbone is trained by one of `TASKS`."""
 
     def __init__(self, task: str) -> None:
         super().__init__(PatchCore.presets["lite"])
         self.task = task
 
     def backbone_stages(self) -> list[GradientStage]:
-        """One stage, or none."""
+        """Return the stage of the task; an empty list for an untrained backbone."""
         losses: dict[str, Callable] = {
             "segmentation": self.tissue_loss,
             "painted anomalies": self.feature_loss,
@@ -61,7 +65,7 @@ class Candidate(PatchCore):
         return cut_windows(batch.slices, batch.brain, config.window, config.augmentation, generator)
 
     def tissue_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Cross-entropy of the tissue classes alone."""
+        """Compute the cross-entropy of the tissue classes without painted anomalies."""
         config = self.hyper.backbone
         images, tissue = cut_windows(
             batch.slices, batch.tissue[:, None], config.window, config.augmentation, generator
@@ -70,16 +74,16 @@ class Candidate(PatchCore):
         return F.cross_entropy(self.backbone.classify(images), tissue[:, 0])
 
     def masked_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """Mean absolute error of the intensity inside hidden squares."""
+        """Compute the mean absolute error of the intensity inside hidden squares."""
         images, brain = self._windows(batch, generator)
         rows, columns = images.shape[-2] // CELL, images.shape[-1] // CELL
-        cells = uniform((len(images), 1, rows, columns), 0, 1, generator) < HIDDEN
+        cells = uniform((len(images), 1, rows, columns), 0, 1, generator) < HIDDEN_FRACTION
         hidden = F.interpolate(cells.float(), scale_factor=CELL) > 0
-        guess = self.backbone.classify(images.masked_fill(hidden, 0))[:, :1]
-        return (guess - images).abs()[hidden & brain].mean()
+        predicted = self.backbone.classify(images.masked_fill(hidden, 0))[:, :1]
+        return (predicted - images).abs()[hidden & brain].mean()
 
     def contrastive_loss(self, batch: Batch, generator: Generator) -> Tensor:
-        """InfoNCE: a place must be told from the other places of its slice in another rendering of it."""
+        """Compute InfoNCE: match locations of a slice between two augmentations of it."""
         config = self.hyper.backbone
         images, brain = self._windows(batch, generator)
         first, second = (
@@ -89,31 +93,33 @@ class Candidate(PatchCore):
         for one, other in zip(first[1:], second[1:], strict=True):
             inside = F.interpolate(brain.float(), size=one.shape[-2:]) > 0
             for k in range(len(one)):
-                places = inside[k, 0].flatten().nonzero()[:, 0]
-                places = places[torch.randperm(len(places), generator=generator)[:PLACES]]
-                a, b = (F.normalize(part[k].flatten(1)[:, places].T, dim=1) for part in (one, other))
-                losses.append(F.cross_entropy(a @ b.T / TEMPERATURE, torch.arange(len(places))))
+                where = inside[k, 0].flatten().nonzero()[:, 0]
+                where = where[torch.randperm(len(where), generator=generator)[:N_LOCATIONS]]
+                a, b = (F.normalize(part[k].flatten(1)[:, where].T, dim=1) for part in (one, other))
+                losses.append(F.cross_entropy(a @ b.T / TEMPERATURE, torch.arange(len(where))))
         return torch.stack(losses).mean()
 
 
 def precision_of(detector: PatchCore, scans: list[PreprocessedScan]) -> list[float]:
-    """Average precision of a detector in each scan."""
-    found = []
+    """Compute the average precision of a detector in each scan."""
+    precisions = []
     for scan in scans:
         volume, brain, lesion = read(scan.image), read(scan.brain) > 0, read(scan.lesion) > 0
         scores = anomaly_map(detector, volume, brain, key=scan.key)
-        found.append(float(average_precision_score(lesion[brain], scores[brain])))
-    return found
+        precisions.append(float(average_precision_score(lesion[brain], scores[brain])))
+    return precisions
 
 
 def main() -> None:
-    """Compare the tasks."""
+    """Train and evaluate one backbone per task, and write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("train", type=Path)
     parser.add_argument("lesions", type=Path, nargs="+")
     parser.add_argument("--modality", choices=("T1w", "T2w"), default="T2w")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--steps", type=int, help="of training the backbone (default: the preset's)")
+    parser.add_argument(
+        "--steps", type=int, help="training steps of the backbone (default: those of the preset)"
+    )
     parser.add_argument("-w", "--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,8 +143,8 @@ def main() -> None:
             }
         rows.append(row)
         print(json.dumps(row), flush=True)
-    told = {"modality": args.modality, "steps": args.steps or detector.hyper.backbone.steps, "rows": rows}
-    (RESULTS / f"backbones-{args.modality}.json").write_text(json.dumps(told, indent=2) + "\n")
+    results = {"modality": args.modality, "steps": args.steps or detector.hyper.backbone.steps, "rows": rows}
+    (RESULTS / f"backbones-{args.modality}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Every detector by the engine and by the literal path: seconds, memory, and whether the maps are the same.
+"""Compare engine and literal implementation of every detector: time, memory and maps.
 
-``make bench`` runs it on the scan of ``../shared`` if that is there, else on a simulated brain, with the
-packaged models; detectors that have none are trained for a moment first. On a GPU, ``--preset paper``
-measures the published sizes.
+``make bench`` runs it on the scan of ``../shared`` if there is one, else on a simulated brain, with the
+packaged models; detectors without one are trained for a few steps first. On a GPU, ``--preset paper``
+measures the published network sizes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Run, print the tables, write the JSON."""
+    """Measure all detectors, print a table and write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--detectors", nargs="+", default=[*DETECTORS], choices=[*DETECTORS])
     parser.add_argument("--preset", default="lite", choices=("paper", "default", "lite"))
@@ -51,13 +51,13 @@ def main() -> None:
             bundle = find_model(name, args.preset, args.models, scratch, device)
             literal = measure(Run(bundle, archive, str(device), literal=True))
             engine = measure(Run(bundle, archive, str(device), precision=precision))
-            rows.append({"detector": name, **compared(engine, literal, scan, threshold_of(bundle))})
+            rows.append({"detector": name, **compare_runs(engine, literal, scan, threshold_of(bundle))})
             print(f"{name}: {rows[-1]['ratio']} times as fast", flush=True)
     print_table(rows)
     write_json(
         RESULTS / f"detectors-{args.preset}-{device.type}.json",
         {
-            **circumstances(device),
+            **describe_environment(device),
             "precision": precision,
             "preset": args.preset,
             "scan": scan.name,
@@ -67,8 +67,8 @@ def main() -> None:
     )
 
 
-def circumstances(device: torch.device) -> dict:
-    """Say on what the figures were taken."""
+def describe_environment(device: torch.device) -> dict:
+    """Return version, PyTorch version and device of the measurements."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -76,15 +76,22 @@ def circumstances(device: torch.device) -> dict:
     return {"version": __version__, "torch": torch.__version__, "device": name}
 
 
-def compared(ours: Measured, theirs: Measured, scan: Scan, threshold: float | None) -> dict:
-    """Put two runs side by side.
+def compare_runs(ours: Measured, theirs: Measured, scan: Scan, threshold: float | None) -> dict:
+    """Compare time, memory, maps and masks of two runs.
 
     Parameters
     ----------
     ours, theirs : Measured
+        Run to assess, and reference.
     scan : Scan
+        Scan that both have processed.
     threshold : float, optional
-        That of the masks whose Dice is taken; without one, the 99th percentile of `theirs` in the brain.
+        Threshold of the masks; by default the 99th percentile of `theirs` in the brain.
+
+    Returns
+    -------
+    dict
+        Row of the table.
     """
     difference = np.abs(ours.scores - theirs.scores)[scan.brain]
     if threshold is None:
@@ -106,7 +113,7 @@ def compared(ours: Measured, theirs: Measured, scan: Scan, threshold: float | No
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print rows that have the same keys."""
+    """Print rows with equal keys as a table."""
     table = Table(*(key.replace("_", " ") for key in rows[0]))
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))

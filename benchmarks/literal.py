@@ -1,8 +1,7 @@
-"""Scores as the published scripts compute them: one slice, one step and one window at a time.
+"""Literal implementations of scores: one slice, step and window at a time, as in the published scripts.
 
-Nothing is batched, skipped, remembered or summed along the way. Networks and random numbers are those of the
-detectors; everything else, the noise schedule included, is written out here a second time and shares no code
-with what it is compared with.
+Nothing is batched, skipped or cached. Networks and random numbers are those of the detectors; all else,
+including the noise schedule, is implemented here again and shares no code with the detectors.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from bids_uad.networks.counter_rng import SliceGenerator
 def scales(time: float) -> tuple[float, float]:
     """Compute the scales of signal and noise from the angle of the cosine schedule.
 
-    The angle runs from atan(e^-7.5) to its complement, so that the log-signal-to-noise ratio is cut at 15
-    before the shift. Images of 224 pixels in place of 56 make noise four times as strong against the signal.
+    The angle runs from atan(e^-7.5) to its complement, so that the log-signal-to-noise ratio is limited to
+    15 before the shift. For images of 224 instead of 56 pixels, the noise is four times as strong.
 
     Parameters
     ----------
     time : float
-        From 0 (signal) to 1 (noise).
+        Diffusion time from 0 (signal) to 1 (noise).
 
     Returns
     -------
     alpha, sigma : float
-        The sum of their squares is 1.
+        Scales, whose squares have the sum 1.
     """
     least = math.atan(math.exp(-7.5))
     noise_to_signal = 224 / 56 * math.tan(least + time * (math.pi / 2 - 2 * least))
@@ -46,13 +45,13 @@ def _label(value: float, x: Tensor) -> Tensor:
 
 
 def andi(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Geometric mean of stacked squared differences of the posterior means."""
+    """Compute the geometric mean of stacked squared differences of the posterior means."""
     image = 2 * x - 1
     differences = []
     for thousandth in range(125, 25, -detector.hyper.stride):
         time = thousandth / 1000
         alpha, sigma = scales(time)
-        # The posterior mean one step earlier moves by this much with the predicted image.
+        # Derivative of the posterior mean one step earlier with respect to the image.
         earlier_alpha, earlier_sigma = scales(time - 0.001)
         weight = earlier_alpha * (1 - (alpha * earlier_sigma / (sigma * earlier_alpha)) ** 2)
         noise = drawn.normal(thousandth, *image.shape[1:])
@@ -65,7 +64,7 @@ def andi(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
 
 
 def ddpmpp(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Noise part of the way, then take deterministic steps back."""
+    """Add noise up to the start time, then take deterministic steps back."""
     hyper = detector.hyper
     image = 2 * x - 1
     times = [hyper.start * (1 - step / hyper.denoising_steps) for step in range(hyper.denoising_steps)]
@@ -83,7 +82,7 @@ def ddpmpp(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
 
 
 def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Hide one set of cells after the other, then compare gradients scale by scale."""
+    """Fill one set of cells after the other, then compare gradients scale by scale."""
     hyper = detector.hyper
     height, width = x.shape[-2:]
     across = torch.tensor([[1.0, 0.0, -1.0]] * 3, device=x.device)[None, None] / 3
@@ -104,21 +103,21 @@ def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
                     row, column = side * (cell // columns), side * (cell % columns)
                     hidden[..., row : row + side, column : column + side] = True
             filled[hidden] = detector.network(torch.where(hidden, 0.0, x))[hidden]
-        likeness = torch.zeros_like(x)
+        similarity = torch.zeros_like(x)
         first, second = filled, x
         for scale in range(4):
             if scale:
                 first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
             a, b = gradient(first), gradient(second)
-            similar = (2 * a * b + 0.0026) / (a * a + b * b + 0.0026)
-            likeness += F.interpolate(similar, size=(height, width), mode="bilinear")
+            gms = (2 * a * b + 0.0026) / (a * a + b * b + 0.0026)
+            similarity += F.interpolate(gms, size=(height, width), mode="bilinear")
         weight = 1 / (rows * columns) if hyper.weight_by_cells else 1 / len(hyper.cell_sizes)
-        total += weight * (1 - likeness / 4)
+        total += weight * (1 - similarity / 4)
     return total
 
 
 def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Fill and shrink the mask until it shrinks no more."""
+    """Fill and shrink the mask until it hardly shrinks."""
     hyper = detector.hyper
     image = 6 * x - 3
     spectrum = torch.fft.fft2(image)
@@ -127,9 +126,9 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
     low = rows**2 + columns**2 <= hyper.radius**2
     condition = torch.fft.ifft2(torch.where(low, torch.exp(1j * spectrum.angle()), spectrum)).real
     first = (image - detector.first(condition)) ** 2
-    falling = first[brain].sort(descending=True).values
-    count = int(hyper.initial_mask_fraction * len(falling))
-    limit = falling[min(count, len(falling) - 1)] if len(falling) else 0.0
+    ordered = first[brain].sort(descending=True).values
+    count = int(hyper.initial_mask_fraction * len(ordered))
+    limit = ordered[min(count, len(ordered) - 1)] if len(ordered) else 0.0
     mask = (first > limit) & brain
     frozen, scores = torch.zeros_like(image), torch.minimum(first, detector.threshold)
     for number in itertools.count():
@@ -147,7 +146,7 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
 
 
 def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Weighted mean over windows of the mean change over labels."""
+    """Compute the weighted mean over windows of the mean change over labels."""
     hyper = detector.hyper
     height, width = hyper.window
     total, norm = torch.zeros_like(x), torch.zeros_like(x)
@@ -169,7 +168,7 @@ def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
 
 
 def single(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Detectors of one pass have nothing to unroll."""
+    """Return the score of a detector with a single pass, which has no loop to unroll."""
     return detector.score(x, brain, drawn)
 
 

@@ -1,4 +1,4 @@
-"""One run of one detector over one volume, in a process of its own: seconds, memory, map."""
+"""Measure time and memory of one detector on one volume, in a separate process."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ from bids_uad.methods.registry import build_detector
 from bids_uad.networks.counter_rng import SliceGenerator
 
 KEY = "benchmark"
+"""Name of the image, part of the random seed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure.
+    """One measurement.
 
     Parameters
     ----------
     bundle : pathlib.Path
+        Folder of the model bundle.
     scan : pathlib.Path
         NumPy archive with `volume` and `brain`.
     device : str
-    literal : bool
-        The literal path instead of the engine.
-    precision : str
-        Of the engine.
-    changes : tuple of (str, object)
-        Hyper-parameters to replace, by name.
+        Device as in PyTorch.
+    literal : bool, default=False
+        Whether to use the literal implementation instead of the engine.
+    precision : {"fp32", "bf16"}, default="fp32"
+        Precision of the engine.
+    changes : tuple of (str, object), default=()
+        Names and new values of hyper-parameters.
     """
 
     bundle: Path
@@ -52,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of it: wall time, peak memory of process or GPU, and the filtered map."""
+    """Wall time in seconds, peak memory of process or GPU in MiB, and the filtered map."""
 
     seconds: float
     peak_mb: int
@@ -60,7 +63,7 @@ class Measured:
 
 
 def measure(run: Run) -> Measured:
-    """Measure a run in a fresh process, so that its peak of memory is its own."""
+    """Measure a run in a new process, so that its peak memory does not include earlier runs."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measure, run).result()
 
@@ -74,29 +77,29 @@ def _measure(run: Run) -> Measured:
         detector = changed.eval().to(run.device)
     with np.load(run.scan) as archive:
         volume, brain = archive["volume"], archive["brain"]
-    path = _literal_map if run.literal else _engine_map
+    compute = _literal_map if run.literal else _engine_map
     execution = Execution(run.precision)
     if not run.literal:
         execution.prepare(detector)
-    sliver = brain.copy()
-    sliver[..., : brain.shape[2] // 2] = False
-    sliver[..., brain.shape[2] // 2 + 1 :] = False
-    path(detector, bundle, volume, sliver, execution)  # warms up
+    one_slice = brain.copy()
+    one_slice[..., : brain.shape[2] // 2] = False
+    one_slice[..., brain.shape[2] // 2 + 1 :] = False
+    compute(detector, bundle, volume, one_slice, execution)  # warm-up
     if run.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    scores, untimed = path(detector, bundle, volume, brain, execution)
+    scores, untimed = compute(detector, bundle, volume, brain, execution)
     seconds = time.perf_counter() - start - untimed
     peak = _peak_mb() if run.device == "cpu" else torch.cuda.max_memory_allocated() // 2**20
     return Measured(seconds, peak, scores)
 
 
 def _peak_mb() -> int:
-    """Largest resident memory of this process; `getrusage` would count that of the parent, too."""
+    """Return the peak resident memory of this process in MiB; `getrusage` would include the parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) // 1024
-    raise RuntimeError("the kernel does not tell the peak of memory")
+    raise RuntimeError("/proc/self/status has no VmHWM; the peak memory cannot be measured")
 
 
 def _engine_map(detector: Detector, bundle, volume, brain, execution) -> tuple[np.ndarray, float]:
@@ -106,21 +109,21 @@ def _engine_map(detector: Detector, bundle, volume, brain, execution) -> tuple[n
 
 @torch.inference_mode()
 def _literal_map(detector: Detector, bundle, volume, brain, execution) -> tuple[np.ndarray, float]:
-    """Score all slices one by one in single precision, and filter the volume with SciPy.
+    """Score all slices one by one in float32, and filter the volume with SciPy.
 
-    The filter that is timed is the published one. The map that is given back is filtered as the engine's is,
-    so that what differs is the scoring; the seconds which that takes are given back, too.
+    The time includes the published filter. The map is filtered by the filter of the engine instead, so that
+    maps differ only by the scoring; the seconds of this filter are returned to be subtracted.
     """
     device = next(iter(detector.state_dict().values())).device
     score = LITERAL.get(detector.name, single)
-    scaled, taken = bundle.protocol.prepare(volume, brain)
-    slices, inside = (torch.from_numpy(space.to_slices(part).copy()) for part in (scaled, taken))
+    scaled, mask = bundle.protocol.prepare(volume, brain)
+    slices, inside = (torch.from_numpy(space.to_slices(part).copy()) for part in (scaled, mask))
     (field,) = covering_fields(inside, detector.field_of_view)
     result = torch.zeros_like(slices)
     for index in range(len(slices)):
-        x, mask = (field.cut(part)[index, None, None].to(device) for part in (slices, inside))
+        x, brain_slice = (field.cut(part)[index, None, None].to(device) for part in (slices, inside))
         generator = SliceGenerator.of_slices(KEY, 0, [index], device)
-        scores = torch.where(mask, score(detector, x, mask, generator), 0.0)
+        scores = torch.where(brain_slice, score(detector, x, brain_slice, generator), 0.0)
         field.cut(result)[index] = scores[0, 0].cpu()
     median_filter(result.numpy(), size=4)
     start = time.perf_counter()

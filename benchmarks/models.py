@@ -1,4 +1,4 @@
-"""The detectors that benchmarks are run with."""
+"""Models for benchmarks: given, packaged, or trained for a few steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,35 @@ from bids_uad.methods.registry import build_detector
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, TrainingScan
 
-STEPS = 30  # enough for a network that gives something else than zero
+STEPS = 30
+"""Training steps of models that are not packaged; enough for outputs other than zero."""
 
 
 def find_model(name: str, preset: str, models: Path | None, scratch: Path, device: torch.device) -> Path:
-    """Give the bundle of a detector for T2w scans: a given one, a packaged one, or one trained for a moment.
+    """Find the bundle of a detector for T2w scans, or train one for `STEPS` steps.
 
     Parameters
     ----------
-    name, preset : str
+    name : str
+        Name of the detector.
+    preset : str
+        Name of the preset.
     models : pathlib.Path, optional
-        Folder of bundles.
+        Folder of bundles that is searched before the packaged ones.
     scratch : pathlib.Path
-        Holds `slices`, a slice store; a bundle that has to be made goes here.
+        Folder with a slice store `slices`, to which a new bundle is written.
     device : torch.device
+        Device of the training.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the bundle.
     """
     folder = f"{name}-T2w-{preset}"
-    for place in (models, PACKAGED, scratch):
-        if place is not None and (place / folder / "bundle.json").is_file():
-            return place / folder
+    for parent in (models, PACKAGED, scratch):
+        if parent is not None and (parent / folder / "bundle.json").is_file():
+            return parent / folder
     torch.manual_seed(0)
     detector = build_detector(name, preset)
     data = TrainingData.all_of(SliceStore(scratch / "slices"))
@@ -47,12 +57,12 @@ def find_model(name: str, preset: str, models: Path | None, scratch: Path, devic
 
 
 def store_slices(scans: list[tuple[Path, Path, Path]], scratch: Path, preset: str) -> None:
-    """Store the slices that models are trained on for a moment."""
+    """Write the slice store for :func:`find_model`."""
     subjects = [TrainingScan(image, brain, tissue) for image, brain, tissue in scans]
     SliceStore.build(subjects, scratch / "slices", protocol_of(preset))
 
 
 def threshold_of(bundle_folder: Path) -> float | None:
-    """Give the fixed threshold of a bundle, if it is calibrated."""
+    """Return the default threshold of a bundle; None if it is not calibrated."""
     bundle = load_bundle(bundle_folder)
     return None if bundle.calibration is None else bundle.default_threshold[1]

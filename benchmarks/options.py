@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from benchmarks.detectors import RESULTS, circumstances, compared, print_table
+from benchmarks.detectors import RESULTS, compare_runs, describe_environment, print_table
 from benchmarks.measure import Run, measure
 from benchmarks.models import find_model, store_slices
 from benchmarks.scan import Scan, load_scan, read, simulate, simulate_lesions
@@ -71,7 +71,7 @@ def main() -> None:
             for option, alternative in alternatives.items():
                 measured = measure(alternative)
                 exact = exact or measured
-                figures = compared(measured, exact, scan, None)
+                figures = compare_runs(measured, exact, scan, None)
                 rows.append(
                     {
                         "detector": name,
@@ -82,7 +82,7 @@ def main() -> None:
                 )
                 print_table(rows[-1:])
     print_table(rows)
-    content = {**circumstances(device), "scan": scan.name, "slices": SLICES, "rows": rows}
+    content = {**describe_environment(device), "scan": scan.name, "slices": SLICES, "rows": rows}
     write_json(RESULTS / f"options-{device.type}.json", content)
 
 

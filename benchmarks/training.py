@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.detectors import RESULTS, circumstances
+from benchmarks.detectors import RESULTS, describe_environment
 from benchmarks.scan import simulate
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.engine.inference import default_field
@@ -48,7 +48,7 @@ def main() -> None:
         store = SliceStore.build(subjects, scratch / "slices", CORRECTED)
         rows = [compare(name, args.preset, store, scratch / name, device) for name in DETECTORS]
     told = {
-        **circumstances(device),
+        **describe_environment(device),
         "preset": args.preset,
         "precision": resolve_precision("auto", device),
         "rows": rows,
