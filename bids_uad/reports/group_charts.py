@@ -407,7 +407,10 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
             handles=[*handles, chance],
             title="pooled AUPRC",
             edgecolor="none",
-            loc="best",
+            loc="upper left",
+            bbox_to_anchor=(0, -0.15),
+            ncols=2,
+            alignment="left",
             fontsize=12,
             handletextpad=0.4,
         )
@@ -415,7 +418,9 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
 
     modalities = sorted({modality for _, modality in curves})
     labels = {"xlabel": "recall (voxels)", "ylabel": "precision (voxels)"}
-    canvas = modality_panels(modalities, 290, 48, "Pooled precision-recall curves", draw, **labels)
+    n_rows = -(-(len({detector for detector, _ in curves}) + 1) // 2)
+    margin = 76 + 18 * n_rows  # axis labels, and the legend with its title
+    canvas = modality_panels(modalities, 290, margin, "Pooled precision-recall curves", draw, **labels)
     return Chart(
         "precision_recall",
         "Precision and recall, all lesion scans pooled",

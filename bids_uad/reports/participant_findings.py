@@ -250,7 +250,7 @@ def _format(value: float | None, pattern: str) -> str:
 
 def _percent(fraction: float | None, digits: int = 0) -> str:
     """Format a fraction as a percentage; return a dash for None."""
-    return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _score(value: float) -> str:
