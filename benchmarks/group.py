@@ -1,8 +1,9 @@
-"""How long the group level takes, and how much memory, as a cohort grows.
+"""Run time and memory of the group level by cohort size.
 
-``python -m benchmarks.group --participants 1000 3000 10000`` makes score tables of healthy and lesion scans
-for nine detectors, runs the group level on each cohort in a process of its own, and writes
-``benchmarks/results/group.json``. Ten thousand participants take 1.6 GB of disk and ten minutes to write.
+``python -m benchmarks.group --participants 1000 3000 10000`` simulates score tables of healthy and lesion
+scans for nine detectors, runs the group level on each cohort in a separate process, and writes
+``benchmarks/results/group.json``. Writing the tables of 10,000 participants takes 1.6 GB of disk and 10
+minutes.
 """
 
 from __future__ import annotations
@@ -31,50 +32,56 @@ from bids_uad.levels.participant.postprocess import histogram_table
 
 RESULTS = Path(__file__).parent / "results"
 VOXELS = 1_400_000
+"""Brain voxels of a scan."""
 SCANNERS = 8
 PROCESSES = 2
 DETECTORS = 9
 
 
 def write_cohort(root: Path, participants: int) -> int:
-    """Write participants.tsv and the score tables of a cohort, a third of it with lesions.
+    """Write participants.tsv and the score tables of a cohort, a third of which has lesions.
 
-    Nine packaged T1w models have a table for everybody, in their own bins.
+    Parameters
+    ----------
+    root : pathlib.Path
+        Folder of the raw dataset; the tables are written to `derivatives`.
+    participants : int
+        Number of participants.
 
     Returns
     -------
     int
-        Number of models.
+        Number of models; each has a table for every participant.
     """
     rng = np.random.default_rng(0)
     bundles = [bundle for bundle in resolve_bundles(["all"], ["T1w"]) if bundle.detector != "intensity"]
     bundles = bundles[:DETECTORS]
-    people = []
+    rows = []
     for number in range(participants):
-        subject, sick = f"sub-{number:05d}", number % 3 == 0
-        people.append(
+        subject, has_lesions = f"sub-{number:05d}", number % 3 == 0
+        rows.append(
             {
                 "participant_id": subject,
                 "age": round(rng.uniform(20, 85), 1),
                 "sex": "MF"[number % 2],
                 "scanner": f"scanner{rng.integers(SCANNERS)}",
-                "group": "patient" if sick else "control",
-                "pathology": ("stroke", "tumour")[number % 2] if sick else None,
+                "group": "patient" if has_lesions else "control",
+                "pathology": ("stroke", "tumour")[number % 2] if has_lesions else None,
             }
         )
         folder = root / "derivatives" / subject / "anat"
         folder.mkdir(parents=True)
-        lesions = draw_lesions(rng) if sick else None
+        lesions = draw_lesions(rng) if has_lesions else None
         for bundle in bundles:
             write_scores(folder, subject, bundle, lesions, rng)
         quality = pd.DataFrame([{"exclude": "no", "exclude_reasons": "n/a"}])
         write_tsv(folder / f"{subject}_space-SRI24_desc-T1wPreproc_qc.tsv", quality)
-    write_tsv(root / "participants.tsv", pd.DataFrame(people))
+    write_tsv(root / "participants.tsv", pd.DataFrame(rows))
     return len(bundles)
 
 
 def draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
-    """Draw one to twenty lesions of a person, 0.1 to 100 mL together, as they are without a detector."""
+    """Draw 1 to 20 lesions of a participant with a total volume of 0.1 to 100 mL."""
     parts = rng.dirichlet(np.ones(rng.integers(1, 21)))
     volumes = np.maximum(1, np.sort(parts)[::-1] * 10 ** rng.uniform(2, 5)).astype(int)
     table = pd.DataFrame({"lesion": np.arange(1, len(volumes) + 1), "volume_mm3": volumes})
@@ -83,32 +90,34 @@ def draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
     return table
 
 
-def shares(places: np.ndarray) -> np.ndarray:
-    """Share of each bin of a log-normal score; `places` are those of the inner edges."""
-    return np.diff(ndtr(np.concatenate([[-np.inf], places, [np.inf]])))
+def bin_probabilities(inner_edges: np.ndarray) -> np.ndarray:
+    """Return the probability of each bin under a standard normal distribution, given the inner edges."""
+    return np.diff(ndtr(np.concatenate([[-np.inf], inner_edges, [np.inf]])))
 
 
 def write_scores(
     folder: Path, subject: str, bundle: Bundle, lesions: pd.DataFrame | None, rng: np.random.Generator
 ) -> None:
-    """Write the score tables of one image and model."""
+    """Write the score tables of one image and model; scores are log-normal."""
     edges = bundle.bin_edges
     name, threshold = "fpr_1pct", bundle.thresholds["fpr_1pct"]
-    place = np.log(np.maximum(edges[1:-1], 1e-6) / threshold)
-    healthy = rng.multinomial(VOXELS, shares(place + 2.3 + rng.normal(0, 0.2)))
+    log_edges = np.log(np.maximum(edges[1:-1], 1e-6) / threshold)
+    healthy = rng.multinomial(VOXELS, bin_probabilities(log_edges + 2.3 + rng.normal(0, 0.2)))
     size = None if lesions is None else int(lesions["volume_mm3"].sum())
-    lesion = None if size is None else rng.multinomial(size, shares(place + rng.normal(0, 0.5)))
-    found = healthy[edges[:-1] >= threshold].sum()
+    lesion = (
+        None if size is None else rng.multinomial(size, bin_probabilities(log_edges + rng.normal(0, 0.5)))
+    )
+    positive = healthy[edges[:-1] >= threshold].sum()
     if lesion is not None:
-        found += lesion[edges[:-1] >= threshold].sum()
+        positive += lesion[edges[:-1] >= threshold].sum()
     stem = f"{subject}_space-SRI24_desc-{detector_desc('T1w', bundle.detector)}"
     write_tsv(folder / f"{stem}_histogram.tsv", histogram_table(edges, healthy, lesion))
     detected = 0
     if lesions is not None:
-        told = lesions.assign(found_share=rng.uniform(-0.5, 1, len(lesions)).clip(0).round(4))
-        told["detected"] = (told["found_share"] > 0).astype(int)
-        detected = int(told["detected"].sum())
-        write_tsv(folder / f"{stem}_lesions.tsv", told[list(LESION_COLUMNS)])
+        table = lesions.assign(found_share=rng.uniform(-0.5, 1, len(lesions)).clip(0).round(4))
+        table["detected"] = (table["found_share"] > 0).astype(int)
+        detected = int(table["detected"].sum())
+        write_tsv(folder / f"{stem}_lesions.tsv", table[list(LESION_COLUMNS)])
     row = {
         "source_image": f"{subject}/anat/{subject}_T1w.nii.gz",
         "modality": "T1w",
@@ -120,7 +129,7 @@ def write_scores(
         "threshold_name": name,
         "seen_in_training": "no",
         "brain_volume_mm3": VOXELS + (size or 0),
-        "anomaly_volume_mm3": found,
+        "anomaly_volume_mm3": positive,
         "lesion_volume_mm3": size,
         "n_components": 5,
         "n_lesions": None if lesions is None else len(lesions),
@@ -131,7 +140,7 @@ def write_scores(
 
 
 def measure(root: Path) -> dict[str, float]:
-    """Run the group level: seconds on the wall and of processor, and the memory of all processes together."""
+    """Run the group level; return wall and CPU time, peak memory of all processes and size of the report."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     command = [sys.executable, "-m", "bids_uad", str(root), str(root / "derivatives"), "group"]
@@ -153,18 +162,18 @@ def measure(root: Path) -> dict[str, float]:
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process and its children, of shared pages each its part (Linux)."""
+    """Return the memory of a process and its children in bytes, as proportional set size (Linux)."""
     own = Path(f"/proc/{pid}")
     try:
         size = re.search(r"^Pss: +(\d+) kB", (own / "smaps_rollup").read_text(), re.MULTILINE)
         children = [child for task in own.glob("task/*/children") for child in task.read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
-        return 0  # it has just ended
+        return 0  # the process has ended
     return (1024 * int(size[1]) if size else 0) + sum(resident(int(child)) for child in children)
 
 
 def main() -> None:
-    """Measure, print, write the JSON."""
+    """Measure each cohort size, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--participants", nargs="+", type=int, default=[1000, 3000, 10_000])
     sizes = sorted(parser.parse_args().participants)

@@ -1,1 +1,1 @@
-"""What is read and how outputs are named: the only rooms that know BIDS."""
+"""BIDS datasets: inputs of a run, metadata of raw datasets, and names and descriptions of outputs."""

@@ -1,1 +1,1 @@
-"""From the small score tables of each subject to the benchmark of a cohort."""
+"""Evaluation of a cohort from the score tables of the participant level: benchmark and secondary analyses."""

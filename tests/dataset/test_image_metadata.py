@@ -1,3 +1,5 @@
+"""Image metadata from sessions.tsv, scans.tsv and inherited sidecars."""
+
 from __future__ import annotations
 
 import json
@@ -47,25 +49,25 @@ IMAGES = (
 )
 
 
-def test_sidecars_inherit_as_pybids_says(raw):
+def test_sidecar_inheritance_agrees_with_pybids(raw):
     names = ["MagneticFieldStrength", "Manufacturer", "FlipAngle", "Other", "Done"]
     found = image_metadata(raw, [f"bids:raw:{image}" for image in IMAGES], names, read_participants(raw))
     layout = BIDSLayout(raw, validate=False)
     for image in IMAGES:
-        told = layout.get_metadata(raw / image)
+        metadata = layout.get_metadata(raw / image)
         for name in names:
             value = found.loc[f"bids:raw:{image}", name]
-            if name not in told:
+            if name not in metadata:
                 assert pd.isna(value)
-            elif isinstance(told[name], str):
-                assert value == told[name]
+            elif isinstance(metadata[name], str):
+                assert value == metadata[name]
             else:
-                assert json.loads(value) == told[name]
+                assert json.loads(value) == metadata[name]
     # 3 and 3.0 tesla are one field strength.
     assert found["MagneticFieldStrength"].tolist() == ["1.5", "1.5", "3", "3"]
 
 
-def test_tables_of_sessions_and_scans_come_first(raw):
+def test_sessions_and_scans_tables_override_sidecars(raw):
     found = image_metadata(raw, IMAGES, ["drug", "operator", "EchoTime", "nothing"], read_participants(raw))
     assert list(found) == ["drug", "operator", "EchoTime"]
     assert found["drug"].tolist() == ["none", "none", "one", "one"]
@@ -73,7 +75,7 @@ def test_tables_of_sessions_and_scans_come_first(raw):
     assert found["EchoTime"].fillna("-").tolist() == ["0.004", "0.004", "session", "session"]
 
 
-def test_nothing_is_known_where_there_is_no_dataset(tmp_path):
+def test_image_metadata_is_empty_without_a_dataset(tmp_path):
     images = ["sub-01/anat/sub-01_T1w.nii.gz"]
     assert image_metadata(tmp_path / "none", images, ["Manufacturer"], read_participants()).empty
 
@@ -86,7 +88,7 @@ def test_nothing_is_known_where_there_is_no_dataset(tmp_path):
         ("sub-01/sub-01_T1w.json", "[]", "not a JSON object"),
     ],
 )
-def test_damaged_files_are_named(raw, name, text, problem):
+def test_damaged_files_raise(raw, name, text, problem):
     (raw / name).write_text(text)
     with pytest.raises(InputError, match=problem) as error:
         image_metadata(raw, IMAGES, ["operator"], read_participants(raw))

@@ -1,3 +1,7 @@
+"""Search for images, anchors and filters of a run."""
+
+from __future__ import annotations
+
 import json
 
 import pytest
@@ -44,26 +48,26 @@ def test_t2w_is_registered_to_the_first_t1w_of_its_session(make):
     }
 
 
-def test_tenth_run_comes_after_the_second(make):
+def test_runs_are_ordered_by_number(make):
     config = make(
         [f"sub-01/anat/sub-01_run-{run}_T1w.nii.gz" for run in (10, 2)] + ["sub-01/anat/sub-01_T2w.nii.gz"]
     )
     assert anchors(collect_units(config))["sub-01_T2w"] == "sub-01_run-2_T1w"
 
 
-def test_unwanted_modality_is_kept_only_as_an_anchor(make):
+def test_modality_that_is_not_requested_is_kept_as_anchor_only(make):
     files = [f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("acq-a_T1w", "acq-b_T1w", "T2w")]
-    wanted = {
+    keys = {
         modalities: [unit.key for unit in collect_units(make(files, modalities=modalities))]
         for modalities in (("T1w",), ("T2w",))
     }
-    assert wanted == {
+    assert keys == {
         ("T1w",): ["sub-01_acq-a_T1w", "sub-01_acq-b_T1w"],
         ("T2w",): ["sub-01_acq-a_T1w", "sub-01_T2w"],
     }
 
 
-def test_prefix_folder_and_metadata(tmp_path):
+def test_unit_has_prefix_folder_and_metadata(tmp_path):
     name = "sub-01/ses-a/anat/sub-01_ses-a_acq-mprage_rec-norm_run-01_T1w.nii.gz"
     root = write_dataset(tmp_path / "raw", {name: {"SkullStripped": True}})
     (unit,) = collect_units(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work"))
@@ -72,7 +76,7 @@ def test_prefix_folder_and_metadata(tmp_path):
     assert unit.skull_stripped is True
 
 
-def test_contrast_enhanced_images_are_left_out_unless_asked_for(make, tmp_path):
+def test_contrast_enhanced_images_are_left_out_by_default(make, tmp_path):
     files = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_ce-gd_T1w.nii.gz"]
     found = collect(make(files))
     assert [unit.key for unit in found.units] == ["sub-01_T1w"]
@@ -91,7 +95,7 @@ def test_contrast_enhanced_images_are_left_out_unless_asked_for(make, tmp_path):
         ({"acquisition": ["a", "b"]}, ["sub-01_acq-a_T1w", "sub-01_acq-b_T1w"]),
     ],
 )
-def test_filter_rules(make, tmp_path, own, keys):
+def test_filter_file_selects_images(make, tmp_path, own, keys):
     filters = tmp_path / "filter.json"
     filters.write_text(json.dumps({"t1w": own}))
     files = [f"sub-01/anat/sub-01_{acq}T1w.nii.gz" for acq in ("", "acq-a_", "acq-b_")]
@@ -99,20 +103,20 @@ def test_filter_rules(make, tmp_path, own, keys):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"t1w": 3}', '{"t1w": {"suffix": "FLAIR"}}'])
-def test_bad_filter_files_are_refused(make, tmp_path, text):
+def test_invalid_filter_file_raises(make, tmp_path, text):
     filters = tmp_path / "filter.json"
     filters.write_text(text)
     with pytest.raises(ConfigError, match="--bids-filter-file"):
         collect(make(["sub-01/anat/sub-01_T1w.nii.gz"], filter_file=filters))
 
 
-def test_only_requested_participants_and_sessions(make):
+def test_collect_is_limited_to_requested_participants_and_sessions(make):
     files = [f"sub-0{n}/ses-{s}/anat/sub-0{n}_ses-{s}_T1w.nii.gz" for n in (1, 2) for s in "ab"]
     units = collect_units(make(files, participants=("02",), sessions=("b",)))
     assert [unit.key for unit in units] == ["sub-02_ses-b_T1w"]
 
 
-def test_labels_that_do_not_exist_are_named(make):
+def test_unknown_labels_raise(make):
     files = ["sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
     with pytest.raises(InputError, match="no participant 07; choose from 01"):
         collect(make(files, participants=("07",)))
@@ -130,19 +134,19 @@ def test_derivatives_and_functional_images_are_not_read(make):
     assert len(collect_units(make(files))) == 1
 
 
-def test_participant_without_image_is_named(make):
+def test_participant_without_images_is_reported(make):
     config = make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz"])
     (problem,) = collect(config).problems
     assert problem.message == "sub-02: no usable T1w or T2w image"
 
 
-def test_images_that_would_share_a_name_are_refused(make):
+def test_images_with_identical_entities_are_dropped(make):
     found = collect(make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii"]))
     assert not found.units
     assert "same BIDS entities as sub-01_T1w.nii.gz" in found.problems[0].message
 
 
-def test_bad_image_is_left_out_before_anchors_are_chosen(make):
+def test_unusable_image_is_dropped_before_anchors_are_chosen(make):
     config = make(
         [
             "sub-01/anat/sub-01_run-1_T1w.nii.gz",
@@ -191,7 +195,7 @@ SESSIONS = [
         ({"sessions": ("c",), "filter": {"t1w": {"session": "b"}}}, {"c_T2w": "b_T1w"}, {"b_T1w"}),
     ],
 )
-def test_a_job_for_a_session_finds_anchors_in_others(make, tmp_path, options, found, anchors_only):
+def test_session_job_uses_anchors_of_other_sessions(make, tmp_path, options, found, anchors_only):
     options = dict(options)
     if filters := options.pop("filter", None):
         (tmp_path / "filter.json").write_text(json.dumps(filters))
@@ -205,14 +209,14 @@ def test_a_job_for_a_session_finds_anchors_in_others(make, tmp_path, options, fo
 
 
 @pytest.mark.parametrize("sessions", [("c",), ()])
-def test_a_job_for_a_session_takes_the_anchor_that_a_run_on_all_takes(make, sessions):
+def test_session_job_uses_the_same_anchor_as_a_run_on_all_sessions(make, sessions):
     def check(unit):
         if unit.key == "sub-01_ses-a_run-1_T1w":
             raise InputError(unit.path, "truncated", "copy it again")
 
     collection = collect(make(SESSIONS, sessions=sessions), check=check)
     assert anchors(collection.units)["sub-01_ses-c_T2w"] == "sub-01_ses-a_run-2_T1w"
-    # What is wrong with images of other sessions is not this job's to report.
+    # Problems of other sessions are not reported.
     assert [problem.key for problem in collection.problems] == (
         [] if sessions else ["sub-01_ses-a_run-1_T1w"]
     )

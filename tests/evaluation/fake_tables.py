@@ -1,4 +1,4 @@
-"""Score tables of made-up scans whose score distributions are known."""
+"""Score tables of simulated scans with known score distributions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THRESHOLD_EDGE = 300
 
 @dataclass
 class Scan:
-    """One made-up image and detector."""
+    """Simulated scores of one image and detector."""
 
     subject: str
     modality: str = "T1w"
@@ -31,8 +31,8 @@ class Scan:
     threshold: float | None = None
     sha256: str | None = None
     version: str = "0.1.0"
-    met: str = "no"
-    seen: str | None = "unseen"
+    seen_in_training: str = "no"
+    scanner_seen: str | None = "unseen"
     min_lesion_volume: float | None = 3.0
     n_components: float = 3
     n_lesions: float = 2
@@ -75,8 +75,8 @@ class Scan:
             "app_version": self.version,
             "threshold": threshold,
             "threshold_name": "max_dice",
-            "seen_in_training": self.met,
-            "scanner_seen": self.seen,
+            "seen_in_training": self.seen_in_training,
+            "scanner_seen": self.scanner_seen,
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
             "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,
@@ -87,7 +87,7 @@ class Scan:
             "n_lesions_detected": self.n_lesions_detected if masked else np.nan,
             "n_false_components": self.n_false_components if masked else np.nan,
         }
-        if self.min_lesion_volume is None:  # as earlier versions wrote it
+        if self.min_lesion_volume is None:  # as in tables of early versions
             del row["min_lesion_volume_mm3"], row["n_counted_components"]
         path = folder / f"{name}_metrics.tsv"
         pd.DataFrame([row]).to_csv(path, sep="\t", index=False, na_rep="n/a")
@@ -99,7 +99,7 @@ class Scan:
         return path
 
     def _add_to_record(self, root: Path, key: str, written: list[Path]) -> None:
-        """List the tables in the image's record, as the participant level does when all are there."""
+        """Add the tables to the completion record of the image, as the participant level does."""
         names = [path.relative_to(root).as_posix() for path in written]
         source = f"{Path(names[0]).parent.as_posix()}/{key}.nii.gz"
         target = written[0].parent.parent / "log" / f"{key}.json"
@@ -113,7 +113,7 @@ class Scan:
 def beta_counts(
     generator: np.random.Generator, n_voxels: int, a: float, b: float, edges: np.ndarray = EDGES
 ) -> np.ndarray:
-    """Draw how many of `n_voxels` beta-distributed scores fall into each bin."""
+    """Draw the histogram of `n_voxels` beta-distributed scores."""
     shares = np.diff(stats.beta.cdf(np.append(edges, 1.0), a, b))
     return generator.multinomial(n_voxels, shares / shares.sum())
 
@@ -134,7 +134,7 @@ def write_cohort(
     n_voxels: int = 400_000,
     seed: int = 0,
 ) -> None:
-    """Write tables of a whole cohort: T1w and T2w, a good and a middling detector."""
+    """Write the tables of a cohort for T1w and T2w, and a better and a worse detector."""
     generator = np.random.default_rng(seed)
     rows = []
     digits = max(2, len(str(n_lesion + n_healthy)))

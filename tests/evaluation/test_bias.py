@@ -1,4 +1,4 @@
-"""The bias model finds what was put in, and nothing else."""
+"""Bias models against other software, and on simulated cohorts with known effects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cohort(
     deviation: float = DEVIATION,
     detectors: int = 1,
 ) -> pd.DataFrame:
-    """Healthy scans whose share of false positives follows from age, sex and scanner."""
+    """Simulate healthy scans whose false-positive rate depends on age, sex and scanner."""
     rng = np.random.default_rng(seed)
     rows = []
     age = rng.uniform(20, 85, n)
@@ -66,7 +66,7 @@ def cohort(
 
 
 def truth(scanners: int = 4) -> dict[str, float]:
-    """Coefficients that were put in; a scanner's is its distance from the mean of all."""
+    """Return the injected coefficients; that of a scanner is the difference from the mean of scanners."""
     known = {"age": SLOPE, "sex": GAP, "brain volume": 0.0}
     for k in range(scanners):
         known[f"scanner: {'ABCDEFGHIJ'[k]}"] = DEVIATION * ((k == 0) - 1 / scanners)
@@ -74,7 +74,7 @@ def truth(scanners: int = 4) -> dict[str, float]:
 
 
 def by_hand(scans: pd.DataFrame) -> pd.DataFrame:
-    """Write out what the formula needs."""
+    """Return outcome and covariates for a formula of statsmodels."""
     found = scans["fpr"] * VOXELS
     return pd.DataFrame(
         {
@@ -87,7 +87,7 @@ def by_hand(scans: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def test_the_linear_model_is_that_of_a_formula() -> None:
+def test_linear_model_agrees_with_statsmodels_formula() -> None:
     scans = cohort(0)
     table = model_bias(scans).coefficients.set_index("term")
     assert (table["model"] == LINEAR).all()
@@ -115,7 +115,7 @@ def test_the_linear_model_is_that_of_a_formula() -> None:
     pd.testing.assert_series_equal(table.loc[adjusted.index, "p_fdr"], adjusted, check_names=False)
 
 
-def test_many_scanners_make_a_random_effect() -> None:
+def test_six_or_more_scanners_have_a_random_effect() -> None:
     scans = cohort(1, scanners=8, n=240)
     table = model_bias(scans).coefficients.set_index("term")
     assert (table["model"] == MIXED).all()
@@ -128,7 +128,7 @@ def test_many_scanners_make_a_random_effect() -> None:
     assert spread["p"] < 1e-3
 
 
-def test_small_scanners_are_left_out_unless_there_are_many() -> None:
+def test_small_scanners_are_excluded_without_a_random_effect() -> None:
     few = cohort(9, n=100, scanners=3)
     few.loc[few.index[:3], "scanner"] = "J"
     bias = model_bias(few)
@@ -141,7 +141,7 @@ def test_small_scanners_are_left_out_unless_there_are_many() -> None:
     assert bias.remarks == []
 
 
-def test_scanners_that_do_not_differ_have_no_spread() -> None:
+def test_equal_scanners_have_zero_variance_and_a_linear_model() -> None:
     scans = cohort(2, scanners=8, deviation=0)
     table = model_bias(scans).coefficients.set_index("term")
     linear = smf.ols("y ~ decades + male + volume", by_hand(scans)).fit()
@@ -156,7 +156,7 @@ def test_scanners_that_do_not_differ_have_no_spread() -> None:
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(robust.conf_int().loc["decades"]))
 
 
-def test_what_was_injected_is_found_and_nothing_else() -> None:
+def test_model_bias_recovers_injected_effects_only() -> None:
     covered = missed = alarms = quiet = 0
     for seed in range(20):
         table = model_bias(cohort(100 + seed)).coefficients.set_index("term")
@@ -172,7 +172,7 @@ def test_what_was_injected_is_found_and_nothing_else() -> None:
     assert alarms <= 0.1 * quiet
 
 
-def test_a_confounded_design_is_told_in_words() -> None:
+def test_collinear_covariates_cause_a_remark() -> None:
     scans = cohort(3)
     scans["age"] = scans["scanner"].map({"A": 25, "B": 45, "C": 65, "D": 80}) + np.arange(len(scans)) % 3
     bias = model_bias(scans)
@@ -182,19 +182,19 @@ def test_a_confounded_design_is_told_in_words() -> None:
     assert "made0 T1w" in bias.remarks[0]
 
 
-def test_too_few_are_told_in_words() -> None:
+def test_too_few_participants_cause_a_remark() -> None:
     bias = model_bias(cohort(4, n=15, scanners=1))
     assert bias.coefficients.empty
     assert "15 participants, at least 20 are needed" in bias.remarks[0]
 
 
-def test_what_is_not_known_is_left_out_and_told() -> None:
+def test_unknown_covariate_causes_a_remark() -> None:
     bias = model_bias(cohort(5).drop(columns=["sex"]))
     assert "sex" not in set(bias.coefficients["term"])
     assert any("does not include sex, which is unknown or constant" in text for text in bias.remarks)
 
 
-def test_scans_of_one_participant_count_once() -> None:
+def test_repeated_scans_of_a_participant_are_averaged() -> None:
     scans = cohort(6)
     twice = pd.concat([scans, scans], ignore_index=True)
     columns = ["n_participants", "estimate", "ci_low"]
@@ -203,12 +203,12 @@ def test_scans_of_one_participant_count_once() -> None:
     )
 
 
-def test_the_line_of_an_effect_goes_through_its_dots() -> None:
+def test_effect_line_has_the_slope_of_the_adjusted_outcomes() -> None:
     effects = {effect.term: effect for effect in model_bias(cohort(7)).effects}
     assert set(effects) == {"age", "sex", "brain volume"}
     age = effects["age"]
     assert 20 <= age.values.min() < age.values.max() <= 85
-    # Log odds of the dots against age have the slope of the line.
+    # The log odds of the adjusted outcomes have the slope of the line.
     dots = np.polyfit(age.values, np.log(age.partial / (1 - age.partial)), 1)[0]
     line = np.polyfit(age.line[:, 0], np.log(age.line[:, 1] / (1 - age.line[:, 1])), 1)[0]
     assert dots == pytest.approx(line, rel=0.02)
@@ -217,7 +217,7 @@ def test_the_line_of_an_effect_goes_through_its_dots() -> None:
     assert sorted(set(np.round(effects["sex"].values, 6))) == [-0.5, 0.5]
 
 
-def test_dice_is_modelled_with_the_size_of_the_lesion() -> None:
+def test_dice_model_includes_lesion_volume() -> None:
     rng = np.random.default_rng(80)
     scans = cohort(8)
     size = 10 ** rng.uniform(2, 5, len(scans))
@@ -244,7 +244,7 @@ def travelling(
     between: float = 0.8,
     spread: float = 0.0,
 ) -> pd.DataFrame:
-    """Healthy scans of which nothing depends on anything.
+    """Simulate healthy scans without any effect of the covariates.
 
     Of `n` participants the first `travellers` are scanned on `each` scanners, all in 1 to `sessions`
     sessions; `between` is the fraction of the variance on one scanner that is between participants.
@@ -287,7 +287,7 @@ def travelling(
     )
 
 
-def test_crossed_intercepts_are_those_of_statsmodels() -> None:
+def test_crossed_model_agrees_with_statsmodels() -> None:
     scans = travelling(3, n=40, scanners=7, travellers=25, each=3, spread=0.5)
     data = by_hand(scans).assign(who=scans["participant_id"], everything=1)
     intercepts = {"who": "0 + C(who)", "scanner": "0 + C(scanner)"}
@@ -305,7 +305,7 @@ def test_crossed_intercepts_are_those_of_statsmodels() -> None:
     assert model.residual_variance == pytest.approx(reference.scale, rel=1e-2)
 
 
-def test_degrees_of_freedom_are_exact_in_balanced_designs() -> None:
+def test_satterthwaite_degrees_of_freedom_are_exact_in_balanced_designs() -> None:
     """Split-plot designs, whose analysis of variance has whole degrees of freedom."""
     rng = np.random.default_rng(4)
     n_scanners, each = 8, 10
@@ -330,7 +330,7 @@ def test_degrees_of_freedom_are_exact_in_balanced_designs() -> None:
     assert model.params[1] / np.sqrt(model.covariance[1, 1]) == pytest.approx(between.statistic, rel=1e-4)
 
 
-def test_participants_on_several_scanners_are_counted_once() -> None:
+def test_participants_on_several_scanners_have_a_random_intercept() -> None:
     scans = travelling(5, n=40, scanners=3, travellers=12, each=3, sessions=2)
     table = model_bias(scans).coefficients
     assert set(table["model"]) == {REPEATED}
@@ -343,14 +343,14 @@ def test_participants_on_several_scanners_are_counted_once() -> None:
 
 def test_sessions_on_one_scanner_are_averaged() -> None:
     scans = travelling(6, n=40, scanners=1, sessions=3)
-    scans.loc[::5, "scanner"] = None  # a scanner that is not known makes no second row
+    scans.loc[::5, "scanner"] = None  # an unknown scanner does not add a row
     table = model_bias(scans).coefficients
     assert set(table["model"]) == {LINEAR}
     assert set(table["n_participants"]) == {40}
     assert set(table["n_scans"]) == {len(scans)}
 
 
-def test_few_on_several_scanners_are_used_on_one() -> None:
+def test_few_participants_on_several_scanners_are_reduced_to_one_scanner() -> None:
     few = MIN_REPEATED - 1
     scans = travelling(7, n=40, scanners=3, travellers=few, each=3)
     bias = model_bias(scans)
@@ -359,7 +359,7 @@ def test_few_on_several_scanners_are_used_on_one() -> None:
     assert f"only one scanner per participant, the one with most scans: {few} participants" in bias.remarks[0]
 
 
-def test_ages_of_travelling_participants_are_seldom_found_to_matter() -> None:
+def test_type_1_error_of_age_with_travelling_participants() -> None:
     options = {"n": 40, "scanners": 4, "travellers": 40, "each": 4}
     tables = [model_bias(travelling(900 + seed, **options)).coefficients for seed in range(60)]
     rejected = sum(table.set_index("term").loc["age", "p"] < 0.05 for table in tables)
@@ -390,7 +390,7 @@ COHORTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cohorts", COHORTS)
-def test_error_rate_is_5_percent_where_nothing_depends_on_anything(cohorts: str) -> None:
+def test_type_1_error_rate_is_5_percent(cohorts: str) -> None:
     options, n_cohorts = COHORTS[cohorts], 500
     rejected = {}
     for seed in range(n_cohorts):

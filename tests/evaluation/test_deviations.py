@@ -1,4 +1,4 @@
-"""Scores and deviations side by side, against numbers by hand."""
+"""Comparison of scores and deviations against values computed by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BIAS = pd.DataFrame(
 ).assign(modality="T2w", term="age", ci_high=10.0)
 
 
-def test_pairs_stand_side_by_side_on_the_same_images():
+def test_compare_deviations_uses_images_with_both_scores():
     table = compare_deviations(SUBJECTS, BIAS)
     assert table[["detector", "deviation"]].to_numpy().tolist() == [["fae", "none"], ["fae", "normative"]]
     assert table["dice_mean"].tolist() == pytest.approx([0.3, 0.45])
@@ -50,6 +50,6 @@ def test_pairs_stand_side_by_side_on_the_same_images():
     assert table["sex_estimate"].isna().all()
 
 
-def test_without_pairs_there_is_nothing_to_compare():
+def test_compare_deviations_is_empty_without_pairs():
     alone = SUBJECTS[~SUBJECTS["detector"].str.startswith("fae")]
     assert compare_deviations(alone, BIAS).empty

@@ -1,4 +1,4 @@
-"""Score fields with known effects of age, sex and scanner, from voxels through the tables to the models."""
+"""Bias models of simulated score maps with known effects of age, sex and scanner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N_HEALTHY, N_LESION, SEEDS = 200, 120, 20
 def write_cohort(root, seed: int, *, scale: float) -> None:
     """Write the tables of 200 healthy and 120 lesion scans, effects times `scale`."""
     rng = np.random.default_rng(seed)
-    people = []
+    participants = []
     for k in range(N_HEALTHY + N_LESION):
         sick = k >= N_HEALTHY
         person = {
@@ -37,7 +37,7 @@ def write_cohort(root, seed: int, *, scale: float) -> None:
             "scanner": SCANNERS[rng.integers(4)],
             "group": "patient" if sick else "control",
         }
-        people.append(person)
+        participants.append(person)
         slope, gap, deviation = (scale * effect for effect in EFFECTS["dice" if sick else "fpr"])
         pushed = (
             slope * (person["age"] - 52) / 10
@@ -67,21 +67,21 @@ def write_cohort(root, seed: int, *, scale: float) -> None:
         Scan(
             f"{k:03d}", edges=EDGES[:-1], n_nonlesion=n_nonlesion, n_lesion=n_lesion, threshold=THRESHOLD
         ).write(root)
-    write_participants(root, people)
+    write_participants(root, participants)
 
 
 def models(root, seed: int, *, scale: float) -> pd.DataFrame:
-    """Coefficients of the cohort of a seed."""
+    """Return the coefficients of a simulated cohort."""
     write_cohort(root, seed, scale=scale)
-    people = read_participants(root)
-    evaluation = evaluate(root, find_metrics_tables(root), people, seed=0)
-    subjects, _ = add_participant_columns(evaluation.subjects, people)
+    participants = read_participants(root)
+    evaluation = evaluate(root, find_metrics_tables(root), participants, seed=0)
+    subjects, _ = add_participant_columns(evaluation.subjects, participants)
     assert subjects["role"].value_counts().to_dict() == {"healthy": N_HEALTHY, "lesion": N_LESION}
     return model_bias(subjects).coefficients.set_index(["outcome", "term"])
 
 
 def truth() -> dict[tuple[str, str], float]:
-    """What was put in; a scanner's coefficient is its distance from the mean of all."""
+    """Return the injected coefficients; that of a scanner is the difference from the mean of scanners."""
     known = {}
     for outcome, (slope, gap, deviation) in EFFECTS.items():
         known |= {(outcome, "age"): slope, (outcome, "sex"): gap, (outcome, "brain volume"): 0.0}
@@ -91,7 +91,7 @@ def truth() -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.slow
-def test_injected_effects_are_found_and_nothing_else(tmp_path):
+def test_bias_models_recover_effects_injected_into_score_maps(tmp_path):
     covered = dict.fromkeys(truth(), 0)
     found = {term: 0 for term, value in truth().items() if abs(value) > 0.02}
     tested = false_alarms = null_alarms = 0
@@ -116,6 +116,6 @@ def test_injected_effects_are_found_and_nothing_else(tmp_path):
     assert all(found[term] >= 0.9 * SEEDS for term in strong)
     assert sum(covered.values()) >= 0.9 * SEEDS * len(covered)
     assert min(covered.values()) >= 0.8 * SEEDS
-    # Where most of a table is true, a false discovery rate of 5 % lets one absent effect in twenty pass.
+    # A false discovery rate of 5 % allows one false discovery in twenty.
     assert false_alarms <= 0.1 * tested
     assert null_alarms <= 0.1 * SEEDS

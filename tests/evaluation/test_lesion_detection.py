@@ -1,4 +1,4 @@
-"""Lesions of a cohort, against sums by hand."""
+"""Lesion detection of a cohort, against sums computed by hand."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DETECTORS = ("disyre", "patchcore")
 def drawn(tmp_path) -> pd.DataFrame:
     """Write lesion tables of eight patients; return all lesions."""
     rng = np.random.default_rng(7)
-    people, frames = [], []
+    participants, frames = [], []
     for k in range(8):
         who = f"{k:02d}"
-        people.append({"participant_id": f"sub-{who}", "group": "patient"})
+        participants.append({"participant_id": f"sub-{who}", "group": "patient"})
         n = int(rng.integers(2, 6))
         volume = np.sort(np.round(10 ** rng.uniform(0, 4.5, n)))[::-1]
         contrast = rng.normal(0, 1.5, n)
@@ -61,7 +61,7 @@ def drawn(tmp_path) -> pd.DataFrame:
                     | {"found": found, "contrast": contrast}
                 )
             )
-    write_participants(tmp_path, people)
+    write_participants(tmp_path, participants)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -69,7 +69,7 @@ def read(root):
     return evaluate(root, find_metrics_tables(root), read_participants(root), seed=0)
 
 
-def test_shares_are_those_of_sums_by_hand(tmp_path, drawn):
+def test_lesion_sensitivity_agrees_with_sums_by_hand(tmp_path, drawn):
     evaluation = read(tmp_path)
     table = lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0)
     assert list(table) == list(COLUMNS)
@@ -116,23 +116,23 @@ def test_shares_are_those_of_sums_by_hand(tmp_path, drawn):
     }
 
 
-def test_intervals_agree_with_resampling_people_one_by_one(tmp_path, drawn):
+def test_interval_agrees_with_a_literal_bootstrap_of_participants(tmp_path, drawn):
     evaluation = read(tmp_path)
     table = lesion_sensitivity(evaluation.lesions.table, evaluation.subjects, seed=0)
     row = table[(table["factor"] == ALL) & (table["detector"] == "disyre")].iloc[0]
     own = drawn[drawn["detector"] == "disyre"]
-    people = dict(list(own.groupby("who")))
+    participants = dict(list(own.groupby("who")))
     rng = np.random.default_rng(1)
     shares = []
     for _ in range(3000):
-        chosen = pd.concat([people[who] for who in rng.choice(list(people), len(people))])
+        chosen = pd.concat([participants[who] for who in rng.choice(list(participants), len(participants))])
         shares.append((chosen["found"] > 0).mean())
     low, high = np.quantile(shares, [0.025, 0.975])
     assert row["lesion_sensitivity_ci_low"] == pytest.approx(low, abs=0.02)
     assert row["lesion_sensitivity_ci_high"] == pytest.approx(high, abs=0.02)
 
 
-def test_lesions_that_nobody_finds(tmp_path, drawn):
+def test_missed_by_all_agrees_with_sums_by_hand(tmp_path, drawn):
     table = missed_by_all(read(tmp_path).lesions.table, seed=0).set_index("lesions")
     assert {"lesions", *table} == set(MISSED_COLUMNS)
     both = drawn.groupby(["who", "k"]).agg(volume=("volume", "first"), best=("found", "max"))
@@ -147,7 +147,7 @@ def test_lesions_that_nobody_finds(tmp_path, drawn):
     assert row["n_detectors"] == 2
 
 
-def test_images_that_a_detector_has_not_scored_are_no_miss(tmp_path, drawn):
+def test_missed_by_all_excludes_images_not_scored_by_all_detectors(tmp_path, drawn):
     for path in (tmp_path / "sub-00").rglob("*Patchcore_*"):
         path.unlink()
     table = missed_by_all(read(tmp_path).lesions.table, seed=0).set_index("lesions")
@@ -156,7 +156,7 @@ def test_images_that_a_detector_has_not_scored_are_no_miss(tmp_path, drawn):
     assert table.loc[ALL, "missed_share"] == pytest.approx((others == 0).mean())
 
 
-def test_outputs_of_earlier_versions_have_no_lesion_tables(tmp_path, drawn):
+def test_outputs_of_early_versions_without_lesion_tables_are_counted(tmp_path, drawn):
     for path in tmp_path.rglob("*_lesions.tsv"):
         path.unlink()
     evaluation = read(tmp_path)
@@ -166,7 +166,7 @@ def test_outputs_of_earlier_versions_have_no_lesion_tables(tmp_path, drawn):
     assert missed_by_all(evaluation.lesions.table, seed=0).empty
 
 
-def test_lesions_below_the_least_volume_are_not_counted(tmp_path, drawn):
+def test_lesions_below_the_minimum_volume_are_not_counted(tmp_path, drawn):
     for path in sorted(tmp_path.rglob("*_metrics.tsv")):
         lesions = pd.read_csv(path.with_name(path.name.replace("_metrics", "_lesions")), sep="\t")
         large = lesions[lesions["volume_mm3"] >= 50]
@@ -190,11 +190,10 @@ def test_lesions_below_the_least_volume_are_not_counted(tmp_path, drawn):
     assert row["lesion_sensitivity"] == pytest.approx((own["found"] > 0).mean())
 
 
-def test_damaged_lesion_tables_are_told(tmp_path, drawn):
+def test_damaged_lesion_tables_are_reported(tmp_path, drawn):
     first, second = sorted(tmp_path.rglob("*_lesions.tsv"))[:2]
     first.write_text("\n".join(first.read_text().splitlines()[:-1]) + "\n")
     second.write_text(second.read_text().replace("\n1\t", "\none\t"))
-    told = read(tmp_path).unreadable
-    assert len(told) == 2
-    assert "in the metrics table" in told[0]
-    assert "not only numbers" in told[1]
+    first, second = read(tmp_path).unreadable
+    assert "in the metrics table" in first
+    assert "not only numbers" in second

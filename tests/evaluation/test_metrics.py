@@ -1,3 +1,5 @@
+"""Metrics from score histograms against scikit-learn and loops over voxels."""
+
 from __future__ import annotations
 
 from itertools import chain, permutations, product
@@ -31,7 +33,7 @@ def volume():
     return scores, generator.random((6, 5, 4)) < 0.3
 
 
-def test_every_edge_agrees_with_a_loop_over_voxels(volume):
+def test_confusion_agrees_with_a_loop_over_voxels_at_each_edge(volume):
     scores, truth = volume
     counts = binned(scores, truth)
     curve = dice_curve(*counts)
@@ -59,7 +61,7 @@ def test_every_edge_agrees_with_a_loop_over_voxels(volume):
         assert result.false_positive_rate == pytest.approx(false / (false + rest))
 
 
-def test_nothing_there_and_nothing_found_is_dice_one_and_reported():
+def test_dice_of_two_empty_masks_is_one():
     counts = np.array([7, 2, 0]), np.zeros(3, int)
     result = confusion(*counts, 2)
     assert result.both_empty
@@ -71,7 +73,7 @@ def test_nothing_there_and_nothing_found_is_dice_one_and_reported():
     assert confusion(*counts, 1).dice == 0
 
 
-def test_average_precision_is_the_mean_over_all_orders_within_bins():
+def test_average_precision_is_the_expectation_over_orders_within_bins():
     n_lesion, n_nonlesion = np.array([1, 2, 1, 2]), np.array([2, 2, 0, 1])
     bins = [[True] * k + [False] * rest for k, rest in zip(n_lesion, n_nonlesion, strict=True)]
     found = []
@@ -84,7 +86,7 @@ def test_average_precision_is_the_mean_over_all_orders_within_bins():
     assert average_precision(n_nonlesion, n_lesion) == pytest.approx(np.mean(found), abs=1e-12)
 
 
-def test_average_precision_of_one_voxel_per_bin_is_scikit_learns():
+def test_average_precision_with_one_voxel_per_bin_agrees_with_scikit_learn():
     truth = np.random.default_rng(0).random(300) < 0.2
     expected = average_precision_score(truth, np.arange(300))
     assert average_precision((~truth).astype(int), truth.astype(int)) == pytest.approx(expected, abs=1e-12)
@@ -105,8 +107,8 @@ def score_field(seed, size, contrast, floor):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.15], ids=["no zeros", "mostly zeros"])
-def test_bins_of_a_bundle_give_the_numbers_of_single_voxels(floor):
-    """Within 1e-3 of scikit-learn and of a loop over thresholds, on scans calibration has not seen."""
+def test_metrics_from_the_bins_of_a_bundle_agree_with_voxel_wise_metrics(floor):
+    """Compare with scikit-learn and a loop over thresholds (1e-3), on scans not used for calibration."""
     estimator = ThresholdEstimator()
     for seed in range(3):
         healthy, _ = score_field(seed, 10, 0.0, floor)
@@ -136,7 +138,7 @@ def test_bins_of_a_bundle_give_the_numbers_of_single_voxels(floor):
     assert np.mean([dice_curve(*count) for count in counts], axis=0).max() == pytest.approx(best, abs=1e-3)
 
 
-def test_precision_recall_is_scikit_learns():
+def test_precision_recall_agrees_with_scikit_learn():
     generator = np.random.default_rng(2)
     truth = generator.random(500) < 0.3
     bins = generator.integers(0, len(EDGES), 500)
@@ -148,12 +150,12 @@ def test_precision_recall_is_scikit_learns():
     np.testing.assert_allclose(ours[1], recall[:-1])
 
 
-def test_average_precision_without_lesion_is_undefined():
+def test_average_precision_without_lesion_is_nan():
     assert np.isnan(average_precision(np.array([5, 1]), np.array([0, 0])))
     assert average_precision(np.array([5, 0, 0]), np.array([0, 0, 2])) == 1
 
 
-def test_thresholds_are_edges_up_to_the_digits_of_a_table():
+def test_edge_index_tolerates_rounding_only():
     assert edge_index(EDGES, 0.5) == 2
     assert edge_index(EDGES, 0.5000001) == 2
     assert edge_index(EDGES, 0.0) == 0

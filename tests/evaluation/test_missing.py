@@ -1,4 +1,4 @@
-"""Which images quality control leaves out, alone or with those that depend on them."""
+"""Exclusion of images by quality control, and of images that depend on them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def write_quality(root: Path, image: str, quality: dict, depends_on: str = "n/a"
     ],
 )
 @pytest.mark.parametrize("anchor_image", ["sub-01_ses-a_T1w", "sub-01_ses-b_acq-x_run-1_T1w"])
-def test_a_t2w_follows_the_t1w_that_it_was_registered_to(tmp_path, anchor, left_out, anchor_image):
+def test_t2w_is_excluded_with_the_t1w_it_was_registered_to(tmp_path, anchor, left_out, anchor_image):
     quality, by_hand = anchor
     write_quality(tmp_path, anchor_image, quality, **by_hand)
     write_quality(tmp_path, "sub-01_ses-a_T2w", {}, depends_on=anchor_image)
-    write_quality(tmp_path, "sub-01_ses-a_run-2_T2w", {})  # went to the atlas by itself
+    write_quality(tmp_path, "sub-01_ses-a_run-2_T2w", {})  # registered to the atlas directly
     found, unreadable = find_exclusions(tmp_path)
     assert unreadable == []
     assert (("sub-01_ses-a", "T2w") in found) == left_out
@@ -61,8 +61,8 @@ def test_a_t2w_follows_the_t1w_that_it_was_registered_to(tmp_path, anchor, left_
         assert reason.endswith(found[tuple(anchor_image.rsplit("_", 1))])
 
 
-def test_an_image_follows_those_that_its_lesion_mask_came_through(tmp_path):
-    """The mask of a T1w was drawn on a T2w of another session, which was registered through a T1w there."""
+def test_image_is_excluded_with_the_images_its_lesion_mask_depends_on(tmp_path):
+    """The lesion mask of a T1w is on a T2w of another session, which is registered through a T1w."""
     write_quality(tmp_path, "sub-01_ses-b_T1w", FAILED)
     write_quality(tmp_path, "sub-01_ses-b_T2w", {}, depends_on="sub-01_ses-b_T1w")
     write_quality(tmp_path, "sub-01_ses-a_T1w", {}, depends_on="sub-01_ses-b_T2w")
@@ -74,7 +74,7 @@ def test_an_image_follows_those_that_its_lesion_mask_came_through(tmp_path):
     assert len(found) == 3
 
 
-def test_images_that_depend_on_each_other_are_gone_through_once(tmp_path):
+def test_mutual_dependencies_end(tmp_path):
     write_quality(tmp_path, "sub-01_T1w", {}, depends_on="sub-01_T2w")  # its lesion mask
     write_quality(tmp_path, "sub-01_T2w", {}, depends_on="sub-01_T1w")  # its registration
     assert find_exclusions(tmp_path) == ({}, [])
@@ -82,7 +82,7 @@ def test_images_that_depend_on_each_other_are_gone_through_once(tmp_path):
     assert set(find_exclusions(tmp_path)[0]) == {("sub-01", "T1w"), ("sub-01", "T2w")}
 
 
-def test_tables_of_earlier_versions_and_damaged_ones(tmp_path):
+def test_tables_of_early_versions_are_read_and_damaged_ones_reported(tmp_path):
     path = write_quality(tmp_path, "sub-01_T1w", {})
     path.write_text("exclude\texclude_reasons\nYes\tn/a\n")
     damaged = write_quality(tmp_path, "sub-02_T1w", FAILED)
@@ -94,7 +94,7 @@ def test_tables_of_earlier_versions_and_damaged_ones(tmp_path):
     assert find_exclusions(tmp_path, frozenset({"sub-03"})) == ({}, [])
 
 
-def test_the_columns_are_those_of_the_data_dictionary():
+def test_quality_table_states_the_exclusion():
     facts = {"source_image": "x", "modality": "T1w", "depends_on": "n/a"}
     row = quality_table(FAILED, facts).iloc[0]
     assert (row["exclude"], row["exclude_dependents"]) == ("yes", "yes")

@@ -1,4 +1,4 @@
-"""Metrics, median filter and thresholds against what the published code computed for the same three maps."""
+"""Metrics, median filter and thresholds against reference outputs of the published code for three maps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def counts(edges: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [score_counts(*volume, edges) for volume in VOLUMES]
 
 
-def test_dice_at_every_threshold_of_the_grid():
+def test_dice_curve_agrees_with_the_published_code():
     edges = np.concatenate([[0.0], CASE["grid"], [np.inf]])
     ours = np.stack([dice_curve(*pair)[1:] for pair in counts(edges)], axis=1)
     np.testing.assert_allclose(ours, CASE["subject_dice"], atol=1e-7)
     np.testing.assert_allclose(ours.mean(axis=1), CASE["mean_dice"], atol=1e-7)
 
 
-def test_average_precision_up_to_the_width_of_a_bin():
+def test_average_precision_agrees_up_to_the_bin_width():
     each = counts(FINE_EDGES)
     found = [average_precision(*pair) for pair in each]
     np.testing.assert_allclose(found, CASE["average_precision_brain"], atol=1e-4)
@@ -35,12 +35,12 @@ def test_average_precision_up_to_the_width_of_a_bin():
     assert pooled == pytest.approx(float(CASE["average_precision_pooled_brain"]), abs=1e-4)
 
 
-def test_false_positive_rate_of_all_brains_together():
+def test_pooled_false_positive_rate_agrees():
     pooled = [sum(parts) for parts in zip(*counts(np.array([0.0, 0.05, np.inf])), strict=True)]
     assert confusion(*pooled, 1).false_positive_rate == pytest.approx(float(CASE["fpr_at_0_05"]), abs=5e-6)
 
 
-def test_thresholds_at_a_false_positive_rate_up_to_the_width_of_a_bin():
+def test_thresholds_at_false_positive_rates_agree_up_to_the_bin_width():
     estimator = ThresholdEstimator()
     estimator.add(CASE["maps"], CASE["brain"], None)
     levels, thresholds = CASE["threshold_at_fpr"].T
@@ -49,13 +49,13 @@ def test_thresholds_at_a_false_positive_rate_up_to_the_width_of_a_bin():
     assert [found["fpr_1pct"], found["fpr_5pct"]] == pytest.approx(thresholds, rel=1.1e-3)
 
 
-def test_even_median_filter():
+def test_median_filter_of_even_size_is_equal():
     ours = [published_median(torch.from_numpy(scores.copy())).numpy() for scores in CASE["maps"]]
     np.testing.assert_array_equal(ours, CASE["median_4"])
 
 
-def test_lesion_wise_counts():
-    """Lesions, those found, and components that touch none; 26-connected."""
+def test_lesion_hits_agree():
+    """Numbers of lesions, detected lesions and false-positive components; 26-connected."""
     threshold = float(CASE["hits_threshold"])
     for (scores, brain, lesion), expected in zip(VOLUMES, CASE["hits"], strict=True):
         hits = count_lesions(label_components((scores > threshold) & brain), lesion)

@@ -1,3 +1,5 @@
+"""Reading of the score tables of a cohort in batches and processes."""
+
 from __future__ import annotations
 
 from dataclasses import fields
@@ -42,7 +44,7 @@ def same(one, other):
     assert one.consistency.warnings() == other.consistency.warnings()
 
 
-def test_processes_do_not_change_a_bit(study):
+def test_read_scores_is_equal_with_several_processes(study):
     seen = []
     alone = read(study, {("sub-02", "T1w"): "blurred"}, progress=seen.append)
     assert seen == [12, 12, 12, 8]
@@ -52,13 +54,13 @@ def test_processes_do_not_change_a_bit(study):
     same(alone, read(study, {("sub-02", "T1w"): "blurred"}, processes=2))
 
 
-def test_parts_add_up_to_all_tables_one_after_the_other(study):
+def test_batches_add_up_to_the_sums_over_all_tables(study):
     found = read(study)
-    people = read_participants(study)
+    participants = read_participants(study)
     whole = {}
     for path in find_metrics_tables(study):
         if path.read_text() != "nothing":
-            unit = read_unit(path, people)
+            unit = read_unit(path, participants)
             key = (unit.detector, unit.modality, unit.cohort)
             whole.setdefault(key, Curves(unit.edges, unit.threshold)).add(unit)
     assert found.curves.keys() == whole.keys()
@@ -71,7 +73,7 @@ def test_parts_add_up_to_all_tables_one_after_the_other(study):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("subject", ["02", "09"])
-def test_a_mixture_of_models_is_refused_in_any_part(study, subject, processes):
+def test_tables_of_different_models_raise_in_any_batch(study, subject, processes):
     Scan(subject, "T1w", "disyre", sha256="f" * 64).write(study)
     with pytest.raises(InputError, match=f"(another model bundle|another threshold).*{'f' * 64}"):
         read(study, processes=processes)

@@ -1,4 +1,4 @@
-"""Parts of a cohort."""
+"""Subgroup means and disparities against SciPy and statsmodels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bids_uad.evaluation.subgroups import (
 
 @pytest.fixture
 def subjects() -> pd.DataFrame:
-    """Sixty healthy and forty lesion scans; men have twice the false positives."""
+    """Simulate 60 healthy and 40 lesion scans; men have twice the false-positive rate of women."""
     rng = np.random.default_rng(0)
     rows = []
     for k in range(100):
@@ -44,15 +44,19 @@ def subjects() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
+def test_compare_subgroups_agrees_with_scipy(subjects: pd.DataFrame) -> None:
     subgroups, disparities = compare_subgroups(subjects, ["sex", "nothing", "scanner"], seed=0)
-    assert set(subgroups["factor"]) == {"sex"}  # one scanner has nothing to be compared with
+    assert set(subgroups["factor"]) == {"sex"}  # a single scanner has no subgroups
     fpr = subgroups[subgroups["outcome"] == "fpr"].set_index("level")
     men, women = (subjects[(subjects["sex"] == sex) & (subjects["role"] == "healthy")]["fpr"] for sex in "MF")
     row = fpr.loc["M"]
     assert row["n_participants"] == 30
     assert row["mean"] == pytest.approx(men.mean())
-    assert row["mean_ci_low"] < men.mean() < row["mean_ci_high"]
+    interval = stats.bootstrap(
+        (men.to_numpy(),), np.mean, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = (row["mean_ci_low"], row["mean_ci_high"])
+    assert found == pytest.approx(tuple(interval), abs=0.1 * (interval.high - interval.low))
     welch = stats.ttest_ind(men, women, equal_var=False).confidence_interval(0.95)
     assert row["difference"] == pytest.approx(men.mean() - women.mean())
     assert (row["difference_ci_low"], row["difference_ci_high"]) == pytest.approx(tuple(welch))
@@ -60,7 +64,7 @@ def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
     assert (gap["highest"], gap["lowest"], gap["n_levels"]) == ("M", "F", 2)
     assert gap["gap"] == pytest.approx(men.mean() - women.mean())
     assert gap["ratio"] == pytest.approx(men.mean() / women.mean())
-    # Of two parts the simultaneous interval is Welch's, and so is the test.
+    # With two subgroups, simultaneous interval and test are those of Welch.
     assert (gap["gap_ci_low"], gap["gap_ci_high"]) == pytest.approx(tuple(welch))
     p = stats.ttest_ind(men, women, equal_var=False).pvalue
     assert row["p"] == pytest.approx(p)
@@ -70,7 +74,7 @@ def test_parts_are_averaged_and_compared(subjects: pd.DataFrame) -> None:
     assert disparities["p_fdr"].to_numpy() == pytest.approx(stats.false_discovery_control(disparities["p"]))
 
 
-def test_hedges_g_by_hand() -> None:
+def test_hedges_g_agrees_with_the_formula() -> None:
     one, other = np.array([3.0, 4.0, 5.0]), np.array([1.0, 2.0, 3.0, 2.0])
     pooled = np.sqrt((2 * 1.0 + 3 * (2 / 3)) / 5)
     g, low, high = hedges_g(one, other)
@@ -80,7 +84,7 @@ def test_hedges_g_by_hand() -> None:
     assert np.isnan(hedges_g(np.ones(3), np.ones(4))).all()
 
 
-def test_ages_are_cut_at_forty_and_sixty(subjects: pd.DataFrame) -> None:
+def test_ages_are_divided_at_40_and_60(subjects: pd.DataFrame) -> None:
     levels = levels_of(subjects, "age")
     ages = subjects["age"].astype(int)
     assert levels[ages == 39].unique().tolist() == ["0 to 39"]
@@ -88,7 +92,7 @@ def test_ages_are_cut_at_forty_and_sixty(subjects: pd.DataFrame) -> None:
     assert levels[ages == 60].unique().tolist() == ["60 and above"]
 
 
-def test_lesions_and_many_numbers_are_cut_at_quartiles_of_images(subjects: pd.DataFrame) -> None:
+def test_lesion_load_and_numeric_columns_are_divided_at_quartiles(subjects: pd.DataFrame) -> None:
     twice = pd.concat([subjects, subjects.assign(detector="other")], ignore_index=True)
     levels = levels_of(twice, "lesion load")
     assert levels.isna().sum() == 120
@@ -112,18 +116,18 @@ def test_levels_of_keeps_numeric_labels_of_scanners_and_sites(subjects: pd.DataF
 
 
 @pytest.mark.parametrize("name", ["weight", "opposite", "EchoTime", "residual"])
-def test_levels_of_cuts_other_columns_of_numbers_at_quartiles(subjects: pd.DataFrame, name: str) -> None:
+def test_levels_of_divides_other_numeric_columns_at_quartiles(subjects: pd.DataFrame, name: str) -> None:
     subjects[name] = [str(101 + k % 12) for k in range(len(subjects))]
     assert set(levels_of(subjects, name)) == {"1st quarter", "2nd quarter", "3rd quarter", "4th quarter"}
 
 
-def test_parts_of_one_or_two_are_not_averaged(subjects: pd.DataFrame) -> None:
+def test_subgroups_of_one_or_two_participants_are_not_listed(subjects: pd.DataFrame) -> None:
     subjects.loc[subjects.index[:2], "sex"] = "X"
     subgroups, _ = compare_subgroups(subjects, ["sex"], seed=0)
     assert set(subgroups["level"]) == {"F", "M"}
 
 
-def test_several_scans_of_one_count_once(subjects: pd.DataFrame) -> None:
+def test_repeated_scans_of_a_participant_are_averaged(subjects: pd.DataFrame) -> None:
     twice = pd.concat([subjects, subjects], ignore_index=True)
     for one, other in zip(
         compare_subgroups(subjects, ["sex"], seed=1), compare_subgroups(twice, ["sex"], seed=1), strict=True
@@ -131,17 +135,17 @@ def test_several_scans_of_one_count_once(subjects: pd.DataFrame) -> None:
         pd.testing.assert_frame_equal(one, other)
 
 
-def apart(*groups: np.ndarray) -> pd.DataFrame:
-    """Arrange groups of different participants as a table of participants and groups."""
+def independent_groups(*groups: np.ndarray) -> pd.DataFrame:
+    """Return a table of participants (rows) and groups (columns) without shared participants."""
     owner = np.repeat(np.arange(len(groups)), [len(values) for values in groups])
     table = np.full((len(owner), len(groups)), np.nan)
     table[np.arange(len(owner)), owner] = np.concatenate(groups)
     return pd.DataFrame(table, columns=[f"part {k}" for k in range(len(groups))])
 
 
-def test_pairwise_intervals_are_those_of_games_and_howell_in_statsmodels() -> None:
+def test_pairwise_intervals_agree_with_games_and_howell_of_statsmodels() -> None:
     rng = np.random.default_rng(3)
-    values = apart(*(rng.normal(k / 4, 1 + k / 2, 7 + 5 * k) for k in range(5)))
+    values = independent_groups(*(rng.normal(k / 4, 1 + k / 2, 7 + 5 * k) for k in range(5)))
     pairs = pairwise_differences(values)
     long = values.stack().dropna()
     reference = pairwise_tukeyhsd(long.to_numpy(), long.index.get_level_values(1), use_var="unequal")
@@ -151,7 +155,7 @@ def test_pairwise_intervals_are_those_of_games_and_howell_in_statsmodels() -> No
     np.testing.assert_allclose(intervals, -reference.confint[:, ::-1], rtol=2e-3, atol=1e-3)
 
 
-def test_groups_of_the_same_participants_are_compared_as_pairs() -> None:
+def test_groups_of_the_same_participants_agree_with_the_paired_t_test() -> None:
     rng = np.random.default_rng(4)
     one = rng.normal(size=12)
     both = pd.DataFrame({"one": one, "other": one + rng.normal(0.2, 0.3, 12)})
@@ -162,7 +166,7 @@ def test_groups_of_the_same_participants_are_compared_as_pairs() -> None:
     assert equal_means_p(both, pairwise_differences(both)) == pytest.approx(paired.pvalue, rel=1e-3)
 
 
-def test_partly_shared_groups_by_the_formula_of_derrick() -> None:
+def test_partly_shared_groups_agree_with_the_formula_of_derrick() -> None:
     rng = np.random.default_rng(5)
     values = pd.DataFrame(rng.normal(size=(20, 2)), columns=["one", "other"])
     values["other"] += values["one"]
@@ -181,17 +185,20 @@ def test_partly_shared_groups_by_the_formula_of_derrick() -> None:
     assert pair["ci_high"] - pair["difference"] == pytest.approx(stats.t.ppf(0.975, df) * error)
 
 
-def test_groups_that_do_not_vary_have_no_interval() -> None:
-    values = apart(np.zeros(6), np.ones(7), np.arange(8.0))
+def test_constant_groups_have_no_interval() -> None:
+    values = independent_groups(np.zeros(6), np.ones(7), np.arange(8.0))
     pairs = pairwise_differences(values).set_index(["a", "b"])
     assert np.isnan(pairs.loc[("part 0", "part 1"), "ci_low"])
     low, high = pairs.loc[("part 0", "part 2"), ["ci_low", "ci_high"]]
-    assert low < -3.5 < high
-    same = apart(np.zeros(6), np.zeros(7))
+    # Welch with a variance of zero in one group: 7 degrees of freedom, three groups.
+    error = np.arange(8.0).std(ddof=1) / np.sqrt(8)
+    margin = stats.studentized_range.ppf(0.95, 3, 7) * error / np.sqrt(2)
+    assert (low, high) == pytest.approx((-3.5 - margin, -3.5 + margin), abs=0.005)
+    same = independent_groups(np.zeros(6), np.zeros(7))
     assert np.isnan(equal_means_p(same, pairwise_differences(same)))
 
 
-def test_a_participant_on_several_scanners_is_one_in_each_comparison(subjects: pd.DataFrame) -> None:
+def test_participants_on_several_scanners_are_paired(subjects: pd.DataFrame) -> None:
     healthy = subjects[subjects["role"] == "healthy"].reset_index(drop=True)
     travelled = pd.concat(
         [healthy, healthy.iloc[:20].assign(scanner="B"), healthy.iloc[:20].assign(scanner="C")]
@@ -203,11 +210,11 @@ def test_a_participant_on_several_scanners_is_one_in_each_comparison(subjects: p
     gap = disparities.iloc[0]
     assert (gap["n_levels"], gap["n_participants"], gap["n_shared"]) == (3, 60, 20)
     row = subgroups.set_index("level").loc["C"]
-    # The others of C are all participants of A, whose scans on A and B are averaged.
+    # All participants were scanned on A; their scans on A and B are averaged.
     others = healthy["fpr"]
     assert row["difference"] == pytest.approx(row["mean"] - others.mean())
     assert np.isnan(row["hedges_g_ci_low"])
-    # Pairs of scans of the same participants differ by the change alone.
+    # The standard error is that of the paired differences.
     pairs = travelled[travelled["scanner"] == "C"]["fpr"].to_numpy() - healthy["fpr"][:20].to_numpy()
     means = {
         name: travelled[travelled["scanner"] == name].set_index("participant_id")["fpr"] for name in "BC"
@@ -216,12 +223,12 @@ def test_a_participant_on_several_scanners_is_one_in_each_comparison(subjects: p
     assert pair["error"] == pytest.approx(pairs.std(ddof=1) / np.sqrt(20), rel=0.05)
 
 
-def test_gap_of_eight_equal_scanners_seldom_excludes_zero() -> None:
+def test_type_1_error_of_the_gap_of_eight_scanners() -> None:
     rng = np.random.default_rng(6)
     n, excluded = 60, 0
     for _ in range(n):
-        people = {"participant_id": [f"sub-{k}" for k in range(96)], "detector": "made", "modality": "T1w"}
-        table = pd.DataFrame(people | {"role": "healthy", "scanner": list("ABCDEFGH") * 12})
+        scans = {"participant_id": [f"sub-{k}" for k in range(96)], "detector": "made", "modality": "T1w"}
+        table = pd.DataFrame(scans | {"role": "healthy", "scanner": list("ABCDEFGH") * 12})
         table = table.assign(fpr=rng.normal(0.02, 0.004, 96), dice=np.nan, sensitivity=np.nan)
         gap = compare_subgroups(table, ["scanner"], seed=0)[1].iloc[0]
         excluded += gap["gap_ci_low"] > 0
@@ -239,7 +246,7 @@ SIZES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 4, 8, 12])
 @pytest.mark.parametrize("case", [*SIZES, "participants in several parts"])
-def test_gaps_without_differences_hold_in_95_percent(case: str, k: int) -> None:
+def test_simultaneous_intervals_cover_95_percent(case: str, k: int) -> None:
     rng = np.random.default_rng([k, len(case)])
     covered = rejected = gaps = 0
     n_cohorts = 500
@@ -247,7 +254,7 @@ def test_gaps_without_differences_hold_in_95_percent(case: str, k: int) -> None:
         if case in SIZES:
             sizes, deviations = SIZES[case](k)
             parts = [rng.normal(0.3, s, n) for n, s in zip(sizes, deviations, strict=True)]
-            values = apart(*parts)
+            values = independent_groups(*parts)
         else:  # 8 participants of each part alone, 16 in half of the parts each, at a correlation of 0.7
             every = rng.normal(size=(8 * k + 16, 1)) * np.sqrt(0.7)
             every = every + rng.normal(size=(8 * k + 16, k)) * np.sqrt(0.3)

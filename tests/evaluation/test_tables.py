@@ -1,3 +1,5 @@
+"""Reading of the score tables of one image and detector."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,10 +11,10 @@ from bids_uad.evaluation.tables import find_metrics_tables, read_unit
 from bids_uad.levels.participant.postprocess import histogram_table, metrics_row
 from tests.evaluation.fake_tables import EDGES, Scan, write_participants
 
-NOBODY = read_participants()
+NO_PARTICIPANTS = read_participants()
 
 
-def test_reads_back_what_was_written(tmp_path):
+def test_read_unit_returns_the_written_values(tmp_path):
     lesion = np.arange(len(EDGES))
     path = Scan("01", "T2w", "patchcore", session="b", n_lesion=lesion).write(tmp_path)
     write_participants(tmp_path, [{"participant_id": "sub-01", "group": "MS", "pathology": "MS"}])
@@ -28,18 +30,18 @@ def test_reads_back_what_was_written(tmp_path):
     assert unit.lesion_volume_mm3 == lesion.sum()
 
 
-def test_no_mask_is_missing_and_not_empty(tmp_path):
-    bare = read_unit(Scan("01").write(tmp_path), NOBODY)
+def test_missing_and_empty_lesion_masks_differ(tmp_path):
+    bare = read_unit(Scan("01").write(tmp_path), NO_PARTICIPANTS)
     assert bare.n_lesion is None
     assert not bare.has_lesion_mask
     assert bare.healthy is None
     assert np.isnan([bare.lesion_volume_mm3, bare.n_lesions, bare.n_false_components]).all()
-    empty = read_unit(Scan("02", n_lesion=EDGES.astype(int) * 0).write(tmp_path), NOBODY)
+    empty = read_unit(Scan("02", n_lesion=EDGES.astype(int) * 0).write(tmp_path), NO_PARTICIPANTS)
     assert empty.has_lesion_mask
     assert empty.n_lesion.sum() == 0
 
 
-def test_finds_sessions_entities_and_only_those_asked_for(tmp_path):
+def test_find_metrics_tables_skips_hidden_files_and_other_participants(tmp_path):
     Scan("01").write(tmp_path)
     path = Scan("02", session="1").write(tmp_path)
     hidden = path.with_name(f".0a0b0c0d.{path.name}")
@@ -57,11 +59,11 @@ def test_finds_sessions_entities_and_only_those_asked_for(tmp_path):
         ("\tunseen\t401.0\t", "\tunseen\tinf\t", "brain_volume_mm3 is inf, not a finite number"),
     ],
 )
-def test_damaged_metrics_are_refused(tmp_path, old, new, problem):
+def test_damaged_metrics_table_raises(tmp_path, old, new, problem):
     path = Scan("01").write(tmp_path)
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match=problem):
-        read_unit(path, NOBODY)
+        read_unit(path, NO_PARTICIPANTS)
 
 
 @pytest.mark.parametrize(
@@ -76,23 +78,23 @@ def test_damaged_metrics_are_refused(tmp_path, old, new, problem):
         (lambda text: "", "no column score_lower"),
     ],
 )
-def test_damaged_histograms_are_refused(tmp_path, damage, problem):
+def test_damaged_histogram_raises(tmp_path, damage, problem):
     path = Scan("01").write(tmp_path)
     histogram = path.with_name(path.name.replace("metrics", "histogram"))
     histogram.write_text(damage(histogram.read_text()))
     with pytest.raises(InputError, match=problem) as caught:
-        read_unit(path, NOBODY)
+        read_unit(path, NO_PARTICIPANTS)
     assert caught.value.path == str(histogram)
 
 
-def test_a_missing_histogram_is_named(tmp_path):
+def test_missing_histogram_raises(tmp_path):
     path = Scan("01").write(tmp_path)
     path.with_name(path.name.replace("metrics", "histogram")).unlink()
     with pytest.raises(InputError, match=r"_histogram\.tsv: is missing"):
-        read_unit(path, NOBODY)
+        read_unit(path, NO_PARTICIPANTS)
 
 
-def test_reads_the_tables_of_the_participant_level(tmp_path):
+def test_read_unit_reads_the_tables_of_the_participant_level(tmp_path):
     from bids_uad.files import write_tsv
 
     edges = np.array([0, 0.1, 0.30000000000000004, np.inf])
@@ -117,7 +119,7 @@ def test_reads_the_tables_of_the_participant_level(tmp_path):
     counts = np.array([40, 5, 3]), np.array([1, 2, 13])
     table = histogram_table(edges, *counts)
     write_tsv(path.with_name(path.name.replace("metrics", "histogram")), table)
-    unit = read_unit(path, NOBODY)
+    unit = read_unit(path, NO_PARTICIPANTS)
     np.testing.assert_array_equal(unit.edges, edges[:-1])
     np.testing.assert_array_equal(unit.n_lesion, counts[1])
     assert unit.threshold == unit.edges[2]

@@ -1,4 +1,4 @@
-"""Thresholds that travel between cohorts."""
+"""Threshold transfer between cohorts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def curves(mean_dice: list[float], n: int = 2) -> Curves:
     return made
 
 
-def test_every_threshold_meets_every_cohort() -> None:
+def test_each_threshold_is_applied_to_each_cohort() -> None:
     table = transfer_thresholds(
         {
             ("made", "T1w", "stroke"): curves([0.1, 0.2, 0.5, 0.3]),

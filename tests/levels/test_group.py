@@ -476,7 +476,7 @@ def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
     for k in range(9):
         seen = ("seen", "unseen", None)[k // 3]
         counts = beta_counts(np.random.default_rng(k), 20_000, 1.1, 14 if seen == "seen" else 8)
-        Scan(f"{k}", n_nonlesion=counts, seen=seen).write(tmp_path / "out")
+        Scan(f"{k}", n_nonlesion=counts, scanner_seen=seen).write(tmp_path / "out")
         rows.append({"participant_id": f"sub-{k}", "group": "control"})
     write_participants(tmp_path / "raw", rows)
     assert group(tmp_path)[0] == 0
