@@ -119,8 +119,8 @@ def _paragraph(pathway: Pathway) -> str:
     )
     registered = _to_anchor(pathway) if pathway.anchor else _to_reference(pathway)
     scaled = (
-        "They were resampled once, with linear interpolation to the SRI24 grid (240 x 240 x 155 voxels of "
-        "1 mm), divided by the 99.5th percentile of the intensities in the brain, and set to 0 outside."
+        "The images were resampled once, with linear interpolation to the SRI24 grid (240 x 240 x 155 voxels "
+        "of 1 mm), divided by the 99.5th percentile of the intensities in the brain, and set to 0 outside."
     )
     masked = [MP2RAGE_DESCRIPTION.strip()] if pathway.mp2rage else []
     return " ".join([*masked, _brain_mask(pathway), corrected, registered, scaled])

@@ -196,8 +196,11 @@ def test_colour_scale_without_findings_is_transparent():
     assert scale.high == pytest.approx(1.5)
     palette = scale.palette()
     assert palette[0, 3] == 0
-    assert palette[scale.indices(np.array([1.0]))[0], 3] > 200
-    assert palette[scale.indices(np.array([0.1]))[0], 3] < 40
+    assert palette[scale.indices(np.array([1.0]))[0], 3] == round(0.85 * 255)  # full opacity at the threshold
+    # Linear between the 90th percentile (0.09), with an opacity of 0.08, and the threshold.
+    assert palette[scale.indices(np.array([0.1]))[0], 3] == pytest.approx(
+        (0.08 + 0.77 * 0.01 / 0.91) * 255, abs=1
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
