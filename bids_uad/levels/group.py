@@ -1,4 +1,4 @@
-"""The group level: benchmark tables and report from what the participant level left."""
+"""Group level: benchmark tables, analyses and report from the score tables of the participant level."""
 
 from __future__ import annotations
 
@@ -46,18 +46,15 @@ LOGGER = logging.getLogger(__name__)
 PARTICIPANTS_DESCRIPTION = "Participants of the source dataset and of this one"
 
 
-# The matrices are small: threads would wait for each other more than they work.
-@threadpool_limits.wrap(limits=1)
+@threadpool_limits.wrap(limits=1)  # the matrices are small: threads cost more than they save
 def run_group(config: RunConfig, console: Console | None = None) -> int:
     """Write the benchmark and the group report of a cohort.
 
-    Reads the score tables below `config.output_dir`, and participants.tsv and sessions.tsv of `bids_dir`,
-    where `subgroups` asks for it also scans.tsv and sidecars. Tables that this level wrote are not read.
-    Writes `group_benchmark`, `group_subjects`, `group_comparison`, `group_subgroups`, `group_disparities`,
-    `group_thresholds`, `group_lesions`, `group_missed`, `group_bias`, `group_deviations` and `participants`
-    (each .tsv and .json), `sub-*_sessions.tsv` where participants differ between sessions, `group.html`,
-    `group/figures` and `logs/CITATION_group`; with `experiments` also `group_experiments`. A few scans
-    are read for pictures, where they are there.
+    Reads the score tables below `config.output_dir`, participants.tsv and sessions.tsv of `bids_dir`, and
+    where `subgroups` requests it scans.tsv and sidecars. Writes `group_benchmark`, `group_subjects`, the
+    tables of the analyses, `group_experiments` if there are experiments, and `participants` (each .tsv and
+    .json), `sub-*_sessions.tsv` where participants differ between sessions, `group.html`, `group/figures` and
+    `logs/CITATION_group`. A few scans are read for figures, if they exist.
 
     Parameters
     ----------
@@ -65,18 +62,18 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         `bids_dir`, `output_dir`, `participants`, `experiments`, `cohort`, `subgroups`, `nprocs` and
         `random_seed` are used.
     console : rich.console.Console, optional
-        Where the benchmark is printed; the terminal by default.
+        Console to print the benchmark to; by default the terminal.
 
     Returns
     -------
     int
-        0; 1 when a score table could not be read (the others are evaluated); 66 without any table.
+        Exit code: 0; 1 if a score table could not be read (the others are evaluated); 66 if there is none.
 
     Raises
     ------
     InputError
-        If there is no `bids_dir`, participants.tsv is damaged or lacks the column for cohorts, another file
-        that was asked for is damaged, or the tables of one detector and modality come from different models.
+        If `bids_dir` does not exist, participants.tsv is damaged or lacks the column of the cohorts, another
+        requested file is damaged, or the tables of one detector and modality are of different models.
     """
     console = console or Console(markup=False)
     output_dir = Path(config.output_dir)
@@ -86,19 +83,16 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
     only = frozenset(f"sub-{label}" for label in config.participants)
     for folder in (output_dir, output_dir / "logs", output_dir / "group" / "figures"):
         remove_unfinished(folder)
-    paths = find_metrics_tables(output_dir, only)
+    found = find_metrics_tables(output_dir, only)
+    paths, left_out = current_tables(output_dir, found, config.bids_dir, participants)
     if not paths:
-        LOGGER.error(
-            "%s: no score tables (sub-*/**/*_metrics.tsv); run the participant level first",
-            output_dir,
-        )
-        return ExitCode.NO_INPUT
-
-    paths, left_out = current_tables(output_dir, paths, config.bids_dir, participants)
-    if left_out:
-        LOGGER.warning(left_out)
-    if not paths:
-        LOGGER.error("%s: no score table is up to date; run the participant level again", output_dir)
+        if left_out:
+            LOGGER.warning(left_out)
+        if found:
+            problem = "no score table is up to date; run the participant level again"
+        else:
+            problem = "no score tables (sub-*/**/*_metrics.tsv); run the participant level first"
+        LOGGER.error("%s: %s", output_dir, problem)
         return ExitCode.NO_INPUT
 
     with Progress(console=console, transient=True) as progress:
@@ -112,46 +106,42 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
             processes=config.nprocs,
             progress=lambda read: progress.advance(task, read),
         )
-
-    write_participants(output_dir, participants, subject_folders(output_dir), PARTICIPANTS_DESCRIPTION)
     subjects, subject_columns = add_participant_columns(evaluation.subjects, participants)
     subgroups = tuple(dict.fromkeys(map(participants.column, config.subgroups)))
-    asked = () if config.subgroups == DEFAULT_SUBGROUPS else subgroups
+    requested = () if config.subgroups == DEFAULT_SUBGROUPS else subgroups
     subjects, subject_columns = add_image_columns(
-        subjects, subject_columns, asked, config.bids_dir, participants
+        subjects, subject_columns, requested, config.bids_dir, participants
     )
-    what = "Numbers of each image and detector"
-    _write_table(output_dir, "group_subjects", subjects, what, subject_columns)
-    what = "Benchmark of each detector, modality and cohort; not for clinical use"
-    _write_table(output_dir, "group_benchmark", evaluation.benchmark, what, BENCHMARK_COLUMNS)
-    origins = read_model_provenance(output_dir, evaluation.subjects)
     analyses = analyse(
-        subjects,
-        evaluation.cohort_curves,
-        subgroups,
-        seed=config.random_seed,
-        lesions=evaluation.lesions,
+        subjects, evaluation.cohort_curves, subgroups, seed=config.random_seed, lesions=evaluation.lesions
     )
-    useless = _useless(asked, subjects, analyses.subgroups["factor"])
-    outdated = [left_out] if left_out else []
-    warnings = [*outdated, *participants.notes, *evaluation.warnings, *useless]
-    evaluation = replace(evaluation, warnings=warnings)
-    for name, (table, what, columns) in analyses.tables.items():
-        _write_table(output_dir, f"group_{name}", table, what, columns)
-    experiments = _experiments(config, participants, evaluation, origins)
-    if experiments is None:
-        for suffix in ("tsv", "json"):  # of an earlier run
-            (output_dir / f"group_experiments.{suffix}").unlink(missing_ok=True)
-    else:
-        what = "Models that differ from those of these outputs, on the same images"
-        _write_table(output_dir, "group_experiments", experiments, what, EXPERIMENT_COLUMNS)
+    unused = _unused_subgroups(requested, subjects, analyses.subgroups["factor"])
+    warnings = [*filter(None, [left_out]), *participants.notes, *evaluation.warnings, *unused]
+    evaluation = replace(evaluation, warnings=list(dict.fromkeys(warnings)))
+    provenance = read_model_provenance(output_dir, evaluation.subjects)
+    experiments = _compare_experiments(config, participants, evaluation, provenance)
+
+    write_participants(output_dir, participants, subject_folders(output_dir), PARTICIPANTS_DESCRIPTION)
+    tables = {
+        "subjects": (subjects, "Numbers of each image and detector", subject_columns),
+        "benchmark": (
+            evaluation.benchmark,
+            "Benchmark of each detector, modality and cohort; not for clinical use",
+            BENCHMARK_COLUMNS,
+        ),
+        **analyses.tables,
+    }
+    if experiments is not None:
+        description = "Models that differ from those of these outputs, on the same images"
+        tables["experiments"] = (experiments, description, EXPERIMENT_COLUMNS)
+    _write_tables(output_dir, tables)
     methods = group_methods_text(evaluation, analyses, experiments, seed=config.random_seed)
     write_citation(output_dir, methods, "CITATION_group")
-    provenance = Provenance(_command(config), _date(config), origins)
-    report = write_group_report(output_dir, evaluation, analyses, participants, provenance, experiments)
+    run = Provenance(_command(config), _date(config), provenance)
+    report = write_group_report(output_dir, evaluation, analyses, participants, run, experiments)
 
     console.print(benchmark_table(evaluation.benchmark))
-    for text in (*evaluation.unreadable, *evaluation.warnings[len(outdated) :]):
+    for text in (*evaluation.unreadable, *evaluation.warnings):
         LOGGER.warning(text)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return ExitCode.FAILED if evaluation.unreadable else ExitCode.OK
@@ -166,39 +156,39 @@ def _read_participants(config: RunConfig) -> Participants:
         If there is no such folder, or only the output folder has a participants.tsv, which this level did not
         write.
     """
-    remedy = "give the raw dataset, or a folder with copies of its participants.tsv, .json and sessions.tsv"
+    remedy = "use the raw dataset, or a folder with copies of its participants.tsv, .json and sessions.tsv"
     if not config.bids_dir.is_dir():
         raise InputError(config.bids_dir, "no such folder", remedy)
     own = config.output_dir / "participants.tsv"
     written = read_json(own.with_suffix(".json")).get("Description") == PARTICIPANTS_DESCRIPTION
     if own.is_file() and not written and not (config.bids_dir / own.name).exists():
-        raise InputError(own, "not written by the group level, which reads BIDS_DIR only", remedy)
+        raise InputError(own, "not written by the group level, which reads only that of BIDS_DIR", remedy)
     return read_participants(config.bids_dir, subject_folders(config.output_dir))
 
 
-def _experiments(
+def _compare_experiments(
     config: RunConfig,
     participants: Participants,
     evaluation: Evaluation,
-    origins: dict[tuple[str, str], ModelProvenance],
+    provenance: dict[tuple[str, str], ModelProvenance],
 ) -> pd.DataFrame | None:
-    """Compare other models with those of these outputs; None if there are none to compare with.
+    """Compare the outputs of other models with these; return None if there are no experiments.
 
     Raises
     ------
     ConfigError
-        If one is called as these outputs are.
+        If an experiment has the name of these outputs.
     InputError
-        If an output of another model has no score tables.
+        If an experiment has no score tables.
     """
     if not config.experiments:
         return None
     if REFERENCE in config.experiments:
         raise ConfigError(
-            f"--experiments {REFERENCE}=...: that is what these outputs are called; name it apart"
+            f"--experiments {REFERENCE}=...: '{REFERENCE}' is the name of these outputs; choose another name"
         )
     only = frozenset(f"sub-{label}" for label in config.participants)
-    variants = [Variant(REFERENCE, evaluation.subjects, origins)]
+    variants = [Variant(REFERENCE, evaluation.subjects, provenance)]
     for name, folder in config.experiments.items():
         paths = find_metrics_tables(folder, only)
         paths, left_out = current_tables(folder, paths, config.bids_dir, participants)
@@ -206,17 +196,17 @@ def _experiments(
             LOGGER.warning("%s: %s", name, left_out)
         if not paths:
             raise InputError(folder, "no score tables (sub-*/**/*_metrics.tsv)", "run the participant level")
-        found = evaluate(
+        other = evaluate(
             folder, paths, participants, seed=config.random_seed, only=only, processes=config.nprocs
         )
-        for text in found.unreadable:
+        for text in other.unreadable:
             LOGGER.warning("%s: %s", name, text)
-        variants.append(Variant(name, found.subjects, read_model_provenance(folder, found.subjects)))
+        variants.append(Variant(name, other.subjects, read_model_provenance(folder, other.subjects)))
     return compare_variants(variants, seed=config.random_seed)
 
 
 def _command(config: RunConfig) -> tuple[str, ...]:
-    """Write the command line that asks for the same page."""
+    """Return the command line that writes the same report."""
     command = ["bids_uad", str(config.bids_dir), str(config.output_dir), "group"]
     if config.participants:
         command += ["--participant-label", *config.participants]
@@ -232,30 +222,32 @@ def _command(config: RunConfig) -> tuple[str, ...]:
 
 
 def _date(config: RunConfig) -> str:
-    """Read the day from the name of the run."""
+    """Return the date of the run, from its identifier."""
     day = config.run_id[:8]
     return f"{day[:4]}-{day[4:6]}-{day[6:]}"
 
 
-def _useless(asked: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> list[str]:
-    """Say which subgroup variables that were requested divide nothing, and why."""
+def _unused_subgroups(requested: Sequence[str], subjects: pd.DataFrame, used: pd.Series) -> list[str]:
+    """List the requested subgroup columns that are not used, with the reason."""
     lines = []
-    for factor in asked:
-        if factor not in subjects and factor != LESION_LOAD:
+    for column in requested:
+        if column not in subjects and column != LESION_LOAD:
             lines.append(
-                f"--subgroups {factor}: no such column in participants.tsv, sessions.tsv or scans.tsv, and "
+                f"--subgroups {column}: no such column in participants.tsv, sessions.tsv or scans.tsv, and "
                 "no such field in the sidecars of the raw images."
             )
-        elif factor not in set(used):
+        elif column not in set(used):
             lines.append(
-                f"--subgroups {factor}: no two parts of the cohort have {MIN_PARTICIPANTS} participants each."
+                f"--subgroups {column}: fewer than two subgroups of {MIN_PARTICIPANTS} participants."
             )
     return lines
 
 
-def _write_table(
-    output_dir: Path, name: str, table: pd.DataFrame, description: str, columns: dict[str, Any]
-) -> None:
-    """Write a table and its sidecar: what it is, and what each column is."""
-    write_tsv(output_dir / f"{name}.tsv", table)
-    write_json(output_dir / f"{name}.json", {"Description": description, **columns})
+def _write_tables(output_dir: Path, tables: dict[str, tuple[pd.DataFrame, str, dict[str, Any]]]) -> None:
+    """Write tables and their data dictionaries; remove the table of experiments of an earlier run."""
+    if "experiments" not in tables:
+        for suffix in ("tsv", "json"):
+            (output_dir / f"group_experiments.{suffix}").unlink(missing_ok=True)
+    for name, (table, description, columns) in tables.items():
+        write_tsv(output_dir / f"group_{name}.tsv", table)
+        write_json(output_dir / f"group_{name}.json", {"Description": description, **columns})

@@ -94,7 +94,7 @@ def test_without_a_raw_dataset_nothing_is_written(study):
     before = contents(study / "out")
     shutil.rmtree(study / "raw")
     with pytest.raises(
-        InputError, match=r"raw: no such folder; give the raw dataset, or a folder with copies"
+        InputError, match=r"raw: no such folder; use the raw dataset, or a folder with copies"
     ):
         run_group(options)
     assert contents(study / "out") == before
@@ -467,7 +467,7 @@ def test_strata_come_from_scans_and_sidecars_too(study, caplog):
     columns = json.loads((study / "out" / "group_subjects.json").read_text())
     assert "sidecar of the raw image" in columns["Manufacturer"]["Description"]
     assert "--subgroups shoe size: no such column" in caplog.text
-    assert "--subgroups Only: no two parts" in caplog.text
+    assert "--subgroups Only: fewer than two subgroups" in caplog.text
     assert "--subgroups shoe size: no such column" in (study / "out" / "group.html").read_text()
 
 

@@ -97,8 +97,8 @@ def change_age(study: Path, age: str) -> None:
             id="older form",
         ),
         pytest.param(forget_a_model, {"01 T1wDisyre"}, "not listed", id="one model withdrawn"),
-        pytest.param(lambda study: raw(study).unlink(), OF_T1W, "not in BIDS_DIR", id="image removed"),
-        pytest.param(rename_session, OF_T1W, "not in BIDS_DIR", id="image renamed"),
+        pytest.param(lambda study: raw(study).unlink(), OF_T1W, "no longer in BIDS_DIR", id="image removed"),
+        pytest.param(rename_session, OF_T1W, "no longer in BIDS_DIR", id="image renamed"),
         pytest.param(
             lambda study: raw(study).write_bytes(bytes(9)), OF_T1W, "have changed", id="image changed"
         ),
@@ -109,7 +109,7 @@ def change_age(study: Path, age: str) -> None:
         pytest.param(lambda study: change_age(study, "n/a"), set(), "", id="age not given here"),
     ],
 )
-def test_what_holds_no_longer_is_left_out_and_said_in_one_line(study, change, left_out, reason):
+def test_outdated_tables_are_left_out_with_the_reason_in_one_line(study, change, left_out, reason):
     change(study)
     current, message = tables(study)
     assert current == ALL - left_out
@@ -120,7 +120,7 @@ def test_what_holds_no_longer_is_left_out_and_said_in_one_line(study, change, le
         assert f"sub-{name[:2]}_space-SRI24_desc-{name[3:]}_metrics.tsv" in message
 
 
-def test_names_are_cut_short(tmp_path):
+def test_message_truncates_names(tmp_path):
     for number in range(20):
         Scan(f"{number:02d}").write(tmp_path / "out")
         (tmp_path / "out" / f"sub-{number:02d}" / "log" / f"sub-{number:02d}_T1w.json").unlink()
@@ -130,7 +130,7 @@ def test_names_are_cut_short(tmp_path):
     assert len(message) < 500
 
 
-def test_a_copied_table_is_not_taken_for_another_image(study):
+def test_tables_without_a_record_are_left_out_and_kept(study):
     """Files that the participant level did not write are left alone, and not read."""
     table = next(iter((study / "out").rglob("sub-02*T2wDisyre_metrics.tsv")))
     copy = table.with_name(table.name.replace("T2wDisyre", "T2wPatchcore"))
@@ -141,7 +141,7 @@ def test_a_copied_table_is_not_taken_for_another_image(study):
     assert copy.exists()
 
 
-def test_the_group_level_says_it_once_and_goes_on(study, caplog):
+def test_group_logs_left_out_tables_once_and_evaluates_the_others(study, caplog):
     raw(study).unlink()
     assert group(study)[0] == 0
     lines = [line for line in caplog.text.splitlines() if "left out: 2 of images" in line]
@@ -151,7 +151,7 @@ def test_the_group_level_says_it_once_and_goes_on(study, caplog):
     assert len(subjects) == 3
 
 
-def test_without_any_table_that_holds_there_is_no_input(study, caplog):
+def test_group_without_current_tables_returns_no_input(study, caplog):
     for path in (study / "out").rglob("log/*.json"):
         path.unlink()
     assert group(study)[0] == 66
