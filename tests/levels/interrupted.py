@@ -209,7 +209,7 @@ def stand_ins(reference) -> Iterator[None]:
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(plugin, "START_METHOD", "fork")
         patch.setattr(reporting, "START_METHOD", "fork")
-        patch.setitem(DETECTORS, "toy", Entry("tests.engine.learn_together", "Toy", "Toy", "#000000"))
+        patch.setitem(DETECTORS, "toy", Entry("tests.training.train_toy", "Toy", "Toy", "#000000"))
         sha256_of.cache_clear()
         yield
 

@@ -1,4 +1,4 @@
-"""ANDi and partial diffusion against their closed forms and literal loops."""
+"""ANDi and partial diffusion against closed forms and literal loops."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_score_is_the_geometric_mean_of_the_literal_differences(slices):
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
 
 
-def test_one_exact_pixel_does_not_silence_the_others(slices):
-    """A background of exactly -1 restored as -1 has residual 0; the floor keeps the score finite."""
+def test_residual_floor_keeps_scores_of_exactly_restored_pixels_finite(slices):
+    """A background of -1 that is restored as -1 has residual 0."""
     x, brain = slices
     for floor, silenced in ((0.0, True), (1e-8, False)):
         detector = ANDi(ANDiHyper(network=TINY, stride=50, residual_floor=floor))
@@ -92,7 +92,7 @@ def test_one_exact_pixel_does_not_silence_the_others(slices):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("discount", [0.0, 0.8])
-def test_partial_diffusion_restores_what_a_perfect_network_knows(slices, steps, discount):
+def test_partial_diffusion_with_a_perfect_network_restores_its_image(slices, steps, discount):
     x, brain = slices
     healthy = 0.5 * x
     hyper = PartialDiffusionHyper(network=TINY, denoising_steps=steps, discount=discount)
@@ -116,7 +116,7 @@ def test_partial_diffusion_restores_what_a_perfect_network_knows(slices, steps, 
         (PartialDiffusion, PartialDiffusionHyper(network=TINY, denoising_steps=2, discount=0.9)),
     ],
 )
-def test_map_does_not_depend_on_the_company(slices, kind, hyper):
+def test_map_does_not_depend_on_the_batch(slices, kind, hyper):
     detector = trained_looking(kind, hyper)
     x, brain = slices
     with torch.no_grad():
@@ -129,8 +129,8 @@ def test_map_does_not_depend_on_the_company(slices, kind, hyper):
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_untrained_loss_is_that_of_no_velocity(slices, published):
-    """With v = 0 the implied noise is sigma z."""
+def test_loss_of_an_untrained_network_is_that_of_velocity_zero(slices, published):
+    """With v = 0, the predicted noise is sigma z."""
     detector = ANDi(replace(ANDi.presets["lite"], network=TINY, published_noise=published))
     loss = detector.loss(Batch(*slices), torch.Generator().manual_seed(0))
     again = torch.Generator().manual_seed(0)

@@ -1,15 +1,23 @@
-"""Disyre against its closed forms and a literal sliding window."""
+"""Disyre against closed forms and a literal sliding window."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from bids_uad.methods import disyre
 from bids_uad.methods.base import Batch
-from bids_uad.methods.disyre import Disyre, DisyreHyper, severity_table
+from bids_uad.methods.disyre import (
+    Disyre,
+    DisyreHyper,
+    intensity_centres,
+    severity_table,
+    window_starts,
+    window_weight,
+)
 from bids_uad.networks.ddpmpp import DDPMppConfig
 
 TINY = DisyreHyper(
@@ -27,7 +35,7 @@ TINY = DisyreHyper(
 )
 
 
-def trained_looking(hyper=TINY):
+def with_random_output(hyper=TINY):
     torch.manual_seed(0)
     detector = Disyre(hyper).eval()
     torch.nn.init.normal_(detector.network.leave.weight, std=0.1)
@@ -49,13 +57,13 @@ def test_severity_table_is_the_published_one():
         assert float(table[label]) == pytest.approx(severity, abs=5e-5)
 
 
-def test_label_falls_as_severity_grows():
-    labels = trained_looking().severity_label(torch.tensor([1.0, 0.7266, 0.2724, 0.0]))
+def test_severity_label_decreases_with_severity():
+    labels = with_random_output().severity_label(torch.tensor([1.0, 0.7266, 0.2724, 0.0]))
     assert labels.tolist() == [0, 24, 49, 99]
 
 
 def test_score_is_the_mean_change_over_windows_and_labels(slices):
-    detector = trained_looking()
+    detector = with_random_output()
     x, brain = slices
     with torch.no_grad():
         ours = detector.score(x, brain, [])
@@ -79,22 +87,22 @@ def test_score_is_the_mean_change_over_windows_and_labels(slices):
             torch.testing.assert_close(ours[index, 0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_an_untrained_network_of_changes_is_the_identity():
+def test_an_untrained_network_with_predict_residual_is_the_identity():
     detector = Disyre(replace(TINY, predict_residual=True)).eval()
     x = torch.rand(1, 1, 64, 64)
     assert torch.equal(detector.restore(x, torch.tensor([24])), x)
 
 
-def test_published_weighting_scales_by_the_brains_share(slices):
+def test_foreground_weighting_multiplies_by_the_fraction_of_brain(slices):
     x, brain = slices
-    plain, weighted = trained_looking(), trained_looking(replace(TINY, foreground_weighting=True))
+    plain, weighted = with_random_output(), with_random_output(replace(TINY, foreground_weighting=True))
     with torch.no_grad():
         ratio = weighted.score(x, brain, [])[brain] / plain.score(x, brain, [])[brain]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 100 * 130 / 224**2))
 
 
-def test_chunks_of_patches_do_not_show(slices, monkeypatch):
-    detector = trained_looking()
+def test_score_does_not_depend_on_the_chunk_size(slices, monkeypatch):
+    detector = with_random_output()
     x, brain = slices
     with torch.no_grad():
         whole = detector.score(x, brain, [])
@@ -102,7 +110,7 @@ def test_chunks_of_patches_do_not_show(slices, monkeypatch):
         torch.testing.assert_close(detector.score(x, brain, []), whole, atol=1e-6, rtol=1e-5)
 
 
-def test_codebook_holds_the_tissue_intensities():
+def test_fit_codebook_finds_the_tissue_intensities():
     detector = Disyre(replace(TINY, codebook_size=2))
     x = torch.zeros(2, 1, 224, 224)
     x[:, :, 40:80, 40:80], x[:, :, 80:120, 40:80] = 0.3, 0.8
@@ -119,3 +127,34 @@ def test_presets_that_ship():
     with torch.device("meta"):
         lite = sum(p.numel() for p in Disyre(Disyre.presets["lite"]).parameters())
     assert lite * 4 < 5e6  # bytes: a bundle stays below 5 MB
+
+
+@pytest.mark.parametrize(
+    ("extent", "window", "stride", "expected"),
+    [(224, 128, 32, [0, 32, 64, 96]), (160, 128, 64, [0, 32]), (192, 192, 80, [0]), (192, 128, 64, [0, 64])],
+)
+def test_window_starts_cover_the_axis(extent, window, stride, expected):
+    assert window_starts(extent, window, stride) == expected
+
+
+def test_window_weight_is_gaussian_with_a_floor():
+    weight = window_weight(128, 128, torch.device("cpu"))
+    assert weight[64, 64] == pytest.approx(np.exp(-0.5 * 2 * (0.5 / 16) ** 2), rel=1e-5)
+    assert weight.min() == pytest.approx(1e-3)
+
+
+def test_intensity_centres_are_the_means_of_a_mixture():
+    rng = np.random.default_rng(0)
+    values = np.concatenate(
+        [rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))]
+    )
+    centres = intensity_centres(rng.permutation(values), 4)
+    np.testing.assert_allclose(centres, [0.1, 0.35, 0.6, 0.9], atol=3e-3)
+    assert centres.dtype == np.float32
+
+
+def test_intensity_centres_of_many_values_are_computed_from_quantiles(monkeypatch):
+    values = np.random.default_rng(0).beta(2, 5, 20_000)
+    every = intensity_centres(values, 3)
+    monkeypatch.setattr(disyre, "CODEBOOK_SAMPLES", 5_000)
+    np.testing.assert_allclose(intensity_centres(values, 3), every, atol=2e-3)

@@ -18,7 +18,7 @@ from bids_uad.engine.inference import anomaly_map, default_field
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import to_slices
-from tests.methods.looking_trained import looking_trained, phantom
+from tests.methods.pseudo_trained import phantom, pseudo_trained
 
 of_slices = SliceGenerator.of_slices
 # A score is the difference of two numbers near 1, in single precision; which sums are taken first depends on
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def shown(detector) -> tuple[Tensor, Tensor]:
-    """Slices of the phantom and their brain masks, as the engine would show them."""
+    """Slices of the phantom and their brain masks, cut as by the engine."""
     field = default_field(detector.field_of_view)
     volume, brain = phantom(FIRST, LAST)
     parts = (torch.from_numpy(to_slices(part)[FIRST:LAST].copy())[:, None] for part in (volume, brain))
@@ -38,8 +38,8 @@ def shown(detector) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_batches_and_order_do_not_matter(name):
-    detector = looking_trained(name)
+def test_maps_do_not_depend_on_batch_size_and_order(name):
+    detector = pseudo_trained(name)
     maps = [
         torch.from_numpy(
             anomaly_map(detector, *phantom(FIRST, LAST), key="a", execution=Execution(batch_size=size))
@@ -62,18 +62,18 @@ def test_batches_and_order_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_single_precision_repeats_to_the_bit(name):
+def test_maps_in_fp32_repeat_to_the_bit(name):
     first, again = (
-        anomaly_map(Execution("fp32").prepare(looking_trained(name)), *phantom(FIRST, FIRST + 2), key="a")
+        anomaly_map(Execution("fp32").prepare(pseudo_trained(name)), *phantom(FIRST, FIRST + 2), key="a")
         for _ in range(2)
     )
     assert first.tobytes() == again.tobytes()
 
 
 @pytest.mark.parametrize("name", LITERAL)
-def test_scores_are_those_of_the_literal_path(name):
-    """One slice, one step and one window at a time, as the published scripts go about it."""
-    detector = looking_trained(name)
+def test_scores_equal_the_literal_implementation(name):
+    """One slice, one step and one window at a time, as in the published scripts."""
+    detector = pseudo_trained(name)
     slices, brain = (part[:3] for part in shown(detector))
     with torch.inference_mode():
         ours = detector.score(slices, brain, of_slices("a", 0, [0, 1, 2], CPU))
@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_literal_path(name):
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation gives back."""
+    """Record the size of the largest tensor that an operation returns."""
 
     largest = 0
 
@@ -99,7 +99,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(name: str, count: int, **changes: object) -> int:
-    detector = looking_trained(name)
+    detector = pseudo_trained(name)
     detector.hyper = replace(detector.hyper, **changes)
     slices, brain = (part[:count] for part in shown(detector))
     with torch.no_grad(), _LargestTensor() as mode:
@@ -108,11 +108,11 @@ def largest_tensor(name: str, count: int, **changes: object) -> int:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_memory_grows_with_the_batch_at_most(name):
+def test_memory_grows_at_most_linearly_with_the_batch(name):
     assert largest_tensor(name, 4) <= 2 * largest_tensor(name, 2)
 
 
-def test_memory_does_not_grow_with_noise_levels_or_labels():
+def test_memory_does_not_depend_on_noise_levels_or_labels():
     assert largest_tensor("andi", 2, stride=5) == largest_tensor("andi", 2, stride=50)
     many = largest_tensor("disyre", 2, labels=tuple(range(0, 100, 2)))
     assert many <= largest_tensor("disyre", 2, labels=tuple(range(0, 64, 2)))

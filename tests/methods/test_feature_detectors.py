@@ -1,4 +1,4 @@
-"""FAE, RD and UniAD against the published sizes and against formulas done by hand."""
+"""FAE, RD and UniAD against published sizes and their formulas."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_uniad_has_the_published_size():
         assert gflop(detector.transformer, tokens) == pytest.approx(3.394, rel=0.01)
 
 
-def test_a_token_does_not_see_its_neighbourhood():
+def test_neighbourhoods_are_the_pairs_within_the_side():
     hidden = neighbourhoods(14, 7)
     assert hidden.sum(1).min() == 16
     assert hidden.sum(1).max() == 49
@@ -107,7 +107,7 @@ def test_restored_tokens_do_not_depend_on_themselves():
     assert torch.equal(seen, ~hidden[:, 100])
 
 
-def test_jitter_is_in_proportion_to_the_token():
+def test_jitter_is_proportional_to_the_norm_of_a_token():
     tokens = torch.randn(4, 5000, 16)
     tokens[:, :2500] *= 10
     noise = jitter_tokens(tokens, 5.0, torch.Generator().manual_seed(0)) - tokens
@@ -139,7 +139,7 @@ def test_fae_score_is_one_minus_ssim(batch):
     assert ours[~batch.brain].abs().max() == 0
 
 
-def test_rd_score_is_the_cosine_by_hand(batch):
+def test_rd_score_is_the_cosine_distance(batch):
     torch.manual_seed(0)
     detector = ReverseDistillation(ReverseDistillation.presets["lite"]).eval()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_uniad_score_is_the_distance_of_tokens(batch):
 
 
 @pytest.mark.parametrize("kind", [FAE, ReverseDistillation, UniAD])
-def test_training_leaves_the_backbone_alone(batch, kind):
+def test_training_does_not_change_the_backbone(batch, kind):
     torch.manual_seed(0)
     detector = kind(kind.presets["lite"])
     backbone, stage = detector.stages()
@@ -187,7 +187,7 @@ def test_training_leaves_the_backbone_alone(batch, kind):
 
 
 class TestImageNetFeatures:
-    def test_weights_load_from_what_torchvision_publishes(self, tmp_path):
+    def test_published_weights_of_torchvision_are_loaded(self, tmp_path):
         torch.manual_seed(0)
         source = ImageNetFeatures("resnet18", normalise=True)
         state = {**source.network.state_dict(), "fc.weight": torch.zeros(2)}
@@ -200,7 +200,7 @@ class TestImageNetFeatures:
             ours.load_published(tmp_path / name)
             torch.testing.assert_close(ours(slices), source.eval()(slices))
 
-    def test_weights_are_found_in_a_cache_that_is_named(self, tmp_path):
+    def test_find_published_searches_the_cache_of_pytorch(self, tmp_path):
         cache = tmp_path / "hub" / "checkpoints"
         cache.mkdir(parents=True)
         for name in (
@@ -231,7 +231,7 @@ class TestImageNetFeatures:
         with pytest.raises(ValueError, match=r"other objects than tensors|cannot be read"):
             backbone.load_published(tmp_path / "object.pth")
 
-    def test_they_stay_frozen_and_see_normalised_grey(self):
+    def test_backbones_are_frozen_and_inputs_are_normalised(self):
         backbone = ImageNetFeatures("resnet18", normalise=True).train()
         assert not backbone.training
         assert not any(parameter.requires_grad for parameter in backbone.parameters())

@@ -1,4 +1,4 @@
-"""The baseline finds out which way fluid lies."""
+"""Intensity baseline: polarity of fluid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bids_uad.methods.intensity import Intensity, IntensityHyper
 
 
 @pytest.mark.parametrize(("fluid", "expected"), [(0.95, 0.6), (0.05, 0.4)])
-def test_fluid_is_high(fluid, expected):
+def test_fluid_has_high_scores(fluid, expected):
     brain = torch.zeros(1, 1, 224, 224, dtype=torch.bool)
     brain[..., 50:150, 50:150] = True
     x = torch.full(brain.shape, 0.6) * brain

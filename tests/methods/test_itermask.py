@@ -1,4 +1,4 @@
-"""IterMask's masks, its frequency condition and its shrinking, against literal loops."""
+"""Masks, frequency condition and iterations of IterMask against literal loops."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def generator():
     return SliceGenerator(torch.arange(3))
 
 
-def test_masks_hide_as_much_as_the_published_ones():
-    """Measured there: median 15 %, quartiles 6 and 29 %, most 52 % of an elliptic brain."""
+def test_masks_cover_the_same_fraction_as_the_published_masks():
+    """Published code: median 15 %, quartiles 6 and 29 %, maximum 52 % of an elliptic brain."""
     brain = ellipse(300)
     masks = clustered_squares(brain, torch.Generator().manual_seed(0))
     assert not (masks & ~brain).any()
@@ -69,8 +69,8 @@ def test_masks_hide_as_much_as_the_published_ones():
     assert quartiles[3] < 0.6
 
 
-def test_squares_are_drawn_from_the_density_of_their_cluster():
-    """The same random numbers; density and squares by NumPy, one image and one square at a time."""
+def test_squares_are_drawn_from_a_gaussian_density():
+    """Same random numbers; density and squares in NumPy, one image and one square at a time."""
     height, width = 48, 40
     brain = torch.zeros(6, 1, height, width, dtype=torch.bool)
     brain[:, :, 4:44, 6:36] = True
@@ -109,7 +109,7 @@ def test_squares_are_drawn_from_the_density_of_their_cluster():
     np.testing.assert_array_equal(masks[:, 0].numpy(), expected & brain[:, 0].numpy())
 
 
-def test_masks_are_made_of_squares():
+def test_masks_consist_of_squares():
     brain = torch.ones(20, 1, 64, 64, dtype=torch.bool)
     for mask in clustered_squares(brain, torch.Generator().manual_seed(1))[:, 0, :-16, :-16].numpy():
         inner = mask[8:-8, 8:-8]
@@ -121,7 +121,7 @@ def test_masks_of_an_empty_slice_are_empty():
     assert not clustered_squares(brain, torch.Generator().manual_seed(0)).any()
 
 
-def test_condition_keeps_phase_and_flattens_low_magnitudes(slices):
+def test_frequency_condition_keeps_phase_and_sets_low_magnitudes_to_one(slices):
     image = slices[0].double()
     spectrum = np.fft.fftshift(np.fft.fft2(image.numpy()), axes=(-2, -1))
     rows, columns = np.mgrid[-16:16, -16:16]
@@ -131,7 +131,7 @@ def test_condition_keeps_phase_and_flattens_low_magnitudes(slices):
     np.testing.assert_allclose(frequency_condition(image, 28.0), expected, atol=1e-9)
 
 
-def test_worst_pixels_are_the_largest_of_each_slice(slices):
+def test_worst_pixels_have_the_largest_errors_of_each_slice(slices):
     errors, brain = slices
     marked = worst_pixels(errors, brain, 0.6)
     for error, inside, found in zip(errors, brain, marked, strict=True):
@@ -140,7 +140,7 @@ def test_worst_pixels_are_the_largest_of_each_slice(slices):
         assert error[found].min() > error[inside & ~found].max()
 
 
-def test_threshold_is_exceeded_by_a_fifth_of_what_is_hidden(slices):
+def test_threshold_is_exceeded_by_a_fifth_of_the_masked_pixels(slices):
     detector = IterMask(TINY).eval()
     batch = Batch(*slices)
     detector.fit_threshold(iter([batch, batch]), torch.Generator().manual_seed(3))
@@ -155,7 +155,7 @@ def test_threshold_is_exceeded_by_a_fifth_of_what_is_hidden(slices):
 
 
 def literal_rounds(detector, x, brain, drawn, whole_brain):
-    """One slice through the published loop."""
+    """Published loop for one slice."""
     image = 6 * x - 3
     condition = frequency_condition(image, 28.0)
     first = (image - detector.first(condition)) ** 2
@@ -178,7 +178,7 @@ def literal_rounds(detector, x, brain, drawn, whole_brain):
 
 
 @pytest.mark.parametrize("whole_brain", [True, False])
-def test_rounds_are_the_literal_ones_slice_by_slice(slices, whole_brain):
+def test_scores_equal_the_literal_loop_slice_by_slice(slices, whole_brain):
     torch.manual_seed(1)
     detector = IterMask(replace(TINY, whole_brain=whole_brain, min_shrinkage=0.02)).eval()
     for network in (detector.first, detector.filler):
@@ -197,7 +197,7 @@ def test_rounds_are_the_literal_ones_slice_by_slice(slices, whole_brain):
         torch.testing.assert_close(ours[k : k + 1], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_empty_slice_ends(slices):
+def test_score_of_an_empty_slice_ends(slices):
     detector = IterMask(TINY).eval()
     empty = torch.zeros(3, 1, 32, 32)
     assert detector.score(empty, empty > 0, generator()).abs().max() == 0

@@ -1,4 +1,4 @@
-"""Every detector learns from healthy synthetic brains and then finds what was planted in others."""
+"""Short trainings of every detector on simulated healthy brains, evaluated on inserted anomalies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def store(scans, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def volumes(scans):
-    """Ten volumes of unseen brains, each with a bright ball of its own place and size."""
+    """Ten volumes of other brains, each with a bright ball of random location and size."""
     rng = np.random.default_rng(3)
     made = []
     for number in range(VOLUMES):
@@ -63,7 +63,7 @@ def volumes(scans):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "intensity"])
-def test_planted_anomalies_rank_above_healthy_tissue(name, store, volumes, tmp_path):
+def test_inserted_anomalies_have_higher_scores_than_healthy_tissue(name, store, volumes, tmp_path):
     torch.manual_seed(0)
     detector = build_detector(name, "lite")
     train_detector(

@@ -1,4 +1,4 @@
-"""The preset `paper` against the published fingerprints: sizes, cost, number of calls, protocol."""
+"""Preset `paper` against published sizes, costs, numbers of network calls and protocol."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("name", "part", "parameters", "gflop", "shape"), NETWORKS)
-def test_networks_are_those_published(name, part, parameters, gflop, shape):
+def test_networks_have_the_published_size_and_cost(name, part, parameters, gflop, shape):
     with torch.device("meta"):
         network = getattr(build_detector(name, "paper"), part).eval()
         if parameters is not None:
@@ -44,7 +44,7 @@ def test_networks_are_those_published(name, part, parameters, gflop, shape):
 
 
 @pytest.mark.parametrize("name", ["andi", "ddpmpp", "riad", "disyre", "itermask"])
-def test_networks_have_the_published_quirks(name):
+def test_networks_have_causal_attention_and_published_activations(name):
     config = detector_class(name).presets["paper"].network
     assert config.causal
     # The published block lacks its second activation, but for IterMask's clone of it.
@@ -55,7 +55,7 @@ def test_networks_have_the_published_quirks(name):
 
 
 @pytest.mark.parametrize(("name", "calls"), [("andi", 100), ("disyre", 64), ("riad", 20)])
-def test_a_slice_costs_the_published_number_of_calls(name, calls, monkeypatch):
+def test_a_slice_takes_the_published_number_of_network_calls(name, calls, monkeypatch):
     seen = []
 
     def forward(network, x, time=None):
@@ -71,12 +71,12 @@ def test_a_slice_costs_the_published_number_of_calls(name, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fae", "rd", "uniad", "patchcore"])
-def test_only_fae_normalised_its_features(name):
+def test_only_fae_normalises_its_input_in_preset_paper(name):
     assert detector_class(name).presets["paper"].backbone.normalise == (name == "fae")
     assert detector_class(name).presets["default"].backbone.normalise
 
 
-def test_volumes_are_treated_as_published():
+def test_preset_paper_has_the_published_protocol():
     assert protocol_of("paper") is PUBLISHED
     assert protocol_of("default") is protocol_of("lite") is CORRECTED
     for detector in map(detector_class, DETECTORS):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper, published_descriptors
+from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper, farthest_points, published_descriptors
 from bids_uad.networks.backbones import BackboneConfig
 
 TINY = PatchCoreHyper(
@@ -70,8 +70,8 @@ def test_descriptors_are_standardised(detector, batch):
     assert (values.std(0) - 1).abs().median() < 0.05
 
 
-def test_published_descriptor_is_the_literal_one():
-    """Unfold 5 x 5, pool each place's values to 2 C numbers, both maps' numbers together to 2 C again."""
+def test_published_descriptor_equals_literal_pooling():
+    """Unfold 5 x 5, pool to 2 C numbers per map, and those of both maps to 2 C again."""
     generator = torch.Generator().manual_seed(0)
     fine = torch.rand(2, 512, 28, 28, generator=generator)
     coarse = torch.rand(2, 1024, 14, 14, generator=generator)
@@ -90,25 +90,26 @@ def test_published_descriptor_is_the_literal_one():
     torch.testing.assert_close(ours.reshape(2 * 784, 1024), literal[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_published_score_is_squared(batch):
-    torch.manual_seed(0)
+def test_squared_distance_squares_the_distances_before_interpolation(batch):
     plain, squared = (
         PatchCore(replace(TINY, projection_dim=8, squared_distance=flag)).eval() for flag in (False, True)
     )
+    slices, brain = batch.slices[:1], batch.brain[:1]
     with torch.no_grad():
         plain.fit_bank(iter([batch]), torch.Generator().manual_seed(1))
         squared.load_state_dict(plain.state_dict())
-        maps = [one.features(batch.slices[:1])[0] for one in (plain, squared)]
-        torch.testing.assert_close(*maps)
-        distance = plain.score(batch.slices[:1], batch.brain[:1], [])[0, 0, 2::4, 2::4]
-        # On the grid of descriptors nothing is interpolated between; the nearest grid points of pixels differ
-        # by a quarter of a cell, so the whole map is compared by its order.
-        other = squared.score(batch.slices[:1], batch.brain[:1], [])[0, 0, 2::4, 2::4]
-    inside = distance > 0
-    assert np.corrcoef(distance[inside].square(), other[inside])[0, 1] > 0.99
+        described = plain.descriptors(slices)[0]
+        neighbours = NearestNeighbors(n_neighbors=1).fit(plain.bank.double().numpy())
+        distance, _ = neighbours.kneighbors(described.flatten(0, 1).double().numpy())
+        cells = F.max_pool2d(brain.float(), 224 // described.shape[0])  # 1 where a cell has brain
+        coarse = torch.from_numpy(distance).float().view(cells.shape) * cells
+        for detector, power in ((plain, 1), (squared, 2)):
+            expected = F.interpolate(coarse**power, size=(224, 224), mode="bilinear", align_corners=False)
+            found = detector.score(slices, brain, [])
+            torch.testing.assert_close(found, expected * brain, atol=1e-2, rtol=1e-3)
 
 
-def test_tissue_and_painted_anomalies_are_told_apart(batch):
+def test_feature_loss_decreases_in_training(batch):
     torch.manual_seed(0)
     detector = PatchCore(replace(TINY, backbone=replace(TINY.backbone, classes=3)))
     optimiser = torch.optim.Adam(detector.backbone.parameters(), lr=1e-2)
@@ -121,3 +122,20 @@ def test_tissue_and_painted_anomalies_are_told_apart(batch):
         optimiser.step()
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("channels", [5, 128, 300])
+def test_farthest_points_equal_a_literal_greedy_selection(channels):
+    points = torch.randn(200, channels, generator=torch.Generator().manual_seed(1))
+    selected = farthest_points(points, 12, torch.Generator().manual_seed(2)).tolist()
+    values = points.numpy()
+    expected = [selected[0]]
+    for _ in range(11):
+        distance = np.linalg.norm(values[:, None] - values[expected][None], axis=2).min(1)
+        expected.append(int(distance.argmax()))
+    assert selected == expected
+
+
+def test_farthest_points_of_too_few_points_raise_an_error():
+    with pytest.raises(ValueError, match="cannot select 5 of 4"):
+        farthest_points(torch.zeros(4, 2), 5, torch.Generator())

@@ -27,7 +27,7 @@ from bids_uad.methods.pls.training_samples import (
 )
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.synthetic_anomalies import cut_windows, vary_intensity
-from tests.methods.looking_trained import looking_trained
+from tests.methods.pseudo_trained import pseudo_trained
 
 SMALL = replace(
     PLS.presets["lite"],
@@ -121,7 +121,7 @@ def test_loss_without_lesions_has_target_zero():
 
 
 def test_score_is_the_mean_probability_of_a_slice_and_its_mirror_image():
-    detector = looking_trained("pls")
+    detector = pseudo_trained("pls")
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 1, 160, 192, generator=generator)
     brain = torch.zeros(x.shape, dtype=torch.bool)

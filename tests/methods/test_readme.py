@@ -69,8 +69,8 @@ def copy_of_the_package(folder: Path) -> Path:
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("data", "build", "__pycache__")
         )
-    (folder / "bids_uad" / "data").symlink_to(ROOT / "bids_uad" / "data")
-    (folder / "tests" / "data").symlink_to(ROOT / "tests" / "data")
+    for name in ("bids_uad/data", "tests/data", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
     for name in ("pyproject.toml", "README.md", "CHANGES"):
         shutil.copy(ROOT / name, folder / name)
     return folder

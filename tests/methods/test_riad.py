@@ -1,4 +1,4 @@
-"""RIAD's masks, its inpainting and its map."""
+"""Cell sets, inpainting and map of RIAD."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def generator():
     return SliceGenerator(torch.arange(3))
 
 
-def test_parts_are_disjoint_cells_of_even_number():
+def test_cell_sets_are_disjoint_and_equal_in_size():
     uniform = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
     part_of = cell_sets(uniform, 5, 28)
     assert part_of.shape == (4, 1, 224, 224)
@@ -60,7 +60,7 @@ def test_parts_are_disjoint_cells_of_even_number():
     assert not torch.equal(cells[0], cells[1])
 
 
-def test_cells_at_the_end_of_a_field_are_cut():
+def test_cells_at_the_border_are_smaller():
     detector = detector_of()
     x = torch.rand(3, 1, 40, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_cells_at_the_end_of_a_field_are_cut():
     assert scores[..., -4:].abs().max() > 0
 
 
-def test_a_cell_is_filled_without_being_seen(slices):
+def test_inpaint_fills_a_cell_independently_of_its_content(slices):
     detector = detector_of()
     x, _ = slices
     part_of = cell_sets(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)), 3, 8)
@@ -83,7 +83,7 @@ def test_a_cell_is_filled_without_being_seen(slices):
     assert not torch.allclose(filled[~hidden], altered[~hidden])
 
 
-def test_published_map_up_to_its_constant(slices):
+def test_map_equals_the_published_map_up_to_a_constant(slices):
     """Sum over cell sizes of (1 - S) / 4 / cells, with S the sum over four scales; then less its minimum."""
     detector = detector_of(replace(TINY, weight_by_cells=True))
     x, brain = slices
@@ -96,13 +96,13 @@ def test_published_map_up_to_its_constant(slices):
             maps = gms_maps(detector.inpaint(x, cell_sets(uniform, 3, cell)), x)
             likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
             literal += (1 - likeness) / 4 / edge**2
-    # Where everything is alike S is 4: that is the least there can be.
+    # S is 4 where all gradients are equal, which gives the minimum of the map.
     least = sum((1 - 4) / 4 / (64 // cell) ** 2 for cell in (8, 16))
     torch.testing.assert_close(ours[brain], (literal - least)[brain], atol=1e-6, rtol=1e-4)
     assert ours[~brain].abs().max() == 0
 
 
-def test_map_does_not_depend_on_the_company(slices):
+def test_map_does_not_depend_on_the_batch(slices):
     detector = detector_of()
     x, brain = slices
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_map_does_not_depend_on_the_company(slices):
     torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-6)
 
 
-def test_a_perfect_inpainting_costs_and_scores_nothing(slices):
+def test_perfect_inpainting_has_loss_and_score_zero(slices):
     detector = detector_of()
     x, brain = slices
     detector.inpaint = lambda slices, part_of: slices.clone()

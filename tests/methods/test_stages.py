@@ -1,4 +1,4 @@
-"""What the training loop relies on, for every stage of every detector."""
+"""Requirements of the training loop on the stages of every detector."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from bids_uad.methods.registry import DETECTORS, build_detector
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_every_weight_of_a_stage_takes_part_in_its_loss(name):
-    """Processes that share a training wait for the gradient of each of them."""
+def test_every_weight_of_a_stage_gets_a_gradient(name):
+    """In training by several processes, each waits for the gradient of every weight."""
     torch.manual_seed(0)
     detector = build_detector(name, "lite").train()
     size = detector.field_of_view

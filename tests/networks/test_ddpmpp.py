@@ -1,4 +1,4 @@
-"""The U-Net against the published fingerprints, and against its formula written out with NumPy and SciPy."""
+"""DDPM++ against published sizes, and against its formula in NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_fingerprint(name):
+def test_network_has_the_published_size_and_cost(name):
     config, parameters, gflop = PUBLISHED[name]
     with torch.device("meta"):
         inputs = 2 if name == "itermask autoencoder" else 1
@@ -71,13 +71,13 @@ def test_published_block_sizes():
 
 
 def test_untrained_network_returns_zero():
-    """The last convolution starts at zero, so that training starts from no change at all."""
+    """The last convolution is initialised with zeros."""
     config = DDPMppConfig(size=16, width=16, multipliers=(1, 2), blocks=(1, 1), attention=(8,), head_width=16)
     network = DDPMpp(config).eval()
     assert network(torch.rand(2, 1, 16, 16), torch.tensor([3, 9])).abs().max() == 0
 
 
-def test_causal_attention_only_looks_back():
+def test_causal_attention_ignores_later_pixels():
     config = DDPMppConfig(width=16, head_width=16, causal=True)
     attention = Attention(16, config).eval()
     torch.nn.init.normal_(attention.out.weight)
@@ -90,7 +90,7 @@ def test_causal_attention_only_looks_back():
 
 
 class Literal:
-    """One image through the network, operation by operation, in double precision.
+    """Forward pass of one image, operation by operation in double precision.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_the_network_is_its_formula(config):
+def test_network_equals_its_formula(config):
     torch.manual_seed(0)
     inputs = 2 if config.norm == "batch" else 1
     network = DDPMpp(config, inputs).eval()
@@ -244,7 +244,7 @@ def test_the_network_is_its_formula(config):
     assert np.std(expected) > 0.1
 
 
-def test_sinusoidal_embedding_by_hand():
+def test_sinusoidal_embedding_equals_its_formula():
     embedding = sinusoidal_embedding(torch.tensor([2.0]), 4)[0]
     expected = torch.tensor([2.0, 2e-4]).sin().tolist() + torch.tensor([2.0, 2e-4]).cos().tolist()
     torch.testing.assert_close(embedding, torch.tensor(expected))

@@ -1,4 +1,4 @@
-"""The diffusion against its published values and against formulas done by hand."""
+"""Diffusion process of ``ddpmpp.py`` against published values and formulas in NumPy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bids_uad.networks.ddpmpp import (
     ("time", "ratio", "alpha", "sigma"),
     [(0.025, 3.67, 0.987, 0.158), (0.125, 0.45, 0.782, 0.623), (0.5, -2.773, 0.242, 0.970)],
 )
-def test_schedule(time, ratio, alpha, sigma):
+def test_schedule_has_the_published_values(time, ratio, alpha, sigma):
     t = torch.tensor(time, dtype=torch.float64)
     assert float(log_snr(t)) == pytest.approx(ratio, abs=0.01)
     found = [float(scale) for scale in signal_and_noise(t)]
@@ -34,13 +34,13 @@ def test_schedule(time, ratio, alpha, sigma):
     assert sum(scale**2 for scale in found) == pytest.approx(1)
 
 
-def test_ends_are_truncated():
+def test_schedule_is_limited_at_both_ends():
     ends = log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
     shift = 2 * math.log(56 / 224)
     assert ends.tolist() == pytest.approx([15 + shift, -15 + shift])
 
 
-def test_transition_weight_is_that_of_the_posterior_means():
+def test_transition_weight_is_the_derivative_of_the_posterior_mean():
     """Posterior of z_s given z_t and x: mean = alpha_s x + (...)(z_t - alpha_t x); only x matters here."""
     t, s = torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.099], dtype=torch.float64)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = signal_and_noise(t), signal_and_noise(s)
@@ -106,7 +106,7 @@ def test_pyramid_noise_draws_each_ratio_uniformly_between_two_and_four(monkeypat
     assert kstest(ratios, "uniform", args=(2, 2)).pvalue > 1e-3
 
 
-def test_layers_are_added_by_hand():
+def test_layered_noise_draws_the_expected_layers():
     sizes = []
 
     def white(number, size):
@@ -122,7 +122,7 @@ def test_layers_are_added_by_hand():
     assert sizes == [(224, 224), (224, 224), (74, 74), (8, 8), (1, 1)]
 
 
-def test_the_true_velocity_has_no_loss_and_gives_the_image_back():
+def test_the_true_velocity_has_loss_zero_and_restores_the_image():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1
     noise = torch.randn(4, 1, 8, 8, generator=generator)

@@ -1,4 +1,4 @@
-"""Similarities against scikit-image and SciPy."""
+"""SSIM and GMS against scikit-image and SciPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pair():
     return first, second
 
 
-def test_ssim_is_scikit_images(pair):
+def test_ssim_equals_scikit_images(pair):
     ours = ssim_map(*pair, valid=True)
     for index in np.ndindex(2, 3):
         _, full = structural_similarity(
@@ -34,20 +34,20 @@ def test_ssim_is_scikit_images(pair):
         np.testing.assert_allclose(ours[index], full[5:-5, 5:-5], atol=1e-9)
 
 
-def test_padded_ssim_agrees_inside(pair):
+def test_padded_ssim_equals_valid_ssim_inside(pair):
     assert ssim_map(*pair).shape == pair[0].shape
     torch.testing.assert_close(ssim_map(*pair)[..., 5:-5, 5:-5], ssim_map(*pair, valid=True))
     torch.testing.assert_close(ssim_map(pair[0], pair[0]), torch.ones_like(pair[0]))
 
 
-def test_gradient_is_scipys_prewitt(pair):
+def test_gradient_magnitude_equals_scipys_prewitt(pair):
     image = pair[0][:1, :1]
     ours = gradient_magnitude(image)[0, 0]
     parts = [prewitt(image[0, 0].numpy(), axis) / 3 for axis in (0, 1)]
     np.testing.assert_allclose(ours, np.hypot(*parts)[1:-1, 1:-1], atol=1e-6)
 
 
-def test_gms_by_hand(pair):
+def test_gms_equals_its_formula(pair):
     first, second = pair[0][:, :1], pair[1][:, :1]
     maps = gms_maps(first, second)
     assert [tuple(part.shape[-2:]) for part in maps] == [(46, 38), (22, 18), (10, 8), (4, 3)]

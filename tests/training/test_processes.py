@@ -1,4 +1,4 @@
-"""Several processes learn what one learns."""
+"""Training by several processes gives the weights of a single process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from bids_uad.training.store import SliceStore
 
-from .learn_together import Toy, ToyHyper
-from .test_training import store  # noqa: F401 - a fixture
+from .test_loop import store  # noqa: F401 - a fixture
+from .train_toy import Toy, ToyHyper
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_end_where_one_does(store: SliceStore, tmp_path):  # noqa: F811
+def test_two_processes_give_the_weights_of_one(store: SliceStore, tmp_path):  # noqa: F811
     for processes in (1, 2):
-        script = Path(__file__).with_name("learn_together.py")
+        script = Path(__file__).with_name("train_toy.py")
         folder, weights = tmp_path / f"of-{processes}", tmp_path / f"weights-{processes}"
         command = [sys.executable, script, store.folder, folder, str(processes), weights]
         subprocess.run(command, check=True, capture_output=True, timeout=240)

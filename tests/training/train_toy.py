@@ -1,4 +1,4 @@
-"""Train a toy in several processes: ``python learn_together.py STORE FOLDER PROCESSES WEIGHTS``."""
+"""Train a toy detector in several processes: ``python train_toy.py STORE FOLDER PROCESSES WEIGHTS``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ToyHyper:
 
 
 class Toy(Detector):
-    """Finds the brain; its loss draws nothing, so that only the slices of a step count."""
+    """Detector that is trained to segment the brain; its loss uses no random numbers."""
 
-    name = title = citation = "toy"
+    name = citation = "toy"
     presets = {"lite": ToyHyper()}  # noqa: RUF012
 
     def __init__(self, hyper):

@@ -1,4 +1,4 @@
-"""Detectors whose weights look trained but follow from their names alone, and slices to show them."""
+"""Detectors with pseudo-random weights that depend on tensor names only, and a phantom volume."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import build_detector
 
 
-def looking_trained(name: str, preset: str = "lite") -> Detector:
-    """Fill a detector with numbers that depend on nothing but the names and shapes of its tensors."""
+def pseudo_trained(name: str, preset: str = "lite") -> Detector:
+    """Return a detector whose weights depend only on the names and shapes of its tensors."""
     detector = build_detector(name, preset)
     state = detector.state_dict()
     for key, value in state.items():
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
         drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
-        # Scales and statistics of norms stay as they are.
+        # Scales and statistics of normalisation layers are left unchanged.
         if value.ndim > 1:
             state[key] = (drawn / math.sqrt(math.prod(value.shape[1:]))).to(value.dtype)
         elif key.endswith("bias"):
@@ -35,7 +35,7 @@ def looking_trained(name: str, preset: str = "lite") -> Detector:
 
 
 def phantom(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two tissues, noise and a bright ball in the slices from `first` to before `last`; and the brain."""
+    """Return a volume with two tissues, noise and a bright ball in slices [first, last), and its mask."""
     x, y, z = np.ogrid[: space.SHAPE[0], : space.SHAPE[1], : space.SHAPE[2]]
     radius = np.sqrt(((x - 119) / 66) ** 2 + ((y - 129) / 85) ** 2) + 0 * z
     brain = (radius < 1) & (z >= first) & (z < last)

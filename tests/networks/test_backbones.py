@@ -1,4 +1,4 @@
-"""The ImageNet networks against the published sizes and names."""
+"""ImageNet networks against the published sizes, costs and tensor names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bids_uad.networks.backbones import EfficientNetB4, resnet18, wide_resnet50_
     ("build", "parameters"),
     [(resnet18, 11_689_512), (wide_resnet50_2, 68_883_240), (EfficientNetB4, 19_341_616)],
 )
-def test_whole_networks_have_the_published_size(build, parameters):
+def test_complete_networks_have_the_published_size(build, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in build().parameters()) == parameters
 
@@ -26,7 +26,7 @@ def test_whole_networks_have_the_published_size(build, parameters):
         (EfficientNetB4, 4, "stage_maps", [(24, 112), (32, 56), (56, 28), (112, 14)], 1.112),
     ],
 )
-def test_truncated_networks_give_the_published_maps(build, stages, read, shapes, gflop):
+def test_truncated_networks_have_the_published_maps_and_cost(build, stages, read, shapes, gflop):
     with torch.device("meta"):
         network = build(stages).eval()
         counter = FlopCounterMode(display=False)
@@ -54,7 +54,7 @@ def test_truncated_networks_give_the_published_maps(build, stages, read, shapes,
         ),
     ],
 )
-def test_names_are_torchvisions(build, names):
+def test_tensor_names_are_those_of_torchvision(build, names):
     with torch.device("meta"):
         state = build().state_dict()
     assert set(names) <= set(state)

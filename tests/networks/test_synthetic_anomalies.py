@@ -1,4 +1,4 @@
-"""Windows, clustering, coreset and corruptions against independent references."""
+"""Synthetic anomalies and augmentations against SciPy and literal values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import pytest
 import torch
 from scipy.ndimage import binary_closing, gaussian_filter, label
 
-from bids_uad.methods import disyre
-from bids_uad.methods.disyre import intensity_centres, window_starts, window_weight
-from bids_uad.methods.patchcore import farthest_points
 from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
     AnomalyConfig,
@@ -22,55 +19,7 @@ from bids_uad.networks.synthetic_anomalies import (
 )
 
 
-@pytest.mark.parametrize(
-    ("extent", "window", "stride", "expected"),
-    [(224, 128, 32, [0, 32, 64, 96]), (160, 128, 64, [0, 32]), (192, 192, 80, [0]), (192, 128, 64, [0, 64])],
-)
-def test_window_starts(extent, window, stride, expected):
-    assert window_starts(extent, window, stride) == expected
-
-
-def test_importance_is_gaussian_with_a_floor():
-    weight = window_weight(128, 128, torch.device("cpu"))
-    assert weight[64, 64] == pytest.approx(np.exp(-0.5 * 2 * (0.5 / 16) ** 2), rel=1e-5)
-    assert weight.min() == pytest.approx(1e-3)
-
-
-def test_intensity_centres_are_those_of_the_mixture():
-    rng = np.random.default_rng(0)
-    values = np.concatenate(
-        [rng.normal(m, 0.02, n) for m, n in ((0.1, 500), (0.35, 900), (0.6, 600), (0.9, 400))]
-    )
-    centres = intensity_centres(rng.permutation(values), 4)
-    np.testing.assert_allclose(centres, [0.1, 0.35, 0.6, 0.9], atol=3e-3)
-    assert centres.dtype == np.float32
-
-
-def test_intensity_centres_of_many_values_are_those_of_their_quantiles(monkeypatch):
-    values = np.random.default_rng(0).beta(2, 5, 20_000)
-    every = intensity_centres(values, 3)
-    monkeypatch.setattr(disyre, "CODEBOOK_SAMPLES", 5_000)
-    np.testing.assert_allclose(intensity_centres(values, 3), every, atol=2e-3)
-
-
-@pytest.mark.parametrize("channels", [5, 128, 300])
-def test_farthest_points_are_the_greedy_choice_in_all_channels(channels):
-    points = torch.randn(200, channels, generator=torch.Generator().manual_seed(1))
-    chosen = farthest_points(points, 12, torch.Generator().manual_seed(2)).tolist()
-    cloud = points.numpy()
-    expected = [chosen[0]]
-    for _ in range(11):
-        distance = np.linalg.norm(cloud[:, None] - cloud[expected][None], axis=2).min(1)
-        expected.append(int(distance.argmax()))
-    assert chosen == expected
-
-
-def test_coreset_needs_enough_points():
-    with pytest.raises(ValueError, match="cannot select 5 of 4"):
-        farthest_points(torch.zeros(4, 2), 5, torch.Generator())
-
-
-def test_gaussian_blur_is_scipys():
+def test_gaussian_blur_equals_scipys():
     images = torch.rand(3, 1, 40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.7, 2.0, 3.0])
     ours = gaussian_blur(images, sigma)
@@ -79,7 +28,7 @@ def test_gaussian_blur_is_scipys():
         np.testing.assert_allclose(blurred[0], expected, atol=1e-6)
 
 
-def test_no_blur_leaves_the_image():
+def test_gaussian_blur_of_sigma_zero_returns_the_image():
     image = torch.rand(1, 1, 9, 9)
     torch.testing.assert_close(gaussian_blur(image, torch.zeros(1)), image)
 
@@ -95,7 +44,7 @@ def healthy():
     return (image + noise * brain), brain
 
 
-def test_shapes_keep_to_their_size():
+def test_random_shapes_have_the_given_sizes():
     centres = torch.full((600, 2), 48.0)
     shapes = random_shapes(centres, 96, 96, AnomalyConfig(size=(10, 44)), torch.Generator().manual_seed(0))
     area = shapes.sum((1, 2, 3))
@@ -104,7 +53,7 @@ def test_shapes_keep_to_their_size():
     assert area.max() <= (1.6 * 44) ** 2
 
 
-def test_an_anomaly_may_have_several_shapes(healthy):
+def test_paint_anomalies_draws_several_shapes(healthy):
     images, brain = healthy
     codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
 
@@ -124,7 +73,7 @@ def test_an_anomaly_may_have_several_shapes(healthy):
     assert 2 < np.mean(parts(4)) < 3.5
 
 
-def test_anomalies_stay_in_the_brain_and_know_their_severity(healthy):
+def test_paint_anomalies_stays_in_the_brain_and_returns_the_severity(healthy):
     images, brain = healthy
     codebook = torch.tensor([0.1, 0.3, 0.42, 0.6, 0.72])
     corrupted, severity = paint_anomalies(
@@ -147,7 +96,7 @@ def paint(images, brain, components):
     return paint_anomalies(images, brain, codebook, config, generator, components)
 
 
-def test_components_of_anomalies_are_switched_off_one_by_one(healthy):
+def test_paint_anomalies_without_a_component_keeps_the_others(healthy):
     images, brain = healthy
     whole, severity = paint(images, brain, COMPONENTS)
     texture, opacity = paint(images, brain, ("rectangle", "disc", "blobs", "texture", "blur"))
@@ -162,7 +111,7 @@ def test_components_of_anomalies_are_switched_off_one_by_one(healthy):
     torch.testing.assert_close(strength, (bias - images).abs().flatten(1).amax(1))
 
 
-def test_edges_and_shapes_are_switched_off(healthy):
+def test_paint_anomalies_without_soft_edges_or_shapes(healthy):
     images, brain = healthy
     sharp, _ = paint(images, brain, ("rectangle", "texture"))
     soft, _ = paint(images, brain, ("rectangle", "texture", "blur"))
@@ -174,7 +123,7 @@ def test_edges_and_shapes_are_switched_off(healthy):
         torch.testing.assert_close(shapes.sum((1, 2, 3)), torch.full((60,), float(area)), rtol=0.08, atol=0.0)
 
 
-def test_painting_repeats_with_its_generator(healthy):
+def test_paint_anomalies_repeats_for_a_seed(healthy):
     images, brain = healthy
     codebook = torch.linspace(0.1, 0.9, 5)
     first, again, other = (
@@ -185,7 +134,7 @@ def test_painting_repeats_with_its_generator(healthy):
     assert not torch.equal(first, other)
 
 
-def test_unturned_windows_are_copies(healthy):
+def test_cut_windows_without_rotation_copies_pixels(healthy):
     images, brain = healthy
     config = AugmentationConfig(spatial=0.0, intensity=0.0)
     cut, region = cut_windows(images, brain, (96, 96), config, torch.Generator().manual_seed(0))
@@ -195,7 +144,7 @@ def test_unturned_windows_are_copies(healthy):
     assert region.dtype == torch.bool
 
 
-def test_windows_stay_upright_and_centred_if_asked(healthy):
+def test_cut_windows_without_shift_and_flip_are_centred(healthy):
     images, brain = (part[..., :80] for part in healthy)  # the disc is cut at one end
     config = AugmentationConfig(spatial=0.0, shift=0.0, flip_front_back=False)
     cut, _ = cut_windows(images, brain, (96, 80), config, torch.Generator().manual_seed(0))
@@ -206,7 +155,7 @@ def test_windows_stay_upright_and_centred_if_asked(healthy):
     assert any(mirrored)
 
 
-def test_turned_labels_follow_the_image(healthy):
+def test_cut_windows_transforms_labels_with_the_image(healthy):
     images, brain = healthy
     tissue = torch.where(images > 0.6, 2, 1) * brain
     config = AugmentationConfig(spatial=1.0)
@@ -217,7 +166,7 @@ def test_turned_labels_follow_the_image(healthy):
     assert cut[classes == 1].mean() < 0.5
 
 
-def test_intensities_vary_but_background_stays(healthy):
+def test_vary_intensity_keeps_the_background(healthy):
     images, brain = healthy
     varied = vary_intensity(
         images, brain, AugmentationConfig(intensity=1.0), torch.Generator().manual_seed(0)

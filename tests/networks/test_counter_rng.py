@@ -1,4 +1,4 @@
-"""Random numbers by slice, step and place."""
+"""Counter-based random numbers against SplitMix64 in Python integers, and their distribution."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WORD = 2**64
 
 
 def splitmix(state: int) -> int:
-    """SplitMix64's finaliser with Python's own whole numbers."""
+    """Finaliser of SplitMix64 in Python integers."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % WORD
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % WORD
     return state ^ (state >> 31)
 
 
-def test_bits_are_those_of_splitmix64():
+def test_mix_equals_splitmix64():
     # The first outputs of the published generator for the seed 1234567.
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     counters = [(1234567 + k * 0x9E3779B97F4A7C15) % WORD for k in (1, 2, 3)]
@@ -31,7 +31,7 @@ def test_bits_are_those_of_splitmix64():
 
 
 def test_draws_are_hashes_of_seed_step_and_counter():
-    """The whole way from name to number, with Python's own whole numbers."""
+    """The complete computation from image name to number in Python integers."""
     generator = SliceGenerator.of_slices("sub-01_T1w", 3, [70], CPU)
     digest = hashlib.sha256(b"3/sub-01_T1w/70").digest()
     seed = int.from_bytes(digest[:8], "big")
@@ -50,7 +50,7 @@ def test_draws_are_hashes_of_seed_step_and_counter():
         np.testing.assert_allclose(generator.normal(step, 14)[0], pairs, atol=2e-6)
 
 
-def test_numbers_are_uniform_and_normal():
+def test_draws_are_uniform_and_normal():
     generator = SliceGenerator.of_slices("sub-01_T1w", 0, [3, 70], CPU)
     for step in (0, 125):
         for values, law in (
@@ -62,7 +62,7 @@ def test_numbers_are_uniform_and_normal():
                 assert kstest(stream.flatten().numpy(), law).pvalue > 1e-3
 
 
-def test_streams_steps_and_places_are_independent():
+def test_slices_steps_and_positions_are_independent():
     generator = SliceGenerator.of_slices("a", 0, [0, 1], CPU)
     first, second = (generator.normal(step, 200, 200) for step in (0, 1))
     pairs = [
@@ -77,7 +77,7 @@ def test_streams_steps_and_places_are_independent():
         assert abs(np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1]) < 0.03
 
 
-def test_a_slice_has_its_numbers_whatever_its_company():
+def test_draws_of_a_slice_do_not_depend_on_the_batch():
     together = SliceGenerator.of_slices("a", 0, [5, 6, 7], CPU)
     alone = SliceGenerator.of_slices("a", 0, [6], CPU)
     assert torch.equal(together.normal(4, 1, 9, 9)[1:2], alone.normal(4, 1, 9, 9))
