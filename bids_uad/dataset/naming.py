@@ -336,8 +336,8 @@ def output_of_source(source_image: str, modality: str, ending: str) -> Path:
     ----------
     source_image : str
         Raw image as in the column `source_image` of score tables: a BIDS URI or a relative path.
-    modality : str
-        Suffix of the raw image.
+    modality : {"T1w", "T2w"}
+        Modality of the image.
     ending : str
         Part of the output's name after the space, such as ``desc-preproc_T1w.nii.gz``.
 
@@ -346,10 +346,11 @@ def output_of_source(source_image: str, modality: str, ending: str) -> Path:
     pathlib.Path
         Path of the output.
     """
-    stem = source_image.rsplit("/", 1)[-1].split(f"_{modality}.")[0]
-    labels = entities_of(Path(f"{stem}_"))
-    session = f"ses-{labels['ses']}" if "ses" in labels else ""
-    return Path(f"sub-{labels['sub']}") / session / "anat" / f"{stem}_space-{NAME}_{ending}"
+    path = Path(source_image)
+    labels = entities_of(path)
+    entities = {IDENTIFYING_KEYS[key]: label for key, label in labels.items() if key in IDENTIFYING_KEYS}
+    unit = ImageUnit(path, labels["sub"], labels.get("ses"), modality, entities)
+    return unit.folder / f"{unit.prefix}_space-{NAME}_{ending}"
 
 
 def score_sidecar(source_image: str, modality: str, detector: str) -> Path:

@@ -298,18 +298,7 @@ class SidecarReader:
         return fields
 
     def fields_if_readable(self, image: PurePosixPath) -> dict[str, Any]:
-        """Merge the sidecars of an image as :meth:`fields` does; log a warning if one cannot be read.
-
-        Parameters
-        ----------
-        image : pathlib.PurePosixPath
-            Image, relative to the root of the dataset.
-
-        Returns
-        -------
-        dict
-            Metadata of the image; empty if one of the sidecars cannot be read.
-        """
+        """Return :meth:`fields` of an image, or none, with a warning, if a sidecar cannot be read."""
         try:
             return self.fields(image)
         except InputError as error:

@@ -50,6 +50,23 @@ def test_names_of_the_outputs_of_an_image():
         naming.output_path(UNIT, suffix="statmap")
 
 
+@pytest.mark.parametrize(
+    ("source", "modality", "expected"),
+    [
+        (
+            "bids:raw:sub-1/ses-a/anat/sub-1_ses-a_run-2_T2w.nii.gz",
+            "T2w",
+            "sub-1/ses-a/anat/sub-1_ses-a_run-2",
+        ),
+        ("sub-1/anat/sub-1_T1w.nii", "T1w", "sub-1/anat/sub-1"),
+        ("bids:raw:sub-1/anat/sub-1_run-1_UNIT1.nii.gz", "T1w", "sub-1/anat/sub-1_rec-UNIT1_run-1"),
+    ],
+)
+def test_output_of_source_is_named_like_the_outputs(source, modality, expected):
+    path = naming.output_of_source(source, modality, f"desc-preproc_{modality}.nii.gz")
+    assert path.as_posix() == f"{expected}_space-SRI24_desc-preproc_{modality}.nii.gz"
+
+
 def test_data_sink_writes_to_the_named_path_with_the_header_contract(tmp_path):
     image = nib.Nifti1Image(np.full(space.SHAPE, 0.5), space.AFFINE)
     image.set_sform(image.affine, 4)
