@@ -98,11 +98,6 @@ class Collection:
     anchors_only: frozenset[str] = frozenset()
 
 
-def collect_units(config: RunConfig) -> list[ImageUnit]:
-    """Return the images of a run; see :func:`collect`."""
-    return list(collect(config).units)
-
-
 def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None) -> Collection:
     """Find the images, anchors and lesion masks of the requested participants.
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.inputs import collect, collect_units
+from bids_uad.dataset.inputs import collect
 from bids_uad.errors import ConfigError, InputError
 from tests.dataset.skeleton import write_dataset
 
@@ -37,7 +37,7 @@ def test_t2w_is_registered_to_the_first_t1w_of_its_session(make):
             "sub-02/anat/sub-02_T2w.nii.gz",
         ]
     )
-    assert anchors(collect_units(config)) == {
+    assert anchors(collect(config).units) == {
         "sub-01_ses-a_run-1_T1w": None,
         "sub-01_ses-a_run-2_T1w": None,
         "sub-01_ses-b_T1w": None,
@@ -52,13 +52,13 @@ def test_runs_are_ordered_by_number(make):
     config = make(
         [f"sub-01/anat/sub-01_run-{run}_T1w.nii.gz" for run in (10, 2)] + ["sub-01/anat/sub-01_T2w.nii.gz"]
     )
-    assert anchors(collect_units(config))["sub-01_T2w"] == "sub-01_run-2_T1w"
+    assert anchors(collect(config).units)["sub-01_T2w"] == "sub-01_run-2_T1w"
 
 
 def test_modality_that_is_not_requested_is_kept_as_anchor_only(make):
     files = [f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("acq-a_T1w", "acq-b_T1w", "T2w")]
     keys = {
-        modalities: [unit.key for unit in collect_units(make(files, modalities=modalities))]
+        modalities: [unit.key for unit in collect(make(files, modalities=modalities)).units]
         for modalities in (("T1w",), ("T2w",))
     }
     assert keys == {
@@ -70,7 +70,7 @@ def test_modality_that_is_not_requested_is_kept_as_anchor_only(make):
 def test_unit_has_prefix_folder_and_metadata(tmp_path):
     name = "sub-01/ses-a/anat/sub-01_ses-a_acq-mprage_rec-norm_run-01_T1w.nii.gz"
     root = write_dataset(tmp_path / "raw", {name: {"SkullStripped": True}})
-    (unit,) = collect_units(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work"))
+    (unit,) = collect(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work")).units
     assert unit.prefix == "sub-01_ses-a_acq-mprage_rec-norm_run-01"
     assert unit.folder.as_posix() == "sub-01/ses-a/anat"
     assert unit.skull_stripped is True
@@ -83,7 +83,7 @@ def test_contrast_enhanced_images_are_left_out_by_default(make, tmp_path):
     assert [path.name for path in found.left_out] == ["sub-01_ce-gd_T1w.nii.gz"]
     filters = tmp_path / "filter.json"
     filters.write_text(json.dumps({"T1w": {"ceagent": "*"}, "bold": {"task": "rest"}}))
-    assert [unit.key for unit in collect_units(make(files, filter_file=filters))] == ["sub-01_ce-gd_T1w"]
+    assert [unit.key for unit in collect(make(files, filter_file=filters)).units] == ["sub-01_ce-gd_T1w"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_filter_file_selects_images(make, tmp_path, own, keys):
     filters = tmp_path / "filter.json"
     filters.write_text(json.dumps({"t1w": own}))
     files = [f"sub-01/anat/sub-01_{acq}T1w.nii.gz" for acq in ("", "acq-a_", "acq-b_")]
-    assert [unit.key for unit in collect_units(make(files, filter_file=filters))] == keys
+    assert [unit.key for unit in collect(make(files, filter_file=filters)).units] == keys
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"t1w": 3}', '{"t1w": {"suffix": "FLAIR"}}'])
@@ -112,7 +112,7 @@ def test_invalid_filter_file_raises(make, tmp_path, text):
 
 def test_collect_is_limited_to_requested_participants_and_sessions(make):
     files = [f"sub-0{n}/ses-{s}/anat/sub-0{n}_ses-{s}_T1w.nii.gz" for n in (1, 2) for s in "ab"]
-    units = collect_units(make(files, participants=("02",), sessions=("b",)))
+    units = collect(make(files, participants=("02",), sessions=("b",))).units
     assert [unit.key for unit in units] == ["sub-02_ses-b_T1w"]
 
 
@@ -131,7 +131,7 @@ def test_derivatives_and_functional_images_are_not_read(make):
         "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
         "sub-01/func/sub-01_task-rest_bold.nii.gz",
     ]
-    assert len(collect_units(make(files))) == 1
+    assert len(collect(make(files)).units) == 1
 
 
 def test_participant_without_images_is_reported(make):

@@ -16,7 +16,7 @@ from bids_uad.cli.main import main
 from bids_uad.cli.parser import parse_folders
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import dataset_link
-from bids_uad.dataset.inputs import collect_units
+from bids_uad.dataset.inputs import collect
 from bids_uad.dataset.sidecars import bids_uri
 from bids_uad.engine.bundle import load_bundle
 from bids_uad.errors import ConfigError
@@ -166,7 +166,7 @@ def test_entities_are_read_below_the_dataset_only(tmp_path, part):
     write_dataset(
         root, {"sub-01/anat/sub-01_T1w.nii.gz": None, "sub-03/ses-a/anat/sub-03_ses-a_T1w.nii.gz": None}
     )
-    units = collect_units(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work"))
+    units = collect(RunConfig(root, tmp_path / "out", ("participant",), tmp_path / "work")).units
     assert [unit.key for unit in units] == ["sub-01_T1w", "sub-03_ses-a_T1w"]
     assert all(unit.path.is_file() for unit in units)
 
