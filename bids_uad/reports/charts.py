@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bids_uad.reports.group_text import number
+from bids_uad.reports.group_text import detector_name, number
 
 WIDTH = 1080
 """Width of every chart in pixels of 1/72 inch, so that sizes in points are sizes in pixels."""
 INK, MUTED, GRID, PAPER = "#1b2733", "#5b6875", "#e3e8ed", "#ffffff"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DASHES = (0, (4, 3))
+ALPHA = 0.05
+"""Significance level."""
+MAX_DOTS = 300
+"""Maximum number of scans of a detector that are drawn as dots."""
 WIDE_LOG_RANGE = 1e4
 """Ratio of the limits above which logarithmic axes are labelled with powers of ten."""
 
@@ -59,6 +64,10 @@ _styled = matplotlib.rc_context(_STYLE)
 _GEOMETRY = re.compile(r" (?:d|x|y|width|height|transform)=\"[^\"]*\"")
 _DECIMALS = re.compile(r"-?\d+\.\d{3,}")
 _MARKER = re.compile(r"<use [^>]*/>")
+
+
+Key = tuple[str, str]
+"""Detector and modality."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +332,11 @@ def dot_handle(label: str, colour: str) -> Line2D:
     return Line2D([], [], marker="o", linestyle="none", color=colour, markersize=9, label=label)
 
 
+def detector_handles(detectors: pd.Series, colours: dict[str, str]) -> list[Line2D]:
+    """Return the legend entries of the detectors in a column."""
+    return [dot_handle(detector_name(detector), colours[detector]) for detector in sorted(set(detectors))]
+
+
 def modality_panels(
     modalities: Sequence[str],
     height: float,
@@ -363,26 +377,23 @@ def modality_panels(
 
 
 def detector_panels(
-    keys: Sequence[tuple[str, str]],
-    titles: Sequence[str],
+    keys: Iterable[Key],
     top: float,
     height: float,
     below: float,
     label: str,
-    draw: Callable[[ChartCanvas, Axes, tuple[str, str], tuple[float, float]], None],
+    draw: Callable[[ChartCanvas, Axes, Key, tuple[float, float]], None],
     *,
     legend: float = 0,
     left: float = 62,
     **labels: str,
 ) -> ChartCanvas:
-    """Draw one panel per detector and modality, two in a row.
+    """Draw one panel per detector and modality, two in a row, sorted by modality.
 
     Parameters
     ----------
-    keys : sequence of (str, str)
+    keys : iterable of (str, str)
         Detector and modality of each panel.
-    titles : sequence of str
-        Title of each panel.
     top, height, below : float
         Space above the data area, its height, and the space below it, in pixels.
     label : str
@@ -401,12 +412,14 @@ def detector_panels(
     -------
     ChartCanvas
     """
+    keys = sorted(keys, key=lambda key: key[::-1])
     step = top + height + below
     canvas = ChartCanvas(-(-len(keys) // 2) * step + legend, label)
-    for index, (key, title) in enumerate(zip(keys, titles, strict=True)):
+    for index, key in enumerate(keys):
         x = (index % 2) * WIDTH / 2 if len(keys) > 1 else WIDTH / 4
         y = (index // 2) * step
         axes = canvas.panel(x + left, y + top, WIDTH / 2 - 22 - left, height, **labels)
+        title = f"{detector_name(key[0])} · {key[1]}"
         canvas.text(x + 62, y + 20, title, fontsize=14, fontweight="bold")
         draw(canvas, axes, key, (x + 62, y))
     return canvas

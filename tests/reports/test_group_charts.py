@@ -15,8 +15,9 @@ from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.experiments import COLUMNS, REFERENCE
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.reports import group_charts
+from bids_uad.reports.analysis_charts import age_effects, cliques, experiment_charts, rank_plot
 from bids_uad.reports.charts import ChartCanvas, power_of_ten, round_up
-from bids_uad.reports.group_charts import age_effects, cliques, detector_colours, experiment_charts, rank_plot
+from bids_uad.reports.group_charts import detector_colours
 from tests.evaluation.fake_tables import EDGES, beta_counts
 from tests.evaluation.test_bias import cohort
 from tests.evaluation.test_comparison import scans
