@@ -1,4 +1,4 @@
-"""One frozen description of a run: what was asked for, resolved once, written beside the results."""
+"""Configuration of a run, and its TOML file."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from bids_uad.errors import ConfigError
 
 DEFAULT_SUBGROUPS = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
-"""Analysis levels in the order they run when several are asked for in one call."""
+"""Levels in the order in which they run."""
 
 MODALITIES = ("T1w", "T2w")
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
 EXTRACTIONS = ("combined", "template", "network", "synthstrip", "hd-bet")
-"""Methods of brain extraction: three are built in, two are programs that the user has installed."""
+"""Methods of brain extraction; the last two are external programs."""
 
 DEFAULT_MIN_LESION_VOLUME = 3.0
-"""Least volume in mm3 of a lesion that is counted, as in the MSSEG challenge (Commowick et al. 2018)."""
+"""Minimum volume in mm3 of lesions that are counted, as in the MSSEG challenge (Commowick et al. 2018)."""
 
 DEVIATIONS = ("none", "normative")
-"""Scores as they are, or their deviation from healthy people of the same age and sex."""
+"""Scores, or their deviation from healthy controls of the same age and sex."""
 
 RENAMED_DETECTORS = {"fpi": "pls"}
-"""Detectors by the names that they had before; command line and model bundles may still use these."""
+"""Deprecated names of detectors on the command line and in model bundles, and the present names."""
 
 RENAMED_FIELDS = {"strata": "subgroups", "recontrast": "contrast_transfer"}
 """Deprecated keys of configuration files, and the fields that they set."""
@@ -53,7 +53,7 @@ RENAMED_FIELDS = {"strata": "subgroups", "recontrast": "contrast_transfer"}
 RUN_SPECIFIC = frozenset(
     {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
 )
-"""Fields that a configuration file of an earlier run does not hand on."""
+"""Fields that are not read from the configuration file of an earlier run."""
 
 
 Text = Annotated[str, Matches(r"(?s).+", "a str that is not empty")]
@@ -64,87 +64,97 @@ Seed = Annotated[int, Interval(0, 2**32 - 1)]
 
 
 def new_run_id() -> str:
-    """Name a run: `YYYYmmdd-HHMMSS_<uuid4>`, sortable and unique."""
+    """Return a unique identifier of a run, `YYYYmmdd-HHMMSS_<uuid4>`."""
     return f"{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4()}"
 
 
 @dataclass(frozen=True)
 class RunConfig(Constrained):
-    """Everything a level needs to know about the run.
-
-    Paths are absolute. Sequences are tuples, so that the whole can be shared between processes without
-    anybody changing it.
+    """Options of a run, resolved once and written beside the results; see ``--help`` for details.
 
     Parameters
     ----------
     bids_dir, output_dir, work_dir : pathlib.Path
-        Raw dataset, derivatives, scratch.
+        Absolute paths of raw dataset (for `train` and `calibrate` preprocessed scans), derivatives (or model
+        bundles) and intermediate files.
     levels : tuple of str
-        Any of `LEVELS`.
-    participants, sessions : tuple of str
-        Labels without `sub-`/`ses-`; empty means all.
+        Levels to run, of `LEVELS`.
+    participants, sessions : tuple of str, default=()
+        Labels without `sub-` and `ses-`; empty selects all.
     filter_file : pathlib.Path, optional
-        JSON with BIDS entity filters, keys `t1w` and `t2w`.
-    derivatives : dict of str to pathlib.Path
-        Other derivative datasets by name (`lesions` holds lesion masks).
-    modalities : tuple of str
-        Image suffixes that anomalies are looked for in.
-    models : tuple of str
-        Names of packaged bundles or paths; empty means the best packaged ones, `("all",)` every
-        packaged one, `("none",)` preprocessing only.
-    deviations : tuple of str
-        Any of `DEVIATIONS`: what maps are made of; empty means what is usual for each model.
+        JSON file with BIDS entity filters for `t1w` and `t2w`.
+    derivatives : dict of str to pathlib.Path, default={}
+        Other derivative datasets by name; `lesions` holds lesion masks.
+    modalities : tuple of str, default=MODALITIES
+        Images to score.
+    models : tuple of str, default=()
+        Names of packaged bundles or paths; empty selects the best packaged ones, `("all",)` all packaged
+        ones, `("none",)` preprocessing only.
+    deviations : tuple of str, default=()
+        Any of `DEVIATIONS`; empty selects the default of each model.
     atlas_dir : pathlib.Path, optional
-        Where `tpl-SRI24` lies.
-    brain_extraction : str
-        What finds brains in whole heads: `combined`, `template`, `network`, `synthstrip` or `hd-bet`.
+        Folder with `tpl-SRI24`.
+    brain_extraction : str, default="combined"
+        Method for whole-head images, of `EXTRACTIONS`.
     extraction_weights : pathlib.Path, optional
-        Weights of that network or program.
-    min_lesion_volume : float
-        Least volume in mm3 of lesions that are counted, and of false components.
-    device : str
+        Weights of that method.
+    min_lesion_volume : float, default=DEFAULT_MIN_LESION_VOLUME
+        Minimum volume in mm3 of lesions and false components that are counted.
+    device : str, default="auto"
         `auto`, `cpu`, `cuda` or `cuda:N`.
-    precision : str
+    precision : str, default="auto"
         `auto`, `fp32` or `bf16`: arithmetic of the detectors' networks.
     batch_size : int, optional
-        Slices that are scored, or learnt from, at once.
-    compiled : bool
-        Compile the detectors' networks.
-    random_seed : int
-        Seed of everything that is drawn.
-    nprocs, omp_nthreads : int
-        Processes in all, and threads of one process.
-    mem_gb : float
-        Memory that may be used, in GB.
-    n_gpu_procs : int
-        Detections at a time on GPUs.
+        Slices per batch.
+    compiled : bool, default=False
+        Whether the networks are compiled.
+    random_seed : int, default=0
+        Seed of all random numbers.
+    nprocs, omp_nthreads : int, default=1
+        Processes in total, and threads per process.
+    mem_gb : float, default=8
+        Memory in total, in GB.
+    n_gpu_procs : int, default=1
+        Images scored at a time on the GPU.
     plugin_file : pathlib.Path, optional
-        YAML that names a nipype plugin and its arguments.
-    detector, preset, modality, steps
-        What `train` and `calibrate` work on.
-    experiments : dict of str to pathlib.Path
-        Outputs of other models on the same images, by name, that `group` compares with its own.
+        YAML file with a nipype plugin and its arguments.
+    clean_workdir : bool, default=False
+        Whether working folders are removed before the run, and after it if it succeeds.
+    stop_on_first_crash, reports_only, dry_run : bool, default=False
+        Whether to stop at the first failure, only rewrite reports, or only list what would be processed.
+    verbosity : int, default=0
+        1 logs more, 2 adds tracebacks.
+    detector, modality : str, optional
+        Detector and images of the model, for `train` and `calibrate`.
+    preset : str, default="default"
+        Preset of the detector's hyper-parameters.
+    steps : int, optional
+        Training steps; by default the preset's.
+    hyper : tuple of str, default=()
+        Hyper-parameters that differ from the preset, `NAME=VALUE`.
+    experiments : dict of str to pathlib.Path, default={}
+        Outputs of other models on the same images, by name, for `group`.
     cohort : str, optional
-        Column of participants.tsv whose values are the cohorts of `group`; `pathology` if not given.
-    subgroups : tuple of str
-        What `group` divides the cohort by: columns of participants.tsv, sessions.tsv or scans.tsv, fields of
-        the raw images' sidecars, and `lesion load`.
-    train_fraction : float
-        Share of the training subjects that is learnt from.
-    synthetic : int
-        Healthy subjects that are simulated to learn from.
-    contrast_transfer : bool
-        Also train on T1w scans of healthy controls that are mapped to T2w contrast.
-    label_maps : tuple of str
-        Label maps and folders of them that they are simulated from; empty means the built-in template.
+        Column of participants.tsv with the cohorts of `group`; by default `pathology`.
+    subgroups : tuple of str, default=DEFAULT_SUBGROUPS
+        Subgroups of `group`: columns of participants.tsv, sessions.tsv or scans.tsv, fields of the raw
+        images' sidecars, and `lesion load`.
+    train_fraction : float, default=1
+        Fraction of the participants to train on.
+    synthetic : int, default=0
+        Number of simulated healthy participants to train on.
+    contrast_transfer : bool, default=False
+        Whether to train also on T1w scans of healthy controls that are mapped to T2w contrast.
+    label_maps : tuple of str, default=()
+        Label maps, or folders of them, to simulate from; empty selects the built-in template.
     normative_dir : pathlib.Path, optional
-        Preprocessed scans of healthy people beside those of `bids_dir`, for the normative reference alone.
-    num_devices, num_nodes : int
-        Devices of a node, and nodes, that share a training.
-    hyper : tuple of str
-        Hyper-parameters to change, `NAME=VALUE`.
+        Preprocessed scans of further healthy controls, for the normative reference only.
+    num_devices, num_nodes : int, default=1
+        Devices per node, and nodes, for distributed training.
     backbone_weights : pathlib.Path, optional
-        Weights of a backbone that comes trained on ImageNet, or a folder that holds them.
+        ImageNet weights of a backbone, or a folder with them.
+    run_id : str
+        Identifier of the run, see :func:`new_run_id`.
 
     Raises
     ------
@@ -207,7 +217,7 @@ class RunConfig(Constrained):
             raise ConfigError(str(error)) from None
 
     def to_toml(self) -> str:
-        """Write the configuration as TOML text; options that are not set are left out."""
+        """Return the configuration as TOML text, without options that are not set."""
         import tomli_w
 
         content: dict[str, Any] = {}
@@ -226,33 +236,27 @@ class RunConfig(Constrained):
 
     @classmethod
     def from_toml(cls, text: str) -> RunConfig:
-        """Rebuild a configuration from :meth:`to_toml`'s text.
-
-        Raises
-        ------
-        ConfigError
-            If the text is no TOML or holds an unknown key.
-        """
+        """Read a configuration from the text of :meth:`to_toml`, see :func:`read_fields`."""
         return cls(**read_fields(text))
 
 
 def read_fields(text: str) -> dict[str, Any]:
-    """Parse TOML text into values of the right types for :class:`RunConfig`.
+    """Read fields of :class:`RunConfig` from TOML.
 
     Parameters
     ----------
     text : str
-        Flat TOML, keys named as the fields of :class:`RunConfig`.
+        TOML text without tables; keys are fields of :class:`RunConfig`, also those of `RENAMED_FIELDS`.
 
     Returns
     -------
     dict
-        Only the fields that the text holds.
+        Values of the fields in the text.
 
     Raises
     ------
     ConfigError
-        If the text is no TOML, a key is unknown or a value is not allowed.
+        If the text is not TOML, a key is unknown or a value is not allowed.
     """
     try:
         content = tomllib.loads(text)
@@ -264,18 +268,18 @@ def read_fields(text: str) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"unknown key in the configuration file: {', '.join(unknown)}")
     kinds = get_type_hints(RunConfig)
-    found = {name: _converted(value, kinds[name]) for name, value in content.items()}
-    for name, value in found.items():
+    values = {name: _converted(value, kinds[name]) for name, value in content.items()}
+    for name, value in values.items():
         if not allows(allowed[name], value):
             raise ConfigError(
                 f"The {name!r} key of the configuration file must be {describe(allowed[name])}. "
                 f"Got {content[name]!r} instead."
             )
-    return found
+    return values
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Convert a TOML value to what a field holds: paths from texts, tuples from arrays, floats from ints."""
+    """Convert a TOML value to the type of a field: text to path, array to tuple, int to float."""
     kinds = (kind, *get_args(kind))
     if isinstance(value, list):
         return tuple(value)

@@ -123,7 +123,7 @@ class Items:
     ascending: str = ""
 
     def allows(self, value: Sequence[Any]) -> bool:
-        """Return whether number and order of the items are as they must be."""
+        """Return whether number and order of the items are allowed."""
         pairs = list(pairwise(value))
         if self.ascending == "strictly" and not all(a < b for a, b in pairs):
             return False
@@ -151,7 +151,7 @@ PositiveRange = Annotated[tuple[Positive, Positive], Items(2, "weakly")]
 class Constrained:
     """A dataclass whose fields are checked on construction.
 
-    Constraints that concern several fields belong into an own ``__post_init__``, after that of this class.
+    Constraints on several fields belong in the ``__post_init__`` of a subclass, after that of this class.
     """
 
     def __post_init__(self) -> None:
@@ -165,11 +165,12 @@ def check_parameters(owner: Any) -> None:
     Parameters
     ----------
     owner : dataclass instance
+        Instance whose fields are checked.
 
     Raises
     ------
     InvalidParameterError
-        Naming the class, the field, the allowed values and the value.
+        If a value is not allowed.
     """
     for name, annotation in annotations(type(owner)).items():
         if not allows(annotation, getattr(owner, name)):
@@ -177,19 +178,21 @@ def check_parameters(owner: Any) -> None:
 
 
 def invalid(owner: Any, name: str, allowed: str) -> InvalidParameterError:
-    """Make the error for a field whose value is not allowed.
+    """Return the error for a field whose value is not allowed.
 
     Parameters
     ----------
     owner : dataclass instance
+        Instance with the field.
     name : str
         Field of `owner`.
     allowed : str
-        What is allowed, to follow "must be".
+        Description of the allowed values, which follows "must be".
 
     Returns
     -------
     InvalidParameterError
+        With class, field, allowed values and value in its message.
     """
     return InvalidParameterError(
         f"The {name!r} parameter of {type(owner).__name__} must be {allowed}. "
@@ -205,12 +208,17 @@ def annotations(kind: type) -> dict[str, Any]:
 
 
 def is_constrained(annotation: Any) -> bool:
-    """Return whether an annotation says which numbers and texts are allowed, and not only their type.
+    """Return whether an annotation constrains the values of numbers and texts, and not only their type.
 
     Parameters
     ----------
     annotation : type or typing construct
-        Of a field. Flags, paths and classes other than numbers and texts need no more than their type.
+        Annotation of a field. Flags, paths and other classes need no constraint.
+
+    Returns
+    -------
+    bool
+        Whether all numbers and texts in it are constrained.
     """
     if annotation in (int, float, str, Any):
         return False
@@ -231,8 +239,14 @@ def allows(annotation: Any, value: Any) -> bool:
     ----------
     annotation : type or typing construct
         A class, ``Annotated``, ``tuple``, ``list``, ``dict`` or a union of these. An int is a valid float;
-        a bool is no number.
+        a bool is not a number.
     value : object
+        Value to check.
+
+    Returns
+    -------
+    bool
+        Whether the value is allowed.
     """
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is Any:
@@ -263,12 +277,17 @@ def allows(annotation: Any, value: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """Return in words what an annotation allows, to follow "must be".
+    """Describe the values that an annotation allows, as in "must be an int in the range [1, inf)".
 
     Parameters
     ----------
     annotation : type or typing construct
-        As in :func:`allows`.
+        Annotation, see :func:`allows`.
+
+    Returns
+    -------
+    str
+        Phrase without a final stop.
     """
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

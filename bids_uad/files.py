@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files, locks between processes, checksums, and reading of tables and JSON."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ LOGGER = logging.getLogger("bids_uad")
 
 _TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{6})-(?P<pid>[0-9]+)-[0-9a-f]{6}\.(?P<name>.+)")
 REMEDY = "run the participant level again for this subject"
-"""What to do about a table of the participant level that cannot be read."""
+"""Remedy for unreadable tables of the participant level."""
 MISSING = frozenset({"n/a", "nan", ""})
-"""Texts that stand for a missing number."""
+"""Texts of missing values in tables."""
 ABANDONED_AFTER = 24 * 3600.0
-"""Seconds after which the temporary file of a process that cannot be asked about is no longer in use."""
+"""Time in s after which a temporary file of a process on another host counts as abandoned."""
 
 
 @cache
 def _host() -> str:
-    """Return a mark of this host or container, within which a number stands for one process."""
+    """Return an identifier of this host or container, within which process ids are unique."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -47,20 +47,20 @@ def _host() -> str:
 
 
 def temporary_name(name: str) -> str:
-    """Return a name for a file or folder that is not finished yet.
+    """Return a name for an unfinished file or folder.
 
-    It starts with a dot, so that neither BIDS tools nor a reader of the folder take it for an output, names
-    the process that writes it, for :func:`remove_unfinished`, and ends as `name` does, since writers choose
-    a format by the extension.
+    It starts with a dot, so that it is not taken for an output, contains host and process id for
+    :func:`remove_unfinished`, and has the extension of `name`, from which writers choose the format.
 
     Parameters
     ----------
     name : str
-        The final name.
+        Final name.
 
     Returns
     -------
     str
+        Name that no other file has.
     """
     return f".{_host()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.{name[-200:]}"
 
@@ -72,12 +72,12 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     Parameters
     ----------
     target : path-like
-        The final file. Missing parent folders are made.
+        Final file; missing parent folders are created.
 
     Yields
     ------
     pathlib.Path
-        Where to write. Removed if the block raises.
+        Temporary path, removed if the block raises.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,27 +86,27 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, target)
     finally:
-        with suppress(OSError):  # of a disk that cannot be written, which the block has raised already
+        with suppress(OSError):  # of an unwritable disk, for which the block has raised already
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_paths(targets: Sequence[Path], obsolete: Iterable[Path] = ()) -> Iterator[list[Path]]:
-    """Yield temporary paths for files that belong together, as :func:`atomic_path` does for one.
+    """Yield temporary paths for files that belong together, see :func:`atomic_path`.
 
-    Nothing of what is there is touched before all of the files are written: a full disk leaves it as it was.
+    Existing files are replaced only after all new ones were written, and remain unchanged if a disk is full.
 
     Parameters
     ----------
     targets : sequence of pathlib.Path
-        The final files, of which the last is renamed last.
-    obsolete : iterable of pathlib.Path
-        Files that do not hold together with the new ones, and are removed before these appear.
+        Final files; the last is renamed last.
+    obsolete : iterable of pathlib.Path, optional
+        Files that do not match the new ones, and are removed before these are renamed.
 
     Yields
     ------
     list of pathlib.Path
-        Where to write, in the order of `targets`.
+        Temporary paths in the order of `targets`.
     """
     with ExitStack() as stack:
         temporary = [stack.enter_context(atomic_path(target)) for target in reversed(targets)]
@@ -117,18 +117,19 @@ def atomic_paths(targets: Sequence[Path], obsolete: Iterable[Path] = ()) -> Iter
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new folder for unfinished or passing files, which is removed at the end, unless it was renamed.
+    """Yield a new temporary folder, which is removed at the end unless it was renamed.
 
     Parameters
     ----------
     parent : pathlib.Path
-        Made if missing.
+        Folder to create it in; created if missing.
     name : str
-        What the folder is for; the end of its name.
+        End of the folder's name.
 
     Yields
     ------
     pathlib.Path
+        The folder.
     """
     folder = parent / temporary_name(name)
     folder.mkdir(parents=True)
@@ -140,67 +141,70 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes, also on other hosts, wait for.
+    """Hold an exclusive lock between processes, also on different hosts.
 
     Parameters
     ----------
     path : pathlib.Path
-        A file for this purpose only; made if it is not there, and left there, since others may wait for it.
+        Lock file. It is created if missing, and not removed, since other processes may wait for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX)
         except OSError as error:
-            LOGGER.warning("%s cannot be locked (%s); let jobs not start in the same second", path, error)
+            LOGGER.warning("%s cannot be locked (%s); do not start jobs at the same time", path, error)
         yield
 
 
 @contextmanager
 def locked_names(path: Path, names: Iterable[str]) -> Iterator[None]:
-    """Hold a lock on each of several names; jobs with other names do not wait.
+    """Hold an exclusive lock for each of several names.
 
-    Each name is a byte of the file, which is never written. The locks end with the process, however it ends.
+    The lock of a name is one byte of the file, which is not written. Locks end with the process.
 
     Parameters
     ----------
     path : pathlib.Path
-        A file for this purpose only; made if it is not there. A process must not open it twice at a time:
-        closing one would end the locks of the other.
+        Lock file, created if missing. A process must not open it twice at a time, since closing it ends all
+        locks of the process.
     names : iterable of str
+        Names to lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    places = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"): name for name in names}
+    offsets = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"): name for name in names}
     with path.open("a") as stream:
         try:
-            # In one order in all jobs, so that no two wait for each other.
-            for place in sorted(places):
+            # All jobs use the same order, which excludes deadlocks.
+            for offset in sorted(offsets):
                 try:
-                    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
                 except (BlockingIOError, PermissionError):
-                    LOGGER.info("Waiting for another run that works on %s", places[place])
-                    fcntl.lockf(stream, fcntl.LOCK_EX, 1, place)
+                    LOGGER.info("Waiting for another run that processes %s", offsets[offset])
+                    fcntl.lockf(stream, fcntl.LOCK_EX, 1, offset)
         except OSError as error:
-            LOGGER.warning("%s cannot be locked (%s); do not run two jobs on one image at once", path, error)
+            LOGGER.warning(
+                "%s cannot be locked (%s); do not process an image in two jobs at a time", path, error
+            )
         yield
 
 
 def remove_unfinished(
     folder: Path, written_here: Callable[[str], bool] = lambda name: False, *, below: bool = False
 ) -> None:
-    """Remove the temporary files and folders of processes that were killed.
+    """Remove temporary files and folders of killed processes.
 
-    What another process is writing stays: on this host the number of the process tells whether it runs, and a
-    file of another host is taken for abandoned a day after it was last written to.
+    Files of running processes are kept; those of other hosts are removed one day after the last write.
 
     Parameters
     ----------
     folder : pathlib.Path
+        Folder to search.
     written_here : callable, optional
-        Is given the name of the file that would have been written; says whether it is certain, because of a
-        lock, that no other run is writing it now. By default it never is.
+        Function of the final name of a file that returns whether, because of a lock, no other run can be
+        writing it; such files are removed in any case. By default there are none.
     below : bool, default=False
-        Whether to look into the folders below it, too.
+        Whether to search subfolders.
     """
     for path in list(folder.glob("**/.*" if below else ".*")):
         match = _TEMPORARY.match(path.name)
@@ -213,7 +217,7 @@ def remove_unfinished(
 
 
 def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
-    """Return whether the process that a temporary file names will not finish it."""
+    """Return whether the process in the name of a temporary file has ended, or the file is old."""
     if match["host"] == _host() and not _runs(int(match["pid"])):
         return True
     try:
@@ -223,7 +227,7 @@ def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
 
 
 def _runs(pid: int) -> bool:
-    """Return whether a process runs; one that has ended and was not waited for does not."""
+    """Return whether a process is running and not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -302,7 +306,7 @@ def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:
 
 @cache
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file's bytes; inputs do not change during a run.
+    """Compute the SHA-256 of a file, cached since inputs do not change during a run.
 
     Raises
     ------
@@ -320,9 +324,26 @@ def sha256_of(path: Path) -> str:
 
 
 def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Read the named columns of a tab-separated table as text, optional ones as n/a where they lack.
+    """Read columns of a tab-separated table as text, several times faster than pandas for small tables.
 
-    Tables are many and small: parsing them here is several times faster than pandas.
+    Parameters
+    ----------
+    path : pathlib.Path
+        Table of the participant level.
+    names : sequence of str
+        Required columns.
+    optional : sequence of str, optional
+        Columns whose values are `n/a` if they are missing.
+
+    Returns
+    -------
+    dict of str to list of str
+        Values of each column.
+
+    Raises
+    ------
+    InputError
+        If the table or a required column is missing, or rows differ in length.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -344,23 +365,26 @@ def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ())
 
 
 def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, str]:
-    """Read the named columns of a table that has one row, as text.
+    """Read columns of a table with one row, as text.
 
     Parameters
     ----------
     path : pathlib.Path
+        Table of the participant level.
     names : sequence of str
-    optional : sequence of str
-        Columns that may lack, and are `n/a` then.
+        Required columns.
+    optional : sequence of str, optional
+        Columns whose value is `n/a` if they are missing.
 
     Returns
     -------
     dict of str to str
+        Value of each column.
 
     Raises
     ------
     InputError
-        If the table or a column is missing, or there is not one whole row.
+        If the table or a required column is missing, or the number of rows is not 1.
     """
     columns = read_columns(path, names, optional)
     n_rows = len(columns[names[0]])
@@ -370,22 +394,24 @@ def read_row(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
 
 
 def read_numbers(path: Path, names: Sequence[str]) -> np.ndarray:
-    """Read the named columns of a table as numbers.
+    """Read columns of a table as numbers.
 
     Parameters
     ----------
     path : pathlib.Path
+        Table of the participant level.
     names : sequence of str
+        Required columns.
 
     Returns
     -------
     numpy.ndarray of float64, shape (rows, columns)
-        NaN where a value is missing.
+        Values; NaN if missing.
 
     Raises
     ------
     InputError
-        If the table or a column is missing, or holds something else.
+        If the table or a column is missing, or a value is not a number.
     """
     import numpy as np
 

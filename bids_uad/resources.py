@@ -1,4 +1,4 @@
-"""What this process may use: CPUs and memory as the scheduler or container granted them."""
+"""CPUs and memory that are granted to this process by scheduler, container or host, and worker processes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from pathlib import Path
 from bids_uad.errors import ConfigError
 
 ROOT = Path("/sys/fs/cgroup")
+"""Mount point of control groups."""
 OWN = Path("/proc/self/cgroup")
+"""Control groups of this process."""
+USED_FRACTION = 0.9
+"""Fraction of the granted memory that is used; the rest is for the interpreter and the file cache."""
+
+_GB_PER_UNIT = {"": 1e-3, "K": 1e-6, "M": 1e-3, "G": 1.0, "T": 1e3}
+_MEMORY = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 
 
 def cpu_quotas(root: Path = ROOT, own: Path = OWN) -> list[float]:
-    """List the CPUs that each group may use, if it has such a limit."""
+    """Return the CPU limits of this process's control groups, in CPUs."""
     quotas = [path.read_text().split()[:2] for path in _files("cpu", "cpu.max", root, own)]
     for path in _files("cpu", "cpu.cfs_quota_us", root, own):
         quotas.append([path.read_text().strip(), path.with_name("cpu.cfs_period_us").read_text().strip()])
-    # No limit is "max" in one version and -1 in the other.
+    # No limit is "max" in version 2 of control groups and -1 in version 1.
     return [int(quota) / int(period) for quota, period in quotas if quota.isdigit()]
 
 
 def memory_limits(root: Path = ROOT, own: Path = OWN) -> list[int]:
-    """List the bytes that each group may use, if it has such a limit."""
+    """Return the memory limits of this process's control groups, in bytes."""
     paths = [
         *_files("memory", "memory.max", root, own),
         *_files("memory", "memory.limit_in_bytes", root, own),
@@ -37,7 +44,7 @@ def memory_limits(root: Path = ROOT, own: Path = OWN) -> list[int]:
 
 
 def oom_kills(root: Path = ROOT, own: Path = OWN) -> int:
-    """Count the processes of this process's group that the kernel has killed because memory ran out."""
+    """Return how many processes of this control group the kernel has killed because memory ran out."""
     for name in ("memory.events", "memory.oom_control"):
         for path in _files("memory", name, root, own)[:1]:
             counts = dict(line.split() for line in path.read_text().splitlines())
@@ -46,19 +53,21 @@ def oom_kills(root: Path = ROOT, own: Path = OWN) -> int:
 
 
 def why_killed(kills_before: int, root: Path = ROOT, own: Path = OWN) -> str:
-    """Say why a process of ours was killed by SIGKILL.
+    """Return why a process was killed by SIGKILL.
 
     Parameters
     ----------
     kills_before : int
-        What :func:`oom_kills` counted when all was well.
-    root, own : pathlib.Path
-        Where control groups are mounted, and which are this process's.
+        Result of :func:`oom_kills` before the process was started.
+    root : pathlib.Path, default=ROOT
+        Mount point of control groups.
+    own : pathlib.Path, default=OWN
+        File with the control groups of this process.
 
     Returns
     -------
     str
-        What follows "was killed", and what to do.
+        Cause, which follows "was killed", and remedy.
     """
     remedy = "give the job more memory or lower --nprocs"
     if oom_kills(root, own) <= kills_before:
@@ -69,7 +78,7 @@ def why_killed(kills_before: int, root: Path = ROOT, own: Path = OWN) -> str:
 
 
 def _files(controller: str, name: str, root: Path, own: Path) -> list[Path]:
-    """List the files of a name in this process's group and those above it, its own first."""
+    """List the files with a name in this process's control group and in those above it, in this order."""
     folders = []
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, path = line.split(":", 2)
@@ -77,20 +86,13 @@ def _files(controller: str, name: str, root: Path, own: Path) -> list[Path]:
             top = root / controllers
             group = top / path.lstrip("/")
             folders += [group, *[parent for parent in group.parents if parent.is_relative_to(top)]]
-    # Inside a container, /proc tells paths of the host; what is mounted is the container's own group.
+    # In a container, /proc lists paths of the host, but the group of the container is mounted at the root.
     folders += [root / controller, root]
     return [folder / name for folder in dict.fromkeys(folders) if (folder / name).is_file()]
 
 
-SHARE = 0.9
-"""Part of the memory that is planned with; the rest is for the interpreter and the file cache."""
-
-_GB_PER_UNIT = {"": 1e-3, "K": 1e-6, "M": 1e-3, "G": 1.0, "T": 1e3}
-_MEMORY = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
-
-
 def parse_memory(text: str) -> float:
-    """Read a memory size.
+    """Parse a memory size.
 
     Parameters
     ----------
@@ -100,21 +102,21 @@ def parse_memory(text: str) -> float:
     Returns
     -------
     float
-        Gigabytes.
+        Size in GB.
 
     Raises
     ------
     ConfigError
-        If it is no positive memory size.
+        If the text is not a positive memory size.
     """
     match = _MEMORY.match(text)
     if match is None or float(match[1]) == 0:
-        raise ConfigError(f"'{text}' is no memory size; write for example 8000 (MB), 1.5G or 16GB")
+        raise ConfigError(f"'{text}' is not a memory size; write for example 8000 (MB), 1.5G or 16GB")
     return float(match[1]) * _GB_PER_UNIT[match[2].upper()]
 
 
 def available_cpus(cgroup: Path = ROOT, own: Path = OWN) -> int:
-    """Count the CPUs granted to this process: the least of affinity, cgroup quotas and SLURM's grant."""
+    """Return the number of CPUs granted to this process: the minimum of affinity, cgroup quotas and SLURM."""
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     granted = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "")
     if granted.isdigit():
@@ -124,7 +126,7 @@ def available_cpus(cgroup: Path = ROOT, own: Path = OWN) -> int:
 
 
 def available_memory_gb(cgroup: Path = ROOT, meminfo: Path = Path("/proc/meminfo"), own: Path = OWN) -> float:
-    """Find the memory granted to this process, in GB: a share of the least of host, cgroups and SLURM."""
+    """Return the memory for this process in GB: `USED_FRACTION` of the minimum of host, cgroups and SLURM."""
     limits = [limit / 1e9 for limit in memory_limits(cgroup, own)]
     if meminfo.is_file():
         total = re.search(r"^MemTotal:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
@@ -134,11 +136,11 @@ def available_memory_gb(cgroup: Path = ROOT, meminfo: Path = Path("/proc/meminfo
     if not limits:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limits.append(pages / 1e9)
-    return round(min(limits) * SHARE, 2)
+    return round(min(limits) * USED_FRACTION, 2)
 
 
 def _slurm_megabytes() -> list[int]:
-    """Memory that SLURM granted on this node, asked for by node (0 is all of it) or by CPU."""
+    """Return the memory granted by SLURM on this node in MB, requested per node (0: all) or per CPU."""
     by_node, by_cpu, cpus = (
         os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
     )
@@ -148,11 +150,10 @@ def _slurm_megabytes() -> list[int]:
 
 
 def end_with_parent() -> None:
-    """Have this worker and its children killed when the process that started it is gone.
+    """Let the kernel kill this worker and its children when the parent process ends.
 
-    A killed run must not leave a worker that still writes where the next run works, or that waits for ever
-    for work. The kernel sends the signal when the other end of the pipe is gone: a thread would wait for its
-    turn behind ITK, which keeps the interpreter's lock for minutes.
+    Otherwise workers of a killed run would write into folders of the next run, or wait forever. The kernel
+    signals the end of the pipe to the parent; a thread could not, while ITK holds the interpreter's lock.
     """
     os.setpgrp()
     sentinel = mp.parent_process().sentinel
@@ -163,16 +164,19 @@ def end_with_parent() -> None:
 
 @contextmanager
 def worker_pool(workers: int, start_method: str) -> Iterator[ProcessPoolExecutor]:
-    """Open a pool of processes that ends with this process, and at once when the block raises.
+    """Open a process pool whose workers end with this process, and are killed if the block raises.
 
     Parameters
     ----------
     workers : int
+        Number of processes.
     start_method : {"spawn", "forkserver", "fork"}
+        Start method of :mod:`multiprocessing`.
 
     Yields
     ------
     concurrent.futures.ProcessPoolExecutor
+        The pool.
     """
     pool = ProcessPoolExecutor(workers, mp.get_context(start_method), initializer=end_with_parent)
     try:

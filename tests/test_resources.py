@@ -4,7 +4,7 @@ import pytest
 
 from bids_uad.errors import ConfigError
 from bids_uad.resources import (
-    SHARE,
+    USED_FRACTION,
     available_cpus,
     available_memory_gb,
     oom_kills,
@@ -34,7 +34,7 @@ def test_memory_sizes(text, gigabytes):
 
 @pytest.mark.parametrize("text", ["", "G", "0", "-4G", "4X", "4 4G", "1,5G", "4GG", "nan"])
 def test_what_is_no_memory_size_is_refused(text):
-    with pytest.raises(ConfigError, match="no memory size"):
+    with pytest.raises(ConfigError, match="not a memory size"):
         parse_memory(text)
 
 
@@ -89,10 +89,10 @@ def test_limits_hold_for_all_groups_below(tmp_path, no_slurm, own, monkeypatch):
     assert available_cpus(tmp_path, own) == 3
     put(tmp_path / "slurm/job_3/memory.max", "4000000000\n")
     put(tmp_path / "slurm/job_3/step_0/memory.max", "max\n")
-    assert available_memory_gb(tmp_path, none, own) == pytest.approx(4 * SHARE)
+    assert available_memory_gb(tmp_path, none, own) == pytest.approx(4 * USED_FRACTION)
     put(tmp_path / "memory/slurm/memory.limit_in_bytes", "3000000000\n")
     put(tmp_path / "memory/memory.limit_in_bytes", "9223372036854771712\n")
-    assert available_memory_gb(tmp_path, none, own) == pytest.approx(3 * SHARE)
+    assert available_memory_gb(tmp_path, none, own) == pytest.approx(3 * USED_FRACTION)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_kills_for_memory_are_told_from_others(tmp_path, own, counter):
 def test_memory_is_the_least_of_host_cgroup_and_slurm(tmp_path, no_slurm, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       50000000 kB\nMemFree: 1 kB\n")
-    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(51.2 * SHARE, abs=0.01)
+    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(51.2 * USED_FRACTION, abs=0.01)
     (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(51.2 * SHARE, abs=0.01)
+    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(51.2 * USED_FRACTION, abs=0.01)
     (tmp_path / "memory.max").write_text("8000000000\n")
-    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(8 * SHARE, abs=0.01)
+    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(8 * USED_FRACTION, abs=0.01)
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "2048")
-    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(2.147 * SHARE, abs=0.01)
+    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(2.147 * USED_FRACTION, abs=0.01)
     monkeypatch.delenv("SLURM_MEM_PER_NODE")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "1024")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
-    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(3.221 * SHARE, abs=0.01)
+    assert available_memory_gb(tmp_path, meminfo) == pytest.approx(3.221 * USED_FRACTION, abs=0.01)
