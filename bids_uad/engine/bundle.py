@@ -21,13 +21,7 @@ import numpy as np
 
 from bids_uad import __version__
 from bids_uad.config import MODALITIES, RENAMED_DETECTORS
-from bids_uad.constraints import (
-    Interval,
-    Items,
-    OneOf,
-    allows,
-    describe,
-)
+from bids_uad.constraints import Interval, Items, OneOf, allows, describe
 from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError, truncate_list
 from bids_uad.files import atomic_paths, json_text, remove_unfinished

@@ -14,22 +14,8 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    NonNegative,
-    Positive,
-)
-from bids_uad.methods.base import (
-    BRAIN_FIELD,
-    WHOLE_SLICE,
-    Batch,
-    Detector,
-    FieldOfView,
-    GradientStage,
-    Stage,
-)
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import (
     LITE_NETWORK,
@@ -71,12 +57,8 @@ class ANDiHyper(Constrained):
     residual_floor : float, default=1e-8
         Smallest squared residual in the geometric mean (image range -1 to 1). Without it, the score of a
         pixel is 0 if one level restores it exactly.
-    steps : int, default=50000
-        Optimiser steps.
-    batch_size : int, default=128
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=50000, 128, 1e-4
+        Training schedule: optimiser steps, slices per step, initial learning rate.
     """
 
     network: DDPMppConfig = NETWORK

@@ -17,15 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    Items,
-    OneOf,
-    Positive,
-    invalid,
-)
+from bids_uad.constraints import Constrained, Count, Interval, Items, OneOf, Positive, invalid
 from bids_uad.methods.base import (
     BRAIN_FIELD,
     WHOLE_SLICE,
@@ -37,12 +29,7 @@ from bids_uad.methods.base import (
     Stage,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import (
-    LITE_NETWORK,
-    DDPMpp,
-    DDPMppConfig,
-    check_network,
-)
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
     SHAPES,
@@ -92,12 +79,8 @@ class DisyreHyper(Constrained):
         :data:`bids_uad.networks.synthetic_anomalies.COMPONENTS`; for ablations.
     augmentation : AugmentationConfig
         Augmentation of the training slices.
-    steps : int, default=100000
-        Optimiser steps.
-    batch_size : int, default=64
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=100000, 64, 1e-4
+        Training schedule: optimiser steps, slices per step, initial learning rate.
     """
 
     network: DDPMppConfig = field(default_factory=DDPMppConfig)

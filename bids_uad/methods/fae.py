@@ -14,12 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    Positive,
-)
+from bids_uad.constraints import Constrained, Count, Interval, Positive
 from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -45,12 +40,8 @@ class FAEHyper(Constrained):
     training_window, scoring_window : int, default=11
         Sides of the SSIM windows in training and scoring, in pixels of the finest map. The published code
         uses 5 and 11.
-    steps : int, default=20000
-        Optimiser steps of the autoencoder.
-    batch_size : int, default=128
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=20000, 128, 1e-4
+        Training schedule of the autoencoder: optimiser steps, slices per step, initial learning rate.
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(name="resnet18", taps=(0, 1, 2)))

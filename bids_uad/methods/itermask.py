@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    NonNegative,
-    Positive,
-    Probability,
-)
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, Probability
 from bids_uad.methods.base import (
     BRAIN_FIELD,
     WHOLE_SLICE,
@@ -36,13 +29,7 @@ from bids_uad.methods.base import (
     Stage,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import (
-    LITE_NETWORK,
-    NETWORK,
-    DDPMpp,
-    DDPMppConfig,
-    check_network,
-)
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.space import CROP
 
 MAX_ROUNDS = 100
@@ -73,12 +60,8 @@ class IterMaskHyper(Constrained):
         Height and width in pixels of the part of a slice that is processed.
     threshold_slices : int, default=2000
         Number of healthy slices from which the threshold of the mask is computed.
-    steps : int, default=100000
-        Optimiser steps of each network.
-    batch_size : int, default=128
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=100000, 128, 1e-4
+        Training schedule of each network: optimiser steps, slices per step, initial learning rate.
     """
 
     network: DDPMppConfig = UNET

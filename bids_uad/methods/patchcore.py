@@ -14,14 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    CountOrZero,
-    Interval,
-    OneOf,
-    invalid,
-)
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, OneOf, invalid
 from bids_uad.methods.base import Batch, FeatureDetector, FitStage, Stage
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator

@@ -32,12 +32,8 @@ class RDHyper(Constrained):
         Residual blocks of the embedding.
     student_blocks : tuple of int, default=(3, 4, 6)
         Residual blocks of the stages of the student, from coarse to fine.
-    steps : int, default=25000
-        Optimiser steps of embedding and student.
-    batch_size : int, default=128
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=25000, 128, 1e-4
+        Training schedule of embedding and student: optimiser steps, slices per step, initial learning rate.
     """
 
     backbone: BackboneConfig = field(

@@ -15,31 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    Items,
-    Positive,
-    invalid,
-)
-from bids_uad.methods.base import (
-    BRAIN_FIELD,
-    WHOLE_SLICE,
-    Batch,
-    Detector,
-    FieldOfView,
-    GradientStage,
-    Stage,
-)
+from bids_uad.constraints import Constrained, Count, Interval, Items, Positive, invalid
+from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import (
-    LITE_NETWORK,
-    NETWORK,
-    DDPMpp,
-    DDPMppConfig,
-    check_network,
-)
+from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.similarity import gms_maps, ssim_map
 from bids_uad.space import CROP
 
@@ -65,12 +44,8 @@ class RIADHyper(Constrained):
         largest cells most weight. If False, all sizes have the same weight.
     field_of_view : tuple of int, default=(160, 192)
         Height and width in pixels of the part of a slice that is processed.
-    steps : int, default=100000
-        Optimiser steps.
-    batch_size : int, default=16
-        Slices per step.
-    learning_rate : float, default=5e-5
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=100000, 16, 5e-5
+        Training schedule: optimiser steps, slices per step, initial learning rate.
     """
 
     network: DDPMppConfig = INPAINTING

@@ -15,14 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    NonNegative,
-    Positive,
-    invalid,
-)
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, invalid
 from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -49,12 +42,8 @@ class UniADHyper(Constrained):
         Dropout probability.
     jitter : float, default=5.0
         Strength of the noise that is added to the features in training.
-    steps : int, default=30000
-        Optimiser steps of the transformer.
-    batch_size : int, default=128
-        Slices per step.
-    learning_rate : float, default=1e-4
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=30000, 128, 1e-4
+        Training schedule of the transformer: optimiser steps, slices per step, initial learning rate.
     """
 
     backbone: BackboneConfig = field(

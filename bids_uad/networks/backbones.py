@@ -18,16 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    CountOrZero,
-    Interval,
-    Items,
-    OneOf,
-    Positive,
-    invalid,
-)
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, Positive, invalid
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
 from bids_uad.space import SliceSide
 
@@ -371,12 +362,8 @@ class BackboneConfig(Constrained):
         Anomalies that are painted into these slices.
     window : tuple of int, default=(160, 192)
         Height and width in pixels of the training windows of ``mri``.
-    steps : int, default=600
-        Optimiser steps of ``mri``.
-    batch_size : int, default=8
-        Slices per step.
-    learning_rate : float, default=2e-3
-        Initial learning rate.
+    steps, batch_size, learning_rate : int, int, float, default=600, 8, 2e-3
+        Training schedule of ``mri``: optimiser steps, slices per step, initial learning rate.
 
     Raises
     ------

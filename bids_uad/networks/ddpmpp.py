@@ -19,15 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    CountOrZero,
-    Interval,
-    Items,
-    OneOf,
-    invalid,
-)
+from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, invalid
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Interval,
-    NonNegative,
-    OneOf,
-    PositiveRange,
-    Probability,
-)
+from bids_uad.constraints import Constrained, Count, Interval, NonNegative, OneOf, PositiveRange, Probability
 
 SHAPES = ("rectangle", "disc", "blobs")
 COMPONENTS = (*SHAPES, "texture", "bias", "blur")

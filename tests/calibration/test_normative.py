@@ -10,13 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from bids_uad.calibration import normative
 from bids_uad.calibration.deviation import DeviationCalibrator
-from bids_uad.calibration.normative import (
-    BLOCK,
-    GRID,
-    HealthyCohort,
-    NormativeEstimator,
-    NormativeReference,
-)
+from bids_uad.calibration.normative import BLOCK, GRID, HealthyCohort, NormativeEstimator, NormativeReference
 from bids_uad.calibration.thresholds import FINE_EDGES, count_scores
 from bids_uad.errors import ModelError
 from bids_uad.space import SHAPE

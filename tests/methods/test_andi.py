@@ -7,12 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bids_uad.methods.andi import (
-    ANDi,
-    ANDiHyper,
-    aggregation_constant,
-    noise_levels,
-)
+from bids_uad.methods.andi import ANDi, ANDiHyper, aggregation_constant, noise_levels
 from bids_uad.methods.base import Batch
 from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
 from bids_uad.networks.counter_rng import SliceGenerator

@@ -16,12 +16,7 @@ from bids_uad.methods.base import Batch, stack_maps
 from bids_uad.methods.fae import FAE, FeatureAutoencoder
 from bids_uad.methods.rd import ReverseDistillation
 from bids_uad.methods.uniad import UniAD, jitter_tokens, neighbourhoods
-from bids_uad.networks.backbones import (
-    BackboneConfig,
-    ImageNetFeatures,
-    build_backbone,
-    find_published,
-)
+from bids_uad.networks.backbones import BackboneConfig, ImageNetFeatures, build_backbone, find_published
 
 
 def count(module):

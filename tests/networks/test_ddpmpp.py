@@ -11,12 +11,7 @@ from scipy.signal import correlate2d
 from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.ddpmpp import (
-    Attention,
-    DDPMpp,
-    DDPMppConfig,
-    sinusoidal_embedding,
-)
+from bids_uad.networks.ddpmpp import Attention, DDPMpp, DDPMppConfig, sinusoidal_embedding
 
 SHARED = {
     "size": 224,

@@ -20,23 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    CountOrZero,
-    NonNegative,
-    Positive,
-    Probability,
-)
-from bids_uad.methods.base import (
-    BRAIN_FIELD,
-    Batch,
-    Detector,
-    FieldOfView,
-    FitStage,
-    GradientStage,
-    Stage,
-)
+from bids_uad.constraints import Constrained, Count, CountOrZero, NonNegative, Positive, Probability
+from bids_uad.methods.base import BRAIN_FIELD, Batch, Detector, FieldOfView, FitStage, GradientStage, Stage
 from bids_uad.methods.intensity import fluid_polarity
 from bids_uad.methods.pls.training_samples import (
     SyntheticLesionConfig,
@@ -52,12 +37,7 @@ from bids_uad.methods.pls.training_samples import (
     vary_contrast,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import (
-    LITE_NETWORK,
-    DDPMpp,
-    DDPMppConfig,
-    check_network,
-)
+from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.synthetic_anomalies import AugmentationConfig, cut_windows, vary_intensity
 
 # Settings that presets and curriculum stages share.

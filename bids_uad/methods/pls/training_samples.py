@@ -16,14 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import (
-    Constrained,
-    Count,
-    Items,
-    NonNegative,
-    PositiveRange,
-    Probability,
-)
+from bids_uad.constraints import Constrained, Count, Items, NonNegative, PositiveRange, Probability
 from bids_uad.networks.synthetic_anomalies import (
     AnomalyConfig,
     gaussian_blur,
@@ -255,25 +248,7 @@ def add_flow_voids(
     """Darken three spots of the brain edge, one of them at the midline.
 
     They imitate venous sinuses, whose flowing blood is dark in T2w scans, and dura. Skull-stripping leaves
-    parts of both on many brains.
-
-    Parameters
-    ----------
-    images : Tensor, shape (B, 1, H, W)
-        Slices, intensities in [0, 1]; left and right lie along H.
-    brain : Tensor of bool, shape (B, 1, H, W)
-        Brain masks.
-    bright_fluid : Tensor of bool, scalar
-        Whether fluid is bright (T2w). If False, the slices are returned unchanged.
-    generator : torch.Generator
-        Draws place, size and darkness.
-    probability : float
-        Probability that a slice is changed.
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W)
-        Slices, intensities in [0, 1].
+    parts of both on many brains. Parameters and result are those of :func:`darken_nuclei`.
     """
     if not probability:
         return images
