@@ -446,11 +446,6 @@ def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
         )
 
 
-def default_queries() -> dict[str, dict[str, Any]]:
-    """Return the default pybids query of each modality."""
-    return {modality: translate(query) for modality, query in _DEFAULTS.items()}
-
-
 def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     """Merge a filter file into the default queries.
 
@@ -471,10 +466,8 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     ConfigError
         If the file is not JSON of this form.
     """
-    if path is None:
-        return default_queries()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -485,7 +478,7 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
         own = filters.get(modality.lower(), {})
         if not isinstance(own, dict):
             raise ConfigError(f"--bids-filter-file {path}: '{modality.lower()}' must be an object")
-        query = translate({**default, **own})
+        query = _translate({**default, **own})
         suffixes = listify(query.get("suffix"))
         if not suffixes or any(suffix not in SUFFIXES[modality] for suffix in suffixes):
             raise ConfigError(
@@ -496,19 +489,8 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     return queries
 
 
-def translate(filters: dict[str, Any]) -> dict[str, Any]:
-    """Replace null and `"*"`, alone or in a list, by the constants of pybids.
-
-    Parameters
-    ----------
-    filters : dict
-        Value or list of values by entity.
-
-    Returns
-    -------
-    dict
-        The same filters for :meth:`bids.layout.BIDSLayout.get`.
-    """
+def _translate(filters: dict[str, Any]) -> dict[str, Any]:
+    """Replace null and `"*"`, alone or in a list, by the constants of pybids."""
     constants = {None: Query.NONE, "*": Query.ANY}
 
     def translated(value: Any) -> Any:
