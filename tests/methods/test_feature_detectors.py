@@ -58,8 +58,8 @@ def test_rd_has_the_published_size():
         embedding = detector.embedding(maps)
         assert embedding.shape == (1, 2048, 7, 7)
         assert gflop(detector.student, embedding) == pytest.approx(17.058, rel=0.01)
-        learnt = detector.student(embedding)
-        assert [part.shape for part in learnt] == [part.shape for part in maps]
+        student_maps = detector.student(embedding)
+        assert [part.shape for part in student_maps] == [part.shape for part in maps]
 
 
 def test_uniad_has_the_published_size():
@@ -139,10 +139,10 @@ def test_rd_score_is_the_cosine_distance(batch):
     detector = ReverseDistillation(ReverseDistillation.presets["lite"]).eval()
     with torch.no_grad():
         ours = detector.score(batch.slices, batch.brain, [])
-        taught = detector.features(batch.slices)
-        learnt = detector.student(detector.embedding(taught))
+        teacher_maps = detector.features(batch.slices)
+        student_maps = detector.student(detector.embedding(teacher_maps))
         total = 0
-        for a, b in zip(taught, learnt, strict=True):
+        for a, b in zip(teacher_maps, student_maps, strict=True):
             cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-8)
             total = total + stack_maps([1 - cosine[:, None]], (224, 224))
     torch.testing.assert_close(ours, total * batch.brain, atol=1e-4, rtol=1e-4)

@@ -265,7 +265,7 @@ def cases(tables):
 
 
 def nested(kind: type):
-    """Go through a dataclass and those in its fields."""
+    """Iterate over a dataclass and the dataclasses in its fields."""
     yield kind
     for annotation in annotations(kind).values():
         if is_dataclass(annotation):
@@ -284,12 +284,12 @@ HYPERS = sorted(
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), cases(ILLEGAL | OTHERS))
-def test_values_that_are_not_allowed_are_refused_on_construction(kind, name, value):
+def test_construction_refuses_wrong_values(kind, name, value):
     start = START[kind] if kind in START else kind()
     with pytest.raises(ValueError, match=r"The '\w+' parameter of \w+ must be ") as refused:
         replace(start, **{name: value})
     text = str(refused.value)
-    # A value that does not fit to another field may be reported under the name of that one.
+    # A value that is inconsistent with another field may be reported under the name of that field.
     assert f" parameter of {kind.__name__} must be " in text
     if f"The {name!r} parameter" in text:
         assert text.endswith(f" Got {value!r} instead.")
@@ -364,7 +364,7 @@ WIDE = BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
         (lambda: BackboneConfig(window=(160, 180)), "'window' .* divisible by 8"),
     ],
 )  # fmt: skip
-def test_values_that_do_not_fit_together_are_refused(make, words):
+def test_construction_refuses_inconsistent_values(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
@@ -421,7 +421,7 @@ def test_strides_and_channels_are_those_of_the_maps(name):
 
 
 @dataclass(frozen=True)
-class Needy:
+class WithoutDefault:
     """Hyper-parameters of which one has no default."""
 
     depth: int
@@ -431,7 +431,7 @@ class Needy:
 LITE = ANDi.presets["lite"]
 
 
-def test_values_take_the_type_they_replace():
+def test_change_hyper_keeps_the_type_of_a_field():
     changed = change_hyper(LITE, ["stride=4", "residual_floor=0", "published_noise=true"])
     assert (changed.stride, changed.residual_floor, changed.published_noise) == (4, 0.0, True)
     assert type(changed.residual_floor) is float
@@ -455,14 +455,14 @@ def test_values_take_the_type_they_replace():
         ("field_of_view=[162, 192]", "divisible by 16"),
     ],
 )  # fmt: skip
-def test_changes_that_are_not_allowed_are_refused(change, words):
+def test_change_hyper_refuses_wrong_names_and_values(change, words):
     with pytest.raises(ValueError, match=words):
         change_hyper(LITE, [change])
 
 
-def test_a_plain_dataclass_is_checked_for_types():
-    with pytest.raises(ValueError, match=r"'width' parameter of Needy must be an int\. Got 'wide'"):
-        change_hyper(Needy(1), ["width=wide"])
+def test_change_hyper_checks_types_of_a_plain_dataclass():
+    with pytest.raises(ValueError, match=r"'width' parameter of WithoutDefault must be an int\. Got 'wide'"):
+        change_hyper(WithoutDefault(1), ["width=wide"])
 
 
 @pytest.mark.parametrize(
@@ -474,22 +474,22 @@ def test_a_plain_dataclass_is_checked_for_types():
         ({"field_of_view": [160, 192, 3]}, r"'field_of_view' .* Got \(160, 192, 3\)"),
     ],
 )
-def test_values_of_a_bundle_that_are_not_allowed_are_refused(values, words):
+def test_hyper_from_values_refuses_wrong_values(values, words):
     with pytest.raises(ValueError, match=words):
         hyper_from_values(ANDiHyper, values)
 
 
-def test_options_that_came_after_a_model_have_their_default():
+def test_hyper_from_values_uses_defaults_for_missing_fields():
     values = asdict(Disyre.presets["lite"])
     del values["anomalies"]
     assert hyper_from_values(type(Disyre.presets["lite"]), values) == Disyre.presets["lite"]
     with pytest.raises(ValueError, match="depth"):
-        hyper_from_values(Needy, {"width": 4})
+        hyper_from_values(WithoutDefault, {"width": 4})
     with pytest.raises(ValueError, match="height"):
-        hyper_from_values(Needy, {"depth": 1, "height": 4})
+        hyper_from_values(WithoutDefault, {"depth": 1, "height": 4})
 
 
-def test_former_names_of_hyper_parameters_are_read():
+def test_hyper_from_values_reads_former_names():
     """PLS stored a nested dataclass under other names until version 0.1."""
     hyper = PLSHyper(
         stage2=CurriculumStage(lesion=SyntheticLesionConfig(max_small=7), dark_nuclei_prob=0.5),
@@ -508,7 +508,7 @@ def test_former_names_of_hyper_parameters_are_read():
     assert hyper_from_values(PLSHyper, values) == hyper
 
 
-def test_former_names_in_changes_warn(caplog):
+def test_change_hyper_warns_about_former_names(caplog):
     hyper = PLSHyper()
     with caplog.at_level("WARNING", logger="bids_uad"):
         assert change_hyper(hyper, ["depth=3"]).slice_smoothing == 3.0

@@ -140,11 +140,11 @@ def test_add_flow_voids_darkens_spots_of_the_edge_if_fluid_is_bright(slices):
     assert (dark <= images).all()
     assert not ((dark != images) & ~brain).any()
     changed = (dark < 0.8 * images) & brain
-    # A spot is centred on the rim; its half-width is 0.8 of its side of at most 24 pixels, and its edge soft.
+    # A spot is centred on the edge, with a half-width of 0.8 times at most 24 pixels and a soft border.
     within = torch.from_numpy(distance_transform_edt(brain[0, 0].numpy())).expand(changed.shape)
     assert within[changed].max() < 0.8 * 24 + 4
     assert within[changed].mean() < 8
-    # The disc's middle row is 48, and its rim 40 away from it.
+    # The disc's middle row is 48, and its edge is 40 pixels away.
     assert changed[..., 38:58, :].flatten(1).any(1).all()
     for untouched in (
         add_flow_voids(images, brain, torch.tensor(False), seeded(), 1.0),

@@ -93,7 +93,7 @@ class TestDisyre:
         assert_same((detector.restore(corrupted, label) - clean).square().mean(), case["loss"])
 
     @pytest.mark.slow
-    @pytest.mark.xfail(reason="windows are weighted by a Gaussian, not by their share of brain")
+    @pytest.mark.xfail(reason="windows are weighted by a Gaussian, not by their fraction of brain")
     def test_map(self):
         case, detector = filled("disyre")
         slices = case.grey()
@@ -202,12 +202,12 @@ class TestFeatures:
     def test_rd(self):
         case, detector = filled("rd")
         slices = case.grey()
-        taught = detector.features(slices)
-        learnt = detector.student(detector.embedding(taught))
+        teacher_maps = detector.features(slices)
+        student_maps = detector.student(detector.embedding(teacher_maps))
         for k in range(3):
-            assert_same(taught[k].mean(1), case[f"teacher_mean_{k}"])
-            assert_same(learnt[k].mean(1), case[f"network_output_mean_{k}"])
-            assert_same(learnt[k][:, :: 16 * 2**k], case[f"network_output_some_{k}"])
+            assert_same(teacher_maps[k].mean(1), case[f"teacher_mean_{k}"])
+            assert_same(student_maps[k].mean(1), case[f"network_output_mean_{k}"])
+            assert_same(student_maps[k][:, :: 16 * 2**k], case[f"network_output_some_{k}"])
         assert_same(detector.loss(Batch(slices, slices > 0), None), case["loss"])
         assert_same(detector.score(slices, slices > 0, None)[:, 0], case["anomaly_map"])
 

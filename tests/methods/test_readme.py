@@ -115,8 +115,10 @@ def test_recipe_of_the_readme_works_from_lint_to_documentation(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
     assert load_bundle(tmp_path / "models" / "brightness-T2w-lite").calibration is not None
-    (scores,) = (tmp_path / "out").rglob("*BrightnessT2w*_anomalymap.nii.gz")
+    (scores,) = (tmp_path / "out").rglob("*_desc-T2wBrightness_anomalymap.nii.gz")
     assert np.asarray(nib.load(scores).dataobj).shape == space.SHAPE
-    assert "Z score of the intensity" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
+    assert (
+        "*Brightness* scores the absolute Z score" in (tmp_path / "out" / "logs" / "CITATION.md").read_text()
+    )
     page = (package / "docs" / "build" / "detectors.html").read_text(encoding="utf-8")
     assert re.search(r"<h2>Brightness<.*<code[^>]*>(<span[^>]*>)?slices<", page, re.S)
