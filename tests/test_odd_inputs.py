@@ -274,10 +274,12 @@ TYPES = [
     spoilt(
         "complex64",
         nifti(HEAD.astype(np.complex64)),
-        "the voxels are complex numbers (complex64); give the mag",
+        "the voxels are complex numbers (complex64); provide the mag",
     ),
     spoilt(
-        "complex128", nifti(HEAD.astype(np.complex128)), "the voxels are complex numbers (complex128); give"
+        "complex128",
+        nifti(HEAD.astype(np.complex128)),
+        "the voxels are complex numbers (complex128); provide",
     ),
     spoilt("rgb", coloured("RGB"), "an RGB colour image, not a scan; provide"),
     spoilt("rgba", coloured("RGBA"), "an RGBA colour image, not a scan; provide"),
@@ -294,7 +296,7 @@ SHAPES = [
     spoilt(
         "twovolumes",
         nifti(np.stack([HEAD, HEAD], -1)),
-        "the image has 4 dimensions (20, 22, 24, 2); give one",
+        "the image has 4 dimensions (20, 22, 24, 2); provide one",
     ),
     spoilt("vectors", nifti(np.stack([HEAD] * 3, -1)[:, :, :, None]), "the image has 5 dimensions"),
     spoilt("volumelast", nifti(HEAD[:, :, None]), "the image has 4 dimensions (20, 22, 1, 24)"),
@@ -440,7 +442,7 @@ VALUES = [
     spoilt(
         "zscore",
         nifti(np.where(AIR, 0, HEAD - 65).astype(np.float32)),
-        "many voxels are negative; give magnit",
+        "many voxels are negative; provide magnit",
     ),
     taken("fewnegative", with_value(-1, (10, 11, 5))),
     taken("tiny", nifti(HEAD.astype(np.float64) * 1e-12), value=1e-10),

@@ -43,7 +43,7 @@ def bench(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("level", KILLS)
-def test_a_killed_run_is_gone_on_with_and_leaves_what_an_undisturbed_one_leaves(bench, level):
+def test_killed_and_continued_run_equals_an_undisturbed_run(bench, level):
     rng = random.Random(f"{SEED} {level}")  # noqa: S311
     wanted = int(os.environ.get("KILLS", KILLS[level]))
     kills = series = 0
@@ -71,7 +71,7 @@ def test_a_killed_run_is_gone_on_with_and_leaves_what_an_undisturbed_one_leaves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
-def test_a_killed_worker_costs_its_image_and_no_more(bench, number):
+def test_killed_worker_fails_only_its_image(bench, number):
     rng = random.Random(SEED + number)  # noqa: S311
     study = bench.prepared("participant", "worker")
     process = Forked(study.arguments("participant"), bench.root / "worker.log")
@@ -95,7 +95,7 @@ def test_a_killed_worker_costs_its_image_and_no_more(bench, number):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("level", KILLS)
-def test_an_interrupted_run_says_so_in_one_line_and_is_gone_on_with(bench, level, number, code):
+def test_interrupted_run_prints_one_line_and_continues(bench, level, number, code):
     for _ in range(5):
         study = bench.prepared(level, f"interrupted-{level}")
         process = Forked(study.arguments(level), bench.root / "interrupted.log")
@@ -122,7 +122,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_is_gone_on_with(bench, level
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_left_out_of_account(bench):
+def test_damaged_checkpoint_is_ignored(bench):
     study = bench.prepared("train", "damaged")
     process = Forked(study.arguments("train"), bench.root / "damaged.log")
     assert process.wait(600) == 0, process.log.read_text()

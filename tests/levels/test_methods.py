@@ -44,7 +44,7 @@ T1W, T2W = "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-01/ses-b/anat/sub-0
         ({"mask_origin": GIVEN}, {"skull_stripped": False, "brain_mask_origin": EXTRACTED}, EXTRACTED),
     ],
 )
-def test_what_preprocessing_found_out_is_what_counts(before, quality, origin):
+def test_add_measured_methods_replaces_planned_values(before, quality, origin):
     static = asdict(Pathway("T1w", "", skull_stripped=False, extraction="combined")) | before
     found = add_measured_methods(static, quality)
     assert found["mask_origin"] == origin
@@ -57,7 +57,13 @@ def record(key: str, *models: UsedModel, version: str = "1.0", **changes) -> Com
     return CompletionRecord(key, "run", "x", {"app_version": version}, ["file"], own, methods=way)
 
 
-def test_the_text_sums_up_images_in_any_order():
+def test_methods_text_accepts_records_without_parcellations():
+    present = record("sub-01_T1w")
+    early = replace(present, methods={k: v for k, v in present.methods.items() if k != "parcellations"})
+    assert describe_methods([early]) == describe_methods([present]) != ""
+
+
+def test_methods_text_does_not_depend_on_the_order_of_records():
     model = UsedModel("pls+normative", "T1w", "default", 3.0, "max_dice", covariates=("age",))
     met = replace(model, seen_in=("validation",), imputed=True)
     records = [
@@ -130,7 +136,7 @@ def test_sidecars_say_what_this_run_did(finished):
     assert "may exceed 1" in told["Description"]
 
 
-def test_the_text_follows_what_the_dataset_holds(tmp_path, stand_ins):  # noqa: F811
+def test_methods_text_describes_all_images_of_the_dataset(tmp_path, stand_ins):  # noqa: F811
     bench = Bench(tmp_path)
     name = "sub-01/anat/sub-01_T1w.nii.gz"
     bench.dataset(name)

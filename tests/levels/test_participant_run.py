@@ -128,7 +128,7 @@ def test_all_images_of_a_run_keep_the_header_contract(finished):
     assert faults_below(finished.out) == []
 
 
-def test_outputs_hold_what_the_map_says(finished):
+def test_outputs_agree_with_the_anomaly_map(finished):
     bench = finished
     anat = bench.out / "sub-01" / "anat"
     for modality in ("T1w", "T2w"):
@@ -211,7 +211,7 @@ def test_mp2rage_image_is_processed_beside_a_t1w_image(bench):
     assert validator_issues(bench.out) == []
 
 
-def test_second_run_does_nothing_and_a_lost_file_is_made_again(bench, capsys):
+def test_second_run_only_restores_lost_files(bench, capsys):
     bench.dataset(T1W, T2W)
     assert bench.run() == 0
     assert len(bench.take_calls()) == 4
@@ -313,7 +313,7 @@ def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
     assert bench.take_calls() == []
 
 
-def test_bad_inputs_are_named_and_the_rest_goes_on(bench, capfd):
+def test_unusable_images_are_reported_and_the_others_processed(bench, capfd):
     bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_FLAIR.nii.gz")
     truncated = bench.raw / "sub-02/anat/sub-02_T1w.nii.gz"
     truncated.write_bytes(truncated.read_bytes()[:2000])
@@ -329,7 +329,7 @@ def test_bad_inputs_are_named_and_the_rest_goes_on(bench, capfd):
     assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w", "preproc sub-01_T2w.nii.gz"]
 
 
-def test_nothing_usable_is_no_input(bench, capsys):
+def test_run_without_usable_images_returns_no_input(bench, capsys):
     bench.dataset("sub-03/anat/sub-03_FLAIR.nii.gz")
     assert bench.run() == 66
     assert bench.run("--participant-label", "99") == 66
@@ -354,7 +354,7 @@ def test_preprocessing_alone(bench):
 
 
 @pytest.mark.slow
-def test_unwanted_anchor_is_preprocessed_but_not_searched(bench):
+def test_unselected_anchor_is_preprocessed_but_not_scored(bench):
     bench.dataset(T1W, T2W)
     assert bench.run("--modalities", "T2w") == 0
     assert bench.take_calls() == [
@@ -382,7 +382,7 @@ def test_mask_in_sri24_space_is_used_without_a_transform(bench):
     assert row["lesion_volume_mm3"] == 8
 
 
-def test_another_least_lesion_volume_counts_anew(bench):
+def test_changed_minimum_lesion_volume_recounts_lesions(bench):
     bench.dataset(T1W)
     truth = np.zeros(space.SHAPE, np.uint8)
     truth[110:112, 110:112, 70:72] = 1
@@ -404,7 +404,7 @@ def test_another_least_lesion_volume_counts_anew(bench):
 
 
 @pytest.mark.slow
-def test_mask_on_the_t2w_grid_serves_the_t1w_too(bench):
+def test_mask_on_the_t2w_grid_is_used_for_the_t1w_image(bench):
     bench.dataset(T1W, T2W)
     image = nib.load(bench.raw / T2W)
     moved = image.affine.copy()
@@ -511,7 +511,7 @@ def test_unknown_model_is_refused_before_anything_is_done(bench, capsys):
     assert not bench.out.exists()
 
 
-def test_workflow_that_cannot_be_built_has_its_own_code(bench, monkeypatch, capsys):
+def test_workflow_error_returns_exit_code_70(bench, monkeypatch, capsys):
     bench.dataset(T1W)
 
     def broken(**options):
@@ -522,14 +522,14 @@ def test_workflow_that_cannot_be_built_has_its_own_code(bench, monkeypatch, caps
     assert "could not be built" in capsys.readouterr().err
 
 
-def test_failed_report_is_told_apart(bench, monkeypatch, capsys):
+def test_failed_report_returns_exit_code_1(bench, monkeypatch, capsys):
     bench.dataset(T1W)
     monkeypatch.setattr(summary, "write_reports", lambda config, subjects: ["sub-01: report not written: x"])
     assert bench.run() == 1
     assert "report not written" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
+def test_participants_of_the_training_data_are_reported(bench, capsys):
     bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz")
     bundle = Path(bench.models[0])
     info = json.loads((bundle / "bundle.json").read_text())
@@ -561,7 +561,7 @@ def test_a_subject_that_a_model_has_met_is_no_test_of_it(bench, capsys):
     assert "training data of the model of disyre for T1w include sub-01" in said
 
 
-def test_images_of_another_pipeline_are_worked_on_instead(bench):
+def test_preprocessed_images_of_another_pipeline_are_used(bench):
     bench.dataset(T1W, T2W)
     earlier = bench.folder / "fmriprep"
     image = write_image(earlier / "sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")

@@ -57,7 +57,7 @@ def on_disk(again: Bench) -> set[str]:
 
 
 @pytest.mark.parametrize("lost", ["desc-brain_mask.nii.gz", f"desc-{DISYRE}_histogram.tsv"])
-def test_a_lost_file_does_not_make_a_run_forget_other_models(again, patchcore, lost):
+def test_rerun_for_a_lost_file_keeps_other_models(again, patchcore, lost):
     again.dataset(T1W)
     assert again.run() == 0
     (again.out / ANAT / f"sub-01_space-SRI24_{lost}").unlink()
@@ -121,7 +121,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_outdated_is_read_after_a_run_that_fails(again, patchcore, monkeypatch, change):
+def test_failed_run_leaves_no_outdated_outputs(again, patchcore, monkeypatch, change):
     again.dataset(T1W)
     assert again.run(models=[patchcore, again.models[0]]) == 0
     apply, options, holding = CHANGES[change]
@@ -147,7 +147,7 @@ def test_deviations_follow_the_age(again, capfd):
     assert record(again).models["disyre+normative"].covariates["age"] == 41
 
 
-def test_an_image_that_became_unusable_takes_its_outputs_along(again):
+def test_outputs_of_an_image_that_became_unusable_are_removed(again):
     again.dataset(T1W, "sub-02/anat/sub-02_T1w.nii.gz")
     assert again.run() == 0
     raw = again.raw / T1W
@@ -160,7 +160,7 @@ def test_an_image_that_became_unusable_takes_its_outputs_along(again):
     assert again.run("--participant-label", "02") == 0
 
 
-def test_images_that_a_run_leaves_out_keep_their_outputs(again):
+def test_outputs_of_unselected_images_are_kept(again):
     again.dataset(T1W, "sub-01/anat/sub-01_acq-x_T1w.nii.gz")
     assert again.run() == 0
     filters = again.folder / "filter.json"

@@ -56,7 +56,7 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
-def test_six_jobs_at_once_and_then_the_group_leave_what_one_run_leaves(tmp_path):
+def test_six_concurrent_jobs_and_the_group_level_equal_one_run(tmp_path):
     raw = tmp_path / "raw"
     write_dataset(
         raw, {f"sub-{label}/anat/sub-{label}_T1w.nii.gz": {"SkullStripped": True} for label in LABELS}
@@ -88,7 +88,7 @@ def describe(raw: Path, out: Path, number: int) -> None:
     describe_dataset(out, raw, {f"given{number}": raw}, [model], {f"label{number}": "text"})
 
 
-def test_no_job_loses_what_another_adds(tmp_path):
+def test_concurrent_jobs_keep_each_others_additions(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_dataset(raw, {})
     with ProcessPoolExecutor(8, mp.get_context("fork")) as pool:
@@ -105,7 +105,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {name: text for name, text in content(out).items() if name.startswith(said)}
 
 
-def test_a_job_for_each_session_leaves_what_one_run_leaves(tmp_path):
+def test_one_job_per_session_equals_one_run(tmp_path):
     """Session b has no T1w image: its T2w image goes to the atlas through that of session a, in any order."""
     raw = tmp_path / "raw"
     names = ["ses-a/anat/sub-01_ses-a_T1w", "ses-a/anat/sub-01_ses-a_T2w", "ses-b/anat/sub-01_ses-b_T2w"]
@@ -168,7 +168,7 @@ def write_slowly(out_dir: Path, subject: str, *, errors: list[str], run_info: di
     write_json(out_dir / "page.json", {"found": found, "images": images, "errors": errors})
 
 
-def test_jobs_for_sessions_that_end_at_the_same_moment_are_all_in_the_report(tmp_path, monkeypatch):
+def test_report_includes_all_sessions_of_concurrent_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(participant, "write_subject_report", write_slowly)
     sessions = [str(number) for number in range(12)]
     for session in sessions:
@@ -191,7 +191,7 @@ def hold(path: Path, names: list[str], log: Path) -> None:
             stream.write(f"-{','.join(names)}\n")
 
 
-def test_jobs_wait_for_each_other_only_where_they_share_an_image(tmp_path):
+def test_jobs_wait_only_for_shared_images(tmp_path):
     log = tmp_path / "log"
     jobs = [["a", "b"], ["b", "c"], ["c", "a"], ["d"]]
     processes = [mp.get_context("fork").Process(target=hold, args=(tmp_path / "lock", j, log)) for j in jobs]
@@ -207,7 +207,7 @@ def test_jobs_wait_for_each_other_only_where_they_share_an_image(tmp_path):
         held = held | names if line[0] == "+" else held - names
 
 
-def test_a_job_that_was_killed_holds_nothing(tmp_path):
+def test_killed_job_holds_no_lock(tmp_path):
     process = mp.get_context("fork").Process(target=hold_forever, args=(tmp_path,))
     process.start()
     while not (tmp_path / "held").exists():

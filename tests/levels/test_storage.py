@@ -289,12 +289,12 @@ def test_a_file_where_the_output_has_a_folder_is_named(bench, tmp_path, capsys, 
         ("FileNotFoundError: [Errno 2] No such file or directory: '/out/x'", None, None),
     ],
 )
-def test_messages_are_put_down_to_folders(message, folder, code):
+def test_storage_error_names_the_folder_of_a_message(message, folder, code):
     found = storage_error(message, [Path("/out"), Path("/out/deep/work")], guess=True)
     assert (None if found is None else (found.folder, found.code)) == (folder and (folder, code))
 
 
-def test_the_error_survives_the_way_from_a_worker():
+def test_storage_error_can_be_pickled():
     import pickle
 
     error = StorageError("/out", errno.ENOSPC)

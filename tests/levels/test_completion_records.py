@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bids_uad.config import RunConfig
+from bids_uad.dataset.naming import Problem
+from bids_uad.errors import unreadable
+from bids_uad.levels.participant import plan
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
@@ -45,7 +50,7 @@ def on_disk(out: Path) -> set[str]:
     return {path.relative_to(out).as_posix() for path in out.rglob("anat/*")}
 
 
-def test_a_record_survives_the_round_trip(tmp_path):
+def test_record_round_trip(tmp_path):
     finish(tmp_path, "rd")
     record = read_record(path_in(tmp_path))
     assert record.files == {PREPROC, *outputs_of("rd")} == on_disk(tmp_path)
@@ -58,7 +63,7 @@ def test_a_record_survives_the_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", '{"models": []}', '{"models": {"rd": 3}}', '{"models": {}, "x": 1}']
 )
-def test_a_damaged_record_is_none(tmp_path, text):
+def test_damaged_record_is_read_as_none(tmp_path, text):
     path_in(tmp_path).parent.mkdir(parents=True)
     path_in(tmp_path).write_text(text)
     assert read_record(path_in(tmp_path)) is None
@@ -67,7 +72,7 @@ def test_a_damaged_record_is_none(tmp_path, text):
     assert set(read_record(path_in(tmp_path)).models) == {"rd"}
 
 
-def test_a_model_is_added_to_those_of_earlier_runs(tmp_path):
+def test_write_record_keeps_models_of_earlier_runs(tmp_path):
     finish(tmp_path, "rd")
     finish(tmp_path, "pls")
     assert set(read_record(path_in(tmp_path)).models) == {"rd", "pls"}
@@ -85,7 +90,7 @@ def test_a_model_is_added_to_those_of_earlier_runs(tmp_path):
         ),
     ],
 )
-def test_what_holds_no_longer_is_removed_before_a_run(tmp_path, fingerprint, identities, left, removed):
+def test_withdraw_outputs_removes_outdated_files(tmp_path, fingerprint, identities, left, removed):
     finish(tmp_path, "rd")
     finish(tmp_path, "pls")
     foreign = tmp_path / "sub-01" / "anat" / "notes.txt"
@@ -97,7 +102,7 @@ def test_what_holds_no_longer_is_removed_before_a_run(tmp_path, fingerprint, ide
     assert foreign.exists()
 
 
-def test_a_run_that_was_killed_while_it_removed_files_is_finished_by_the_next(tmp_path, monkeypatch):
+def test_withdraw_outputs_completes_an_interrupted_removal(tmp_path, monkeypatch):
     finish(tmp_path, "rd")
     unlink = Path.unlink
 
@@ -116,7 +121,7 @@ def test_a_run_that_was_killed_while_it_removed_files_is_finished_by_the_next(tm
     assert on_disk(tmp_path) == set()
 
 
-def test_files_of_other_inputs_that_another_job_wrote_meanwhile_are_removed(tmp_path):
+def test_write_record_removes_files_of_other_inputs(tmp_path):
     finish(tmp_path, "rd", fingerprint=OLD)
     finish(tmp_path, "pls", fingerprint=NEW)
     record = read_record(path_in(tmp_path))
@@ -124,10 +129,33 @@ def test_files_of_other_inputs_that_another_job_wrote_meanwhile_are_removed(tmp_
     assert on_disk(tmp_path) == record.files == {PREPROC, *outputs_of("pls")}
 
 
-def test_jobs_with_different_models_at_once_lose_nothing(tmp_path):
+def test_concurrent_jobs_with_different_models_are_all_recorded(tmp_path):
     names = [f"model{number}" for number in range(24)]
     with ProcessPoolExecutor(6, mp.get_context("fork")) as pool:
         list(pool.map(partial(finish, tmp_path), names))
     record = read_record(path_in(tmp_path))
     assert set(record.models) == set(names)
     assert record.files == on_disk(tmp_path)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_remove_unusable_keeps_outputs_of_unreadable_files(tmp_path, monkeypatch, readable):
+    """Whether a file has changed is unknown if it cannot be read."""
+    config = RunConfig(tmp_path / "raw", tmp_path / "out", ("participant",), tmp_path / "work")
+    source = config.bids_dir / "sub-01" / "anat" / f"{KEY}.nii.gz"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"changed")
+    output = config.output_dir / PREPROC
+    output.parent.mkdir(parents=True)
+    output.write_bytes(b"voxels")
+    name = source.relative_to(config.bids_dir).as_posix()
+    record = CompletionRecord(KEY, "run", name, {"input_sha256": "0"}, [PREPROC])
+    write_record(path_in(config.output_dir), config.output_dir, record)
+
+    def refuse(path):
+        raise unreadable(path, PermissionError(errno.EACCES, "Permission denied"))
+
+    if not readable:
+        monkeypatch.setattr(plan, "sha256_of", refuse)
+    plan.remove_unusable([Problem("01", "damaged", KEY)], config)
+    assert output.exists() != readable

@@ -1,10 +1,17 @@
+"""Masks, components, histograms, metrics and lesions of an anomaly map, against independent computations."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial.distance import cdist
 from skimage import measure
 
 from bids_uad import space
+from bids_uad.dataset.sidecars import LESION_COLUMNS
 from bids_uad.levels.participant import postprocess as maps
+from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, lesion_contrasts, lesion_table
 
 
 @pytest.fixture
@@ -15,7 +22,12 @@ def random():
 def test_mask_is_strictly_above_and_inside_the_brain():
     scores = np.array([0.1, 0.2, 0.3, 0.3], np.float32)
     brain = np.array([True, True, True, False])
-    assert maps.anomaly_mask(scores, brain, float(np.float32(0.2))).tolist() == [False, False, True, False]
+    assert maps.anomaly_mask(scores, brain, float(np.float32(0.2))).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_mask_agrees_with_counts_for_thresholds_between_single_precision_numbers(random):
@@ -25,7 +37,7 @@ def test_mask_agrees_with_counts_for_thresholds_between_single_precision_numbers
     assert maps.anomaly_mask(scores, np.ones(1000, bool), threshold).sum() == expected
 
 
-def test_squash_is_monotone_and_half_at_the_threshold(random):
+def test_rescaled_scores_are_monotone_and_half_at_the_threshold(random):
     scores = np.sort(random.gamma(1, 3, 500)).astype(np.float32)
     squashed = maps.rescale_scores(scores, 2.0)
     assert maps.rescale_scores(np.array([2.0], np.float32), 2.0)[0] == 0.5
@@ -118,13 +130,13 @@ def test_metrics_row_by_hand():
     assert (row["n_lesions_detected"], row["n_false_components"]) == (2, 1)
 
 
-def test_no_component_is_an_empty_table_with_all_columns():
+def test_component_table_without_components_is_empty():
     table = maps.component_table(np.zeros((3, 3, 3), np.int32), np.zeros((3, 3, 3), np.float32))
     assert len(table) == 0
     assert list(table)[:3] == ["index", "name", "volume_mm3"]
 
 
-def test_lesion_hits():
+def test_count_lesions_against_hand_numbers():
     lesion = np.zeros((10, 10, 10), bool)
     lesion[1:3, 1, 1] = lesion[5, 5, 5] = lesion[8, 8, 8] = True
     mask = np.zeros_like(lesion)
@@ -141,7 +153,7 @@ def test_one_component_over_two_lesions_detects_both():
     assert (hits.n_lesions, hits.n_detected, hits.n_false) == (2, 2, 0)
 
 
-def test_hits_agree_with_scipy_on_random_masks(random):
+def test_lesion_counts_agree_with_scipy_on_random_masks(random):
     lesion, mask = random.random((2, 14, 14, 14)) < 0.05
     components = maps.label_components(mask)
     truth, n_truth = ndimage.label(lesion, np.ones((3, 3, 3)))
@@ -174,7 +186,7 @@ def bars(volumes):
         ((5, 3, 2, 1), (0, 0, 0, 0), 3, (2, 0, 0)),
     ],
 )
-def test_lesions_and_components_are_counted_from_the_least_volume(lesions, components, least, counted):
+def test_lesions_and_components_are_counted_from_the_minimum_volume(lesions, components, least, counted):
     lesion, mask = bars(lesions), bars(components)
     labels = maps.label_components(mask)
     hits = maps.count_lesions(labels, lesion, least)
@@ -187,7 +199,7 @@ def test_lesions_and_components_are_counted_from_the_least_volume(lesions, compo
 
 
 @pytest.mark.parametrize("least", [0, 3, 50])
-def test_counts_agree_with_region_properties_of_scikit_image(random, least):
+def test_lesion_counts_agree_with_scikit_image(random, least):
     """Lesions and components as sets of voxels, without any labels of ours."""
     smooth = ndimage.gaussian_filter(random.normal(size=(2, 40, 40, 40)), (0, 1.2, 1.2, 1.2))
     lesion, mask = smooth > np.quantile(smooth, 0.96)
@@ -229,7 +241,7 @@ were counted against all lesions. (That release cannot be installed beside numpy
 
 
 @pytest.mark.parametrize("seed", PANOPTICA)
-def test_counts_are_those_of_panoptica(seed):
+def test_lesion_counts_agree_with_panoptica(seed):
     generator = np.random.default_rng(seed)
     lesion, mask = np.zeros((2, 48, 48, 48), bool)
     for k in range(
@@ -272,7 +284,7 @@ def test_histogram_table():
         maps.histogram_table(edges, np.array([5, 0]), None)
 
 
-def test_a_hair_above_the_threshold_is_above_one_half():
+def test_rescaled_scores_above_the_threshold_stay_above_one_half():
     threshold = 0.1611
     scores = np.float32(threshold) * np.ones(5, dtype=np.float32)
     for k in range(5):
@@ -283,7 +295,7 @@ def test_a_hair_above_the_threshold_is_above_one_half():
     )
 
 
-def test_regions_are_those_with_most_voxels(random):
+def test_region_names_are_those_with_most_voxels(random):
     labels = maps.label_components(random.random((14, 14, 14)) < 0.08)
     parcellation = (random.integers(0, 4, (14, 14, 14)) * (random.random((14, 14, 14)) < 0.7)).astype(
         np.uint8
@@ -298,5 +310,69 @@ def test_regions_are_those_with_most_voxels(random):
         assert name == (names.get(best, str(best)) if counts.any() else None)
 
 
-def test_nothing_found_lies_in_no_region():
+def test_region_names_without_components_are_empty():
     assert maps.region_names(np.zeros((3, 3, 3), np.int32), np.ones((3, 3, 3), np.uint8), {1: "a"}) == []
+
+
+@pytest.fixture
+def scan():
+    random = np.random.default_rng(3)
+    shape = (44, 40, 36)
+    brain = np.zeros(shape, bool)
+    brain[3:-3, 3:-3, 3:-3] = True
+    lesion = np.zeros(shape, bool)
+    lesion[8:12, 8:14, 8:12] = True
+    lesion[14, 9, 9] = True  # its shell lacks what is near the first
+    lesion[12, 14, 12] = True  # corner of the first
+    lesion[30:32, 20, 20] = True
+    lesion[1:5, 30:33, 20] = True  # partly outside the brain
+    lesion[0, 0, 0] = True  # wholly outside
+    image = random.normal(1.0, 0.1, shape) + 0.4 * lesion
+    found = random.random(shape) < 0.3
+    found[30:32, 20, 20] = False
+    return lesion, found, image.astype(np.float32), brain
+
+
+def test_lesion_table_agrees_with_loops_over_voxels(scan):
+    lesion, found, image, brain = scan
+    table = lesion_table(*scan)
+    assert list(table) == list(LESION_COLUMNS)
+    truth, n = ndimage.label(lesion & brain, np.ones((3, 3, 3)))
+    assert len(table) == n == 4
+    points = {k: np.argwhere(truth == k) for k in range(1, n + 1)}
+    order = sorted(points, key=lambda k: -len(points[k]))
+    everywhere = np.argwhere(brain)
+    apart = cdist(everywhere, np.argwhere(truth > 0)).min(axis=1) > 2
+    for row, k in zip(table.itertuples(), order, strict=True):
+        own = points[k]
+        hits = sum(bool(found[tuple(point)]) for point in own)
+        assert row.volume_mm3 == len(own)
+        assert row.found_share == pytest.approx(hits / len(own))
+        assert row.detected == (hits > 0)
+        shell = image[tuple(everywhere[apart & (cdist(everywhere, own).min(axis=1) <= 6)].T)].astype(float)
+        inside = image[tuple(own.T)].astype(float)
+        assert row.contrast == pytest.approx((inside.mean() - shell.mean()) / shell.std(ddof=1), rel=1e-6)
+        x, y, z = own.mean(axis=0)
+        assert (row.centroid_x, row.centroid_y, row.centroid_z) == pytest.approx((-x, 239 - y, z), abs=0.006)
+    assert 0 in table["detected"].tolist()
+    assert 1 in table["detected"].tolist()
+
+
+def test_lesion_contrast_is_nan_without_a_shell():
+    labels = np.zeros((20, 20, 20), int)
+    labels[5:15, 5:15, 5:15] = 1
+    assert np.isnan(lesion_contrasts(labels, np.ones(labels.shape), labels > 0)).all()
+    assert np.isnan(lesion_contrasts(labels, np.ones(labels.shape), np.ones(labels.shape, bool))).all()
+    few = labels > 0
+    few[2, : MIN_SHELL_VOXELS - 1, 10] = True
+    image = np.random.default_rng(0).random(labels.shape)
+    assert np.isnan(lesion_contrasts(labels, image, few)).all()
+    few[2, :, 11] = True
+    assert np.isfinite(lesion_contrasts(labels, image, few)).all()
+
+
+def test_lesion_table_without_lesions_is_empty(scan):
+    nothing = np.zeros_like(scan[0])
+    table = lesion_table(nothing, *scan[1:])
+    assert len(table) == 0
+    assert list(table) == list(LESION_COLUMNS)

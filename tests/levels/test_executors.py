@@ -1,3 +1,7 @@
+"""Worker processes, SLURM jobs and plugin files."""
+
+from __future__ import annotations
+
 import ctypes
 import gc
 import itertools
@@ -9,10 +13,23 @@ import time
 from pathlib import Path
 
 import pytest
-from nipype import Function, Node, Workflow
+from nipype import Function
+from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, TraitedSpec, traits
+from nipype.pipeline.engine import Node, Workflow
 
+from bids_uad.config import RunConfig
+from bids_uad.errors import ConfigError
 from bids_uad.levels.participant import executors
-from bids_uad.levels.participant.executors import IsolatedPlugin, describe_exit
+from bids_uad.levels.participant.executors import (
+    IsolatedPlugin,
+    SlurmGraphPlugin,
+    SlurmPlugin,
+    configure_nipype,
+    describe_exit,
+    describe_job_end,
+    make_plugin,
+    read_plugin_file,
+)
 from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.levels.participant.summary import error_line
 
@@ -53,7 +70,7 @@ def wait(plugin, taskid):
     raise AssertionError("no result")
 
 
-def test_death_of_one_worker_is_told_and_costs_only_its_task(plugin):
+def test_killed_worker_fails_only_its_task(plugin):
     sleeping = plugin._submit_job(Task("sleep"))
     killed = plugin._submit_job(Task("kill"))
     result = wait(plugin, killed)
@@ -64,7 +81,7 @@ def test_death_of_one_worker_is_told_and_costs_only_its_task(plugin):
     assert fine["result"][0] == "work"
 
 
-def test_workers_are_used_again_and_errors_come_back(plugin):
+def test_workers_are_reused_and_return_errors(plugin):
     first = wait(plugin, plugin._submit_job(Task("work")))
     failed = wait(plugin, plugin._submit_job(Task("raise")))
     second = wait(plugin, plugin._submit_job(Task("work")))
@@ -97,7 +114,7 @@ def answer():
     return 42
 
 
-def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
+def test_imported_modules_are_frozen_during_a_run(tmp_path):
     frozen = []
     plugin = IsolatedPlugin(
         {
@@ -117,7 +134,7 @@ def test_what_is_imported_is_not_searched_for_garbage_during_a_run(tmp_path):
 _RUN = """
 import time
 from bids_uad.levels.participant.executors import IsolatedPlugin, configure_nipype
-from tests.levels.test_plugin import Task, wait
+from tests.levels.test_executors import Task, wait
 if __name__ == "__main__":
     configure_nipype()
     plugin = IsolatedPlugin({"n_procs": 1, "memory_gb": 1, "n_gpu_procs": 1})
@@ -127,7 +144,7 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_run_leaves_no_worker_even_behind_the_interpreters_lock(tmp_path):
+def test_killed_run_leaves_no_worker_that_holds_the_interpreter_lock(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(_RUN)
     root = Path(__file__).parents[2]
@@ -153,13 +170,13 @@ def is_running(process_id):
         return False
 
 
-def test_deaths_in_words():
+def test_describe_exit():
     assert "memory" in describe_exit(-signal.SIGKILL, 0)
     assert "SIGSEGV" in describe_exit(-signal.SIGSEGV, 0)
     assert "exit code 3" in describe_exit(3, 0)
 
 
-def test_engine_failures_in_words():
+def test_describe_failure_of_the_scoring_process():
     assert "memory ran out" in describe_failure(-signal.SIGKILL, "", 0)
     assert "--device cpu" in describe_failure(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried", 0)
     assert describe_failure(69, "model bundle x: y\n", 0) == "model bundle x: y (exit code 69)"
@@ -233,3 +250,86 @@ def test_participants_are_finished_one_after_the_other(tmp_path, monkeypatch, n_
     assert most <= n_procs + 1
     places = {subject: place for place, subject in enumerate(order)}
     assert all(abs(int(subject[4:6]) - place) <= n_procs for subject, place in places.items())
+
+
+EXAMPLES = Path(__file__).parents[2] / "containers" / "slurm"
+
+
+def config(tmp_path, **options):
+    places = {name: tmp_path / name for name in ("bids_dir", "output_dir", "work_dir")}
+    return RunConfig(**places, levels=("participant",), nprocs=2, mem_gb=4.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("multiproc", IsolatedPlugin), ("slurm", SlurmPlugin), ("slurmgraph", SlurmGraphPlugin)],
+)
+def test_plugin_file_examples_are_valid(tmp_path, name, kind):
+    plugin = make_plugin(config(tmp_path, plugin_file=EXAMPLES / f"{name}.yml"), print)
+    assert type(plugin) is kind
+    assert plugin.failures == []
+    if kind is IsolatedPlugin:
+        assert (plugin.processors, plugin.memory_gb) == (4, 12)
+        plugin.close()
+    else:
+        assert "--mem=4G" in plugin._sbatch_args
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("plugin: Dask", "none of MultiProc, SLURM, SLURMGraph"),
+        ("plugin_args: {}", "write 'plugin: SLURM'"),
+        ("plugin: SLURM\nnprocs: 4", "write 'plugin: SLURM'"),
+        ("plugin: SLURM\nplugin_args: [1]", "must be a mapping"),
+        ("plugin: [", "cannot be read"),
+        ("SLURM", "write 'plugin: SLURM'"),
+    ],
+)
+def test_invalid_plugin_files_are_refused(tmp_path, text, told):
+    path = tmp_path / "plugin.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        read_plugin_file(path)
+
+
+def test_describe_job_end():
+    assert "memory ran out" in describe_job_end(7, "OUT_OF_MEMORY")
+    assert "time limit" in describe_job_end(7, "TIMEOUT")
+    assert describe_job_end(7, "FAILED") == "ProcessKilled: SLURM job 7 ended as FAILED"
+
+
+class _OnGpuInputSpec(BaseInterfaceInputSpec):
+    use_cuda = traits.Bool(True, usedefault=True)
+
+
+class _OnGpuOutputSpec(TraitedSpec):
+    span = traits.Tuple(traits.Float, traits.Float)
+
+
+class OnGpu(SimpleInterface):
+    """Say when it had the GPU."""
+
+    input_spec = _OnGpuInputSpec
+    output_spec = _OnGpuOutputSpec
+
+    def _run_interface(self, runtime):
+        start = time.monotonic()
+        time.sleep(1)
+        self._results["span"] = (start, time.monotonic())
+        return runtime
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_gpu_nodes_run_n_gpu_procs_at_a_time(tmp_path, at_once):
+    configure_nipype()
+    workflow = Workflow(name="gpu", base_dir=str(tmp_path))
+    nodes = [Node(OnGpu(), name=f"node{number}") for number in range(4)]
+    workflow.add_nodes(nodes)
+    plugin = IsolatedPlugin(
+        {"n_procs": 4, "memory_gb": 4, "n_gpu_procs": at_once, "raise_insufficient": False}
+    )
+    graph = workflow.run(plugin=plugin)
+    spans = [node.result.outputs.span for node in graph.nodes]
+    most = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
+    assert most == at_once

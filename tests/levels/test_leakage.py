@@ -18,6 +18,6 @@ from bids_uad.levels.participant.leakage import scanner_seen
         ("A", "First", {}, None),
     ],
 )
-def test_a_name_tells_a_scanner_only_within_a_dataset(scanner, dataset, training, expected):
+def test_scanner_seen_compares_names_within_a_dataset(scanner, dataset, training, expected):
     bundle = Bundle(Path("x"), {"training": training}, None)
     assert scanner_seen(bundle, scanner, dataset) == expected

@@ -1,0 +1,196 @@
+"""Statuses of images, their log, the last run that a report describes, and left-right swaps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from bids_uad import space
+from bids_uad.config import RunConfig
+from bids_uad.images import save_image
+from bids_uad.levels.participant import summary
+from bids_uad.levels.participant.summary import (
+    DONE,
+    FAILED,
+    PARTICIPANT,
+    UNUSABLE,
+    UP_TO_DATE,
+    ImageStatus,
+    ProgressLog,
+    find_left_right_swaps,
+    last_run_file,
+    save_last_run,
+    write_reports,
+)
+from bids_uad.preprocessing.reference import resolve_reference
+from bids_uad.preprocessing.resampling import resample, rotation_about, translation
+from tests.dataset.skeleton import write_dataset
+
+A, B = "sub-01_ses-a_T1w", "sub-01_ses-b_T1w"
+OTHER, GONE = "sub-01_ses-b_T2w", "sub-01_ses-z_T1w"
+FAILED_A = (A, FAILED, ("a",), "failed")
+NO_IMAGE = (PARTICIPANT, UNUSABLE, ("a",), "no image")
+
+
+@pytest.mark.parametrize(
+    ("runs", "remembered"),
+    [
+        pytest.param([FAILED_A, (B, DONE, ("b",), "")], {A: FAILED, B: DONE}, id="another session succeeds"),
+        pytest.param([(B, DONE, ("b",), ""), FAILED_A], {A: FAILED, B: DONE}, id="the other order"),
+        pytest.param([FAILED_A, (A, DONE, ("a",), "")], {A: DONE}, id="the same session succeeds"),
+        pytest.param([FAILED_A, (A, DONE, (), "")], {A: DONE}, id="a run on everything"),
+        pytest.param([FAILED_A, (A, UP_TO_DATE, (), "")], {A: UP_TO_DATE}, id="up to date"),
+        pytest.param(
+            [FAILED_A, (OTHER, DONE, (), "")],
+            {A: FAILED, OTHER: DONE},
+            id="modality",
+        ),
+        pytest.param([(GONE, FAILED, (), "x"), (B, DONE, (), "")], {B: DONE}, id="image is gone"),
+        pytest.param([NO_IMAGE, (B, DONE, ("b",), "")], {PARTICIPANT: UNUSABLE, B: DONE}, id="session empty"),
+        pytest.param([NO_IMAGE, (B, DONE, ("a", "b"), "")], {B: DONE}, id="session not empty any more"),
+        pytest.param([NO_IMAGE, (A, DONE, (), "")], {A: DONE}, id="participant not empty any more"),
+        pytest.param(
+            [(PARTICIPANT, UNUSABLE, (), "mask"), (B, DONE, ("b",), "")],
+            {PARTICIPANT: UNUSABLE, B: DONE},
+            id="what a run on everything said",
+        ),
+    ],
+)
+def test_last_run_keeps_statuses_of_images_that_other_runs_processed(tmp_path, runs, remembered):
+    names = ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "sub-01/ses-b/anat/sub-01_ses-b_T1w")
+    write_dataset(tmp_path / "raw", {f"{name}.nii.gz": None for name in names})
+    for number, (image, status, sessions, message) in enumerate(runs):
+        config = RunConfig(
+            bids_dir=tmp_path / "raw",
+            output_dir=tmp_path / "out",
+            work_dir=tmp_path / "work",
+            levels=("participant",),
+            sessions=sessions,
+            run_id=f"run{number}",
+        )
+        save_last_run(config, "01", [ImageStatus("01", image, status, message=message)], "cpu")
+    told = json.loads(last_run_file(tmp_path / "out", "01").read_text())
+    assert told["run_id"] == f"run{len(runs) - 1}"
+    assert {image["image"]: image["status"] for image in told["images"]} == remembered
+
+
+def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:
+    full = f"bids_uad_wf.sub_01_wf.{image}_derivatives_wf.{name}"
+    return SimpleNamespace(name=name, fullname=full)
+
+
+def exit_with_code(*_: object) -> None:
+    os._exit(3)
+
+
+def be_killed(*_: object) -> None:
+    signal.raise_signal(signal.SIGKILL)
+
+
+def raise_error(*_: object) -> None:
+    raise ValueError("no template")
+
+
+@pytest.mark.parametrize(
+    ("act", "cause"),
+    [
+        (exit_with_code, "its process ended with exit code 3; see the error above"),
+        (be_killed, "its process was killed (SIGKILL), most likely because memory ran out"),
+        (raise_error, "ValueError: no template"),
+    ],
+)
+def test_failed_report_is_named_with_its_cause(tmp_path, monkeypatch, act, cause):
+    monkeypatch.setattr(summary, "START_METHOD", "fork")
+    monkeypatch.setattr(summary, "write_report", act)
+    config = SimpleNamespace(output_dir=tmp_path, bids_dir=tmp_path, nprocs=1)
+    (line,) = write_reports(config, ["01"])
+    assert line.startswith(f"sub-01: report not written: {cause}")
+
+
+def test_progress_log_has_one_line_per_image(caplog):
+    progress = ProgressLog(3)
+    with caplog.at_level(logging.INFO, logger="bids_uad"):
+        for name in ("detect", "complete"):
+            progress(node(name), "start")
+            progress(node(name), "end")
+        progress(node("detect", "sub_01_T2w"), "exception")
+        progress(node("post_disyre", "sub_01_T2w"), "exception")
+    assert caplog.messages == ["sub_01_T1w done, 1 of 3 images", "sub_01_T2w failed, 2 of 3 images"]
+
+
+CENTRE = np.array([-119.0, 116.0, 76.0])
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.ndarray]:
+    """The built-in reference, which is symmetric, and its mask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TEMPLATEFLOW_HOME", raising=False)
+        found = resolve_reference(None, tmp_path_factory.mktemp("cache"))
+    return nib.load(found.t1w).get_fdata(dtype=np.float32) / 1000, nib.load(found.brain_mask).get_fdata() > 0
+
+
+def person(template: tuple[np.ndarray, np.ndarray], seed: int) -> np.ndarray:
+    """The reference with an asymmetry of its own: smooth changes by a fifth."""
+    image, mask = template
+    random = np.random.default_rng(seed).normal(size=[n // 4 + 1 for n in space.SHAPE]).astype(np.float32)
+    field = ndimage.zoom(ndimage.gaussian_filter(random, 2.0), 4, order=1)
+    field = field[: space.SHAPE[0], : space.SHAPE[1], : space.SHAPE[2]]
+    return np.where(mask, image * (1 + 0.2 * field / field.std()), 0.0)
+
+
+def write(out: Path, name: str, image: np.ndarray, modality: str = "T1w", brain: str = "brain") -> None:
+    """Write an image as preprocessing leaves it: a degree and a millimetre away from its ideal place."""
+    move = rotation_about(CENTRE, (1.0, -0.5, 0.5)) @ translation(np.array([1.0, 0.5, -0.5]))
+    moved = resample(image, space.AFFINE, space.SHAPE, space.AFFINE, move)
+    noise = np.random.default_rng(sum(name.encode())).normal(0, 0.03, space.SHAPE)
+    mask = moved > 0.05
+    start = out / "sub-01" / "anat" / f"{name}_space-SRI24_desc-"
+    moved = np.where(mask, np.maximum(moved + noise, 0.01), 0.0)
+    save_image(space.to_image(moved), f"{start}preproc_{modality}.nii.gz")
+    save_image(space.to_image(mask, np.uint8), f"{start}{brain}_mask.nii.gz")
+
+
+def test_left_right_swap_is_found(template, tmp_path: Path, caplog, monkeypatch) -> None:
+    image = person(template, 0)
+    write(tmp_path, "sub-01", image)
+    write(tmp_path, "sub-01_rec-flipped", image[::-1])
+    found = find_left_right_swaps(tmp_path, "01")
+    assert list(found) == [("sub-01_rec-flipped", "T1w")]
+    text = found["sub-01_rec-flipped", "T1w"]
+    assert text.startswith("Left and right are swapped between sub-01_T1w and sub-01_rec-flipped_T1w: ")
+    config = SimpleNamespace(output_dir=tmp_path, bids_dir=tmp_path, nprocs=1)
+    monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "bids_uad"):
+        assert write_reports(config, ["01"]) == []
+    assert text in caplog.messages
+    assert (tmp_path / "sub-01.html").read_text().count(text) == 1
+
+
+def test_images_of_equal_orientation_are_not_reported(template, tmp_path: Path) -> None:
+    """The same brain again, in another contrast, the brain of another person, and a T2w of its session."""
+    image = person(template, 0)
+    write(tmp_path, "sub-01_run-1", image)
+    write(tmp_path, "sub-01_run-2", image)
+    write(tmp_path, "sub-01_run-3", np.where(image > 0, 1.3 - image, 0.0), "T2w")
+    write(tmp_path, "sub-01_run-4", person(template, 1))
+    write(tmp_path, "sub-01_run-1", np.where(image > 0, 1.3 - image, 0.0)[::-1], "T2w", "T2wBrain")
+    assert find_left_right_swaps(tmp_path, "01") == {}
+
+
+def test_swaps_are_found_relative_to_an_image_without_failures(template, tmp_path: Path) -> None:
+    image = person(template, 0)
+    for run, mirrored in (("1", True), ("2", False), ("3", False)):
+        write(tmp_path, f"sub-01_run-{run}", image[::-1] if mirrored else image)
+    sidecar = tmp_path / "sub-01" / "anat" / "sub-01_run-1_space-SRI24_desc-preproc_T1w.json"
+    sidecar.write_text(json.dumps({"PreprocessingQuality": {"failures": ["turned"]}}))
+    assert list(find_left_right_swaps(tmp_path, "01")) == [("sub-01_run-1", "T1w")]
