@@ -1,4 +1,4 @@
-"""Where a detector's backbone comes from: a published file, another bundle, or the training itself."""
+"""Initialisation of a detector's backbone from published weights or from another bundle."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from bids_uad.networks.backbones import find_published
 
 
 def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
-    """Give a detector the weights of its backbone, if they come from elsewhere.
+    """Load the weights of a detector's backbone, if it is not trained with the detector.
 
     Parameters
     ----------
     detector : Detector
-    weights : pathlib.Path, optional
-        For a network of the ImageNet challenge, the file that torchvision publishes or a folder that holds
-        it. For our own, a bundle whose detector looks at the same network; without one it is
-        trained.
+        Detector whose backbone is set in place.
+    weights : pathlib.Path or None
+        For an ImageNet backbone, torchvision's weights file or a folder that contains it. For the package's
+        own backbone, a bundle with the same backbone; if None, the backbone is trained.
 
     Returns
     -------
     Bundle or None
-        That bundle.
+        Bundle of the backbone, if it comes from one.
 
     Raises
     ------
     ConfigError
-        If weights are needed and not given, or the other way round.
+        If weights are needed and missing, or not needed.
     InputError
-        If the file or bundle does not hold them.
+        If the file or bundle has other weights.
     ModelError
         If the bundle is missing or damaged.
     """
@@ -40,31 +40,32 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
             raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
         return None
     if detector.hyper.backbone.pretrained:
-        _give_published(detector, weights)
+        _load_published(detector, weights)
         return None
-    return None if weights is None else _give_trained(detector, weights)
+    return None if weights is None else _load_from_bundle(detector, weights)
 
 
-def _give_published(detector: FeatureDetector, weights: Path | None) -> None:
+def _load_published(detector: FeatureDetector, weights: Path | None) -> None:
     name = detector.hyper.backbone.name
     if weights is None:
         raise ConfigError(
-            f"{detector.name} looks at features of {name}, which is trained on ImageNet and not "
-            "part of bids_uad: download torchvision's weights and name the file, or the cache that holds it "
-            "(~/.cache/torch/hub), with --backbone-weights, or "
-            "choose --preset lite, whose features are trained on your scans"
+            f"{detector.name} needs the ImageNet weights of {name}, which are not part of bids_uad; "
+            "download torchvision's file and set --backbone-weights to it or to its folder "
+            "(~/.cache/torch/hub), or use --preset lite, whose backbone is trained on your scans"
         )
     try:
         detector.backbone.load_published(find_published(weights, name))
     except ValueError as error:
-        raise InputError(weights, str(error), f"name the file of {name}") from error
+        raise InputError(weights, str(error), f"use the weights file of {name}") from error
 
 
-def _give_trained(detector: FeatureDetector, folder: Path) -> Bundle:
+def _load_from_bundle(detector: FeatureDetector, folder: Path) -> Bundle:
     bundle = load_bundle(folder)
     other = load_detector(bundle)
     own = detector.hyper.backbone
     if not isinstance(other, FeatureDetector) or not own.same_network(other.hyper.backbone):
-        raise InputError(folder, "its detector has another backbone", "name a bundle with the same one")
+        raise InputError(
+            folder, "the detector of this bundle has another backbone", "use a bundle with the same backbone"
+        )
     detector.use_backbone(other.backbone)
     return bundle

@@ -1,7 +1,7 @@
-"""The `calibrate` level: fix a bundle's thresholds on validation scans.
+"""Command `calibrate`: set the thresholds of a model bundle on validation scans.
 
 ``bids_uad calibrate VALIDATION MODELS --detector disyre --modality T2w --preset lite`` writes
-``MODELS/disyre-T2w-lite/calibration.json`` and, with healthy people enough, ``normative.nii.gz`` beside it.
+``MODELS/disyre-T2w-lite/calibration.json`` and, with enough healthy controls, ``normative.nii.gz``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bids_uad.files import (
 )
 from bids_uad.training.cohort import (
     Cohort,
-    describe,
+    describe_cohorts,
     healthy_cohort,
     read_lesion_mask,
     warn_about_masked_controls,
@@ -43,32 +43,32 @@ logger = logging.getLogger(__name__)
 
 
 def run_calibrate(config: RunConfig) -> int:
-    """Score validation scans and keep the thresholds they imply in the bundle.
+    """Score validation scans and write the thresholds to the bundle.
 
-    Hyper-parameters that are changed (`config.hyper`) are kept in the bundle, too; the weights must fit them.
+    Changed hyper-parameters (`config.hyper`) are written to the bundle as well; the weights must fit them.
 
-    Scans of healthy controls (by participants.tsv) give the false-positive thresholds, whether they have a
-    lesion mask or not; scans of others with a lesion mask give the Dice threshold, unless the mask is empty.
-    A scan that is neither is left out: a missing mask does not mean healthy. With `MIN_SUBJECTS` healthy
-    people or more, a normative reference of their scores is fitted, too; those of `normative_dir` have a part
-    in nothing else.
+    The false-positive thresholds are determined on scans of healthy controls (by participants.tsv), with or
+    without a lesion mask, and the Dice threshold on scans of patients with a lesion mask that is not empty.
+    Other scans are left out, since a missing mask does not imply health. With at least `MIN_SUBJECTS` healthy
+    controls, a normative reference of their scores is fitted; controls of `normative_dir` are used for it
+    only.
 
     Parameters
     ----------
     config : RunConfig
-        `bids_dir` holds preprocessed validation scans, `output_dir` the bundle.
+        `bids_dir` is a dataset of preprocessed validation scans, `output_dir` the folder of the bundle.
 
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
     ConfigError
-        If there is no such hyper-parameter.
+        If a hyper-parameter does not exist or has an invalid value.
     InputError
-        If no scan can be used, or `normative_dir` holds people of `bids_dir`.
+        If no scan can be used, or `normative_dir` has participants of `bids_dir`.
     ModelError
         If the bundle is missing or damaged.
     """
@@ -90,42 +90,46 @@ def run_calibrate(config: RunConfig) -> int:
         except ValueError as error:
             raise ConfigError(f"--hyper: {error}") from None
     found = Cohort(config.bids_dir, tuple(find_preprocessed(config.bids_dir, bundle.modality)))
-    people = found.participants
-    for note in people.notes:
+    participants = found.participants
+    for note in participants.notes:
         logger.warning(note)
-    controls = [scan for scan in found.scans if people.person(scan.subject, scan.session).healthy]
+    controls = [scan for scan in found.scans if participants.person(scan.subject, scan.session).healthy]
     _check_masks(config.bids_dir, found.scans, controls)
     scans = [scan for scan in found.scans if scan in controls or scan.lesion is not None]
     validation = Cohort(config.bids_dir, tuple(scans))
-    others = [] if config.normative_dir is None else [_others(config.normative_dir, validation, bundle)]
-    healthy = _healthy([Cohort(config.bids_dir, tuple(controls)), *others])
+    extra = (
+        [] if config.normative_dir is None else [_normative_cohort(config.normative_dir, validation, bundle)]
+    )
+    healthy = _covariates_by_subject([Cohort(config.bids_dir, tuple(controls)), *extra])
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
     for folder in (config.work_dir, bundle.folder):
         remove_unfinished(folder)
-    with temporary_folder(config.work_dir, "calibrate") as waiting:
-        deviations = _deviations(healthy, waiting)
+    with temporary_folder(config.work_dir, "calibrate") as scratch:
+        deviations = _deviation_calibrator(healthy, scratch)
         for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
             scores, brain = scored(scan)
             lesion = read_lesion_mask(scan)
             if scan in controls:
                 brain, lesion = _unmasked(brain, lesion), None
-            kind = people.cohort(scan.subject, scan.session)
+            kind = participants.cohort(scan.subject, scan.session)
             estimator.add(scores, brain, lesion, kind)
             if deviations is not None:
-                person = people.person(scan.subject, scan.session).covariates
+                person = participants.person(scan.subject, scan.session).covariates
                 deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
         if deviations is not None:
-            for scan, person in track(list(_people(others)), description="Scoring for the reference"):
+            for scan, person in track(
+                list(_scans_with_covariates(extra)), description="Scoring for the reference"
+            ):
                 scores, brain = scored(scan)
                 deviations.add_to_reference(scores, _unmasked(brain, read_lesion_mask(scan)), person=person)
         calibration = estimator.summary()
         normative = None if deviations is None else _finish(deviations)
-    calibration["cohort"] = describe([validation])
+    calibration["cohort"] = describe_cohorts([validation])
     calibration["weights_sha256"] = bundle.sha256
     names = [NORMATIVE_FILE] * (normative is not None) + ["bundle.json"] * bool(config.hyper)
     targets = [bundle.folder / name for name in (*names, "MODEL_CARD.md", "calibration.json")]
-    # Thresholds of an earlier calibration must not stand beside what follows.
+    # Outputs of an earlier calibration that this one replaces.
     obsolete = [bundle.folder / name for name in ("calibration.json", NORMATIVE_FILE)]
     with atomic_paths(targets, obsolete) as paths:
         unfinished = dict(zip([target.name for target in targets], paths, strict=True))
@@ -137,8 +141,8 @@ def run_calibrate(config: RunConfig) -> int:
                 "n_healthy_subjects": len(healthy),
                 "sha256": file_sha256(unfinished[NORMATIVE_FILE]),
             }
-            if others:
-                calibration[NORMATIVE]["cohort"] = describe(others)
+            if extra:
+                calibration[NORMATIVE]["cohort"] = describe_cohorts(extra)
         if config.hyper:
             unfinished["bundle.json"].write_text(json_text(bundle.info), encoding="utf-8")
         unfinished["calibration.json"].write_text(json_text(calibration), encoding="utf-8")
@@ -158,7 +162,7 @@ def run_calibrate(config: RunConfig) -> int:
 
 
 def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[str, Any]] | None:
-    """Fit the normative reference and its thresholds; None, with a warning, where that is not possible."""
+    """Fit the normative reference and its thresholds; return None with a warning if this fails."""
     try:
         reference, thresholds = deviations.finish()
         return reference, thresholds.summary()
@@ -170,12 +174,12 @@ def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[s
 def _check_masks(
     folder: Path, found: Sequence[PreprocessedScan], controls: Sequence[PreprocessedScan]
 ) -> None:
-    """Read all lesion masks before anything is scored, and report what they leave for a calibration.
+    """Check all lesion masks before any scan is scored, and warn of scans that are left out.
 
     Raises
     ------
     InputError
-        If a mask cannot be used, or neither a healthy control nor a scan with a lesion is left.
+        If a mask cannot be used, or there is neither a healthy control nor a scan with a lesion.
     """
     warn_about_masked_controls(controls)
     patients = [scan for scan in found if scan not in controls]
@@ -190,16 +194,16 @@ def _check_masks(
     empty = [scan for scan in masked if not (read_lesion_mask(scan) & _brain(scan)).any()]
     if empty:
         logger.warning(
-            "%d scan(s) of patients have a lesion mask without a voxel in the brain; they have no part in "
-            "any threshold and are counted apart (n_empty_mask): %s",
+            "%d scan(s) of patients have a lesion mask without voxels in the brain; they are not used for "
+            "thresholds and are counted separately (n_empty_mask): %s",
             len(empty),
             truncate_list(sorted({scan.subject for scan in empty})),
         )
     if not controls and len(empty) == len(masked):
         raise InputError(
             folder,
-            "no scan of a healthy control and none with a lesion in its lesion mask",
-            "name controls in a column `group` of participants.tsv, or add lesion masks",
+            "no scan of a healthy control, and none of a patient with a lesion mask that is not empty",
+            "label controls in the column `group` of participants.tsv, or add lesion masks",
         )
 
 
@@ -208,12 +212,12 @@ def _brain(scan: PreprocessedScan) -> np.ndarray:
 
 
 def _unmasked(brain: np.ndarray, lesion: np.ndarray | None) -> np.ndarray:
-    """Leave the voxels out that are masked in a healthy control, as the group level does."""
+    """Remove the lesion mask of a healthy control from its brain mask, as the group level does."""
     return brain if lesion is None else brain & ~lesion
 
 
 def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], tuple[np.ndarray, np.ndarray]]:
-    """Load a model; give what makes the map of a scan, and reads its brain mask."""
+    """Load a model; return a function from a scan to its anomaly map and brain mask."""
     import torch
 
     from bids_uad.engine.bundle import load_detector
@@ -246,57 +250,61 @@ def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], t
     return scored
 
 
-def _others(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
-    """Find the healthy people who are there for the reference alone.
+def _normative_cohort(folder: Path, validation: Cohort, bundle: Bundle) -> Cohort:
+    """Find the healthy controls that are used for the normative reference only.
 
     Raises
     ------
     InputError
-        If one of them is in the validation, too, and would be judged by a reference that knows the person.
+        If one of them is in the validation set as well, which would bias the thresholds.
     """
     others = healthy_cohort(folder, bundle.modality)
-    known = subject_hashes(validation.folder, {scan.subject for scan in validation.scans})
-    twice = [
+    validated = subject_hashes(validation.folder, {scan.subject for scan in validation.scans})
+    shared = [
         subject
         for subject in sorted({scan.subject for scan in others.scans})
-        if not known.isdisjoint(subject_hashes(folder, [subject]))
+        if not validated.isdisjoint(subject_hashes(folder, [subject]))
     ]
-    if twice:
+    if shared:
         raise InputError(
             folder,
-            f"{truncate_list(twice, 5)} among the validation scans, too",
-            "give --normative-dir other people than those of BIDS_DIR",
+            f"{truncate_list(shared, 5)} also in the validation set",
+            "set --normative-dir to a dataset of other participants than BIDS_DIR",
         )
     return others
 
 
-def _people(cohorts: Sequence[Cohort]) -> Iterator[tuple[PreprocessedScan, dict[str, float | None]]]:
-    """Go through the scans of cohorts of healthy controls, with age and sex."""
+def _scans_with_covariates(
+    cohorts: Sequence[Cohort],
+) -> Iterator[tuple[PreprocessedScan, dict[str, float | None]]]:
+    """Iterate over the scans of cohorts, with age and sex."""
     for cohort in cohorts:
         for scan in cohort.scans:
             yield scan, cohort.participants.person(scan.subject, scan.session).covariates
 
 
-def _healthy(cohorts: Sequence[Cohort]) -> dict[tuple[Path, str], dict[str | None, dict[str, float | None]]]:
+def _covariates_by_subject(
+    cohorts: Sequence[Cohort],
+) -> dict[tuple[Path, str], dict[str | None, dict[str, float | None]]]:
     """Return age and sex of healthy controls: by dataset and participant, then by session."""
     people: dict[tuple[Path, str], dict[str | None, dict[str, float | None]]] = {}
     for cohort in cohorts:
-        for scan, person in _people([cohort]):
+        for scan, person in _scans_with_covariates([cohort]):
             people.setdefault((cohort.folder, scan.subject), {})[scan.session] = person
     return people
 
 
-def _deviations(
-    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]], waiting: Path
+def _deviation_calibrator(
+    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]], scratch: Path
 ) -> DeviationCalibrator | None:
-    """Prepare a normative reference; None where there are too few healthy people for one."""
+    """Create the calibrator of the normative reference; return None if there are too few healthy controls."""
     if len(healthy) < MIN_SUBJECTS:
         logger.warning(
-            "%d healthy people are too few for a normative reference (%d are needed): --deviation normative "
-            "will not be possible with this model",
+            "%d healthy controls are too few for a normative reference (at least %d); --deviation normative "
+            "will not be available for this model",
             len(healthy),
             MIN_SUBJECTS,
         )
         return None
-    persons = [person for sessions in healthy.values() for person in sessions.values()]
-    return DeviationCalibrator(HealthyCohort.from_participants(persons), waiting)
+    covariates = [person for sessions in healthy.values() for person in sessions.values()]
+    return DeviationCalibrator(HealthyCohort.from_participants(covariates), scratch)

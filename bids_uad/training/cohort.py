@@ -1,4 +1,4 @@
-"""The people behind a model: whom `train` and `calibrate` have worked on."""
+"""Cohorts of preprocessed scans for training and calibration, and their description in a bundle."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class Cohort:
     Parameters
     ----------
     folder : pathlib.Path
+        Dataset.
     scans : tuple of PreprocessedScan
-    prefix : str
-        Put before its subjects' labels where two cohorts are mixed.
+        Its selected scans.
+    prefix : str, default=""
+        Prefix of the subjects' names, which makes them unique across cohorts.
     """
 
     folder: Path
@@ -43,57 +45,76 @@ class Cohort:
 
     @cached_property
     def participants(self) -> Participants:
-        """Who they are, read once."""
+        """Contents of participants.tsv, read once."""
         return read_participants(self.folder)
 
     @property
     def name(self) -> str:
-        """What the dataset is called."""
+        """Name of the dataset."""
         return source_name(self.folder) or self.folder.name
 
     def only(self, names: set[str]) -> Cohort:
-        """Those scans that belong to subjects of these full names."""
+        """Return the cohort restricted to subjects with these full names."""
         kept = tuple(scan for scan in self.scans if self.full_name(scan) in names)
         return Cohort(self.folder, kept, self.prefix)
 
     def full_name(self, scan: PreprocessedScan) -> str:
-        """Whose scan it is, told apart from those of other cohorts."""
+        """Return the name of the subject of a scan, with the prefix of the cohort."""
         return f"{self.prefix}{scan.subject}"
 
 
-def scratch_folder(work_dir: Path, name: str, *made_of: Any) -> Path:
-    """Name a folder of scratch space by what its content is made of, so that a later run finds it again.
+def scratch_folder(work_dir: Path, name: str, *inputs: Any) -> Path:
+    """Return a working folder named by a hash of its inputs, which a later run with equal inputs reuses.
 
     Parameters
     ----------
     work_dir : pathlib.Path
+        Parent folder.
     name : str
-    *made_of
-        JSON types; the version of the program is always among them.
+        Prefix of the folder's name.
+    *inputs
+        JSON types that are hashed together with the version of the package.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder, which may not exist yet.
     """
-    told = json.dumps([__version__, *made_of], sort_keys=True)
-    return work_dir / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    key = json.dumps([__version__, *inputs], sort_keys=True)
+    return work_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def healthy_cohort(folder: Path, modality: str) -> Cohort:
-    """Scans of the participants who are healthy by participants.tsv.
+    """Find the preprocessed scans of the healthy controls of a dataset.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Dataset of preprocessed scans with participants.tsv.
+    modality : {"T1w", "T2w"}
+        Contrast of the scans.
+
+    Returns
+    -------
+    Cohort
+        Scans of participants that are healthy controls by participants.tsv.
 
     Raises
     ------
     InputError
-        If nobody is.
+        If there are none.
     """
     cohort = Cohort(folder, tuple(find_preprocessed(folder, modality)))
     for note in cohort.participants.notes:
         logger.warning(note)
-    found, people = cohort.scans, cohort.participants
-    healthy = [scan for scan in found if people.person(scan.subject, scan.session).healthy]
+    found, participants = cohort.scans, cohort.participants
+    healthy = [scan for scan in found if participants.person(scan.subject, scan.session).healthy]
     warn_about_masked_controls(healthy)
     if not healthy:
         raise InputError(
             folder / "participants.tsv",
-            f"none of the {len(found)} {modality} scans belongs to a healthy participant",
-            "name them `control` in a column `group`",
+            f"none of the {len(found)} {modality} scans belongs to a healthy control",
+            "label controls as `control` in a column `group`",
         )
     return Cohort(folder, tuple(healthy))
 
@@ -104,11 +125,12 @@ def read_lesion_mask(scan: PreprocessedScan) -> np.ndarray | None:
     Parameters
     ----------
     scan : PreprocessedScan
+        Scan.
 
     Returns
     -------
-    numpy.ndarray of bool, shape SHAPE, or None
-        None without a lesion mask.
+    numpy.ndarray of bool, shape (240, 240, 155), or None
+        Lesion mask; None if the scan has none.
 
     Raises
     ------
@@ -124,32 +146,34 @@ def read_lesion_mask(scan: PreprocessedScan) -> np.ndarray | None:
 
 
 def warn_about_masked_controls(scans: Iterable[PreprocessedScan]) -> None:
-    """Warn of healthy controls in whose lesion mask a voxel is lesion.
+    """Warn of healthy controls with a lesion mask that is not empty.
 
     Parameters
     ----------
     scans : iterable of PreprocessedScan
-        Of healthy controls.
+        Scans of healthy controls.
     """
     masked = {scan.subject for scan in scans if scan.lesion is not None and read_lesion_mask(scan).any()}
     if masked:
         logger.warning(
-            "Healthy by participants.tsv and yet with a lesion in the lesion mask: %s. They count as healthy",
+            "Healthy controls in participants.tsv with a lesion mask that is not empty, used as controls: %s",
             truncate_list(sorted(masked)),
         )
 
 
-def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
-    """Say who they are: number, age range, sexes, scanners, sources, and hashes that tell them again.
+def describe_cohorts(cohorts: Sequence[Cohort]) -> dict[str, Any]:
+    """Describe the subjects of cohorts for ``bundle.json``.
 
     Parameters
     ----------
     cohorts : sequence of Cohort
+        Cohorts of a training or validation set.
 
     Returns
     -------
     dict
-        JSON types only.
+        ``source``, ``licence``, ``n_scans``, ``n_subjects``, ``age_range``, ``sex``, ``scanners``,
+        ``anatomies`` (label maps of simulated scans) and ``subjects`` (hashes that identify them).
     """
     n_scans, ages, sexes, scanners, anatomies = 0, [], {}, set(), set()
     for cohort in cohorts:
@@ -161,7 +185,7 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
             scanners |= {person.scanner} - {None}
             anatomies |= {cohort.participants.row(scan.subject, scan.session).get("anatomy")} - {None}
     known = Counter(sex for sex in sexes.values() if sex is not None)
-    met = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
+    subjects = {cohort.folder: {scan.subject for scan in cohort.scans} for cohort in cohorts}
     licences = [
         read_json(cohort.folder / "dataset_description.json").get("License", "not given")
         for cohort in cohorts
@@ -170,12 +194,12 @@ def describe(cohorts: Sequence[Cohort]) -> dict[str, Any]:
         "source": "; ".join(cohort.name for cohort in cohorts),
         "licence": "; ".join(dict.fromkeys(licences)),
         "n_scans": n_scans,
-        "n_subjects": sum(len(subjects) for subjects in met.values()),
+        "n_subjects": sum(len(labels) for labels in subjects.values()),
         "age_range": [min(ages), max(ages)] if ages else None,
         "sex": dict(known.most_common()) or None,
         "scanners": sorted(scanners) or None,
         "anatomies": sorted(anatomies) or None,
         "subjects": sorted(
-            set().union(*(subject_hashes(folder, subjects) for folder, subjects in met.items()))
+            set().union(*(subject_hashes(folder, labels) for folder, labels in subjects.items()))
         ),
     }

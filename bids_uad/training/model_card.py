@@ -1,4 +1,4 @@
-"""The text that travels with a bundle: what it has learnt from, and how well it did on validation scans."""
+"""Model card of a bundle: training data, how to reproduce it, and results on validation scans."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ POOR_DICE = 0.1
 
 
 def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> str:
-    """Write what a bundle has learnt from.
+    """Write the model card of a trained bundle, without results on validation scans.
 
     Parameters
     ----------
     config : RunConfig
+        Settings of the training.
     training : dict
-        As in ``bundle.json``.
+        Section ``training`` of ``bundle.json``.
     parameters : int
-        Numbers in the weights that training set.
+        Number of trained parameters.
 
     Returns
     -------
     str
-        Text of ``MODEL_CARD.md``, without its validation.
+        Text of ``MODEL_CARD.md``.
     """
     ages = training["age_range"]
     sexes = ", ".join(f"{count} {sex}" for sex, count in (training["sex"] or {}).items())
@@ -44,7 +45,7 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
 Research software, not for clinical use.
 
 A detector of anomalies in skull-stripped {config.modality} scans on the SRI24 grid, with {parameters:,}
-trained numbers. It has only seen healthy brains.
+trained parameters. Training data are scans of healthy controls only.
 
 ## Training
 
@@ -53,13 +54,13 @@ trained numbers. It has only seen healthy brains.
 - Age: {_years(ages)}
 - Sex: {sexes or "not given"}
 - Scanners: {", ".join(training["scanners"] or ["not given"])}
-- Anatomies of synthetic scans: {", ".join(training["anatomies"] or ["none is synthetic"])}
+- Label maps of simulated scans: {", ".join(training["anatomies"] or ["no simulated scans"])}
 - Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]} in {training["precision"]},
   torch {training["torch"]}
 
 {stages}
 
-## Make it again
+## Reproduce
 
     bids_uad train DERIVATIVES MODELS --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset} --random-seed {config.random_seed}{changes}
@@ -69,22 +70,22 @@ trained numbers. It has only seen healthy brains.
 
 
 def _failures(calibration: dict[str, Any]) -> str:
-    """What a model is known to fail at, from its validation."""
+    """List the known limits of a model, from its validation and in general."""
     default = calibration["default_threshold"]
-    missed = [
-        f"- Finds little of {kind}: mean Dice {found['mean_dice'][default]:.3f} in {found['n']} scans."
+    poor = [
+        f"- Low sensitivity to {kind}: mean Dice {found['mean_dice'][default]:.3f} in {found['n']} scans."
         for kind, found in calibration["validation"]["by_kind"].items()
         if found["mean_dice"][default] < POOR_DICE
     ]
     always = [
-        "- Children, contrast agents, post-mortem scans and other sequences are outside what it has seen.",
-        "- What is rare and harmless (large perivascular spaces, cysts, remnants of skull) scores high, too.",
+        "- Children, contrast agents, post-mortem scans and other sequences are not in the training data.",
+        "- Rare benign findings (large perivascular spaces, cysts, remnants of skull) also have high scores.",
     ]
-    return "\n".join([*missed, *always])
+    return "\n".join([*poor, *always])
 
 
 def _deviations(calibration: dict[str, Any]) -> str:
-    """What is known of the deviations from a normative reference, where there is one."""
+    """Describe the normative reference, if there is one."""
     if "normative" not in calibration:
         return ""
     normative = calibration["normative"]
@@ -94,12 +95,12 @@ def _deviations(calibration: dict[str, Any]) -> str:
     others = ""
     if "cohort" in normative:
         cohort = normative["cohort"]
-        others = f" {cohort['n_subjects']} of them are there for that alone ({cohort['source']})."
+        others = f" {cohort['n_subjects']} of them are used for the reference only ({cohort['source']})."
     text = (
-        f"A normative reference of {normative['n_healthy_subjects']} healthy people (age {_years(ages)}) "
-        f"turns scores into deviations (`--deviation normative`).{others} The threshold `{default}` of "
-        f"deviations is {normative['thresholds'][default]:.4g}; above it are {100 * rate:.2f} % of healthy "
-        "voxels, each person judged by the others."
+        f"A normative reference of {normative['n_healthy_subjects']} controls (age {_years(ages)}) "
+        f"converts scores to deviations (`--deviation normative`).{others} The threshold `{default}` of "
+        f"deviations is {normative['thresholds'][default]:.4g}; {100 * rate:.2f} % of healthy voxels are "
+        "above it (leave-one-out)."
     )
     return f"\n{fill(text, 80)}\n"
 
@@ -109,17 +110,19 @@ def _years(ages: list[float] | None) -> str:
 
 
 def add_validation(card: str, calibration: dict[str, Any]) -> str:
-    """Put the figures of a calibration at the end of a card, in place of earlier ones.
+    """Append the results of a calibration to a card, in place of earlier ones.
 
     Parameters
     ----------
     card : str
+        Text of ``MODEL_CARD.md``.
     calibration : dict
-        As in ``calibration.json``.
+        Contents of ``calibration.json``.
 
     Returns
     -------
     str
+        Text with the sections Validation and Known failures.
     """
     figures = calibration["validation"]
 
@@ -131,15 +134,15 @@ def add_validation(card: str, calibration: dict[str, Any]) -> str:
 
     empty = ""
     if figures.get("n_empty_mask"):
-        empty = f"\nScans of patients with an empty lesion mask, left out of them: {figures['n_empty_mask']}."
+        empty = f"\nScans of patients with an empty lesion mask, not used: {figures['n_empty_mask']}."
     rows = "\n".join(
         f"| {name}{' (default)' if name == calibration['default_threshold'] else ''} | {value:.4g} "
         f"| {percent(name)} | {dice(name)} |"
         for name, value in calibration["thresholds"].items()
     )
     return f"""{card.split(VALIDATION)[0]}{VALIDATION}
-Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} healthy scans and {figures["n_lesion"]} with
-lesions. The thresholds were fixed on these very scans.{empty}
+Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} scans of healthy controls,
+{figures["n_lesion"]} with lesions. The thresholds were determined on the same scans.{empty}
 
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""Synthetic subjects that a training asks for."""
+"""Training cohorts that are simulated, or made of real T1w scans by contrast transfer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.files import read_json, write_json
 from bids_uad.images import save_image
 from bids_uad.simulation.anatomy import label_map_paths
-from bids_uad.simulation.cohort import Cohort as SimulatedCohort
-from bids_uad.simulation.cohort import make_cohort
+from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
 from bids_uad.simulation.contrast_transfer import t1w_to_t2w
 from bids_uad.simulation.subject import Population
 from bids_uad.space import to_image
@@ -25,29 +24,29 @@ logger = logging.getLogger(__name__)
 
 
 def synthetic_cohort(config: RunConfig) -> Cohort:
-    """Simulate healthy subjects in the scratch space, unless an earlier run has done so.
+    """Simulate healthy subjects in the working folder, unless an earlier run has done so.
 
     Parameters
     ----------
     config : RunConfig
-        Their number (`synthetic`), their anatomies (`label_maps`), and the seed.
+        Number of subjects (`synthetic`), label maps (`label_maps`) and seed.
 
     Returns
     -------
     Cohort
-        On the SRI24 grid. Two of them share a scanner on average.
+        Scans on the SRI24 grid, with half as many scanners as subjects.
     """
-    world = Population(
+    population = Population(
         config.random_seed,
         tuple(label_map_paths(config.label_maps)) if config.label_maps else Population.sources,
         scanners=max(1, config.synthetic // 2),
     )
     folder = scratch_folder(
-        config.work_dir, "synthetic", config.modality, config.synthetic, world.seed, world.sources
+        config.work_dir, "synthetic", config.modality, config.synthetic, population.seed, population.sources
     )
-    if not (folder / "participants.tsv").is_file():  # which is written last
+    if not (folder / "participants.tsv").is_file():  # written last
         simulated = SimulatedCohort(
-            folder, world, (None,) * config.synthetic, (config.modality,), derivatives=True
+            folder, population, (None,) * config.synthetic, (config.modality,), derivatives=True
         )
         for done, name in enumerate(make_cohort(simulated, config.nprocs), start=1):
             logger.info("Simulated %s (%d of %d)", name, done, config.synthetic)
@@ -56,45 +55,47 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
 
 
 def contrast_transfer_cohort(config: RunConfig) -> Cohort:
-    """Give the healthy T1w scans of `bids_dir` the contrast of T2w, unless an earlier run has done so.
+    """Transfer T1w scans of healthy controls to T2w contrast, unless an earlier run has done so.
 
     Parameters
     ----------
     config : RunConfig
-        The images go to its scratch space.
+        `bids_dir` is the dataset of T1w scans; the images are written to the working folder.
 
     Returns
     -------
     Cohort
-        The same people. Its folder says that they come from where the T1w scans come from.
+        T2w-like scans of the same participants, with the dataset description of the T1w scans.
 
     Raises
     ------
     InputError
-        If no T1w scan belongs to a healthy person.
+        If no T1w scan belongs to a healthy control.
     """
     source = healthy_cohort(config.bids_dir, "T1w")
     stamps = [[str(scan.image), scan.image.stat().st_mtime_ns] for scan in source.scans]
     folder = scratch_folder(config.work_dir, "recontrasted", config.random_seed, stamps)
-    if not (folder / "dataset_description.json").is_file():  # which is written last
+    if not (folder / "dataset_description.json").is_file():  # written last
         for number, scan in enumerate(source.scans):
             _transfer_contrast(scan, folder, np.random.default_rng([config.random_seed, number]))
             logger.info(
-                "%s: T1w with the contrast of T2w (%d of %d)", scan.key, number + 1, len(source.scans)
+                "%s: T1w transferred to T2w contrast (%d of %d)", scan.key, number + 1, len(source.scans)
             )
         write_json(
             folder / "dataset_description.json",
             read_json(config.bids_dir / "dataset_description.json"),
         )
-    # Written in each run, since the images do not depend on it.
-    people = {scan.subject for scan in source.scans}
-    write_participants(folder, source.participants, people, "Participants whose T1w scans were recontrasted")
+    # Written in each run, since participants.tsv may have changed.
+    subjects = {scan.subject for scan in source.scans}
+    description = "Participants whose T1w scans were transferred to T2w contrast"
+    write_participants(folder, source.participants, subjects, description)
     cohort = healthy_cohort(folder, "T2w")
+    # The prefix is part of the hash that selects held-out subjects, so it keeps its former name.
     return Cohort(folder, cohort.scans, prefix="recontrasted-")
 
 
 def _transfer_contrast(scan: PreprocessedScan, folder: Path, rng: np.random.Generator) -> None:
-    """Write one scan's T2w-like image and its brain mask."""
+    """Write the T2w-like image of a T1w scan, and its brain mask."""
     brain = np.asarray(nib.load(scan.brain).dataobj) > 0
     image = t1w_to_t2w(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
     brain &= image > 0

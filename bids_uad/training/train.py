@@ -1,4 +1,4 @@
-"""The `train` level: healthy preprocessed scans in, a model bundle out.
+"""Command `train`: train a model bundle on preprocessed scans of healthy controls.
 
 ``bids_uad train DERIVATIVES MODELS --detector disyre --modality T2w --preset lite`` writes
 ``MODELS/disyre-T2w-lite``.
@@ -31,7 +31,7 @@ from bids_uad.methods.registry import build_detector, preset_of
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
     Cohort,
-    describe,
+    describe_cohorts,
     healthy_cohort,
     scratch_folder,
 )
@@ -43,13 +43,15 @@ from bids_uad.training.store import SliceStore, TrainingScan
 logger = logging.getLogger(__name__)
 
 LOG_LINES = 40
-NO_SCANS = "none"  # instead of a folder: learn from synthetic scans alone
-HELD_OUT = 0.05  # of the subjects, never learnt from
+NO_SCANS = "none"
+"""Value of `bids_dir` for training on simulated scans only."""
+HELD_OUT_FRACTION = 0.05
+"""Fraction of the subjects for the held-out loss."""
 Report = Callable[[str, int, int, float], None]
 
 
 def bundle_folder(config: RunConfig) -> Path:
-    """Where the bundle of this detector, modality and preset lies in OUTPUT_DIR."""
+    """Return the folder of the bundle of this detector, modality and preset in OUTPUT_DIR."""
     if config.detector is None or config.modality is None:
         raise ConfigError("train and calibrate need --detector and --modality")
     return config.output_dir / f"{config.detector}-{config.modality}-{config.preset}"
@@ -61,20 +63,20 @@ def run_train(config: RunConfig) -> int:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir` holds the preprocessed scans and `participants.tsv`; the bundle goes to `output_dir`. With
-        `synthetic` subjects `bids_dir` may be ``none``.
+        `bids_dir` is a dataset of preprocessed scans with `participants.tsv`, or ``none`` with `synthetic`
+        subjects; the bundle is written to `output_dir`.
 
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
     ConfigError
         If no detector, modality or known preset is given.
     InputError
-        If there are no healthy preprocessed scans, or a stage lacks what it needs.
+        If there are no preprocessed scans of healthy controls, or a stage lacks its inputs or diverges.
     """
     folder = bundle_folder(config)
     device = resolve_device(config.device)
@@ -85,7 +87,7 @@ def run_train(config: RunConfig) -> int:
     with fabric.rank_zero_first():
         cohorts = training_cohorts(config)
         store = _open_store(config, cohorts)
-    training_slices, held_out = store.split(config.train_fraction, HELD_OUT)
+    training_slices, held_out = store.split(config.train_fraction, HELD_OUT_FRACTION)
     data = TrainingData(store, training_slices, held_out)
     precision = resolve_precision(config.precision, device)
     schedule = TrainingSettings(config.random_seed, config.steps, config.batch_size, precision)
@@ -97,7 +99,9 @@ def run_train(config: RunConfig) -> int:
         try:
             losses = train_detector(detector, data, schedule, scratch, fabric=fabric, report=report)
         except ValueError as error:
-            raise InputError(config.bids_dir, str(error), "look for artefacts in the scans") from error
+            raise InputError(
+                config.bids_dir, str(error), "inspect the training scans for artefacts"
+            ) from error
     if not fabric.is_global_zero:
         return 0
     training = _describe(config, cohorts, data, detector, backbone) | {
@@ -121,12 +125,12 @@ def run_train(config: RunConfig) -> int:
         card=card,
         changed=changed_names(type(detector.hyper), config.hyper),
     )
-    logger.info("Wrote %s; run `calibrate` next to fix its thresholds", bundle.folder)
+    logger.info("Wrote %s; run `calibrate` next to set its thresholds", bundle.folder)
     return 0
 
 
 def _build(config: RunConfig) -> Detector:
-    """Build the detector with first weights that follow from the seed."""
+    """Build the detector with initial weights determined by the seed."""
     torch.manual_seed(config.random_seed)
     try:
         hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
@@ -153,11 +157,11 @@ def _describe(
     detector: Detector,
     backbone: Bundle | None,
 ) -> dict[str, Any]:
-    """Say what was learnt, and from whom, as ``bundle.json`` keeps it."""
+    """Describe training data and schedule for ``bundle.json``."""
     store = data.store
-    met = {store.names[owner] for owner in np.unique(store.owners[[*data.training, *data.held_out]])}
-    told = {
-        **describe([cohort.only(met) for cohort in cohorts]),
+    used = {store.names[owner] for owner in np.unique(store.owners[[*data.training, *data.held_out]])}
+    description = {
+        **describe_cohorts([cohort.only(used) for cohort in cohorts]),
         "n_slices": len(data.training),
         "train_fraction": config.train_fraction,
         "n_held_out_subjects": len(np.unique(store.owners[data.held_out])),
@@ -165,40 +169,43 @@ def _describe(
         "seed": config.random_seed,
     }
     if backbone is not None:
-        told["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
-        # Whom its features come from, the model has met, too.
-        told["subjects"] = sorted({*told["subjects"], *backbone.info["training"]["subjects"]})
-    return told
+        description["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
+        # The training subjects of the backbone count as training subjects of the model.
+        subjects = {*description["subjects"], *backbone.info["training"]["subjects"]}
+        description["subjects"] = sorted(subjects)
+    return description
 
 
 def training_cohorts(config: RunConfig) -> list[Cohort]:
-    """Healthy scans to learn from: those of `bids_dir`, and ones that are made here of others or of nothing.
+    """Return the training cohorts: scans of `bids_dir`, contrast-transferred scans, and simulated ones.
 
     Raises
     ------
     ConfigError
-        If T1w scans are to get the contrast of T1w.
+        If contrast transfer is requested for T1w.
     InputError
-        If there is none.
+        If there are no scans.
     """
     if config.contrast_transfer and config.modality != "T2w":
-        raise ConfigError("--contrast-transfer makes T2w-like images: give --modality T2w with it")
+        raise ConfigError("--contrast-transfer creates T2w-like images; use --modality T2w")
     if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
         return [synthetic_cohort(config)]
-    made = [contrast_transfer_cohort(config)] if config.contrast_transfer else []
+    cohorts = [contrast_transfer_cohort(config)] if config.contrast_transfer else []
     if config.synthetic:
-        made.append(synthetic_cohort(config))
-    # Real T2w scans are not needed where there are recontrasted ones.
+        cohorts.append(synthetic_cohort(config))
+    # Real T2w scans are optional with contrast-transferred ones.
     if config.contrast_transfer and not has_preprocessed(config.bids_dir, config.modality):
-        return made
-    return [healthy_cohort(config.bids_dir, config.modality), *made]
+        return cohorts
+    return [healthy_cohort(config.bids_dir, config.modality), *cohorts]
 
 
 def _scratch(config: RunConfig, bundle: str, detector: Detector, store: SliceStore) -> Path:
-    """Tell one training from another, so that none goes on where a different one stopped."""
-    told = [detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction]
-    means = [str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes]
-    return scratch_folder(config.work_dir, f"training-{bundle}", *told, *means, store.folder.name)
+    """Return the folder of the checkpoint, which trainings with other settings do not share."""
+    settings = [
+        *(detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction),
+        *(str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes),
+    ]
+    return scratch_folder(config.work_dir, f"training-{bundle}", *settings, store.folder.name)
 
 
 def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:
@@ -216,9 +223,9 @@ def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _progress(speaks: bool) -> Iterator[Report | None]:
-    """Show progress: a bar on a terminal, a line of log now and then elsewhere; of one process only."""
-    if not speaks:
+def _progress(enabled: bool) -> Iterator[Report | None]:
+    """Report progress of the first process: a bar on a terminal, otherwise about 40 log lines per stage."""
+    if not enabled:
         yield None
         return
     console = Console(stderr=True)

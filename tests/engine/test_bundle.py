@@ -278,7 +278,7 @@ def test_a_packaged_bundle_loads_and_is_calibrated_on_other_subjects(name):
         "not for clinical use",
         "licence of the scans",
         "## Training",
-        "## Make it again",
+        "## Reproduce",
         "## Known failures",
     ):
         assert section in card

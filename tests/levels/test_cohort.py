@@ -8,7 +8,7 @@ import pytest
 
 from bids_uad.errors import InputError
 from bids_uad.training.calibrate import _healthy
-from bids_uad.training.cohort import describe, healthy_cohort
+from bids_uad.training.cohort import describe_cohorts, healthy_cohort
 
 TABLE = """participant_id\tsession_id\tAge\tGender\tgroup\tScanner
 1\t1\t408\t1\t0\t7
@@ -41,7 +41,7 @@ def folder(tmp_path):
 def test_training_cohort_is_described_by_the_common_rules(folder, caplog):
     cohort = healthy_cohort(folder, "T1w")
     assert [scan.key for scan in cohort.scans] == [f"{stem}_T1w" for stem in SCANS if "sub-3" not in stem]
-    told = describe([cohort])
+    told = describe_cohorts([cohort])
     assert (told["n_scans"], told["n_subjects"]) == (4, 3)
     assert told["age_range"] == pytest.approx([28 / 12, 40])
     assert told["sex"] == {"male": 2, "female": 1}  # participants, not scans
@@ -62,6 +62,6 @@ def test_reference_has_the_age_of_each_session(folder):
 
 def test_groups_without_a_description_are_named(folder, caplog):
     (folder / "participants.json").unlink()
-    with pytest.raises(InputError, match="none of the 5 T1w scans belongs to a healthy participant"):
+    with pytest.raises(InputError, match="none of the 5 T1w scans belongs to a healthy control"):
         healthy_cohort(folder, "T1w")
     assert "column group: 5 of 5 values are numbers without a description (0, 1)" in caplog.text

@@ -103,7 +103,7 @@ def test_the_card_says_how_it_did_on_validation(models, scans):
     text = card.read_text()
     row = next(line for line in text.splitlines() if "max_dice (default)" in line)
     assert f"| {dice:.3f} |" in row
-    assert "2 healthy scans and 1 with" in text
+    assert "2 scans of healthy controls, 1 with" in text
     # Calibrating again replaces the figures.
     assert call(scans, models, "calibrate") == 0
     assert card.read_text() == text
@@ -181,12 +181,12 @@ def test_masks_do_not_decide_who_is_healthy(masked, models, tmp_path, monkeypatc
     assert calibration["normative"]["n_healthy_subjects"] == 3
     for words in (
         "1 participant(s) left out, neither healthy by participants.tsv nor with a lesion mask: sub-4",
-        "2 scan(s) of patients have a lesion mask without a voxel in the brain",
-        "counted apart (n_empty_mask): sub-6, sub-7",
+        "2 scan(s) of patients have a lesion mask without voxels in the brain",
+        "counted separately (n_empty_mask): sub-6, sub-7",
     ):
         assert words in log
-    assert "with a lesion in the lesion mask: sub-1. They count as healthy" in log
-    assert "empty lesion mask, left out of them: 2." in (bundle / "MODEL_CARD.md").read_text()
+    assert "with a lesion mask that is not empty, used as controls: sub-1" in log
+    assert "empty lesion mask, not used: 2." in (bundle / "MODEL_CARD.md").read_text()
 
 
 def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_path):
@@ -211,8 +211,8 @@ def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_p
 @pytest.mark.parametrize(
     ("groups", "change", "words"),
     [
-        ({"4": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
-        ({"6": "patient"}, None, "no scan of a healthy control and none with a lesion in its lesion mask"),
+        ({"4": "patient"}, None, "no scan of a healthy control, and none of a patient with a lesion"),
+        ({"6": "patient"}, None, "no scan of a healthy control, and none of a patient with a lesion"),
         ({"8": "patient"}, np.ones((4, 4, 4), np.uint8), "the image of shape (4, 4, 4) is not a volume"),
         ({"8": "patient"}, np.zeros((240, 240, 154), np.uint8), "lesion mask not on the SRI24 grid"),
         (
@@ -396,14 +396,14 @@ def test_without_participants_nobody_is_healthy(scans, tmp_path, capsys):
     (bare / "sub-1").symlink_to(scans / "sub-1")
     write_json(bare / "dataset_description.json", {"Name": "Bare", "BIDSVersion": "1.10.0"})
     assert call(bare, tmp_path / "models", "train") == 66
-    assert "none of the 1 T2w scans belongs to a healthy participant" in capsys.readouterr().err
+    assert "none of the 1 T2w scans belongs to a healthy control" in capsys.readouterr().err
 
 
 def test_imagenet_backbones_need_their_weights(scans, tmp_path, capsys):
     """Nothing is ever downloaded: the user names a file, and it must be the right one."""
     command = ["train", str(scans), str(tmp_path / "models"), "--detector", "fae", "--modality", "T2w"]
     assert main([*command, "-w", str(tmp_path / "scratch")]) == 2
-    assert "resnet18, which is trained on ImageNet" in capsys.readouterr().err
+    assert "ImageNet weights of resnet18" in capsys.readouterr().err
     wrong = tmp_path / "wrong.safetensors"
     save_file({"conv1.weight": torch.zeros(3)}, wrong)
     assert main([*command, "-w", str(tmp_path / "scratch"), "--backbone-weights", str(wrong)]) == 66
@@ -519,8 +519,8 @@ def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path
     assert few["sha256"] != more["sha256"]
     assert few["validation"]["n_healthy"] == more["validation"]["n_healthy"] == 2
     card = " ".join((folders[1] / "MODEL_CARD.md").read_text().split())
-    assert "of 4 healthy people (age 20 to 80 years)" in card
-    assert "2 of them are there for that alone (Others)." in card
+    assert "of 4 controls (age 20 to 80 years)" in card
+    assert "2 of them are used for the reference only (Others)." in card
     raw, deviating = resolve_bundles([str(folders[1])], ["T2w"], ["none", "normative"])
     stranger = {subject_hash("Others", "sub-7")}
     assert (raw.cohorts_containing(stranger), deviating.cohorts_containing(stranger)) == (
@@ -530,7 +530,7 @@ def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path
 
     twice = ["--normative-dir", str(scans)]
     assert call(scans, tmp_path / "more", "calibrate", "intensity", *twice) == 66
-    assert "sub-1, sub-2 among the validation scans, too" in capsys.readouterr().err
+    assert "sub-1, sub-2 also in the validation set" in capsys.readouterr().err
     assert json.loads((folders[1] / "calibration.json").read_text())["normative"] == more
 
 
