@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
-from bids_uad.simulation.anatomy import BUILT_IN, label_map_paths
-from bids_uad.simulation.cohort import Cohort, make_cohort
+from bids_uad.simulation.anatomy import BUILT_IN, find_label_maps
+from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
 from bids_uad.simulation.pathology import KINDS
 from bids_uad.simulation.shapes import lesion_shapes
 from bids_uad.simulation.subject import Population
@@ -26,14 +26,14 @@ TITLES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Arguments of the generator."""
+    """Build the parser of ``bids_uad simulate``."""
     parser = argparse.ArgumentParser(
         prog="bids_uad simulate",
-        description="Make a cohort of synthetic skull-stripped brains with known truth.",
+        description="Simulate a cohort of skull-stripped brains with known lesion masks and tissue labels.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")
-    subjects = parser.add_argument_group("subjects (none of a sort unless asked for)")
-    subjects.add_argument("--healthy", metavar="N", type=_count, default=0)
+    subjects = parser.add_argument_group("subjects (default: 0 of each kind)")
+    subjects.add_argument("--healthy", metavar="N", type=_count, default=0, help="healthy subjects")
     for kind, title in TITLES.items():
         subjects.add_argument(f"--{kind}", metavar="N", type=_count, default=0, help=title)
     anatomy = parser.add_argument_group("anatomy and scanners")
@@ -45,33 +45,51 @@ def build_parser() -> argparse.ArgumentParser:
         help="label maps, folders of *_dseg.nii.gz (with a dseg.tsv unless the labels are FreeSurfer's), or "
         f"{BUILT_IN} (default: {BUILT_IN}, the built-in template)",
     )
-    anatomy.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
-    anatomy.add_argument("--scanners", metavar="N", type=_positive, default=5, help="how many (default 5)")
+    anatomy.add_argument(
+        "--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"], help="default both"
+    )
+    anatomy.add_argument(
+        "--scanners", metavar="N", type=_positive, default=5, help="number of scanners (default 5)"
+    )
     anatomy.add_argument(
         "--contrast",
         choices=("realistic", "random"),
         default="realistic",
-        help="of tissues; random ones are those of no scanner on earth (domain randomisation)",
+        help="tissue contrasts; random for domain randomisation (default realistic)",
     )
     lesions = parser.add_argument_group("lesions")
     lesions.add_argument(
         "--lesion-masks",
         metavar="DIR",
         type=Path,
-        help="real shapes: masks in MNI space and a lesions.tsv with columns file and pathology "
-        "(default: shapes are drawn)",
+        help="shapes of real lesions: masks in MNI space and a lesions.tsv with columns file and pathology "
+        "(default: random shapes)",
     )
     lesions.add_argument(
-        "--lesion-volume", metavar=("MIN", "MAX"), nargs=2, type=float, help="mL (default: as they come)"
+        "--lesion-volume",
+        metavar=("MIN", "MAX"),
+        nargs=2,
+        type=float,
+        help="range of volumes, mL (default: not scaled)",
     )
     lesions.add_argument(
-        "--lesion-contrast", metavar="C", type=_share, default=1.0, help="1 as in life (default), 0 invisible"
+        "--lesion-contrast",
+        metavar="C",
+        type=_fraction,
+        default=1.0,
+        help="1 for realistic (default) to 0 for invisible",
     )
     parser.add_argument(
-        "--seed", metavar="S", type=_count, default=0, help="one seed is one dataset (default 0)"
+        "--seed",
+        metavar="S",
+        type=_count,
+        default=0,
+        help="random seed, which determines the dataset (default 0)",
     )
     parser.add_argument(
-        "--derivatives", action="store_true", help="write preprocessed images in SRI24 space, not raw scans"
+        "--derivatives",
+        action="store_true",
+        help="write preprocessed images in SRI24 space instead of raw scans",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--nprocs", metavar="N", type=_positive, default=1, help="processes (default 1)")
@@ -80,38 +98,38 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0. Got '{text}' instead.")
     return int(text)
 
 
 def _positive(text: str) -> int:
     if _count(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+        raise argparse.ArgumentTypeError(f"must be a positive whole number. Got '{text}' instead.")
     return int(text)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1. Got '{text}' instead.")
     return value
 
 
-def cohort_of(args: argparse.Namespace) -> Cohort:
-    """Cohort that the arguments ask for.
+def build_cohort(args: argparse.Namespace) -> SimulatedCohort:
+    """Build the cohort from the arguments.
 
     Raises
     ------
     UserError
-        If label maps or lesion masks cannot be found, or there is no such device.
+        If label maps or lesion masks are missing, or the device does not exist.
     """
     kinds = [None] * args.healthy + [kind for kind in KINDS for _ in range(getattr(args, kind))]
-    world = Population(
+    population = Population(
         seed=args.seed,
-        sources=tuple(label_map_paths(args.labelmaps)),
+        sources=tuple(find_label_maps(args.labelmaps)),
         scanners=args.scanners,
         randomised=args.contrast == "random",
         shapes=lesion_shapes(args.lesion_masks) if args.lesion_masks else {},
@@ -120,11 +138,11 @@ def cohort_of(args: argparse.Namespace) -> Cohort:
     )
     modalities = tuple(sorted(set(args.modalities)))
     device = str(resolve_device(args.device))
-    return Cohort(args.out, world, tuple(kinds), modalities, args.derivatives, device)
+    return SimulatedCohort(args.out, population, tuple(kinds), modalities, args.derivatives, device)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the generator.
+    """Run ``bids_uad simulate``.
 
     Parameters
     ----------
@@ -134,17 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 if the user has to put something right.
+        Exit code: 0 on success, 2 for invalid arguments.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.healthy + sum(getattr(args, kind) for kind in KINDS) == 0:
-        parser.error("no subjects; ask for some, for instance --healthy 4")
+        parser.error("no subjects; set at least one number, for example --healthy 4")
     if args.lesion_volume and not 0 < args.lesion_volume[0] <= args.lesion_volume[1]:
-        parser.error("--lesion-volume takes two numbers above 0, the smaller one first")
+        parser.error("--lesion-volume must be two positive numbers, the smaller one first")
     console = Console(stderr=True, markup=False)
     try:
-        cohort = cohort_of(args)
+        cohort = build_cohort(args)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("subjects", total=len(cohort.kinds))

@@ -1,4 +1,4 @@
-"""The scanner: contrast, resolution, slice thickness, bias field, noise."""
+"""Simulated acquisition: scanners, scan settings, slice thickness, bias field, noise, and the brain mask."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from bids_uad.simulation.spatial import (
 
 @dataclass(frozen=True)
 class Scanner:
-    """A scanner of the synthetic world; what differs from scan to scan is drawn around it.
+    """Simulated scanner. Settings of single scans vary around its typical values.
 
     Attributes
     ----------
     name, manufacturer : str
+        Name and manufacturer.
     field_strength : float
-        Tesla.
+        Field strength, tesla.
     style : {"gradient_echo", "spin_echo", "random"}
         Contrast, see `contrast.class_means`.
-    noise, blur, bias : float
-        Typical noise (relative to the brightest tissue), in-plane blur (mm), bias field strength.
+    noise : float
+        Typical standard deviation of the noise, relative to the brightest tissue.
+    blur : float
+        Typical standard deviation of the in-plane point spread, mm.
+    bias : float
+        Typical standard deviation of the log bias field.
     thick : float
-        Probability of a scan with thick axial slices.
+        Probability of thick axial slices.
     means : dict
         Mean signal of every class, by modality.
     """
@@ -50,7 +55,8 @@ class Scanner:
     means: dict[str, dict[str, float]]
 
 
-SPIN_ECHO_SHARE = 0.12
+SPIN_ECHO_PROB = 0.12
+"""Probability of a spin-echo T1w contrast."""
 
 
 def draw_scanner(number: int, randomised: bool, rng: np.random.Generator) -> Scanner:
@@ -59,24 +65,26 @@ def draw_scanner(number: int, randomised: bool, rng: np.random.Generator) -> Sca
     Parameters
     ----------
     number : int
-        Names it.
+        Index, which determines its name.
     randomised : bool
-        Contrasts of no scanner on earth instead of realistic ones.
+        Whether contrasts are random instead of realistic.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     Scanner
+        Drawn scanner.
     """
     field_strength = float(rng.choice([1.5, 3.0]))
-    spin_echo = rng.uniform() < SPIN_ECHO_SHARE
+    spin_echo = rng.uniform() < SPIN_ECHO_PROB
     style = "random" if randomised else "spin_echo" if spin_echo else "gradient_echo"
     return Scanner(
         name=f"scanner{number + 1:02d}",
         manufacturer=str(rng.choice(["GE", "Philips", "Siemens"])),
         field_strength=field_strength,
         style=style,
-        # Twice the field, nearly half the noise, and a stronger bias field.
+        # Doubling the field reduces the noise by about 40 % and increases the bias field.
         noise=float(0.014 * (1.5 / field_strength) ** 0.7 * rng.lognormal(0.0, 0.3)),
         blur=float(rng.uniform(0.15, 0.45)),
         bias=float(0.12 * (field_strength / 1.5) ** 0.5 * rng.lognormal(0.0, 0.3)),
@@ -86,8 +94,8 @@ def draw_scanner(number: int, randomised: bool, rng: np.random.Generator) -> Sca
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What one scan was taken with.
+class ScanSettings:
+    """Acquisition settings of one scan.
 
     Attributes
     ----------
@@ -96,7 +104,7 @@ class Protocol:
     blur : float
         Standard deviation of the in-plane point spread, mm.
     thickness : float
-        Of the axial slices, mm; 1 means an isotropic scan.
+        Thickness of the axial slices, mm; 1 for an isotropic scan.
     bias : float
         Standard deviation of the log bias field.
     gamma : float
@@ -110,22 +118,25 @@ class Protocol:
     gamma: float
 
 
-def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator) -> Protocol:
+def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator) -> ScanSettings:
     """Draw the settings of one scan.
 
     Parameters
     ----------
     scanner : Scanner
+        Scanner with typical values.
     modality : {"T1w", "T2w"}
-        T2w scans are thick more often.
+        Contrast; thick slices are more frequent in T2w scans.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
-    Protocol
+    ScanSettings
+        Drawn settings.
     """
     thick = rng.uniform() < min(scanner.thick + (0.25 if modality == "T2w" else 0.0), 0.9)
-    return Protocol(
+    return ScanSettings(
         noise=float(scanner.noise * rng.lognormal(0.0, 0.3)),
         blur=float(scanner.blur * rng.uniform(0.7, 1.5)),
         thickness=float(np.round(rng.uniform(2.0, 5.5), 1)) if thick else 1.0,
@@ -135,21 +146,21 @@ def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator
 
 
 def slice_matrix(size: int, thickness: float, offset: float) -> torch.Tensor:
-    """Thick slices out of 1 mm slices: each row averages `thickness` mm.
+    """Compute the matrix that averages 1 mm slices to thick slices.
 
     Parameters
     ----------
     size : int
         Number of 1 mm slices.
     thickness : float
-        mm, at least 1; slices have no gap.
+        Slice thickness without gap, mm, at least 1.
     offset : float
-        Where the first thick slice starts, mm from the edge of the first thin one.
+        Position of the first thick slice, mm from the edge of the first thin one.
 
     Returns
     -------
     torch.Tensor, shape (slices, size), float32
-        Rows sum to 1.
+        Weights; rows sum to 1.
     """
     count = int(np.floor((size - offset) / thickness))
     start = offset + thickness * np.arange(count)[:, None]
@@ -159,11 +170,21 @@ def slice_matrix(size: int, thickness: float, offset: float) -> torch.Tensor:
 
 
 def interpolation_matrix(size: int, thickness: float, offset: float, count: int) -> torch.Tensor:
-    """Linear interpolation of thick slices back to 1 mm; ends are held constant.
+    """Compute the matrix that interpolates thick slices linearly to 1 mm, with constant ends.
+
+    Parameters
+    ----------
+    size : int
+        Number of 1 mm slices.
+    thickness, offset : float
+        As for :func:`slice_matrix`, mm.
+    count : int
+        Number of thick slices.
 
     Returns
     -------
     torch.Tensor, shape (size, count), float32
+        Weights; rows sum to 1.
     """
     position = (np.arange(size) + 0.5 - offset) / thickness - 0.5
     position = np.clip(position, 0, count - 1)
@@ -172,63 +193,72 @@ def interpolation_matrix(size: int, thickness: float, offset: float, count: int)
 
 
 def bias_field(rng: np.random.Generator, strength: float, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Smooth multiplicative field; `strength` is the standard deviation of its logarithm."""
+    """Draw a smooth multiplicative field; `strength` is the standard deviation of its logarithm."""
     return torch.exp(strength * random_field(rng, 80.0, shape)[0])
 
 
 def add_rician_noise(image: torch.Tensor, sigma: float, rng: np.random.Generator) -> torch.Tensor:
-    """Magnitude of the image plus complex Gaussian noise of standard deviation `sigma`."""
+    """Return the magnitude of the image plus complex Gaussian noise of standard deviation `sigma`."""
     real, imaginary = (tensor(rng.standard_normal(tuple(image.shape), dtype=np.float32)) for _ in range(2))
     return torch.hypot(image + sigma * real, sigma * imaginary)
 
 
-def scan_on_grid(
-    image: torch.Tensor, protocol: Protocol, brain: torch.Tensor, rng: np.random.Generator
+def simulate_preprocessed_scan(
+    image: torch.Tensor, settings: ScanSettings, brain: torch.Tensor, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Acquire a scan as it looks after preprocessing: on the box, bias nearly gone, resampled once.
+    """Simulate a preprocessed scan: on the box, with a weak residual bias field, resampled once.
 
     Parameters
     ----------
     image : torch.Tensor, shape (X, Y, Z)
         Noise-free signal.
-    protocol : Protocol
+    settings : ScanSettings
+        Acquisition settings.
     brain : torch.Tensor of bool, shape (X, Y, Z)
+        Brain mask.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     torch.Tensor, shape (X, Y, Z)
-        Not yet scaled or masked.
+        Scan that is neither scaled nor masked.
     """
     top = float(torch.quantile(image[brain][::17], 0.995))
-    image = (image / top).clamp_min(0) ** protocol.gamma
-    image = smooth(image, (protocol.blur, protocol.blur, protocol.blur if protocol.thickness == 1 else 0.0))
-    image = image * bias_field(rng, protocol.bias * 0.25, BOX_SHAPE)
+    image = (image / top).clamp_min(0) ** settings.gamma
+    image = smooth(image, (settings.blur, settings.blur, settings.blur if settings.thickness == 1 else 0.0))
+    image = image * bias_field(rng, settings.bias * 0.25, BOX_SHAPE)
     depth = BOX_SHAPE[2]
-    if protocol.thickness > 1:
-        offset = float(rng.uniform(0, protocol.thickness))
-        thick = slice_matrix(depth, protocol.thickness, offset)
-        noisy = add_rician_noise(apply_axis(image, thick, 2), protocol.noise, rng)
+    if settings.thickness > 1:
+        offset = float(rng.uniform(0, settings.thickness))
+        thick = slice_matrix(depth, settings.thickness, offset)
+        noisy = add_rician_noise(apply_axis(image, thick, 2), settings.noise, rng)
         noisy = smooth(noisy, (0.4, 0.4, 0.0))
-        return apply_axis(noisy, interpolation_matrix(depth, protocol.thickness, offset, len(thick)), 2)
-    # The one resampling of the preprocessing smooths the noise a little.
-    return smooth(add_rician_noise(image, protocol.noise, rng), float(rng.uniform(0.25, 0.45)))
+        return apply_axis(noisy, interpolation_matrix(depth, settings.thickness, offset, len(thick)), 2)
+    # The resampling of the preprocessing smooths the noise slightly.
+    return smooth(add_rician_noise(image, settings.noise, rng), float(rng.uniform(0.25, 0.45)))
 
 
-def closed(tissue: torch.Tensor, reach: int) -> torch.Tensor:
-    """Fill sulci and fissures up to about twice `reach` mm wide: grey closing by a cube.
+def grey_closing(tissue: torch.Tensor, reach: int) -> torch.Tensor:
+    """Fill sulci and fissures by a grey closing with a cube.
 
     Parameters
     ----------
     tissue : torch.Tensor, shape (X, Y, Z)
+        Fraction of tissue per voxel.
     reach : int
-        Half the cube's edge, voxels.
+        Half the edge of the cube, voxels: gaps of up to about twice this width are filled.
+
+    Returns
+    -------
+    torch.Tensor, shape (X, Y, Z)
+        Closed map.
     """
     return -_dilated(-_dilated(tissue, reach), reach)
 
 
 def _dilated(volume: torch.Tensor, reach: int) -> torch.Tensor:
-    """Largest value in a cube about each voxel, one axis after the other."""
+    """Compute the maximum in a cube around each voxel, along one axis after the other."""
     for axis in range(3):
         size, padding = [1, 1, 1], [0, 0, 0]
         size[axis], padding[axis] = 2 * reach + 1, reach
@@ -236,37 +266,41 @@ def _dilated(volume: torch.Tensor, reach: int) -> torch.Tensor:
     return volume
 
 
-def brain_mask(fractions: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+def draw_brain_mask(
+    fractions: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Draw a brain mask around the tissue.
 
-    The smoothed tissue map is cut at a level that differs between scans (a low one keeps a rim of fluid)
-    and, a little, between places.
+    The smoothed tissue map is thresholded at a level that differs between scans (a low one includes a rim of
+    fluid) and slightly between positions.
 
     Parameters
     ----------
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     mask : torch.Tensor of bool, shape (X, Y, Z)
-        One component, without holes in any slice.
+        Mask with one component, without holes in any slice.
     drawn : dict
-        The level, the smoothness and the closing that were used.
+        Drawn level, smoothing (mm) and closing (mm).
     """
     tissue = fractions.sum(0) - fractions[CLASSES.index("csf")]
     width = float(rng.uniform(1.5, 3.0))
-    # Most strippers are tight; one scan in four keeps a rim of fluid.
+    # A quarter of the masks include a rim of fluid, as masks of some brain-extraction tools do.
     level = float(rng.uniform(0.20, 0.35) if rng.uniform() < 0.25 else rng.uniform(0.38, 0.55))
     reach = int(rng.integers(3, 8))
-    tissue = closed(tissue, reach)
+    tissue = grey_closing(tissue, reach)
     cut = level + 0.05 * random_field(rng, 20.0)[0]
     mask = (smooth(tissue, width) > cut).cpu().numpy()
     labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     mask = labels == sizes.argmax()
-    # Slice by slice, so that channels of fluid that open to the outside are filled too.
+    # Slice by slice, to fill channels of fluid that are open to the outside as well.
     for axis in range(3):
         for plane in np.moveaxis(mask, axis, 0):
             plane[...] = ndimage.binary_fill_holes(plane)

@@ -1,4 +1,4 @@
-"""What years do to the tissue maps: thinner cortex, wider sulci, bright periventricular white matter."""
+"""Effects of age on tissue maps: wider ventricles and sulci, periventricular white matter changes."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ REFERENCE_AGE = 45.0
 
 
 def apparent_age(fractions: torch.Tensor) -> float:
-    """Age that the ventricles of a source suggest: 1 % of the brain at 25 years, 4 % at 80.
+    """Estimate the age from the volume of the ventricles: 1 % of the brain at 25 years, 4 % at 80.
 
     Parameters
     ----------
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
 
     Returns
     -------
     float
-        Years.
+        Age, years.
     """
     volumes = fractions.sum((1, 2, 3))
-    share = float(volumes[VENTRICLE] / (volumes.sum() - volumes[CSF]))
-    return float(np.interp(share, [0.01, 0.04], [25.0, 80.0]))
+    ratio = float(volumes[VENTRICLE] / (volumes.sum() - volumes[CSF]))
+    return float(np.interp(ratio, [0.01, 0.04], [25.0, 80.0]))
 
 
 def ventricle_growth(rng: np.random.Generator, age: float, apparent: float) -> float:
-    """Shift of the ventricle walls in mm that makes a brain of one age look like one of another."""
+    """Draw the shift of the ventricle walls (mm) from an apparent age to the simulated age (years)."""
     return float(np.clip(0.045 * (age - apparent) + rng.normal(0.0, 0.5), -2.5, 3.0))
 
 
 def widen_sulci(fractions: torch.Tensor, rng: np.random.Generator, age: float) -> tuple[torch.Tensor, float]:
-    """Let fluid gain on the tissue it shares voxels with (or lose, in the young).
+    """Increase the fraction of fluid in voxels of fluid and tissue (decrease it in young subjects).
 
     Parameters
     ----------
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
     rng : numpy.random.Generator
+        Source of all random numbers.
     age : float
+        Simulated age, years.
 
     Returns
     -------
-    fractions : torch.Tensor
-        Same sum in every voxel.
+    fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps with the same sum in every voxel.
     strength : float
-        Exponent applied to the fluid share; 1 changes nothing, more means more fluid.
+        The fluid fraction is raised to the power 1 / `strength`: 1 is the identity, larger values give more
+        fluid.
     """
     strength = float(np.clip(1.0 + 0.022 * (age - REFERENCE_AGE) + rng.normal(0.0, 0.15), 0.55, 2.2))
     local = strength * torch.exp(0.15 * random_field(rng, 40.0)[0])
@@ -65,20 +70,23 @@ def widen_sulci(fractions: torch.Tensor, rng: np.random.Generator, age: float) -
 def white_matter_change(
     fractions: torch.Tensor, rng: np.random.Generator, age: float
 ) -> tuple[torch.Tensor, float]:
-    """Age-related periventricular change of white matter, which counts as healthy.
+    """Draw the age-related periventricular change of white matter, which is part of healthy ageing.
 
     Parameters
     ----------
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
     rng : numpy.random.Generator
+        Source of all random numbers.
     age : float
+        Simulated age, years.
 
     Returns
     -------
-    share : torch.Tensor, shape (X, Y, Z)
-        0 to 1: how far the white matter signal has moved towards that of a hyperintensity.
+    change : torch.Tensor, shape (X, Y, Z)
+        Weight of the signal of a hyperintensity, 0 to 1.
     strength : float
-        Its largest value.
+        Upper limit of `change`.
     """
     strength = float(np.clip(0.008 * (age - 35.0) + rng.normal(0.0, 0.08), 0.0, 0.5))
     near = smooth(fractions[VENTRICLE], 2.0) * 2.5

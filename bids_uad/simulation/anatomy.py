@@ -1,4 +1,4 @@
-"""Where brains come from: soft tissue maps of the built-in template and of label maps.
+"""Tissue maps of the built-in template and of label maps, in SRI24 space.
 
 Sources
 -------
@@ -58,7 +58,6 @@ FREESURFER = {
     "brainstem": (16, 28, 60, 85),
     "choroid": (31, 63, 136, 137, 163, 164),
 }
-# Names of a lookup table, without side and punctuation, that say which class a label is.
 NAMES = {
     "csf": ("csf", "cerebrospinalfluid", "extracerebralcsf"),
     "ventricle": (
@@ -93,22 +92,34 @@ NAMES = {
     "brainstem": ("brainstem", "ventraldc", "pons", "midbrain", "medulla"),
     "choroid": ("choroid", "choroidplexus", "vessel"),
 }
+"""Names in lookup tables, without side and punctuation, by class."""
 BUILT_IN = "icbm152"
+"""Name of the built-in template as a source of anatomy."""
+STEP = 4
+"""Spacing of the grid for the alignment of label maps, voxels of the box."""
+GROUPS = (
+    ("cortex", "cerebellar_cortex", "hippocampus"),
+    ("white", "cerebellar_white", "brainstem"),
+    ("ventricle",),
+    ("thalamus", "striatum", "pallidum"),
+)
+"""Groups of classes that are aligned."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Soft tissue maps in their own space.
+class TissueMaps:
+    """Tissue maps of one source of anatomy.
 
     Attributes
     ----------
     name : str
+        Name of the source.
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z), float32
-        Share of each class in a voxel; they sum to 1 inside the head content and to less outside.
+        Fraction of each class per voxel; their sum is 1 inside the brain and its fluid, and less outside.
     detail : torch.Tensor or None, shape (X, Y, Z)
-        T1w intensity that the fractions do not explain, in units of the white-grey contrast.
+        Residual of the T1w intensity that the fractions do not explain, in units of the white-grey contrast.
     affine : numpy.ndarray, shape (4, 4)
-        Voxel index -> SRI24 world, mm.
+        Voxel-to-world of SRI24, mm.
     """
 
     name: str
@@ -118,13 +129,13 @@ class Source:
 
 
 def icbm_to_sri24() -> np.ndarray:
-    """Affine ICBM152 world -> SRI24 world (mm), shape (4, 4)."""
+    """Read the affine from ICBM152 to SRI24 world coordinates (mm), shape (4, 4)."""
     path = resources.files("bids_uad") / "data" / "template" / "icbm152_to_sri24.json"
     return np.array(json.loads(path.read_text(encoding="utf-8"))["affine"])
 
 
 def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
-    """Soft indicator of an ellipsoid mirrored in the midline; `points` has shape (..., 3)."""
+    """Compute the partial-volume map of an ellipsoid and its mirror image at the given points."""
     x = np.abs(points[0]) - centre[0]
     distance = np.sqrt(
         (x / radii[0]) ** 2
@@ -135,16 +146,16 @@ def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def template_source() -> Source:
-    """Tissue maps of the ICBM152 template.
+def template_source() -> TissueMaps:
+    """Compute the tissue maps of the ICBM152 template.
 
-    The template knows grey and white matter only. Deep nuclei, cerebellum and brainstem are told apart by
-    their position in ICBM152 space; what the classes do not explain of the T1w intensity is kept as
-    `detail`. The maps are averages over many people, so they are sharpened to the crispness of one.
+    The template has maps of grey and white matter only. Deep nuclei, cerebellum and brainstem are separated
+    by ellipsoids in ICBM152 space. The maps are averages over participants, so they are sharpened.
 
     Returns
     -------
-    Source
+    TissueMaps
+        Maps with `detail`.
     """
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 
@@ -194,11 +205,11 @@ def template_source() -> Source:
     maps["csf"] = fluid * (1 - inner)
     maps["choroid"] = np.zeros_like(fluid)
     fractions = tensor(np.stack([maps[name] for name in CLASSES]))
-    return Source(BUILT_IN, fractions, _unexplained(t1w, fractions, head), icbm_to_sri24() @ affine)
+    return TissueMaps(BUILT_IN, fractions, _unexplained(t1w, fractions, head), icbm_to_sri24() @ affine)
 
 
 def _unexplained(t1w: np.ndarray, fractions: torch.Tensor, head: np.ndarray) -> torch.Tensor:
-    """T1w minus its least-squares fit by the fractions, in units of the white-grey contrast."""
+    """Compute the residual of a least-squares fit of T1w, relative to the white-grey contrast."""
     design = fractions.cpu().numpy()[:, head].T
     weights = np.linalg.lstsq(design[::7], t1w[head][::7], rcond=None)[0]
     contrast = weights[CLASSES.index("white")] - weights[CLASSES.index("cortex")]
@@ -207,13 +218,13 @@ def _unexplained(t1w: np.ndarray, fractions: torch.Tensor, head: np.ndarray) -> 
     return smooth(tensor(residual), 0.7)
 
 
-def label_map_paths(places: Sequence[str | Path]) -> list[str]:
-    """Sources of anatomy that a user names.
+def find_label_maps(paths: Sequence[str | Path]) -> list[str]:
+    """Find the label maps that a user names.
 
     Parameters
     ----------
-    places : sequence of path-like
-        Label maps, folders of ``*_dseg.nii.gz``, or `BUILT_IN` for the template that comes along.
+    paths : sequence of path-like
+        Label maps, folders of ``*_dseg.nii.gz``, or `BUILT_IN` for the built-in template.
 
     Returns
     -------
@@ -223,40 +234,40 @@ def label_map_paths(places: Sequence[str | Path]) -> list[str]:
     Raises
     ------
     InputError
-        If a place is neither, or a folder holds no label map.
+        If a path is neither a file nor a folder with label maps.
     """
     found = []
-    for place in places:
-        path = Path(place)
-        if str(place) == BUILT_IN or path.is_file():
-            found.append(str(place))
+    for name in paths:
+        path = Path(name)
+        if str(name) == BUILT_IN or path.is_file():
+            found.append(str(name))
             continue
         inside = sorted(str(each) for each in path.glob("*_dseg.nii.gz"))
         if not inside:
             raise InputError(
                 path,
-                "is neither a label map nor a folder of *_dseg.nii.gz",
-                f"give label maps, a folder of them, or {BUILT_IN!r}",
+                "neither a label map nor a folder of *_dseg.nii.gz",
+                f"use label maps, a folder of them, or {BUILT_IN!r}",
             )
         found += inside
     return found
 
 
-def lookup_table(path: Path) -> dict[str, tuple[int, ...]]:
-    """Labels of each class in a label map.
+def read_lookup_table(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the labels of each class from the lookup table of a label map.
 
-    They are read from the table that BIDS puts beside it: ``<name>_dseg.tsv``, or ``dseg.tsv`` for the whole
-    folder, with columns `index` and `name`. Without one the labels are taken for FreeSurfer's.
+    The BIDS lookup table is ``<name>_dseg.tsv``, or ``dseg.tsv`` for the whole folder, with columns `index`
+    and `name`. Without one, FreeSurfer's labels are assumed.
 
     Parameters
     ----------
     path : pathlib.Path
-        The label map.
+        Label map.
 
     Returns
     -------
     dict
-        Labels by name of `CLASSES`; labels of other names are background.
+        Labels by class; all other labels are background.
 
     Raises
     ------
@@ -269,42 +280,41 @@ def lookup_table(path: Path) -> dict[str, tuple[int, ...]]:
         return FREESURFER
     rows = pd.read_csv(table, sep="\t")
     if not {"index", "name"} <= set(rows.columns):
-        raise InputError(table, "lacks a column `index` or `name`", "name every label as BIDS describes")
+        raise InputError(table, "lacks a column `index` or `name`", "add a BIDS lookup table with both")
     labels = list(zip(rows["index"], rows["name"].map(_without_side), strict=True))
     return {name: tuple(int(label) for label, text in labels if text in NAMES[name]) for name in CLASSES}
 
 
 def _without_side(name: str) -> str:
-    """Name of a label in lower case, without side and punctuation: ``cerebralcortex``."""
+    """Return the name of a label in lower case, without side and punctuation, such as ``cerebralcortex``."""
     words = re.sub(r"[^a-z0-9]", " ", name.lower()).split()
     return "".join(word for word in words if word not in ("left", "right", "l", "r"))
 
 
 @lru_cache(maxsize=2)
 def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a label map as class indices, cut to the brain.
-
-    Labels of the rest of the head become background.
+    """Read a label map as class indices, cropped to the brain; other labels are background.
 
     Parameters
     ----------
     path : path-like
-        About 1 mm; see `lookup_table` for what its labels mean.
+        NIfTI file of about 1 mm; see :func:`read_lookup_table` for its labels.
 
     Returns
     -------
     classes : numpy.ndarray of uint8, shape (X, Y, Z)
-        0 background, else 1 + index into `CLASSES`; RAS+ order.
+        0 for background, otherwise 1 + index into `CLASSES`; RAS+ order.
     affine : numpy.ndarray, shape (4, 4)
+        Voxel-to-world, mm.
 
     Raises
     ------
     InputError
-        If there is no cortex or no white matter in it.
+        If the label map has no cortex or no white matter.
     """
     image = nib.as_closest_canonical(nib.load(path))
     labels = np.asarray(image.dataobj).astype(np.int32)
-    known = lookup_table(Path(path))
+    known = read_lookup_table(Path(path))
     table = np.zeros(
         1 + max(int(labels.max()), *(max(own, default=0) for own in known.values())), dtype=np.uint8
     )
@@ -319,47 +329,37 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             path,
             "has no cortex or no white matter label",
-            "give FreeSurfer's labels, or a dseg.tsv that names them",
+            "use FreeSurfer's labels, or add a dseg.tsv with their names",
         )
     spans = [np.flatnonzero(tissue.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    # A margin keeps the fluid around the brain.
+    # The margin includes the fluid around the brain.
     low = [max(int(span[0]) - 8, 0) for span in spans]
     cut = tuple(slice(a, int(span[-1]) + 9) for a, span in zip(low, spans, strict=True))
     return classes[cut], image.affine @ nib.affines.from_matvec(np.eye(3), low)
 
 
-def label_map_source(path: str | Path) -> Source:
-    """Tissue maps of one label map, rigidly put in SRI24 space.
+def label_map_source(path: str | Path) -> TissueMaps:
+    """Compute the tissue maps of one label map, aligned rigidly with SRI24 space.
 
     Parameters
     ----------
     path : path-like
+        Label map.
 
     Returns
     -------
-    Source
-        Its own size is kept, as rigid registration keeps that of a real brain.
+    TissueMaps
+        Maps of the original size, as after rigid registration of a real brain.
     """
-    pass
-
     classes, affine = read_label_map(str(path))
     indices = tensor(classes)
     fractions = torch.stack([(indices == index + 1).float() for index in range(len(CLASSES))])
     name = Path(path).name.removesuffix("_dseg.nii.gz")
-    return Source(name, fractions, None, label_map_to_sri24(str(path)) @ affine)
-
-
-STEP = 4
-GROUPS = (
-    ("cortex", "cerebellar_cortex", "hippocampus"),
-    ("white", "cerebellar_white", "brainstem"),
-    ("ventricle",),
-    ("thalamus", "striatum", "pallidum"),
-)
+    return TissueMaps(name, fractions, None, label_map_to_sri24(str(path)) @ affine)
 
 
 def _coarse(maps: list[torch.Tensor], affine: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-    """Halve the resolution of the group maps and smooth them enough for the coarse grid."""
+    """Halve the resolution of the group maps and smooth them for the coarse grid."""
     halved = F.avg_pool3d(torch.stack(maps), 2)
     # The first coarse voxel is centred between the first two fine ones.
     return smooth(halved, STEP * 0.375), affine @ nib.affines.from_matvec(np.diag([2, 2, 2]), [0.5] * 3)
@@ -367,15 +367,15 @@ def _coarse(maps: list[torch.Tensor], affine: np.ndarray) -> tuple[torch.Tensor,
 
 @lru_cache(maxsize=1)
 def _target() -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the grouped template maps on the coarse grid; also return the points of that grid."""
-    source: Source = template_source()
+    """Resample the grouped template maps to the coarse grid, and return them with the points of the grid."""
+    source = template_source()
     points = box_points()[::STEP, ::STEP, ::STEP].contiguous()
     maps = [sum(source.fractions[CLASSES.index(name)] for name in group) for group in GROUPS]
     return sample(*_coarse(maps, source.affine), points), points
 
 
 def rotation(angles: torch.Tensor) -> torch.Tensor:
-    """Rotation matrix of three Euler angles in radians (about x, then y, then z)."""
+    """Compute the rotation matrix of three Euler angles (radians; about x, then y, then z)."""
     (cx, cy, cz), (sx, sy, sz) = torch.cos(angles), torch.sin(angles)
     one, zero = torch.ones_like(cx), torch.zeros_like(cx)
     about_x = torch.stack([one, zero, zero, zero, cx, -sx, zero, sx, cx]).reshape(3, 3)
@@ -386,19 +386,20 @@ def rotation(angles: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def label_map_to_sri24(path: str) -> np.ndarray:
-    """Rigid transform of a label map into SRI24 space.
+    """Register a label map rigidly to SRI24 space.
 
-    A similarity is fitted, so that a small brain is centred well, and its scale is then left out: sizes
-    differ between people after a rigid registration too.
+    A similarity transform is fitted to the template, and its scale is then removed, since rigid registration
+    preserves the size of a brain.
 
     Parameters
     ----------
     path : str
+        Label map.
 
     Returns
     -------
     numpy.ndarray, shape (4, 4)
-        World of the label map -> SRI24 world, mm.
+        From world coordinates of the label map to SRI24 world coordinates, mm.
     """
     classes, affine = read_label_map(path)
     indices = tensor(classes)
@@ -410,7 +411,7 @@ def label_map_to_sri24(path: str) -> np.ndarray:
     mass = np.argwhere(classes[::STEP, ::STEP, ::STEP] > 2).mean(0) * STEP
     centre_moving = tensor(affine[:3, :3] @ mass + affine[:3, 3]).float()
 
-    # Angles in units of 0.1 rad, shifts in cm: parameters of one order of magnitude.
+    # Angles in units of 0.1 rad and shifts in cm give parameters of one order of magnitude.
     parameters = torch.zeros(7, requires_grad=True)
     optimiser = torch.optim.LBFGS([parameters], lr=0.5, max_iter=60, line_search_fn="strong_wolfe")
 

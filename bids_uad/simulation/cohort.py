@@ -1,4 +1,4 @@
-"""Write synthetic cohorts: raw BIDS, or a derivative dataset already in SRI24 space."""
+"""Simulated cohorts, written as a raw BIDS dataset or as preprocessed derivatives in SRI24 space."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import bids_uad
 from bids_uad.files import write_json, write_text, write_tsv
 from bids_uad.images import SCALING, save_image, scale_intensity
 from bids_uad.resources import worker_pool
-from bids_uad.simulation.acquisition import scan_on_grid
-from bids_uad.simulation.native import NativeScan, native_scan
+from bids_uad.simulation.acquisition import simulate_preprocessed_scan
+from bids_uad.simulation.native import NativeScan, simulate_native_scan
 from bids_uad.simulation.spatial import tensor, to_grid
 from bids_uad.simulation.subject import (
     Anatomy,
@@ -47,27 +47,27 @@ TISSUE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """What to make.
+class SimulatedCohort:
+    """Dataset to simulate.
 
     Attributes
     ----------
     out : pathlib.Path
         Dataset folder.
-    world : Population
-        What its subjects are drawn from.
+    population : Population
+        Population of the subjects.
     kinds : tuple of (str or None)
-        Kind of lesion of each subject, None for a healthy one.
-    modalities : tuple of str
-        Out of T1w and T2w.
-    derivatives : bool
-        Write preprocessed SRI24 images instead of raw scans.
-    device : str
-        Where tensors are computed. Datasets of a CPU and of a GPU differ in rounding.
+        Kind of lesion of each subject; None for a healthy one.
+    modalities : tuple of str, default=("T1w", "T2w")
+        Contrasts.
+    derivatives : bool, default=False
+        Whether to write preprocessed SRI24 images instead of raw scans.
+    device : str, default="cpu"
+        Torch device. Datasets of a CPU and of a GPU differ by rounding.
     """
 
     out: Path
-    world: Population
+    population: Population
     kinds: tuple[str | None, ...]
     modalities: tuple[str, ...] = ("T1w", "T2w")
     derivatives: bool = False
@@ -75,34 +75,34 @@ class Cohort:
 
     @property
     def seed(self) -> int:
-        """One seed is one dataset."""
-        return self.world.seed
+        """Seed of the dataset."""
+        return self.population.seed
 
     def name(self, index: int) -> str:
-        """BIDS name of a subject, ``sub-001`` onwards."""
+        """Return the BIDS name of a subject, from ``sub-001``."""
         return f"sub-{index + 1:03d}"
 
 
-def _write_derivatives(cohort: Cohort, index: int, person: SubjectInfo, anatomy: Anatomy) -> dict:
-    """Write one subject in SRI24 space; returns the drawn scan parameters."""
+def _write_derivatives(cohort: SimulatedCohort, index: int, subject: SubjectInfo, anatomy: Anatomy) -> dict:
+    """Write one subject in SRI24 space, and return the drawn parameters of its scans."""
     name = cohort.name(index)
     stem = cohort.out / name / "anat" / f"{name}_space-SRI24"
     drawn = {}
     for modality in cohort.modalities:
-        image, protocol, drawn[modality] = make_signal(cohort.world, index, person, anatomy, modality)
-        scan = scan_on_grid(
-            image, protocol, anatomy.brain, random_stream(cohort.seed, index, f"{modality}-scan")
+        image, settings, drawn[modality] = make_signal(cohort.population, index, subject, anatomy, modality)
+        scan = simulate_preprocessed_scan(
+            image, settings, anatomy.brain, random_stream(cohort.seed, index, f"{modality}-scan")
         )
         scaled = scale_intensity(scan.cpu().numpy(), anatomy.brain.cpu().numpy())
         target = stem.with_name(f"{stem.name}_desc-preproc_{modality}")
         save_image(to_image(to_grid(tensor(scaled))), target.with_suffix(".nii.gz"))
         write_json(
             target.with_suffix(".json"),
-            {"SkullStripped": True, "SpatialReference": REFERENCE, "Scaling": SCALING, **_scanner(person)},
+            {"SkullStripped": True, "SpatialReference": REFERENCE, "Scaling": SCALING, **_scanner(subject)},
         )
     truths = {"desc-brain_mask": anatomy.brain, "desc-tissue_dseg": anatomy.tissue_labels()}
     if anatomy.lesion is not None:
-        truths["label-lesion_desc-manual_mask"] = anatomy.lesion.share > 0.5
+        truths["label-lesion_desc-manual_mask"] = anatomy.lesion.fraction > 0.5
     for suffix, truth in truths.items():
         target = stem.with_name(f"{stem.name}_{suffix}")
         save_image(to_image(to_grid(truth, np.uint8), np.uint8), target.with_suffix(".nii.gz"))
@@ -113,25 +113,25 @@ def _write_derivatives(cohort: Cohort, index: int, person: SubjectInfo, anatomy:
     return drawn
 
 
-def _scanner(person: SubjectInfo) -> dict:
-    """Scanner fields of a sidecar."""
+def _scanner(subject: SubjectInfo) -> dict:
+    """Return the scanner fields of a sidecar."""
     return {
         "Modality": "MR",
-        "Manufacturer": person.scanner.manufacturer,
-        "ManufacturersModelName": person.scanner.name,
-        "MagneticFieldStrength": person.scanner.field_strength,
+        "Manufacturer": subject.scanner.manufacturer,
+        "ManufacturersModelName": subject.scanner.name,
+        "MagneticFieldStrength": subject.scanner.field_strength,
     }
 
 
-def _write_raw(cohort: Cohort, index: int, person: SubjectInfo, anatomy: Anatomy) -> dict:
-    """Write one subject as raw scans on their own grids; returns the drawn scan parameters."""
+def _write_raw(cohort: SimulatedCohort, index: int, subject: SubjectInfo, anatomy: Anatomy) -> dict:
+    """Write one subject as raw scans on native grids, and return the drawn parameters of its scans."""
     name = cohort.name(index)
     drawn = {}
     for position, modality in enumerate(cohort.modalities):
-        image, protocol, drawn[modality] = make_signal(cohort.world, index, person, anatomy, modality)
-        scan = native_scan(
+        image, settings, drawn[modality] = make_signal(cohort.population, index, subject, anatomy, modality)
+        scan = simulate_native_scan(
             image,
-            protocol,
+            settings,
             anatomy,
             random_stream(cohort.seed, index, "pose"),
             random_stream(cohort.seed, index, f"{modality}-scan"),
@@ -140,53 +140,55 @@ def _write_raw(cohort: Cohort, index: int, person: SubjectInfo, anatomy: Anatomy
         drawn[modality] |= scan.drawn
         target = cohort.out / name / "anat" / f"{name}_{modality}"
         save_image(scan.image, target.with_suffix(".nii.gz"))
-        sidecar = _scanner(person) | {"SkullStripped": True, "SliceThickness": max(protocol.thickness, 1.0)}
+        sidecar = _scanner(subject) | {"SkullStripped": True, "SliceThickness": max(settings.thickness, 1.0)}
         write_json(target.with_suffix(".json"), sidecar)
         if position == 0:
             _write_truth(cohort, name, modality, scan)
     return drawn
 
 
-def _write_truth(cohort: Cohort, name: str, modality: str, scan: NativeScan) -> None:
-    """Write what is known about a raw scan, on its own grid, as derivatives."""
+def _write_truth(cohort: SimulatedCohort, name: str, modality: str, scan: NativeScan) -> None:
+    """Write tissue labels and lesion mask of a raw scan, on its grid, as derivatives."""
     source = f"bids:raw:{name}/anat/{name}_{modality}.nii.gz"
     common = {"Sources": [source], "SpatialReference": source}
     truths = [("tissue", "desc-tissue_dseg", scan.tissue, {"Description": "Known truth: largest tissue"})]
     if scan.lesion is not None:
-        told = {"Type": "Lesion", "Description": "Known truth: voxels that are more than half lesion"}
-        truths.append(("lesions", "label-lesion_mask", scan.lesion, told))
-    for part, suffix, image, told in truths:
+        fields = {"Type": "Lesion", "Description": "Known truth: voxels that are more than half lesion"}
+        truths.append(("lesions", "label-lesion_mask", scan.lesion, fields))
+    for part, suffix, image, fields in truths:
         target = cohort.out / "derivatives" / part / name / "anat" / f"{name}_space-{modality}_{suffix}"
         save_image(image, target.with_suffix(".nii.gz"))
-        write_json(target.with_suffix(".json"), common | told)
+        write_json(target.with_suffix(".json"), common | fields)
 
 
-def make_subject(cohort: Cohort, index: int) -> dict:
-    """Make and write one subject.
+def make_subject(cohort: SimulatedCohort, index: int) -> dict:
+    """Simulate and write one subject.
 
     Parameters
     ----------
-    cohort : Cohort
+    cohort : SimulatedCohort
+        Dataset.
     index : int
+        Index of the subject.
 
     Returns
     -------
     dict
-        Its row of participants.tsv.
+        Row of participants.tsv.
     """
-    # Sums in another order would round differently; subjects run side by side instead.
+    # More threads would change the order of sums and the rounding; subjects run in parallel instead.
     torch.set_num_threads(1)
     kind = cohort.kinds[index]
     with torch.no_grad(), torch.device(cohort.device):
-        person = draw_subject_info(cohort.world, index)
-        anatomy = make_anatomy(cohort.world, index, person, kind)
+        subject = draw_subject_info(cohort.population, index)
+        anatomy = make_anatomy(cohort.population, index, subject, kind)
         writer = _write_derivatives if cohort.derivatives else _write_raw
-        scans = writer(cohort, index, person, anatomy)
+        scans = writer(cohort, index, subject, anatomy)
     name = cohort.name(index)
     record = {
         "seed": cohort.seed,
         "index": index,
-        "scanner": asdict(person.scanner),
+        "scanner": asdict(subject.scanner),
         **anatomy.drawn,
         **scans,
     }
@@ -194,17 +196,17 @@ def make_subject(cohort: Cohort, index: int) -> dict:
     write_json(folder / name / "anat" / f"{name}_desc-simulation_parameters.json", record)
     return {
         "participant_id": name,
-        "age": person.age,
-        "sex": person.sex,
+        "age": subject.age,
+        "sex": subject.sex,
         "group": "control" if kind is None else "patient",
         "pathology": DISEASES[kind],
-        "scanner": person.scanner.name,
+        "scanner": subject.scanner.name,
         "anatomy": anatomy.source.name,
     }
 
 
-def _describe(cohort: Cohort) -> None:
-    """Write the files that make a folder a BIDS dataset."""
+def _describe(cohort: SimulatedCohort) -> None:
+    """Write the files of the dataset that are not files of a subject."""
     generated = [{"Name": "bids_uad.simulation", "Version": bids_uad.__version__}]
     common = {"BIDSVersion": BIDS_VERSION, "License": "CC0-1.0", "Authors": ["The bids_uad developers"]}
     description = common | {"Name": f"Synthetic brains, seed {cohort.seed}", "GeneratedBy": generated}
@@ -236,19 +238,20 @@ def _describe(cohort: Cohort) -> None:
     )
 
 
-def make_cohort(cohort: Cohort, nprocs: int = 1) -> Iterator[str]:
-    """Make a whole dataset, subject by subject.
+def make_cohort(cohort: SimulatedCohort, nprocs: int = 1) -> Iterator[str]:
+    """Simulate and write a whole dataset, subject by subject.
 
     Parameters
     ----------
-    cohort : Cohort
-    nprocs : int
-        Processes; the files do not depend on it.
+    cohort : SimulatedCohort
+        Dataset.
+    nprocs : int, default=1
+        Number of processes; the files do not depend on it.
 
     Yields
     ------
     str
-        Name of each subject once it is written.
+        Name of each subject after it is written.
     """
     _describe(cohort)
     rows = []
@@ -258,7 +261,7 @@ def make_cohort(cohort: Cohort, nprocs: int = 1) -> Iterator[str]:
             rows.append(make_subject(cohort, index))
             yield cohort.name(index)
     else:
-        # A fork would copy the threads of PyTorch in an unknown state.
+        # Not forked: a fork would copy the state of PyTorch's threads.
         with worker_pool(nprocs, "spawn") as pool:
             for row in pool.map(make_subject, [cohort] * len(indices), indices):
                 rows.append(row)

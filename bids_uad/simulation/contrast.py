@@ -1,8 +1,8 @@
-"""From tissue maps to signal: class means of a scanner, and the variation within a class.
+"""Signal of tissue maps: class means of a scanner, and the variation within a class.
 
-Signals are relative to white matter (T1w) or to cerebrospinal fluid (T2w). The ranges were read off real
-magnitude scans, divided by their 99.5th brain percentile: T1w of gradient-echo and spin-echo type, T2w of
-turbo-spin-echo type.
+Signals are relative to white matter (T1w) or to cerebrospinal fluid (T2w). The ranges are those of real
+magnitude scans, divided by the 99.5th percentile of the brain: gradient-echo and spin-echo T1w, and
+turbo-spin-echo T2w.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from bids_uad.simulation.anatomy import CLASSES
 from bids_uad.simulation.spatial import BOX_SHAPE, random_field, smooth
 
-# Position of a class between cortex (0) and white matter (1); (mean, standard deviation).
-BETWEEN = {
+CORTEX_TO_WHITE = {
     "T1w": {
         "thalamus": (0.52, 0.08),
         "striatum": (0.20, 0.06),
@@ -36,6 +35,7 @@ BETWEEN = {
         "choroid": (-1.2, 0.4),
     },
 }
+"""Mean and standard deviation of the signal of a class, on a scale from cortex (0) to white matter (1)."""
 
 
 def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str, float]:
@@ -44,15 +44,17 @@ def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str
     Parameters
     ----------
     modality : {"T1w", "T2w"}
+        Contrast.
     style : {"gradient_echo", "spin_echo", "random"}
-        In T1w spin echo has far less contrast between grey and white matter. ``random`` draws every class by
-        itself (domain randomisation, Billot et al. 2023).
+        T1w spin echo has less contrast between grey and white matter. ``random`` draws all classes
+        independently (domain randomisation, Billot et al. 2023).
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     dict
-        Signal per name of `CLASSES`. T1w: fluid < grey < white = 1. T2w: white < grey < fluid = 1.
+        Mean signal by name of `CLASSES`. T1w: fluid < grey < white = 1. T2w: white < grey < fluid = 1.
     """
     if style == "random":
         return {name: float(rng.uniform(0.05, 1.0)) for name in CLASSES}
@@ -68,17 +70,17 @@ def class_means(modality: str, style: str, rng: np.random.Generator) -> dict[str
         cortex = white * rng.uniform(1.28, 1.50)
     means = {"csf": fluid * (1.1 if modality == "T1w" else rng.uniform(0.72, 0.98)), "ventricle": fluid}
     means |= {"cortex": cortex, "white": white}
-    for name, (centre, spread) in BETWEEN[modality].items():
-        means[name] = cortex + (white - cortex) * rng.normal(centre, spread)
+    for name, (centre, std) in CORTEX_TO_WHITE[modality].items():
+        means[name] = cortex + (white - cortex) * rng.normal(centre, std)
     return {name: float(means[name]) for name in CLASSES}
 
 
-def vary(means: dict[str, float], rng: np.random.Generator) -> dict[str, float]:
-    """Class means of one scan: those of the scanner, give or take 3 %."""
+def jitter_means(means: dict[str, float], rng: np.random.Generator) -> dict[str, float]:
+    """Draw the class means of one scan: those of the scanner with a variation of 3 %."""
     return {name: float(mean * rng.lognormal(0.0, 0.03)) for name, mean in means.items()}
 
 
-def signal(
+def simulate_signal(
     modality: str,
     fractions: torch.Tensor,
     means: dict[str, float],
@@ -86,29 +88,32 @@ def signal(
     change: torch.Tensor,
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    """Noise-free signal of a brain.
+    """Simulate the noise-free signal of a brain.
 
     Parameters
     ----------
     modality : {"T1w", "T2w"}
+        Contrast.
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
     means : dict
-        From `class_means`.
+        Mean signal by class, from :func:`class_means`.
     detail : torch.Tensor or None, shape (X, Y, Z)
-        Unexplained T1w intensity of the template, in units of the white-grey contrast.
+        Residual T1w intensity of the template, in units of the white-grey contrast.
     change : torch.Tensor, shape (X, Y, Z)
-        Share of age-related white matter change.
+        Age-related white matter change, 0 to 1.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     torch.Tensor, shape (X, Y, Z)
-        Positive; relative units.
+        Signal, at least 0.02, relative units.
     """
     index = {name: position for position, name in enumerate(CLASSES)}
     values = torch.tensor([means[name] for name in CLASSES])
     image = torch.tensordot(values, fractions, dims=1)
-    # What no class claims (membranes, veins, skull edge) inside the mask looks like murky fluid.
+    # The rest of a voxel (membranes, veins, edge of the skull) has a signal near that of fluid.
     image += (1 - fractions.sum(0)).clamp_min(0) * means["csf"] * (1.25 if modality == "T1w" else 0.8)
 
     contrast = means["white"] - means["cortex"]
@@ -116,34 +121,34 @@ def signal(
     near_white = smooth(white, 2.0)
     deep_white = smooth(near_white, 3.5)
     cortex = fractions[index["cortex"]] + fractions[index["cerebellar_cortex"]]
-    # The inner cortex is myelinated, the subcortical white matter less compact than the deep one.
+    # The inner cortex is more myelinated, the subcortical white matter less compact than the deep one.
     image += contrast * cortex * (near_white - 0.35) * rng.uniform(0.15, 0.4)
     image += contrast * white * (deep_white - 0.8) * rng.uniform(0.1, 0.35)
 
     solid = fractions.sum(0) - fractions[index["csf"]] - fractions[index["ventricle"]]
-    slow, middle, fine = (random_field(rng, scale)[0] for scale in (30.0, 7.0, 2.2))
-    texture = 0.30 * slow + 0.30 * middle + 0.40 * fine
+    coarse, middle, fine = (random_field(rng, scale)[0] for scale in (30.0, 7.0, 2.2))
+    texture = 0.30 * coarse + 0.30 * middle + 0.40 * fine
     image += abs(contrast) * solid * texture * rng.uniform(0.10, 0.22)
     if detail is not None:
         image += contrast * detail * (0.8 if modality == "T1w" else 0.5) * solid
     folia = fractions[index["cerebellar_cortex"]] * _folia(rng)
     image += (means["csf"] - means["cortex"]) * folia * rng.uniform(0.08, 0.35)
-    # Vessels and membranes cross the fluid around the brain; the ventricles are quiet.
-    crossing = random_field(rng, 3.0)[0]
+    # Vessels and membranes in the fluid around the brain; there are none in the ventricles.
+    vessels = random_field(rng, 3.0)[0]
     if modality == "T1w":
-        image += means["csf"] * fractions[index["csf"]] * 0.30 * crossing.clamp(-1.0, 3.0)
-        # Slow or enhanced blood and remnants of fat are the brightest voxels, and set the scale.
-        vessels = (crossing - rng.uniform(1.8, 3.0)).clamp(0.0, 1.0) * rng.uniform(0.2, 1.2)
-        image += means["white"] * vessels * (1 - solid - fractions[index["ventricle"]]).clamp(0, 1)
+        image += means["csf"] * fractions[index["csf"]] * 0.30 * vessels.clamp(-1.0, 3.0)
+        # Slow or enhanced blood and remnants of fat are the brightest voxels.
+        bright = (vessels - rng.uniform(1.8, 3.0)).clamp(0.0, 1.0) * rng.uniform(0.2, 1.2)
+        image += means["white"] * bright * (1 - solid - fractions[index["ventricle"]]).clamp(0, 1)
         image -= abs(contrast) * 0.8 * change
     else:
-        image *= 1 - fractions[index["csf"]] * 0.16 * (crossing - 0.3).clamp(0.0, 3.0)
+        image *= 1 - fractions[index["csf"]] * 0.16 * (vessels - 0.3).clamp(0.0, 3.0)
         image += (means["ventricle"] - means["white"]) * 0.45 * change
     return image.clamp_min(0.02)
 
 
 def _folia(rng: np.random.Generator) -> torch.Tensor:
-    """Thin fluid-filled clefts of the cerebellum, 0 to 1: wavy sheets 3 to 5 mm apart."""
+    """Draw the fluid-filled fissures between cerebellar folia, 0 to 1: wavy sheets at 3 to 5 mm."""
     y, z = (torch.arange(size, dtype=torch.float32) for size in BOX_SHAPE[1:])
     tilt = rng.uniform(-0.6, 0.6)
     sheets = (z[None, :] + tilt * y[:, None])[None] * (2 * np.pi / rng.uniform(3.2, 5.0))

@@ -1,4 +1,4 @@
-"""Smooth, invertible changes of shape: individual variation, ageing ventricles, mass effect."""
+"""Smooth, invertible deformations: individual variation, ventricle size, mass effect."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MINIMUM_JACOBIAN = 0.2
 
 
 def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
-    """Jacobian determinant of ``x + displacement(x)``; positive everywhere means fold-free.
+    """Compute the Jacobian determinant of ``x + displacement(x)``, which is positive without folds.
 
     Parameters
     ----------
     displacement : torch.Tensor, shape (3, X, Y, Z)
-        In voxels of the box, along its axes.
+        Displacement along the axes of the box, voxels.
 
     Returns
     -------
     torch.Tensor, shape (X-1, Y-1, Z-1)
-        By forward differences.
+        Determinant by forward differences.
     """
     base = displacement[:, :-1, :-1, :-1]
     columns = [
@@ -46,41 +46,44 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
     )
 
 
-def individual(rng: np.random.Generator, amplitude: float) -> torch.Tensor:
-    """Random displacement with large and small scales.
+def random_deformation(rng: np.random.Generator, amplitude: float) -> torch.Tensor:
+    """Draw a displacement field with a large and a small spatial scale.
 
     Parameters
     ----------
     rng : numpy.random.Generator
+        Source of all random numbers.
     amplitude : float
         Standard deviation of each component of the large-scale part, mm.
 
     Returns
     -------
-    torch.Tensor, shape (3, X, Y, Z), mm
+    torch.Tensor, shape (3, X, Y, Z)
+        Displacement, mm.
     """
     large = random_field(rng, 48.0, channels=3) * amplitude
     return large + random_field(rng, 16.0, channels=3) * (0.3 * amplitude)
 
 
-def expansion(region: torch.Tensor, amount: float, width: float = 5.0) -> torch.Tensor:
-    """Displacement that widens a region (or narrows it, `amount` < 0).
+def expand_region(region: torch.Tensor, amount: float, width: float = 5.0) -> torch.Tensor:
+    """Compute the displacement that widens a region (or narrows it, `amount` < 0).
 
-    Points are read from nearer to the region, along the gradient of its smoothed map, so the tissue
-    around gives way and gets thinner.
+    Points are displaced along the gradient of the smoothed map of the region, so that the surrounding tissue
+    is compressed.
 
     Parameters
     ----------
     region : torch.Tensor, shape (X/2, Y/2, Z/2)
         Soft map in [0, 1] on every second voxel of the box.
     amount : float
-        Largest shift, mm.
-    width : float
-        Smoothing, mm: how far the shift reaches.
+        Maximum shift, mm.
+    width : float, default=5.0
+        Range of the shift, mm; the map is smoothed by half of it.
 
     Returns
     -------
-    torch.Tensor, shape (3, X, Y, Z), mm
+    torch.Tensor, shape (3, X, Y, Z)
+        Displacement, mm.
     """
     potential = smooth(region, width / 2)
     slopes = torch.stack(torch.gradient(potential))
@@ -89,21 +92,22 @@ def expansion(region: torch.Tensor, amount: float, width: float = 5.0) -> torch.
     return F.interpolate(field[None], size=BOX_SHAPE, mode="trilinear", align_corners=False)[0]
 
 
-def push(centre: np.ndarray, radius: float, amount: float) -> torch.Tensor:
-    """Displacement of a growing mass: tissue is pushed away from its centre.
+def mass_effect(centre: np.ndarray, radius: float, amount: float) -> torch.Tensor:
+    """Compute the displacement of tissue away from the centre of a growing mass.
 
     Parameters
     ----------
     centre : numpy.ndarray, shape (3,)
         Index in the box.
     radius : float
-        Of the mass, mm; the push is largest there and fades over twice that.
+        Radius of the mass, mm, at which the displacement is largest.
     amount : float
-        Largest shift, mm.
+        Maximum shift, mm.
 
     Returns
     -------
-    torch.Tensor, shape (3, X, Y, Z), mm
+    torch.Tensor, shape (3, X, Y, Z)
+        Displacement, mm.
     """
     axes = [
         torch.arange(size, dtype=torch.float32) - float(c) for size, c in zip(BOX_SHAPE, centre, strict=True)
@@ -115,16 +119,17 @@ def push(centre: np.ndarray, radius: float, amount: float) -> torch.Tensor:
 
 
 def remove_folds(displacement: torch.Tensor) -> torch.Tensor:
-    """Shrink a displacement until its Jacobian determinant is safely positive everywhere.
+    """Scale down a displacement until its Jacobian determinant is at least 0.2 everywhere.
 
     Parameters
     ----------
-    displacement : torch.Tensor, shape (3, X, Y, Z), mm
+    displacement : torch.Tensor, shape (3, X, Y, Z)
+        Displacement, mm.
 
     Returns
     -------
-    torch.Tensor
-        The same field times a factor of at most 1.
+    torch.Tensor, shape (3, X, Y, Z)
+        Displacement times a factor of at most 1, mm.
     """
     coarse = F.avg_pool3d(displacement[None], 2)[0] / 2
     while float(jacobian_determinant(coarse).min()) < MINIMUM_JACOBIAN:
@@ -136,24 +141,26 @@ def remove_folds(displacement: torch.Tensor) -> torch.Tensor:
 def source_points(
     displacement: torch.Tensor, size: np.ndarray, turn: np.ndarray, step: int = 1
 ) -> torch.Tensor:
-    """Find where in SRI24 world each voxel of the box takes its tissue from.
+    """Compute the source position of the tissue of each voxel of the box.
 
     Parameters
     ----------
-    displacement : torch.Tensor, shape (3, X, Y, Z), mm along the box axes
+    displacement : torch.Tensor, shape (3, X, Y, Z)
+        Displacement along the axes of the box, mm.
     size : numpy.ndarray, shape (3,)
         Head size along each axis relative to the source.
     turn : numpy.ndarray, shape (3, 3)
-        Rotation left over by registration.
-    step : int
-        Use every `step`-th voxel; the displacement is given there.
+        Residual rotation after registration.
+    step : int, default=1
+        Subsampling: only every `step`-th voxel of the box is used.
 
     Returns
     -------
-    torch.Tensor, shape (X, Y, Z, 3), mm
+    torch.Tensor, shape (X, Y, Z, 3)
+        SRI24 world coordinates, mm.
     """
     points = box_points()[::step, ::step, ::step].clone()
-    # The first two box axes run against world x and y.
+    # The first two axes of the box are opposite to world x and y.
     points += displacement.permute(1, 2, 3, 0) * torch.tensor([-1.0, -1.0, 1.0])
     centre = torch.tensor([-119.0, 107.0, 77.0])
     matrix = tensor(np.diag(1.0 / size) @ turn).float()

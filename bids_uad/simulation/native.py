@@ -1,4 +1,4 @@
-"""Raw scans: a head somewhere in the scanner, on its own grid, in arbitrary units."""
+"""Simulated raw scans: random head position, native grid, arbitrary units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from bids_uad.images import make_image
 from bids_uad.simulation.acquisition import (
-    Protocol,
+    ScanSettings,
     add_rician_noise,
     bias_field,
     slice_matrix,
@@ -31,18 +31,18 @@ HEAD_CENTRE = np.array([-119.0, 107.0, 77.0])
 
 @dataclass(frozen=True)
 class NativeScan:
-    """A raw scan.
+    """Raw scan with its true masks.
 
     Attributes
     ----------
     image : nibabel.Nifti1Image
         int16, RAS+, 1 mm in plane.
     lesion : nibabel.Nifti1Image or None
-        uint8 mask on the same grid.
+        Lesion mask, uint8, on the same grid.
     tissue : nibabel.Nifti1Image or None
-        uint8 labels of `subject.TISSUES` on the same grid, 0 outside the brain.
+        Labels of `subject.TISSUES`, uint8, on the same grid; 0 outside the brain.
     drawn : dict
-        Pose and units, for the record.
+        Drawn head position and intensity scale.
     """
 
     image: nib.Nifti1Image
@@ -52,38 +52,41 @@ class NativeScan:
 
 
 def _rigid(angles: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Rigid transform from angles (degrees) and a shift (mm), shape (4, 4)."""
+    """Compute a rigid transform, shape (4, 4), from angles (degrees) and a shift (mm)."""
     turn = rotation(tensor(np.deg2rad(angles))).cpu().numpy()
     return nib.affines.from_matvec(turn, shift)
 
 
-def native_scan(
+def simulate_native_scan(
     image: torch.Tensor,
-    protocol: Protocol,
+    settings: ScanSettings,
     anatomy: Anatomy,
     pose: np.random.Generator,
     rng: np.random.Generator,
     *,
     truth: bool,
 ) -> NativeScan:
-    """Acquire a scan on its own grid.
+    """Simulate a raw scan on its own grid.
 
     Parameters
     ----------
     image : torch.Tensor, shape (X, Y, Z)
         Noise-free signal on the box.
-    protocol : Protocol
+    settings : ScanSettings
+        Acquisition settings.
     anatomy : Anatomy
+        Brain mask, tissue maps and lesion on the box.
     pose : numpy.random.Generator
-        Head position, the same for all scans of a session.
+        Source of the head position, which all scans of a session share.
     rng : numpy.random.Generator
-        Of this scan: motion since the first, bias field, noise, units.
+        Source of the random numbers of this scan: motion, bias field, noise, intensity scale.
     truth : bool
-        Bring lesion and tissue to its grid, too.
+        Whether to resample lesion and tissue labels to the grid of the scan.
 
     Returns
     -------
     NativeScan
+        Skull-stripped scan.
     """
     session = _rigid(pose.normal(0.0, 4.0, 3), pose.normal(0.0, 4.0, 3))
     motion = _rigid(rng.normal(0.0, 0.7, 3), rng.normal(0.0, 1.0, 3))
@@ -94,30 +97,30 @@ def native_scan(
     matrix = tensor(to_sri24 @ affine).float()
     points = tensor(index) @ matrix[:3, :3].T + matrix[:3, 3]
     top = float(torch.quantile(image[anatomy.brain][::17], 0.995))
-    volumes = [(image / top).clamp_min(0) ** protocol.gamma, anatomy.brain.float()]
+    volumes = [(image / top).clamp_min(0) ** settings.gamma, anatomy.brain.float()]
     if truth:
         labels = anatomy.tissue_labels()
         volumes += [(labels == tissue).float() for tissue in TISSUE_LABELS]
     if truth and anatomy.lesion is not None:
-        volumes.append(anatomy.lesion.share)
+        volumes.append(anatomy.lesion.fraction)
     moved = sample(torch.stack(volumes), BOX_AFFINE, points)
-    blur = protocol.blur if protocol.thickness == 1 else 0.0
-    moved[0] = smooth(moved[0], (protocol.blur, protocol.blur, blur))
-    moved[0] *= bias_field(rng, protocol.bias, NATIVE_SHAPE)
-    if protocol.thickness > 1:
-        thick = slice_matrix(NATIVE_SHAPE[2], protocol.thickness, 0.0)
+    blur = settings.blur if settings.thickness == 1 else 0.0
+    moved[0] = smooth(moved[0], (settings.blur, settings.blur, blur))
+    moved[0] *= bias_field(rng, settings.bias, NATIVE_SHAPE)
+    if settings.thickness > 1:
+        thick = slice_matrix(NATIVE_SHAPE[2], settings.thickness, 0.0)
         moved = apply_axis(moved, thick, 3)
         affine = affine @ nib.affines.from_matvec(
-            np.diag([1, 1, protocol.thickness]), [0, 0, (protocol.thickness - 1) / 2]
+            np.diag([1, 1, settings.thickness]), [0, 0, (settings.thickness - 1) / 2]
         )
     brain = moved[1] > 0.5
     units = float(rng.uniform(500.0, 3000.0))
-    scan = (add_rician_noise(moved[0], protocol.noise, rng) * brain * units).round().clamp(0, 32767)
+    scan = (add_rician_noise(moved[0], settings.noise, rng) * brain * units).round().clamp(0, 32767)
     result = make_image(scan.to(torch.int16).cpu().numpy(), affine, np.int16)
     lesion = tissue = None
     if truth:
-        shares = moved[2 : 2 + len(TISSUE_LABELS)]
-        largest = shares.argmax(0) + TISSUE_LABELS[0]
+        fractions = moved[2 : 2 + len(TISSUE_LABELS)]
+        largest = fractions.argmax(0) + TISSUE_LABELS[0]
         tissue = make_image((largest * brain).cpu().numpy(), affine, np.uint8)
     if truth and anatomy.lesion is not None:
         lesion = make_image(((moved[-1] > 0.5) & brain).cpu().numpy(), affine, np.uint8)

@@ -1,7 +1,7 @@
-"""Lesions with exact masks: stroke, multiple sclerosis plaques, white matter hyperintensities, tumours.
+"""Simulated lesions with exact masks: stroke, multiple sclerosis, white matter hyperintensities, tumours.
 
-Shapes are those of real lesions (`shapes`) or smooth random fields cut inside ellipsoids. A lesion is a share
-between 0 and 1 per voxel with an edge of about one voxel; its mask is where that share exceeds one half.
+Shapes are those of real lesions (`shapes`) or ellipsoids with random surfaces. A lesion is a map of fractions
+between 0 and 1 with an edge of about one voxel; its mask is the region above 0.5.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ INDEX = {name: position for position, name in enumerate(CLASSES)}
 
 @dataclass(frozen=True)
 class Lesion:
-    """A lesion as nested soft parts.
+    """Lesion with nested partial-volume maps.
 
     Attributes
     ----------
-    kind : str
-    share : torch.Tensor, shape (X, Y, Z)
-        The whole lesion, 0 to 1.
+    kind : {"stroke", "ms", "wmh", "tumour"}
+        Kind of lesion.
+    fraction : torch.Tensor, shape (X, Y, Z)
+        Fraction of lesion per voxel, 0 to 1.
     core : torch.Tensor, shape (X, Y, Z)
-        Its inner part (fluid of an old stroke, solid tumour), 0 to 1, never more than `share`.
+        Fraction of its core (fluid of an old stroke, solid tumour), 0 to `fraction`.
     contrast : float
-        How far its signal goes from that of the tissue to that of a lesion: 1 all the way, 0 stays invisible.
+        Weight of the lesion's signal against that of the tissue: 1 for a realistic lesion, 0 for an invisible
+        one.
     drawn : dict
-        Parameters for the record.
+        Drawn parameters.
     """
 
     kind: str
-    share: torch.Tensor
+    fraction: torch.Tensor
     core: torch.Tensor
     contrast: float
     drawn: dict
 
 
 def _coordinates(centre: np.ndarray) -> torch.Tensor:
-    """Offsets of every voxel from a centre, shape (3, X, Y, Z)."""
+    """Compute the offset of each voxel from a centre, shape (3, X, Y, Z)."""
     axes = [
         torch.arange(size, dtype=torch.float32) - float(c) for size, c in zip(BOX_SHAPE, centre, strict=True)
     ]
@@ -53,13 +55,13 @@ def _coordinates(centre: np.ndarray) -> torch.Tensor:
 
 
 def _blob(centre: np.ndarray, radii: np.ndarray, roughness: torch.Tensor, amount: float) -> torch.Tensor:
-    """Ellipsoid whose surface is displaced by a random field; soft over about one voxel."""
+    """Draw an ellipsoid whose surface is displaced by a random field, with an edge of about one voxel."""
     scaled = _coordinates(centre) / torch.tensor(radii, dtype=torch.float32)[:, None, None, None]
     distance = (1.0 - scaled.square().sum(0).sqrt() + amount * roughness) * float(radii.min())
     return (distance + 0.5).clamp(0, 1)
 
 
-def _pick(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
+def _draw_voxel(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
     """Draw a voxel index with probability proportional to `weight`."""
     flat = weight.flatten().double().cumsum(0).cpu().numpy()
     position = int(np.searchsorted(flat, rng.uniform(0, flat[-1])))
@@ -67,19 +69,27 @@ def _pick(weight: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_tumour_site(rng: np.random.Generator, volume: float | None = None) -> tuple[np.ndarray, float]:
-    """Centre (index in the box) and core radius (mm) of a tumour, before the anatomy is made.
+    """Draw the site of a tumour, whose mass effect is part of the anatomy.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-    volume : float, optional
-        Of core and oedema, mL, where it is given beforehand.
+        Source of all random numbers.
+    volume : float, default=None
+        Target volume of core and oedema, mL; random if None.
+
+    Returns
+    -------
+    centre : numpy.ndarray, shape (3,)
+        Index in the box.
+    radius : float
+        Radius of the core, mm.
     """
     side = rng.choice([-1.0, 1.0])
     centre = np.array([79.0 + side * rng.uniform(18, 42), rng.uniform(60, 140), rng.uniform(62, 100)])
     radius = float(rng.uniform(8.0, 18.0))
     if volume is not None:
-        # Oedema about doubles the volume.
+        # Oedema approximately doubles the volume.
         radius = float(np.clip((1000 * volume / 2 * 3 / (4 * np.pi)) ** (1 / 3), 2.0, 32.0))
     return centre, radius
 
@@ -88,7 +98,7 @@ Parts = tuple[torch.Tensor, torch.Tensor, dict]
 
 
 def _inner(share: torch.Tensor, depth: float) -> torch.Tensor:
-    """The part of a shape that lies deep in it; `depth` from 0 (nothing) to 1 (nearly all)."""
+    """Return the inner part of a shape; `depth` from 0 (nothing) to 1 (nearly everything)."""
     return torch.minimum(((smooth(share, 3.0) - (1 - depth)) * 3.0).clamp(0, 1), share)
 
 
@@ -98,11 +108,11 @@ def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sha
         share = shape(scale)
         return share, _inner(share, old) if old > 0.35 else torch.zeros_like(share), {"old": old}
     tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
-    centre = _pick(tissue, rng)
+    centre = _draw_voxel(tissue, rng)
     radii = scale * rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
     rough = 0.7 * random_field(rng, 14.0)[0] + 0.3 * random_field(rng, 5.0)[0]
     share = _blob(centre, radii, rough, 0.30)
-    # One arterial territory: the other hemisphere is spared.
+    # Arterial territories end at the midline.
     side = _coordinates(np.array([79.0, 0, 0]))[0] * np.sign(centre[0] - 79.0)
     share = share * (side + 0.5).clamp(0, 1)
     core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(share)
@@ -110,7 +120,7 @@ def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sha
 
 
 def _plaques(fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None) -> Parts:
-    # Plaques are made in white matter, and may touch grey matter but not fluid.
+    # Plaques start in white matter and may extend into grey matter, but not into fluid.
     keep = (1 - fractions[INDEX["ventricle"]] - fractions[INDEX["csf"]]).clamp(0, 1)
     none = torch.zeros(BOX_SHAPE)
     if shape is not None:
@@ -123,7 +133,7 @@ def _plaques(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sh
     count = int(rng.integers(6, 28))
     for _ in range(count):
         radii = np.clip(rng.lognormal(np.log(2.8), 0.4), 1.6, 8.0) * rng.uniform(0.7, 1.4, 3) * scale
-        share = torch.maximum(share, _blob(_pick(weight, rng), radii, rough, 0.2))
+        share = torch.maximum(share, _blob(_draw_voxel(weight, rng), radii, rough, 0.2))
     return share * keep, none, {"plaques": count}
 
 
@@ -144,7 +154,7 @@ def _hyperintensities(
     count = int(rng.integers(3, 18))
     for _ in range(count):
         radii = rng.uniform(1.5, 4.0) * rng.uniform(0.7, 1.5, 3) * scale
-        spot = _blob(_pick(weight, rng), radii, rough, 0.2)
+        spot = _blob(_draw_voxel(weight, rng), radii, rough, 0.2)
         share = torch.maximum(share, spot * (white + fractions[INDEX["cortex"]]).clamp(0, 1))
     return share, none, {"reach_mm": reach, "spots": count}
 
@@ -156,25 +166,25 @@ def _tumour(
     radii = scale * radius * rng.uniform(0.8, 1.25, 3)
     rough = 0.7 * random_field(rng, 10.0)[0] + 0.3 * random_field(rng, 4.0)[0]
     core = _blob(centre, radii, rough, 0.2)
-    spread = float(rng.uniform(1.3, 2.1))
-    # Oedema follows white matter and stops at the cortex and at fluid.
+    oedema_scale = float(rng.uniform(1.3, 2.1))
+    # Oedema extends along white matter and ends at cortex and fluid.
     white = smooth(fractions[INDEX["white"]], 1.0)
-    reach = _blob(centre, radii * spread, rough + 1.2 * (white - 0.6), 0.4)
+    reach = _blob(centre, radii * oedema_scale, rough + 1.2 * (white - 0.6), 0.4)
     oedema = reach * (white * 1.6 - 0.3).clamp(0, 1)
-    return torch.maximum(core, oedema), core, {"radii_mm": radii.tolist(), "oedema": spread}
+    return torch.maximum(core, oedema), core, {"radii_mm": radii.tolist(), "oedema": oedema_scale}
 
 
 @dataclass(frozen=True)
 class LesionTarget:
-    """What a lesion should be like.
+    """Requested properties of a lesion.
 
     Parameters
     ----------
-    shape : callable, optional
-        Shape of a real lesion, see `shapes.real_shape`; not for tumours.
-    volume : float, optional
-        mL.
-    contrast : float
+    shape : callable, default=None
+        Shape of a real lesion, see `shapes.real_shape`; not for tumours. If None, the shape is drawn.
+    volume : float, default=None
+        Volume, mL; if None, that of the drawn lesion.
+    contrast : float, default=1.0
         See `Lesion`.
     """
 
@@ -184,7 +194,8 @@ class LesionTarget:
 
 
 ATTEMPTS = 6
-CLOSE = 0.1  # of the volume that is wished for
+VOLUME_TOLERANCE = 0.1
+"""Accepted relative deviation from the requested volume."""
 
 
 def make_lesion(
@@ -195,26 +206,30 @@ def make_lesion(
     site: tuple[np.ndarray, float] | None = None,
     target: LesionTarget | None = None,
 ) -> Lesion:
-    """Draw a lesion of a kind into a brain.
+    """Draw a lesion in a brain.
 
-    A volume that is wished for is reached by drawing the same lesion larger or smaller. Where anatomy forbids
-    it (no lesion is larger than the white matter it grows in) the nearest of a few attempts is kept.
+    A requested volume is reached by scaling the same lesion. If the anatomy does not permit it (a lesion of
+    white matter is limited by its volume), the closest of six attempts is returned.
 
     Parameters
     ----------
     kind : {"stroke", "ms", "wmh", "tumour"}
+        Kind of lesion.
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
+        Tissue maps.
     brain : torch.Tensor of bool, shape (X, Y, Z)
+        Brain mask.
     draw : callable
-        Gives the same random numbers from the start at every call.
-    site : tuple, optional
-        From `draw_tumour_site`; needed for a tumour, whose mass effect is part of the anatomy.
-    target : LesionTarget, optional
+        Returns a new generator with the same random numbers at every call.
+    site : tuple, default=None
+        Result of :func:`draw_tumour_site`, required for tumours.
+    target : LesionTarget, default=None
+        Requested shape, volume and contrast; by default all are drawn.
 
     Returns
     -------
     Lesion
-        Zero outside the brain.
+        Lesion, 0 outside the brain.
     """
     target = target or LesionTarget()
     inside = brain.float()
@@ -229,37 +244,40 @@ def make_lesion(
         volume = float((share > 0.5).sum()) / 1000
         drawn |= {"scale": scale, "volume_ml": volume, "contrast": target.contrast}
         lesion = Lesion(kind, share, torch.minimum(core, share), target.contrast, drawn)
-        off = 0.0 if target.volume is None else abs(volume / target.volume - 1)
-        if best is None or off < best[0]:
-            best = (off, lesion)
-        if off <= CLOSE:
+        error = 0.0 if target.volume is None else abs(volume / target.volume - 1)
+        if best is None or error < best[0]:
+            best = (error, lesion)
+        if error <= VOLUME_TOLERANCE:
             break
         scale *= float(np.clip((target.volume / max(volume, 0.001)) ** (1 / 3), 0.4, 2.5))
     return best[1]
 
 
-def paint(
+def add_lesion_signal(
     modality: str, image: torch.Tensor, lesion: Lesion, means: dict[str, float], rng: np.random.Generator
 ) -> torch.Tensor:
-    """Replace the signal of tissue by that of a lesion, in proportion to its share.
+    """Replace the signal of tissue by that of a lesion, in proportion to its fraction.
 
     Parameters
     ----------
     modality : {"T1w", "T2w"}
+        Contrast.
     image : torch.Tensor, shape (X, Y, Z)
         Noise-free signal.
     lesion : Lesion
+        Lesion on the same grid.
     means : dict
         Class means of the scan.
     rng : numpy.random.Generator
+        Source of all random numbers.
 
     Returns
     -------
     torch.Tensor, shape (X, Y, Z)
-        Unchanged where the share is 0, and everywhere if the lesion's contrast is.
+        Signal with the lesion; unchanged outside it, and everywhere if its contrast is 0.
     """
     fluid, grey, white = means["ventricle"], means["cortex"], means["white"]
-    # How far the signal moves from its tissue towards fluid.
+    # Range of the relative change of the signal from tissue towards fluid.
     ranges = {"stroke": (0.30, 0.65), "ms": (0.30, 0.60), "wmh": (0.22, 0.45), "tumour": (0.28, 0.55)}
     low, high = ranges[lesion.kind]
     towards = rng.uniform(low, high) * (0.75 if modality == "T1w" else 1.0)
@@ -273,7 +291,7 @@ def paint(
         inner = patchy + (grey + (fluid - grey) * 0.8 - patchy) * necrosis
     else:
         inner = image + (fluid - image) * rng.uniform(0.8, 0.97)
-    # Inside the core the outer change is replaced, not added.
-    ratio = lesion.core / lesion.share.clamp_min(1e-6)
+    # The signal of the core replaces that of the outer part.
+    ratio = lesion.core / lesion.fraction.clamp_min(1e-6)
     changed = outer + (inner - outer) * ratio
-    return (image + (changed - image) * lesion.share * lesion.contrast).clamp_min(0.02)
+    return (image + (changed - image) * lesion.fraction * lesion.contrast).clamp_min(0.02)

@@ -1,4 +1,4 @@
-"""Shapes of real lesions: binary masks in ICBM152 (MNI) space that are put into synthetic brains."""
+"""Shapes of real lesions: binary masks in ICBM152 (MNI) space, resampled to simulated brains."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ PATHOLOGIES = {
     "white matter hyperintensities": "wmh",
     "wmh": "wmh",
 }
-"""Kind of lesion by what lesions.tsv calls it. Tumours push tissue aside and are grown, not copied."""
-EDGE_MM = 0.6  # smoothing that makes a mask's edge about a voxel wide
+"""Kind of lesion by the pathology in lesions.tsv. Tumours are always drawn, because of their mass effect."""
+EDGE_MM = 0.6
+"""Smoothing after which the edge of a mask is about one voxel wide."""
 SHIFT_MM = 4.0
+"""Standard deviation of the random shift along each axis."""
 
 Shape = Callable[[float], torch.Tensor]
 
 
 def lesion_shapes(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Masks of a folder by kind of lesion.
+    """List the lesion masks of a folder by kind of lesion.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Holds masks in ICBM152 space and ``lesions.tsv`` with columns `file` and `pathology`.
+        Folder with masks in ICBM152 space and ``lesions.tsv`` with columns `file` and `pathology`.
 
     Returns
     -------
     dict
-        Paths, sorted, by kind.
+        Sorted paths by kind of lesion.
 
     Raises
     ------
     InputError
-        If the table is missing, lacks a column or names a file that is not there.
+        If the table is missing, lacks a column or lists a missing file.
     """
     table = folder / "lesions.tsv"
     if not table.is_file():
-        raise InputError(table, "is missing", "list the masks there, with columns `file` and `pathology`")
+        raise InputError(table, "is missing", "list the masks in it, with columns `file` and `pathology`")
     rows = pd.read_csv(table, sep="\t")
     if not {"file", "pathology"} <= set(rows.columns):
         raise InputError(table, "lacks a column `file` or `pathology`", "add it")
@@ -60,26 +62,29 @@ def lesion_shapes(folder: Path) -> dict[str, tuple[str, ...]]:
         if kind is None:
             continue
         if not (folder / file).is_file():
-            raise InputError(folder / file, "is named in lesions.tsv and missing", "copy it again")
+            raise InputError(folder / file, "is listed in lesions.tsv but missing", "copy it again")
         found.setdefault(kind, []).append(str(folder / file))
     return {kind: tuple(sorted(paths)) for kind, paths in found.items()}
 
 
 def real_shape(path: str, points: torch.Tensor, rng: np.random.Generator) -> Shape:
-    """Put a real lesion somewhere near its place.
+    """Read a real lesion and shift it at random.
 
     Parameters
     ----------
     path : str
         Mask in ICBM152 space.
     points : torch.Tensor, shape (X, Y, Z, 3)
-        Where in SRI24 world each voxel of the box takes its tissue from, mm: the lesion follows the anatomy.
+        Source position of the tissue of each voxel of the box, SRI24 world coordinates, mm; see
+        `deformation.source_points`.
     rng : numpy.random.Generator
+        Source of the shift.
 
     Returns
     -------
     callable
-        ``shape(scale)``: share of lesion per voxel, 0 to 1, shape (X, Y, Z), with all lengths times `scale`.
+        ``shape(scale)`` returns the fraction of lesion per voxel, 0 to 1, shape (X, Y, Z), with all lengths
+        multiplied by `scale`.
     """
     image = nib.as_closest_canonical(nib.load(path))
     mask = np.asarray(image.dataobj) > 0

@@ -1,7 +1,7 @@
-"""Working box, smoothing, random fields and resampling: the arithmetic the other files share.
+"""Smoothing, random fields and resampling on a box of the SRI24 grid.
 
-All volumes live on a box cut out of the SRI24 grid that holds every brain with room to spare, so that no
-operation runs over the empty border.
+All volumes are on this box, which contains all brains with a margin, to save the computation on the empty
+border.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ BOX_AFFINE = AFFINE @ np.array(
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:
-    """Tensor of an array, on the device that the simulation runs on (torch's default device)."""
+    """Convert an array to a tensor on torch's default device."""
     return torch.as_tensor(array, device=torch.get_default_device())
 
 
 def to_grid(volume: torch.Tensor, dtype: type = np.float32) -> np.ndarray:
-    """Put a box volume back on the whole SRI24 grid, 0 elsewhere.
+    """Convert a volume on the box to the whole SRI24 grid, with 0 elsewhere.
 
     Parameters
     ----------
     volume : torch.Tensor, shape `BOX_SHAPE`
-    dtype : numpy scalar type
+        Volume on the box.
+    dtype : type, default=numpy.float32
+        Type of the result.
 
     Returns
     -------
     numpy.ndarray, shape (240, 240, 155)
+        Volume on the SRI24 grid.
     """
     grid = np.zeros(SHAPE, dtype=dtype)
     grid[BOX] = volume.cpu().numpy()
@@ -42,17 +45,19 @@ def to_grid(volume: torch.Tensor, dtype: type = np.float32) -> np.ndarray:
 
 
 def gaussian_matrix(size: int, sigma: float) -> torch.Tensor:
-    """Gaussian smoothing along an axis of `size` samples as a matrix; rows sum to 1.
+    """Compute the matrix of Gaussian smoothing along an axis.
 
     Parameters
     ----------
     size : int
+        Number of samples.
     sigma : float
-        Standard deviation in samples; 0 gives the identity.
+        Standard deviation, samples; 0 gives the identity.
 
     Returns
     -------
     torch.Tensor, shape (size, size), float32
+        Weights; rows sum to 1.
     """
     if sigma <= 0:
         return torch.eye(size)
@@ -67,18 +72,19 @@ def apply_axis(volume: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.T
 
 
 def smooth(volume: torch.Tensor, sigma: float | tuple[float, float, float]) -> torch.Tensor:
-    """Gaussian smoothing of the last three axes.
+    """Smooth the last three axes with a Gaussian.
 
     Parameters
     ----------
     volume : torch.Tensor, shape (..., X, Y, Z)
-    sigma : float or three floats
-        Standard deviation in voxels.
+        Volumes.
+    sigma : float or tuple of float
+        Standard deviation, voxels.
 
     Returns
     -------
-    torch.Tensor
-        Same shape; float32.
+    torch.Tensor, shape (..., X, Y, Z), float32
+        Smoothed volumes.
     """
     sigmas = (sigma,) * 3 if isinstance(sigma, (int, float)) else sigma
     for axis, width in zip((-3, -2, -1), sigmas, strict=True):
@@ -88,12 +94,19 @@ def smooth(volume: torch.Tensor, sigma: float | tuple[float, float, float]) -> t
 
 
 def spline_matrix(size: int, spacing: float) -> torch.Tensor:
-    """Cubic B-splines with knots every `spacing` samples, evaluated at `size` samples.
+    """Evaluate cubic B-splines.
+
+    Parameters
+    ----------
+    size : int
+        Number of samples.
+    spacing : float
+        Distance of the knots, samples.
 
     Returns
     -------
     torch.Tensor, shape (size, knots), float32
-        Rows sum to 1.
+        Weights; rows sum to 1.
     """
     knots = int(np.ceil((size - 1) / spacing)) + 3
     distance = np.abs(np.arange(size)[:, None] / spacing - (np.arange(knots)[None, :] - 1))
@@ -105,21 +118,23 @@ def spline_matrix(size: int, spacing: float) -> torch.Tensor:
 def random_field(
     rng: np.random.Generator, scale: float, shape: tuple[int, int, int] = BOX_SHAPE, channels: int = 1
 ) -> torch.Tensor:
-    """Smooth Gaussian random field of zero mean and unit standard deviation.
-
-    White noise on a coarse lattice, upsampled to full size by cubic B-splines.
+    """Draw a smooth Gaussian random field: white noise on a coarse lattice, upsampled by cubic B-splines.
 
     Parameters
     ----------
     rng : numpy.random.Generator
+        Source of the noise.
     scale : float
-        Lattice spacing in voxels.
-    shape : tuple of int
-    channels : int
+        Lattice spacing, voxels.
+    shape : tuple of int, default=BOX_SHAPE
+        Shape of the field.
+    channels : int, default=1
+        Number of independent fields.
 
     Returns
     -------
     torch.Tensor, shape (channels, *shape), float32
+        Fields of zero mean and unit standard deviation.
     """
     matrices = [spline_matrix(size, scale) for size in shape]
     coarse = tuple(matrix.shape[1] for matrix in matrices)
@@ -130,11 +145,12 @@ def random_field(
 
 
 def box_points() -> torch.Tensor:
-    """World coordinates (RAS+, mm) of the voxels of the box.
+    """Compute the world coordinates of the voxels of the box.
 
     Returns
     -------
     torch.Tensor, shape (X, Y, Z, 3), float32
+        Coordinates, RAS+, mm.
     """
     axes = [
         BOX_AFFINE[axis, 3] + BOX_AFFINE[axis, axis] * np.arange(size) for axis, size in enumerate(BOX_SHAPE)
@@ -144,44 +160,48 @@ def box_points() -> torch.Tensor:
 
 
 def sample(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
-    """Read a volume at world points with trilinear interpolation, 0 outside it.
+    """Sample a volume at world points by trilinear interpolation.
 
     Parameters
     ----------
     volume : torch.Tensor, shape (C, X, Y, Z), float32
+        Volume with C channels.
     affine : numpy.ndarray, shape (4, 4)
-        Voxel index -> world (mm) of the volume.
+        Voxel-to-world of the volume, mm.
     points : torch.Tensor, shape (I, J, K, 3)
         World coordinates, mm.
 
     Returns
     -------
     torch.Tensor, shape (C, I, J, K)
+        Sampled values; 0 outside the volume.
     """
     inverse = tensor(np.linalg.inv(affine)).float()
     size = torch.tensor(volume.shape[1:], dtype=torch.float32)
-    # World -> index -> [-1, 1] in one product; grid_sample wants the fastest axis first.
+    # From world to index to [-1, 1] in one product; grid_sample needs the fastest axis first.
     matrix = inverse[:3, :3] * (2 / (size - 1))[:, None]
     offset = inverse[:3, 3] * (2 / (size - 1)) - 1
     grid = (points @ matrix.T + offset).flip(-1)
-    # "bilinear" is its name for trilinear on volumes.
+    # grid_sample calls trilinear interpolation of volumes "bilinear".
     return F.grid_sample(volume[None], grid[None], mode="bilinear", align_corners=True)[0]
 
 
 def sample_inside(
     volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor, inside: torch.Tensor
 ) -> torch.Tensor:
-    """`sample` at the marked points only, 0 elsewhere.
+    """Sample a volume at marked points only.
 
     Parameters
     ----------
     volume, affine, points
-        As for `sample`.
+        As for :func:`sample`.
     inside : torch.Tensor of bool, shape (I, J, K)
+        Marked points.
 
     Returns
     -------
     torch.Tensor, shape (C, I, J, K)
+        Sampled values; 0 at the other points.
     """
     result = torch.zeros(volume.shape[0], *inside.shape)
     result[:, inside] = sample(volume, affine, points[inside][None, None])[:, 0, 0]
@@ -189,11 +209,19 @@ def sample_inside(
 
 
 def nonzero_points(volume: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
-    """Points at which a single-channel volume may be non-zero, found on every fourth point.
+    """Mark the points at which a volume may be non-zero, from samples at every fourth point.
+
+    Parameters
+    ----------
+    volume : torch.Tensor, shape (X, Y, Z)
+        Non-negative volume.
+    affine, points
+        As for :func:`sample`.
 
     Returns
     -------
     torch.Tensor of bool, shape (I, J, K)
+        Marked points.
     """
     coarse = sample(volume[None], affine, points[::4, ::4, ::4].contiguous())
     wide = F.max_pool3d(coarse[None], 5, stride=1, padding=2)

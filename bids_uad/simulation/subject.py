@@ -1,4 +1,4 @@
-"""One synthetic person: anatomy, age, lesion and the noise-free signal of each scan."""
+"""One simulated subject: anatomy, age, lesion and the noise-free signal of each scan."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from bids_uad.simulation import (
-    ageing,
-    contrast,
-    deformation,
-)
-from bids_uad.simulation import (
-    pathology as lesions,
-)
+from bids_uad.simulation import ageing, contrast, deformation, pathology
 from bids_uad.simulation.acquisition import (
-    Protocol,
     Scanner,
-    brain_mask,
+    ScanSettings,
+    draw_brain_mask,
     draw_scan_settings,
     draw_scanner,
 )
 from bids_uad.simulation.anatomy import (
     BUILT_IN,
     CLASSES,
-    Source,
+    TissueMaps,
     label_map_source,
     rotation,
     template_source,
@@ -52,9 +45,10 @@ TISSUES = {
     "hippocampus": 4,
     "brainstem": 5,
 }
+"""Label of the tissue segmentation by class."""
 TISSUE_LABELS = tuple(sorted(set(TISSUES.values())))
 STREAMS = (
-    "person",
+    "subject",
     "shape",
     "mask",
     "age",
@@ -70,26 +64,44 @@ STREAMS = (
     "lesion-volume",
     "lesion-shape",
 )
+"""Purposes of random numbers. The position of a purpose is part of its seed, so new ones are appended."""
 
 
 def random_stream(seed: int, index: int, purpose: str) -> np.random.Generator:
-    """Random numbers of one purpose for one subject.
+    """Return the random numbers of one purpose for one subject.
 
-    Purposes do not share a stream, so giving a subject a lesion changes nothing else about it.
+    Purposes do not share random numbers, so that a subject with a lesion is otherwise equal to the same
+    subject without.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the dataset.
+    index : int
+        Index of the subject (of the scanner for "scanner").
+    purpose : str
+        One of `STREAMS`.
+
+    Returns
+    -------
+    numpy.random.Generator
+        New generator, with the same random numbers for every call.
     """
     return np.random.default_rng([seed, index, STREAMS.index(purpose)])
 
 
 @dataclass(frozen=True)
 class SubjectInfo:
-    """Who a subject is.
+    """Demographics, scanner and anatomy source of a subject.
 
     Attributes
     ----------
     age : float
-        Years.
+        Age, years.
     sex : {"F", "M"}
+        Sex.
     scanner : Scanner
+        Scanner of all scans.
     source : str
         `BUILT_IN` or the path of a label map.
     """
@@ -102,62 +114,68 @@ class SubjectInfo:
 
 @dataclass
 class Anatomy:
-    """The truth about one subject, on the box.
+    """Anatomy of one subject, on the box.
 
     Attributes
     ----------
     fractions : torch.Tensor, shape (len(CLASSES), X, Y, Z)
-    detail : torch.Tensor or None
+        Tissue maps.
+    detail : torch.Tensor or None, shape (X, Y, Z)
+        Residual T1w intensity, see `anatomy.TissueMaps`.
     change : torch.Tensor, shape (X, Y, Z)
-        Age-related white matter change.
+        Age-related white matter change, 0 to 1.
     brain : torch.Tensor of bool, shape (X, Y, Z)
-    lesion : lesions.Lesion or None
-    source : Source
-    drawn : dict
-        Parameters for the record.
+        Brain mask.
+    lesion : pathology.Lesion or None
+        Lesion; None for a healthy subject.
+    source : TissueMaps
+        Tissue maps before the deformation.
+    drawn : dict, default={}
+        Drawn parameters.
     """
 
     fractions: torch.Tensor
     detail: torch.Tensor | None
     change: torch.Tensor
     brain: torch.Tensor
-    lesion: lesions.Lesion | None
-    source: Source
+    lesion: pathology.Lesion | None
+    source: TissueMaps
     drawn: dict = field(default_factory=dict)
 
     def tissue_labels(self) -> torch.Tensor:
-        """Largest tissue per voxel as in `TISSUES`, 0 outside the brain; uint8, shape (X, Y, Z)."""
-        shares = [
+        """Return the label of the largest tissue per voxel (see `TISSUES`); 0 outside the brain."""
+        fractions = [
             sum(self.fractions[i] for i, name in enumerate(CLASSES) if TISSUES[name] == tissue)
             for tissue in TISSUE_LABELS
         ]
-        largest = shares[0] + (1 - self.fractions.sum(0)).clamp_min(0)
+        largest = fractions[0] + (1 - self.fractions.sum(0)).clamp_min(0)
         labels = torch.ones(largest.shape, dtype=torch.uint8)
-        for tissue, share in enumerate(shares[1:], start=2):
-            labels[share > largest] = tissue
-            largest = torch.maximum(largest, share)
+        for tissue, fraction in enumerate(fractions[1:], start=2):
+            labels[fraction > largest] = tissue
+            largest = torch.maximum(largest, fraction)
         return labels * self.brain
 
 
 @dataclass(frozen=True)
 class Population:
-    """What the subjects of a cohort are drawn from.
+    """Population from which the subjects of a cohort are drawn.
 
     Parameters
     ----------
     seed : int
-    sources : tuple of str
-        `BUILT_IN` and paths of label maps.
-    scanners : int
-        How many there are; each subject was in one of them.
-    randomised : bool
-        Contrasts of no scanner on earth instead of realistic ones.
-    shapes : dict
-        Masks of real lesions by kind; kinds without any are drawn.
-    lesion_volume : tuple of float, optional
-        Least and largest, mL.
-    lesion_contrast : float
-        See `lesions.Lesion`.
+        Seed of all random numbers.
+    sources : tuple of str, default=(BUILT_IN,)
+        Sources of anatomy: `BUILT_IN` and paths of label maps.
+    scanners : int, default=5
+        Number of scanners; each subject is scanned in one of them.
+    randomised : bool, default=False
+        Whether contrasts are random instead of realistic.
+    shapes : dict, default={}
+        Paths of real lesion masks by kind; lesions of other kinds are drawn.
+    lesion_volume : tuple of float, default=None
+        Smallest and largest volume, mL; if None, volumes are not scaled.
+    lesion_contrast : float, default=1.0
+        See `pathology.Lesion`.
     """
 
     seed: int
@@ -168,77 +186,86 @@ class Population:
     lesion_volume: tuple[float, float] | None = None
     lesion_contrast: float = 1.0
 
-    def lesion_target(self, index: int, kind: str, points: torch.Tensor) -> lesions.LesionTarget:
-        """What the lesion of a subject should be like."""
+    def lesion_target(self, index: int, kind: str, points: torch.Tensor) -> pathology.LesionTarget:
+        """Return the requested shape, volume and contrast of the lesion of a subject."""
         rng = random_stream(self.seed, index, "lesion-shape")
         paths = self.shapes.get(kind)
         shape = real_shape(str(rng.choice(paths)), points, rng) if paths else None
-        return lesions.LesionTarget(shape, self.volume(index), self.lesion_contrast)
+        return pathology.LesionTarget(shape, self.volume(index), self.lesion_contrast)
 
     def volume(self, index: int) -> float | None:
-        """Volume that a subject's lesion should have, mL; small and large ones by order of magnitude."""
+        """Draw the requested volume (mL) of a subject's lesion, uniformly on a logarithmic scale."""
         if self.lesion_volume is None:
             return None
         rng = random_stream(self.seed, index, "lesion-volume")
         return float(np.exp(rng.uniform(*np.log(self.lesion_volume))))
 
 
-def draw_subject_info(world: Population, index: int) -> SubjectInfo:
+def draw_subject_info(population: Population, index: int) -> SubjectInfo:
     """Draw age, sex, scanner and source of anatomy.
 
     Parameters
     ----------
-    world : Population
+    population : Population
+        Population.
     index : int
+        Index of the subject.
 
     Returns
     -------
     SubjectInfo
+        Drawn values.
     """
-    rng = random_stream(world.seed, index, "person")
+    rng = random_stream(population.seed, index, "subject")
     age = float(np.round(rng.uniform(20.0, 85.0), 1))
     sex = str(rng.choice(["F", "M"]))
-    number = int(rng.integers(world.scanners))
-    scanner = draw_scanner(number, world.randomised, random_stream(world.seed, number, "scanner"))
-    return SubjectInfo(age, sex, scanner, world.sources[int(rng.integers(len(world.sources)))])
+    number = int(rng.integers(population.scanners))
+    scanner = draw_scanner(number, population.randomised, random_stream(population.seed, number, "scanner"))
+    return SubjectInfo(age, sex, scanner, population.sources[int(rng.integers(len(population.sources)))])
 
 
-def make_anatomy(world: Population, index: int, person: SubjectInfo, kind: str | None) -> Anatomy:
-    """Make the tissue maps, the brain mask and the lesion of a subject.
+def make_anatomy(population: Population, index: int, subject: SubjectInfo, kind: str | None) -> Anatomy:
+    """Simulate the tissue maps, the brain mask and the lesion of a subject.
 
     Parameters
     ----------
-    world : Population
+    population : Population
+        Population.
     index : int
-    person : SubjectInfo
+        Index of the subject.
+    subject : SubjectInfo
+        Age, sex and source of anatomy.
     kind : str or None
-        One of `lesions.KINDS`, or None for a healthy subject.
+        One of `pathology.KINDS`, or None for a healthy subject.
 
     Returns
     -------
     Anatomy
+        Anatomy on the box.
     """
-    seed = world.seed
-    source = template_source() if person.source == BUILT_IN else label_map_source(person.source)
+    seed = population.seed
+    source = template_source() if subject.source == BUILT_IN else label_map_source(subject.source)
     rng = random_stream(seed, index, "shape")
-    size = np.exp(rng.normal(0.0, 0.02) + rng.normal(0.0, 0.012, 3)) * (1.015 if person.sex == "M" else 0.985)
-    # Two label maps in one family of heads would look alike without a mirror image now and then.
+    size = np.exp(rng.normal(0.0, 0.02) + rng.normal(0.0, 0.012, 3)) * (
+        1.015 if subject.sex == "M" else 0.985
+    )
+    # Mirror images increase the variety of anatomies.
     mirror = np.diag([-1.0 if rng.uniform() < 0.5 else 1.0, 1.0, 1.0])
     angles = tensor(np.deg2rad(rng.normal(0.0, 1.2, 3))).float()
     turn = mirror @ rotation(angles).double().cpu().numpy()
     amplitude = float(rng.uniform(1.5, 3.0))
-    displacement = deformation.individual(rng, amplitude)
+    displacement = deformation.random_deformation(rng, amplitude)
 
     age_rng = random_stream(seed, index, "age")
-    growth = ageing.ventricle_growth(age_rng, person.age, ageing.apparent_age(source.fractions))
-    plain = deformation.source_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
-    ventricle = sample(source.fractions[ageing.VENTRICLE][None], source.affine, plain)[0]
-    displacement = displacement + deformation.expansion(ventricle, growth)
+    growth = ageing.ventricle_growth(age_rng, subject.age, ageing.apparent_age(source.fractions))
+    undeformed = deformation.source_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
+    ventricle = sample(source.fractions[ageing.VENTRICLE][None], source.affine, undeformed)[0]
+    displacement = displacement + deformation.expand_region(ventricle, growth)
     site = None
     if kind == "tumour":
         lesion_rng = random_stream(seed, index, "lesion")
-        site = lesions.draw_tumour_site(lesion_rng, world.volume(index))
-        displacement = displacement + deformation.push(*site, float(lesion_rng.uniform(1.0, 5.0)))
+        site = pathology.draw_tumour_site(lesion_rng, population.volume(index))
+        displacement = displacement + deformation.mass_effect(*site, float(lesion_rng.uniform(1.0, 5.0)))
     displacement = deformation.remove_folds(displacement)
     points = deformation.source_points(displacement, size, turn)
 
@@ -247,13 +274,13 @@ def make_anatomy(world: Population, index: int, person: SubjectInfo, kind: str |
     detail = None
     if source.detail is not None:
         detail = sample_inside(source.detail[None], source.affine, points, inside)[0]
-    fractions, sulci = ageing.widen_sulci(fractions, age_rng, person.age)
-    change, white_change = ageing.white_matter_change(fractions, age_rng, person.age)
-    brain, rim = brain_mask(fractions, random_stream(seed, index, "mask"))
+    fractions, sulci = ageing.widen_sulci(fractions, age_rng, subject.age)
+    change, white_change = ageing.white_matter_change(fractions, age_rng, subject.age)
+    brain, rim = draw_brain_mask(fractions, random_stream(seed, index, "mask"))
     lesion = None
     if kind is not None:
-        target = world.lesion_target(index, kind, points)
-        lesion = lesions.make_lesion(
+        target = population.lesion_target(index, kind, points)
+        lesion = pathology.make_lesion(
             kind, fractions, brain, lambda: random_stream(seed, index, "lesion"), site, target
         )
     drawn = {
@@ -272,30 +299,37 @@ def make_anatomy(world: Population, index: int, person: SubjectInfo, kind: str |
 
 
 def make_signal(
-    world: Population, index: int, person: SubjectInfo, anatomy: Anatomy, modality: str
-) -> tuple[torch.Tensor, Protocol, dict]:
-    """Noise-free signal of one scan, and the settings to acquire it with.
+    population: Population, index: int, subject: SubjectInfo, anatomy: Anatomy, modality: str
+) -> tuple[torch.Tensor, ScanSettings, dict]:
+    """Simulate the noise-free signal of one scan, and draw its acquisition settings.
 
     Parameters
     ----------
-    world : Population
+    population : Population
+        Population.
     index : int
-    person : SubjectInfo
+        Index of the subject.
+    subject : SubjectInfo
+        Subject with its scanner.
     anatomy : Anatomy
+        Anatomy of the subject.
     modality : {"T1w", "T2w"}
+        Contrast.
 
     Returns
     -------
     image : torch.Tensor, shape (X, Y, Z)
-    protocol : Protocol
+        Signal.
+    settings : ScanSettings
+        Acquisition settings.
     drawn : dict
-        Class means and protocol, for the record.
+        Class means and settings.
     """
-    rng = random_stream(world.seed, index, modality)
-    protocol = draw_scan_settings(person.scanner, modality, rng)
-    means = contrast.vary(person.scanner.means[modality], rng)
-    image = contrast.signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
+    rng = random_stream(population.seed, index, modality)
+    settings = draw_scan_settings(subject.scanner, modality, rng)
+    means = contrast.jitter_means(subject.scanner.means[modality], rng)
+    image = contrast.simulate_signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
     if anatomy.lesion is not None:
-        painter = random_stream(world.seed, index, f"{modality}-lesion")
-        image = lesions.paint(modality, image, anatomy.lesion, means, painter)
-    return image, protocol, {"means": means, "protocol": asdict(protocol)}
+        rng = random_stream(population.seed, index, f"{modality}-lesion")
+        image = pathology.add_lesion_signal(modality, image, anatomy.lesion, means, rng)
+    return image, settings, {"means": means, "protocol": asdict(settings)}

@@ -13,7 +13,7 @@ from bids_uad.dataset.participants import write_participants
 from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.files import read_json, write_json
 from bids_uad.images import save_image
-from bids_uad.simulation.anatomy import label_map_paths
+from bids_uad.simulation.anatomy import find_label_maps
 from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
 from bids_uad.simulation.contrast_transfer import t1w_to_t2w
 from bids_uad.simulation.subject import Population
@@ -38,7 +38,7 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
     """
     population = Population(
         config.random_seed,
-        tuple(label_map_paths(config.label_maps)) if config.label_maps else Population.sources,
+        tuple(find_label_maps(config.label_maps)) if config.label_maps else Population.sources,
         scanners=max(1, config.synthetic // 2),
     )
     folder = scratch_folder(

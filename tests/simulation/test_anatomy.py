@@ -8,7 +8,7 @@ from bids_uad.errors import InputError
 from bids_uad.simulation.anatomy import (
     BUILT_IN,
     CLASSES,
-    label_map_paths,
+    find_label_maps,
     read_label_map,
 )
 
@@ -74,6 +74,6 @@ def test_labels_that_mean_nothing_are_refused(folder):
 
 def test_places_may_be_files_folders_and_the_template(folder):
     own = str(folder / "x_dseg.nii.gz")
-    assert label_map_paths([BUILT_IN, folder, own]) == [BUILT_IN, own, own]
+    assert find_label_maps([BUILT_IN, folder, own]) == [BUILT_IN, own, own]
     with pytest.raises(InputError, match="neither a label map nor a folder"):
-        label_map_paths([folder / "nothing"])
+        find_label_maps([folder / "nothing"])

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from bids_uad.simulation.__main__ import main
-from bids_uad.simulation.cohort import Cohort, make_subject
+from bids_uad.simulation.cohort import SimulatedCohort, make_subject
 from bids_uad.simulation.subject import Population
 from bids_uad.space import AFFINE, SHAPE
 from tests.header_contract import faults_below
@@ -39,7 +39,7 @@ def preprocessed(tmp_path_factory) -> Path:
 
 def test_one_seed_is_one_dataset_in_any_order(tmp_path, preprocessed):
     # The second subject alone and with one modality only, without the first before it.
-    make_subject(Cohort(tmp_path, Population(4), (None, "stroke"), ("T1w",), derivatives=True), 1)
+    make_subject(SimulatedCohort(tmp_path, Population(4), (None, "stroke"), ("T1w",), derivatives=True), 1)
     images = {name: sha for name, sha in digest(tmp_path).items() if name.endswith(".nii.gz")}
     assert len(images) == 4
     whole = digest(preprocessed)

@@ -18,7 +18,7 @@ def test_jacobian_of_a_linear_map_is_its_determinant():
 
 
 def test_fold_free_tames_a_folding_field_at_full_resolution():
-    wild = deformation.individual(np.random.default_rng(0), 25.0)
+    wild = deformation.random_deformation(np.random.default_rng(0), 25.0)
     assert deformation.jacobian_determinant(wild).min() < 0
     tame = deformation.remove_folds(wild)
     assert deformation.jacobian_determinant(tame).min() > 0
@@ -28,7 +28,7 @@ def test_fold_free_tames_a_folding_field_at_full_resolution():
 def test_expansion_enlarges_a_region():
     distance = (box_points() - torch.tensor([-119.0, 107.0, 77.0])).norm(dim=-1)
     region = (distance < 12).float()
-    displacement = deformation.expansion(region[::2, ::2, ::2].contiguous(), 2.5)
+    displacement = deformation.expand_region(region[::2, ::2, ::2].contiguous(), 2.5)
     points = deformation.source_points(displacement, np.ones(3), np.eye(3))
     moved = (points - torch.tensor([-119.0, 107.0, 77.0])).norm(dim=-1) < 12
     assert moved.sum() > 1.3 * region.sum()
@@ -36,7 +36,7 @@ def test_expansion_enlarges_a_region():
 
 def test_push_moves_tissue_away_and_fades():
     centre = np.array([80.0, 100.0, 76.0])
-    field = deformation.push(centre, 10.0, 3.0)
+    field = deformation.mass_effect(centre, 10.0, 3.0)
     assert field.shape == (3, *BOX_SHAPE)
     # Tissue at +x is read from nearer to the centre.
     np.testing.assert_allclose(field[0, 90, 100, 76], -3.0, rtol=1e-4)

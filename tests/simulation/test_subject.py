@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from bids_uad.simulation import ageing
 from bids_uad.simulation import pathology as lesions
-from bids_uad.simulation.acquisition import draw_scanner, scan_on_grid
+from bids_uad.simulation.acquisition import draw_scanner, simulate_preprocessed_scan
 from bids_uad.simulation.anatomy import CLASSES, icbm_to_sri24, template_source
 from bids_uad.simulation.pathology import KINDS, LesionTarget, make_lesion
 from bids_uad.simulation.subject import (
@@ -29,8 +29,10 @@ def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
 def test_tissue_order_of_means(modality, person, healthy):
     with torch.no_grad():
-        image, protocol, _ = make_signal(WORLD, INDEX, person, healthy, modality)
-        image = scan_on_grid(image, protocol, healthy.brain, random_stream(SEED, INDEX, f"{modality}-scan"))
+        image, settings, _ = make_signal(WORLD, INDEX, person, healthy, modality)
+        image = simulate_preprocessed_scan(
+            image, settings, healthy.brain, random_stream(SEED, INDEX, f"{modality}-scan")
+        )
     fluid, grey, white = (
         region_mean(image, healthy.fractions[CLASSES.index(name)])
         for name in ("ventricle", "cortex", "white")
@@ -64,10 +66,10 @@ def test_tissue_labels_follow_the_largest_fraction(healthy):
 def test_lesion_twin_differs_only_where_the_lesion_is(modality, person, healthy, stroke):
     torch.testing.assert_close(healthy.fractions, stroke.fractions, rtol=0, atol=0)
     with torch.no_grad():
-        before, protocol, _ = make_signal(WORLD, INDEX, person, healthy, modality)
+        before, settings, _ = make_signal(WORLD, INDEX, person, healthy, modality)
         after, again, _ = make_signal(WORLD, INDEX, person, stroke, modality)
-    assert protocol == again
-    mask = (stroke.lesion.share > 0.5).numpy()
+    assert settings == again
+    mask = (stroke.lesion.fraction > 0.5).numpy()
     changed = (before != after).numpy()
     assert mask.sum() > 500
     # The soft edge is about one voxel wide.
@@ -79,11 +81,11 @@ def test_lesion_twin_differs_only_where_the_lesion_is(modality, person, healthy,
 def test_every_kind_of_lesion_is_soft_bounded_and_inside_the_brain(kind, healthy):
     site = lesions.draw_tumour_site(np.random.default_rng(3)) if kind == "tumour" else None
     lesion = make_lesion(kind, healthy.fractions, healthy.brain, lambda: np.random.default_rng(3), site)
-    assert lesion.share.min() >= 0
-    assert lesion.share.max() <= 1
-    assert (lesion.core <= lesion.share).all()
-    assert not lesion.share[~healthy.brain].any()
-    assert (lesion.share > 0.5).sum() > 50
+    assert lesion.fraction.min() >= 0
+    assert lesion.fraction.max() <= 1
+    assert (lesion.core <= lesion.fraction).all()
+    assert not lesion.fraction[~healthy.brain].any()
+    assert (lesion.fraction > 0.5).sum() > 50
 
 
 def test_sulci_widen_with_age(healthy):
@@ -165,14 +167,14 @@ def test_a_volume_that_is_wished_for_is_reached(kind, volume, healthy):
         site,
         LesionTarget(volume=volume),
     )
-    measured = float((lesion.share > 0.5).sum()) / 1000
+    measured = float((lesion.fraction > 0.5).sum()) / 1000
     assert measured == pytest.approx(volume, rel=0.1)
     assert lesion.drawn["volume_ml"] == pytest.approx(measured)
 
 
 def test_volumes_are_drawn_within_their_range():
-    world = Population(1, lesion_volume=(0.5, 50.0))
-    volumes = [world.volume(index) for index in range(200)]
+    population = Population(1, lesion_volume=(0.5, 50.0))
+    volumes = [population.volume(index) for index in range(200)]
     assert 0.5 <= min(volumes) < 1
     assert 25 < max(volumes) <= 50
     assert 3 < np.median(volumes) < 8  # of equal logarithms
