@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.training.calibrate import _healthy
+from bids_uad.training.calibrate import _covariates_by_subject
 from bids_uad.training.cohort import describe_cohorts, healthy_cohort
 
 TABLE = """participant_id\tsession_id\tAge\tGender\tgroup\tScanner
@@ -50,7 +50,7 @@ def test_training_cohort_is_described_by_the_common_rules(folder, caplog):
 
 
 def test_reference_has_the_age_of_each_session(folder):
-    people = _healthy([healthy_cohort(folder, "T1w")])
+    people = _covariates_by_subject([healthy_cohort(folder, "T1w")])
     assert {key[1]: sorted(sessions) for key, sessions in people.items()} == {
         "sub-1": ["ses-1", "ses-2"],
         "sub-2": ["ses-1"],
