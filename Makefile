@@ -1,4 +1,4 @@
-# Everything a checkout answers. Needs python3 (3.11 to 3.13); a GPU is used where there is one.
+# Development tasks. Requires Python 3.11 to 3.13; a GPU is used if there is one.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ NPROCS ?= 2
 
 .PHONY: demo test test-slow bench models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction docs descriptor lint format clean
 
-# torch first and by its exact version, so that nothing pulls another build in.
+# torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"bids_uad needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}; call make with PYTHON=python3.12 or the like")'
 	$(PYTHON) -m venv $(VENV)
@@ -38,15 +38,15 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.group
 	$(if $(DATA),$(BIN)/python -m benchmarks.preprocessing $(DATA))
 
-# How the packaged models were made, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS holds
-# SynthSeg's training maps: ten to learn from, three to calibrate on, three to test on. LESIONS holds masks of real lesions
-# in MNI space and a lesions.tsv. HEALTHY is a folder of real T1w scans of healthy people, preprocessed, from which PLS
-# learns, too. `make models-tested` is the benchmark on simulated scans.
+# Train the packaged models, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS is the folder of
+# SynthSeg's label maps: ten for training, three for calibration, three for testing. LESIONS is a folder of real lesion masks
+# in MNI space with a lesions.tsv. HEALTHY is a dataset of preprocessed real T1w scans of healthy controls, which PLS is
+# trained on as well. `make models-tested` runs the benchmark on simulated scans.
 HEALTHY ?= none
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
 SIMULATE = $(BIN)/bids_uad simulate
-SICK = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
+WITH_LESIONS = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
 
 models: models-T1w models-T2w pls-T1w pls-T2w
 
@@ -73,7 +73,7 @@ pls-T1w pls-T2w: pls-%: $(MODELS)/validation/participants.tsv
 	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--contrast-transfer))
 	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector pls --modality $* --nprocs 1
 
-# The network that finds brains (45 minutes of one core).
+# Train the brain-extraction network (45 minutes on one core).
 extraction: $(VENV)/installed
 	$(BIN)/bids_uad extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
 	    --steps 3000
@@ -86,15 +86,15 @@ $(MODELS)/train/participants.tsv: | $(VENV)/installed
 	    --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10)
 
 $(MODELS)/validation/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) $(SICK) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
+	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
 
-# For normative references that 40 healthy people are too few for.
+# More controls for normative references, where 40 are too few.
 $(MODELS)/reference/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) --healthy 160 --scanners 40 --seed 4 --derivatives --nprocs $(NPROCS) --modalities T2w \
 	    --labelmaps $(call MAPS,11 12 13)
 
 $(MODELS)/test/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) $(SICK) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
+	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/build

@@ -1,8 +1,8 @@
-"""How accurate preprocessing is, and how long each of its nodes takes, on real scans with a known truth.
+"""Accuracy of preprocessing, and run time of its nodes, on real scans with reference masks and transforms.
 
-``python -m benchmarks.preprocessing DATA`` needs a BIDS dataset with derivatives that hold the truth:
-``DATA/brains`` (brain masks of whole heads, lesion masks, one subject in SRI24 space by another pipeline) and
-``DATA/tpl-SRI24``. Nothing of the scans goes into the results.
+``python -m benchmarks.preprocessing DATA`` needs ``DATA/brains``, a BIDS dataset with derivatives (brain
+masks of whole heads, lesion masks, one subject in SRI24 space from another pipeline), and ``DATA/tpl-SRI24``.
+The results contain no image data.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ ANGLES, SHIFT, NOISE = (15.0, -15.0, 15.0), (20.0, -20.0, 20.0), 0.05
 
 @dataclass(frozen=True)
 class Head:
-    """A scan and where the truth about it lies.
+    """Scan with its reference masks.
 
     Attributes
     ----------
     name, modality : str
+        Name and contrast.
     image : pathlib.Path
+        Whole-head scan.
     brain, lesion : pathlib.Path or None
-        Masks on its grid.
+        Brain mask and lesion mask on its grid.
     """
 
     name: str
@@ -65,24 +67,24 @@ class Head:
 
 
 def heads(brains: Path) -> Iterator[Head]:
-    """List the whole heads that have a brain mask or a lesion mask on their own grid."""
+    """List the whole-head scans with a brain mask or a lesion mask on their grid."""
     for image in sorted(brains.glob("sub-*/**/anat/sub-*_T[12]w.nii.gz")):
         prefix, modality = image.name.removesuffix(".nii.gz").rsplit("_", 1)
         if "_ce-" in image.name or is_skull_stripped(*read_volume(image)):
             continue
-        place = image.parent.relative_to(brains)
+        folder = image.parent.relative_to(brains)
         brain = (
-            brains / "derivatives/brainmasks" / place / f"{prefix}_space-{modality}_desc-brain_mask.nii.gz"
+            brains / "derivatives/brainmasks" / folder / f"{prefix}_space-{modality}_desc-brain_mask.nii.gz"
         )
         own = [f"{prefix}_space-{modality}_label-lesion_mask.nii.gz", f"{prefix}_label-lesion_mask.nii.gz"]
-        lesions = [brains / "derivatives/lesions" / place / name for name in own]
+        lesions = [brains / "derivatives/lesions" / folder / name for name in own]
         found = [path if path.is_file() else None for path in (brain, *lesions)]
         if any(found):
             yield Head(prefix, modality, image, found[0], found[1] or found[2])
 
 
 def stripped(brains: Path) -> list[Path]:
-    """List the T1w scans that come skull-stripped and healthy."""
+    """List skull-stripped T1w scans of healthy participants."""
     names = [
         *sorted(brains.glob("sub-oasis*/anat/*_T1w.nii.gz")),
         *sorted(brains.glob("sub-dep*/anat/*_T1w.nii.gz")),
@@ -91,7 +93,7 @@ def stripped(brains: Path) -> list[Path]:
 
 
 def volume(image: Path, mask: Path | None = None) -> Volume:
-    """Read a scan, with its mask if there is one."""
+    """Read a scan and optionally its mask."""
     data, affine = read_volume(image)
     return Volume(data, affine, None if mask is None else read_volume(mask)[0] > 0.5)
 
@@ -103,26 +105,26 @@ def target(reference: Reference, modality: str) -> Volume:
 
 
 def brain_of(scan: Volume, mask: np.ndarray) -> Volume:
-    """Give the bias-corrected brain of a scan, as the workflow does."""
+    """Correct the bias field of a scan and mask its brain, as the workflow does."""
     corrected = correct_bias(scan.data, scan.affine, mask)
     return Volume(np.where(mask, corrected, 0.0), scan.affine, mask)
 
 
 def brain_mask(head: Volume, template: Volume, scratch: Path) -> np.ndarray:
-    """Find the brain in a whole head, as the workflow does."""
-    seen = predict_brain_mask(head.data, head.affine, load_network(packaged_weights()))
-    return extract_brain(head, template, scratch, seen)[0]
+    """Extract the brain of a whole head, as the workflow does."""
+    network_mask = predict_brain_mask(head.data, head.affine, load_network(packaged_weights()))
+    return extract_brain(head, template, scratch, network_mask)[0]
 
 
 def displacement(one: np.ndarray, other: np.ndarray, brain: Volume) -> float:
-    """Mean distance (mm) between where two transforms send the voxels of a brain."""
+    """Compute the mean distance (mm) between the voxels of a brain under two transforms."""
     voxels = np.argwhere(brain.mask)[::97]
     points = brain.affine @ np.vstack([voxels.T, np.ones(len(voxels))])
     return float(np.linalg.norm(((one - other) @ points)[:3], axis=0).mean())
 
 
 def brain_masks(brains: Path, reference: Reference, scratch: Path) -> list[dict[str, Any]]:
-    """Extract the brain of every head; overlap with its mask, and lesion voxels that are lost."""
+    """Extract the brain of each head; report Dice with its mask, and lesion voxels outside the mask."""
     rows = []
     for head in heads(brains):
         scan = volume(head.image)
@@ -139,15 +141,15 @@ def brain_masks(brains: Path, reference: Reference, scratch: Path) -> list[dict[
 
 
 def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[dict[str, Any]]:
-    """Compare the way to SRI24 with that of an independent pipeline, over the brain."""
+    """Compare the transform to SRI24 with that of an independent pipeline."""
     rows = []
     anchor = to_anchor = None
     for modality in ("T1w", "T2w"):
         (result,) = brains.glob(f"derivatives/sri24ref/sub-*/anat/*_desc-preproc_{modality}.nii.gz")
         subject = result.name.split("_")[0]
         head = volume(brains / subject / "anat" / f"{subject}_{modality}.nii.gz")
-        done = volume(result)
-        done = Volume(done.data, done.affine, mask_from_background(done.data))
+        other = volume(result)
+        other = Volume(other.data, other.affine, mask_from_background(other.data))
         if anchor is None:
             mask = brain_mask(head, target(reference, "T1w"), scratch)
             anchor = brain_of(head, mask)
@@ -157,9 +159,9 @@ def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[
             pull, _ = register_to_anchor(anchor, head, scratch)
             ours = pull @ to_anchor
             brain = head
-        # The same scan before and after: its own rigid registration is the other pipeline's transform.
-        theirs = register_rigid(done.coarse(), brain.coarse(), ours, scratch)
-        error = displacement(ours, theirs, done)
+        # Rigid registration of the preprocessed to the raw scan gives the other pipeline's transform.
+        theirs = register_rigid(other.coarse(), brain.coarse(), ours, scratch)
+        error = displacement(ours, theirs, other)
         rows.append({"scan": subject, "modality": modality, "mean_displacement_mm": round(error, 3)})
     return rows
 
@@ -167,7 +169,7 @@ def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[
 def known_moves(
     brains: Path, reference: Reference, stand_in: Reference, scratch: Path
 ) -> list[dict[str, Any]]:
-    """Move scans by a known rigid transform and find the way back; compare the two reference images."""
+    """Register scans that were moved by a known rigid transform; compare the two reference images."""
     rows = []
     for path in stripped(brains):
         scan = volume(path)
@@ -176,7 +178,7 @@ def known_moves(
         plain = register_to_reference(fixed, brain, scratch)[0]
         other = register_to_reference(target(stand_in, "T1w"), brain, scratch)[0]
         move = translation(np.array(SHIFT)) @ rotation_about(brain.centre(), ANGLES)
-        # The field of view moves along: nothing of the brain leaves it.
+        # The field of view is moved as well, so that it contains the whole brain.
         shape, affine = scan.data.shape, np.linalg.inv(move) @ scan.affine
         turned = rotation_about(brain.centre(), (4.0, 3.0, -5.0)) @ affine
         noise = np.random.default_rng(0).normal(0.0, NOISE * np.percentile(scan.data, 99), shape)
@@ -194,7 +196,7 @@ def known_moves(
 
 
 def node_times(t1w: Path, t2w: Path, reference: Reference, scratch: Path) -> dict[str, float]:
-    """Run the workflows of a T1w and a T2w scan; seconds of each node."""
+    """Run the workflows of a T1w and a T2w scan, and return the seconds of each node."""
     seconds = {}
     inputs: dict[str, str] = {}
     for modality, path in (("T1w", t1w), ("T2w", t2w)):
@@ -222,9 +224,9 @@ def node_times(t1w: Path, t2w: Path, reference: Reference, scratch: Path) -> dic
 
 
 def main() -> None:
-    """Measure, print, write the JSON."""
+    """Run the benchmark, print tables and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, help="folder with brains and tpl-SRI24")
     data = parser.parse_args().data
     logging.getLogger("nipype.workflow").setLevel(logging.WARNING)
     brains, console = data / "brains", Console()

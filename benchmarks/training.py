@@ -1,9 +1,10 @@
-"""Slices a second that a detector learns from: the engine beside a plain loop, in one run.
+"""Training throughput (slices per second) of the training loop, compared with a plain loop.
 
-The plain loop is what a published training script does: whole slices in single precision, kept in memory, and
-forward, backward and step in eager mode. The engine reads its compact store from disk, cuts the field that
-the detector looks at, lays tensors out with channels last, averages the weights, and on a GPU computes in
-bfloat16. Shown the detector's field only, the plain loop tells what the rest is worth.
+The plain loop is that of a typical published training script: whole slices in float32, kept in memory, and
+forward, backward and step in eager mode. The training loop reads its compact store from disk, crops slices to
+the field of view of the detector, uses channels-last tensors, averages the weights, and computes in bfloat16
+on a GPU. The plain loop is also run on the cropped field of view, which shows the effect of the other
+differences.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STEPS = {"cpu": 20, "cuda": 200}
 
 
 def main() -> None:
-    """Run, print the table, write the JSON."""
+    """Run the benchmark, print the table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="lite")
     parser.add_argument("--device", default="auto")
@@ -44,16 +45,16 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        subjects = [TrainingScan(*paths) for paths in simulate(scratch / "healthy", healthy=2)]
-        store = SliceStore.build(subjects, scratch / "slices", CORRECTED)
+        scans = [TrainingScan(*paths) for paths in simulate(scratch / "healthy", healthy=2)]
+        store = SliceStore.build(scans, scratch / "slices", CORRECTED)
         rows = [compare(name, args.preset, store, scratch / name, device) for name in DETECTORS]
-    told = {
+    results = {
         **describe_environment(device),
         "preset": args.preset,
         "precision": resolve_precision("auto", device),
         "rows": rows,
     }
-    write_json(RESULTS / f"training-{args.preset}-{device.type}.json", told)
+    write_json(RESULTS / f"training-{args.preset}-{device.type}.json", results)
     table = Table("detector", "engine, slices/s", "plain loop", "times as fast", "plain loop, same field")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def compare(name: str, preset: str, store: SliceStore, folder: Path, device: torch.device) -> dict:
-    """Throughput of the last gradient stage of a detector, three ways."""
+    """Compute the throughput of the last gradient stage of a detector for the three variants."""
     steps = STEPS[device.type]
     engine = _engine(_only_last_stage(name, preset), store, folder, device, steps)
     whole = _plain(_only_last_stage(name, preset), store, device, steps, whole=True)
@@ -93,7 +94,9 @@ def _engine(detector: Detector, store: SliceStore, folder: Path, device: torch.d
         fabric=start_fabric(device),
         report=lambda *_: ticks.append(time.perf_counter()),
     )
-    return detector.stages()[0].batch_size * steps / (ticks[-1] - ticks[0])  # the first step warms up
+    return (
+        detector.stages()[0].batch_size * steps / (ticks[-1] - ticks[0])
+    )  # without the first step, a warm-up
 
 
 def _plain(detector: Detector, store: SliceStore, device: torch.device, steps: int, *, whole: bool) -> float:
