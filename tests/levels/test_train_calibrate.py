@@ -80,7 +80,7 @@ def models(scans, tmp_path_factory):
     return folder
 
 
-def test_only_healthy_scans_are_learnt_from(models):
+def test_train_uses_healthy_controls_only(models):
     training = load_bundle(models / "intensity-T2w-lite").info["training"]
     assert training["n_subjects"] == 2
     assert training["age_range"] == [30, 61]
@@ -89,14 +89,14 @@ def test_only_healthy_scans_are_learnt_from(models):
     assert training["source"] == "Thirty slices"
 
 
-def test_the_card_says_who_was_learnt_from(models):
+def test_model_card_describes_the_training_data(models):
     card = (models / "intensity-T2w-lite" / "MODEL_CARD.md").read_text()
     assert "not for clinical use" in card
     assert "30 to 61 years" in card
     assert "--detector intensity --modality T2w" in card
 
 
-def test_the_card_says_how_it_did_on_validation(models, scans):
+def test_model_card_has_the_validation_results(models, scans):
     card = models / "intensity-T2w-lite" / "MODEL_CARD.md"
     calibration = json.loads(card.with_name("calibration.json").read_text())
     dice = calibration["validation"]["mean_dice"]["max_dice"]
@@ -157,7 +157,9 @@ def write_groups(folder, groups):
     write_json(folder / "dataset_description.json", {"Name": "Masks", "BIDSVersion": "1.10.0"})
 
 
-def test_masks_do_not_decide_who_is_healthy(masked, models, tmp_path, monkeypatch, capsys):
+def test_calibrate_takes_controls_from_participants_tsv_not_from_masks(
+    masked, models, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 3)
     told = []
     plain = tmp_path / "plain"
@@ -189,7 +191,7 @@ def test_masks_do_not_decide_who_is_healthy(masked, models, tmp_path, monkeypatc
     assert "empty lesion mask, not used: 2." in (bundle / "MODEL_CARD.md").read_text()
 
 
-def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_path):
+def test_masked_voxels_of_controls_are_not_false_positives(masked, models, tmp_path):
     """As at the group level; without the mask the bright voxels count."""
     rates = []
     for name in ("with", "without"):
@@ -222,7 +224,7 @@ def test_voxels_masked_in_a_control_are_no_false_positives(masked, models, tmp_p
         ),
     ],
 )
-def test_masks_that_allow_no_calibration_are_refused(masked, models, tmp_path, capsys, groups, change, words):
+def test_calibrate_refuses_unusable_masks(masked, models, tmp_path, capsys, groups, change, words):
     (label,) = groups
     scans = tmp_path / "scans"
     shutil.copytree(masked / f"sub-{label}", scans / f"sub-{label}")
@@ -247,12 +249,12 @@ def test_the_bundle_is_ready_to_use(models):
     ("detector", "code", "words"),
     [("nonesuch", 2, "no detector named"), ("patchcore", 66, "tissue classes")],
 )
-def test_what_cannot_be_trained_is_said(scans, tmp_path, capsys, detector, code, words):
+def test_train_reports_an_unusable_detector(scans, tmp_path, capsys, detector, code, words):
     assert call(scans, tmp_path / "models", "train", detector) == code
     assert words in capsys.readouterr().err
 
 
-def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
+def test_hyper_parameters_are_written_to_the_bundle(scans, tmp_path, capsys):
     models = tmp_path / "models"
     quick = ["--steps", "1", "--batch-size", "2"]
     assert call(scans, models, "train", "andi", *quick, "--hyper", "stride=50") == 0
@@ -274,7 +276,7 @@ def test_hyper_parameters_are_changed_and_kept(scans, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_training_ends_with_the_same_weights(scans, tmp_path):
+def test_killed_training_resumes_with_equal_weights(scans, tmp_path):
     """SIGKILL in the middle of a stage, then the same command again."""
     chosen = ["--detector", "disyre", "--modality", "T2w", "--preset", "lite", "--nprocs", "1"]
     chosen += ["--steps", "60", "--batch-size", "2", "--random-seed", "4"]
@@ -298,7 +300,7 @@ def test_a_killed_training_ends_with_the_same_weights(scans, tmp_path):
 
 
 @pytest.mark.parametrize(("share", "code"), [("0.5", 0), ("0", 2), ("2", 2), ("half", 2)])
-def test_a_share_of_the_subjects_is_learnt_from(scans, tmp_path, share, code):
+def test_train_uses_a_fraction_of_the_subjects(scans, tmp_path, share, code):
     arguments = ["--train-fraction", share]
     if code:
         with pytest.raises(SystemExit, match="2"):
@@ -325,7 +327,7 @@ def test_parts_of_synthetic_anomalies_are_switched_off(scans, tmp_path, capsys):
     assert "Got ('haze',) instead." in capsys.readouterr().err
 
 
-def test_a_bundle_knows_whom_it_has_met(models):
+def test_bundle_contains_its_training_subjects(models):
     bundle = load_bundle(models / "intensity-T2w-lite")
     learnt_from, judged_by, stranger = ({subject_hash("Thirty slices", f"sub-{k}")} for k in ("1", "3", "4"))
     assert bundle.cohorts_containing(learnt_from) == ["training", "validation"]
@@ -334,7 +336,7 @@ def test_a_bundle_knows_whom_it_has_met(models):
 
 
 @pytest.mark.timeout(300)
-def test_synthetic_subjects_are_learnt_from_alone_or_beside_others(scans, tmp_path):
+def test_train_uses_simulated_subjects_alone_or_with_real_ones(scans, tmp_path):
     chosen = ["--synthetic", "1", "--seed", "3"]
     assert call("none", tmp_path, "train", "intensity", *chosen) == 0
     training = load_bundle(tmp_path / "intensity-T2w-lite").info["training"]
@@ -348,7 +350,7 @@ def test_synthetic_subjects_are_learnt_from_alone_or_beside_others(scans, tmp_pa
     assert image.stat().st_mtime_ns == made
 
 
-def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, capsys):
+def test_train_uses_contrast_transferred_t1w_scans(scans, tmp_path, capsys):
     t1w = tmp_path / "t1w"
     shutil.copytree(scans, t1w)
     for image in t1w.glob("sub-*/anat/*_T2w.nii.gz"):
@@ -370,7 +372,7 @@ def test_t1w_scans_are_learnt_from_with_the_contrast_of_t2w(scans, tmp_path, cap
     assert "--modality T2w" in capsys.readouterr().err
 
 
-def test_networks_may_learn_in_bfloat16(scans, tmp_path):
+def test_train_accepts_bfloat16(scans, tmp_path):
     weights = {}
     for precision in ("fp32", "bf16"):
         arguments = ["--steps", "2", "--batch-size", "2", "--nprocs", "1", "--precision", precision]
@@ -385,12 +387,12 @@ def test_networks_may_learn_in_bfloat16(scans, tmp_path):
     assert changed > 0
 
 
-def test_calibrating_nothing_is_said(scans, tmp_path, capsys):
+def test_calibrate_without_a_bundle_is_an_error(scans, tmp_path, capsys):
     assert call(scans, tmp_path / "models", "calibrate") == 69
     assert "bundle.json is missing" in capsys.readouterr().err
 
 
-def test_without_participants_nobody_is_healthy(scans, tmp_path, capsys):
+def test_train_without_controls_is_an_error(scans, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "sub-1").symlink_to(scans / "sub-1")
@@ -413,7 +415,7 @@ def test_imagenet_backbones_need_their_weights(scans, tmp_path, capsys):
     assert "needs no --backbone-weights" in capsys.readouterr().err
 
 
-def test_imagenet_weights_travel_in_the_bundle(scans, tmp_path):
+def test_imagenet_weights_are_stored_in_the_bundle(scans, tmp_path):
     torch.manual_seed(0)
     network = resnet18(2)
     save_file(network.state_dict(), tmp_path / "resnet18.safetensors")
@@ -432,7 +434,7 @@ def test_imagenet_weights_travel_in_the_bundle(scans, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
+def test_backbone_weights_are_loaded_from_another_bundle(scans, tmp_path, capsys):
     for scan in scans.glob("sub-*/anat/*_desc-brain_mask.nii.gz"):
         brain = nib.load(scan)
         target = scan.with_name(scan.name.replace("desc-brain_mask", "desc-tissue_dseg"))
@@ -454,7 +456,7 @@ def test_features_of_one_bundle_serve_another(scans, tmp_path, capsys):
     assert "another backbone" in capsys.readouterr().err
 
 
-def test_healthy_people_enough_make_a_normative_reference(scans, models, tmp_path, monkeypatch):
+def test_calibrate_fits_a_normative_reference_with_enough_controls(scans, models, tmp_path, monkeypatch):
     own = tmp_path / "models"
     shutil.copytree(models / "intensity-T2w-lite", own / "intensity-T2w-lite")
     folder = own / "intensity-T2w-lite"
@@ -498,7 +500,7 @@ def test_calibrate_reads_participants_by_the_common_rules(scans, models, tmp_pat
     assert told[1]["normative"]["reference"]["covariates"]["age_range"] == [30, 61]
 
 
-def test_more_healthy_people_are_for_the_reference_alone(scans, models, tmp_path, monkeypatch, capsys):
+def test_normative_dir_is_used_for_the_reference_only(scans, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
     folders, told = [], []
     others = tmp_path / "others"
@@ -565,7 +567,7 @@ def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, m
     assert not target.exists()
 
 
-def test_scores_that_do_not_vary_give_thresholds_but_no_reference(
+def test_constant_scores_give_thresholds_but_no_normative_reference(
     models, scans, tmp_path, monkeypatch, capfd
 ):
     """A detector that is silent in healthy brains and marks lesions can be used, only not as a deviation."""
@@ -587,9 +589,7 @@ def test_scores_that_do_not_vary_give_thresholds_but_no_reference(
     ("name", "value", "problem"),
     [("desc-preproc_T2w", np.nan, "NaN or infinite intensities"), ("desc-brain_mask", 0, "mask is empty")],
 )
-def test_validation_scans_that_cannot_be_scored_are_named(
-    models, scans, tmp_path, capsys, name, value, problem
-):
+def test_calibrate_names_scans_that_cannot_be_scored(models, scans, tmp_path, capsys, name, value, problem):
     own = shutil.copytree(scans, tmp_path / "scans")
     path = own / "sub-2" / "anat" / f"sub-2_space-SRI24_{name}.nii.gz"
     image = nib.load(path)

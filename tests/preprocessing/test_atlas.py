@@ -44,7 +44,7 @@ def brain(reference: Reference) -> np.ndarray:
         ("sri24_spm8/templates/T1_brain.nii.gz", LAS + np.array([[0, 0, 0, 120.0]] + [[0] * 4] * 3)),
     ],
 )
-def test_a_package_becomes_an_atlas(brain, tmp_path: Path, name: str, affine: np.ndarray) -> None:
+def test_install_atlas_converts_a_package(brain, tmp_path: Path, name: str, affine: np.ndarray) -> None:
     as_packaged(brain, tmp_path / "package" / name, affine)
     folder = install_atlas(tmp_path / "package", tmp_path / "archive")
     found = resolve_reference(tmp_path / "archive", tmp_path / "cache")
@@ -57,7 +57,7 @@ def test_a_package_becomes_an_atlas(brain, tmp_path: Path, name: str, affine: np
     assert "ShareAlike 3.0" in (folder / "LICENSE").read_text()
 
 
-def test_a_zip_file_is_taken_as_it_is_and_parcellations_get_names(brain, tmp_path: Path, capsys) -> None:
+def test_install_atlas_reads_a_zip_file_and_names_parcellations(brain, tmp_path: Path, capsys) -> None:
     parts = tmp_path / "parts"
     as_packaged(brain, parts / "spgr.nii.gz")
     as_packaged(np.where(brain > 0, 21, 0).astype(np.uint8), parts / "lpba40.nii.gz")
@@ -82,7 +82,7 @@ def test_a_zip_file_is_taken_as_it_is_and_parcellations_get_names(brain, tmp_pat
     assert tables["TZO116plus"].to_dict() == {0: "Background", 1: "Precentral_L", 2: "Precentral_R"}
 
 
-def test_what_is_no_atlas_is_refused_and_leaves_nothing(brain, tmp_path: Path, capsys) -> None:
+def test_install_atlas_refuses_other_images_and_leaves_no_files(brain, tmp_path: Path, capsys) -> None:
     package, archive = tmp_path / "package", tmp_path / "archive"
     package.mkdir()
     with pytest.raises(InputError, match="no skull-stripped T1w channel"):
@@ -103,7 +103,7 @@ def test_what_is_no_atlas_is_refused_and_leaves_nothing(brain, tmp_path: Path, c
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the SRI24 atlas is not here")
-def test_the_real_atlas_is_known_and_its_left_is_left(tmp_path: Path) -> None:
+def test_installed_real_atlas_has_a_known_checksum_and_orientation(tmp_path: Path) -> None:
     t1w = np.asarray(nib.load(REAL / "tpl-SRI24_res-1_desc-brain_T1w.nii.gz").dataobj)
     as_packaged(t1w, tmp_path / "package" / "spgr.nii")
     for atlas in ("LPBA40", "TZO116plus"):

@@ -155,7 +155,7 @@ DEFECTS = [
 
 
 @pytest.mark.parametrize(("make", "problem"), DEFECTS)
-def test_each_defect_is_one_line_that_names_the_file(tmp_path: Path, make, problem: str) -> None:
+def test_check_image_error_has_the_file_and_the_problem(tmp_path: Path, make, problem: str) -> None:
     path = make(tmp_path)
     with pytest.raises(InputError, match=problem) as caught:
         check_image(path)
@@ -180,7 +180,7 @@ def two_forms(folder: Path, sform: np.ndarray, qform: np.ndarray, codes: tuple[i
         (AFFINE @ np.diag([-1.0, 1, 1, 1]), (1, 0), None, False),
     ],
 )
-def test_contradictions_in_a_header_are_told(tmp_path: Path, qform, codes, sentence, grave) -> None:
+def test_header_warnings_report_disagreeing_forms(tmp_path: Path, qform, codes, sentence, grave) -> None:
     found = header_warnings(two_forms(tmp_path, AFFINE, qform, codes))
     assert list(found.values()) == ([] if sentence is None else [grave])
     assert all(sentence in text for text in found)
@@ -198,16 +198,16 @@ def ball(litres: float, noise: bool = False) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("litres", "noise", "expected"), [(1.3, False, True), (1.3, True, False), (3.5, False, False)]
 )
-def test_stripped_is_told_from_background_and_volume(litres: float, noise: bool, expected: bool) -> None:
+def test_is_skull_stripped_uses_background_and_volume(litres: float, noise: bool, expected: bool) -> None:
     assert is_skull_stripped(*ball(litres, noise)) is expected
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_the_sidecar_wins(stated: bool) -> None:
+def test_is_skull_stripped_prefers_the_sidecar(stated: bool) -> None:
     assert is_skull_stripped(*ball(1.3 if not stated else 3.5), {"SkullStripped": stated}) is stated
 
 
-def test_a_sidecar_that_says_nothing_useful_is_ignored() -> None:
+def test_is_skull_stripped_ignores_an_invalid_sidecar_value() -> None:
     assert is_skull_stripped(*ball(1.3), {"SkullStripped": "unknown"}) is True
 
 

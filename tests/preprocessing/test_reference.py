@@ -61,7 +61,7 @@ def test_the_stand_in_is_a_brain_on_the_sri24_grid(reference: Reference) -> None
     assert reference.metadata["StandIn"] is True
 
 
-def test_the_stand_in_is_made_once(reference: Reference) -> None:
+def test_stand_in_is_written_once(reference: Reference) -> None:
     cache = reference.t1w.parents[1]
     before = reference.t1w.stat().st_mtime_ns
     again = resolve_reference(None, cache)

@@ -1,9 +1,12 @@
+"""Registration, its metrics and the Dice coefficient."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial import distance
 
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
@@ -12,6 +15,7 @@ from bids_uad.preprocessing.registration import (
     RegistrationSchedule,
     Volume,
     centred_start,
+    dice,
     mask_overlap,
     refine_rigid,
     register_best,
@@ -42,7 +46,9 @@ def target_error(pull: np.ndarray, truth: np.ndarray, volume: Volume) -> float:
     return float(np.linalg.norm(((pull - truth) @ points)[:3], axis=0).mean())
 
 
-def test_a_known_move_is_recovered(reference_volume: Volume, scan: Volume, tmp_path: Path) -> None:
+def test_register_to_reference_recovers_a_known_transform(
+    reference_volume: Volume, scan: Volume, tmp_path: Path
+) -> None:
     pull, qc = register_to_reference(reference_volume, scan, tmp_path)
     assert target_error(pull, known_move(), reference_volume) < 0.5
     np.testing.assert_allclose(pull[:3, :3] @ pull[:3, :3].T, np.eye(3), atol=1e-12)
@@ -50,7 +56,9 @@ def test_a_known_move_is_recovered(reference_volume: Volume, scan: Volume, tmp_p
     assert qc["restarted"] is False
 
 
-def test_registration_repeats_bit_for_bit(scan: Volume, reference_volume: Volume, tmp_path: Path) -> None:
+def test_registration_is_reproducible_to_the_bit(
+    scan: Volume, reference_volume: Volume, tmp_path: Path
+) -> None:
     fixed, moving = reference_volume.coarse(6.0).cropped(2), scan.coarse(6.0)
     runs = []
     for name in ("a", "b"):
@@ -76,7 +84,7 @@ def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Vol
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_t2w_with_left_and_right_swapped_fits_the_mirror_image(
+def test_register_to_anchor_prefers_the_mirror_image_of_a_flipped_t2w(
     scan: Volume, tmp_path: Path, swapped: bool
 ) -> None:
     # The template is symmetric: a large bright region makes one side differ from the other.
@@ -93,7 +101,7 @@ def test_a_t2w_with_left_and_right_swapped_fits_the_mirror_image(
 
 
 @pytest.mark.slow
-def test_a_brain_back_to_front_overlaps_well_and_is_found_out_by_its_similarity(
+def test_similarity_is_low_for_a_rotated_brain_with_high_mask_overlap(
     reference_volume: Volume, scan: Volume, tmp_path: Path
 ) -> None:
     turn = rotation_about(scan.centre(), (0.0, 0.0, 180.0))
@@ -109,7 +117,7 @@ def test_a_brain_back_to_front_overlaps_well_and_is_found_out_by_its_similarity(
     assert target_error(pull, truth, reference_volume) < 0.7
 
 
-def test_a_brain_that_lies_on_its_side_is_found_again(reference_volume: Volume, scan: Volume) -> None:
+def test_register_to_reference_restarts_for_a_rotated_brain(reference_volume: Volume, scan: Volume) -> None:
     fixed = reference_volume.coarse(8.0)
     turned = Volume(scan.data, rotation_about(scan.centre(), (0.0, 0.0, 90.0)) @ scan.affine, scan.mask)
     best = rotated_starts(fixed, turned.coarse(8.0), 1)[0]
@@ -141,7 +149,7 @@ def test_similarity_is_mutual_information_over_joint_entropy(scan: Volume) -> No
     assert similarity(small, moved, np.eye(4)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_similarity_counts_the_voxels_of_either_mask(scan: Volume) -> None:
+def test_similarity_uses_the_union_of_the_masks(scan: Volume) -> None:
     """Also where one of the two brains is missing: a shift is seen at the outline."""
     from sklearn.metrics import mutual_info_score
 
@@ -158,7 +166,7 @@ def test_similarity_counts_the_voxels_of_either_mask(scan: Volume) -> None:
     assert similarity(fixed, moved, np.eye(4)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_binned_puts_percentiles_at_zero_and_one() -> None:
+def test_rescale_percentiles_maps_percentiles_to_0_and_1() -> None:
     values = np.random.default_rng(0).permutation(np.arange(1001.0))
     np.testing.assert_allclose(rescale_percentiles(values), np.clip((values - 5) / 990, 0, 1), atol=1e-12)
     assert not rescale_percentiles(np.full(7, 3.0)).any()
@@ -180,7 +188,7 @@ def test_mask_overlap_of_two_balls_is_that_of_their_lens(apart: float) -> None:
     assert mask_overlap(volume, larger, centred) == pytest.approx(2 / (1 + 1.2**3), abs=0.01)
 
 
-def test_the_most_similar_of_several_registrations_is_kept(
+def test_register_best_keeps_the_most_similar_result(
     reference_volume: Volume, scan: Volume, tmp_path: Path
 ) -> None:
     fixed, moving = reference_volume.coarse(6.0).cropped(2), scan.coarse(6.0)
@@ -192,7 +200,7 @@ def test_the_most_similar_of_several_registrations_is_kept(
         assert score > similarity(fixed, moving, far)
 
 
-def test_coarse_volumes_keep_their_place_and_the_size_of_the_mask() -> None:
+def test_volume_coarse_keeps_position_and_mask_volume() -> None:
     grid = np.indices((60, 60, 40)).astype(float)
     grid[2] *= 1.5
     ball = ((grid - np.array([30, 28, 29]).reshape(3, 1, 1, 1)) ** 2).sum(axis=0) < 20**2
@@ -207,7 +215,7 @@ def test_coarse_volumes_keep_their_place_and_the_size_of_the_mask() -> None:
         assert cropped.data.shape == tuple(np.ptp(np.argwhere(coarse.mask), axis=0) + 5)
 
 
-def test_refinement_ends_in_the_same_place_from_anywhere_near(reference_volume: Volume, scan: Volume) -> None:
+def test_refine_rigid_converges_to_one_transform(reference_volume: Volume, scan: Volume) -> None:
     fixed, moving = reference_volume.coarse(3.0).cropped(4), scan.coarse(3.0).cropped(4)
     found = []
     for aside in ((2.0, -2.0, 1.0), (-1.0, 2.0, -2.0)):
@@ -261,3 +269,16 @@ def test_bias_correction_depends_on_neither_unit_nor_surroundings(reference_volu
 def test_bias_correction_refuses_an_empty_mask() -> None:
     with pytest.raises(ValueError, match="no signal"):
         correct_bias(np.zeros((8, 8, 8)), np.eye(4), np.ones((8, 8, 8), dtype=bool))
+
+
+def test_dice_equals_that_of_scipy():
+    rng = np.random.default_rng(0)
+    for share in (0.01, 0.5, 0.9):
+        one, other = rng.random((2, 6, 7, 8)) < share
+        assert dice(one, other) == pytest.approx(1 - distance.dice(one.ravel(), other.ravel()))
+
+
+def test_dice_of_empty_masks_is_0():
+    nothing, all_of_it = np.zeros((3, 3, 3), dtype=bool), np.ones((3, 3, 3), dtype=bool)
+    assert dice(nothing, nothing) == dice(nothing, all_of_it) == 0.0
+    assert dice(all_of_it, all_of_it) == 1.0

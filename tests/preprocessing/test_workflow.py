@@ -162,11 +162,11 @@ def test_each_scan_has_one_rigid_transform_and_its_inverse(session, which: str) 
     assert shift < 1.0
 
 
-def test_the_lesion_comes_along(session) -> None:
+def test_lesion_mask_of_an_external_image_is_resampled(session) -> None:
     assert dice(load(session.anchor.lesion) > 0, lesion_ball()) > 0.85
 
 
-def test_a_lesion_drawn_on_another_image_comes_along(
+def test_lesion_workflow_resamples_a_mask_drawn_on_another_image(
     session, reference_volume: Volume, tmp_path: Path
 ) -> None:
     motion = translation(np.array([3.0, -2.0, 4.0])) @ known_move()
@@ -210,7 +210,7 @@ def test_a_mask_goes_to_native_space_and_back(session, which: str) -> None:
     assert dice(again, lesion_ball()) > 0.8
 
 
-def test_labels_survive_the_way_to_native_space(session) -> None:
+def test_map_to_native_keeps_labels(session) -> None:
     labels = lesion_ball().astype(np.int16) * 300
     native = map_to_native(labels, session.t1w, session.anchor.from_sri24)
     assert set(np.unique(np.asarray(native.dataobj))) == {0, 300}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy import stats
 
 from bids_uad.simulation import acquisition
 
@@ -17,7 +18,7 @@ def test_slice_matrix_shares_a_cut_slice():
     np.testing.assert_allclose(row[:4], [0.4, 0.4, 0.2, 0.0], atol=1e-6)
 
 
-def test_interpolation_puts_slices_back_where_they_were():
+def test_interpolation_matrix_inverts_slice_matrix_for_a_ramp():
     offset, thickness = 1.5, 4.0
     thick = acquisition.slice_matrix(60, thickness, offset)
     back = acquisition.interpolation_matrix(60, thickness, offset, len(thick))
@@ -33,17 +34,16 @@ def test_rician_moments():
     assert abs(float(bright.std()) - 0.05) < 0.002
 
 
-def test_bias_field_has_the_asked_strength():
+def test_bias_field_has_the_requested_standard_deviation():
     field = acquisition.bias_field(np.random.default_rng(0), 0.2, (64, 64, 64))
     assert abs(float(field.log().std()) - 0.2) < 0.01
 
 
-def test_protocols_are_thick_more_often_for_t2w():
+def test_draw_scan_settings_has_more_thick_slices_for_t2w():
     scanner = acquisition.draw_scanner(0, False, np.random.default_rng(1))
 
-    def share(modality: str) -> float:
+    for modality, probability in (("T1w", scanner.thick), ("T2w", min(scanner.thick + 0.25, 0.9))):
         rng = np.random.default_rng(0)
-        drawn = [acquisition.draw_scan_settings(scanner, modality, rng) for _ in range(300)]
-        return np.mean([p.thickness > 1 for p in drawn])
-
-    assert share("T2w") > share("T1w") + 0.1
+        drawn = [acquisition.draw_scan_settings(scanner, modality, rng) for _ in range(3000)]
+        thick = sum(settings.thickness > 1 for settings in drawn)
+        assert stats.binomtest(thick, len(drawn), probability).pvalue > 0.01

@@ -37,7 +37,7 @@ def preprocessed(tmp_path_factory) -> Path:
     return out
 
 
-def test_one_seed_is_one_dataset_in_any_order(tmp_path, preprocessed):
+def test_make_cohort_is_determined_by_the_seed(tmp_path, preprocessed):
     # The second subject alone and with one modality only, without the first before it.
     make_subject(SimulatedCohort(tmp_path, Population(4), (None, "stroke"), ("T1w",), derivatives=True), 1)
     images = {name: sha for name, sha in digest(tmp_path).items() if name.endswith(".nii.gz")}
@@ -101,7 +101,7 @@ def test_raw_tissue_labels_lie_on_the_scan(raw, preprocessed):
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
 
 
-def test_raw_pose_leads_back_to_sri24(raw, preprocessed):
+def test_native_to_sri24_of_a_raw_scan_aligns_it_with_sri24(raw, preprocessed):
     """The recorded transform carries the native lesion onto the one in SRI24 space."""
     record = raw / "derivatives/simulation/sub-002/anat/sub-002_desc-simulation_parameters.json"
     transform = np.array(json.loads(record.read_text())["T1w"]["native_to_sri24"])
@@ -114,7 +114,7 @@ def test_raw_pose_leads_back_to_sri24(raw, preprocessed):
     np.testing.assert_allclose(centre(native, transform), centre(there, np.eye(4)), atol=0.5)
 
 
-def test_participants_tell_who_is_healthy(raw):
+def test_healthy_cohort_reads_participants_tsv(raw):
     table = pd.read_csv(raw / "participants.tsv", sep="\t", keep_default_na=False)
     assert table["participant_id"].tolist() == ["sub-001", "sub-002"]
     assert table["group"].tolist() == ["control", "patient"]
@@ -138,7 +138,7 @@ def test_validator_finds_no_error(dataset, request):
         assert [i for i in issues if i["severity"] == "error"] == []
 
 
-def test_senseless_numbers_are_refused(tmp_path):
+def test_invalid_numbers_are_refused(tmp_path):
     for wrong in (
         ["--healthy", "0"],
         ["--healthy", "-1"],
@@ -152,5 +152,5 @@ def test_senseless_numbers_are_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_without_label_maps_is_a_user_error(tmp_path):
+def test_find_label_maps_refuses_a_folder_without_label_maps(tmp_path):
     assert main([str(tmp_path / "x"), "--healthy", "1", "--labelmaps", str(tmp_path)]) == 2

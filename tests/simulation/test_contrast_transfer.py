@@ -22,7 +22,7 @@ def phantom():
     return volume * brain, brain, tissue
 
 
-def test_levels_of_tissues_are_found(phantom):
+def test_tissue_levels_of_a_phantom_are_its_means(phantom):
     volume, brain, _ = phantom
     np.testing.assert_allclose(tissue_levels(volume, brain), LEVELS, atol=0.01)
 
@@ -40,7 +40,7 @@ def test_fluid_is_brightest_and_white_matter_darkest(phantom, seed):
     assert grey / white == pytest.approx(1.35, abs=0.17)
 
 
-def test_the_order_of_grey_values_is_turned_round(phantom):
+def test_t1w_to_t2w_inverts_the_order_of_tissues(phantom):
     volume, brain, _ = phantom
     t2w = t1w_to_t2w(volume, brain, np.random.default_rng(1))
     inner = binary_erosion(brain)

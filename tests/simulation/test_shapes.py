@@ -27,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_masks_are_found_by_kind(folder):
+def test_lesion_shapes_lists_masks_by_kind(folder):
     assert lesion_shapes(folder) == {
         "stroke": (str(folder / "a_mask.nii.gz"),),
         "ms": (str(folder / "b_mask.nii.gz"),),
@@ -39,10 +39,10 @@ def test_masks_are_found_by_kind(folder):
     [
         (None, "is missing"),
         ("file\na_mask.nii.gz\n", "lacks a column"),
-        ("file\tpathology\nz.nii.gz\tstroke\n", "named in lesions.tsv"),
+        ("file\tpathology\nz.nii.gz\tstroke\n", "listed in lesions.tsv"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said(folder, table, complaint):
+def test_lesion_shapes_reports_an_invalid_folder(folder, table, complaint):
     (folder / "lesions.tsv").unlink()
     if table:
         (folder / "lesions.tsv").write_text(table)
@@ -52,7 +52,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder, table, complaint):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
-def test_a_real_shape_lies_where_it_was_and_scales(folder, scale):
+def test_real_shape_keeps_its_position_and_scales(folder, scale):
     class Still:
         def normal(self, *_):
             return np.zeros(3)

@@ -50,7 +50,7 @@ def test_random_field_is_standardised_and_smooth():
     assert np.abs(np.diff(field, axis=0)).max() < 1.0
 
 
-def test_sample_inside_equals_sample_where_occupied():
+def test_sample_inside_equals_sample_at_marked_points():
     volume = torch.zeros(1, 20, 20, 20)
     volume[0, 5:12, 6:15, 4:10] = 1.0
     affine = np.eye(4)

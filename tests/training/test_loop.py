@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
@@ -83,7 +84,7 @@ def learn(detector, store, folder, report=None, held_out=0):
     )
 
 
-def test_the_store_holds_the_slices(store):
+def test_slice_store_returns_the_stored_slices(store):
     volume, tissue = brain_volume(1)
     kept = [k for k in range(155) if (tissue[..., k] > 0).sum() >= 400]
     assert len(store) == 2 * len(kept)
@@ -94,7 +95,7 @@ def test_the_store_holds_the_slices(store):
     assert torch.equal(batch.tissue[0], torch.from_numpy(tissue[8:232, 8:232, kept[-1]]).long())
 
 
-def test_every_slice_is_seen_once_a_pass(store):
+def test_each_slice_is_used_once_per_epoch(store):
     data = TrainingData(store, np.arange(len(store)), np.arange(0))
     schedule = TrainingSettings(seed=0, steps=10, batch_size=len(store) // 2)
     stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
@@ -105,7 +106,7 @@ def test_every_slice_is_seen_once_a_pass(store):
     assert not np.array_equal(*passes)
 
 
-def test_subjects_set_aside_and_fractions_are_nested(tmp_path):
+def test_split_gives_nested_training_fractions_and_fixed_held_out_subjects(tmp_path):
     store = SliceStore.__new__(SliceStore)
     store.names = [f"sub-{k}" for k in range(40)]
     store.owners = np.repeat(np.arange(40), 3)
@@ -120,7 +121,7 @@ def test_subjects_set_aside_and_fractions_are_nested(tmp_path):
     assert sorted([*sets[-1][0], *aside]) == list(range(120))
 
 
-def test_a_store_is_used_again_while_its_scans_are_the_same(store, tmp_path):
+def test_open_or_build_reuses_a_store_of_the_same_scans(store, tmp_path):
     folder = store.folder.parent
     scans = [TrainingScan(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz", name="sub-0")]
     first = SliceStore.open_or_build(scans, tmp_path, CORRECTED)
@@ -141,7 +142,7 @@ def test_a_store_is_compact(store):
     assert 3_000 * whole_brain < 25e9
 
 
-def test_the_rate_rises_and_falls():
+def test_learning_rate_factor_rises_and_decays():
     rates = [learning_rate_factor(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.05)
     assert max(rates) == pytest.approx(1, abs=0.01)
@@ -149,7 +150,7 @@ def test_the_rate_rises_and_falls():
     assert rates[-1] < 1e-4
 
 
-def test_restoration_is_learnt(store, tmp_path):
+def test_train_detector_lowers_the_restoration_loss(store, tmp_path):
     torch.manual_seed(0)
     detector = Disyre(TINY)
     losses: list[float] = []
@@ -171,7 +172,7 @@ class _KilledError(Exception):
 
 
 @pytest.mark.parametrize("when", [("restoration", 1), ("restoration", 8), ("restoration", 12)])
-def test_a_training_that_was_stopped_ends_the_same(store, tmp_path, when):
+def test_train_detector_resumes_with_equal_weights(store, tmp_path, when):
     def trained(folder, report=None):
         torch.manual_seed(0)
         network = replace(TINY.network, dropout=0.3, dropout_at=96)
@@ -192,7 +193,7 @@ def test_a_training_that_was_stopped_ends_the_same(store, tmp_path, when):
     assert logs[0] == logs[1]
 
 
-def test_trained_patchcore_marks_what_it_has_not_seen(store, tmp_path):
+def test_trained_patchcore_scores_a_patch_of_unseen_intensity(store, tmp_path):
     torch.manual_seed(0)
     backbone = BackboneConfig(classes=3, widths=(4, 8, 16, 16), window=(96, 96), steps=40, batch_size=4)
     hyper = replace(
@@ -201,14 +202,16 @@ def test_trained_patchcore_marks_what_it_has_not_seen(store, tmp_path):
     detector = PatchCore(hyper)
     learn(detector, store, tmp_path)
     batch = store.batch(np.array([10]), CPU)
-    odd = batch.slices.clone()
-    odd[..., 108:118, 90:100] = 0.05
+    altered = batch.slices.clone()
+    altered[..., 108:118, 90:100] = 0.05
     with torch.no_grad():
-        clean, sick = (detector.score(x, batch.brain, [])[0, 0] for x in (batch.slices, odd))
-    assert sick[110:116, 92:98].mean() > 1.3 * clean[batch.brain[0, 0]].mean()
+        before, after = (detector.score(x, batch.brain, [])[0, 0] for x in (batch.slices, altered))
+    # The change of the scores is centred on the patch, within a cell of the feature grid, not on the brain.
+    centre = ndimage.center_of_mass(np.maximum((after - before).numpy(), 0))
+    np.testing.assert_allclose(centre, (112.5, 94.5), atol=6)
 
 
-def test_missing_tissue_is_said(tmp_path, store):
+def test_train_detector_without_tissue_classes_is_an_error(tmp_path, store):
     folder = store.folder.parent
     scans = [TrainingScan(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz")]
     plain = SliceStore.build(scans, tmp_path / "plain")
@@ -237,7 +240,7 @@ def test_moving_average_keeps_batch_statistics():
     assert torch.equal(average.module.running_mean, module.running_mean)
 
 
-def test_features_stay_what_they_are_when_a_later_stage_is_gone_on_with(store, tmp_path):
+def test_resumed_later_stage_keeps_features_unchanged(store, tmp_path):
     """What is not being trained keeps its batch statistics, whether or not the run was broken off."""
     backbone = BackboneConfig(widths=(4, 8, 8, 16), window=(96, 96), steps=3, batch_size=2)
     hyper = replace(UniAD.presets["lite"], backbone=backbone, steps=3, batch_size=2)
@@ -281,7 +284,7 @@ class Diverging(Disyre):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_training_that_diverges_stops_with_stage_and_step_and_keeps_no_such_weights(store, tmp_path, what):
+def test_diverging_training_is_an_error_with_stage_and_step(store, tmp_path, what):
     torch.manual_seed(0)
     detector = Diverging(what)
     with pytest.raises(ValueError, match=rf"the {what} of stage '\w+' is nan at step 4"):

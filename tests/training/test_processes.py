@@ -19,7 +19,7 @@ from .train_toy import Toy, ToyHyper
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_give_the_weights_of_one(store: SliceStore, tmp_path):  # noqa: F811
+def test_training_with_two_processes_equals_one(store: SliceStore, tmp_path):  # noqa: F811
     for processes in (1, 2):
         script = Path(__file__).with_name("train_toy.py")
         folder, weights = tmp_path / f"of-{processes}", tmp_path / f"weights-{processes}"

@@ -37,13 +37,13 @@ def test_itk_file_round_trip_is_exact(tmp_path: Path) -> None:
     np.testing.assert_allclose(transforms.read_itk(path), known_move(), rtol=0, atol=1e-12)
 
 
-def test_nitransforms_reads_our_file_as_the_same_matrix(tmp_path: Path) -> None:
+def test_nitransforms_reads_a_written_itk_file(tmp_path: Path) -> None:
     path = transforms.write_itk(tmp_path / "x.txt", known_move())
     theirs = nitransforms.linear.load(path, fmt="itk")
     np.testing.assert_allclose(theirs.matrix, known_move(), atol=1e-10)
 
 
-def test_we_read_a_file_with_a_centre_of_rotation_as_nitransforms_does(tmp_path: Path) -> None:
+def test_read_itk_with_a_centre_of_rotation_equals_nitransforms(tmp_path: Path) -> None:
     path = tmp_path / "centre.txt"
     path.write_text(
         "#Insight Transform File V1.0\n#Transform 0\nTransform: MatrixOffsetTransformBase_double_3_3\n"
@@ -61,7 +61,7 @@ def test_read_itk_refuses_what_is_no_affine(tmp_path: Path, text: str) -> None:
         transforms.read_itk(path)
 
 
-def test_ants_applies_our_file_as_we_resample(tmp_path: Path, blob: np.ndarray) -> None:
+def test_ants_applies_a_written_itk_file_as_resample_does(tmp_path: Path, blob: np.ndarray) -> None:
     ants = load_ants()
     move = transforms.rotation_about(np.array([5.0, 6.0, 7.0]), (5.0, 3.0, -4.0))
     path = transforms.write_itk(tmp_path / "x.txt", move)
@@ -111,7 +111,7 @@ def test_resample_is_scipys_interpolation_at_the_places_of_the_affines(blob, ord
     assert ours.dtype == np.float32
 
 
-def test_smoothed_widens_an_impulse_to_the_new_voxel_where_it_gets_coarser() -> None:
+def test_smooth_to_spacing_has_the_fwhm_of_the_voxel_difference() -> None:
     """Variances of Gaussians add: voxels of a mm become voxels of b mm by a kernel of b^2 - a^2 (FWHM)."""
     impulse = np.zeros((41, 41, 41), dtype=np.float32)
     impulse[20, 20, 20] = 1
@@ -126,7 +126,7 @@ def test_smoothed_widens_an_impulse_to_the_new_voxel_where_it_gets_coarser() -> 
 
 
 @pytest.mark.parametrize("spacing", [1.5, 4.0])
-def test_isotropic_samples_world_coordinates_at_its_own_voxels(spacing) -> None:
+def test_resample_isotropic_keeps_world_coordinates(spacing) -> None:
     shape = (30, 33, 23)
     world = nib.affines.apply_affine(OBLIQUE, np.moveaxis(np.indices(shape), 0, -1))
     corner = [-0.5, -0.5, -0.5, 1]
@@ -197,7 +197,7 @@ def test_native_affine_of_the_phantom_is_left_handed() -> None:
     assert np.linalg.det(NATIVE_AFFINE[:3, :3]) < 0
 
 
-def test_a_chain_of_files_is_one_resampling_through_their_product(tmp_path: Path) -> None:
+def test_resample_mask_through_equals_resampling_by_the_composed_transform(tmp_path: Path) -> None:
     i, j, k = np.ogrid[:60, :60, :60]
     ball = (i - 25) ** 2 + (j - 30) ** 2 + (k - 33) ** 2 < 12**2
     affine, grid = np.diag([1.5, 1.5, 1.5, 1.0]), np.eye(4)

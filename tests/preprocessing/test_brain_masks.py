@@ -1,5 +1,8 @@
+"""Brain masks: from the background, from whole heads, and from external programs."""
+
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -7,18 +10,25 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from bids_uad.errors import InputError, UnavailableError
 from bids_uad.preprocessing.brain_extraction.masks import (
+    HD_BET_FOLDER,
+    Extraction,
     extract_brain,
     mask_from_background,
     packaged_weights,
+    resolve_extraction,
+    run_external_program,
 )
 from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.check import read_scan, read_volume
 from bids_uad.preprocessing.intensity_correction import correct_bias
+from bids_uad.preprocessing.interfaces import BrainMask
+from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.registration import Volume, register_to_reference
 from bids_uad.preprocessing.resampling import resample, rotation_about
 
-from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, REAL_DATA, draw, known_move
+from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, REAL_DATA, draw, known_move, save
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -26,7 +36,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("background", [0.0, -5.0])
-def test_the_mask_of_a_stripped_scan_has_no_holes_and_no_crumbs(background: float) -> None:
+def test_mask_from_background_has_one_component_without_holes(background: float) -> None:
     grid = np.indices((40, 40, 40)) - 19.5
     radius = np.sqrt((grid**2).sum(axis=0))
     data = np.where(radius < 15, 100.0, background)
@@ -50,7 +60,7 @@ def head_around(brain: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_a_brain_is_found_in_a_head(reference_volume: Volume, tmp_path: Path) -> None:
+def test_extract_brain_masks_the_brain_of_a_phantom_head(reference_volume: Volume, tmp_path: Path) -> None:
     brain = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
     head = Volume(head_around(brain), NATIVE_AFFINE)
     found, agreement = extract_brain(head, reference_volume, tmp_path)
@@ -59,8 +69,8 @@ def test_a_brain_is_found_in_a_head(reference_volume: Volume, tmp_path: Path) ->
 
 
 @pytest.fixture
-def witnesses(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
-    """A head with a ball for a brain, of which the template sees 2 mm too high."""
+def shifted_masks(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
+    """A head whose brain is a ball, and a template mask that is 2 mm too high."""
     grid = np.indices((80, 80, 80)) - 39.5
     ball = (grid**2).sum(axis=0) < 25**2
     data = np.where(ball, 100.0, 0.0) + np.where((grid**2).sum(axis=0) < 34**2, 8.0, 0.0)
@@ -73,8 +83,8 @@ def witnesses(monkeypatch: pytest.MonkeyPatch) -> tuple[Volume, np.ndarray]:
     return Volume(data.astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])), ball
 
 
-def test_two_masks_that_agree_meet_halfway_and_a_millimetre_outside(witnesses, tmp_path: Path) -> None:
-    head, ball = witnesses
+def test_extract_brain_averages_agreeing_masks_and_dilates_by_1_mm(shifted_masks, tmp_path: Path) -> None:
+    head, ball = shifted_masks
     mask, agreement = extract_brain(head, head, tmp_path, np.roll(ball, -1, axis=2))
     assert agreement == pytest.approx(dice(np.roll(ball, 1, axis=2), np.roll(ball, -1, axis=2)))
     assert ball[mask].mean() < 1
@@ -83,8 +93,8 @@ def test_two_masks_that_agree_meet_halfway_and_a_millimetre_outside(witnesses, t
     assert along[1] - along[0] + 1 in (50, 51, 52)  # 50 voxels of 2 mm, a millimetre more on each side
 
 
-def test_of_two_that_contradict_each_other_the_network_is_believed(witnesses, tmp_path: Path) -> None:
-    head, ball = witnesses
+def test_extract_brain_uses_the_network_mask_if_the_masks_disagree(shifted_masks, tmp_path: Path) -> None:
+    head, ball = shifted_masks
     far = np.roll(ball, -10, axis=2)
     crumb = np.zeros_like(ball)
     crumb[2:4, 2:4, 2:4] = True
@@ -110,7 +120,7 @@ def test_of_two_that_contradict_each_other_the_network_is_believed(witnesses, tm
         ("sub-umcllg01/ses-1/anat/sub-umcllg01_ses-1_{}T2w{}", 0.94),
     ],
 )
-def test_a_brain_is_found_in_real_heads(
+def test_extract_brain_masks_the_brain_of_real_heads(
     scan: str, least: float, reference_volume: Volume, tmp_path: Path
 ) -> None:
     image = read_scan(REAL_DATA / "brains" / scan.format("", ".nii.gz"))
@@ -174,3 +184,102 @@ def test_a_head_is_preprocessed_on_unusual_grids(
     points = nib.affines.apply_affine(reference_volume.affine, np.argwhere(reference_volume.mask)[::5000])
     errors = nib.affines.apply_affine(pull, points) - nib.affines.apply_affine(known_move(), points)
     assert np.linalg.norm(errors, axis=1).max() < 1.0
+
+
+AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])
+STAND_IN = f"""#!{sys.executable}
+import argparse, os, sys
+import nibabel as nib
+import numpy as np
+parser = argparse.ArgumentParser()
+for flag in ("-i", "-m", "-o", "-device", "--model"):
+    parser.add_argument(flag)
+parser.add_argument("--disable_tta", action="store_true")
+parser.add_argument("--save_bet_mask", action="store_true")
+args = parser.parse_args()
+image = nib.load(args.i)
+if image.get_fdata().max() < 10:
+    sys.exit("nothing there")
+if os.path.basename(sys.argv[0]) == "hd-bet":
+    assert args.disable_tta and args.save_bet_mask and args.device == "cpu"
+    assert os.path.isdir(os.path.expanduser("~/{HD_BET_FOLDER}"))
+    target = args.o.replace(".nii.gz", "_bet.nii.gz")
+else:
+    assert os.path.isfile(args.model)
+    target = args.m
+mask = nib.as_closest_canonical(nib.Nifti1Image((image.get_fdata() > 50).astype(np.uint8), image.affine))
+nib.save(mask, target)
+"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Put both programs on the PATH; give their weights."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("mri_synthstrip", "hd-bet"):
+        (folder / name).write_text(STAND_IN)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    weights = {"synthstrip": tmp_path / "synthstrip.1.pt", "hd-bet": tmp_path / HD_BET_FOLDER}
+    weights["synthstrip"].touch()
+    weights["hd-bet"].mkdir()
+    return weights
+
+
+def head(folder: Path) -> Path:
+    data = np.random.default_rng(0).normal(20.0, 2.0, (60, 60, 60)).astype(np.float32)
+    data[20:40, 15:45, 20:40] = 100.0
+    return save(folder / "head.nii.gz", data, AFFINE)
+
+
+@pytest.mark.parametrize("name", ["synthstrip", "hd-bet"])
+def test_brain_mask_uses_the_mask_of_an_external_program(
+    name: str, programs, tmp_path: Path, reference: Reference, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extraction = resolve_extraction(name, programs[name])
+    assert extraction.weights == programs[name]
+    assert all(path.is_file() for path in extraction.files)
+    found = (
+        BrainMask(
+            in_file=str(head(tmp_path)),
+            template=str(reference.t1w),
+            template_mask=str(reference.brain_mask),
+            program=name,
+            weights=str(programs[name]),
+        )
+        .run()
+        .outputs
+    )
+    mask = nib.load(found.out_mask)
+    np.testing.assert_array_equal(mask.affine, AFFINE)
+    assert mask.get_fdata().sum() == 20 * 30 * 20
+    assert mask.get_fdata()[25, 20, 25] == 1
+    assert found.skull_stripped is False
+
+
+def test_run_external_program_error_has_the_scan_and_the_last_line(programs, tmp_path: Path) -> None:
+    empty = save(tmp_path / "sub-01_T1w.nii.gz", np.ones((20, 20, 20), np.float32), AFFINE)
+    with pytest.raises(InputError, match=r"sub-01_T1w.*SynthStrip wrote no brain mask.*nothing there"):
+        run_external_program("synthstrip", programs["synthstrip"], empty, tmp_path)
+
+
+def test_resolve_extraction_reports_missing_programs_and_weights(
+    programs, tmp_path: Path, monkeypatch
+) -> None:
+    assert resolve_extraction("template", None) == Extraction("template")
+    with pytest.raises(UnavailableError, match="needs --brain-extraction-weights"):
+        resolve_extraction("synthstrip", None)
+    packaged = resolve_extraction("combined", None)
+    assert packaged.files == [packaged.weights]
+    assert packaged.weights.is_file()
+    own = programs["synthstrip"]
+    assert resolve_extraction("network", own) == Extraction("network", own)
+    with pytest.raises(UnavailableError, match="does not exist"):
+        resolve_extraction("synthstrip", tmp_path / "none.pt")
+    with pytest.raises(UnavailableError, match=HD_BET_FOLDER):
+        resolve_extraction("hd-bet", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UnavailableError, match="mri_synthstrip or nipreps-synthstrip is not on the PATH"):
+        resolve_extraction("synthstrip", programs["synthstrip"])

@@ -49,7 +49,7 @@ def head(label_map: Path) -> Head:
     return read_head(label_map)
 
 
-def test_folding_loses_nothing() -> None:
+def test_depth_to_space_inverts_space_to_depth() -> None:
     volumes = torch.arange(2 * 16 * 4 * 6, dtype=torch.float32).reshape(2, 1, 16, 4, 6)
     folded = _space_to_depth(volumes)
     assert folded.shape == (2, 8, 8, 2, 3)
@@ -59,7 +59,7 @@ def test_folding_loses_nothing() -> None:
     assert torch.equal(_depth_to_space(folded), volumes)
 
 
-def test_a_label_map_is_read_as_a_head(head: Head) -> None:
+def test_read_head_separates_brain_from_skull_and_skin(head: Head) -> None:
     assert set(head.values) == {0, WHITE, CORTEX, CSF, SKULL, SKIN}
     assert head.index.shape == head.brain.shape
     tissue = sum(head.index == head.values.index(label) for label in (WHITE, CORTEX)).bool()
@@ -70,7 +70,7 @@ def test_a_label_map_is_read_as_a_head(head: Head) -> None:
     assert 0 < fluid < 1
 
 
-def test_a_head_is_a_function_of_its_stream(head: Head) -> None:
+def test_simulate_head_is_determined_by_its_generator(head: Head) -> None:
     one, other, third = (simulate_head(head, np.random.default_rng(seed)) for seed in (4, 4, 5))
     for a, b in zip(one, other, strict=True):
         assert a.shape == INPUT_SHAPE
@@ -82,14 +82,14 @@ def test_a_head_is_a_function_of_its_stream(head: Head) -> None:
     assert 0 <= brain.min() <= brain.max() <= 1
 
 
-def test_a_brain_is_where_its_tissue_is_drawn(head: Head) -> None:
+def test_simulate_head_keeps_the_volume_of_the_brain(head: Head) -> None:
     """Over many heads the brain keeps its volume, give or take size and what is cut off."""
     volumes = [float(simulate_head(head, np.random.default_rng([1, n]))[1].sum()) * 27 for n in range(8)]
     # A voxel of the map is taken for one millimetre.
     assert np.median(volumes) == pytest.approx(float(head.brain.sum()), rel=0.25)
 
 
-def test_scaling_brings_what_is_bright_to_one() -> None:
+def test_scale_to_bright_tissue_maps_the_percentile_to_1() -> None:
     volume = torch.cat([torch.zeros(5000), torch.linspace(10, 1000, 5000)])
     scaled = scale_to_bright_tissue(volume)
     assert torch.quantile(scaled[5000:], 0.98).item() == pytest.approx(1.0, abs=0.01)
@@ -97,7 +97,7 @@ def test_scaling_brings_what_is_bright_to_one() -> None:
     assert torch.equal(scale_to_bright_tissue(torch.zeros(500)), torch.zeros(500))
 
 
-def test_the_loss_is_least_where_the_truth_is() -> None:
+def test_bce_dice_loss_equals_its_formula() -> None:
     brain = (torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     sure = 20 * (2 * brain - 1)
     assert bce_dice_loss(sure, brain).item() < 0.02
@@ -118,7 +118,7 @@ class Bright(nn.Module):
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
-def test_what_the_network_says_comes_back_on_the_scan(axes: tuple[int, int, int]) -> None:
+def test_predict_brain_mask_resamples_to_the_grid_of_the_scan(axes: tuple[int, int, int]) -> None:
     affine = np.diag([-1.5, 2.0, 1.5, 1.0])
     affine[:3, 3] = [90, -60, -30]
     grid = np.indices((120, 100, 130))
@@ -133,29 +133,29 @@ def test_what_the_network_says_comes_back_on_the_scan(axes: tuple[int, int, int]
     assert dice(found, truth) > 0.98
 
 
-def test_nothing_is_found_where_nothing_is() -> None:
+def test_predict_brain_mask_of_an_empty_scan_is_empty() -> None:
     assert not predict_brain_mask(np.zeros((30, 30, 30)), np.diag([4.0, 4, 4, 1]), Bright()).any()
 
 
-def test_the_grid_lies_about_its_centre() -> None:
+def test_grid_affine_is_centred() -> None:
     affine = grid_affine(np.array([3.0, -4.0, 5.0]))
     middle = affine[:3, :3] @ ((np.array(INPUT_SHAPE) - 1) / 2) + affine[:3, 3]
     np.testing.assert_allclose(middle, [3, -4, 5])
 
 
-def test_training_repeats(head: Head) -> None:
+def test_train_is_reproducible(head: Head) -> None:
     one, other = (train([head], 2, 3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.slow
-def test_training_lowers_the_loss(head: Head) -> None:
+def test_train_lowers_the_loss(head: Head) -> None:
     losses: list[float] = []
     train([head], 12, 3, report=lambda _, loss: losses.append(loss))
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
-def test_the_command_writes_weights_that_load(label_map: Path, tmp_path: Path) -> None:
+def test_main_writes_weights_that_load(label_map: Path, tmp_path: Path) -> None:
     assert main([str(label_map), str(tmp_path), "--steps", "1", "--precision", "fp32"]) == 0
     assert isinstance(load_network(tmp_path / "weights.safetensors"), BrainNet)
     assert "1 heads" in (tmp_path / "MODEL_CARD.md").read_text()

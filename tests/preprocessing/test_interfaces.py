@@ -24,7 +24,7 @@ from bids_uad.preprocessing.registration import (
 from bids_uad.preprocessing.resampling import rotation_about, translation, write_itk
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
-from .test_brain import dice, head_around
+from .test_brain_masks import dice, head_around
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def grown(brain: np.ndarray, mm: float) -> np.ndarray:
     return depth * 3.0 > -mm
 
 
-def test_a_stripped_image_that_holds_more_than_a_brain_is_extracted_anew(
+def test_brain_mask_extracts_the_brain_of_a_badly_stripped_image(
     brain: np.ndarray, badly_stripped: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     outputs, mask = find_mask(badly_stripped, reference, tmp_path, skull_stripped=True)
@@ -76,12 +76,12 @@ def test_a_stripped_image_that_holds_more_than_a_brain_is_extracted_anew(
     assert outputs.warnings[text] is False
 
 
-def test_detection_does_not_take_it_for_skull_stripped(badly_stripped: np.ndarray) -> None:
+def test_is_skull_stripped_is_false_for_a_badly_stripped_image(badly_stripped: np.ndarray) -> None:
     assert not is_skull_stripped(badly_stripped, NATIVE_AFFINE)
 
 
 @pytest.mark.parametrize("mm", [18.0, -24.0], ids=["too large", "too small"])
-def test_a_given_mask_that_is_none_is_replaced_by_the_background(
+def test_brain_mask_replaces_an_implausible_external_mask_by_the_background(
     mm: float, brain: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, mm), tmp_path)
@@ -92,7 +92,7 @@ def test_a_given_mask_that_is_none_is_replaced_by_the_background(
     assert text.startswith("The brain mask sub-01_desc-brain_mask.nii.gz of another pipeline has ")
 
 
-def test_a_given_mask_that_is_none_is_replaced_by_extraction(
+def test_brain_mask_replaces_an_implausible_external_mask_by_extraction(
     brain: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, 18.0), tmp_path)
@@ -102,7 +102,7 @@ def test_a_given_mask_that_is_none_is_replaced_by_extraction(
     assert len(outputs.warnings) == 1
 
 
-def test_both_wrong_masks_are_told(
+def test_brain_mask_warns_of_both_implausible_masks(
     brain: np.ndarray, badly_stripped: np.ndarray, reference: Reference, tmp_path: Path
 ) -> None:
     wrong = given(grown(brain, -24.0), tmp_path)
@@ -110,14 +110,16 @@ def test_both_wrong_masks_are_told(
     assert (outputs.origin, len(outputs.warnings)) == ("extracted", 2)
 
 
-def test_a_plausible_given_mask_is_taken(brain: np.ndarray, reference: Reference, tmp_path: Path) -> None:
+def test_brain_mask_uses_a_plausible_external_mask(
+    brain: np.ndarray, reference: Reference, tmp_path: Path
+) -> None:
     outputs, mask = find_mask(brain, reference, tmp_path, external_mask=given(grown(brain, -6.0), tmp_path))
     np.testing.assert_array_equal(mask, grown(brain, -6.0))
     assert (outputs.origin, outputs.warnings) == ("given", {})
 
 
 @pytest.mark.parametrize("millilitres", [400, 2500])
-def test_a_scan_in_which_no_brain_is_found_is_refused_by_name(
+def test_brain_mask_refuses_a_scan_without_plausible_brain(
     millilitres: int, brain: np.ndarray, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = np.zeros(NATIVE_SHAPE, bool)
@@ -129,7 +131,9 @@ def test_a_scan_in_which_no_brain_is_found_is_refused_by_name(
 
 
 @pytest.mark.parametrize("wrong", ["head", "scrap"])
-def test_a_t2w_image_falls_back_on_the_mask_of_its_t1w(wrong: str, brain: np.ndarray, tmp_path: Path) -> None:
+def test_register_to_anchor_uses_the_t1w_mask_for_an_implausible_t2w_mask(
+    wrong: str, brain: np.ndarray, tmp_path: Path
+) -> None:
     t2w = t2w_like(brain)
     if wrong == "head":
         distance = ndimage.distance_transform_edt(brain == 0) * 3.0
@@ -193,7 +197,9 @@ REFUSED = r"^/data/sub-phantom_T1w.nii.gz: shows no brain: "
 
 @pytest.mark.parametrize("angle", [0.0, 40.0])
 @pytest.mark.parametrize("kind", PHANTOMS)
-def test_a_phantom_is_refused_by_name(kind: str, angle: float, reference: Reference, tmp_path: Path) -> None:
+def test_register_to_reference_interface_refuses_a_phantom(
+    kind: str, angle: float, reference: Reference, tmp_path: Path
+) -> None:
     centre = np.array([-119.0, 116.0, 76.0])  # of the reference brain
     pull = translation(-centre) @ rotation_about(centre, (0.0, angle, 0.0))
     xfm = write_itk(tmp_path / "given.txt", pull)
@@ -203,9 +209,7 @@ def test_a_phantom_is_refused_by_name(kind: str, angle: float, reference: Refere
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PHANTOMS)
-def test_a_phantom_is_refused_wherever_it_is_registered(
-    kind: str, reference: Reference, tmp_path: Path
-) -> None:
+def test_register_interfaces_refuse_a_phantom(kind: str, reference: Reference, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=REFUSED):
         register_phantom(kind, reference, tmp_path)
 

@@ -64,14 +64,14 @@ def data(path: str | Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj)
 
 
-def test_the_image_is_taken_as_it_is_and_masked_as_given(earlier) -> None:
+def test_external_image_and_mask_are_used_unchanged(earlier) -> None:
     image, mask = data(earlier.t1w), data(earlier.mask)
     np.testing.assert_array_equal(data(earlier.anchor.brain), np.where(mask, image, 0))
     np.testing.assert_array_equal(data(earlier.anchor.own_mask), mask)
 
 
 @pytest.mark.parametrize("which", ["anchor", "other"])
-def test_results_go_back_to_the_raw_scan(earlier, which: str) -> None:
+def test_outputs_are_resampled_to_the_raw_scan(earlier, which: str) -> None:
     result = getattr(earlier, which)
     found = read_itk(result.to_sri24) @ BRAIN_CENTRE
     assert np.linalg.norm(found - known_move() @ BRAIN_CENTRE) < 1.0
@@ -85,12 +85,12 @@ def test_the_masks_lie_on_the_raw_grids(earlier) -> None:
     assert dice(data(earlier.other.native_mask) > 0, data(earlier.raw_t2w) > 0) > 0.93
 
 
-def test_an_aligned_t2w_follows_its_anchor_exactly(earlier) -> None:
+def test_aligned_t2w_has_the_transform_of_its_anchor(earlier) -> None:
     assert Path(earlier.other.xfm).read_text() == Path(earlier.anchor.xfm).read_text()
     assert dice(data(earlier.other.brain_mask) > 0, data(earlier.anchor.brain_mask) > 0) > 0.99
 
 
-def test_a_given_transform_is_taken_as_it_is(earlier, reference: Reference, tmp_path: Path) -> None:
+def test_external_transform_is_used_unchanged(earlier, reference: Reference, tmp_path: Path) -> None:
     xfm = write_itk(tmp_path / "given.txt", known_move())
     mask = data(earlier.raw_t1w) > 0
     result = run(

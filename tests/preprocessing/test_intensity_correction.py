@@ -52,7 +52,7 @@ def in_scanner_units(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("snr", [8, 20, 40])
-def test_noise_in_the_air_goes_and_the_head_stays(snr):
+def test_mask_background_sets_air_to_0_and_keeps_the_head(snr):
     image = in_scanner_units(uniform_image(snr))
     air = RADIUS > 86
     assert np.std(image[air]) == pytest.approx(4095 / np.sqrt(12), rel=0.01)  # uniform
@@ -65,20 +65,20 @@ def test_noise_in_the_air_goes_and_the_head_stays(snr):
 
 
 @pytest.mark.parametrize("value", [0, 2048])
-def test_an_image_without_noise_in_the_air_is_left_as_it_is(value):
+def test_mask_background_leaves_an_image_without_noise_unchanged(value):
     image = np.where(RADIUS > 86, np.float32(value), in_scanner_units(uniform_image(20)))
     masked, fraction = mask_background(image, AFFINE)
     assert fraction == 0
     np.testing.assert_array_equal(masked, image)
 
 
-def test_noise_alone_is_left_as_it_is():
+def test_mask_background_leaves_pure_noise_unchanged():
     noise = np.random.default_rng(0).uniform(0, 4095, (40, 40, 40)).astype(np.float32)
     assert mask_background(noise, AFFINE)[1] == 0
 
 
 @pytest.mark.parametrize("units", [in_scanner_units, np.float32], ids=["scanner", "ratio"])
-def test_scan_is_read_with_its_background_masked(tmp_path: Path, units):
+def test_read_scan_masks_the_background_of_mp2rage(tmp_path: Path, units):
     path = save(tmp_path / "sub-01_UNIT1.nii.gz", np.asarray(units(uniform_image(20)), np.float32), AFFINE)
     scan = read_scan(path)
     assert scan.data.min() == 0
@@ -87,7 +87,7 @@ def test_scan_is_read_with_its_background_masked(tmp_path: Path, units):
     assert not is_skull_stripped(scan.data, scan.affine)
 
 
-def test_background_that_is_not_a_number_becomes_0_in_a_ratio_image(tmp_path: Path):
+def test_read_scan_sets_nan_background_to_0(tmp_path: Path):
     image = np.where(RADIUS > 86, np.nan, uniform_image(20)).astype(np.float32)
     scan = read_scan(save(tmp_path / "sub-01_UNIT1.nii.gz", image, AFFINE))
     assert np.all(scan.data[RADIUS > 86] == 0)
@@ -96,7 +96,7 @@ def test_background_that_is_not_a_number_becomes_0_in_a_ratio_image(tmp_path: Pa
     assert scan.notes == (f"{np.sum(RADIUS > 86):,} NaN or infinite voxels of the background were set to 0.",)
 
 
-def test_other_images_keep_their_background(tmp_path: Path):
+def test_read_scan_keeps_the_background_of_other_images(tmp_path: Path):
     image = in_scanner_units(uniform_image(20))
     scan = read_scan(save(tmp_path / "sub-01_T1w.nii.gz", image, AFFINE))
     np.testing.assert_array_equal(scan.data, image)
@@ -111,5 +111,5 @@ def test_other_images_keep_their_background(tmp_path: Path):
         ("sub-01_inv-1_MP2RAGE.nii.gz", False),
     ],
 )
-def test_image_is_known_by_its_suffix(name, expected):
+def test_is_uniform_image_reads_the_suffix(name, expected):
     assert is_uniform_image(f"/UNIT1/{name}") is expected
