@@ -114,8 +114,8 @@ def write_scores(
     write_tsv(folder / f"{stem}_histogram.tsv", histogram_table(edges, healthy, lesion))
     detected = 0
     if lesions is not None:
-        table = lesions.assign(found_share=rng.uniform(-0.5, 1, len(lesions)).clip(0).round(4))
-        table["detected"] = (table["found_share"] > 0).astype(int)
+        table = lesions.assign(detected_fraction=rng.uniform(-0.5, 1, len(lesions)).clip(0).round(4))
+        table["detected"] = (table["detected_fraction"] > 0).astype(int)
         detected = int(table["detected"].sum())
         write_tsv(folder / f"{stem}_lesions.tsv", table[list(LESION_COLUMNS)])
     row = {

@@ -32,6 +32,8 @@ REMEDY = "run the participant level again for this subject"
 """Remedy for unreadable tables of the participant level."""
 MISSING = frozenset({"n/a", "nan", ""})
 """Texts of missing values in tables."""
+DEPRECATED_COLUMNS = {"model_has_met": "seen_in_training", "found_share": "detected_fraction"}
+"""Names of columns in tables of earlier versions, and their present names."""
 ABANDONED_AFTER = 24 * 3600.0
 """Time in s after which a temporary file of a process on another host counts as abandoned."""
 
@@ -326,6 +328,8 @@ def sha256_of(path: Path) -> str:
 def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
     """Read columns of a tab-separated table as text, several times faster than pandas for small tables.
 
+    Columns with deprecated names (`DEPRECATED_COLUMNS`) are read under their present names.
+
     Parameters
     ----------
     path : pathlib.Path
@@ -352,7 +356,7 @@ def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ())
     except UnicodeDecodeError as error:
         raise InputError(path, f"not a text file ({error})", REMEDY) from error
     lines = list(filter(None, lines))
-    header = lines[0].split("\t") if lines else []
+    header = [DEPRECATED_COLUMNS.get(name, name) for name in lines[0].split("\t")] if lines else []
     missing = [name for name in names if name not in header]
     if missing:
         raise InputError(path, f"no column {', '.join(missing)}", REMEDY)

@@ -49,7 +49,7 @@ LESION_COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Volume of the lesion inside the brain mask, SRI24 space",
         "Units": "mm^3",
     },
-    "found_share": {"Description": "Fraction of the lesion voxels above the threshold"},
+    "detected_fraction": {"Description": "Fraction of the lesion voxels above the threshold"},
     "detected": {"Description": "1 if at least one lesion voxel is above the threshold, else 0"},
     "contrast": {
         "Description": "Mean intensity of the preprocessed image in the lesion minus the mean in the "
@@ -146,7 +146,7 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "icvs_wm": {"Description": "Fraction of white matter in the brain mask"},
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "native_brain_volume_mm3": {"Description": "Volume of the brain mask in native space", "Units": "mm^3"},
-    "kept_share": {
+    "kept_fraction": {
         "Description": "Fraction of the brain mask inside the SRI24 grid and the field of view of the image"
     },
     "outside_fov_fraction": {

@@ -29,7 +29,7 @@ CONTRASTS = {"below 0.5": 0.5, "0.5 to 1": 1.0, "1 to 2": 2.0, "2 and above": np
 SMALL_QUANTILE = 0.25
 SMALLEST = "smallest quarter"
 
-_TABLE_COLUMNS = ("lesion", "volume_mm3", "found_share", "detected", "contrast")
+_TABLE_COLUMNS = ("lesion", "volume_mm3", "detected_fraction", "detected", "contrast")
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
@@ -64,8 +64,8 @@ MISSED_COLUMNS: dict[str, dict[str, Any]] = {
     "n_detectors": {"Description": "Number of detectors of this modality"},
     "n_participants": {"Description": "Number of participants with lesions of this group"},
     "n_lesions": {"Description": "Number of lesions of this group"},
-    "missed_share": {"Description": "Fraction of these lesions that no detector detects"},
-    **interval_columns("missed_share", "fraction of missed lesions", share=True),
+    "missed_fraction": {"Description": "Fraction of these lesions that no detector detects"},
+    **interval_columns("missed_fraction", "fraction of missed lesions", share=True),
 }
 
 
@@ -158,7 +158,7 @@ def lesion_sensitivity(lesions: pd.DataFrame, subjects: pd.DataFrame, *, seed: i
         n=1.0,
         detected=lesions["detected"],
         volume=lesions["volume_mm3"],
-        detected_volume=lesions["volume_mm3"] * lesions["found_share"],
+        detected_volume=lesions["volume_mm3"] * lesions["detected_fraction"],
     )
     rows = []
     for factor, levels in groups.items():
@@ -209,7 +209,7 @@ def missed_by_all(lesions: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             totals = part.groupby("participant_id", observed=True)[["n", "missed"]].sum().reset_index()
             row = {"modality": modality, "lesions": name, "volume_limit_mm3": part["volume_mm3"].max()}
             row |= {"n_detectors": n_detectors, "n_participants": len(totals), "n_lesions": len(part)}
-            rows.append(row | _fraction("missed_share", totals, "missed", "n", seed))
+            rows.append(row | _fraction("missed_fraction", totals, "missed", "n", seed))
     return pd.DataFrame(rows, columns=list(MISSED_COLUMNS))
 
 

@@ -26,6 +26,7 @@ _METRICS_COLUMNS = (
     "app_version",
     "threshold",
     "threshold_name",
+    "seen_in_training",
     "brain_volume_mm3",
     "anomaly_volume_mm3",
     "lesion_volume_mm3",
@@ -36,13 +37,11 @@ _METRICS_COLUMNS = (
 )
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
 """Columns that depend on the minimum lesion volume."""
-_SEEN = ("seen_in_training", "model_has_met")
-"""Name of the column on training data, and its deprecated name."""
-_OPTIONAL_COLUMNS = ("scanner_seen", *_SEEN, *_COUNTING_COLUMNS)
+_OPTIONAL_COLUMNS = ("scanner_seen", *_COUNTING_COLUMNS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """Counts that are not comparable in tables without a minimum lesion volume."""
-_TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name")
+_TEXTS = ("preset", "model_sha256", "app_version", "source_image", "threshold_name", "seen_in_training")
 _HISTOGRAM_COLUMNS = ("score_lower", "score_upper", "n_nonlesion", "n_lesion")
 
 
@@ -219,9 +218,6 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     if not np.isfinite(threshold):
         raise InputError(path, "no threshold", REMEDY)
     texts = {key: row[key] for key in _TEXTS}
-    seen = next((row[column] for column in _SEEN if row[column] not in MISSING), None)
-    if seen is None:
-        raise InputError(path, f"no column {_SEEN[0]}", REMEDY)
     return UnitScores(
         path=path,
         prefix=name["prefix"],
@@ -235,7 +231,6 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         n_lesion=n_lesion,
         threshold=threshold,
         scanner_seen=None if row["scanner_seen"] in MISSING else row["scanner_seen"],
-        seen_in_training=seen,
         **texts,
         **numbers,
     )

@@ -110,7 +110,7 @@ def assess_quality(
         ``restarted``, ``rotation_degrees``, ``skull_stripped``, ``brain_mask_origin``,
         ``outside_fov_fraction`` (of the reference brain), ``mask_overlap`` (Dice of the brain with the
         reference brain), ``brain_volume_mm3`` (on the SRI24 grid), ``native_brain_volume_mm3``,
-        ``kept_share`` (fraction of the native brain volume that is on the SRI24 grid), the metrics of
+        ``kept_fraction`` (fraction of the native brain volume that is on the SRI24 grid), the metrics of
         `image`, ``warnings`` (list of sentences), and ``failures`` (those for which the scan is excluded).
     """
     volume = float(brain.sum())
@@ -166,7 +166,7 @@ def assess_quality(
         "mask_overlap": round(overlap, 4),
         "brain_volume_mm3": volume,
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
-        "kept_share": round(kept, 4),
+        "kept_fraction": round(kept, 4),
         **{name: round(value, 4) for name, value in image.items()},
         "warnings": [*warnings, *(text for text, (warned, _) in checks.items() if warned)],
         "failures": [

@@ -12,6 +12,7 @@ import pandas as pd
 
 from bids_uad.dataset.lesion_masks import written_mask
 from bids_uad.dataset.naming import PREFIX_ENTITIES
+from bids_uad.files import DEPRECATED_COLUMNS
 from bids_uad.reports.group_text import detector_name
 from bids_uad.space import NAME
 
@@ -173,11 +174,7 @@ def _detection(start: Path, modality: str, detector: str) -> Detection:
         _existing(start, f"_desc-{desc}_histogram.tsv"),
         {}
         if metrics is None
-        else pd.read_csv(metrics, sep="\t")
-        .rename(columns={"model_has_met": "seen_in_training"})
-        .iloc[0]
-        .dropna()
-        .to_dict(),
+        else pd.read_csv(metrics, sep="\t").rename(columns=DEPRECATED_COLUMNS).iloc[0].dropna().to_dict(),
         {} if mask is None else read_sidecar(mask),
     )
 

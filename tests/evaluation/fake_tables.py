@@ -163,7 +163,7 @@ def write_cohort(
                     {
                         "lesion": [1, 2, 3],
                         "volume_mm3": volumes,
-                        "found_share": np.where(np.arange(3) < n_found, 0.5, 0.0),
+                        "detected_fraction": np.where(np.arange(3) < n_found, 0.5, 0.0),
                         "detected": (np.arange(3) < n_found).astype(int),
                         "contrast": [1.5, -0.7, 0.2 * index],
                     }

@@ -49,7 +49,7 @@ def drawn(tmp_path) -> pd.DataFrame:
                     {
                         "lesion": np.arange(1, n + 1),
                         "volume_mm3": volume,
-                        "found_share": found,
+                        "detected_fraction": found,
                         "detected": (found > 0).astype(int),
                         "contrast": contrast,
                     }
@@ -137,12 +137,12 @@ def test_missed_by_all_agrees_with_sums_by_hand(tmp_path, drawn):
     assert {"lesions", *table} == set(MISSED_COLUMNS)
     both = drawn.groupby(["who", "k"]).agg(volume=("volume", "first"), best=("found", "max"))
     assert table.loc[ALL, "n_lesions"] == len(both)
-    assert table.loc[ALL, "missed_share"] == pytest.approx((both["best"] == 0).mean())
+    assert table.loc[ALL, "missed_fraction"] == pytest.approx((both["best"] == 0).mean())
     limit = np.quantile(both["volume"], 0.25)
     small = both[both["volume"] <= limit]
     row = table.loc[SMALLEST]
     assert row["n_lesions"] == len(small)
-    assert row["missed_share"] == pytest.approx((small["best"] == 0).mean())
+    assert row["missed_fraction"] == pytest.approx((small["best"] == 0).mean())
     assert row["volume_limit_mm3"] == small["volume"].max()
     assert row["n_detectors"] == 2
 
@@ -153,7 +153,14 @@ def test_missed_by_all_excludes_images_not_scored_by_all_detectors(tmp_path, dra
     table = missed_by_all(read(tmp_path).lesions.table, seed=0).set_index("lesions")
     others = drawn[drawn["who"] != "00"].groupby(["who", "k"])["found"].max()
     assert table.loc[ALL, "n_lesions"] == len(others)
-    assert table.loc[ALL, "missed_share"] == pytest.approx((others == 0).mean())
+    assert table.loc[ALL, "missed_fraction"] == pytest.approx((others == 0).mean())
+
+
+def test_deprecated_column_of_lesion_tables_is_read(tmp_path, drawn):
+    expected = read(tmp_path).lesions.table
+    for path in tmp_path.rglob("*_lesions.tsv"):
+        path.write_text(path.read_text().replace("\tdetected_fraction\t", "\tfound_share\t"))
+    pd.testing.assert_frame_equal(read(tmp_path).lesions.table, expected)
 
 
 def test_outputs_of_early_versions_without_lesion_tables_are_counted(tmp_path, drawn):

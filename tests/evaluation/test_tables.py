@@ -50,6 +50,12 @@ def test_find_metrics_tables_skips_hidden_files_and_other_participants(tmp_path)
     assert find_metrics_tables(tmp_path, frozenset({"sub-02"})) == [path]
 
 
+def test_deprecated_column_on_training_data_is_read(tmp_path):
+    path = Scan("01", seen_in_training="validation").write(tmp_path)
+    path.write_text(path.read_text().replace("\tseen_in_training\t", "\tmodel_has_met\t"))
+    assert read_unit(path, NO_PARTICIPANTS).seen_in_training == "validation"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [

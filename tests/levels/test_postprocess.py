@@ -347,7 +347,7 @@ def test_lesion_table_agrees_with_loops_over_voxels(scan):
         own = points[k]
         hits = sum(bool(found[tuple(point)]) for point in own)
         assert row.volume_mm3 == len(own)
-        assert row.found_share == pytest.approx(hits / len(own))
+        assert row.detected_fraction == pytest.approx(hits / len(own))
         assert row.detected == (hits > 0)
         shell = image[tuple(everywhere[apart & (cdist(everywhere, own).min(axis=1) <= 6)].T)].astype(float)
         inside = image[tuple(own.T)].astype(float)

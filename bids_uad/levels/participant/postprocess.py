@@ -439,7 +439,7 @@ def lesion_table(lesion: np.ndarray, mask: np.ndarray, image: np.ndarray, brain:
         {
             "lesion": measures["index"],
             "volume_mm3": measures["volume_mm3"],
-            "found_share": fraction,
+            "detected_fraction": fraction,
             "detected": (fraction > 0).astype(int),
             "contrast": lesion_contrasts(labels, image, brain),
             **{axis: measures[axis] for axis in ("centroid_x", "centroid_y", "centroid_z")},
