@@ -240,5 +240,5 @@ def test_job_scripts_are_not_written_where_they_cannot_run(tmp_path, part, plugi
     if part in fine:
         make_plugin(config, print)
         return
-    with pytest.raises(ConfigError, match="jobs of a cluster cannot use; choose another with -w"):
+    with pytest.raises(ConfigError, match="cluster jobs cannot use; choose another with -w"):
         make_plugin(config, print)
