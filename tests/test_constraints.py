@@ -99,7 +99,7 @@ def test_annotations_allow_and_describe(annotation, good, bad, words):
         (Annotated[str, OneOf("a")], True),
     ],
 )
-def test_types_of_numbers_and_texts_alone_are_no_constraints(annotation, constrained):
+def test_plain_number_and_text_types_are_not_constrained(annotation, constrained):
     assert is_constrained(annotation) is constrained
 
 

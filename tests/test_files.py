@@ -19,7 +19,7 @@ from bids_uad.files import (
 )
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     target = write_text(tmp_path / "table.tsv", "old")
 
     def fail():
@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert target.read_text() == "old"
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
+def test_remove_unfinished_removes_only_files_of_killed_processes(tmp_path):
     process = mp.get_context("fork").Process(target=leave_half, args=(tmp_path,))
     process.start()
     process.join()
@@ -63,7 +63,7 @@ def leave_half(folder):
 @pytest.mark.parametrize(
     ("hours", "held", "removed"), [(0, False, False), (23, False, False), (25, False, True), (0, True, True)]
 )
-def test_a_file_of_another_host_is_removed_after_a_day_or_under_a_lock(tmp_path, hours, held, removed):
+def test_remove_unfinished_of_another_host_after_a_day_or_under_a_lock(tmp_path, hours, held, removed):
     path = tmp_path / ".abcdef-1-012345.sub-01_T1w.nii.gz"
     path.write_text("half")
     os.utime(path, (time.time() - 3600 * hours,) * 2)
@@ -71,7 +71,7 @@ def test_a_file_of_another_host_is_removed_after_a_day_or_under_a_lock(tmp_path,
     assert path.exists() is not removed
 
 
-def test_files_that_belong_together_appear_together_or_not_at_all(tmp_path):
+def test_atomic_paths_replace_all_files_or_none(tmp_path):
     targets = [write_text(tmp_path / name, "old") for name in ("weights", "card", "bundle.json")]
     write_text(tmp_path / "calibration.json", "old")
 
@@ -94,7 +94,7 @@ def test_files_that_belong_together_appear_together_or_not_at_all(tmp_path):
     )
 
 
-def test_a_temporary_folder_is_removed_unless_it_was_renamed(tmp_path):
+def test_temporary_folder_is_removed_unless_renamed(tmp_path):
     with temporary_folder(tmp_path, "slices") as folder:
         (folder / "pixels").write_text("x")
     assert list(tmp_path.iterdir()) == []
@@ -104,7 +104,7 @@ def test_a_temporary_folder_is_removed_unless_it_was_renamed(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_that_no_other_program_could_read_is_not_written(tmp_path, value):
+def test_write_json_refuses_nan_and_infinity(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "sidecar.json", {"Threshold": [1.0, value]})
     assert not list(tmp_path.iterdir())

@@ -708,7 +708,7 @@ class Finished:
     out: Path
     work: Path
     code: int
-    told: str
+    messages: str
 
     def run(self, *extra: str) -> int:
         arguments = [str(self.raw), str(self.out), "participant", "-w", str(self.work), "--device", "cpu"]
@@ -721,8 +721,8 @@ def finished(tmp_path_factory):
     raw = write_odd_dataset(folder / "raw")
     reference = fake_reference(folder / "reference")
     sha256_of.cache_clear()
-    told = folder / "told.txt"
-    with pytest.MonkeyPatch.context() as patch, told.open("w") as stream:
+    messages = folder / "messages.txt"
+    with pytest.MonkeyPatch.context() as patch, messages.open("w") as stream:
         patch.setattr(workflow, "init_preproc_wf", init_reading_wf)
         patch.setattr(workflow, "init_derivatives_wf", init_recording_wf)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
@@ -741,7 +741,7 @@ def finished(tmp_path_factory):
             for number, copy in saved.items():
                 os.dup2(copy, number)
                 os.close(copy)
-    return Finished(raw, folder / "out", folder / "work", code, told.read_text())
+    return Finished(raw, folder / "out", folder / "work", code, messages.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -755,7 +755,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def test_the_table_is_long_enough():
+def test_number_of_odd_inputs():
     assert len(CASES) >= 120
     assert len({row.label for row in ROWS}) == len(ROWS)
 
@@ -779,28 +779,28 @@ def test_outcome_of_each_odd_input(finished, collection, row, name):
     assert not list(written.glob(f"{path.name.split('.')[0]}_*")) if name else not written.exists()
     if outcome == LEFT_OUT:
         assert collection.left_out[path].startswith(message)
-        assert squeezed(collection.left_out[path]) in squeezed(finished.told)
+        assert squeezed(collection.left_out[path]) in squeezed(finished.messages)
     elif name:
         # Of images with the same entities, the message starts with one and names all others.
         own = [problem for problem in problems if path.name in problem]
         assert len(own) == 1
         assert not message or own[0].startswith(f"{path}: {message}"), own[0]
-        assert squeezed(own[0]) in squeezed(finished.told)
+        assert squeezed(own[0]) in squeezed(finished.messages)
         assert "\n" not in own[0]
     else:
         assert [p[: len(message.format(finished.raw))] for p in problems] == [message.format(finished.raw)]
-        assert squeezed(problems[0]) in squeezed(finished.told)
+        assert squeezed(problems[0]) in squeezed(finished.messages)
 
 
-def test_the_run_says_all_in_lines_and_its_exit_code_is_true(finished):
+def test_run_reports_every_image_in_one_line_and_returns_1(finished):
     assert finished.code == 1
-    assert "Traceback" not in finished.told
-    assert "Error:" not in finished.told
+    assert "Traceback" not in finished.messages
+    assert "Error:" not in finished.messages
     for warning in ("RuntimeWarning", "ComplexWarning", "UserWarning"):
-        assert warning not in finished.told
+        assert warning not in finished.messages
 
 
-def test_nothing_is_written_about_what_was_not_taken(finished, collection):
+def test_unusable_images_have_no_outputs(finished, collection):
     kept = {unit.key for unit in collection.units}
     written = {path.name.removesuffix("_read.json") for path in finished.out.rglob("*_read.json")}
     assert written == kept
@@ -809,9 +809,9 @@ def test_nothing_is_written_about_what_was_not_taken(finished, collection):
 
 
 @pytest.mark.parametrize(("label", "message"), SIDECAR_MESSAGES.items())
-def test_a_sidecar_that_cannot_be_read_is_named_and_not_used(finished, label, message):
+def test_unreadable_sidecar_is_reported_and_ignored(finished, label, message):
     path = finished.raw / f"sub-{label}/anat/sub-{label}_T1w.json"
-    assert squeezed(f"{path}: {message}") in squeezed(finished.told)
+    assert squeezed(f"{path}: {message}") in squeezed(finished.messages)
 
 
 def test_a_sidecar_with_a_byte_order_mark_is_used(collection):
@@ -830,7 +830,7 @@ def test_outputs_of_mp2rage_images_have_names_of_their_own(collection):
     assert {unit.modality for unit in own} == {"T1w"}
 
 
-def test_a_run_of_refused_inputs_alone_is_no_input(finished, collection, monkeypatch, capfd):
+def test_run_of_unusable_images_only_returns_no_input(finished, collection, monkeypatch, capfd):
     monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: pytest.fail("not reached"))
     subjects = {problem.subject for problem in collection.problems}
     subjects -= {unit.subject for unit in collection.units}
@@ -861,7 +861,7 @@ def test_dataset_description(tmp_path, monkeypatch, capfd, content, code, messag
     monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
     arguments = [str(tmp_path / "raw"), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "work")]
     assert main([*arguments, "--models", "none", "--device", "cpu", "--dry-run"]) == code
-    told = capfd.readouterr().err
-    assert squeezed(message) in squeezed(told)
-    assert "Traceback" not in told
+    messages = capfd.readouterr().err
+    assert squeezed(message) in squeezed(messages)
+    assert "Traceback" not in messages
     assert not (tmp_path / "out").exists()

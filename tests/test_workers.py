@@ -41,7 +41,7 @@ def runs(number: int) -> bool:
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
-def test_a_worker_is_gone_when_its_parent_was_killed(tmp_path, start_method, state):
+def test_worker_ends_when_its_parent_is_killed(tmp_path, start_method, state):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -56,7 +56,7 @@ def test_a_worker_is_gone_when_its_parent_was_killed(tmp_path, start_method, sta
         time.sleep(0.02)
 
 
-def test_a_pool_does_not_wait_for_its_work_when_the_block_raises():
+def test_worker_pool_is_killed_when_the_block_raises():
     begin = time.monotonic()
 
     def interrupted():

@@ -1,4 +1,4 @@
-"""The descriptor says what the parser says, is valid, and makes command lines that the parser takes."""
+"""Boutiques descriptor: up to date, valid, and consistent with the parser."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def simulated(capsys, tmp_path, invocation: dict) -> list[str]:
     return shlex.split(result.shell_command)
 
 
-def test_the_file_is_that_of_the_parser():
+def test_descriptor_file_is_up_to_date():
     written = json.loads(FILE.read_text(encoding="utf-8"))
     assert written == descriptor(), "run `make descriptor`"
 
 
-def test_it_is_valid_and_the_check_can_tell():
+def test_descriptor_is_valid():
     validate_descriptor(descriptor())
     broken = descriptor()
     del broken["inputs"][0]["type"]
@@ -38,7 +38,7 @@ def test_it_is_valid_and_the_check_can_tell():
         validate_descriptor(broken)
 
 
-def test_values_are_of_the_kind_that_the_parser_reads():
+def test_descriptor_types_match_the_parser():
     kinds = {item["id"]: (item["type"], item.get("integer", False)) for item in descriptor()["inputs"]}
     assert kinds["nprocs"] == kinds["random_seed"] == ("Number", True)
     assert kinds["min_lesion_volume"] == ("Number", False)
@@ -48,7 +48,7 @@ def test_values_are_of_the_kind_that_the_parser_reads():
     assert not {"notrack", "help", "version", "train_fraction"} & set(kinds)
 
 
-def test_its_command_line_is_understood(capsys, tmp_path):
+def test_command_line_of_the_descriptor_is_parsed(capsys, tmp_path):
     (tmp_path / "data").mkdir()
     invocation = {
         "bids_dir": str(tmp_path / "data"),

@@ -28,7 +28,7 @@ def arguments(tmp_path):
 
 @pytest.fixture
 def levels(monkeypatch):
-    """Replace the levels by functions that give or raise what a test sets."""
+    """Replace the levels by functions that return or raise the values set by a test."""
     outcomes, called = {}, []
 
     class Module:
@@ -56,20 +56,20 @@ def levels(monkeypatch):
         (UserError("x"), 70),
     ],
 )
-def test_errors_are_one_line_and_an_exit_code(arguments, levels, capsys, error, code):
+def test_user_error_is_one_line_and_an_exit_code(arguments, levels, capsys, error, code):
     levels[0]["run_participant"] = error
     assert cli.main([*arguments, "participant"]) == code
-    told = capsys.readouterr().err
-    assert told == f"bids_uad: {error}\n"
+    printed = capsys.readouterr().err
+    assert printed == f"bids_uad: {error}\n"
 
 
-def test_traceback_only_on_demand(arguments, levels, capsys):
+def test_traceback_with_vv_only(arguments, levels, capsys):
     levels[0]["run_participant"] = ConfigError("x")
     cli.main([*arguments, "participant", "-vv"])
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_group_runs_after_a_failed_participant_but_not_after_an_impossible_run(arguments, levels):
+def test_group_runs_after_exit_code_1_only(arguments, levels):
     outcomes, called = levels
     outcomes["run_participant"] = 1
     assert cli.main([*arguments, "group", "participant"]) == 1
@@ -80,18 +80,18 @@ def test_group_runs_after_a_failed_participant_but_not_after_an_impossible_run(a
     assert called == ["run_participant"]
 
 
-def test_a_bug_is_not_swallowed(arguments, levels):
+def test_other_exceptions_are_raised(arguments, levels):
     levels[0]["run_participant"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         cli.main([*arguments, "participant"])
 
 
-def test_interrupt(arguments, levels):
+def test_interrupt_returns_130(arguments, levels):
     levels[0]["run_participant"] = KeyboardInterrupt()
     assert cli.main([*arguments, "participant"]) == 130
 
 
-def test_module_runs_and_starts_light():
+def test_help_imports_no_heavy_modules():
     script = (
         "import sys; from bids_uad.cli.main import main\n"
         "for line in (['--version'], ['--help'], ['train', '--help']):\n"
@@ -139,7 +139,7 @@ def test_train_as_a_level_is_deprecated_and_runs(arguments, levels, capsys):
     assert levels[1] == ["run_train", "run_calibrate", "run_train"]
 
 
-def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
+def test_sigterm_returns_143(arguments, monkeypatch, capsys):
     def run(config):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
@@ -152,8 +152,8 @@ def test_sigterm_is_an_orderly_end(arguments, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_that_arrives_in_a_destructor_ends_the_run(arguments, monkeypatch, capsys, number, code):
-    """As they do where much is collected; Python drops what a destructor raises."""
+def test_signal_in_a_destructor_ends_the_run(arguments, monkeypatch, capsys, number, code):
+    """Python drops exceptions that a destructor raises."""
 
     class Interrupted:
         def __del__(self):
@@ -176,9 +176,7 @@ def test_a_signal_that_arrives_in_a_destructor_ends_the_run(arguments, monkeypat
     ("own", "spins"),
     [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
 )
-def test_waiting_threads_spin_a_while_unless_the_user_says_otherwise(
-    arguments, levels, monkeypatch, own, spins
-):
+def test_spin_count_is_set_unless_the_user_sets_a_wait_policy(arguments, levels, monkeypatch, own, spins):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

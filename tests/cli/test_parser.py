@@ -38,7 +38,7 @@ def test_defaults(parse, dataset, tmp_path):
     assert config.mem_gb > 0
 
 
-def test_labels_lose_their_prefix_and_duplicates(parse):
+def test_prefixes_and_duplicates_of_labels_are_removed(parse):
     config = parse("--participant-label", "sub-01", "02", "01", "--session-id", "ses-a")
     assert config.participants == ("01", "02")
     assert config.sessions == ("a",)
@@ -50,7 +50,7 @@ def test_execution_options(parse):
     assert (config.precision, config.batch_size, config.compiled) == ("bf16", 4, True)
 
 
-def test_levels_run_in_their_order(parse):
+def test_levels_are_sorted(parse):
     assert parse(levels=("group", "participant")).levels == ("participant", "group")
 
 
@@ -166,7 +166,7 @@ def test_version_and_help_succeed(capsys):
     assert "--participant-label" in capsys.readouterr().out
 
 
-def test_derivatives_split_at_the_first_sign_only():
+def test_parse_folders_splits_at_the_first_equals_sign():
     found = parse_folders(["lesions=/a/b=c/d", "/data/x=y/masks", "/plain/fmriprep"], "--derivatives")
     assert found == {
         "lesions": Path("/a/b=c/d"),
@@ -181,7 +181,7 @@ def test_ambiguous_derivatives_are_refused(items):
         parse_folders(items, "--derivatives")
 
 
-def test_experiments_are_folders_of_their_own(parse, tmp_path):
+def test_experiments_must_be_other_folders(parse, tmp_path):
     (tmp_path / "tenth").mkdir()
     config = parse("--experiments", str(tmp_path / "tenth"), f"again={tmp_path / 'tenth'}")
     assert set(config.experiments) == {"tenth", "again"}
@@ -192,14 +192,14 @@ def test_experiments_are_folders_of_their_own(parse, tmp_path):
         parse("--experiments", f"x={config.output_dir}")
 
 
-def test_derivatives_may_come_in_two_flags(parse, tmp_path):
+def test_derivatives_option_may_be_repeated(parse, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     config = parse("-d", f"one={tmp_path / 'a'}", "-d", f"two={tmp_path / 'b'}")
     assert set(config.derivatives) == {"one", "two"}
 
 
-def test_guards(parse, dataset, tmp_path):
+def test_invalid_folders_are_refused(parse, dataset, tmp_path):
     with pytest.raises(ConfigError, match="the output folder is the dataset itself"):
         parse(out=dataset)
     with pytest.raises(ConfigError, match="inside the dataset"):
@@ -228,7 +228,7 @@ def test_group_does_not_need_the_raw_dataset(parse, tmp_path):
     assert parse(levels=("group",), bids=tmp_path / "nowhere").levels == ("group",)
 
 
-def test_configuration_survives_toml(parse, tmp_path):
+def test_toml_round_trip(parse, tmp_path):
     (tmp_path / "l").mkdir()
     config = parse(
         "-d", f"lesions={tmp_path / 'l'}", "--models", "a", "b", "--batch-size", "5", "-vv", "--mem", "2G"
@@ -347,14 +347,14 @@ def test_run_config_has_a_constraint_for_every_field():
     )
 
 
-def test_a_seed_that_no_generator_takes_is_refused_in_one_line(parse):
+def test_negative_seed_is_refused(parse):
     with pytest.raises(
         ConfigError, match=r"'random_seed' .* in the range \[0, 4294967295\]\. Got -1 instead"
     ):
         parse("--random-seed", "-1")
 
 
-def test_least_lesion_volume(parse, capsys):
+def test_min_lesion_volume(parse, capsys):
     assert parse().min_lesion_volume == 3
     assert parse("--min-lesion-volume", "0").min_lesion_volume == 0
     assert parse("--min-lesion-volume", "12.5").min_lesion_volume == 12.5

@@ -138,11 +138,11 @@ class OneNode:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
 
 
-def _until(true, otherwise: str, told=str, seconds: float = 60) -> None:
+def _until(true, otherwise: str, describe=str, seconds: float = 60) -> None:
     """Wait until something is true."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, f"{otherwise}\n{told()}"
+        assert time.monotonic() < deadline, f"{otherwise}\n{describe()}"
         time.sleep(0.5)
 
 

@@ -116,7 +116,7 @@ def undisturbed(cluster, study, tmp_path_factory):
     return site
 
 
-def test_an_array_and_the_group_after_it_leave_all_outputs(undisturbed):
+def test_array_job_and_group_level_write_all_outputs(undisturbed):
     out = undisturbed.out
     assert {path.name for path in out.glob("sub-*.html")} == {f"sub-{label}.html" for label in LABELS}
     assert {path.name.split("_")[0] for path in out.rglob("*_metrics.tsv")} == {f"sub-{x}" for x in LABELS}
@@ -125,7 +125,7 @@ def test_an_array_and_the_group_after_it_leave_all_outputs(undisturbed):
     assert (out / "group.html").is_file()
 
 
-def test_killed_tasks_submitted_again_leave_what_an_undisturbed_run_leaves(undisturbed, site):
+def test_killed_and_resubmitted_tasks_equal_an_undisturbed_run(undisturbed, site):
     array = site.submit("--array=1-4")
     calls = site.folder / "calls.txt"
     deadline = time.monotonic() + 600
@@ -157,7 +157,7 @@ def done_in(out: Path) -> set[str]:
     return {path.name.split("_")[0] for path in out.rglob("*_metrics.tsv")}
 
 
-def test_memory_that_runs_out_is_told_as_such(site, hungry):
+def test_out_of_memory_is_reported(site, hungry):
     if not site.cluster.limits_memory:
         pytest.skip("control groups of version 1 limit no memory here")
     job = site.submit("--array=5", memory="2G")
@@ -168,7 +168,7 @@ def test_memory_that_runs_out_is_told_as_such(site, hungry):
 
 
 @pytest.mark.parametrize("plugin", ["slurm", "slurmgraph"])
-def test_steps_as_jobs_of_their_own(undisturbed, site, hungry, plugin):
+def test_nodes_as_separate_jobs(undisturbed, site, hungry, plugin):
     done = site.run(plugin, memory="1G")
     assert done_in(site.out) == {"sub-01"}, done.stderr
     mine, theirs = (content(folder / "sub-01") for folder in (site.out, undisturbed.out))

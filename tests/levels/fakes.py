@@ -39,7 +39,7 @@ from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
 THRESHOLD = 0.5
 HUNGER = 3 << 30
-"""Bytes."""
+"""Memory in bytes that the participant `hungry` requests."""
 
 
 def note(folder: str, line: str) -> None:
@@ -126,7 +126,7 @@ class FakePreproc(SimpleInterface):
 def init_fake_preproc_wf(
     *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, external, lesion_on_raw, extraction
 ):
-    """Same door as `preprocessing.workflow.init_preproc_wf`."""
+    """Replacement of `preprocessing.workflow.init_preproc_wf` with the same parameters."""
     workflow = LiterateWorkflow(name=name)
     inputnode = Node(IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = Node(IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
@@ -222,7 +222,7 @@ def fake_bundle(folder: Path, detector: str, modality: str, threshold: float = T
 
 
 def add_reference(bundle: Path) -> None:
-    """Give a fake bundle a reference: scores of 0.25 + 0.01 (age - 50) with a spread of 0.1 everywhere."""
+    """Add a normative reference: scores 0.25 + 0.01 (age - 50), standard deviation 0.1, at every voxel."""
     coefficients = np.zeros((len(TERMS), *GRID), np.float32)
     coefficients[0], coefficients[1] = 0.25, 0.1
     cohort = HealthyCohort(age_mean=50.0, age_range=(30.0, 60.0), sex_mean=0.0)

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that tests end or disturb, and what such runs leave."""
+"""Runs in separate processes that tests interrupt, and comparison of their outputs."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def with_signal(pid: int, number: int) -> None:
 
 
 BEFORE = {"group": "participant", "reports": "participant", "calibrate": "train"}
-"""The level whose output another works on."""
+"""Level whose outputs are the inputs of another."""
 
 
 class Bench:
-    """The inputs, and what an undisturbed run of each level leaves."""
+    """Inputs, and the outputs of an undisturbed run of each level."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -170,7 +170,7 @@ class Bench:
         return study
 
     def prepared(self, level: str, name: str, **places: Path) -> Study:
-        """Name folders for a level, with what the level before it leaves."""
+        """Name folders for a level, with the outputs of the level before it."""
         study = self.study(name)
         for place, folder in places.items():
             setattr(study, place, folder)

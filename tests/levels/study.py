@@ -87,7 +87,7 @@ class Study:
         )
 
     def run(self, level: str, *extra: str, **options) -> tuple[int, str]:
-        """Run one level to its end; give exit code and what was printed."""
+        """Run one level to its end; return exit code and printed text."""
         with self.start(level, *extra, **options) as process:
             said, _ = process.communicate(timeout=600)
         return process.returncode, said

@@ -1,4 +1,4 @@
-"""The record of an image: what is listed in it holds, and nothing that was written escapes it."""
+"""Completion records: outputs listed in them are up to date, and outdated files are removed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outputs_of(name: str) -> list[str]:
 
 
 def finish(out: Path, name: str, identity: str = "first", fingerprint: dict = OLD) -> None:
-    """Do what a run with one model does last: its files are there, and then the record."""
+    """Write outputs and then the record, as a run with one model does."""
     for file in (PREPROC, *outputs_of(name)):
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(identity)

@@ -40,12 +40,12 @@ def z_map(bench, subject):
     return nib.load(path).get_fdata(), json.loads(Path(str(path).replace(".nii.gz", ".json")).read_text())
 
 
-def test_scores_and_deviations_come_from_one_scoring(bench, capfd):
+def test_scores_and_deviations_share_one_anomaly_map(bench, capfd):
     assert bench.run(*BOTH) == 0
-    told = " ".join(capfd.readouterr().err.split())
-    assert "deviation of sub-02: age is not known; the mean of the reference (50 years) is used" in told
-    assert "deviation of sub-03: age is outside the range of the reference; 60 years is used" in told
-    assert "deviation of sub-03: sex is not known" in told
+    stderr = " ".join(capfd.readouterr().err.split())
+    assert "deviation of sub-02: age is not known; the mean of the reference (50 years) is used" in stderr
+    assert "deviation of sub-03: age is outside the range of the reference; 60 years is used" in stderr
+    assert "deviation of sub-03: sex is not known" in stderr
     assert sum(call.startswith("detect") for call in bench.take_calls()) == 3
 
     # The scores are 0, 0.75 and 1.5; those of people of 50, of 50 for want of an age, and of 60 for 75.
@@ -85,7 +85,7 @@ def test_the_outputs_pass_the_validator(bench):
     assert [(i["severity"], i["code"], i.get("location")) for i in issues] == []
 
 
-def test_another_age_makes_other_deviations_but_scores_nothing_again(bench):
+def test_changed_age_updates_deviations_without_scoring(bench):
     assert bench.run(*BOTH, "--participant-label", "01") == 0
     bench.take_calls()
     before, _ = z_map(bench, "sub-01")
@@ -107,22 +107,26 @@ def test_deviations_are_from_the_age_at_the_session(bench):
     for session, age in (("1", 35), ("2", 45), ("3", 41)):
         anat = bench.out / "sub-01" / f"ses-{session}" / "anat"
         sidecar = anat / f"sub-01_ses-{session}_space-SRI24_desc-T1wDisyreNormative_anomalymap.json"
-        told = json.loads(sidecar.read_text())
-        assert (told["NormativeAge"], told["NormativeSex"], told["NormativeRemarks"]) == (age, "female", [])
+        fields = json.loads(sidecar.read_text())
+        assert (fields["NormativeAge"], fields["NormativeSex"], fields["NormativeRemarks"]) == (
+            age,
+            "female",
+            [],
+        )
 
 
-def test_participants_that_cannot_be_read_stop_deviations_only(bench, capfd):
+def test_unreadable_participants_table_is_an_error_for_deviations_only(bench, capfd):
     (bench.raw / "participants.tsv").write_text("subject\tage\nsub-01\t50\n")
     assert bench.run(*BOTH, "--participant-label", "01") == 66
-    told = " ".join(capfd.readouterr().err.split())
-    assert "participants.tsv: no column participant_id (columns: subject, age); add it" in told
-    assert "Traceback" not in told
+    stderr = " ".join(capfd.readouterr().err.split())
+    assert "participants.tsv: no column participant_id (columns: subject, age); add it" in stderr
+    assert "Traceback" not in stderr
     assert bench.run("--deviation", "none", "--participant-label", "01") == 0
-    told = " ".join(capfd.readouterr().err.split())
-    assert "separate columns by tabs; the table is not used" in told
+    stderr = " ".join(capfd.readouterr().err.split())
+    assert "separate columns by tabs; the table is not used" in stderr
 
 
-def test_group_puts_both_side_by_side(bench):
+def test_group_compares_scores_and_deviations(bench):
     assert bench.run(*BOTH) == 0
     from bids_uad.cli.main import main
 
@@ -136,11 +140,11 @@ def test_group_puts_both_side_by_side(bench):
     assert "Disyre (Z)" in page
 
 
-def test_a_bundle_without_a_reference_is_refused_before_anything_is_touched(bench, capsys):
+def test_bundle_without_normative_reference_is_refused(bench, capsys):
     bench.dataset("sub-04/anat/sub-04_T2w.nii.gz")
     assert bench.run("--deviation", "normative") == 69
-    told = " ".join(capsys.readouterr().err.split())
-    assert "disyre-T2w has no normative reference" in told
+    stderr = " ".join(capsys.readouterr().err.split())
+    assert "disyre-T2w has no normative reference" in stderr
     assert not bench.out.exists()
     assert bench.take_calls() == []
 

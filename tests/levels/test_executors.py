@@ -163,7 +163,7 @@ def test_killed_run_leaves_no_worker_that_holds_the_interpreter_lock(tmp_path):
 
 
 def is_running(process_id):
-    """Say whether a process is there and no zombie (nobody may be left to bury it)."""
+    """Return whether a process is running and not a zombie."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -276,7 +276,7 @@ def test_plugin_file_examples_are_valid(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [
         ("plugin: Dask", "none of MultiProc, SLURM, SLURMGraph"),
         ("plugin_args: {}", "write 'plugin: SLURM'"),
@@ -286,10 +286,10 @@ def test_plugin_file_examples_are_valid(tmp_path, name, kind):
         ("SLURM", "write 'plugin: SLURM'"),
     ],
 )
-def test_invalid_plugin_files_are_refused(tmp_path, text, told):
+def test_invalid_plugin_files_are_refused(tmp_path, text, problem):
     path = tmp_path / "plugin.yml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=problem):
         read_plugin_file(path)
 
 
@@ -308,7 +308,7 @@ class _OnGpuOutputSpec(TraitedSpec):
 
 
 class OnGpu(SimpleInterface):
-    """Say when it had the GPU."""
+    """Record when the node occupied the GPU."""
 
     input_spec = _OnGpuInputSpec
     output_spec = _OnGpuOutputSpec

@@ -1,4 +1,4 @@
-"""The files that each kind of input leaves behind, compared with stored lists."""
+"""Output files of each kind of input, compared with stored lists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAW = {
 
 
 def derivatives(kind: str, folder: Path) -> list[str]:
-    """Write what comes with a kind of input; give the option that names it."""
+    """Write the derivatives of a kind of input; return the option that names them."""
     root = folder / kind
     if kind == "lesions":
         write_mask(root / "sub-01/anat/sub-01_label-lesion_mask.nii.gz")

@@ -77,7 +77,7 @@ def test_needs_no_images_and_of_the_raw_dataset_only_tables(study):
     assert (table.loc[table["cohort"] == "all", "n_healthy_scans"] == 2).all()
 
 
-def test_participants_that_it_wrote_are_never_read(study):
+def test_written_participants_tables_are_not_read(study):
     assert group(study)[0] == 0
     (study / "raw" / "participants.tsv").unlink()
     assert group(study)[0] == 0
@@ -147,7 +147,7 @@ def test_odd_and_plain_participants_give_the_same_tables(tmp_path):
     assert "column Gender: 30 values are 1 or 2 without a description" in page
 
 
-def test_columns_hold_at_the_session_of_an_image(tmp_path):
+def test_participant_columns_are_those_of_the_image_session(tmp_path):
     for session in ("1", "2"):
         Scan("01", session=session).write(tmp_path / "out")
     (tmp_path / "raw" / "sub-01").mkdir(parents=True)
@@ -209,7 +209,7 @@ def add_sessions(study):
         (add_sessions, take_the_participants_away),
     ],
 )
-def test_an_earlier_run_changes_nothing(tmp_path, between, final):
+def test_result_does_not_depend_on_earlier_runs(tmp_path, between, final):
     study = tmp_path / "study"
 
     def fresh():
@@ -237,7 +237,7 @@ def test_an_earlier_run_changes_nothing(tmp_path, between, final):
     assert contents(study / "out") == expected
 
 
-def test_same_input_same_tables(study):
+def test_run_is_reproducible(study):
     write_cohort(study / "out", study / "raw", n_lesion=5, n_voxels=20_000)  # enough for intervals
     day = "20260102-030405_x"
     group(study, run_id=day)
@@ -251,14 +251,14 @@ def test_same_input_same_tables(study):
     assert (study / "out" / "group_benchmark.tsv").read_bytes() != first
 
 
-def test_without_tables_it_says_what_to_do(tmp_path, caplog):
+def test_run_without_score_tables_names_the_remedy(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     assert group(tmp_path)[0] == 66
     assert "run the participant level first" in caplog.text
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_unreadable_table_is_told_and_counted(study, caplog):
+def test_unreadable_table_is_reported_and_counted(study, caplog):
     bad = next((study / "out" / "sub-01").rglob("*T1wDisyre_histogram.tsv"))
     bad.unlink()
     assert group(study)[0] == 1
@@ -273,7 +273,7 @@ def test_an_unreadable_table_is_told_and_counted(study, caplog):
     ]
 
 
-def test_everybody_is_left_out(tmp_path):
+def test_all_participants_excluded(tmp_path):
     Scan("01").write(tmp_path / "out")
     quality = tmp_path / "out/sub-01/anat/sub-01_space-SRI24_desc-T1wPreproc_qc.tsv"
     quality.write_text("exclude\texclude_reasons\nyes\tblurred\n")
@@ -283,7 +283,7 @@ def test_everybody_is_left_out(tmp_path):
     assert "1 scan excluded by quality control." in page
 
 
-def test_a_t2w_leaves_the_group_with_the_t1w_it_was_registered_to(tmp_path):
+def test_t2w_is_excluded_with_its_anchor(tmp_path):
     for subject in ("01", "02"):
         for modality in ("T1w", "T2w"):
             Scan(subject, modality).write(tmp_path / "out")
@@ -316,7 +316,7 @@ def test_participant_label_restricts_the_cohort(study):
     assert len(people) == 6
 
 
-def test_everyone_is_listed(study):
+def test_all_participants_are_listed(study):
     people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t").iloc[:-1]
     ghost = pd.DataFrame([{"participant_id": "sub-77", "group": "patient"}])
     pd.concat([people, ghost]).to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
@@ -370,13 +370,13 @@ def test_healthy_participants_file_with_other_columns_is_kept(tmp_path):
     assert subjects.loc[0, "role"] == "healthy"
 
 
-def test_other_models_are_compared_on_the_same_people(study):
+def test_experiments_are_compared_on_the_same_participants(study):
     write_cohort(study / "tenth", study / "raw", n_voxels=20_000, seed=0)
     for path in (study / "tenth").rglob("*Patchcore_*"):
         path.unlink()
     sidecar = study / "tenth/sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.json"
-    told = {"TrainingSubjects": 8, "TrainingFraction": 0.1, "HyperParameters": {"stride": 4}}
-    sidecar.write_text(json.dumps(told))
+    fields = {"TrainingSubjects": 8, "TrainingFraction": 0.1, "HyperParameters": {"stride": 4}}
+    sidecar.write_text(json.dumps(fields))
     out = study / "out"
     assert group(study, experiments={"tenth": study / "tenth"})[0] == 0
     table = pd.read_csv(out / "group_experiments.tsv", sep="\t")
@@ -420,7 +420,7 @@ def test_experiments_without_tables_are_refused(study):
         group(study, experiments={"reference": study / "out"})
 
 
-def test_cohorts_are_those_of_the_column_that_was_asked_for(study):
+def test_cohorts_are_values_of_the_requested_column(study):
     people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t")
     people["site"] = ["north", "south", "north", "south", "north", "south"]
     people.to_csv(study / "raw" / "participants.tsv", sep="\t", index=False, na_rep="n/a")
@@ -436,7 +436,7 @@ def test_cohorts_are_those_of_the_column_that_was_asked_for(study):
         group(study, cohort="hospital")
 
 
-def test_strata_come_from_scans_and_sidecars_too(study, caplog):
+def test_subgroups_from_scans_tables_and_sidecars(study, caplog):
     people = pd.read_csv(study / "raw" / "participants.tsv", sep="\t")
     anat = None
     for k, who in enumerate(people["participant_id"]):
@@ -471,7 +471,7 @@ def test_strata_come_from_scans_and_sidecars_too(study, caplog):
     assert "--subgroups shoe size: no such column" in (study / "out" / "group.html").read_text()
 
 
-def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
+def test_scanners_of_the_training_data_form_a_subgroup(tmp_path):
     rows = []
     for k in range(9):
         seen = ("seen", "unseen", None)[k // 3]
@@ -489,7 +489,7 @@ def test_scanners_that_models_have_seen_are_told_from_others(tmp_path):
     assert subgroups.loc["unseen", "hedges_g_ci_low"] > 0
 
 
-def test_tables_of_earlier_versions_say_nothing_about_scanners(study):
+def test_tables_of_earlier_versions_have_no_scanner_column(study):
     for path in (study / "out").rglob("*_metrics.tsv"):
         table = pd.read_csv(path, sep="\t").drop(columns="scanner_seen")
         table.to_csv(path, sep="\t", index=False, na_rep="n/a")
@@ -497,7 +497,7 @@ def test_tables_of_earlier_versions_say_nothing_about_scanners(study):
     assert pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")["scanner_seen"].isna().all()
 
 
-def test_lesions_are_told_by_size_where_their_tables_are_there(study):
+def test_lesions_are_grouped_by_size_if_their_tables_exist(study):
     assert group(study)[0] == 0
     out = study / "out"
     for name in ("lesions", "missed"):

@@ -1,4 +1,4 @@
-"""The group level reads the tables that a record lists, and says in one line which it leaves out."""
+"""Selection of the score tables that the group level reads, and the message about the others."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def forget_a_model(study: Path) -> None:
 
 
 def drop_content(study: Path) -> None:
-    """As `datalad drop` does: a link that leads nowhere is left."""
+    """Replace a file by a dangling link, as `datalad drop` does."""
     raw(study).unlink()
     raw(study).symlink_to("../.git/annex/objects/x")
 
@@ -131,7 +131,7 @@ def test_message_truncates_names(tmp_path):
 
 
 def test_tables_without_a_record_are_left_out_and_kept(study):
-    """Files that the participant level did not write are left alone, and not read."""
+    """A copied table belongs to no model of the participant level."""
     table = next(iter((study / "out").rglob("sub-02*T2wDisyre_metrics.tsv")))
     copy = table.with_name(table.name.replace("T2wDisyre", "T2wPatchcore"))
     copy.write_text(table.read_text().replace("disyre", "patchcore"))

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, and then started again, leave what an undisturbed run leaves."""
+"""Runs that are killed at random times and continued equal undisturbed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many kinds of scan in one dataset: those that cannot be used are told by name, all others are finished."""
+"""Many kinds of scans in one dataset: unusable ones are reported, all others processed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, -0.1, 0.3) * 4.
 
 
 def stored(data: np.ndarray, affine: np.ndarray = AFFINE, *, ending: str = ".nii.gz", endian: str = "<"):
-    """Give a function that stores an image in some way."""
+    """Return a function that stores an image in a certain format."""
 
     def make(folder: Path) -> Path:
         header = nib.Nifti1Header(endianness=endian)
@@ -83,15 +83,15 @@ def test_all_kinds_of_scan_in_one_run(tmp_path, capfd, monkeypatch):
     said = capfd.readouterr().err.splitlines()
     errors = [line for line in said if "│" not in line and "WARNING" not in line]
     for label, problem in problems.items():
-        told = [text for text in errors if f"sub-{label}" in text]
-        assert len(told) == 1, (label, told)
-        assert re.search(problem, told[0]), (problem, told)
+        own = [text for text in errors if f"sub-{label}" in text]
+        assert len(own) == 1, (label, own)
+        assert re.search(problem, own[0]), (problem, own)
     finished = {path.parts[-3] for path in bench.out.rglob("*_desc-T1wDisyre_anomalymap.nii.gz")}
     assert finished == {f"sub-{label}" for label in (*USUAL, "offgrid")}
 
 
 def place(raw: Path, label: str, make) -> bool:
-    """Let a function write its scan, and give it to a participant; say whether there is one."""
+    """Write a scan and assign it to a participant; return whether there is one."""
     folder = raw / f"sub-{label}" / "anat"
     folder.mkdir(parents=True, exist_ok=True)
     made = make(folder)

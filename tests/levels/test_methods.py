@@ -1,4 +1,4 @@
-"""The methods text of a dataset follows from the records of its images, whatever runs have written them."""
+"""Methods text of a dataset from the completion records of its images."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_methods_text_does_not_depend_on_the_order_of_records():
     # As they are read back.
     again = [json.loads(json.dumps(asdict(one))) for one in records]
     for one in again:
-        one["models"] = {name: ModelRecord(**told) for name, told in one["models"].items()}
+        one["models"] = {name: ModelRecord(**sidecar) for name, sidecar in one["models"].items()}
     read = [CompletionRecord(**one) for one in again]
     text = describe_methods(read)
     assert text == describe_methods(reversed(read)) == describe_methods(records)
@@ -126,14 +126,16 @@ def test_generated_texts_say_what_this_run_did(finished):
 def test_sidecars_say_what_this_run_did(finished):
     anat = finished.out / "sub-01" / "ses-b" / "anat"
     for path in anat.glob("*desc-T2wDisyreNormative_*.json"):
-        told = json.loads(path.read_text())
-        assert "not on this dataset" not in told["ThresholdSource"]
-        assert told["ThresholdCohort"] == "Here"
-    told = json.loads((anat / "sub-01_ses-b_space-SRI24_desc-T2wDisyreNormative_anomalymap.json").read_text())
-    assert "of the same age" not in told["Description"]
-    assert told["NormativeRemarks"]
-    told = json.loads((anat / "sub-01_ses-b_space-SRI24_desc-preproc_T2w.json").read_text())
-    assert "may exceed 1" in told["Description"]
+        sidecar = json.loads(path.read_text())
+        assert "not on this dataset" not in sidecar["ThresholdSource"]
+        assert sidecar["ThresholdCohort"] == "Here"
+    sidecar = json.loads(
+        (anat / "sub-01_ses-b_space-SRI24_desc-T2wDisyreNormative_anomalymap.json").read_text()
+    )
+    assert "of the same age" not in sidecar["Description"]
+    assert sidecar["NormativeRemarks"]
+    sidecar = json.loads((anat / "sub-01_ses-b_space-SRI24_desc-preproc_T2w.json").read_text())
+    assert "may exceed 1" in sidecar["Description"]
 
 
 def test_methods_text_describes_all_images_of_the_dataset(tmp_path, stand_ins):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Folders with spaces, brackets, quotes, letters of all kinds, and labels of participants in their names."""
+"""Paths with spaces, brackets, quotes, non-ASCII letters and participant labels."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Links(HTMLParser):
                 self.ids.add(value)
 
 
-def test_every_image_keeps_its_own_label_and_gets_all_outputs(finished):
+def test_every_image_has_all_outputs_under_its_label(finished):
     images = {path.name.split("_space-")[0] for path in finished.out.rglob("*_metrics.tsv")}
     assert images == {"sub-01", "sub-02"}
     assert len(list(finished.out.rglob("sub-*/anat/*_metrics.tsv"))) == 3
@@ -125,7 +125,7 @@ def test_dataset_links_and_sources_lead_to_the_files(finished):
         assert (roots.get(name, finished.out) / unquote(path)).is_file(), source
 
 
-def test_configuration_survives_its_file(finished):
+def test_configuration_file_round_trip(finished):
     (file,) = (finished.out / "logs").glob("bids_uad-*.toml")
     config = RunConfig.from_toml(file.read_text(encoding="utf-8"))
     assert (config.bids_dir, config.output_dir) == (finished.raw, finished.out)
@@ -133,7 +133,7 @@ def test_configuration_survives_its_file(finished):
     assert config.models == tuple(map(str, finished.models))
 
 
-def test_a_lost_file_is_made_again_from_the_working_folder(finished):
+def test_lost_file_is_restored_from_the_working_folder(finished):
     """The folders of nodes are found again, although the path holds the wildcards of a pattern."""
     calls = finished.folder / "calls.txt"
     calls.unlink()
@@ -146,7 +146,7 @@ def test_a_lost_file_is_made_again_from_the_working_folder(finished):
     assert not calls.exists()
 
 
-def test_a_crash_is_reported_with_its_file(finished, capsys):
+def test_failed_node_is_reported_with_its_crash_file(finished, capsys):
     name = "sub-crash/anat/sub-crash_T1w.nii.gz"
     write_dataset(finished.raw, {name: None})
     sha256_of.cache_clear()
@@ -231,7 +231,7 @@ def test_links_to_datasets_are_uris(tmp_path, part):
 
 @pytest.mark.parametrize("plugin", ["SLURM", "SLURMGraph"])
 @EVERY_PART
-def test_job_scripts_are_not_written_where_they_cannot_run(tmp_path, part, plugin):
+def test_slurm_plugins_refuse_work_folders_with_special_characters(tmp_path, part, plugin):
     file = tmp_path / "plugin.yml"
     file.write_text(f"plugin: {plugin}\n")
     folders = (tmp_path / "raw", tmp_path / "out", ("participant",), tmp_path / part / "work")

@@ -82,7 +82,7 @@ def bench(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, stand_ins):
-    """Give a finished run with sessions and ground truth, to be read only."""
+    """Return a finished run with sessions and ground truth, which tests must not change."""
     bench = Bench(tmp_path_factory.mktemp("finished"))
     bench.dataset(T1W, T2W, "sub-02/ses-a/anat/sub-02_ses-a_acq-x_run-1_T1w.nii.gz")
     write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz")
@@ -184,8 +184,8 @@ def test_broken_sidecar_of_a_lesion_mask_is_named_and_the_mask_is_used(bench, ca
     sidecar = mask.with_name("sub-01_label-lesion_mask.json")
     sidecar.write_text("{")
     assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", models=["none"]) == 0
-    told = "".join(capfd.readouterr().err.split())
-    assert f"{sidecar}:notvalidJSON" in told
+    stderr = "".join(capfd.readouterr().err.split())
+    assert f"{sidecar}:notvalidJSON" in stderr
     assert list(bench.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
 
 
@@ -299,12 +299,12 @@ def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
         *[f"sub-{name}/anat/sub-{name}_T1w.nii.gz" for name in names], "sub-crash/anat/sub-crash_T2w.nii.gz"
     )
     assert bench.run() == 1
-    told = " ".join(capfd.readouterr().err.split())
-    assert "ZeroDivisionError: nothing to divide by" in told
-    assert "was killed (SIGKILL), most likely because memory ran out" in told
-    assert "no brain was found; give a brain mask" in told
-    assert "sub-crash_T2w: not run" in told
-    assert "Traceback" not in told
+    stderr = " ".join(capfd.readouterr().err.split())
+    assert "ZeroDivisionError: nothing to divide by" in stderr
+    assert "was killed (SIGKILL), most likely because memory ran out" in stderr
+    assert "no brain was found; give a brain mask" in stderr
+    assert "sub-crash_T2w: not run" in stderr
+    assert "Traceback" not in stderr
     done = {path.name.split("_")[0] for path in bench.out.rglob("*_metrics.tsv")}
     assert done == {"sub-01", "sub-zz"}
     assert len(list((bench.out / "sub-crash" / "log").rglob("crash*.txt"))) == 1
@@ -320,10 +320,10 @@ def test_unusable_images_are_reported_and_the_others_processed(bench, capfd):
     constant = nib.load(bench.raw / T1W)
     nib.save(nib.Nifti1Image(np.full(constant.shape, 7, np.float32), constant.affine), bench.raw / T1W)
     assert bench.run() == 1
-    told = " ".join(capfd.readouterr().err.split()).replace(" ", "")
-    assert "sub-02_T1w.nii.gz" in told
-    assert "sub-01_T1w.nii.gz" in told
-    assert "sub-03:nousableT1worT2wimage" in told
+    stderr = " ".join(capfd.readouterr().err.split()).replace(" ", "")
+    assert "sub-02_T1w.nii.gz" in stderr
+    assert "sub-01_T1w.nii.gz" in stderr
+    assert "sub-03:nousableT1worT2wimage" in stderr
     # The T2w of a participant whose T1w is broken goes to the atlas directly.
     assert (bench.out / "sub-01/anat/sub-01_space-SRI24_desc-brain_mask.nii.gz").is_file()
     assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w", "preproc sub-01_T2w.nii.gz"]
@@ -339,9 +339,9 @@ def test_run_without_usable_images_returns_no_input(bench, capsys):
 def test_dry_run_writes_nothing(bench, capsys):
     bench.dataset(T1W, T2W)
     assert bench.run("--dry-run") == 0
-    told = capsys.readouterr().err
-    assert "to do" in told
-    assert "sub-01_T2w" in told
+    stderr = capsys.readouterr().err
+    assert "to do" in stderr
+    assert "sub-01_T2w" in stderr
     assert not bench.out.exists()
     assert bench.take_calls() == []
 
@@ -465,11 +465,11 @@ def test_masks_of_controls_and_empty_masks_are_reported(bench, capfd, monkeypatc
         path.parent.mkdir(parents=True)
         nib.save(space.to_image(truth, np.uint8), path)
     assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", "--modalities", "T1w") == 0
-    told = capfd.readouterr().err
-    assert "Empty lesion mask: sub-zero; Dice is 1 if no anomaly is detected" in told
-    assert "with a lesion in the lesion mask: sub-masked; they are evaluated as controls" in told
+    stderr = capfd.readouterr().err
+    assert "Empty lesion mask: sub-zero; Dice is 1 if no anomaly is detected" in stderr
+    assert "with a lesion in the lesion mask: sub-masked; they are evaluated as controls" in stderr
     table = {
-        label: next(line for line in told.splitlines() if f"sub-{label}_T1w" in line and "done" in line)
+        label: next(line for line in stderr.splitlines() if f"sub-{label}_T1w" in line and "done" in line)
         for label in groups
     }
     assert "Disyre 0.3 (empty mask)" in table["zero"]

@@ -40,7 +40,7 @@ def truncate_list(again: Bench) -> set[str]:
 
 
 def tables(again: Bench) -> set[str]:
-    """Detectors whose tables are there."""
+    """Detectors with metrics tables on disk."""
     return {path.name.split("desc-")[1].split("_")[0] for path in find_metrics_tables(again.out)}
 
 
@@ -83,7 +83,7 @@ def test_two_bundles_of_one_detector_replace_each_other(again):
 
 
 class Killed(FakeDetect):
-    """Ends as a detector does whose process is killed."""
+    """Detection whose process is killed."""
 
     def _run_interface(self, runtime):
         raise RuntimeError("killed")
@@ -134,7 +134,7 @@ def test_failed_run_leaves_no_outdated_outputs(again, patchcore, monkeypatch, ch
     assert truncate_list(again) == {DISYRE} | holding
 
 
-def test_deviations_follow_the_age(again, capfd):
+def test_changed_age_outdates_deviations(again, capfd):
     again.dataset(T1W)
     (again.raw / "participants.tsv").write_text("participant_id\tage\nsub-01\t40\n")
     add_reference(Path(again.models[0]))
@@ -170,7 +170,7 @@ def test_outputs_of_unselected_images_are_kept(again):
     assert truncate_list(again) == {DISYRE}
 
 
-def test_a_deleted_record_is_made_again(again):
+def test_deleted_record_is_written_again(again):
     again.dataset(T1W)
     assert again.run() == 0
     path = again.out / "sub-01" / "log" / "sub-01_T1w.json"
@@ -181,20 +181,20 @@ def test_a_deleted_record_is_made_again(again):
     assert on_disk(again) == record(again).files
 
 
-def test_a_session_without_a_usable_image_stays_in_the_report_of_the_others(again):
+def test_report_lists_sessions_without_usable_images(again):
     names = {session: f"sub-01/ses-{session}/anat/sub-01_ses-{session}_T1w.nii.gz" for session in "ab"}
     again.dataset(*names.values())
     (again.raw / names["a"]).write_bytes(b"not an image")
     assert again.run("--session-label", "a") == 66
     assert (again.out / "sub-01.html").is_file()
     assert again.run("--session-label", "b") == 0
-    told = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
-    assert [(image["image"], image["status"]) for image in told] == [
+    saved = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
+    assert [(image["image"], image["status"]) for image in saved] == [
         ("sub-01_ses-a_T1w", "unusable"),
         ("sub-01_ses-b_T1w", "done"),
     ]
-    assert names["a"].rsplit("/", 1)[1] in told[0]["message"]
+    assert names["a"].rsplit("/", 1)[1] in saved[0]["message"]
     write_image(again.raw / names["a"])
     assert again.run("--session-label", "a") == 0
-    told = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
-    assert [image["status"] for image in told] == ["done", "done"]
+    saved = json.loads((again.out / "sub-01" / "log" / "last_run.json").read_text())["images"]
+    assert [image["status"] for image in saved] == ["done", "done"]

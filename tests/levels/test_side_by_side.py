@@ -1,4 +1,4 @@
-"""Jobs that know nothing of each other work on one output folder, as the tasks of a cluster's array do."""
+"""Concurrent jobs with one output folder, such as the tasks of an array job."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_concurrent_jobs_keep_each_others_additions(tmp_path):
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """Outputs of participants and what is said about them, without the logs of runs."""
+    """Outputs of participants and their descriptions, without the logs of runs."""
     said = ("sub-", "README", "descriptions", "dataset_description", "logs/CITATION")
     return {name: text for name, text in content(out).items() if name.startswith(said)}
 
@@ -128,8 +128,8 @@ def test_one_job_per_session_equals_one_run(tmp_path):
     alone = call("alone", ())
     assert files_of(together) == files_of(alone) == files_of(backwards)
     for out in (together, backwards):
-        told = json.loads((out / "sub-01" / "log" / "last_run.json").read_text())
-        assert [image["image"] for image in told["images"]] == [
+        saved = json.loads((out / "sub-01" / "log" / "last_run.json").read_text())
+        assert [image["image"] for image in saved["images"]] == [
             "sub-01_ses-a_T1w",
             "sub-01_ses-a_T2w",
             "sub-01_ses-b_T2w",

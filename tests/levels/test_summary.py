@@ -78,9 +78,9 @@ def test_last_run_keeps_statuses_of_images_that_other_runs_processed(tmp_path, r
             run_id=f"run{number}",
         )
         save_last_run(config, "01", [ImageStatus("01", image, status, message=message)], "cpu")
-    told = json.loads(last_run_file(tmp_path / "out", "01").read_text())
-    assert told["run_id"] == f"run{len(runs) - 1}"
-    assert {image["image"]: image["status"] for image in told["images"]} == remembered
+    last_run = json.loads(last_run_file(tmp_path / "out", "01").read_text())
+    assert last_run["run_id"] == f"run{len(runs) - 1}"
+    assert {image["image"]: image["status"] for image in last_run["images"]} == remembered
 
 
 def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:

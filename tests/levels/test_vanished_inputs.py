@@ -80,10 +80,10 @@ def check_run(bench, capfd, path: Path, message: str, *options: str) -> None:  #
     given = [f"{name}={bench.folder / name}" for name in ("lesions", "fmriprep")]
     assert bench.run("-d", *given, *options, models=["none"]) == 1
     captured = capfd.readouterr()
-    told = squeezed(captured.err)
+    stderr = squeezed(captured.err)
     assert "Traceback" not in captured.err + captured.out
     assert "requires" not in captured.err
-    assert told.count(squeezed(f"{path}: {message}")) >= 1
+    assert stderr.count(squeezed(f"{path}: {message}")) >= 1
     assert (bench.out / "sub-02/log/sub-02_T1w.json").is_file()
     assert not (bench.out / "sub-01/log/sub-01_T1w.json").exists()
     assert not list((bench.out / "sub-01").rglob("*.nii.gz"))
@@ -96,9 +96,9 @@ def test_input_that_vanishes_before_it_is_hashed(dataset, monkeypatch, capfd, na
         vanish_before(monkeypatch, "resolve_reference", path, remove)
         given = [f"{other}={dataset.folder / other}" for other in ("lesions", "fmriprep")]
         assert dataset.run("-d", *given, models=["none"]) == 1
-        told = capfd.readouterr().err
-        assert squeezed(f"{path}: there is no such file (any more)") in squeezed(told)
-        assert "Traceback" not in told
+        stderr = capfd.readouterr().err
+        assert squeezed(f"{path}: there is no such file (any more)") in squeezed(stderr)
+        assert "Traceback" not in stderr
         assert (dataset.out / "sub-01/log/sub-01_T1w.json").is_file()
         assert not (dataset.out / "sub-01/log/sub-01_T2w.json").exists()
         return
@@ -123,13 +123,13 @@ def test_anchor_that_is_dropped_before_its_step(dataset, monkeypatch, capfd):
     )
 
 
-def test_a_run_whose_inputs_all_vanish_is_no_input(bench, monkeypatch, capfd):  # noqa: F811
+def test_run_whose_inputs_all_vanish_returns_no_input(bench, monkeypatch, capfd):  # noqa: F811
     bench.dataset(T1W, T2W)
     vanish_before(monkeypatch, "resolve_reference", bench.raw / T1W, remove)
     assert bench.run(models=["none"]) == 66
-    told = capfd.readouterr().err
-    assert squeezed(told).count(squeezed(f"{bench.raw / T1W}: there is no such file (any more)")) == 1
-    assert "Traceback" not in told
+    stderr = capfd.readouterr().err
+    assert squeezed(stderr).count(squeezed(f"{bench.raw / T1W}: there is no such file (any more)")) == 1
+    assert "Traceback" not in stderr
     assert not list(bench.out.rglob("*.nii.gz"))
 
 
@@ -177,7 +177,7 @@ def inputs_of_nodes(folder: Path) -> dict[str, tuple[type, dict[str, str], str]]
         "lesion in SRI24",
     ],
 )
-def test_each_node_names_the_input_that_is_not_there(tmp_path, monkeypatch, node):
+def test_interfaces_name_the_missing_input(tmp_path, monkeypatch, node):
     monkeypatch.chdir(tmp_path)
     interface, inputs, field = inputs_of_nodes(tmp_path)[node]
     missing = str(tmp_path / "gone.nii.gz")
