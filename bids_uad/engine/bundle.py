@@ -104,7 +104,7 @@ class Bundle:
     def post_processing(self) -> str:
         """Smoothing and filter of the map, in words."""
         hyper = self.info.get("hyper", {})
-        sigma = hyper.get("slice_smoothing", hyper.get("depth", 0))  # the name until 0.1
+        sigma = hyper.get("slice_smoothing", hyper.get("depth", 0))  # former name
         smoothing = f"Gaussian of {sigma:g} mm standard deviation across slices, then " if sigma else ""
         return smoothing + self.protocol.filtering
 

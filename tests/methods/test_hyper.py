@@ -490,7 +490,7 @@ def test_hyper_from_values_uses_defaults_for_missing_fields():
 
 
 def test_hyper_from_values_reads_former_names():
-    """PLS stored a nested dataclass under other names until version 0.1."""
+    """Bundles of PLS may have former names at every level of nesting."""
     hyper = PLSHyper(
         stage2=CurriculumStage(lesion=SyntheticLesionConfig(max_small=7), dark_nuclei_prob=0.5),
         slice_smoothing=2.0,
