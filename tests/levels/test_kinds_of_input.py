@@ -75,7 +75,11 @@ def test_all_kinds_of_scan_in_one_run(tmp_path, capfd, monkeypatch):
     place(bench.raw, "offgrid", stored(head()))
     lesions = bench.folder / "lesions"
     write_mask(lesions / "sub-offgrid" / "anat" / "sub-offgrid_label-lesion_mask.nii.gz", np.eye(4))
-    problems |= {"none": "no T1w", "twins": "same BIDS entities as", "offgrid": "lesion mask on the grid"}
+    problems |= {
+        "none": "no usable T1w",
+        "twins": "same BIDS entities as",
+        "offgrid": "lesion mask on the grid",
+    }
     assert len(USUAL) + len(problems) >= 35
 
     assert bench.run("-d", f"lesions={lesions}", "--modalities", "T1w", models=bench.models[:1]) == 1

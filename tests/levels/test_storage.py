@@ -254,7 +254,7 @@ def test_files_in_the_way_of_folders_are_named(bench, tmp_path, capsys, level):
         assert words in capsys.readouterr().err
         setattr(study, place, file)
         assert main(study.arguments(level)) == 2
-        assert f"folder is not a folder: {file}" in capsys.readouterr().err
+        assert f"{file}: not a folder; choose another" in capsys.readouterr().err
         setattr(study, place, usual)
     study.raw = study.scans = file
     assert main(study.arguments(level)) in (2, 66)

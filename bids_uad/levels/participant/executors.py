@@ -151,21 +151,20 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         self._participants = np.array([])
 
     def _sort_jobs(self, jobids, scheduler=None):
-        """Order nodes by participant, and hold back those of participants whose turn has not come.
+        """Return the nodes of the first unfinished participants, sorted by participant.
 
-        nipype works breadth first: the first node of each participant, then the second, and so on. Here at
-        most one participant more than there are processors is unfinished at a time, so that neither the time
-        to the first result nor the size of the work folder grows with the number of participants.
+        nipype runs the first node of each participant, then the second, and so on. Here at most
+        `processors + 1` participants are unfinished at a time, so that neither the time to the first result
+        nor the size of the work folder grows with the number of participants.
         """
         if len(self._participants) != len(self.procs):
             names = [node.fullname.split(".")[1] for node in self.procs]
             first = {name: number for number, name in enumerate(dict.fromkeys(names))}
             self._participants = np.array([first[name] for name in names])
         unfinished = np.unique(self._participants[~self.proc_done | self.proc_pending])
-        under_way = unfinished[: self.processors + 1]
-        of_jobs = self._participants[jobids]
-        turn = np.isin(of_jobs, under_way)
-        return jobids[turn][np.argsort(of_jobs[turn], kind="stable")]
+        participants = self._participants[jobids]
+        selected = np.isin(participants, unfinished[: self.processors + 1])
+        return jobids[selected][np.argsort(participants[selected], kind="stable")]
 
     def close(self) -> None:
         """Kill all workers; the results of running nodes are lost."""
