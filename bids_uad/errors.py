@@ -81,7 +81,7 @@ class StorageError(UserError):
         remedy = _STORAGE.get(code, "check its disk")
         super().__init__(
             f"{folder}: cannot be written ({os.strerror(code).lower()}); {remedy} or choose another folder, "
-            "and run the same command again, which goes on where this run stopped"
+            "and run the same command again to continue"
         )
         self.folder, self.code = str(folder), code
 
