@@ -1,4 +1,4 @@
-"""Who models learn from, by odd tables of participants."""
+"""Cohorts for training and calibration, from unusual tables of participants."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def folder(tmp_path):
 def test_training_cohort_is_described_by_the_common_rules(folder, caplog):
     cohort = healthy_cohort(folder, "T1w")
     assert [scan.key for scan in cohort.scans] == [f"{stem}_T1w" for stem in SCANS if "sub-3" not in stem]
-    told = describe_cohorts([cohort])
-    assert (told["n_scans"], told["n_subjects"]) == (4, 3)
-    assert told["age_range"] == pytest.approx([28 / 12, 40])
-    assert told["sex"] == {"male": 2, "female": 1}  # participants, not scans
-    assert told["scanners"] == ["7", "8"]
+    description = describe_cohorts([cohort])
+    assert (description["n_scans"], description["n_subjects"]) == (4, 3)
+    assert description["age_range"] == pytest.approx([28 / 12, 40])
+    assert description["sex"] == {"male": 2, "female": 1}  # participants, not scans
+    assert description["scanners"] == ["7", "8"]
     assert "column Age: 2 of 5 ages are bounds or ranges (89+, 18-38)" in caplog.text
 
 

@@ -103,7 +103,7 @@ def test_model_card_has_the_validation_results(models, scans):
     text = card.read_text()
     row = next(line for line in text.splitlines() if "max_dice (default)" in line)
     assert f"| {dice:.3f} |" in row
-    assert "2 scans of healthy controls, 1 with" in text
+    assert "2 scans of healthy controls,\n1 with lesions." in text
     # Calibrating again replaces the figures.
     assert call(scans, models, "calibrate") == 0
     assert card.read_text() == text
@@ -161,7 +161,7 @@ def test_calibrate_takes_controls_from_participants_tsv_not_from_masks(
     masked, models, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 3)
-    told = []
+    runs = []
     plain = tmp_path / "plain"
     shutil.copytree(masked, plain)
     for label in "467":
@@ -172,8 +172,8 @@ def test_calibrate_takes_controls_from_participants_tsv_not_from_masks(
         assert call(folder, tmp_path / f"{folder.name}-models", "calibrate") == 0
         bundle = tmp_path / f"{folder.name}-models/intensity-T2w-lite"
         log = " ".join(capsys.readouterr().err.split())
-        told.append((json.loads((bundle / "calibration.json").read_text()), log, bundle))
-    (calibration, log, bundle), (expected, *_) = told
+        runs.append((json.loads((bundle / "calibration.json").read_text()), log, bundle))
+    (calibration, log, bundle), (expected, *_) = runs
     for found, wanted in ((calibration, expected), (calibration["normative"], expected["normative"])):
         counts = {name: found["validation"][name] for name in ("n_healthy", "n_lesion", "n_empty_mask")}
         assert counts == {"n_healthy": 3, "n_lesion": 2, "n_empty_mask": 2}
@@ -471,38 +471,38 @@ def test_calibrate_fits_a_normative_reference_with_enough_controls(scans, models
     assert (raw.scored_as, deviating.scored_as) == ("intensity", "intensity+normative")
     assert raw.thresholds != deviating.thresholds
     assert deviating.default_threshold[1] in deviating.bin_edges
-    told = deviating.normative
-    assert told["n_healthy_subjects"] == 2
-    assert told["reference"]["covariates"]["age_range"] == [30, 61]
-    assert told["validation"]["n_healthy"] == 2
-    assert told["validation"]["n_lesion"] == 1
+    normative = deviating.normative
+    assert normative["n_healthy_subjects"] == 2
+    assert normative["reference"]["covariates"]["age_range"] == [30, 61]
+    assert normative["validation"]["n_healthy"] == 2
+    assert normative["validation"]["n_lesion"] == 1
     assert not list((own / "scratch").iterdir())  # maps that waited are gone
 
 
 def test_calibrate_reads_participants_by_the_common_rules(scans, models, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
-    odd = tmp_path / "odd"
-    shutil.copytree(scans, odd, copy_function=os.symlink)
+    unusual = tmp_path / "unusual"
+    shutil.copytree(scans, unusual, copy_function=os.symlink)
     for name in ("participants.tsv", "dataset_description.json"):
-        (odd / name).unlink()
-    (odd / "participants.tsv").write_bytes(
+        (unusual / name).unlink()
+    (unusual / "participants.tsv").write_bytes(
         "participant_id\tDiagnosis\tAGE\tGender\tplace\r\n1\tHealthy_Control\t30\t2\tKöln\r\n"
         "2\tTDC\t60-62\tmale\t-\r\n3\tMS\t50\tM\t-\r\n4\t-\t44\tF\t-\r\n".encode("latin-1")
     )
-    told = []
-    for name, folder in (("for_plain", scans), ("for_odd", odd)):
+    calibrations = []
+    for name, folder in (("for_plain", scans), ("for_odd", unusual)):
         own = tmp_path / name / "intensity-T2w-lite"
         shutil.copytree(models / "intensity-T2w-lite", own)
         assert call(folder, own.parent, "calibrate") == 0
-        told.append(json.loads((own / "calibration.json").read_text()))
-        del told[-1]["cohort"]
-    assert told[0] == told[1]
-    assert told[1]["normative"]["reference"]["covariates"]["age_range"] == [30, 61]
+        calibrations.append(json.loads((own / "calibration.json").read_text()))
+        del calibrations[-1]["cohort"]
+    assert calibrations[0] == calibrations[1]
+    assert calibrations[1]["normative"]["reference"]["covariates"]["age_range"] == [30, 61]
 
 
 def test_normative_dir_is_used_for_the_reference_only(scans, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
-    folders, told = [], []
+    folders, calibrations = [], []
     others = tmp_path / "others"
     for label in ("7", "8"):
         write_scan(others, label)
@@ -513,9 +513,9 @@ def test_normative_dir_is_used_for_the_reference_only(scans, models, tmp_path, m
         folders.append(tmp_path / name / "intensity-T2w-lite")
         shutil.copytree(models / "intensity-T2w-lite", folders[-1])
         assert call(scans, tmp_path / name, "calibrate", "intensity", *more) == 0
-        told.append(json.loads((folders[-1] / "calibration.json").read_text()))
-    few, more = (calibration.pop("normative") for calibration in told)
-    assert told[0] == told[1]  # scores are judged as before
+        calibrations.append(json.loads((folders[-1] / "calibration.json").read_text()))
+    few, more = (calibration.pop("normative") for calibration in calibrations)
+    assert calibrations[0] == calibrations[1]  # scores are judged as before
     assert (few["n_healthy_subjects"], more["n_healthy_subjects"]) == (2, 4)
     assert more["reference"]["covariates"]["age_range"] == [20, 80]
     assert few["sha256"] != more["sha256"]
@@ -548,9 +548,9 @@ def test_nan_scores_stop_calibrate_and_leave_the_calibration_as_it_was(models, s
     before = calibration.read_bytes()
     monkeypatch.setattr(Intensity, "score", score_nan)
     assert call(scans, models, "calibrate") == 69
-    told = capsys.readouterr().err
-    assert "bids_uad: intensity gave NaN or infinite scores for sub-1_T2w in axial slice" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert "bids_uad: intensity gave NaN or infinite scores for sub-1_T2w in axial slice" in message
+    assert "Traceback" not in message
     assert calibration.read_bytes() == before
 
 
@@ -561,9 +561,9 @@ def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, m
     arguments = ["--image", f"{stem}_desc-preproc_T2w.nii.gz", "--brain", f"{stem}_desc-brain_mask.nii.gz"]
     arguments += ["--key", "sub-1_T2w", "--job", str(models / "intensity-T2w-lite"), str(target)]
     assert score_in_process([*arguments, "--device", "cpu"]) == 69
-    told = capsys.readouterr().err
-    assert told.startswith("intensity gave NaN or infinite scores for sub-1_T2w in axial slice")
-    assert describe_failure(69, told, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
+    message = capsys.readouterr().err
+    assert message.startswith("intensity gave NaN or infinite scores for sub-1_T2w in axial slice")
+    assert describe_failure(69, message, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
     assert not target.exists()
 
 
@@ -595,6 +595,6 @@ def test_calibrate_names_scans_that_cannot_be_scored(models, scans, tmp_path, ca
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.full(image.shape, value, image.get_data_dtype()), image.affine), path)
     assert call(own, models, "calibrate") == 66
-    told = capsys.readouterr().err
-    assert path.name in told
-    assert problem in told
+    message = capsys.readouterr().err
+    assert path.name in message
+    assert problem in message
