@@ -123,17 +123,17 @@ def install_atlas(source: Path, archive: Path) -> Path:
     with _unpacked(source) as files, tempfile.TemporaryDirectory(dir=archive) as scratch:
         folder = Path(scratch) / FOLDER
         folder.mkdir()
-        found = {name: path for name in CHANNELS if (path := _find(files, CHANNELS[name])) is not None}
-        if "desc-brain_T1w" not in found:
+        channels = {name: path for name in CHANNELS if (path := _find(files, CHANNELS[name])) is not None}
+        if "desc-brain_T1w" not in channels:
             raise InputError(
                 source,
                 "no skull-stripped T1w channel (spgr.nii or T1_brain.nii)",
                 "download the skull-stripped package from https://www.nitrc.org/projects/sri24",
             )
-        volumes = {name: read_on_grid(path) for name, path in found.items()}
+        volumes = {name: read_on_grid(path) for name, path in channels.items()}
         checksum = voxel_sha256(volumes["desc-brain_T1w"])
         mask = ndimage.binary_fill_holes(volumes["desc-brain_T1w"] > 0)
-        _check_brain(found["desc-brain_T1w"], mask, Path(scratch))
+        _check_brain(channels["desc-brain_T1w"], mask, Path(scratch))
         if checksum not in KNOWN:
             LOGGER.warning(
                 "%s: unknown version of the T1w channel (SHA-256 of its voxels %s)", source, checksum

@@ -154,21 +154,21 @@ def _from_atlas(root: Path) -> Reference:
     remedy = "set --atlas-dir to a TemplateFlow archive with tpl-SRI24, or leave it out for the stand-in"
     if not folder.is_dir():
         raise InputError(folder, "no SRI24 atlas in this folder", remedy)
-    found = {key: _find_image(folder, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
+    images = {key: _find_image(folder, suffix, desc) for key, (suffix, desc) in _ATLAS_FILES.items()}
     for key in ("t1w", "brain_mask"):
-        if found[key] is None:
+        if images[key] is None:
             raise InputError(
                 folder, f"the SRI24 atlas has no desc-brain {_ATLAS_FILES[key][0]} image", remedy
             )
-    data = {key: _read_on_grid(path) for key, path in found.items() if path is not None}
+    data = {key: _read_on_grid(path) for key, path in images.items() if path is not None}
     description = _description(folder)
     licence = str(description.get("License", "not stated"))
     checksum = voxel_sha256(data["t1w"])
     name = str(description.get("Name", "SRI24"))
     return Reference(
-        t1w=found["t1w"],
-        t2w=found["t2w"],
-        brain_mask=found["brain_mask"],
+        t1w=images["t1w"],
+        t2w=images["t2w"],
+        brain_mask=images["brain_mask"],
         name=name,
         source="TemplateFlow archive, tpl-SRI24",
         licence=licence,
@@ -180,13 +180,13 @@ def _from_atlas(root: Path) -> Reference:
 
 def _parcellations(folder: Path) -> dict[str, Path]:
     """List the label images of an atlas that have a lookup table of label names."""
-    found = {}
+    images = {}
     for table in sorted(folder.glob("tpl-SRI24_*atlas-*_dseg.tsv")):
         image = table.with_suffix(".nii.gz")
         if image.is_file():
             _read_on_grid(image)
-            found[table.name.split("_atlas-")[1].split("_")[0]] = image
-    return found
+            images[table.name.split("_atlas-")[1].split("_")[0]] = image
+    return images
 
 
 def _find_image(folder: Path, suffix: str, desc: str) -> Path | None:
@@ -194,7 +194,7 @@ def _find_image(folder: Path, suffix: str, desc: str) -> Path | None:
 
     TemplateFlow's client is not used: it also parses entities in the names of folders above the archive.
     """
-    found = [
+    images = [
         path
         for path in sorted(folder.glob(f"tpl-SRI24_*_{suffix}.nii.gz"))
         if path.is_file()
@@ -202,8 +202,8 @@ def _find_image(folder: Path, suffix: str, desc: str) -> Path | None:
         and entities_of(path).get("desc") == desc
         and not {"atlas", "label", "seg"} & set(entities_of(path))
     ]
-    at_1mm = [path for path in found if entities_of(path).get("res") in ("1", "01")]
-    return next(iter(at_1mm or found), None)
+    at_1mm = [path for path in images if entities_of(path).get("res") in ("1", "01")]
+    return next(iter(at_1mm or images), None)
 
 
 def _read_on_grid(path: Path) -> np.ndarray:

@@ -97,26 +97,26 @@ def draw_tumour_site(rng: np.random.Generator, volume: float | None = None) -> t
 Parts = tuple[torch.Tensor, torch.Tensor, dict]
 
 
-def _inner(share: torch.Tensor, depth: float) -> torch.Tensor:
+def _inner(fraction: torch.Tensor, depth: float) -> torch.Tensor:
     """Return the inner part of a shape; `depth` from 0 (nothing) to 1 (nearly everything)."""
-    return torch.minimum(((smooth(share, 3.0) - (1 - depth)) * 3.0).clamp(0, 1), share)
+    return torch.minimum(((smooth(fraction, 3.0) - (1 - depth)) * 3.0).clamp(0, 1), fraction)
 
 
 def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None) -> Parts:
     old = float(rng.uniform(0.0, 1.0))
     if shape is not None:
-        share = shape(scale)
-        return share, _inner(share, old) if old > 0.35 else torch.zeros_like(share), {"old": old}
+        fraction = shape(scale)
+        return fraction, _inner(fraction, old) if old > 0.35 else torch.zeros_like(fraction), {"old": old}
     tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
     centre = _draw_voxel(tissue, rng)
     radii = scale * rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
     rough = 0.7 * random_field(rng, 14.0)[0] + 0.3 * random_field(rng, 5.0)[0]
-    share = _blob(centre, radii, rough, 0.30)
+    fraction = _blob(centre, radii, rough, 0.30)
     # Arterial territories end at the midline.
     side = _coordinates(np.array([79.0, 0, 0]))[0] * np.sign(centre[0] - 79.0)
-    share = share * (side + 0.5).clamp(0, 1)
-    core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(share)
-    return share, torch.minimum(core, share), {"radii_mm": radii.tolist(), "old": old}
+    fraction = fraction * (side + 0.5).clamp(0, 1)
+    core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(fraction)
+    return fraction, torch.minimum(core, fraction), {"radii_mm": radii.tolist(), "old": old}
 
 
 def _plaques(fractions: torch.Tensor, rng: np.random.Generator, scale: float, shape: Shape | None) -> Parts:
@@ -128,13 +128,13 @@ def _plaques(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sh
     white = fractions[INDEX["white"]]
     near = smooth(fractions[INDEX["ventricle"]], 6.0)
     weight = (white > 0.9) * (0.04 + near / near.max())
-    share = none.clone()
+    fraction = none.clone()
     rough = random_field(rng, 4.0)[0]
     count = int(rng.integers(6, 28))
     for _ in range(count):
         radii = np.clip(rng.lognormal(np.log(2.8), 0.4), 1.6, 8.0) * rng.uniform(0.7, 1.4, 3) * scale
-        share = torch.maximum(share, _blob(_draw_voxel(weight, rng), radii, rough, 0.2))
-    return share * keep, none, {"plaques": count}
+        fraction = torch.maximum(fraction, _blob(_draw_voxel(weight, rng), radii, rough, 0.2))
+    return fraction * keep, none, {"plaques": count}
 
 
 def _hyperintensities(
@@ -148,15 +148,15 @@ def _hyperintensities(
     near = smooth(ventricle, reach)
     patches = 0.7 * random_field(rng, 10.0)[0] + 0.5 * random_field(rng, 4.0)[0]
     around = ((near + 0.09 * patches - 0.20) * 2.0 * reach + 0.5).clamp(0, 1)
-    share = around * (white * 1.5 - 0.25).clamp(0, 1)
+    fraction = around * (white * 1.5 - 0.25).clamp(0, 1)
     weight = (smooth(white, 2.0) > 0.85).float()
     rough = random_field(rng, 4.0)[0]
     count = int(rng.integers(3, 18))
     for _ in range(count):
         radii = rng.uniform(1.5, 4.0) * rng.uniform(0.7, 1.5, 3) * scale
         spot = _blob(_draw_voxel(weight, rng), radii, rough, 0.2)
-        share = torch.maximum(share, spot * (white + fractions[INDEX["cortex"]]).clamp(0, 1))
-    return share, none, {"reach_mm": reach, "spots": count}
+        fraction = torch.maximum(fraction, spot * (white + fractions[INDEX["cortex"]]).clamp(0, 1))
+    return fraction, none, {"reach_mm": reach, "spots": count}
 
 
 def _tumour(
@@ -236,14 +236,14 @@ def make_lesion(
     scale, best = 1.0, None
     for _ in range(ATTEMPTS):
         if kind == "tumour":
-            share, core, drawn = _tumour(fractions, draw(), scale, site)
+            fraction, core, drawn = _tumour(fractions, draw(), scale, site)
         else:
             maker = {"stroke": _stroke, "ms": _plaques, "wmh": _hyperintensities}[kind]
-            share, core, drawn = maker(fractions, draw(), scale, target.shape)
-        share = share * inside
-        volume = float((share > 0.5).sum()) / 1000
+            fraction, core, drawn = maker(fractions, draw(), scale, target.shape)
+        fraction = fraction * inside
+        volume = float((fraction > 0.5).sum()) / 1000
         drawn |= {"scale": scale, "volume_ml": volume, "contrast": target.contrast}
-        lesion = Lesion(kind, share, torch.minimum(core, share), target.contrast, drawn)
+        lesion = Lesion(kind, fraction, torch.minimum(core, fraction), target.contrast, drawn)
         error = 0.0 if target.volume is None else abs(volume / target.volume - 1)
         if best is None or error < best[0]:
             best = (error, lesion)

@@ -12,21 +12,21 @@ from bids_uad.simulation.subject import (
 )
 
 SEED, INDEX = 5, 0
-WORLD = Population(SEED)
+POPULATION = Population(SEED)
 
 
 @pytest.fixture(scope="session")
-def person() -> SubjectInfo:
-    return draw_subject_info(WORLD, INDEX)
+def subject() -> SubjectInfo:
+    return draw_subject_info(POPULATION, INDEX)
 
 
 @pytest.fixture(scope="session")
-def healthy(person: SubjectInfo) -> Anatomy:
+def healthy(subject: SubjectInfo) -> Anatomy:
     with torch.no_grad():
-        return make_anatomy(WORLD, INDEX, person, None)
+        return make_anatomy(POPULATION, INDEX, subject, None)
 
 
 @pytest.fixture(scope="session")
-def stroke(person: SubjectInfo) -> Anatomy:
+def stroke(subject: SubjectInfo) -> Anatomy:
     with torch.no_grad():
-        return make_anatomy(WORLD, INDEX, person, "stroke")
+        return make_anatomy(POPULATION, INDEX, subject, "stroke")

@@ -19,7 +19,7 @@ def test_a_gpu_draws_the_same_brain():
     images = {}
     for device in ("cpu", "cuda"):
         with torch.no_grad(), torch.device(device):
-            person = draw_subject_info(Population(5), 0)
-            anatomy = make_anatomy(Population(5), 0, person, "stroke")
-            images[device] = make_signal(Population(5), 0, person, anatomy, "T1w")[0].cpu()
+            subject = draw_subject_info(Population(5), 0)
+            anatomy = make_anatomy(Population(5), 0, subject, "stroke")
+            images[device] = make_signal(Population(5), 0, subject, anatomy, "T1w")[0].cpu()
     assert (images["cpu"] - images["cuda"]).abs().mean() < 1e-3

@@ -58,13 +58,13 @@ def test_real_shape_keeps_its_position_and_scales(folder, scale):
             return np.zeros(3)
 
     points = box_points()
-    share = real_shape(str(folder / "a_mask.nii.gz"), points, Still())(scale)
+    fraction = real_shape(str(folder / "a_mask.nii.gz"), points, Still())(scale)
     # The template is a little smaller or larger than SRI24: its affine scales volumes.
     expected = (20 * scale) ** 3 * abs(np.linalg.det(icbm_to_sri24()[:3, :3]))
-    assert float(share.sum()) == pytest.approx(expected, rel=0.05)
-    centre = (points * share[..., None]).sum((0, 1, 2)) / share.sum()
+    assert float(fraction.sum()) == pytest.approx(expected, rel=0.05)
+    centre = (points * fraction[..., None]).sum((0, 1, 2)) / fraction.sum()
     wanted = icbm_to_sri24() @ [30.5, -20.5, 19.5, 1]
     torch.testing.assert_close(centre, torch.tensor(wanted[:3]).float(), atol=0.3, rtol=0)
     # A soft edge, about a voxel wide, on the surface of the cube.
-    soft = int(((share > 0.02) & (share < 0.98)).sum())
+    soft = int(((fraction > 0.02) & (fraction < 0.98)).sum())
     assert 0 < soft < 6 * EDGE_MM * scale * 6 * (20 * scale) ** 2

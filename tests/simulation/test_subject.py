@@ -19,7 +19,7 @@ from bids_uad.simulation.subject import (
     random_stream,
 )
 
-from .conftest import INDEX, SEED, WORLD
+from .conftest import INDEX, POPULATION, SEED
 
 
 def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
@@ -27,9 +27,9 @@ def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
-def test_tissue_order_of_means(modality, person, healthy):
+def test_tissue_order_of_means(modality, subject, healthy):
     with torch.no_grad():
-        image, settings, _ = make_signal(WORLD, INDEX, person, healthy, modality)
+        image, settings, _ = make_signal(POPULATION, INDEX, subject, healthy, modality)
         image = simulate_preprocessed_scan(
             image, settings, healthy.brain, random_stream(SEED, INDEX, f"{modality}-scan")
         )
@@ -63,11 +63,11 @@ def test_tissue_labels_follow_the_largest_fraction(healthy):
 
 
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
-def test_subject_with_lesion_differs_only_inside_the_lesion(modality, person, healthy, stroke):
+def test_subject_with_lesion_differs_only_inside_the_lesion(modality, subject, healthy, stroke):
     torch.testing.assert_close(healthy.fractions, stroke.fractions, rtol=0, atol=0)
     with torch.no_grad():
-        before, settings, _ = make_signal(WORLD, INDEX, person, healthy, modality)
-        after, again, _ = make_signal(WORLD, INDEX, person, stroke, modality)
+        before, settings, _ = make_signal(POPULATION, INDEX, subject, healthy, modality)
+        after, again, _ = make_signal(POPULATION, INDEX, subject, stroke, modality)
     assert settings == again
     mask = (stroke.lesion.fraction > 0.5).numpy()
     changed = (before != after).numpy()
@@ -119,19 +119,19 @@ def test_template_lands_on_the_sri24_brain():
 
 
 def test_draw_subject_info_is_random_and_reproducible():
-    people = [draw_subject_info(Population(1), index) for index in range(40)]
-    assert people == [draw_subject_info(Population(1), index) for index in range(40)]
-    assert len({p.age for p in people}) > 30
-    assert len({p.scanner.name for p in people}) >= 4
-    assert {p.sex for p in people} == {"F", "M"}
-    assert all(20 <= p.age <= 85 for p in people)
+    subjects = [draw_subject_info(Population(1), index) for index in range(40)]
+    assert subjects == [draw_subject_info(Population(1), index) for index in range(40)]
+    assert len({p.age for p in subjects}) > 30
+    assert len({p.scanner.name for p in subjects}) >= 4
+    assert {p.sex for p in subjects} == {"F", "M"}
+    assert all(20 <= p.age <= 85 for p in subjects)
 
 
 def test_a_scanner_is_shared_by_its_subjects_and_belongs_to_its_seed():
-    people = [draw_subject_info(Population(1, scanners=3), index) for index in range(30)]
+    subjects = [draw_subject_info(Population(1, scanners=3), index) for index in range(30)]
     by_name = {}
-    for person in people:
-        assert by_name.setdefault(person.scanner.name, person.scanner) == person.scanner
+    for subject in subjects:
+        assert by_name.setdefault(subject.scanner.name, subject.scanner) == subject.scanner
     assert sorted(by_name) == ["scanner01", "scanner02", "scanner03"]
     assert len({scanner.noise for scanner in by_name.values()}) == 3
     elsewhere = draw_scanner(0, False, random_stream(2, 0, "scanner"))
@@ -145,13 +145,13 @@ def test_class_means_random_have_no_fixed_order():
 
 
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
-def test_lesion_contrast_scales_the_signal_change_to_zero(modality, person, healthy, stroke):
+def test_lesion_contrast_scales_the_signal_change_to_zero(modality, subject, healthy, stroke):
     with torch.no_grad():
-        before = make_signal(WORLD, INDEX, person, healthy, modality)[0]
+        before = make_signal(POPULATION, INDEX, subject, healthy, modality)[0]
         changes = []
         for contrast in (0.0, 0.5, 1.0):
             lesion = replace(stroke.lesion, contrast=contrast)
-            after = make_signal(WORLD, INDEX, person, replace(stroke, lesion=lesion), modality)[0]
+            after = make_signal(POPULATION, INDEX, subject, replace(stroke, lesion=lesion), modality)[0]
             changes.append(after - before)
     assert not changes[0].any()
     torch.testing.assert_close(2 * changes[1], changes[2], atol=1e-5, rtol=1e-4)
