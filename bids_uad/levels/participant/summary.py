@@ -410,6 +410,7 @@ def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
                 for warning in job.result():
                     LOGGER.warning(warning)
             except BrokenProcessPool:
+                pool.shutdown()  # exit codes are known only after the pool's own thread has ended
                 cause = f"its process {describe_exit(_exit_code(processes), kills)}"
             except Exception as error:  # one failed report must not prevent the others
                 LOGGER.debug("report failed", exc_info=error)
