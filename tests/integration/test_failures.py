@@ -16,7 +16,7 @@ import pytest
 from bids_uad.files import write_text
 from tests.integration.conftest import bids_uad, simulate
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 OPTIONS = ["--modalities", "T1w", "--models", "intensity", "--nprocs", "2"]
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nibabel as nib
+import nitransforms
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,20 +101,56 @@ def test_native_masks_lie_on_the_scans_grid(run):
         np.testing.assert_allclose(image.affine, scan.affine, atol=1e-4)
 
 
-def test_the_lesion_arrives_where_the_truth_is(run):
-    """Simulated masks go through the same registration as the images, so both must agree."""
-    lesion = next(run.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
-    truth = nib.load(lesion).get_fdata() > 0
-    scan = nib.load(
-        lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-preproc_T2w"))
+def resampled(run, scan: str, path: Path, like: Path, order: int) -> np.ndarray:
+    """Resample a raw image to SRI24 space with nitransforms, through the transform that the run wrote."""
+    reference = nib.load(like)
+    subject = like.name.split("_")[0]
+    transform = like.with_name(f"{subject}_from-{scan}_to-SRI24_mode-image_xfm.txt")
+    linear = nitransforms.linear.load(transform, fmt="itk", reference=reference)
+    return nitransforms.resampling.apply(linear, nib.load(path), reference=reference, order=order).get_fdata()
+
+
+def neighbours(volume: np.ndarray) -> list[np.ndarray]:
+    """Shift a volume by one voxel in each of the six directions."""
+    return [np.roll(volume, step, axis) for axis in range(3) for step in (-1, 1)]
+
+
+def test_the_lesion_mask_is_resampled_with_the_image(run):
+    mask = next(run.out.rglob("*_label-lesion_desc-manual_mask.nii.gz"))
+    raw = (
+        run.data
+        / "derivatives"
+        / "lesions"
+        / json.loads(mask.with_name(mask.name.replace(".nii.gz", ".json")).read_text())["Sources"][
+            0
+        ].removeprefix("bids:lesions:")
     )
-    inside = scan.get_fdata()[truth].mean()
-    brain = nib.load(
-        lesion.with_name(lesion.name.replace("label-lesion_desc-manual_mask", "desc-brain_mask"))
-    )
-    outside = scan.get_fdata()[(brain.get_fdata() > 0) & ~truth].mean()
-    assert truth.sum() > 100
-    assert inside > 1.2 * outside
+    expected = resampled(run, "T1w", raw, mask, order=0) > 0
+    found = nib.load(mask).get_fdata() > 0
+
+    def dice(other: np.ndarray) -> float:
+        return 2 * (expected & other).sum() / (expected.sum() + other.sum())
+
+    assert found.sum() > 100
+    assert dice(found) > 0.9  # trilinear interpolation and nearest neighbours differ at the surface
+    assert dice(found) > max(map(dice, neighbours(found))) + 0.02
+
+
+@pytest.mark.parametrize("scan", ["T1w", "T2w"])
+def test_the_image_is_resampled_through_the_written_transform(run, scan):
+    preproc = next(run.out.rglob(f"*_desc-preproc_{scan}.nii.gz"))
+    subject = preproc.name.split("_")[0]
+    raw = run.data / subject / "anat" / f"{subject}_{scan}.nii.gz"
+    desc = {"T1w": "brain", "T2w": "T2wBrain"}[scan]
+    brain = nib.load(preproc.with_name(f"{subject}_space-SRI24_desc-{desc}_mask.nii.gz")).get_fdata() > 0
+    expected = resampled(run, scan, raw, preproc, order=1)
+    found = nib.load(preproc).get_fdata()
+
+    def correlation(other: np.ndarray) -> float:
+        return np.corrcoef(expected[brain], other[brain])[0, 1]
+
+    assert correlation(found) > 0.85  # the raw image has a bias field
+    assert correlation(found) > max(map(correlation, neighbours(found))) + 0.01
 
 
 def test_group_table_agrees_with_the_voxels(run):
