@@ -245,7 +245,7 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
     """
     logs = Path(out_dir) / "logs"
     references = write_text(logs / "CITATION.bib", (assets() / "bids_uad.bib").read_text(encoding="utf-8"))
-    written = [write_text(logs / f"{name}.md", text), references]
+    written = [references]
     for kind in ("html", "tex"):
         page = logs / f"{name}.{kind}"
         # Remove the page of an earlier run, which would contradict the text.
@@ -253,7 +253,8 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
         content = _pandoc(text, kind, references)
         if content is not None:
             written.append(write_text(page, content))
-    return written
+    # The text comes last: where it is up to date, the other files are.
+    return [write_text(logs / f"{name}.md", text), *written]
 
 
 def _pandoc(text: str, kind: str, references: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -156,3 +157,21 @@ def test_methods_text_describes_all_images_of_the_dataset(tmp_path, stand_ins): 
     assert "Lesion masks on the grid of a scan" in text
     assert "Disyre on T1w" not in text  # its outputs are of the run without mask, and gone
     assert describe_methods(read_records(bench.out, "sub-01")) == text
+
+
+def test_methods_text_that_a_killed_run_did_not_write_is_written_by_the_next_run(tmp_path, stand_ins):  # noqa: F811
+    bench = Bench(tmp_path)
+    bench.dataset("sub-01/anat/sub-01_T1w.nii.gz")
+    assert bench.run() == 0
+    citation = bench.out / "logs" / "CITATION.md"
+    text = citation.read_text()
+    citation.unlink()
+    assert bench.run() == 0
+    assert citation.read_text() == text
+    citation.write_text("methods of an earlier run")
+    os.utime(citation, ns=(0, 0))
+    assert bench.run() == 0
+    assert citation.read_text() == text
+    current = citation.stat().st_mtime_ns
+    assert bench.run() == 0
+    assert citation.stat().st_mtime_ns == current

@@ -345,6 +345,7 @@ def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) ->
         _describe_dataset(tasks, context)
         failures = run_workflow(tasks, context, stopwatch)
         _describe_dataset(tasks, context)  # other jobs may have written it meanwhile
+    if pending or _is_methods_text_outdated(tasks, config):
         write_methods(config.output_dir)
     statuses = collect_statuses(tasks, collection.problems, failures, stopwatch, config)
     failed_reports = update_reports(config, statuses, context.device)
@@ -359,6 +360,16 @@ def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) ->
     if config.clean_workdir:
         _remove_working_folders(tasks, config)
     return ExitCode.OK
+
+
+def _is_methods_text_outdated(tasks: Sequence[Task], config: RunConfig) -> bool:
+    """Return whether the text is missing or older than a record, because a run was killed in between."""
+    page = config.output_dir / "logs" / "CITATION.md"
+    if not page.is_file():
+        return True
+    records = (record_path(config.output_dir, task.unit) for task in tasks)
+    written = page.stat().st_mtime_ns
+    return any(record.is_file() and record.stat().st_mtime_ns > written for record in records)
 
 
 def _remove_working_folders(tasks: Sequence[Task], config: RunConfig) -> None:
