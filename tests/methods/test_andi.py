@@ -11,17 +11,10 @@ from bids_uad.methods.andi import ANDi, ANDiHyper, aggregation_constant, noise_l
 from bids_uad.methods.base import Batch
 from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import DDPMppConfig, pyramid_noise, signal_and_noise, transition_weight
+from bids_uad.networks.ddpmpp import pyramid_noise, signal_and_noise, transition_weight
+from tests.methods.tiny import TINY_NETWORK
 
-TINY = DDPMppConfig(
-    size=32,
-    width=16,
-    multipliers=(1, 2),
-    blocks=(1, 1),
-    attention=(),
-    middle_attention=False,
-    dropout=0.0,
-)
+TINY = replace(TINY_NETWORK, size=32)
 
 
 def trained_looking(kind, hyper):

@@ -18,18 +18,10 @@ from bids_uad.methods.disyre import (
     window_starts,
     window_weight,
 )
-from bids_uad.networks.ddpmpp import DDPMppConfig
+from tests.methods.tiny import TINY_NETWORK
 
 TINY = DisyreHyper(
-    network=DDPMppConfig(
-        size=64,
-        width=16,
-        multipliers=(1, 2),
-        blocks=(1, 1),
-        attention=(),
-        middle_attention=False,
-        dropout=0.0,
-    ),
+    network=TINY_NETWORK,
     window=(64, 64),
     stride=32,
 )

@@ -18,20 +18,10 @@ from bids_uad.methods.itermask import (
     worst_pixels,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import DDPMppConfig
+from tests.methods.tiny import TINY_NETWORK
 
 TINY = IterMaskHyper(
-    network=DDPMppConfig(
-        size=32,
-        width=16,
-        multipliers=(1, 2),
-        blocks=(1, 1),
-        attention=(),
-        middle_attention=False,
-        dropout=0.0,
-        time_embedding=False,
-        norm="batch",
-    ),
+    network=replace(TINY_NETWORK, size=32, time_embedding=False, norm="batch"),
     radius=28.0,
 )
 

@@ -12,20 +12,11 @@ import torch.nn.functional as F
 from bids_uad.methods.base import Batch
 from bids_uad.methods.riad import RIAD, RIADHyper, cell_sets
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.similarity import gms_maps
+from tests.methods.tiny import TINY_NETWORK
 
 TINY = RIADHyper(
-    network=DDPMppConfig(
-        size=64,
-        width=16,
-        multipliers=(1, 2),
-        blocks=(1, 1),
-        attention=(),
-        middle_attention=False,
-        dropout=0.0,
-        time_embedding=False,
-    ),
+    network=replace(TINY_NETWORK, time_embedding=False),
     cell_sizes=(8, 16),
     n_sets=3,
 )

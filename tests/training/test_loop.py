@@ -19,7 +19,6 @@ from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.uniad import UniAD
 from bids_uad.networks.backbones import BackboneConfig
-from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig
 from bids_uad.training.checkpoint import moving_average
 from bids_uad.training.loop import (
@@ -31,18 +30,11 @@ from bids_uad.training.loop import (
     train_detector,
 )
 from bids_uad.training.store import SliceStore, TrainingScan
+from tests.methods.tiny import TINY_NETWORK
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(
-    network=DDPMppConfig(
-        size=96,
-        width=16,
-        multipliers=(1, 2),
-        blocks=(1, 1),
-        attention=(),
-        middle_attention=False,
-        dropout=0.0,
-    ),
+    network=replace(TINY_NETWORK, size=96),
     window=(96, 96),
     stride=96,
     labels=(74,),
