@@ -289,13 +289,39 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        return parse_json_object(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; repair it") from error
+
+
+def parse_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object; callers choose the type of error.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file, in UTF-8 with or without byte order mark.
+
+    Returns
+    -------
+    dict
+        Fields of the object.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read.
+    ValueError
+        With the problem as text, if the file is not valid JSON or does not hold an object.
+    """
+    try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise unreadable(path, error) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); repair it") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not a JSON object; repair it")
+        raise ValueError("not a JSON object")
     return content
 
 
@@ -304,6 +330,44 @@ def write_tsv(target: str | os.PathLike[str], table: pd.DataFrame) -> Path:
     with atomic_path(target) as temporary:
         table.to_csv(temporary, sep="\t", index=False, na_rep="n/a", lineterminator="\n")
     return Path(target)
+
+
+def is_outdated(page: Path, records: Iterable[Path]) -> bool:
+    """Return whether a file is missing or older than a record it is written from.
+
+    Parameters
+    ----------
+    page : pathlib.Path
+        File that is written last, such as a report; it is outdated if a run was killed before.
+    records : iterable of pathlib.Path
+        Records; those that do not exist are ignored.
+
+    Returns
+    -------
+    bool
+        True if the file has to be written again.
+    """
+    if not page.is_file():
+        return True
+    written = page.stat().st_mtime_ns
+    return any(record.is_file() and record.stat().st_mtime_ns > written for record in records)
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    str
+        Hexadecimal digest.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
@@ -315,14 +379,10 @@ def sha256_of(path: Path) -> str:
     InputError
         If the file cannot be read, for example because it was removed.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return file_sha256(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bids_uad.errors import InputError, truncate_list, unreadable
+from bids_uad.files import parse_json_object
 
 LOGGER = logging.getLogger("bids_uad")
 
@@ -184,14 +184,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"not valid JSON ({error})", "repair it") from error
-    if not isinstance(content, dict):
-        raise InputError(path, "not a JSON object", "repair it")
-    return content
+        return parse_json_object(path)
+    except ValueError as error:
+        raise InputError(path, str(error), "repair it") from error
 
 
 def _read_text(path: Path) -> tuple[str, list[str]]:

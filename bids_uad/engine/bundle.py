@@ -6,7 +6,6 @@ A bundle holds ``bundle.json``, ``weights.safetensors``, ``MODEL_CARD.md`` and, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from bids_uad.config import MODALITIES, RENAMED_DETECTORS
 from bids_uad.constraints import Interval, Items, OneOf, allows, describe
 from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError, truncate_list
-from bids_uad.files import atomic_paths, json_text, remove_unfinished
+from bids_uad.files import atomic_paths, file_sha256, json_text, remove_unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,11 +276,6 @@ class Bundle:
         if self.calibration is None:
             raise ModelError(f"model bundle {self.folder} is not calibrated; run `calibrate` on it")
         return self.calibration
-
-
-def file_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:

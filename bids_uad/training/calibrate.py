@@ -22,6 +22,7 @@ from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError, ModelError, truncate_list
 from bids_uad.files import (
     atomic_paths,
+    file_sha256,
     json_text,
     remove_unfinished,
     temporary_folder,
@@ -79,7 +80,6 @@ def run_calibrate(config: RunConfig) -> int:
     from bids_uad.engine.bundle import (
         NORMATIVE,
         NORMATIVE_FILE,
-        file_sha256,
         load_bundle,
     )
 

@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bids_uad.engine import bundle as bundles
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
     NORMATIVE,
     PACKAGED,
-    file_sha256,
     load_bundle,
     load_detector,
     not_finite,
@@ -24,7 +22,7 @@ from bids_uad.engine.bundle import (
     save_bundle,
 )
 from bids_uad.errors import ModelError
-from bids_uad.files import write_json
+from bids_uad.files import file_sha256, write_json
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.networks.backbones import BackboneConfig
@@ -197,7 +195,7 @@ def test_a_pickled_checkpoint_is_refused(folder):
     """A file of torch.save under the name of the weights raises an error and is not unpickled."""
     torch.save({"bank": torch.zeros(1)}, folder / "weights.safetensors")
     info = json.loads((folder / "bundle.json").read_text())
-    digest = bundles.file_sha256(folder / "weights.safetensors")
+    digest = file_sha256(folder / "weights.safetensors")
     edit(folder / "bundle.json", sha256={**info["sha256"], "weights.safetensors": digest})
     with pytest.raises(ModelError, match="weights"):
         load_detector(load_bundle(folder))

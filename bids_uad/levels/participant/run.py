@@ -24,7 +24,7 @@ from bids_uad.dataset.naming import ImageUnit, detector_desc
 from bids_uad.dataset.participants import Participants, read_participants, try_read_participants
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import ConfigError, ExitCode, InputError, UnavailableError, UserError, truncate_list
-from bids_uad.files import read_json, sha256_of, write_text
+from bids_uad.files import is_outdated, read_json, sha256_of, write_text
 from bids_uad.levels.participant.completion_records import read_record, record_path, write_methods
 from bids_uad.levels.participant.executors import NodeFailure, configure_nipype, make_plugin
 from bids_uad.levels.participant.leakage import leakage_warnings, normative_warnings
@@ -345,7 +345,8 @@ def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) ->
         _describe_dataset(tasks, context)
         failures = run_workflow(tasks, context, stopwatch)
         _describe_dataset(tasks, context)  # other jobs may have written it meanwhile
-    if pending or _is_methods_text_outdated(tasks, config):
+    records = (record_path(config.output_dir, task.unit) for task in tasks)
+    if pending or is_outdated(config.output_dir / "logs" / "CITATION.md", records):
         write_methods(config.output_dir)
     statuses = collect_statuses(tasks, collection.problems, failures, stopwatch, config)
     failed_reports = update_reports(config, statuses, context.device)
@@ -360,16 +361,6 @@ def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) ->
     if config.clean_workdir:
         _remove_working_folders(tasks, config)
     return ExitCode.OK
-
-
-def _is_methods_text_outdated(tasks: Sequence[Task], config: RunConfig) -> bool:
-    """Return whether the text is missing or older than a record, because a run was killed in between."""
-    page = config.output_dir / "logs" / "CITATION.md"
-    if not page.is_file():
-        return True
-    records = (record_path(config.output_dir, task.unit) for task in tasks)
-    written = page.stat().st_mtime_ns
-    return any(record.is_file() and record.stat().st_mtime_ns > written for record in records)
 
 
 def _remove_working_folders(tasks: Sequence[Task], config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import requested_subjects
 from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, try_read_participants
-from bids_uad.files import locked, read_json, write_json
+from bids_uad.files import is_outdated, locked, read_json, write_json
 from bids_uad.levels.participant.completion_records import (
     describe_methods,
     read_record,
@@ -335,19 +335,11 @@ def update_reports(config: RunConfig, statuses: Sequence[ImageStatus], device: s
         if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
             continue
         changed = any(status.status != UP_TO_DATE for status in own)
-        if changed or _is_report_outdated(config.output_dir, subject):
+        page = config.output_dir / f"sub-{subject}.html"
+        if changed or is_outdated(page, page.with_suffix("").glob("**/log/*.json")):
             save_last_run(config, subject, own, device)
             subjects.append(subject)
     return write_reports(config, subjects)
-
-
-def _is_report_outdated(output_dir: Path, subject: str) -> bool:
-    """Return whether a report is missing, or older than a record, because a run was killed in between."""
-    page = output_dir / f"sub-{subject}.html"
-    if not page.is_file():
-        return True
-    written = page.stat().st_mtime_ns
-    return any(path.stat().st_mtime_ns > written for path in page.with_suffix("").glob("**/log/*.json"))
 
 
 def rewrite_reports(config: RunConfig) -> list[str]:
