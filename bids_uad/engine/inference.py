@@ -9,11 +9,13 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -27,8 +29,8 @@ from bids_uad.methods.base import Detector
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import BRAIN_CENTRE, CROP
 
-MEDIAN_CHUNK = 400_000
-"""Voxels whose neighbours are gathered at once by :func:`masked_median`."""
+MEDIAN_CHUNK, GPU_MEDIAN_CHUNK = 2**14, 2**19
+"""Voxels whose neighbours are gathered at once by :func:`masked_median`; on a CPU they fit into its cache."""
 PUBLISHED_SIDE = 4
 """Side of the published median filter in voxels."""
 
@@ -263,7 +265,7 @@ def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     Parameters
     ----------
     volume : Tensor of float, shape (X, Y, Z)
-        Scores.
+        Scores, finite in the brain.
     brain : Tensor of bool, shape (X, Y, Z)
         Brain mask.
 
@@ -272,22 +274,69 @@ def masked_median(volume: Tensor, brain: Tensor) -> Tensor:
     Tensor, shape (X, Y, Z)
         Medians, 0 outside the brain; of an even number of neighbours the lower of the two middle values.
     """
-    result = torch.zeros_like(volume)
-    if not brain.any():
-        return result
-    padded = torch.full(
-        [size + 2 for size in volume.shape], torch.nan, dtype=volume.dtype, device=volume.device
-    )
-    padded[1:-1, 1:-1, 1:-1] = torch.where(brain, volume, torch.nan)
+    around = (1,) * 6
+    padded = F.pad(torch.where(brain, volume, torch.inf), around, value=torch.inf)
+    known = F.pad(brain, around)
+    surrounded = known
+    for axis, size in enumerate(brain.shape):
+        first, second, third = (surrounded.narrow(axis, start, size) for start in range(3))
+        surrounded = first & second & third
+    surrounded = F.pad(surrounded, around)
     strides = torch.tensor(padded.stride(), device=padded.device)
     steps = torch.arange(-1, 2, device=padded.device)
-    offsets = (torch.cartesian_prod(steps, steps, steps) * strides).sum(1)
-    centres = ((torch.nonzero(brain) + 1) * strides).sum(1)
-    values = padded.flatten()
-    result[brain] = torch.cat(
-        [values[part[:, None] + offsets].nanmedian(1).values for part in centres.split(MEDIAN_CHUNK)]
-    )
-    return result
+    offsets = (torch.cartesian_prod(steps, steps, steps) * strides).sum(1)[:, None]
+    values, result = padded.flatten(), torch.zeros_like(padded)
+    chunk = MEDIAN_CHUNK if volume.device.type == "cpu" else GPU_MEDIAN_CHUNK
+    for is_complete, where in ((True, surrounded), (False, known & ~surrounded)):
+        for centres in where.flatten().nonzero().flatten().split(chunk):
+            neighbours = values.index_select(0, (centres + offsets).flatten()).view(len(offsets), -1)
+            if not is_complete:
+                # Every other missing neighbour becomes the smallest value, so that the middle of all 27 is
+                # the lower median of the others.
+                is_odd = torch.zeros_like(centres, dtype=torch.bool)
+                for row, is_missing in zip(neighbours, neighbours.isinf(), strict=True):
+                    is_odd ^= is_missing
+                    row.masked_fill_(is_odd & is_missing, -torch.inf)
+            result.view(-1)[centres] = _middle_row(neighbours)
+    return result[1:-1, 1:-1, 1:-1].contiguous()
+
+
+def _middle_row(values: Tensor) -> Tensor:
+    """Compute the median over an odd number of rows of values of shape (N, M), which are overwritten."""
+    rows, spare = [*values], torch.empty_like(values[0])
+    for low, high, needs_low, needs_high in _median_network(len(rows)):
+        first, second = rows[low], rows[high]
+        if needs_low and needs_high:
+            rows[low] = torch.minimum(first, second, out=spare)
+            torch.maximum(first, second, out=second)
+            spare = first
+        elif needs_low:
+            torch.minimum(first, second, out=first)
+        else:
+            torch.maximum(first, second, out=second)
+    return rows[len(rows) // 2]
+
+
+@cache
+def _median_network(count: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Return the comparisons of Batcher's odd-even merge sort that the middle one of `count` values needs.
+
+    Each consists of two positions, and of whether the smaller and the larger of their values is needed
+    (Knuth 1998, "The art of computer programming" vol. 3, algorithm 5.2.2M).
+    """
+    comparisons = []
+    for length in (2**power for power in range((count - 1).bit_length())):
+        for step in (length >> power for power in range(length.bit_length())):
+            for start in range(step % length, count - step, 2 * step):
+                for low in range(start, min(start + step, count - step)):
+                    if low // (2 * length) == (low + step) // (2 * length):
+                        comparisons.append((low, low + step))
+    needed, kept = {count // 2}, []
+    for low, high in reversed(comparisons):
+        if low in needed or high in needed:
+            kept.append((low, high, low in needed, high in needed))
+            needed |= {low, high}
+    return tuple(reversed(kept))
 
 
 def published_median(volume: Tensor) -> Tensor:
