@@ -1,0 +1,78 @@
+"""The benchmark of GPUs: counted operations, its time budget, and its comparison with the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import gpu
+from benchmarks.scan import Scan
+from bids_uad.space import SHAPE
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An ellipsoid instead of a scan, of which two slices are computed on a CPU."""
+    axes = np.ogrid[tuple(slice(size) for size in SHAPE)]
+    brain = sum(((axis - size / 2) / (size / 4)) ** 2 for axis, size in zip(axes, SHAPE, strict=True)) < 1
+    volume = np.where(brain, np.random.default_rng(0).uniform(0.2, 1.0, SHAPE), 0.0).astype(np.float32)
+    monkeypatch.setattr(gpu, "load_scan", lambda folder: Scan("ellipsoid", volume, brain))
+    return ["--device", "cpu", "--detectors", "fae", "--presets", "lite", "--slices", "2", "--runs", "2"]
+
+
+@pytest.mark.parametrize("without_data", [False, True])
+def test_count_work_of_a_convolution_is_that_of_the_formula(without_data):
+    convolution, x = nn.Conv2d(3, 5, 3, padding=1, bias=False), torch.zeros(2, 3, 16, 16)
+    if without_data:
+        convolution.forward = gpu.without_data(convolution)
+    with torch.inference_mode(), gpu.count_work() as work:
+        assert convolution(x).shape == (2, 5, 16, 16)
+    assert work["flops"] == 2 * 2 * 16 * 16 * 9 * 3 * 5
+    numbers = x.numel() + 9 * 3 * 5 + 2 * 5 * 16 * 16
+    # The random output, which stands for that of the network, is written once more.
+    assert work["bytes"] == 2 * (numbers + (2 * 5 * 16 * 16 if without_data else 0))
+
+
+def test_limits_are_those_of_the_slower_of_arithmetic_and_memory():
+    flops, speed = gpu.CHIPS["H200"]
+    found = gpu.limits({"flops": flops, "bytes": 3 * speed}, slices=2)
+    assert (found["compute_s"], found["memory_s"], found["bound"]) == (2, 6, "memory")
+    assert gpu.limits({"flops": flops, "bytes": 0}, slices=1)["bound"] == "compute"
+
+
+def test_gpu_benchmark_writes_time_speed_and_agreement(toy, tmp_path):
+    paths = ["--roofline-file", str(tmp_path / "roofline.json"), "--output", str(tmp_path / "gpu.json")]
+    gpu.main([*toy, *paths, "--roofline"])
+    roofline = json.loads((tmp_path / "roofline.json").read_text())
+    gpu.main([*toy, *paths])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["detector"] for row in results["rows"]] == ["default model", "fae"]
+    for counted, row in zip(roofline["rows"], results["rows"], strict=True):
+        assert counted["flops_per_slice"] > 0
+        assert row["runs"] == 2
+        assert row["fp32_difference"] == 0  # the same device
+        assert row["within_tolerance"]
+    assert results["sums_s"]["lite"] == pytest.approx(results["rows"][1]["seconds"], abs=0.01)
+
+
+def test_gpu_benchmark_without_time_skips_and_says_so(toy, tmp_path):
+    gpu.main([*toy, "--budget", "0", "--output", str(tmp_path / "gpu.json")])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["sums_s"] == {}
+    for row in results["rows"]:
+        assert row["skipped"] == row["comparison_skipped"] == "no time left"
+
+
+def test_gpu_benchmark_fails_if_a_map_differs(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "relative_difference", lambda scores, reference: 2 * gpu.TOLERANCE)
+    with pytest.raises(SystemExit, match=r"differ from those of the CPU: .*fae \(lite\)"):
+        gpu.main([*toy, "--output", str(tmp_path / "gpu.json")])
+    assert not any(row["within_tolerance"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"])
+
+
+def test_relative_difference_is_a_fraction_of_the_mean():
+    assert gpu.relative_difference(np.array([1.0, 3.5]), np.array([1.5, 2.5])) == 0.375
