@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -109,6 +111,15 @@ def test_methods_networks_and_engine_know_neither_nipype_nor_bids():
             str(node.module).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
         }
         assert not roots & {"nipype", "niworkflows", "bids"}, module
+
+
+def test_start_of_a_run_imports_neither_pytorch_nor_scikit_learn():
+    # They take seconds, and only some of the processes of a run need them.
+    program = (
+        f"import sys, {MAIN_JOB[0]}; print(*{{'torch', 'sklearn', 'scipy.stats', 'ants'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_a_run_on_scans_needs_fewer_than_sixty_files_and_nothing_that_only_trains():

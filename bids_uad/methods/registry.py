@@ -67,6 +67,19 @@ def detector_class(name: str) -> type[Detector]:
     return getattr(import_module(entry.module), entry.class_name)
 
 
+def detector_name(detector: str) -> str:
+    """Return the title of a detector, with `(Z)` if its scores are deviations from a normative reference.
+
+    Parameters
+    ----------
+    detector : str
+        Name as in tables (`disyre+normative`) or, in lower case, as in file names (`disyrenormative`).
+    """
+    plain = detector.removesuffix("normative").rstrip("+")
+    name = DETECTORS[plain].title if plain in DETECTORS else plain.capitalize()
+    return name if plain == detector else f"{name} (Z)"
+
+
 def preset_of(name: str, preset: str) -> Any:
     """Return the hyper-parameters of a preset.
 

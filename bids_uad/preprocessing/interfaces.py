@@ -37,7 +37,6 @@ from bids_uad.preprocessing.brain_extraction.masks import (
     mask_volume,
     run_external_program,
 )
-from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
 from bids_uad.preprocessing.check import (
     header_warnings,
     is_skull_stripped,
@@ -165,6 +164,9 @@ class BrainMask(SimpleInterface):
         if self.inputs.program in (COMBINED, TEMPLATE):
             template = _volume(self.inputs.template, self.inputs.template_mask)
         if self.inputs.program in (COMBINED, NETWORK):
+            # PyTorch is imported by the workers that need it alone.
+            from bids_uad.preprocessing.brain_extraction.network import load_network, predict_brain_mask
+
             network = load_network(Path(self.inputs.weights))
             network_mask = predict_brain_mask(scan.data, scan.affine, network)
         mask, agreement = extract_brain(scan, template, folder, network_mask)

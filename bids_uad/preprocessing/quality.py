@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 from scipy import ndimage
-from scipy.stats import median_abs_deviation
-from sklearn.mixture import GaussianMixture
 
 from bids_uad.preprocessing.brain_extraction.masks import BRAIN_VOLUME_RANGE_ML
 from bids_uad.preprocessing.check import background
@@ -215,6 +213,8 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Tiss
     TissueIntensities
         Intensities between the 1st and 99th percentile, by tissue.
     """
+    from sklearn.mixture import GaussianMixture  # slow to import, and used in worker processes alone
+
     values = np.asarray(values, dtype=np.float64)
     low, high = np.percentile(values, [1, 99])
     kept = values[(values >= low) & (values <= high)]
@@ -252,6 +252,8 @@ def cjv(wm: np.ndarray, gm: np.ndarray) -> float:
     The sum of the median absolute deviations of both tissues (scaled to standard deviations), divided by the
     difference of their medians.
     """
+    from scipy.stats import median_abs_deviation
+
     deviation = median_abs_deviation(wm, scale="normal") + median_abs_deviation(gm, scale="normal")
     return float(deviation / abs(np.median(wm) - np.median(gm)))
 

@@ -14,6 +14,7 @@ from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.lesion_detection import CONTRAST, CONTRASTS, VOLUME, VOLUMES
 from bids_uad.evaluation.threshold_transfer import VALIDATION
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.charts import (
     ALPHA,
     INK,
@@ -28,7 +29,7 @@ from bids_uad.reports.charts import (
     log_axis,
     round_up,
 )
-from bids_uad.reports.group_text import detector_name, number
+from bids_uad.reports.group_text import number
 
 _SHADE = "#56B4E9"
 MIN_RANKED_DETECTORS = 3

@@ -15,8 +15,8 @@ from typing import Any
 from bids_uad import __version__
 from bids_uad.calibration.normative import FWHM
 from bids_uad.files import write_text
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.bibliography import read_entries
-from bids_uad.reports.group_text import detector_name
 from bids_uad.reports.pathways import Pathway, lesion_text, preprocessing_text
 
 THRESHOLD_NAMES = {

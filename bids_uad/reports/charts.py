@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bids_uad.reports.group_text import detector_name, number
+from bids_uad.methods.registry import detector_name
+from bids_uad.reports.group_text import number
 
 WIDTH = 1080
 """Width of every chart in pixels of 1/72 inch, so that sizes in points are sizes in pixels."""

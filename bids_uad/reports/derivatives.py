@@ -13,7 +13,7 @@ import pandas as pd
 from bids_uad.dataset.lesion_masks import written_mask
 from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.files import DEPRECATED_COLUMNS
-from bids_uad.reports.group_text import detector_name
+from bids_uad.methods.registry import detector_name
 from bids_uad.space import NAME
 
 _PREPROC = re.compile(

@@ -24,18 +24,14 @@ from bids_uad.evaluation.provenance import ModelProvenance
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 from bids_uad.files import read_json, write_text
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.bibliography import methods_html
 from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.charts import Chart
 from bids_uad.reports.group_charts import detector_colours, group_charts
 from bids_uad.reports.group_panel import example_figures
 from bids_uad.reports.group_summary import count, summarise
-from bids_uad.reports.group_text import (
-    detector_name,
-    fixed,
-    interval,
-    no_interval,
-)
+from bids_uad.reports.group_text import fixed, interval, no_interval
 
 OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
 MAX_SCAN_ROWS = 1000

@@ -16,7 +16,7 @@ from bids_uad.evaluation.benchmark import ALL, Evaluation
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.metrics import precision_recall
 from bids_uad.evaluation.subjects import HEALTHY, LESION
-from bids_uad.methods.registry import DETECTORS
+from bids_uad.methods.registry import DETECTORS, detector_name
 from bids_uad.reports.analysis_charts import (
     age_effects,
     experiment_charts,
@@ -40,11 +40,7 @@ from bids_uad.reports.charts import (
     modality_panels,
     round_up,
 )
-from bids_uad.reports.group_text import (
-    detector_name,
-    number,
-    with_interval,
-)
+from bids_uad.reports.group_text import number, with_interval
 
 _HEALTHY, _LESION = "#0072B2", "#D55E00"
 MAX_NAMED_PARTICIPANTS = 12

@@ -17,9 +17,9 @@ from bids_uad.evaluation.bias import (
 from bids_uad.evaluation.bootstrap import N_RESAMPLES
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.subjects import HEALTHY, LESION
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.boilerplate import UsedModel, fragment, threshold_list
 from bids_uad.reports.group_summary import join_words
-from bids_uad.reports.group_text import detector_name
 
 
 def group_methods_text(

@@ -22,6 +22,7 @@ from bids_uad.dataset.naming import detector_desc, output_of_source
 from bids_uad.errors import InputError
 from bids_uad.evaluation.subjects import LESION
 from bids_uad.files import REMEDY
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.charts import (
     INK,
     MUTED,
@@ -39,7 +40,7 @@ from bids_uad.reports.figures.display import (
 )
 from bids_uad.reports.figures.overlay import LESION_COLOUR
 from bids_uad.reports.figures.svg import Canvas, contour
-from bids_uad.reports.group_text import detector_name, fixed
+from bids_uad.reports.group_text import fixed
 
 FOUND_COLOUR = (255, 149, 0)
 FOUND_OPACITY = 150

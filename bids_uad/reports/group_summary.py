@@ -14,8 +14,8 @@ from bids_uad.evaluation.comparison import mean_ranks, participant_scores
 from bids_uad.evaluation.experiments import REFERENCE
 from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
+from bids_uad.methods.registry import detector_name
 from bids_uad.reports.charts import ALPHA
-from bids_uad.reports.group_text import detector_name
 
 FEW = 10
 """Number of participants below which the summary warns about the sample size."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bids_uad.evaluation.benchmark import ALL
 from bids_uad.evaluation.bootstrap import MIN_SUBJECTS
-from bids_uad.methods.registry import DETECTORS
+from bids_uad.methods.registry import detector_name
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -55,19 +55,6 @@ def no_interval(row: Mapping[str, Any], column: str, name: str) -> str:
 def with_interval(row: Mapping[str, Any], column: str, name: str, scale: float = 1, digits: int = 3) -> str:
     """Format a value of a row followed by its interval."""
     return f"{fixed(row[column], scale, digits)} {interval(row, name, scale, digits)}".strip()
-
-
-def detector_name(detector: str) -> str:
-    """Return the title of a detector, with `(Z)` if its scores are deviations from a normative reference.
-
-    Parameters
-    ----------
-    detector : str
-        Name as in tables (`disyre+normative`) or, in lower case, as in file names (`disyrenormative`).
-    """
-    plain = detector.removesuffix("normative").rstrip("+")
-    name = DETECTORS[plain].title if plain in DETECTORS else plain.capitalize()
-    return name if plain == detector else f"{name} (Z)"
 
 
 def benchmark_table(benchmark: pd.DataFrame) -> Table:

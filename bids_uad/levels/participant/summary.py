@@ -42,10 +42,10 @@ from bids_uad.levels.participant.executors import (
 from bids_uad.levels.participant.interfaces import sidecar_of
 from bids_uad.levels.participant.plan import Task, remove_temporary_files
 from bids_uad.levels.participant.workflow import node_key, node_key_of
+from bids_uad.methods.registry import detector_name
 from bids_uad.preprocessing.quality import FAILED_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
-from bids_uad.reports.group_text import detector_name
 from bids_uad.resources import oom_kills, worker_pool
 
 LOGGER = logging.getLogger("bids_uad")
