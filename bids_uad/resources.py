@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing as mp
 import os
 import re
+import select
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from bids_uad.errors import ConfigError
+from bids_uad.errors import ConfigError, UserError
 
 ROOT = Path("/sys/fs/cgroup")
 """Mount point of control groups."""
@@ -20,6 +27,8 @@ OWN = Path("/proc/self/cgroup")
 """Control groups of this process."""
 USED_FRACTION = 0.9
 """Fraction of the granted memory that is used; the rest is for the interpreter and the file cache."""
+ATTEMPTS = 2
+"""Number of processes that are given a request, if each ends without an answer."""
 
 _GB_PER_UNIT = {"": 1e-3, "K": 1e-6, "M": 1e-3, "G": 1.0, "T": 1e3}
 _MEMORY = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
@@ -75,6 +84,29 @@ def why_killed(kills_before: int, root: Path = ROOT, own: Path = OWN) -> str:
     limits = memory_limits(root, own)
     granted = f" (limit {min(limits) / 1e9:.2f} GB)" if limits else ""
     return f"because memory ran out{granted}; {remedy}"
+
+
+def describe_exit(exitcode: int | None, oom_kills_before: int) -> str:
+    """Describe why a worker process has ended.
+
+    Parameters
+    ----------
+    exitcode : int or None
+        Exit code; negative for a signal, as in :mod:`multiprocessing`.
+    oom_kills_before : int
+        Number of processes killed for memory before it started, see :func:`oom_kills`.
+
+    Returns
+    -------
+    str
+        Predicate of a sentence in one line.
+    """
+    if exitcode is None:
+        return "ended without an exit code"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}; see the error above"
+    name = signal.Signals(-exitcode).name
+    return f"was killed {why_killed(oom_kills_before)}" if name == "SIGKILL" else f"was ended by {name}"
 
 
 def _files(controller: str, name: str, root: Path, own: Path) -> list[Path]:
@@ -149,14 +181,20 @@ def _slurm_megabytes() -> list[int]:
     return [int(by_cpu) * int(cpus)] if by_cpu.isdigit() and cpus.isdigit() else []
 
 
-def end_with_parent() -> None:
+def end_with_parent(sentinel: int | None = None) -> None:
     """Let the kernel kill this worker and its children when the parent process ends.
 
     Otherwise workers of a killed run would write into folders of the next run, or wait forever. The kernel
     signals the end of the pipe to the parent; a thread could not, while ITK holds the interpreter's lock.
+
+    Parameters
+    ----------
+    sentinel : int, optional
+        File descriptor of a pipe to the parent. By default that of :mod:`multiprocessing`.
     """
     os.setpgrp()
-    sentinel = mp.parent_process().sentinel
+    if sentinel is None:
+        sentinel = mp.parent_process().sentinel
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
@@ -187,3 +225,172 @@ def worker_pool(workers: int, start_method: str) -> Iterator[ProcessPoolExecutor
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
+
+
+class NoAnswerError(Exception):
+    """A process has ended without an answer, or has answered with an error.
+
+    Parameters
+    ----------
+    returncode : int or None
+        Exit code; negative for a signal. None if the process has answered with an error.
+    stderr : str
+        Standard error, or the traceback of the error.
+    oom_kills_before : int
+        Number of processes killed for memory before the request, see :func:`oom_kills`.
+    """
+
+    def __init__(self, returncode: int | None, stderr: str, oom_kills_before: int) -> None:
+        super().__init__(stderr)
+        self.returncode, self.stderr, self.oom_kills_before = returncode, stderr, oom_kills_before
+
+
+class RequestProcess:
+    """A Python process that answers requests one after another, see :func:`serve_requests`.
+
+    It is started by the first request, and again whenever it has ended. It ends with this process.
+
+    Parameters
+    ----------
+    module : str
+        Module that the process runs as a program.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Send a request and wait for the answer.
+
+        If the process ends before it has answered, a new one is asked once more.
+
+        Parameters
+        ----------
+        request : mapping
+            JSON types only.
+        environment : mapping of str to str, optional
+            Environment of the process if it is started; by default that of this process.
+
+        Returns
+        -------
+        dict
+            The answer.
+
+        Raises
+        ------
+        UserError
+            If the process has answered with an error for users.
+        NoAnswerError
+            If it has answered with another error, or has ended twice.
+        """
+        for _ in range(ATTEMPTS):
+            if self._process is None or self._process.poll() is not None:
+                self._start(environment)
+            kills, begin = oom_kills(), os.fstat(self._stderr.fileno()).st_size
+            try:
+                line = self._send(request)
+            except BaseException:  # an answer that nobody has read would be taken for the next one
+                self.stop()
+                raise
+            if line.endswith("\n"):
+                return self._read_answer(json.loads(line), kills)
+            end = os.fstat(self._stderr.fileno()).st_size
+            stderr = os.pread(self._stderr.fileno(), end - begin, begin).decode(errors="replace")
+            failure = NoAnswerError(self._process.wait(), stderr, kills)
+        raise failure
+
+    def stop(self) -> None:
+        """Kill the process and wait for its end."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        os.close(self._sentinel)
+        for file in (self._process.stdin, self._process.stdout, self._stderr):
+            with suppress(BrokenPipeError):
+                file.close()
+        self._process = None
+
+    def _start(self, environment: Mapping[str, str] | None) -> None:
+        self.stop()
+        own_end, self._sentinel = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self._module, str(own_end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=environment,
+            cwd=os.sep,  # the folder of the first request may be removed, and is not searched for modules
+            pass_fds=(own_end,),
+        )
+        os.close(own_end)
+
+    def _send(self, request: Mapping[str, Any]) -> str:
+        """Return the line with the answer; empty or incomplete if the process has ended."""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def _read_answer(self, answer: dict[str, Any], kills: int) -> dict[str, Any]:
+        if answer["last"]:
+            self.stop()
+        if "refusal" in answer:
+            raise UserError(answer["refusal"])
+        if "traceback" in answer:
+            raise NoAnswerError(None, answer["traceback"], kills)
+        return answer["result"]
+
+
+def serve_requests(
+    handle: Callable[[dict[str, Any]], dict[str, Any]],
+    sentinel: int,
+    *,
+    idle_seconds: float,
+    memory_limit: float,
+) -> None:
+    """Answer the requests of :class:`RequestProcess` until this process is to end.
+
+    It ends after an error that is not one for users, when no request has come for a while, when it occupies
+    too much memory after a request, and with its parent. Requests and answers are JSON objects, one per line
+    of standard input and output; what is printed meanwhile goes to standard error.
+
+    Parameters
+    ----------
+    handle : callable
+        Returns the answer to a request, JSON types only.
+    sentinel : int
+        File descriptor of a pipe to the parent.
+    idle_seconds : float
+        Time in s without a request after which the process ends.
+    memory_limit : float
+        Resident memory in bytes above which the process ends.
+    """
+    end_with_parent(sentinel)
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    last = False
+    while not last and select.select([requests], [], [], idle_seconds)[0]:
+        line = requests.readline()
+        if not line:
+            return
+        try:
+            answer = {"result": handle(json.loads(line))}
+        except UserError as error:
+            answer = {"refusal": str(error)}
+        except Exception:
+            answer = {"traceback": traceback.format_exc()}
+        last = "traceback" in answer or resident_bytes() > memory_limit
+        answers.write(json.dumps({**answer, "last": last}) + "\n")
+        answers.flush()
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process in bytes; 0 where the system does not report it."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0

@@ -1,4 +1,7 @@
-"""Worker processes end with the process that started them."""
+"""Worker processes end with the process that started them; a process that answers requests is replaced.
+
+As a program, this module is a process that answers requests.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.resources import worker_pool
+from bids_uad.errors import ModelError, UserError
+from bids_uad.resources import NoAnswerError, RequestProcess, resident_bytes, serve_requests, worker_pool
+
+ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import sys, time
@@ -44,14 +50,19 @@ def runs(number: int) -> bool:
 def test_worker_ends_when_its_parent_is_killed(tmp_path, start_method, state):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(program), start_method, state]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         worker = int(parent.stdout.readline())
         assert runs(worker)
         parent.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 10
-    while runs(worker):
+    wait_for_end(worker)
+
+
+def wait_for_end(number: int, seconds: float = 10) -> None:
+    """Wait until a process has ended."""
+    end = time.monotonic() + seconds
+    while runs(number):
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -68,3 +79,135 @@ def test_worker_pool_is_killed_when_the_block_raises():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert time.monotonic() - begin < 60
+
+
+def answer(request: dict) -> dict:
+    """Do what a request says, and return the number of the process."""
+    act, orders = request.get("act"), Path(request.get("orders", os.devnull))
+    if orders.is_file() and (acts := orders.read_text().split()):
+        act, rest = acts[0], acts[1:]
+        orders.write_text(" ".join(rest))
+    if act == "print":
+        print("a line on standard output")
+        os.system("echo and one of a program")  # noqa: S605
+    elif act == "refuse":
+        raise ModelError("gave NaN")
+    elif act == "fail":
+        raise ZeroDivisionError("nothing to\ndivide by")
+    elif act == "exit":
+        print("no such library", file=sys.stderr)
+        os._exit(3)
+    elif act == "sleep":
+        time.sleep(600)
+    elif act is not None:
+        os.kill(os.getpid(), signal.Signals[act])
+    return {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+
+
+@pytest.fixture
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def process():
+    process = RequestProcess("tests.test_workers")
+    yield process
+    process.stop()
+
+
+def test_one_process_answers_all_requests(process, environment):
+    environment["OMP_NUM_THREADS"] = "3"
+    answers = [process.ask({"act": act}, environment) for act in (None, "print", None)]
+    assert [each["threads"] for each in answers] == ["3"] * 3
+    (number,) = {each["pid"] for each in answers}
+    assert runs(number)
+    process.stop()
+    assert not runs(number)
+
+
+@pytest.mark.parametrize("act", ["SIGKILL", "SIGSEGV", "exit"])
+def test_request_is_repeated_once_if_the_process_ends(process, environment, tmp_path, act):
+    first = process.ask({}, environment)["pid"]
+    orders = tmp_path / "orders"
+    orders.write_text(act)
+    second = process.ask({"orders": str(orders)}, environment)["pid"]
+    assert first != second
+    orders.write_text(f"{act} {act} {act}")
+    with pytest.raises(NoAnswerError) as caught:
+        process.ask({"orders": str(orders)}, environment)
+    assert orders.read_text() == act  # two of three orders were obeyed
+    expected = 3 if act == "exit" else -signal.Signals[act]
+    assert caught.value.returncode == expected
+    assert caught.value.stderr.strip() == ("no such library" if act == "exit" else "")
+    assert process.ask({}, environment)["pid"] not in (first, second)
+
+
+def test_process_killed_between_requests_is_replaced(process, environment):
+    first = process.ask({}, environment)["pid"]
+    os.kill(first, signal.SIGKILL)
+    wait_for_end(first)
+    assert process.ask({}, environment)["pid"] != first
+
+
+def test_errors_are_answers(process, environment):
+    first = process.ask({}, environment)["pid"]
+    with pytest.raises(UserError, match=r"^gave NaN$"):
+        process.ask({"act": "refuse"}, environment)
+    assert process.ask({}, environment)["pid"] == first
+    with pytest.raises(
+        NoAnswerError, match=r"(?s)in answer.*ZeroDivisionError: nothing to\ndivide by"
+    ) as caught:
+        process.ask({"act": "fail"}, environment)
+    assert caught.value.returncode is None
+    assert not runs(first)  # its state, such as that of a GPU, is not known
+
+
+def test_process_ends_when_idle(process, environment):
+    environment["IDLE_SECONDS"] = "0.2"
+    first = process.ask({}, environment)["pid"]
+    wait_for_end(first)
+    assert process.ask({}, environment)["pid"] != first
+
+
+@pytest.mark.parametrize(("limit", "n_processes"), [("1", 3), ("1e12", 1)])
+def test_process_that_has_grown_is_replaced_after_a_request(process, environment, limit, n_processes):
+    environment["MEMORY_LIMIT"] = limit
+    numbers = {process.ask({}, environment)["pid"] for _ in range(3)}
+    assert len(numbers) == n_processes
+
+
+def test_resident_bytes_grow_with_memory():
+    before = resident_bytes()
+    block = b"a" * (200 << 20)
+    assert resident_bytes() - before > 0.9 * len(block)
+
+
+ASKING = """
+import os, sys
+from bids_uad.resources import RequestProcess
+process = RequestProcess("tests.test_workers")
+print(process.ask({})["pid"], flush=True)
+process.ask({"act": "sleep"}) if sys.argv[1] == "busy" else sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_process_ends_with_the_one_that_asks(environment, state):
+    command = [sys.executable, "-c", ASKING, state]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as parent:
+        number = int(parent.stdout.readline())
+        time.sleep(0.2)
+        assert runs(number)
+        parent.send_signal(signal.SIGKILL)
+    wait_for_end(number)
+
+
+if __name__ == "__main__":
+    serve_requests(
+        answer,
+        int(sys.argv[1]),
+        idle_seconds=float(os.environ.get("IDLE_SECONDS", "600")),
+        memory_limit=float(os.environ.get("MEMORY_LIMIT", "1e12")),
+    )

@@ -1,16 +1,18 @@
 """Anomaly maps of preprocessed volumes: score slices, smooth across slices, filter by a median.
 
-``python -m bids_uad.engine.inference`` computes maps of one image in a process of its own.
+``python -m bids_uad.engine.inference`` is the process that computes the maps of a run, image after image, see
+:class:`bids_uad.resources.RequestProcess`.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,19 +22,24 @@ from scipy import ndimage
 from torch import Tensor
 
 from bids_uad import space
-from bids_uad.engine.bundle import load_bundle, load_detector
+from bids_uad.engine.bundle import Bundle, load_bundle, load_detector
 from bids_uad.engine.execution import DEFAULT_EXECUTION, Execution, is_out_of_memory, resolve_device
 from bids_uad.engine.protocol import CORRECTED, Protocol
-from bids_uad.errors import ModelError, UserError, truncate_list
+from bids_uad.errors import ModelError, truncate_list
 from bids_uad.images import save_image
 from bids_uad.methods.base import Detector
 from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.resources import serve_requests
 from bids_uad.space import BRAIN_CENTRE, CROP
 
 MEDIAN_CHUNK, GPU_MEDIAN_CHUNK = 2**14, 2**19
 """Voxels whose neighbours are gathered at once by :func:`masked_median`; on a CPU they fit into its cache."""
 PUBLISHED_SIDE = 4
 """Side of the published median filter in voxels."""
+IDLE_SECONDS = 300.0
+"""Time in s without an image after which the detection process ends."""
+MEMORY_LIMIT = 3e9
+"""Resident memory in bytes above which the detection process ends after an image."""
 
 
 @torch.inference_mode()
@@ -368,60 +375,71 @@ def published_median(volume: Tensor) -> Tensor:
     return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bids_uad.engine.inference",
-        description="Compute anomaly maps of one preprocessed image.",
-    )
-    parser.add_argument("--image", type=Path, required=True, help="preprocessed image on the SRI24 grid")
-    parser.add_argument("--brain", type=Path, required=True, help="brain mask of the image")
-    parser.add_argument("--key", required=True, help="name of the image, part of the random seed")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    parser.add_argument("--batch-size", type=int, default=None, help="slices per batch")
-    parser.add_argument("--compile", dest="compiled", action="store_true", help="compile the networks")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument(
-        "--job",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("BUNDLE", "MAP"),
-        help="model bundle and output map; may be repeated",
-    )
-    return parser
+class Scorer:
+    """Compute anomaly maps on request; loaded detectors and the last image are kept for the next request."""
 
+    def __init__(self) -> None:
+        self._detectors: dict[tuple[Any, ...], tuple[Bundle, Detector]] = {}
+        self._image: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None
 
-def main(argv: list[str] | None = None) -> int:
-    """Compute the maps of the command line; return 0, or 69 if a bundle or device cannot be used."""
-    args = _parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        device = resolve_device(args.device)
-        volume = np.asarray(nib.load(args.image).dataobj, dtype=np.float32)
-        brain = np.asarray(nib.load(args.brain).dataobj) > 0
-        execution = Execution(args.precision, args.batch_size, args.compiled)
-        for folder, output in args.job:
+    def __call__(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """Write the anomaly map of one image.
+
+        Parameters
+        ----------
+        request : mapping
+            `bundle`, `sha256` (folder and checksum of the model), `image`, `brain` (preprocessed image and
+            brain mask on the SRI24 grid), `key`, `seed` (see :func:`anomaly_map`), `device`, `precision`,
+            `batch_size`, `compiled`, `threads` (CPU threads) and `output` (path of the map).
+
+        Returns
+        -------
+        dict
+            `device`, with `auto` resolved.
+
+        Raises
+        ------
+        UserError
+            If the bundle or the device cannot be used, or scores are not finite.
+        """
+        torch.set_num_threads(request["threads"])
+        device = resolve_device(request["device"])
+        execution = Execution(request["precision"], request["batch_size"], request["compiled"])
+        bundle, detector = self._load(request["bundle"], request["sha256"], device, execution)
+        volume, brain = self._read(Path(request["image"]), Path(request["brain"]))
+        scores = anomaly_map(
+            detector,
+            volume,
+            brain,
+            key=request["key"],
+            seed=request["seed"],
+            protocol=bundle.protocol,
+            execution=execution,
+        )
+        save_image(space.to_image(scores), request["output"])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {"device": str(device)}
+
+    def _load(
+        self, folder: str, sha256: str, device: torch.device, execution: Execution
+    ) -> tuple[Bundle, Detector]:
+        """Return a bundle and its detector, ready to score."""
+        key = (folder, sha256, device, execution)
+        if key not in self._detectors:
             bundle = load_bundle(folder)
             detector = execution.prepare(load_detector(bundle, str(device)))
-            scores = anomaly_map(
-                detector,
-                volume,
-                brain,
-                key=args.key,
-                seed=args.seed,
-                protocol=bundle.protocol,
-                execution=execution,
-            )
-            save_image(space.to_image(scores), output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 69
-    print(f"device: {device}")
-    return 0
+            self._detectors[key] = bundle, detector
+        return self._detectors[key]
+
+    def _read(self, image: Path, brain: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return intensities and brain mask of an image."""
+        key = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in (image, brain)]
+        if self._image is None or self._image[0] != key:
+            volume = np.asarray(nib.load(image).dataobj, dtype=np.float32)
+            self._image = key, (volume, np.asarray(nib.load(brain).dataobj) > 0)
+        return self._image[1]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    serve_requests(Scorer(), int(sys.argv[1]), idle_seconds=IDLE_SECONDS, memory_limit=MEMORY_LIMIT)

@@ -142,8 +142,8 @@ class _FakeDetectInputSpec(BaseInterfaceInputSpec):
     brain = File(exists=True, mandatory=True)
     key = traits.Str(mandatory=True)
     seed = traits.Int()
-    bundles = traits.List(traits.Str)
-    sha256 = traits.List(traits.Str)
+    bundle = traits.Str()
+    sha256 = traits.Str()
     device = traits.Str(nohash=True)
     precision = traits.Str()
     batch_size = traits.Int(nohash=True)
@@ -153,7 +153,7 @@ class _FakeDetectInputSpec(BaseInterfaceInputSpec):
 
 
 class _FakeDetectOutputSpec(TraitedSpec):
-    out_files = traits.List(File(exists=True))
+    out_file = File(exists=True)
 
 
 class FakeDetect(SimpleInterface):
@@ -167,13 +167,10 @@ class FakeDetect(SimpleInterface):
         scores[110:115, 110:115, 70:80] = 0.75
         scores[120:122, 120:122, 80:82] = 1.5
         scores[0:10, 0:10, 0:10] = 9.0  # outside the brain
-        paths = []
-        for bundle in self.inputs.bundles:
-            paths.append(str(Path(runtime.cwd) / f"{Path(bundle).name}.nii.gz"))
-            nib.save(space.to_image(scores), paths[-1])
-        self._results["out_files"] = paths
-        names = " ".join(Path(bundle).name for bundle in self.inputs.bundles)
-        note(runtime.cwd, f"detect {self.inputs.key} {names}")
+        name = Path(self.inputs.bundle).name
+        self._results["out_file"] = str(Path(runtime.cwd) / f"{name}.nii.gz")
+        nib.save(space.to_image(scores), self._results["out_file"])
+        note(runtime.cwd, f"detect {self.inputs.key} {name}")
         return runtime
 
 

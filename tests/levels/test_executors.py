@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from nipype import Function
@@ -25,13 +26,13 @@ from bids_uad.levels.participant.executors import (
     SlurmGraphPlugin,
     SlurmPlugin,
     configure_nipype,
-    describe_exit,
     describe_job_end,
     make_plugin,
     read_plugin_file,
 )
 from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.levels.participant.summary import error_line
+from bids_uad.resources import describe_exit
 
 
 class Task:
@@ -102,6 +103,31 @@ def test_a_node_that_cannot_be_received_fails_without_a_traceback_on_the_termina
     assert result["traceback"][0].startswith(line)
     assert wait(plugin, plugin._submit_job(Task("work")))["traceback"] is None
     assert "Traceback" not in capfd.readouterr().err
+
+
+class Keeping(Task):
+    """A node that keeps a process in its worker."""
+
+    def __init__(self, act):
+        super().__init__(act)
+        self.interface = SimpleNamespace(keeps_process=True)
+
+
+def test_nodes_that_keep_a_process_have_workers_of_their_own(plugin):
+    def numbers(*tasks):
+        """Run nodes at the same time, and return the numbers of their workers."""
+        started = [plugin._submit_job(task) for task in tasks]
+        return [wait(plugin, number)["result"][1] for number in started]
+
+    keeping, other = numbers(Keeping("work"), Task("work"))
+    for _ in range(3):
+        assert numbers(Task("work")) == [other]
+        assert numbers(Keeping("work")) == [keeping]
+        assert numbers(Task("work"), Keeping("work")) == [other, keeping]
+    both = numbers(Keeping("work"), Keeping("work"))
+    assert keeping in both
+    assert other not in both
+    assert set(numbers(Keeping("work"), Keeping("work"))) == set(both)
 
 
 def test_workers_end_when_closed(plugin):
@@ -180,6 +206,8 @@ def test_describe_failure_of_the_scoring_process():
     assert "memory ran out" in describe_failure(-signal.SIGKILL, "", 0)
     assert "--device cpu" in describe_failure(1, "x\ntorch.OutOfMemoryError: CUDA out of memory. Tried", 0)
     assert describe_failure(69, "model bundle x: y\n", 0) == "model bundle x: y (exit code 69)"
+    assert describe_failure(-signal.SIGSEGV, "", 0) == "the process was ended by SIGSEGV"
+    assert describe_failure(None, "Traceback\n  File x\nValueError: y\n", 0) == "ValueError: y"
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,9 @@ from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.participants import subject_hash
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
-from bids_uad.engine.inference import main as score_in_process
+from bids_uad.engine.inference import Scorer
 from bids_uad.errors import ModelError
 from bids_uad.files import write_json, write_tsv
-from bids_uad.levels.participant.interfaces import describe_failure
 from bids_uad.methods.intensity import Intensity
 from bids_uad.networks.backbones import resnet18
 from bids_uad.training import calibrate
@@ -554,16 +553,27 @@ def test_nan_scores_stop_calibrate_and_leave_the_calibration_as_it_was(models, s
     assert calibration.read_bytes() == before
 
 
-def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, monkeypatch, capsys):
+def test_nan_scores_stop_detection_with_the_same_line(models, scans, tmp_path, monkeypatch):
     monkeypatch.setattr(Intensity, "score", score_nan)
     stem = scans / "sub-1" / "anat" / "sub-1_space-SRI24"
-    target = tmp_path / "map.nii.gz"
-    arguments = ["--image", f"{stem}_desc-preproc_T2w.nii.gz", "--brain", f"{stem}_desc-brain_mask.nii.gz"]
-    arguments += ["--key", "sub-1_T2w", "--job", str(models / "intensity-T2w-lite"), str(target)]
-    assert score_in_process([*arguments, "--device", "cpu"]) == 69
-    message = capsys.readouterr().err
-    assert message.startswith("intensity gave NaN or infinite scores for sub-1_T2w in axial slice")
-    assert describe_failure(69, message, 0).startswith("intensity gave NaN or infinite scores for sub-1_T2w")
+    target = tmp_path / "map.nii"
+    bundle = load_bundle(models / "intensity-T2w-lite")
+    request = {
+        "image": f"{stem}_desc-preproc_T2w.nii.gz",
+        "brain": f"{stem}_desc-brain_mask.nii.gz",
+        "key": "sub-1_T2w",
+        "seed": 0,
+        "bundle": str(bundle.folder),
+        "sha256": bundle.sha256,
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": None,
+        "compiled": False,
+        "threads": 1,
+        "output": str(target),
+    }
+    with pytest.raises(ModelError, match=r"^intensity gave NaN .* for sub-1_T2w in axial slice"):
+        Scorer()(request)
     assert not target.exists()
 
 

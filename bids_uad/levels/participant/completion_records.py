@@ -71,7 +71,7 @@ class CompletionRecord:
     key : str
         Name of the image.
     run_id : str
-        Last run that completed the image.
+        Last run that completed the image; empty if none has written all requested models.
     source : str
         Raw image, relative to the raw dataset.
     fingerprint : dict
@@ -182,14 +182,18 @@ def withdraw_outputs(
         outdated = sorted((record.files | set(record.outdated)) - remaining.files)
         # The record is written first, so that it lists the files as outdated if the run is killed here.
         write_json(path, asdict(replace(remaining, outdated=outdated)))
-        _remove(outdated, output_dir)
+        if outdated:
+            _remove(outdated, output_dir)
+            # Otherwise the first model to be recorded would remove the new outputs of the others.
+            write_json(path, asdict(replace(remaining, outdated=[])))
 
 
 def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path:
-    """Write the record of an image after all its outputs.
+    """Write the record of an image after the outputs that it lists.
 
-    Outputs of other models that another run has recorded meanwhile are kept if they depend on the same inputs
-    and options, and removed otherwise.
+    Models that are recorded already are kept if their outputs depend on the same inputs and options, so that
+    the models of a run can be recorded one by one, and by several processes. Otherwise their outputs are
+    removed.
 
     Parameters
     ----------
@@ -198,7 +202,8 @@ def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path
     output_dir : pathlib.Path
         Root of the derivatives.
     record : CompletionRecord
-        Record of this run; `models` are the models that it has applied.
+        Record of this run; `models` are those whose outputs exist. Without `run_id`, the recorded one is
+        kept.
 
     Returns
     -------
@@ -209,7 +214,12 @@ def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path
         earlier = read_record(path)
         if earlier is not None:
             if earlier.fingerprint == record.fingerprint:
-                record = replace(record, models={**earlier.models, **record.models})
+                models = {**earlier.models, **record.models}
+                record = replace(
+                    record,
+                    run_id=record.run_id or earlier.run_id,
+                    models={name: models[name] for name in sorted(models)},
+                )
             _remove(sorted((earlier.files | set(earlier.outdated)) - record.files), output_dir)
         return write_json(path, asdict(record))
 

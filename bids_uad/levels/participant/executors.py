@@ -13,7 +13,6 @@ import logging
 import multiprocessing as mp
 import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from nipype.pipeline.plugins.slurmgraph import SLURMGraphPlugin
 
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError, storage_error
-from bids_uad.resources import end_with_parent, oom_kills, why_killed
+from bids_uad.resources import describe_exit, end_with_parent, oom_kills
 
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
@@ -174,8 +173,18 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit_job(self, node, updatehash=False):
+        """Start a node in an idle worker, or in a new one.
+
+        Nodes that keep a process (:class:`~bids_uad.levels.participant.interfaces.Detect`) share workers of
+        their own, so that there are as many such processes as run at a time.
+        """
         self._taskid += 1
-        worker = self._idle.pop() if self._idle else _Worker(self._context)
+        keeps_process = getattr(getattr(node, "interface", None), "keeps_process", False)
+        worker = next((worker for worker in self._idle if worker.keeps_process == keeps_process), None)
+        if worker is None:
+            worker = _Worker(self._context, keeps_process)
+        else:
+            self._idle.remove(worker)
         self._busy[self._taskid] = worker
         worker.start(node, updatehash, self._taskid)
         return self._taskid
@@ -200,7 +209,8 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
 class _Worker:
     """Process that runs nodes, with the parent's end of its pipe."""
 
-    def __init__(self, context: mp.context.BaseContext) -> None:
+    def __init__(self, context: mp.context.BaseContext, keeps_process: bool) -> None:
+        self.keeps_process = keeps_process
         self._pipe, child_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_end, str(Path.cwd())), daemon=True)
         self._process.start()
@@ -234,29 +244,6 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self._pipe.close()
-
-
-def describe_exit(exitcode: int | None, oom_kills_before: int) -> str:
-    """Describe why a worker process has ended.
-
-    Parameters
-    ----------
-    exitcode : int or None
-        Exit code; negative for a signal, as in :mod:`multiprocessing`.
-    oom_kills_before : int
-        Number of processes killed for memory before it started, see :func:`bids_uad.resources.oom_kills`.
-
-    Returns
-    -------
-    str
-        Predicate of a sentence in one line.
-    """
-    if exitcode is None:
-        return "ended without an exit code"
-    if exitcode >= 0:
-        return f"ended with exit code {exitcode}; see the error above"
-    name = signal.Signals(-exitcode).name
-    return f"was killed {why_killed(oom_kills_before)}" if name == "SIGKILL" else f"was ended by {name}"
 
 
 def _serve(pipe: Connection, folder: str) -> None:

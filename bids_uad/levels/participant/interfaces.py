@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +25,7 @@ from bids_uad.calibration.normative import NormativeReference
 from bids_uad.dataset.naming import ENTITIES, PATTERNS
 from bids_uad.dataset.sidecars import QUALITY_COLUMNS
 from bids_uad.engine.bundle import NORMATIVE_FILE, Bundle, load_bundle
-from bids_uad.errors import InputError, ModelError
+from bids_uad.errors import InputError, ModelError, UserError
 from bids_uad.files import atomic_path, read_row, write_json, write_tsv
 from bids_uad.images import save_image
 from bids_uad.levels.participant.completion_records import (
@@ -40,7 +37,7 @@ from bids_uad.levels.participant.completion_records import (
 from bids_uad.levels.participant.postprocess import detect_anomalies
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.preprocessing.resampling import map_to_native
-from bids_uad.resources import oom_kills, why_killed
+from bids_uad.resources import NoAnswerError, RequestProcess, describe_exit
 from bids_uad.space import AFFINE, SHAPE, to_image
 
 _EMPTY_ARCHIVE = Path(__file__).parents[2] / "data" / "templateflow"
@@ -147,10 +144,8 @@ class _DetectInputSpec(BaseInterfaceInputSpec):
     brain = File(exists=True, mandatory=True, desc="brain mask, SRI24")
     key = traits.Str(mandatory=True, desc="name of the image, for the random number streams")
     seed = traits.Int(0, usedefault=True, desc="random seed")
-    bundles = traits.List(traits.Str, mandatory=True, minlen=1, desc="model bundle folders")
-    sha256 = traits.List(
-        traits.Str, mandatory=True, desc="checksum of each bundle, so that a new model is a new input"
-    )
+    bundle = traits.Str(mandatory=True, desc="model bundle folder")
+    sha256 = traits.Str(mandatory=True, desc="checksum of the bundle, so that a new model is a new input")
     # Device and threads are not hashed: an interrupted run may continue on other hardware.
     device = traits.Str("cpu", usedefault=True, nohash=True, desc="torch device")
     precision = traits.Enum("fp32", "bf16", usedefault=True, desc="arithmetic of the networks")
@@ -161,46 +156,52 @@ class _DetectInputSpec(BaseInterfaceInputSpec):
 
 
 class _DetectOutputSpec(TraitedSpec):
-    out_files = traits.List(File(exists=True), desc="one anomaly map per bundle")
+    out_file = File(exists=True, desc="anomaly map")
+
+
+DETECTION = RequestProcess("bids_uad.engine.inference")
+"""Detection process of this worker, started with its first image."""
 
 
 class Detect(SimpleInterface):
-    """Score one image with several detectors in a separate process, whose end frees the GPU memory."""
+    """Score one image with one detector, in a process that PyTorch and the detectors stay loaded in.
+
+    An error or the end of that process concerns this detector only.
+    """
 
     input_spec = _DetectInputSpec
     output_spec = _DetectOutputSpec
+    keeps_process = True
+    """The plugin gives such nodes to the workers that have run one before."""
 
     def _run_interface(self, runtime):
-        maps = [Path(runtime.cwd) / f"{Path(bundle).name}_map.nii.gz" for bundle in self.inputs.bundles]
-        command = [sys.executable, "-m", "bids_uad.engine.inference"]
-        command += ["--image", self.inputs.image, "--brain", self.inputs.brain, "--key", self.inputs.key]
-        command += ["--seed", str(self.inputs.seed), "--device", self.inputs.device]
-        command += ["--threads", str(self.inputs.threads), "--precision", self.inputs.precision]
-        if self.inputs.batch_size:
-            command += ["--batch-size", str(self.inputs.batch_size)]
-        if self.inputs.compiled:
-            command.append("--compile")
-        for bundle, target in zip(self.inputs.bundles, maps, strict=True):
-            command += ["--job", bundle, str(target)]
-        threads = str(self.inputs.threads)
+        inputs = self.inputs
+        target = Path(runtime.cwd) / f"{Path(inputs.bundle).name}_map.nii"
+        fields = ("image", "brain", "key", "seed", "bundle", "sha256", "device", "precision")
+        request = {name: getattr(inputs, name) for name in (*fields, "compiled", "threads")}
+        request |= {"batch_size": inputs.batch_size or None, "output": str(target)}
+        threads = str(inputs.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        kills = oom_kills()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode != 0:
-            raise RuntimeError(f"detection failed: {describe_failure(done.returncode, done.stderr, kills)}")
-        self._results["out_files"] = [str(path) for path in maps]
+        try:
+            DETECTION.ask(request, environment)
+        except UserError as error:
+            raise ModelError(str(error)) from error
+        except NoAnswerError as error:
+            cause = describe_failure(error.returncode, error.stderr, error.oom_kills_before)
+            raise RuntimeError(f"detection failed: {cause}") from error
+        self._results["out_file"] = str(target)
         return runtime
 
 
-def describe_failure(returncode: int, stderr: str, oom_kills_before: int) -> str:
-    """Describe in one line why the scoring process failed.
+def describe_failure(returncode: int | None, stderr: str, oom_kills_before: int) -> str:
+    """Describe in one line why scoring has failed.
 
     Parameters
     ----------
-    returncode : int
-        Exit code of the process; negative for a signal.
+    returncode : int or None
+        Exit code of the detection process, negative for a signal; None if it has reported an error.
     stderr : str
-        Its standard error.
+        Its standard error, or the traceback of the error.
     oom_kills_before : int
         Number of processes killed for memory before it started, see :func:`bids_uad.resources.oom_kills`.
 
@@ -209,13 +210,13 @@ def describe_failure(returncode: int, stderr: str, oom_kills_before: int) -> str
     str
         Cause, and remedy if memory ran out.
     """
-    if returncode == -signal.SIGKILL:
-        return f"the process was killed {why_killed(oom_kills_before)}"
+    if returncode is not None and returncode < 0:
+        return f"the process {describe_exit(returncode, oom_kills_before)}"
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no error message"
     if "out of memory" in stderr.lower():
         return f"out of memory ({last}); free the GPU or use --device cpu"
-    return f"{last} (exit code {returncode})"
+    return last if returncode is None else f"{last} (exit code {returncode})"
 
 
 class _PostprocessInputSpec(BaseInterfaceInputSpec):
@@ -419,7 +420,8 @@ def quality_table(quality: Mapping[str, Any], provenance: Mapping[str, str]) -> 
 
 
 class _CompleteInputSpec(BaseInterfaceInputSpec):
-    files = traits.List(File(exists=True), mandatory=True, desc="all files written")
+    files = traits.List(File(exists=True), mandatory=True, desc="outputs of preprocessing")
+    after = traits.List(File(exists=True), desc="outputs or records of models, written before")
     output_dir = traits.Str(mandatory=True, desc="derivative dataset")
     record_file = traits.Str(mandatory=True, desc="path of the completion record (JSON)")
     record = traits.Dict(mandatory=True, nohash=True, desc="completion record, without `outputs`")
@@ -431,7 +433,7 @@ class _CompleteOutputSpec(TraitedSpec):
 
 
 class Complete(SimpleInterface):
-    """Write the completion record of an image, after all its outputs."""
+    """Write the completion record of an image, or add models to it, after their outputs."""
 
     input_spec = _CompleteInputSpec
     output_spec = _CompleteOutputSpec
@@ -443,8 +445,7 @@ class Complete(SimpleInterface):
         models = {name: ModelRecord(**model) for name, model in content.pop("models").items()}
         record = CompletionRecord(**content, models=models)
         written = [Path(path).relative_to(root) for path in self.inputs.files]
-        outputs = set(with_sidecars(written)) - record.files
-        present = sorted(name for name in outputs if (root / name).is_file())
+        present = [name for name in with_sidecars(written) if (root / name).is_file()]
         methods = add_measured_methods(record.methods, self.inputs.quality)
         record = replace(record, outputs=present, methods=methods)
         path = write_record(Path(self.inputs.record_file), root, record)

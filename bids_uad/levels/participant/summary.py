@@ -36,7 +36,6 @@ from bids_uad.levels.participant.completion_records import (
 from bids_uad.levels.participant.executors import (
     START_METHOD,
     NodeFailure,
-    describe_exit,
     raise_if_unwritable,
 )
 from bids_uad.levels.participant.interfaces import sidecar_of
@@ -46,7 +45,7 @@ from bids_uad.methods.registry import detector_name
 from bids_uad.preprocessing.quality import FAILED_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
-from bids_uad.resources import oom_kills, worker_pool
+from bids_uad.resources import describe_exit, oom_kills, worker_pool
 
 LOGGER = logging.getLogger("bids_uad")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from nipype.interfaces.utility import IdentityInterface, Merge
@@ -55,7 +56,7 @@ FROM_ANCHOR = {"brain": "anchor_file", "own_mask": "anchor_mask", "xfm": "anchor
 """Outputs of the anchor's preprocessing, and the inputs that they connect to."""
 DETECTION_GB = 3.0
 POSTPROCESS_GB = 1.0
-"""Memory in GB that the scheduler reserves for scoring an image, and for the outputs of one anomaly map."""
+"""Memory in GB that the scheduler reserves for one anomaly map, and for the outputs of one anomaly map."""
 
 _PARTS = ("_preproc_wf", "_derivatives_wf", "_lesion_wf", "_lesion")
 """Suffixes of the workflows and nodes of an image."""
@@ -294,9 +295,8 @@ def init_derivatives_wf(task: Task, context: RunContext, *, name: str) -> Litera
         sink = _sink("ds_lesion", template, config.output_dir, entities, described)
         workflow.connect(inputs, "lesion", sink, "in_file")
         written.append((sink, "out_file"))
-    if task.bundles:
-        written += _connect_detection(workflow, task, context, inputs)
-    connect_record(workflow, task, context, inputs, written)
+    models = _connect_detection(workflow, task, context, inputs)
+    connect_record(workflow, task, context, inputs, written, models)
     return workflow
 
 
@@ -316,9 +316,17 @@ def _quality_table(task: Task, context: RunContext) -> WriteQuality:
 
 
 def connect_record(
-    workflow: LiterateWorkflow, task: Task, context: RunContext, inputs: Node, written: list[tuple[Node, str]]
+    workflow: LiterateWorkflow,
+    task: Task,
+    context: RunContext,
+    inputs: Node,
+    written: list[tuple[Node, str]],
+    models: Mapping[str, Node] = MappingProxyType({}),
 ) -> None:
-    """Add the node that writes the completion record after all other outputs.
+    """Add the nodes that write the completion record.
+
+    Preprocessing and each model are recorded when their outputs exist, so that a model that fails does not
+    affect the others. The last node, `complete`, enters the run.
 
     Parameters
     ----------
@@ -331,23 +339,41 @@ def connect_record(
     inputs : nipype.pipeline.engine.Node
         Input node of the workflow, with the field `qc`.
     written : list of (nipype.pipeline.engine.Node, str)
-        Nodes that write outputs, and their fields with the written files.
+        Nodes that write outputs of preprocessing, and their fields with the written files.
+    models : mapping of str to nipype.pipeline.engine.Node, optional
+        Node that writes the outputs of each model, with the field `out_files`, by `Bundle.scored_as`.
     """
-    unit, config = task.unit, context.config
     collect = Node(Merge(len(written)), name="collect", run_without_submitting=True)
     for number, (node, field) in enumerate(written, start=1):
         workflow.connect(node, field, collect, f"in{number}")
-    complete = Node(
-        Complete(
-            output_dir=str(config.output_dir),
-            record_file=str(record_path(config.output_dir, unit)),
-            record=asdict(_record(task, context)),
-        ),
-        name="complete",
-        run_without_submitting=True,
+
+    record = _record(task, context)
+    complete = _record_node("complete", record, task, context)
+    nodes = [complete]
+    if models:
+        nodes.append(
+            _record_node("record_preprocessing", replace(record, run_id="", models={}), task, context)
+        )
+        recorded = Node(Merge(len(models)), name="recorded", run_without_submitting=True)
+        workflow.connect(recorded, "out", complete, "after")
+    for number, (name, post) in enumerate(models.items(), start=1):
+        part = replace(record, run_id="", models={name: record.models[name]})
+        nodes.append(_record_node(f"record_{_identifier(name)}", part, task, context))
+        workflow.connect(post, "out_files", nodes[-1], "after")
+        workflow.connect(nodes[-1], "out_file", recorded, f"in{number}")
+    for node in nodes:
+        workflow.connect([(collect, node, [("out", "files")]), (inputs, node, [("qc", "quality")])])
+
+
+def _record_node(name: str, record: CompletionRecord, task: Task, context: RunContext) -> Node:
+    """Return a node that writes a completion record."""
+    output_dir = context.config.output_dir
+    write = Complete(
+        output_dir=str(output_dir),
+        record_file=str(record_path(output_dir, task.unit)),
+        record=asdict(record),
     )
-    workflow.connect(collect, "out", complete, "files")
-    workflow.connect(inputs, "qc", complete, "quality")
+    return Node(write, name=name, run_without_submitting=True)
 
 
 def _record(task: Task, context: RunContext) -> CompletionRecord:
@@ -382,43 +408,43 @@ def _connect_detection(
     task: Task,
     context: RunContext,
     inputs: Node,
-) -> list[tuple[Node, str]]:
-    """Add the node that scores the image, and for each model the node that writes its outputs."""
-    unit, config = task.unit, context.config
-    threads = context.detection_threads
+) -> dict[str, Node]:
+    """Add the nodes that score the image, and return those that write the outputs of each model."""
     # Scores and normative deviations of a model are derived from one anomaly map.
-    models = {bundle.name: bundle for bundle in task.bundles}
-    detect = Node(
-        Detect(
-            key=unit.key,
-            seed=config.random_seed,
-            bundles=[str(bundle.folder) for bundle in models.values()],
-            sha256=[bundle.sha256 for bundle in models.values()],
-            device=context.device,
-            precision=context.precision,
-            batch_size=config.batch_size or 0,
-            compiled=config.compiled,
-            use_cuda=context.device != "cpu",
-            threads=threads,
-        ),
-        name="detect",
-        # For GPU nodes, the scheduler takes the number of processes as the number of GPU slots.
-        n_procs=1 if context.device != "cpu" else threads,
-        mem_gb=DETECTION_GB,
-    )
-    workflow.connect([(inputs, detect, [("preproc", "image"), ("brain_mask", "brain")])])
-    written = []
+    maps = {bundle.name: _detection(task, bundle, context) for bundle in task.bundles}
+    for detect in maps.values():
+        workflow.connect([(inputs, detect, [("preproc", "image"), ("brain_mask", "brain")])])
+    written = {}
     for bundle in task.bundles:
-        name = f"post_{bundle.scored_as.replace('+', '_')}"
+        name = f"post_{_identifier(bundle.scored_as)}"
         post = Node(_postprocess(task, bundle, context), name=name, mem_gb=POSTPROCESS_GB)
-        position = list(models).index(bundle.name)
-        workflow.connect([(detect, post, [(("out_files", _pick, position), "score_map")])])
+        workflow.connect(maps[bundle.name], "out_file", post, "score_map")
         fields = [("brain_mask", "brain_mask"), ("native_mask", "native_ref"), ("from_sri24", "from_sri24")]
         workflow.connect([(inputs, post, fields)])
         if task.lesion_provider is not None:
             workflow.connect([(inputs, post, [("lesion", "lesion"), ("preproc", "image")])])
-        written.append((post, "out_files"))
+        written[bundle.scored_as] = post
     return written
+
+
+def _detection(task: Task, bundle: Bundle, context: RunContext) -> Node:
+    """Return the node that scores an image with one detector."""
+    config, threads, on_cpu = context.config, context.detection_threads, context.device == "cpu"
+    detect = Detect(
+        key=task.unit.key,
+        seed=config.random_seed,
+        bundle=str(bundle.folder),
+        sha256=bundle.sha256,
+        device=context.device,
+        precision=context.precision,
+        batch_size=config.batch_size or 0,
+        compiled=config.compiled,
+        use_cuda=not on_cpu,
+        threads=threads,
+    )
+    # For GPU nodes, the scheduler takes the number of processes as the number of GPU slots.
+    n_procs = threads if on_cpu else 1
+    return Node(detect, name=f"detect_{bundle.detector}", n_procs=n_procs, mem_gb=DETECTION_GB)
 
 
 def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess:
@@ -512,8 +538,3 @@ def _sink(
         # Images on the native grid keep the header of the raw image.
         sink.inputs.check_hdr = "space" in entities
     return Node(sink, name=name)
-
-
-def _pick(items: list[str], position: int) -> str:
-    """Return one item of a list (function of a connection between nodes)."""
-    return items[position]
