@@ -14,6 +14,7 @@ import copy
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,8 +44,8 @@ PUBLISHED = tuple(name for name in DETECTORS if name not in ("pls", "intensity")
 CHIPS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12)}
 """Floating-point operations per second in bfloat16 (dense), and bytes per second, by name of the GPU."""
 BYTES_PER_NUMBER = 2
-SAMPLING = 8
-"""Operations are counted on every eighth slice."""
+COUNTED_SLICES = 8
+"""Slices on which operations are counted, from the bottom to the top of the brain."""
 TOLERANCE = 1e-3
 """Largest mean difference of a map in fp32 to that of the CPU, as a fraction of the mean of the map."""
 TIMING_FRACTION = 0.7
@@ -125,27 +126,37 @@ def count_work() -> Iterator[dict[str, float]]:
 
 
 def work_per_slice(network: Network, scan: Scan) -> dict[str, float]:
-    """Count operations and memory traffic of a slice, the mean over every eighth slice with brain.
+    """Count operations and memory traffic of a slice, the mean over `COUNTED_SLICES` slices with brain.
 
-    The networks themselves run on tensors without data, and return random numbers.
+    The networks themselves run on tensors without data, and return zeros. The filter of the volume is not
+    included.
     """
     detector, protocol = network.build("cpu")
     for child in detector.children():
         child.forward = without_data(child)
-    sampled = slices_with_brain(scan)[::SAMPLING]
+    occupied = slices_with_brain(scan)
+    sampled = occupied[:: -(-len(occupied) // COUNTED_SLICES)]
     brain = keep_slices(scan, sampled).brain
-    with count_work() as work:
-        anomaly_map(detector, scan.volume, brain, key=KEY, protocol=protocol)
-    return {name: value / len(sampled) for name, value in work.items()}
+    score, total = detector.score, Counter()
+
+    def counted(*inputs: Any) -> Tensor:
+        with count_work() as work:
+            scores = score(*inputs)
+        total.update(work)
+        return scores
+
+    detector.score = counted
+    anomaly_map(detector, scan.volume, brain, key=KEY, protocol=protocol)
+    return {name: value / len(sampled) for name, value in total.items()}
 
 
 def without_data(child: nn.Module) -> Any:
-    """Return the forward of a module on tensors without data, with random numbers of the same shapes."""
+    """Return the forward of a module on tensors without data, with zeros of the same shapes as output."""
     empty = copy.deepcopy(child).requires_grad_(False).to("meta")
 
     def forward(*inputs: Any) -> Any:
         output = empty(*tree_map_only(Tensor, lambda part: part.to("meta"), inputs))
-        return tree_map_only(Tensor, lambda part: torch.randn(part.shape, dtype=part.dtype), output)
+        return tree_map_only(Tensor, lambda part: torch.zeros(part.shape, dtype=part.dtype), output)
 
     return forward
 

@@ -1,7 +1,7 @@
 """Run time and memory of the group level by cohort size.
 
 ``python -m benchmarks.group --participants 1000 3000 10000`` simulates score tables of healthy and lesion
-scans for nine detectors, runs the group level on each cohort in a separate process, and writes
+scans for ten detectors, runs the group level on each cohort in a separate process, and writes
 ``benchmarks/results/group.json``. Writing the tables of 10,000 participants takes 1.6 GB of disk and 10
 minutes.
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.sidecars import LESION_COLUMNS
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.files import write_json, write_tsv
+from bids_uad.levels.participant.completion_records import CompletionRecord, ModelRecord
 from bids_uad.levels.participant.postprocess import histogram_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +37,7 @@ VOXELS = 1_400_000
 """Brain voxels of a scan."""
 SCANNERS = 8
 PROCESSES = 2
-DETECTORS = 9
+DETECTORS = 10
 
 
 def write_cohort(root: Path, participants: int) -> int:
@@ -74,10 +76,23 @@ def write_cohort(root: Path, participants: int) -> int:
         lesions = draw_lesions(rng) if has_lesions else None
         for bundle in bundles:
             write_scores(folder, subject, bundle, lesions, rng)
+        write_record(root / "derivatives", subject, bundles)
         quality = pd.DataFrame([{"exclude": "no", "exclude_reasons": "n/a"}])
         write_tsv(folder / f"{subject}_space-SRI24_desc-T1wPreproc_qc.tsv", quality)
     write_tsv(root / "participants.tsv", pd.DataFrame(rows))
     return len(bundles)
+
+
+def write_record(output_dir: Path, subject: str, bundles: list[Bundle]) -> None:
+    """Write the completion record of an image, which lists its score tables."""
+    key = f"{subject}_T1w"
+    models = {}
+    for bundle in bundles:
+        files = output_dir.glob(f"{subject}/anat/*_desc-{detector_desc('T1w', bundle.detector)}_*")
+        names = sorted(path.relative_to(output_dir).as_posix() for path in files)
+        models[bundle.scored_as] = ModelRecord(bundle.label, bundle.sha256, outputs=names)
+    record = CompletionRecord(key, "benchmark", f"{subject}/anat/{key}.nii.gz", {}, models=models)
+    write_json(output_dir / subject / "log" / f"{key}.json", asdict(record))
 
 
 def draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
@@ -131,7 +146,9 @@ def write_scores(
         "brain_volume_mm3": VOXELS + (size or 0),
         "anomaly_volume_mm3": positive,
         "lesion_volume_mm3": size,
+        "min_lesion_volume_mm3": 1,
         "n_components": 5,
+        "n_counted_components": 5,
         "n_lesions": None if lesions is None else len(lesions),
         "n_lesions_detected": None if lesions is None else detected,
         "n_false_components": size and 4,

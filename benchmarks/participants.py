@@ -332,7 +332,7 @@ def start(args: argparse.Namespace, trees: dict[str, Path], folder: Path) -> dic
     for number, selected in ((args.stub, ()), (1, ("--participant-label", f"{args.stub // 2 + 1:05d}"))):
         options = ("--models", "none", "--nprocs", str(args.nprocs), *selected)
         for figures in compare(trees, data, folder / "run", options, args.limit, until_first_step=True):
-            kept = ("tree", "first_seconds", "first_cpu_seconds", "main_mb")
+            kept = ("tree", "first_seconds", "first_cpu_seconds", "cpu_seconds", "main_mb")
             rows.append({"participants": number, **{key: figures[key] for key in kept}})
             print(rows[-1], flush=True)
     return {

@@ -33,7 +33,7 @@ def test_count_work_of_a_convolution_is_that_of_the_formula(without_data):
         assert convolution(x).shape == (2, 5, 16, 16)
     assert work["flops"] == 2 * 2 * 16 * 16 * 9 * 3 * 5
     numbers = x.numel() + 9 * 3 * 5 + 2 * 5 * 16 * 16
-    # The random output, which stands for that of the network, is written once more.
+    # The zeros that stand for the output of the network are written once more.
     assert work["bytes"] == 2 * (numbers + (2 * 5 * 16 * 16 if without_data else 0))
 
 
