@@ -53,7 +53,7 @@ def descendants(root: int) -> dict[int, list[str]]:
 
 
 def peak_mb() -> float:
-    """Return the peak resident memory in MB of this process since its reset, or of its largest child."""
+    """Return the peak resident memory in MB since its reset, of this process or its largest child."""
     peaks = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]
     for number in descendants(os.getpid()):
         with suppress(OSError):
@@ -72,7 +72,9 @@ def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap nipype's ``Node.run`` such that it appends its use of resources to the file of records."""
 
     def run_and_record(node: Any, *args: Any, **options: Any) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
+        for number in descendants(os.getpid()):
+            with suppress(OSError):
+                Path(f"/proc/{number}/clear_refs").write_text("5")  # resets the peak memory
         before = usage()
         result = run(node, *args, **options)
         append({"node": node.fullname, "before": before, "after": usage(), "peak_mb": peak_mb()})

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bids_uad.errors import ConfigError, UserError
 
@@ -256,6 +256,8 @@ class RequestProcess:
         Module that the process runs as a program.
     """
 
+    _running: ClassVar[set[RequestProcess]] = set()
+
     def __init__(self, module: str) -> None:
         self._module = module
         self._process: subprocess.Popen[str] | None = None
@@ -311,6 +313,13 @@ class RequestProcess:
             with suppress(BrokenPipeError):
                 file.close()
         self._process = None
+        self._running.discard(self)
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """Stop all such processes that this process has started."""
+        for process in list(cls._running):
+            process.stop()
 
     def _start(self, environment: Mapping[str, str] | None) -> None:
         self.stop()
@@ -327,6 +336,7 @@ class RequestProcess:
             pass_fds=(own_end,),
         )
         os.close(own_end)
+        self._running.add(self)
 
     def _send(self, request: Mapping[str, Any]) -> str:
         """Return the line with the answer; empty or incomplete if the process has ended."""

@@ -192,7 +192,7 @@ process.ask({"act": "sleep"}) if sys.argv[1] == "busy" else sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", ["idle", "busy", "ended"])
 def test_process_ends_with_the_one_that_asks(environment, state):
     command = [sys.executable, "-c", ASKING, state]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -200,7 +200,10 @@ def test_process_ends_with_the_one_that_asks(environment, state):
         number = int(parent.stdout.readline())
         time.sleep(0.2)
         assert runs(number)
-        parent.send_signal(signal.SIGKILL)
+        if state == "ended":
+            parent.stdin.close()
+            assert parent.wait(60) == 0
+        parent.kill()
     wait_for_end(number)
 
 

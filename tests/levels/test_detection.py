@@ -30,7 +30,7 @@ from bids_uad.methods.registry import DETECTORS, Entry
 from bids_uad.resources import RequestProcess, serve_requests
 from tests.levels.fakes import fake_bundle
 from tests.levels.test_participant_run import T1W, T2W, Bench, reference, stand_ins  # noqa: F401
-from tests.test_workers import wait_for_end
+from tests.test_workers import runs
 
 ROOT = Path(__file__).parents[2]
 TOY = Entry("tests.levels.test_detection", "Toy", "Toy", "#000000")
@@ -102,7 +102,7 @@ def test_one_process_takes_all_images_and_loads_each_model_once(bench):
     (number,) = noted(bench, "load")
     assert set(noted(bench, "score")) == {number}
     assert len(list(bench.out.rglob("*_metrics.tsv"))) == 6
-    wait_for_end(number)
+    assert not runs(number)
 
 
 def test_killed_process_is_replaced_and_its_image_scored_again(bench):

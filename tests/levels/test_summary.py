@@ -18,6 +18,7 @@ from bids_uad import space
 from bids_uad.config import RunConfig
 from bids_uad.images import save_image
 from bids_uad.levels.participant import summary
+from bids_uad.levels.participant.executors import NodeFailure
 from bids_uad.levels.participant.summary import (
     DONE,
     FAILED,
@@ -26,6 +27,8 @@ from bids_uad.levels.participant.summary import (
     UP_TO_DATE,
     ImageStatus,
     ProgressLog,
+    Stopwatch,
+    collect_statuses,
     find_left_right_swaps,
     last_run_file,
     save_last_run,
@@ -125,6 +128,23 @@ def test_progress_log_has_one_line_per_image(caplog):
         progress(node("detect", "sub_01_T2w"), "exception")
         progress(node("post_disyre", "sub_01_T2w"), "exception")
     assert caplog.messages == ["sub_01_T1w done, 1 of 3 images", "sub_01_T2w failed, 2 of 3 images"]
+
+
+def test_all_detectors_that_failed_are_named(tmp_path):
+    unit = SimpleNamespace(subject="01", key="sub-01_T1w", session_folder=Path("sub-01"))
+    task = SimpleNamespace(unit=unit, done=False, anchor_only=False)
+    failures = [
+        NodeFailure(node("detect_fae").fullname, "ValueError: no", "crash-1.txt"),
+        NodeFailure(node("detect_fae", "sub_01_T2w").fullname, "ValueError: another image", "crash-2.txt"),
+        NodeFailure(node("detect_rd").fullname, "ProcessKilled: the step was killed", "crash-3.txt"),
+    ]
+    config = SimpleNamespace(output_dir=tmp_path, run_id="run")
+    (status,) = collect_statuses([task], [], failures, Stopwatch(), config)
+    assert status.status == FAILED
+    assert status.message == (
+        "sub-01_T1w: detect_fae: ValueError: no (details: crash-1.txt); "
+        "detect_rd: the step was killed (details: crash-3.txt)"
+    )
 
 
 CENTRE = np.array([-119.0, 116.0, 76.0])

@@ -16,6 +16,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,12 +33,14 @@ from nipype.pipeline.plugins.slurmgraph import SLURMGraphPlugin
 
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError, storage_error
-from bids_uad.resources import describe_exit, end_with_parent, oom_kills
+from bids_uad.resources import RequestProcess, describe_exit, end_with_parent, oom_kills
 
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
 """Modules imported once, in the process that workers are forked from; they start neither threads nor CUDA."""
 PLUGINS = ("MultiProc", "SLURM", "SLURMGraph")
+END_SECONDS = 5.0
+"""Time in s within which an idle worker ends before it is killed."""
 POLL_SECONDS = 2.0
 """Interval in s between queries of the states of SLURM jobs."""
 _JOB_STATES = {
@@ -166,9 +169,11 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         return jobids[selected][np.argsort(participants[selected], kind="stable")]
 
     def close(self) -> None:
-        """Kill all workers; the results of running nodes are lost."""
+        """End all workers, and the processes that they keep; the results of running nodes are lost."""
+        for worker in self._idle:
+            worker.release()
         for worker in [*self._idle, *self._busy.values()]:
-            worker.kill()
+            worker.kill(seconds=END_SECONDS if worker in self._idle else 0)
         self._idle, self._busy = [], {}
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -240,27 +245,38 @@ class _Worker:
         cause = describe_exit(self._process.exitcode, self._oom_kills)
         return {"result": None, "traceback": [f"ProcessKilled: the step {cause}"]}
 
-    def kill(self) -> None:
+    def release(self) -> None:
+        """Let the process end by itself, if it is idle, and the process that it keeps."""
+        with suppress(OSError):
+            self._pipe.send(None)
+
+    def kill(self, seconds: float) -> None:
+        """Kill the process if it has not ended within a time in s."""
+        self._process.join(seconds)
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
 
 def _serve(pipe: Connection, folder: str) -> None:
-    """Run nodes until the parent closes its end of the pipe."""
+    """Run nodes until the parent sends None or closes its end of the pipe."""
     os.chdir(folder)
     os.environ["NIPYPE_NO_ET"] = "1"
     end_with_parent()
     configure_nipype()
     while True:
         try:
-            node, updatehash, taskid = pipe.recv()
+            received = pipe.recv()
         except EOFError:
             return
         except Exception as error:  # of unpickling
             failure = f"{type(error).__name__}: the step cannot be received by its process: {error}"
             pipe.send({"result": None, "traceback": [failure], "taskid": None})
             continue
+        if received is None:
+            RequestProcess.stop_all()
+            return
+        node, updatehash, taskid = received
         try:
             result = run_node(node, updatehash, taskid)
         except Exception as error:  # with a full disk, nipype reads a result that it could not write

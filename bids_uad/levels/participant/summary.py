@@ -163,35 +163,36 @@ def collect_statuses(
     list of ImageStatus
         Sorted by participant and image.
     """
-    first_failures: dict[tuple[str, str], NodeFailure] = {}
+    failed: dict[tuple[str, str], list[NodeFailure]] = defaultdict(list)
     for failure in failures:
-        first_failures.setdefault(node_key_of(failure.node), failure)
+        failed[node_key_of(failure.node)].append(failure)
     statuses = [
         ImageStatus(problem.subject, problem.key or PARTICIPANT, UNUSABLE, message=problem.message)
         for problem in problems
     ]
     for task in tasks:
         key = node_key(task.unit.subject, task.unit.key)
-        failure = first_failures.get(key)
-        if failure is None and task.anchor_only:
+        if key not in failed and task.anchor_only:
             continue
-        status, message = _status_of(task, failure, config)
+        status, message = _status_of(task, failed[key], config)
         seconds = stopwatch.seconds.get(key, 0.0)
         statuses.append(ImageStatus(task.unit.subject, task.unit.key, status, seconds, message))
     return sorted(statuses, key=lambda status: (status.subject, status.image))
 
 
-def _status_of(task: Task, failure: NodeFailure | None, config: RunConfig) -> tuple[str, str]:
-    """Return status and message of a task."""
+def _status_of(task: Task, failures: Sequence[NodeFailure], config: RunConfig) -> tuple[str, str]:
+    """Return status and message of a task; several detectors may have failed."""
     if task.done and not task.anchor_only:
         return UP_TO_DATE, ""
     record = read_record(record_path(config.output_dir, task.unit))
     if record is not None and record.run_id == config.run_id:
         return DONE, ""
-    if failure is not None:
-        node = failure.node.rsplit(".", 1)[-1]
-        cause = f"{error_line(failure.traceback)} (details: {failure.crash_file})"
-        return FAILED, f"{task.unit.key}: {node}: {cause}"
+    if failures:
+        causes = []
+        for failure in failures:
+            cause = f"{error_line(failure.traceback)} (details: {failure.crash_file})"
+            causes.append(f"{failure.node.rsplit('.', 1)[-1]}: {cause}")
+        return FAILED, f"{task.unit.key}: {'; '.join(causes)}"
     return (
         NOT_RUN,
         f"{task.unit.key}: not run, because an image that it depends on, or the run, failed before",
