@@ -15,8 +15,8 @@ from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 
-CPU_BATCH = 8
-"""Slices per batch on a CPU; larger batches are not faster."""
+CPU_BATCH = 16
+"""Slices per batch on a CPU; oneDNN computes 1 x 1 convolutions of fewer images slowly."""
 GPU_BATCH = 16
 """Slices per batch on a GPU in fp32, fixed so that results do not depend on free memory."""
 LARGEST_BATCH = 64

@@ -193,14 +193,32 @@ def _glorot(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.
     return layer
 
 
-def _conv3(inputs: int, outputs: int, scale: float = 1.0) -> nn.Conv2d:
-    return _glorot(nn.Conv2d(inputs, outputs, 3, padding=1), scale)
+class ExactConv2d(nn.Conv2d):
+    """Convolution that remains in float32 on a CPU under autocast.
+
+    Inputs, outputs and residual connections of a network need the precision, and cost little.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H, W)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+def _conv3(inputs: int, outputs: int, scale: float = 1.0, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    return _glorot(kind(inputs, outputs, 3, padding=1), scale)
 
 
 def _norm(channels: int, config: DDPMppConfig) -> nn.GroupNorm | nn.BatchNorm2d:
     if config.norm == "batch":
         return nn.BatchNorm2d(channels)
     return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -220,7 +238,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(outputs, outputs, scale=0.0)
         project = inputs != outputs or resample is not None
-        self.shortcut = _glorot(nn.Conv2d(inputs, outputs, 1)) if project else nn.Identity()
+        self.shortcut = _glorot(ExactConv2d(inputs, outputs, 1)) if project else nn.Identity()
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -230,17 +248,27 @@ class ResidualBlock(nn.Module):
         return x
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
-        """Map (B, inputs, H, W) to (B, outputs, H', W') under an embedding of shape (B, 4 width)."""
-        h = F.silu(self.norm1(x))
+        """Map (B, inputs, H, W) to (B, outputs, H', W') under an embedding of shape (B or 1, 4 width)."""
+        h = _silu(self.norm1(x))
         h = self._resized(self.conv1(h)) if self.resample == "up" else self.conv1(self._resized(h))
-        h = self.norm2(h)
-        if self.film is not None:
-            scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + scale) + shift
+        # Under autocast, convolutions return bfloat16; normalisation and residual sum remain in float32.
+        h = self._conditioned_norm(h.float(), embedding)
         if self.activate_second:
-            h = F.silu(h)
-        h = self.conv2(self.dropout(h))
-        return (self.shortcut(self._resized(x)) + h) * self.gain
+            h = _silu(h)
+        h = self.conv2(self.dropout(h)).float()
+        return h.add_(self.shortcut(self._resized(x))).mul_(self.gain)
+
+    def _conditioned_norm(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        """Apply the second normalisation, and the scale and shift of FiLM."""
+        if self.film is None:
+            return self.norm2(h)
+        scale, shift = self.film(embedding).float().chunk(2, dim=1)
+        if len(embedding) > 1 or not isinstance(self.norm2, nn.GroupNorm):
+            return self.norm2(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        # One embedding for all images: scale and shift are those of the normalisation.
+        weight = self.norm2.weight * (1 + scale[0])
+        bias = self.norm2.bias * (1 + scale[0]) + shift[0]
+        return F.group_norm(h, self.norm2.num_groups, weight, bias, self.norm2.eps)
 
 
 class Attention(nn.Module):
@@ -301,7 +329,7 @@ class DDPMpp(nn.Module):
             self.time = nn.Sequential(
                 _glorot(nn.Linear(config.width, embedded)), nn.SiLU(), _glorot(nn.Linear(embedded, embedded))
             )
-        self.enter = _conv3(inputs * config.fold**2, config.width)
+        self.enter = _conv3(inputs * config.fold**2, config.width, kind=ExactConv2d)
         self.encoder, self.encoder_attention = nn.ModuleList(), nn.ModuleList()
         skips, now = [config.width], config.width
         for level, count in enumerate(config.blocks):
@@ -330,7 +358,7 @@ class DDPMpp(nn.Module):
                 stage["up"] = ResidualBlock(now, now, config, dropout=dropout[level], resample="up")
             self.decoder.append(stage)
         self.leave_norm = _norm(now, config)
-        self.leave = _conv3(now, config.fold**2, scale=0.0)
+        self.leave = _conv3(now, config.fold**2, scale=0.0, kind=ExactConv2d)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Map images to images.
@@ -350,7 +378,7 @@ class DDPMpp(nn.Module):
         embedding = None
         if self.config.time_embedding:
             embedding = F.silu(self.time(sinusoidal_embedding(time, self.config.width).to(x.dtype)))
-        h = self.enter(F.pixel_unshuffle(x, self.config.fold))
+        h = self.enter(F.pixel_unshuffle(x, self.config.fold)).float()
         skips = [h]
         for block, attend in zip(self.encoder, self.encoder_attention, strict=True):
             h = attend(block(h, embedding))
@@ -362,7 +390,7 @@ class DDPMpp(nn.Module):
             h = stage["attention"](h)
             if "up" in stage:
                 h = stage["up"](h, embedding)
-        return F.pixel_shuffle(self.leave(F.silu(self.leave_norm(h))), self.config.fold)
+        return F.pixel_shuffle(self.leave(_silu(self.leave_norm(h))), self.config.fold)
 
 
 LOG_SNR_LIMIT = 15.0

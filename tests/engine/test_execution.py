@@ -57,7 +57,7 @@ def test_batch_size_is_bounded(gpu, monkeypatch):
 def test_batch_size_in_fp32_or_given_does_not_depend_on_free_memory(gpu):
     for run in (Execution("fp32"), Execution("bf16", batch_size=3)):
         assert run.next_batch(CUDA, run.first_batch(CUDA)) == run.first_batch(CUDA) > 1
-    assert Execution().first_batch(CPU) == 8
+    assert Execution().first_batch(CPU) == execution.CPU_BATCH
 
 
 def test_networks_run_in_bfloat16_and_scores_do_not():
