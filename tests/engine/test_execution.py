@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_batch_size_is_bounded(gpu, monkeypatch):
 def test_batch_size_in_fp32_or_given_does_not_depend_on_free_memory(gpu):
     for run in (Execution("fp32"), Execution("bf16", batch_size=3)):
         assert run.next_batch(CUDA, run.first_batch(CUDA)) == run.first_batch(CUDA) > 1
-    assert Execution().first_batch(CPU) == execution.CPU_BATCH
+    assert Execution().first_batch(CPU) == 8
 
 
 def test_networks_run_in_bfloat16_and_scores_do_not():
@@ -79,6 +81,24 @@ def test_networks_run_in_bfloat16_and_scores_do_not():
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, expected)
     torch.testing.assert_close(scores, expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("name", ["andi", "itermask", "riad"])
+def test_prepared_networks_give_the_same_scores(name):
+    torch.manual_seed(0)
+    plain = build_detector(name, "lite").eval()
+    for layer in plain.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    prepared = Execution().prepare(deepcopy(plain))
+    brain = torch.ones(2, 1, 160, 192, dtype=torch.bool)
+    slices = torch.rand(brain.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        first, second = (
+            detector.score(slices, brain, SliceGenerator(torch.arange(2))) for detector in (plain, prepared)
+        )
+    assert first.std() > 0
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
 
 
 def test_is_out_of_memory_recognises_errors_of_gpu_and_cpu():
