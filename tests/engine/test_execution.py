@@ -83,7 +83,7 @@ def test_networks_run_in_bfloat16_and_scores_do_not():
     torch.testing.assert_close(scores, expected, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("name", ["andi", "itermask", "riad"])
+@pytest.mark.parametrize("name", ["andi", "disyre", "riad"])
 def test_prepared_networks_give_the_same_scores(name):
     torch.manual_seed(0)
     plain = build_detector(name, "lite").eval()
