@@ -98,7 +98,7 @@ def test_prepared_networks_give_the_same_scores(name):
             detector.score(slices, brain, SliceGenerator(torch.arange(2))) for detector in (plain, prepared)
         )
     assert first.std() > 0
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+    assert (first - second).abs().max() < 1e-4 * first.max()
 
 
 def test_is_out_of_memory_recognises_errors_of_gpu_and_cpu():
