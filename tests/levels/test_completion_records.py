@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,26 @@ def test_write_record_removes_files_of_other_inputs(tmp_path):
     record = read_record(path_in(tmp_path))
     assert record.fingerprint == NEW
     assert on_disk(tmp_path) == record.files == {PREPROC, *outputs_of("pls")}
+
+
+def test_models_of_a_run_are_recorded_one_by_one(tmp_path):
+    for name in ("rd", "pls"):
+        finish(tmp_path, name)
+    withdraw_outputs(path_in(tmp_path), tmp_path, OLD, {"rd": "second", "pls": "second"})
+    assert on_disk(tmp_path) == {PREPROC}
+    for file in outputs_of("pls"):  # written, and not recorded yet
+        (tmp_path / file).write_text("second")
+    record = CompletionRecord(KEY, "", "sub-01/anat/sub-01_T1w.nii.gz", OLD, [PREPROC])
+    models = {"rd": ModelRecord("rd-T1w", "second", outputs=outputs_of("rd"))}
+    for part in ({}, models):
+        write_record(path_in(tmp_path), tmp_path, replace(record, models=part))
+        assert read_record(path_in(tmp_path)).models == part
+        assert set(outputs_of("pls")) < on_disk(tmp_path)
+    assert read_record(path_in(tmp_path)).run_id == "run"  # the last that was complete
+    models["pls"] = ModelRecord("pls-T1w", "second", outputs=outputs_of("pls"))
+    write_record(path_in(tmp_path), tmp_path, replace(record, run_id="second", models=models))
+    found = read_record(path_in(tmp_path))
+    assert (found.run_id, list(found.models)) == ("second", ["pls", "rd"])
 
 
 def test_concurrent_jobs_with_different_models_are_all_recorded(tmp_path):
