@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction docs descriptor lint format clean
+.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction docs descriptor lint format clean
 
 # torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -36,7 +36,14 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.options
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.group
+	$(BIN)/python -m benchmarks.participants --participants 1 4
+	$(BIN)/python -m benchmarks.participants --stub 10000
+	$(BIN)/python -m benchmarks.gpu --roofline
 	$(if $(DATA),$(BIN)/python -m benchmarks.preprocessing $(DATA))
+
+# Measure the networks on one GPU, in under ten minutes.
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu
 
 # Train the packaged models, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS is the folder of
 # SynthSeg's label maps: ten for training, three for calibration, three for testing. LESIONS is a folder of real lesion masks
