@@ -305,16 +305,19 @@ def measure_gpu(args: argparse.Namespace, networks: Sequence[Network], scan: Sca
         print(rows[network], flush=True)
 
     def flops(network: Network) -> float:
-        return known.get((network.name, network.preset), {"flops": 1.0})["flops"]
+        return (
+            known[network.name, network.preset]["flops"] if (network.name, network.preset) in known else 0.0
+        )
 
     per_flop = 0.0
     for network in sorted(networks, key=flops):
-        if per_flop * flops(network) > whole.left or whole.left <= 0:
+        if whole.left <= per_flop * flops(network):
             rows[network]["comparison_skipped"] = "no time left"
             continue
         start = time.perf_counter()
         rows[network] |= compare_with_cpu(network, scan, device)
-        per_flop = (time.perf_counter() - start) / flops(network)
+        if flops(network):
+            per_flop = (time.perf_counter() - start) / flops(network)
         print(rows[network], flush=True)
     return list(rows.values())
 
