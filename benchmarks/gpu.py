@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ TOLERANCE = 1e-3
 """Largest mean difference of a map in fp32 to that of the CPU, as a fraction of the mean of the map."""
 TIMING_FRACTION = 0.7
 """Fraction of the time budget for timing; the rest is for the comparison with the CPU."""
+NO_TIME = "not enough time"
 GOALS = (15.0, 5.0)
 """Seconds for nine maps of a volume."""
 
@@ -231,8 +232,6 @@ def time_network(network: Network, scan: Scan, device: str, runs: int, budget: B
         Median seconds of the warm runs, their number, and the peak memory of the GPU. `skipped` if the first
         run, which is not counted, leaves no time for another.
     """
-    if budget.left <= 0:
-        return {"skipped": "no time left"}
     detector, protocol = network.build(device)
     precision = resolve_precision("auto", torch.device(device))
     execution = Execution(precision)
@@ -287,37 +286,62 @@ def relative_difference(scores: np.ndarray, reference: np.ndarray) -> float:
     return float(f"{np.abs(scores - reference).mean() / np.abs(reference).mean():.3g}")
 
 
+def affordable(
+    networks: Sequence[Network], work: Mapping[Network, float], budget: Budget, least: float = 1.0
+) -> Iterator[tuple[Network, bool]]:
+    """Yield each network, least work first, and whether its measurement is expected to fit in the budget.
+
+    The time is estimated from that of the network before, which is the time between two items.
+
+    Parameters
+    ----------
+    networks : sequence of Network
+        The networks.
+    work : mapping
+        Work of each network in any unit. A network that is missing is always expected to fit.
+    budget : Budget
+        Time that is left.
+    least : float, default=1.0
+        Fraction of the measurement that has to fit.
+
+    Yields
+    ------
+    network : Network
+        The network.
+    fits : bool
+        Whether to measure it.
+    """
+    rate = 0.0
+    for network in sorted(networks, key=lambda network: work.get(network, 0.0)):
+        own, start = work.get(network, 0.0), time.perf_counter()
+        fits = budget.left > least * rate * own
+        yield network, fits
+        if fits and own:
+            rate = (time.perf_counter() - start) / own
+
+
 def measure_gpu(args: argparse.Namespace, networks: Sequence[Network], scan: Scan, device: str) -> list[dict]:
-    """Time all networks, then compare their maps with the CPU, those with the least work first."""
+    """Time all networks, then compare their maps with the CPU."""
     slices = number_of_slices(scan)
+    chip = describe_environment(torch.device(device))["device"]
     known = {
-        (row["detector"], row["preset"]): {"flops": row["flops_per_slice"], "bytes": row["bytes_per_slice"]}
+        Network(row["detector"], row["preset"]): {
+            kind: row[f"{kind}_per_slice"] for kind in ("flops", "bytes")
+        }
         for row in read_json(args.roofline_file).get("rows", [])
     }
+    rows = {network: {"detector": network.name, "preset": network.preset} for network in networks}
     whole, timing = Budget(args.budget), Budget(TIMING_FRACTION * args.budget)
-    rows = {}
-    for network in networks:
-        row = time_network(network, scan, device, args.runs, timing)
-        work = known.get((network.name, network.preset))
-        if work and "seconds" in row:
-            row |= reached(work, slices, row["seconds"], describe_environment(torch.device(device))["device"])
-        rows[network] = {"detector": network.name, "preset": network.preset, **row}
+    traffic, flops = ({network: work[kind] for network, work in known.items()} for kind in ("bytes", "flops"))
+    # One of the warm runs suffices, after the first.
+    for network, fits in affordable(networks, traffic, timing, least=2 / (args.runs + 1)):
+        timed = time_network(network, scan, device, args.runs, timing) if fits else {"skipped": NO_TIME}
+        if network in known and "seconds" in timed:
+            timed |= reached(known[network], slices, timed["seconds"], chip)
+        rows[network] |= timed
         print(rows[network], flush=True)
-
-    def flops(network: Network) -> float:
-        return (
-            known[network.name, network.preset]["flops"] if (network.name, network.preset) in known else 0.0
-        )
-
-    per_flop = 0.0
-    for network in sorted(networks, key=flops):
-        if whole.left <= per_flop * flops(network):
-            rows[network]["comparison_skipped"] = "no time left"
-            continue
-        start = time.perf_counter()
-        rows[network] |= compare_with_cpu(network, scan, device)
-        if flops(network):
-            per_flop = (time.perf_counter() - start) / flops(network)
+    for network, fits in affordable(networks, flops, whole):
+        rows[network] |= compare_with_cpu(network, scan, device) if fits else {"comparison_skipped": NO_TIME}
         print(rows[network], flush=True)
     return list(rows.values())
 

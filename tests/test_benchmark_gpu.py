@@ -64,7 +64,21 @@ def test_gpu_benchmark_without_time_skips_and_says_so(toy, tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["sums_s"] == {}
     for row in results["rows"]:
-        assert row["skipped"] == row["comparison_skipped"] == "no time left"
+        assert row["skipped"] == row["comparison_skipped"] == "not enough time"
+
+
+def test_affordable_estimates_from_the_network_before(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock[0])
+    small, medium, large, unknown = (gpu.Network(name, "paper") for name in ("a", "b", "c", "d"))
+    found = {}
+    work = {large: 100.0, medium: 4.0, small: 1.0}
+    for network, fits in gpu.affordable([large, unknown, medium, small], work, gpu.Budget(20.0)):
+        found[network] = fits
+        clock[0] += 3.0 if fits else 0.0
+    assert list(found) == [unknown, small, medium, large]
+    # The small one takes 3 s, so that 12 s are estimated for the medium one, and 75 s for the large one.
+    assert list(found.values()) == [True, True, True, False]
 
 
 def test_gpu_benchmark_fails_if_a_map_differs(toy, tmp_path, monkeypatch):
