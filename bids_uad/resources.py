@@ -110,6 +110,15 @@ def describe_exit(exitcode: int | None, oom_kills_before: int) -> str:
     return f"was killed {why_killed(oom_kills_before)}" if name == "SIGKILL" else f"was ended by {name}"
 
 
+def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the CPU computes products of bfloat16 numbers (Linux on x86; False elsewhere)."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(text.split())
+
+
 def _files(controller: str, name: str, root: Path, own: Path) -> list[Path]:
     """List the files with a name in this process's control group and in those above it, in this order."""
     folders = []

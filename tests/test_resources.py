@@ -7,6 +7,7 @@ from bids_uad.resources import (
     USED_FRACTION,
     available_cpus,
     available_memory_gb,
+    has_native_bf16,
     oom_kills,
     parse_memory,
     why_killed,
@@ -36,6 +37,15 @@ def test_memory_sizes(text, gigabytes):
 def test_what_is_no_memory_size_is_refused(text):
     with pytest.raises(ConfigError, match="not a memory size"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx512f avx512_bf16", True), ("amx_bf16", True), ("avx512f avx512_vnni", False)]
+)
+def test_bf16_is_read_from_the_flags_of_the_cpu(tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"model name : a CPU\nflags : fpu {flags}\n")
+    assert has_native_bf16(tmp_path / "cpuinfo") == expected
+    assert not has_native_bf16(tmp_path / "absent")
 
 
 @pytest.fixture

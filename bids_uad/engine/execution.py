@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
+from bids_uad.methods.registry import cpu_precision
 
 CPU_BATCH = 8
 """Slices per batch on a CPU; larger batches are not faster."""
@@ -53,10 +54,8 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Resolve ``auto`` to ``bf16`` on GPUs that support it, else to ``fp32``.
-
-    On a CPU bf16 changes about 1 % of the voxels of a mask and is hardly faster for small networks.
+def resolve_precision(precision: str, device: torch.device, detector: str | None = None) -> str:
+    """Resolve ``auto`` to ``bf16`` on GPUs that support it, and on a CPU by the detector.
 
     Parameters
     ----------
@@ -64,17 +63,22 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         Requested precision.
     device : torch.device
         Device on which the detector is run.
+    detector : str, optional
+        Name of the detector whose scores are computed. In training and calibration (None), ``auto`` is
+        ``fp32`` on a CPU.
 
     Returns
     -------
     str
-        ``fp32`` or ``bf16``.
+        ``fp32`` or ``bf16``; on a CPU that of :func:`~bids_uad.methods.registry.cpu_precision`.
 
     Raises
     ------
     UnavailableError
         If ``bf16`` is requested on a GPU that does not support it.
     """
+    if precision == "auto" and device.type == "cpu":
+        return "fp32" if detector is None else cpu_precision(detector)
     if precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):

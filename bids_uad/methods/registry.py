@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bids_uad.resources import has_native_bf16
+
 if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
 
@@ -41,6 +43,24 @@ DETECTORS: dict[str, Entry] = {
     "intensity": Entry("bids_uad.methods.intensity", "Intensity", "Intensity", "#9AA60A"),
 }
 """Detectors by the name that ``--models`` and ``--detector`` take."""
+CPU_BF16 = frozenset({"ddpmpp", "andi", "disyre"})
+"""Detectors whose masks in bf16 on a CPU have a Dice of at least .99 with those in fp32."""
+
+
+def cpu_precision(name: str) -> str:
+    """Return the precision that ``--precision auto`` selects on this CPU.
+
+    Parameters
+    ----------
+    name : str
+        Key of `DETECTORS`.
+
+    Returns
+    -------
+    str
+        ``bf16`` for `CPU_BF16` if the CPU computes in bfloat16, else ``fp32``.
+    """
+    return "bf16" if name in CPU_BF16 and has_native_bf16() else "fp32"
 
 
 def detector_class(name: str) -> type[Detector]:

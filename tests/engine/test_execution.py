@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
+from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine import execution
+from bids_uad.engine.bundle import PACKAGED, load_bundle, load_detector
 from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
+from bids_uad.engine.inference import anomaly_map
 from bids_uad.errors import UnavailableError
+from bids_uad.methods import registry
 from bids_uad.methods.registry import build_detector
 from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.simulation.__main__ import main as simulate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -26,6 +33,7 @@ def gpu(monkeypatch):
 
 
 def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
+    monkeypatch.setattr(registry, "has_native_bf16", lambda: True)
     assert resolve_precision("auto", CPU) == "fp32"
     for has, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has)
@@ -33,6 +41,14 @@ def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
     assert resolve_precision("bf16", CPU) == "bf16"
     with pytest.raises(UnavailableError, match="bfloat16"):
         resolve_precision("bf16", CUDA)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_on_a_cpu_depends_on_detector_and_cpu(monkeypatch, native):
+    monkeypatch.setattr(registry, "has_native_bf16", lambda: native)
+    assert resolve_precision("auto", CPU, "andi") == ("bf16" if native else "fp32")
+    assert resolve_precision("auto", CPU, "itermask") == "fp32"
+    assert resolve_precision("fp32", CPU, "andi") == "fp32"
 
 
 def test_a_gpu_that_is_not_available_is_refused(monkeypatch):
@@ -99,6 +115,36 @@ def test_prepared_networks_give_the_same_scores(name):
         )
     assert first.std() > 0
     assert (first - second).abs().max() < 1e-4 * first.max()
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Twenty slices through a simulated tumour in a T2w scan."""
+    folder = tmp_path_factory.mktemp("simulated")
+    simulate([str(folder), "--tumour", "1", "--modalities", "T2w", "--seed", "5", "--derivatives"])
+    (scan,) = find_preprocessed(folder, "T2w")
+    volume, brain, lesion = (
+        np.asarray(nib.load(path).dataobj, dtype=np.float32) for path in (scan.image, scan.brain, scan.lesion)
+    )
+    centre = int(np.flatnonzero(lesion.any((0, 1))).mean())
+    kept = np.zeros_like(brain, dtype=bool)
+    kept[..., centre - 10 : centre + 10] = brain[..., centre - 10 : centre + 10] > 0
+    return volume, kept
+
+
+@pytest.mark.parametrize("name", sorted(registry.CPU_BF16))
+def test_masks_in_bf16_on_a_cpu_have_a_dice_of_0_99_with_fp32(name, simulated):
+    (folder,) = PACKAGED.glob(f"{name}-T2w-*")
+    bundle = load_bundle(folder)
+    maps = []
+    for precision in ("fp32", "bf16"):
+        run = Execution(precision)
+        detector = run.prepare(load_detector(bundle, "cpu"))
+        maps.append(anomaly_map(detector, *simulated, key="scan", protocol=bundle.protocol, execution=run))
+    first, second = (scores > bundle.default_threshold[1] for scores in maps)
+    assert not np.array_equal(*maps)
+    assert second.any()
+    assert 2 * (first & second).sum() / (first.sum() + second.sum()) >= 0.99
 
 
 def test_is_out_of_memory_recognises_errors_of_gpu_and_cpu():

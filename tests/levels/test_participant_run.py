@@ -19,6 +19,7 @@ from bids_uad.evaluation.tables import find_metrics_tables
 from bids_uad.files import sha256_of
 from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
+from bids_uad.methods import registry
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.header_contract import faults_below
 from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf
@@ -72,6 +73,7 @@ def stand_ins(reference):
         patch.setattr(writing, "Detect", FakeDetect)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(summary, "write_reports", write_pages)
+        patch.setattr(registry, "has_native_bf16", lambda: False)
         yield
 
 
@@ -239,13 +241,22 @@ def test_second_run_only_restores_lost_files(bench, capsys):
 
 def test_another_precision_scores_again(bench):
     bench.dataset(T1W)
-    assert bench.run() == 0
+    assert bench.run("--precision", "fp32") == 0
     assert len(bench.take_calls()) == 2
     assert bench.run("--precision", "bf16") == 0
     assert [call.split()[0] for call in bench.take_calls()] == ["detect"]
     name = "sub-01_space-SRI24_label-anomaly_desc-T1wDisyre_mask.json"
     sidecar = json.loads((bench.out / "sub-01" / "anat" / name).read_text())
     assert sidecar["Precision"] == "bf16"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_sidecar_has_the_precision_of_the_detector_on_this_cpu(bench, monkeypatch, native, expected):
+    monkeypatch.setattr(registry, "has_native_bf16", lambda: native)
+    bench.dataset(T1W)
+    assert bench.run() == 0
+    path = bench.out / "sub-01" / "anat" / "sub-01_space-SRI24_label-anomaly_desc-T1wDisyre_mask.json"
+    assert json.loads(path.read_text())["Precision"] == expected
 
 
 def test_new_model_only_adds_its_outputs(bench):

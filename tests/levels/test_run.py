@@ -9,7 +9,7 @@ from bids_uad.levels.participant.run import probe_device
 
 def test_probe_device_starts_no_process_for_cpu(monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
-    assert probe_device("cpu", "auto") == ("cpu", "fp32")
+    assert probe_device("cpu", "auto") == ("cpu", "auto")
     assert probe_device("cpu", "bf16") == ("cpu", "bf16")
 
 
@@ -22,5 +22,5 @@ def test_probe_device_refuses_a_missing_gpu_in_one_line(monkeypatch):
 
 def test_probe_device_falls_back_to_cpu_without_initializing_cuda(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert probe_device("auto", "auto") == ("cpu", "fp32")
+    assert probe_device("auto", "auto") == ("cpu", "auto")
     assert "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized()

@@ -404,7 +404,7 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         threshold_name=name,
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
-        precision=context.precision,
+        precision=context.precision_of(bundle),
         seen_in=() if seen_in == NOT_SEEN else tuple(seen_in.split(" and ")),
     )
     if bundle.deviation != "none":

@@ -23,6 +23,7 @@ from bids_uad.levels.participant.completion_records import (
     record_path,
     withdraw_outputs,
 )
+from bids_uad.methods.registry import cpu_precision
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.reference import Reference
 
@@ -47,7 +48,7 @@ class RunContext:
     device : str
         `cpu`, `cuda` or `cuda:N`; that of `config` before the device is resolved.
     precision : str
-        `fp32` or `bf16`; that of `config` before the device is resolved.
+        `fp32` or `bf16`, or on a CPU `auto`; that of `config` before the device is resolved.
     """
 
     config: RunConfig
@@ -63,6 +64,10 @@ class RunContext:
         if self.device != "cpu":
             return 1
         return max(self.config.omp_nthreads, min(self.config.nprocs, MAX_DETECTION_THREADS))
+
+    def precision_of(self, bundle: Bundle) -> str:
+        """Return `fp32` or `bf16`, in which the networks of a model are evaluated."""
+        return cpu_precision(bundle.detector) if self.precision == "auto" else self.precision
 
 
 @dataclass(frozen=True)

@@ -231,8 +231,8 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
     -------
     device : str
         `cpu`, `cuda` or `cuda:N`.
-    precision : {"fp32", "bf16"}
-        Arithmetic that the device supports.
+    precision : {"auto", "fp32", "bf16"}
+        Arithmetic that the device supports; on a CPU that of each detector if `auto`.
 
     Raises
     ------
@@ -240,13 +240,13 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
         If a requested GPU does not work, or does not support the precision.
     """
     if device == "cpu":
-        return device, "fp32" if precision == "auto" else precision
+        return device, precision
     probe = subprocess.run(
         [sys.executable, "-c", _PROBE, device, precision], capture_output=True, text=True, check=False
     )
     if probe.returncode == 0:
-        device, precision = probe.stdout.split()[-2:]
-        return device, precision
+        device, supported = probe.stdout.split()[-2:]
+        return device, precision if device == "cpu" else supported
     lines = probe.stderr.strip().splitlines() or [f"the check ended with exit code {probe.returncode}"]
     reason = lines[-1]
     raise UnavailableError(reason if device in reason else f"--device {device}: {reason}")
@@ -337,7 +337,8 @@ def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) ->
     if pending and context.bundles:
         device, precision = probe_device(config.device, config.precision)
         context = replace(context, device=device, precision=precision)
-        LOGGER.info("Detectors run on %s in %s", device, precision)
+        precisions = sorted({context.precision_of(bundle) for bundle in context.bundles})
+        LOGGER.info("Detectors run on %s in %s", device, " and ".join(precisions))
     stopwatch = Stopwatch()
     failures = []
     remove_unusable(collection.problems, config)

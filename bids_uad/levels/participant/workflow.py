@@ -436,7 +436,7 @@ def _detection(task: Task, bundle: Bundle, context: RunContext) -> Node:
         bundle=str(bundle.folder),
         sha256=bundle.sha256,
         device=context.device,
-        precision=context.precision,
+        precision=context.precision_of(bundle),
         batch_size=config.batch_size or 0,
         compiled=config.compiled,
         use_cuda=not on_cpu,
@@ -477,7 +477,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
     }
     run = {
         "Device": context.device,
-        "Precision": context.precision,
+        "Precision": context.precision_of(bundle),
         "TorchVersion": version("torch"),
         "RandomSeed": config.random_seed,
     }
