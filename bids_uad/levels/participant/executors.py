@@ -185,11 +185,12 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         """
         self._taskid += 1
         keeps_process = getattr(getattr(node, "interface", None), "keeps_process", False)
-        worker = next((worker for worker in self._idle if worker.keeps_process == keeps_process), None)
-        if worker is None:
-            worker = _Worker(self._context, keeps_process)
-        else:
+        suitable = [worker for worker in self._idle if worker.keeps_process == keeps_process]
+        if suitable:
+            worker = suitable[-1]
             self._idle.remove(worker)
+        else:
+            worker = _Worker(self._context, keeps_process)
         self._busy[self._taskid] = worker
         worker.start(node, updatehash, self._taskid)
         return self._taskid
