@@ -83,6 +83,8 @@ class RunConfig(Constrained):
         Labels without `sub-` and `ses-`; empty selects all.
     filter_file : pathlib.Path, optional
         JSON file with BIDS entity filters for `t1w` and `t2w`.
+    database_dir : pathlib.Path, optional
+        Folder of a pybids database of the raw dataset, written if it does not exist.
     derivatives : dict of str to pathlib.Path, default={}
         Other derivative datasets by name; `lesions` holds lesion masks.
     modalities : tuple of str, default=MODALITIES
@@ -119,7 +121,9 @@ class RunConfig(Constrained):
     plugin_file : pathlib.Path, optional
         YAML file with a nipype plugin and its arguments.
     clean_workdir : bool, default=False
-        Whether working folders are removed before the run, and after it if it succeeds.
+        Whether working folders are removed before the run.
+    keep_workdir : bool, default=False
+        Whether the working folders of finished participants are kept.
     stop_on_first_crash, reports_only, dry_run : bool, default=False
         Whether to stop at the first failure, only rewrite reports, or only list what would be processed.
     verbosity : int, default=0
@@ -169,6 +173,7 @@ class RunConfig(Constrained):
     participants: tuple[Label, ...] = ()
     sessions: tuple[Label, ...] = ()
     filter_file: Path | None = None
+    database_dir: Path | None = None
     derivatives: dict[Text, Path] = field(default_factory=dict)
     modalities: Annotated[tuple[Modality, ...], Items()] = MODALITIES
     models: tuple[Text, ...] = ()
@@ -188,6 +193,7 @@ class RunConfig(Constrained):
     n_gpu_procs: Count = 1
     plugin_file: Path | None = None
     clean_workdir: bool = False
+    keep_workdir: bool = False
     stop_on_first_crash: bool = False
     reports_only: bool = False
     dry_run: bool = False

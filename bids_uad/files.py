@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bids_uad.errors import ConfigError, InputError, unreadable
 
@@ -159,36 +159,77 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def locked_names(path: Path, names: Iterable[str]) -> Iterator[None]:
-    """Hold an exclusive lock for each of several names.
+class NameLocks:
+    """Exclusive locks of names between processes, also on different hosts.
 
-    The lock of a name is one byte of the file, which is not written. Locks end with the process.
+    The lock of a name is one byte of a file, which is not written. Locks end with the process.
 
     Parameters
     ----------
     path : pathlib.Path
-        Lock file, created if missing. A process must not open it twice at a time, since closing it ends all
-        locks of the process.
-    names : iterable of str
-        Names to lock.
+        Lock file, created with its folder at the first lock, and not removed. A process must have one object
+        per file only, since closing the file ends all locks of the process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    offsets = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"): name for name in names}
-    with path.open("a") as stream:
-        try:
-            # All jobs use the same order, which excludes deadlocks.
-            for offset in sorted(offsets):
-                try:
-                    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-                except (BlockingIOError, PermissionError):
-                    LOGGER.info("Waiting for another run that processes %s", offsets[offset])
-                    fcntl.lockf(stream, fcntl.LOCK_EX, 1, offset)
-        except OSError as error:
-            LOGGER.warning(
-                "%s cannot be locked (%s); do not process an image in two jobs at a time", path, error
-            )
-        yield
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: TextIO | None = None
+
+    def acquire(self, names: Iterable[str]) -> str | None:
+        """Lock all names or, without waiting, none.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names that this object does not hold.
+
+        Returns
+        -------
+        str or None
+            A name that another process has locked; None if all names are locked now.
+        """
+        if self._stream is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._path.open("a")
+        held: list[str] = []
+        for name in names:
+            try:
+                fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(name))
+            except (BlockingIOError, PermissionError):
+                self.release(held)
+                return name
+            except OSError as error:
+                LOGGER.warning(
+                    "%s cannot be locked (%s); do not process an image in two jobs at a time",
+                    self._path,
+                    error,
+                )
+                return None
+            held.append(name)
+        return None
+
+    def release(self, names: Iterable[str]) -> None:
+        """Unlock names.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names that this object holds.
+        """
+        for name in names:
+            with suppress(OSError):  # of a file system without locks, see `acquire`
+                fcntl.lockf(self._stream, fcntl.LOCK_UN, 1, _offset(name))
+
+    def close(self) -> None:
+        """Unlock all names."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _offset(name: str) -> int:
+    """Return the position of a name's byte in a lock file."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
 def remove_unfinished(
@@ -370,19 +411,34 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@cache
+CHECKSUMS: dict[Path, str] = {}
+"""Checksums by :func:`sha256_of`. The main process takes over those that worker processes have computed."""
+
+
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file, cached since inputs do not change during a run.
+    """Compute the SHA-256 of a file, stored in `CHECKSUMS` since inputs do not change during a run.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    str
+        Hexadecimal digest.
 
     Raises
     ------
     InputError
         If the file cannot be read, for example because it was removed.
     """
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    if path not in CHECKSUMS:
+        try:
+            CHECKSUMS[path] = file_sha256(path)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return CHECKSUMS[path]
 
 
 def read_columns(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -22,13 +22,13 @@ from niworkflows.engine.workflows import LiterateWorkflow
 from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
-from bids_uad.files import sha256_of
+from bids_uad.files import CHECKSUMS
 from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant.workflow import FROM_PREPROCESSING, connect_record
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.interfaces import Conform
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
-from tests.levels.fakes import fake_reference
+from tests.levels.fakes import fake_reference, write_page
 
 SHAPE = (20, 22, 24)
 AFFINE = np.array([[8.0, 0, 0, -76], [0, 8.0, 0, -84], [0, 0, 8.0, -92], [0, 0, 0, 1]])
@@ -720,7 +720,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd")
     raw = write_odd_dataset(folder / "raw")
     reference = fake_reference(folder / "reference")
-    sha256_of.cache_clear()
+    CHECKSUMS.clear()
     messages = folder / "messages.txt"
     with pytest.MonkeyPatch.context() as patch, messages.open("w") as stream:
         patch.setattr(workflow, "init_preproc_wf", init_reading_wf)
@@ -728,7 +728,7 @@ def finished(tmp_path_factory):
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(run, "print_summary", lambda *_: None)
         patch.setattr(run, "quality_warnings", lambda *_: [])
-        patch.setattr(summary, "write_reports", lambda config, subjects: [])
+        patch.setattr(summary, "write_report", write_page)
         patch.setenv("COLUMNS", "500")
         saved = {number: os.dup(number) for number in (1, 2)}  # workers write there, too
         for number in saved:
@@ -831,7 +831,8 @@ def test_outputs_of_mp2rage_images_have_names_of_their_own(collection):
 
 
 def test_run_of_unusable_images_only_returns_no_input(finished, collection, monkeypatch, capfd):
-    monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: pytest.fail("not reached"))
+    reference = fake_reference(finished.raw.parent / "reference")
+    monkeypatch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
     subjects = {problem.subject for problem in collection.problems}
     subjects -= {unit.subject for unit in collection.units}
     labels = sorted(label for label in subjects if label.isalnum() and label.isascii())

@@ -45,7 +45,7 @@ USAGE = """bids_uad BIDS_DIR OUTPUT_DIR {participant,group} ... [options]
        bids_uad {train,calibrate,simulate,atlas,extraction} --help"""
 EXIT_CODES = (
     "Exit codes: 0 success, 1 an image or report failed, 2 wrong usage, 66 no usable input, 69 GPU, model "
-    "or atlas not available, 70 workflow could not be built, 73 folder not writable or disk full."
+    "or atlas not available, 73 folder not writable or disk full."
 )
 
 
@@ -181,6 +181,11 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "absent, '*' accepts any value; other keys are ignored",
     )  # fmt: skip
     group.add_argument(
+        "--bids-database-dir", dest="database_dir", type=Path, metavar="PATH",
+        help="pybids database of the dataset. It is written if it does not exist. By default, each "
+        "participant is indexed when it is processed",
+    )  # fmt: skip
+    group.add_argument(
         "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
         help="derivative datasets: lesions=PATH, fmriprep=PATH. 'lesions' holds lesion masks for the "
         "evaluation; from any other, preprocessed images, brain masks and transforms are used",
@@ -287,7 +292,11 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     """Add the options that control a run of the participant level."""
     group.add_argument(
         "--clean-workdir", action="store_true",
-        help="empty the working directory before the run. And after it, if it succeeds",
+        help="empty the working directory before the run",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-workdir", action="store_true",
+        help="keep intermediate files. By default, those of participants without failures are removed",
     )  # fmt: skip
     group.add_argument("--stop-on-first-crash", action="store_true", help="stop at the first failure")
     group.add_argument("--reports-only", action="store_true", help="only rewrite participant reports")

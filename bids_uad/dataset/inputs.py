@@ -98,8 +98,12 @@ class Collection:
     anchors_only: frozenset[str] = frozenset()
 
 
-def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None) -> Collection:
-    """Find the images, anchors and lesion masks of the requested participants.
+def collect(
+    config: RunConfig,
+    check: Callable[[ImageUnit], None] | None = None,
+    subjects: Sequence[str] | None = None,
+) -> Collection:
+    """Find the images, anchors and lesion masks of participants.
 
     Parameters
     ----------
@@ -108,6 +112,8 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     check : callable, optional
         Function that raises InputError for an image that cannot be used. Such an image is reported and left
         out before anchors are chosen, so that other images get another anchor.
+    subjects : sequence of str, optional
+        Labels without `sub-`; by default all that `config` requests.
 
     Returns
     -------
@@ -117,15 +123,15 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     Raises
     ------
     InputError
-        If a requested participant or session does not exist.
+        If a requested participant does not exist.
     ConfigError
-        If the filter file cannot be used.
+        If the filter file or the database cannot be used.
     """
-    subjects = requested_subjects(config.bids_dir, config.participants)
+    if subjects is None:
+        subjects = requested_subjects(config.bids_dir, config.participants)
     queries = read_queries(config.filter_file)
     valid = [subject for subject in subjects if _LABEL.fullmatch(subject)]
-    layout = open_layout(config.bids_dir, valid)
-    _check_sessions(layout, config)
+    layout = open_layout(config.bids_dir, valid, config.database_dir)
     scope: dict[str, Any] = {"subject": valid, "datatype": "anat"}
     if config.sessions:
         scope["session"] = list(config.sessions)
@@ -151,7 +157,7 @@ def collect(config: RunConfig, check: Callable[[ImageUnit], None] | None = None)
     for subject in subjects:
         if not any(item.subject == subject for item in (*units, *problems)):
             problems.append(_no_image(subject, config, left_out))
-    return Collection(subjects, tuple(units), lesions, tuple(problems), left_out, anchors_only)
+    return Collection(tuple(subjects), tuple(units), lesions, tuple(problems), left_out, anchors_only)
 
 
 def _anchors_of_other_sessions(
@@ -211,7 +217,7 @@ def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]
     return tuple(label for label in existing if not labels or label in labels)
 
 
-def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
+def open_layout(bids_dir: Path, subjects: Sequence[str], database_dir: Path | None = None) -> BIDSLayout:
     """Index the anatomical images of some participants of a raw dataset.
 
     Only these are indexed, since indexing a large dataset takes minutes. Sidecars are read by
@@ -225,17 +231,25 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
         Root of the raw dataset.
     subjects : sequence of str
         Labels without `sub-`.
+    database_dir : pathlib.Path, optional
+        Folder of a pybids database, which is used as it is. If it does not exist, the whole dataset is
+        indexed and written to it.
 
     Returns
     -------
     bids.layout.BIDSLayout
         Index without metadata.
+
+    Raises
+    ------
+    ConfigError
+        If the database belongs to another dataset.
     """
     config = json.loads((resources.files("bids.layout.config") / "bids.json").read_text(encoding="utf-8"))
     below_root = f"^{re.escape(str(bids_dir.absolute()))}(?=/).*?"
     for entity in config["entities"]:
         entity["pattern"] = below_root + entity["pattern"]
-    keep = "|".join(map(re.escape, subjects))
+    keep = "|".join(map(re.escape, subjects)) if database_dir is None else ".*"
     indexer = BIDSLayoutIndexer(
         validate=False,
         index_metadata=False,
@@ -246,7 +260,18 @@ def open_layout(bids_dir: Path, subjects: Sequence[str]) -> BIDSLayout:
             re.compile(rf"/(?:{'|'.join(_NOT_ANAT)})(?:/|$)"),
         ],
     )
-    return BIDSLayout(bids_dir, validate=False, derivatives=False, config=[config], indexer=indexer)
+    layout = BIDSLayout(
+        bids_dir,
+        validate=False,
+        derivatives=False,
+        config=[config],
+        indexer=indexer,
+        database_path=database_dir,
+    )
+    root = Path(layout.root)
+    if database_dir is not None and root.resolve() != bids_dir.resolve():
+        raise ConfigError(f"--bids-database-dir {database_dir} is an index of {root}; choose another folder")
+    return layout
 
 
 def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[ImageUnit]:
@@ -434,16 +459,69 @@ def _reason_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> st
     return CONTRAST_ENHANCED if "ceagent" in entities else ""
 
 
-def _check_sessions(layout: BIDSLayout, config: RunConfig) -> None:
-    """Raise InputError if a requested session does not exist."""
-    existing = sorted(layout.get_sessions())
-    missing = sorted(set(config.sessions) - set(existing))
+def require_sessions(bids_dir: Path, subjects: Sequence[str], sessions: Sequence[str]) -> None:
+    """Check that each requested session exists for at least one participant.
+
+    Parameters
+    ----------
+    bids_dir : pathlib.Path
+        Root of the raw dataset.
+    subjects : sequence of str
+        Labels of the requested participants, without `sub-`.
+    sessions : sequence of str
+        Labels of the requested sessions, without `ses-`.
+
+    Raises
+    ------
+    InputError
+        If a session does not exist.
+    """
+    missing = [
+        session
+        for session in sorted(sessions)
+        if not any((bids_dir / f"sub-{subject}" / f"ses-{session}").is_dir() for subject in subjects)
+    ]
     if missing:
+        existing = sorted(
+            {
+                path.name.removeprefix("ses-")
+                for subject in subjects
+                for path in (bids_dir / f"sub-{subject}").glob("ses-*")
+            }
+        )
         raise InputError(
-            config.bids_dir,
+            bids_dir,
             f"no session {', '.join(missing)}",
             f"choose from {truncate_list(existing)}" if existing else "the dataset has no sessions",
         )
+
+
+def find_modalities(config: RunConfig, subjects: Sequence[str]) -> list[str]:
+    """Return which modalities the requested participants have, from file names only.
+
+    Parameters
+    ----------
+    config : RunConfig
+        `bids_dir`, `sessions` and `modalities` are used.
+    subjects : sequence of str
+        Labels without `sub-`.
+
+    Returns
+    -------
+    list of str
+        Those of `config.modalities` of which there is an image, in this order. The search ends when all are
+        found.
+    """
+    found: set[str] = set()
+    folders = [f"ses-{session}/anat" for session in config.sessions] or ["anat", "ses-*/anat"]
+    for subject in subjects:
+        for folder in folders:
+            for path in (config.bids_dir / f"sub-{subject}").glob(f"{folder}/*.nii*"):
+                suffix = path.name.split(".", 1)[0].rsplit("_", 1)[-1]
+                found |= {modality for modality, suffixes in SUFFIXES.items() if suffix in suffixes}
+        if found >= set(config.modalities):
+            break
+    return [modality for modality in config.modalities if modality in found]
 
 
 def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from bids_uad.config import RunConfig
-from bids_uad.dataset.inputs import collect
+from bids_uad.dataset.inputs import collect, find_modalities, require_sessions
 from bids_uad.errors import ConfigError, InputError
 from tests.dataset.skeleton import write_dataset
 
@@ -120,8 +121,39 @@ def test_unknown_labels_raise(make):
     files = ["sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"]
     with pytest.raises(InputError, match="no participant 07; choose from 01"):
         collect(make(files, participants=("07",)))
+    root = make(files).bids_dir
+    require_sessions(root, ["01"], ["a"])
     with pytest.raises(InputError, match="no session z; choose from a"):
-        collect(make(files, sessions=("z",)))
+        require_sessions(root, ["01"], ["a", "z"])
+    (problem,) = collect(make(files, sessions=("z",))).problems
+    assert problem.message == "sub-01: no usable T1w or T2w image"
+
+
+def test_modalities_are_found_by_name(make):
+    files = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-a/anat/sub-02_ses-a_T2w.nii"]
+    files += ["sub-03/anat/sub-03_UNIT1.nii.gz", "sub-04/func/sub-04_T2w.nii.gz"]
+    for subjects, options, found in (
+        (["01", "02"], {}, ["T1w", "T2w"]),
+        (["03", "04"], {}, ["T1w"]),
+        (["02"], {"sessions": ("a",)}, ["T2w"]),
+        (["02"], {"sessions": ("b",)}, []),
+        (["01", "02"], {"modalities": ("T2w",)}, ["T2w"]),
+    ):
+        assert find_modalities(make(files, **options), subjects) == found
+
+
+def test_database_is_written_once_and_then_used(make, tmp_path):
+    files = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz"]
+    config = make(files, database_dir=tmp_path / "db", participants=("01",))
+    assert [unit.key for unit in collect(config).units] == ["sub-01_T1w"]
+    written = (tmp_path / "db/layout_index.sqlite").read_bytes()
+    (config.bids_dir / "sub-02/anat/sub-02_T1w.nii.gz").unlink()  # not noticed: the index is not renewed
+    keys = [unit.key for unit in collect(replace(config, participants=("02",))).units]
+    assert keys == ["sub-02_T1w"]
+    assert (tmp_path / "db/layout_index.sqlite").read_bytes() == written
+    other = write_dataset(tmp_path / "other", {files[0]: None})
+    with pytest.raises(ConfigError, match="is an index of "):
+        collect(replace(config, bids_dir=other))
 
 
 def test_derivatives_and_functional_images_are_not_read(make):

@@ -174,6 +174,17 @@ class FakeDetect(SimpleInterface):
         return runtime
 
 
+def write_page(output_dir, subject, participants):
+    """Stand in for `summary.write_report`."""
+    (output_dir / f"sub-{subject}.html").write_text("report")
+    return []
+
+
+def refuse_page(output_dir, subject, participants):
+    """Stand in for `summary.write_report`; fail."""
+    raise ValueError("no template")
+
+
 def fake_reference(folder: Path) -> Reference:
     """Write reference images on the SRI24 grid, unless another job of the test has done so."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bids_uad.cli.main import main
-from bids_uad.files import sha256_of
+from bids_uad.files import CHECKSUMS
 from bids_uad.levels.participant import (
     executors as plugin,
 )
@@ -210,7 +210,7 @@ def stand_ins(reference) -> Iterator[None]:
         patch.setattr(plugin, "START_METHOD", "fork")
         patch.setattr(reporting, "START_METHOD", "fork")
         patch.setitem(DETECTORS, "toy", Entry("tests.training.train_toy", "Toy", "Toy", "#000000"))
-        sha256_of.cache_clear()
+        CHECKSUMS.clear()
         yield
 
 

@@ -86,7 +86,7 @@ def test_the_outputs_pass_the_validator(bench):
 
 
 def test_changed_age_updates_deviations_without_scoring(bench):
-    assert bench.run(*BOTH, "--participant-label", "01") == 0
+    assert bench.run(*BOTH, "--participant-label", "01", "--keep-workdir") == 0
     bench.take_calls()
     before, _ = z_map(bench, "sub-01")
     people(bench, {"sub-01": ("40", "F")})

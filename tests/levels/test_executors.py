@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -17,17 +18,20 @@ import pytest
 from nipype import Function
 from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, TraitedSpec, traits
 from nipype.pipeline.engine import Node, Workflow
+from nipype.utils.filemanip import loadpkl
 
 from bids_uad.config import RunConfig
-from bids_uad.errors import ConfigError
+from bids_uad.errors import ConfigError, InputError
 from bids_uad.levels.participant import executors
 from bids_uad.levels.participant.executors import (
+    Call,
+    CallError,
     IsolatedPlugin,
     SlurmGraphPlugin,
     SlurmPlugin,
     configure_nipype,
     describe_job_end,
-    make_plugin,
+    make_plugins,
     read_plugin_file,
 )
 from bids_uad.levels.participant.interfaces import describe_failure
@@ -136,6 +140,11 @@ def test_workers_end_when_closed(plugin):
     assert not is_running(worker_id)
 
 
+def steps_of(*workflows):
+    """Steps of a participant that only runs workflows."""
+    yield from workflows
+
+
 def answer():
     return 42
 
@@ -152,7 +161,8 @@ def test_imported_modules_are_frozen_during_a_run(tmp_path):
     )
     workflow = Workflow("garbage", base_dir=str(tmp_path))
     workflow.add_nodes([Node(Function(function=answer, output_names=["out"]), name="one")])
-    workflow.run(plugin=plugin)
+    plugin.process([steps_of(workflow)])
+    plugin.close()
     assert min(frozen) > 10_000
     assert gc.get_freeze_count() == 0
 
@@ -227,57 +237,198 @@ def test_error_line(traceback, line):
     assert error_line(traceback) == line
 
 
-def pass_on(value):
-    """Work of one step."""
+def pass_on(value, log, name):
+    """Work of one step: note its name."""
     import time
+    from pathlib import Path
 
     time.sleep(0.02)
+    with Path(log).open("a") as stream:
+        stream.write(name + "\n")
+    if value == "fail":
+        raise ValueError("this step fails")
     return value
 
 
-def participants_workflow(folder, n_participants, n_steps, n_procs):
-    """Build a workflow with one chain of nodes for each participant."""
-    whole = Workflow("whole", base_dir=str(folder))
-    whole.config["execution"] = {"poll_sleep_duration": "0.02"}
-    for number in range(n_participants):
-        chain = Workflow(f"sub_{number:02d}_wf")
-        steps = [
-            Node(Function(["value"], ["value"], pass_on), f"step{step}", n_procs=1 + step % n_procs)
-            for step in range(n_steps)
-        ]
-        steps[0].inputs.value = number
-        for before, after in itertools.pairwise(steps):
-            chain.connect(before, "value", after, "value")
-        whole.add_nodes([chain])
-    return whole
+def chain_of_nodes(folder, name, n_steps=3, n_procs=1, value=0):
+    """Build a workflow of nodes that run one after the other."""
+    chain = Workflow(name, base_dir=str(folder))
+    steps = [
+        Node(
+            Function(["value", "log", "name"], ["value"], pass_on), f"step{step}", n_procs=1 + step % n_procs
+        )
+        for step in range(n_steps)
+    ]
+    steps[0].inputs.value = value
+    for step in steps:
+        step.inputs.log, step.inputs.name = str(folder / "log.txt"), f"{name} {step.name}"
+    for before, after in itertools.pairwise(steps):
+        chain.connect(before, "value", after, "value")
+    return chain
+
+
+@pytest.fixture
+def start(request):
+    """Return a function that makes a plugin, closed after the test."""
+
+    def make(n_procs, watch=None):
+        own = {"n_procs": n_procs, "memory_gb": 4, "n_gpu_procs": 0, "raise_insufficient": False}
+        plugin = IsolatedPlugin({**own, "status_callback": watch})
+        request.addfinalizer(plugin.close)
+        return plugin
+
+    configure_nipype()
+    return make
+
+
+def double(value):
+    """A call; fails for text, and kills its process for None."""
+    if value is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    logging.getLogger("bids_uad").warning("the value is %s", value)
+    if value == 13:
+        raise InputError("scan.nii", "an unlucky number", "choose another")
+    return 2 * value + 0
 
 
 @pytest.mark.parametrize("n_participants", [3, 7])
 @pytest.mark.parametrize("n_procs", [1, 2])
-def test_participants_are_finished_one_after_the_other(tmp_path, monkeypatch, n_procs, n_participants):
-    monkeypatch.setattr(executors, "START_METHOD", "fork")
-    n_steps, done, most, order = 3, {}, 0, []
+def test_participants_are_finished_one_after_the_other(tmp_path, start, n_procs, n_participants):
+    """At most `n_procs + 1` are unfinished at any time, and each call gets its own result."""
+    begun, finished, most = [], [], 0
 
-    def watch(node, status):
+    def process(number):
         nonlocal most
-        subject = node.fullname.split(".")[1]
-        if status == "start":
-            done.setdefault(subject, 0)
-        elif status == "end":
-            done[subject] += 1
-            if done[subject] == n_steps:
-                order.append(subject)
-        most = max(most, sum(n < n_steps for n in done.values()))
+        begun.append(number)
+        most = max(most, len(begun) - len(finished))
+        assert (yield Call(double, (number,))) == 2 * number
+        yield chain_of_nodes(tmp_path, f"sub_{number:02d}_wf", n_procs=n_procs)
+        assert (yield Call(double, (-number,))) == -2 * number
+        finished.append(number)
 
-    plugin = IsolatedPlugin({"n_procs": n_procs, "memory_gb": 1, "n_gpu_procs": 0, "status_callback": watch})
-    try:
-        participants_workflow(tmp_path, n_participants, n_steps, n_procs).run(plugin=plugin)
-    finally:
-        plugin.close()
-    assert len(order) == n_participants
+    plugin = start(n_procs)
+    assert plugin.process(map(process, range(n_participants))) == 0
+    assert sorted(finished) == list(range(n_participants))
+    assert begun == sorted(begun)
     assert most <= n_procs + 1
-    places = {subject: place for place, subject in enumerate(order)}
-    assert all(abs(int(subject[4:6]) - place) <= n_procs for subject, place in places.items())
+    assert all(abs(number - place) <= n_procs for place, number in enumerate(finished))
+    assert plugin.procs == []
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert sorted(lines) == [
+        f"sub_{number:02d}_wf step{step}" for number in range(n_participants) for step in range(3)
+    ]
+
+
+def test_first_participant_is_finished_before_most_others_are_begun(tmp_path, start):
+    """The number of participants that are begun first does not depend on how many there are."""
+    begun_at_first_end = []
+    for n_participants in (5, 50):
+        begun = []
+
+        def process(number, begun=begun, n_participants=n_participants):
+            begun.append(number)
+            if len(begun_at_first_end) < 1 + (n_participants == 50):
+                yield chain_of_nodes(tmp_path, f"sub_{n_participants}_{number}_wf")
+            if len(begun_at_first_end) < 1 + (n_participants == 50):
+                begun_at_first_end.append(len(begun))
+
+        start(1).process(map(process, range(n_participants)))
+    assert begun_at_first_end == [2, 2]
+
+
+def test_errors_of_calls_are_raised_in_the_steps_and_warnings_logged(start, caplog, monkeypatch):
+    caught = []
+
+    def process(value):
+        try:
+            yield Call(double, (value,))
+        except (CallError, InputError) as error:
+            caught.append((type(error), str(error)))
+
+    monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
+    start(1).process(map(process, ["text", None, 13, 1]))
+    assert {"the value is 13", "the value is 1"} <= set(caplog.messages)
+    assert [kind for kind, _ in caught] == [CallError, CallError, InputError]
+    assert "TypeError" in caught[0][1]
+    assert "was killed (SIGKILL)" in caught[1][1]
+    assert caught[2][1] == "scan.nii: an unlucky number; choose another"
+
+
+def test_failed_node_leaves_out_only_what_depends_on_it(tmp_path, start):
+    after = []
+
+    def process(number):
+        value = "fail" if number == 1 else number
+        chain = chain_of_nodes(tmp_path, f"sub_{number:02d}_wf", value=value)
+        chain.config["execution"] = {"crashdump_dir": str(tmp_path)}
+        yield chain
+        after.append(number)
+
+    plugin = start(1)
+    assert plugin.process(map(process, range(3))) == 0
+    assert sorted(after) == [0, 1, 2]
+    assert [failure.node for failure in plugin.failures] == ["sub_01_wf.step0"]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in lines if "sub_01" in line] == ["sub_01_wf step0"]
+    assert len(lines) == 7
+
+
+def test_stop_on_failure_drops_the_other_participants(tmp_path, start):
+    ended = []
+
+    def process(number):
+        chain = chain_of_nodes(tmp_path, f"sub_{number:02d}_wf", value="fail" if number == 1 else number)
+        chain.config["execution"] = {"crashdump_dir": str(tmp_path)}
+        yield chain
+        assert (yield Call(double, (number,))) == 2 * number  # such as its report
+        ended.append(number)
+
+    plugin = start(1)
+    n_dropped = plugin.process(map(process, range(9)), stop_on_failure=True)
+    assert sorted(ended) in ([0, 1], [0, 1, 2])  # those that were begun
+    assert n_dropped == 9 - len(ended)
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "sub_01_wf step0"
+
+
+def test_participants_that_wait_for_another_run_do_not_hold_up_others(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(executors, "POLL_LOCKS", 0.05)
+    ended = []
+
+    def process(number):
+        while number < 4 and len(ended) < 3:  # locked by another run until three are finished
+            yield None
+        yield chain_of_nodes(tmp_path, f"sub_{number:02d}_wf")
+        ended.append(number)
+
+    start(1).process(map(process, range(8)))
+    assert ended[:3] == [4, 5, 6]
+    assert sorted(ended) == list(range(8))
+
+
+class Cluster:
+    """Stands in for a plugin that submits jobs: runs one graph of all participants."""
+
+    def __init__(self):
+        self.graphs, self.failures = [], []
+
+    def run(self, graph, config, updatehash=False):
+        self.graphs.append(sorted(node.fullname for node in graph))
+
+
+def test_cluster_plugin_runs_the_workflows_of_all_participants_as_one_graph(tmp_path, start):
+    cluster, ended = Cluster(), []
+
+    def process(number):
+        if (yield Call(double, (number,))) == 4:
+            return  # nothing to do
+        yield chain_of_nodes(tmp_path, f"sub_{number:02d}_wf", n_steps=2)
+        yield Call(double, (number,))
+        ended.append(number)
+
+    start(1).process(map(process, range(5)), cluster=cluster)
+    others = (0, 1, 3, 4)
+    assert cluster.graphs == [[f"sub_{n:02d}_wf.step{step}" for n in others for step in range(2)]]
+    assert ended == [0, 1, 3, 4]
 
 
 EXAMPLES = Path(__file__).parents[2] / "containers" / "slurm"
@@ -293,14 +444,17 @@ def config(tmp_path, **options):
     [("multiproc", IsolatedPlugin), ("slurm", SlurmPlugin), ("slurmgraph", SlurmGraphPlugin)],
 )
 def test_plugin_file_examples_are_valid(tmp_path, name, kind):
-    plugin = make_plugin(config(tmp_path, plugin_file=EXAMPLES / f"{name}.yml"), print)
-    assert type(plugin) is kind
-    assert plugin.failures == []
+    local, cluster = make_plugins(config(tmp_path, plugin_file=EXAMPLES / f"{name}.yml"), print)
+    assert type(local) is IsolatedPlugin
+    local.close()
     if kind is IsolatedPlugin:
-        assert (plugin.processors, plugin.memory_gb) == (4, 12)
-        plugin.close()
+        assert cluster is None
+        assert (local.processors, local.memory_gb) == (4, 12)
     else:
-        assert "--mem=4G" in plugin._sbatch_args
+        assert type(cluster) is kind
+        assert (local.processors, local.memory_gb) == (2, 4)
+        assert cluster.failures == []
+        assert "--mem=4G" in cluster._sbatch_args
 
 
 @pytest.mark.parametrize(
@@ -357,7 +511,9 @@ def test_gpu_nodes_run_n_gpu_procs_at_a_time(tmp_path, at_once):
     plugin = IsolatedPlugin(
         {"n_procs": 4, "memory_gb": 4, "n_gpu_procs": at_once, "raise_insufficient": False}
     )
-    graph = workflow.run(plugin=plugin)
-    spans = [node.result.outputs.span for node in graph.nodes]
+    plugin.process([steps_of(workflow)])
+    plugin.close()
+    spans = [loadpkl(path).outputs.span for path in tmp_path.glob("gpu/*/result_*.pklz")]
+    assert len(spans) == 4
     most = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
     assert most == at_once

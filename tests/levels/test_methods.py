@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from bids_uad.dataset.participants import image_hash
-from bids_uad.files import sha256_of
+from bids_uad.files import file_sha256
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
@@ -98,7 +98,7 @@ def finished(tmp_path_factory, stand_ins):  # noqa: F811
     add_reference(bundle)
     calibration = json.loads((bundle / "calibration.json").read_text())
     calibration["cohort"] = {
-        "subjects": [image_hash(sha256_of.__wrapped__(bench.raw / T2W))],
+        "subjects": [image_hash(file_sha256(bench.raw / T2W))],
         "source": "Here",
     }
     (bundle / "calibration.json").write_text(json.dumps(calibration))

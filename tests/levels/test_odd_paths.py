@@ -20,10 +20,10 @@ from bids_uad.dataset.inputs import collect
 from bids_uad.dataset.sidecars import bids_uri
 from bids_uad.engine.bundle import load_bundle
 from bids_uad.errors import ConfigError
-from bids_uad.files import sha256_of
+from bids_uad.files import CHECKSUMS
 from bids_uad.levels.participant import run, workflow
 from bids_uad.levels.participant import workflow as writing
-from bids_uad.levels.participant.executors import configure_nipype, make_plugin
+from bids_uad.levels.participant.executors import configure_nipype, make_plugins
 from bids_uad.preprocessing.reference import _find_image
 from bids_uad.preprocessing.registration import RegistrationSchedule, Volume, register_rigid
 from bids_uad.preprocessing.resampling import resample_mask_through, write_itk
@@ -66,8 +66,9 @@ def finished(tmp_path_factory):
         reference = fake_reference(study.folder)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         for level in ("participant", "group", "train", "calibrate"):
-            sha256_of.cache_clear()
-            assert main(study.arguments(level)) == 0, level
+            CHECKSUMS.clear()
+            keep = ["--keep-workdir"] if level == "participant" else []
+            assert main([*study.arguments(level), *keep]) == 0, level
         yield study
 
 
@@ -140,7 +141,7 @@ def test_lost_file_is_restored_from_the_working_folder(finished):
     (lost,) = finished.out.rglob("sub-02_space-SRI24_label-anomaly_desc-T1wDisyre_mask.nii.gz")
     before = lost.read_bytes()
     lost.unlink()
-    sha256_of.cache_clear()
+    CHECKSUMS.clear()
     assert main(finished.arguments("participant")) == 0
     assert lost.read_bytes() == before
     assert not calls.exists()
@@ -149,7 +150,7 @@ def test_lost_file_is_restored_from_the_working_folder(finished):
 def test_failed_node_is_reported_with_its_crash_file(finished, capsys):
     name = "sub-crash/anat/sub-crash_T1w.nii.gz"
     write_dataset(finished.raw, {name: None})
-    sha256_of.cache_clear()
+    CHECKSUMS.clear()
     assert main([*finished.arguments("participant"), "--participant-label", "crash"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "ZeroDivisionError: nothing to divide by" in said
@@ -238,7 +239,7 @@ def test_slurm_plugins_refuse_work_folders_with_special_characters(tmp_path, par
     config = RunConfig(*folders, plugin_file=file)
     fine = [PARTS[name] for name in ("composed", "decomposed", "label", "session", "long")]
     if part in fine:
-        make_plugin(config, print)
+        make_plugins(config, print)
         return
     with pytest.raises(ConfigError, match="cluster jobs cannot use; choose another with -w"):
-        make_plugin(config, print)
+        make_plugins(config, print)

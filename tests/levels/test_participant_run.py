@@ -16,13 +16,20 @@ from bids_uad.dataset.lesion_masks import written_mask
 from bids_uad.dataset.participants import image_hash, read_participants
 from bids_uad.evaluation.benchmark import evaluate
 from bids_uad.evaluation.tables import find_metrics_tables
-from bids_uad.files import sha256_of
+from bids_uad.files import CHECKSUMS, file_sha256
 from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
 from bids_uad.methods import registry
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.header_contract import faults_below
-from tests.levels.fakes import FakeDetect, fake_bundle, fake_reference, init_fake_preproc_wf
+from tests.levels.fakes import (
+    FakeDetect,
+    fake_bundle,
+    fake_reference,
+    init_fake_preproc_wf,
+    refuse_page,
+    write_page,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ class Bench:
 
     def run(self, *extra, models=None):
         # Inputs of an earlier run in this process are remembered by path.
-        sha256_of.cache_clear()
+        CHECKSUMS.clear()
         arguments = [str(self.raw), str(self.out), "participant", "-w", str(self.work), "--device", "cpu"]
         return main([*arguments, "--nprocs", "2", *extra, "--models", *(models or self.models)])
 
@@ -56,23 +63,18 @@ class Bench:
 
     def maps(self):
         return {
-            path.relative_to(self.out).as_posix(): sha256_of.__wrapped__(path)
+            path.relative_to(self.out).as_posix(): file_sha256(path)
             for path in self.out.rglob("sub-*/**/anat/*")
         }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def stand_ins(reference):
-    def write_pages(config, subjects):
-        for subject in subjects:
-            (config.output_dir / f"sub-{subject}.html").write_text("report")
-        return []
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflow, "init_preproc_wf", init_fake_preproc_wf)
         patch.setattr(writing, "Detect", FakeDetect)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
-        patch.setattr(summary, "write_reports", write_pages)
+        patch.setattr(summary, "write_report", write_page)
         patch.setattr(registry, "has_native_bf16", lambda: False)
         yield
 
@@ -215,7 +217,7 @@ def test_mp2rage_image_is_processed_beside_a_t1w_image(bench):
 
 def test_second_run_only_restores_lost_files(bench, capsys):
     bench.dataset(T1W, T2W)
-    assert bench.run() == 0
+    assert bench.run("--keep-workdir") == 0
     assert len(bench.take_calls()) == 4
     before = bench.maps()
     assert bench.run() == 0
@@ -224,7 +226,7 @@ def test_second_run_only_restores_lost_files(bench, capsys):
 
     lost = bench.out / "sub-01/anat/sub-01_space-SRI24_label-anomaly_desc-T2wDisyre_mask.nii.gz"
     lost.unlink()
-    assert bench.run() == 0
+    assert bench.run("--keep-workdir") == 0
     assert bench.take_calls() == []  # from the working folder
     assert bench.maps() == before
 
@@ -241,7 +243,7 @@ def test_second_run_only_restores_lost_files(bench, capsys):
 
 def test_another_precision_scores_again(bench):
     bench.dataset(T1W)
-    assert bench.run("--precision", "fp32") == 0
+    assert bench.run("--precision", "fp32", "--keep-workdir") == 0
     assert len(bench.take_calls()) == 2
     assert bench.run("--precision", "bf16") == 0
     assert [call.split()[0] for call in bench.take_calls()] == ["detect"]
@@ -261,7 +263,7 @@ def test_sidecar_has_the_precision_of_the_detector_on_this_cpu(bench, monkeypatc
 
 def test_new_model_only_adds_its_outputs(bench):
     bench.dataset(T1W)
-    assert bench.run() == 0
+    assert bench.run("--keep-workdir") == 0
     bench.take_calls()
     other = str(fake_bundle(bench.folder / "patchcore-T1w", "patchcore", "T1w"))
     assert bench.run(models=[other]) == 0
@@ -522,20 +524,23 @@ def test_unknown_model_is_refused_before_anything_is_done(bench, capsys):
     assert not bench.out.exists()
 
 
-def test_workflow_error_returns_exit_code_70(bench, monkeypatch, capsys):
-    bench.dataset(T1W)
+def test_workflow_that_cannot_be_built_fails_only_its_participant(bench, monkeypatch, capsys):
+    bench.dataset(T1W, "sub-02/anat/sub-02_T1w.nii.gz")
 
-    def broken(**options):
-        raise KeyError("wrong door")
+    def broken(name, **options):
+        if "sub_01" in name:
+            raise KeyError("no such field")
+        return init_fake_preproc_wf(name=name, **options)
 
     monkeypatch.setattr(workflow, "init_preproc_wf", broken)
-    assert bench.run() == 70
-    assert "could not be built" in capsys.readouterr().err
+    assert bench.run() == 1
+    assert "could not be built: KeyError: 'no such field'" in " ".join(capsys.readouterr().err.split())
+    assert (bench.out / "sub-02/log/sub-02_T1w.json").is_file()
 
 
 def test_failed_report_returns_exit_code_1(bench, monkeypatch, capsys):
     bench.dataset(T1W)
-    monkeypatch.setattr(summary, "write_reports", lambda config, subjects: ["sub-01: report not written: x"])
+    monkeypatch.setattr(summary, "write_report", refuse_page)
     assert bench.run() == 1
     assert "report not written" in " ".join(capsys.readouterr().err.split())
 
@@ -545,7 +550,7 @@ def test_participants_of_the_training_data_are_reported(bench, capsys):
     bundle = Path(bench.models[0])
     info = json.loads((bundle / "bundle.json").read_text())
     info["training"] = {
-        "subjects": [image_hash(sha256_of.__wrapped__(bench.raw / T1W))],
+        "subjects": [image_hash(file_sha256(bench.raw / T1W))],
         "source": "Others; Phantoms",
         "n_scans": 1,
         "n_subjects": 1,

@@ -18,7 +18,7 @@ from bids_uad.cli.main import main
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset
 from bids_uad.dataset.participants import Participants
-from bids_uad.files import locked_names, write_json
+from bids_uad.files import NameLocks, write_json
 from bids_uad.levels.participant import summary as reporting
 from bids_uad.levels.participant.summary import DONE, FAILED, ImageStatus
 from bids_uad.reports import participant
@@ -183,12 +183,17 @@ def test_report_includes_all_sessions_of_concurrent_jobs(tmp_path, monkeypatch):
 
 def hold(path: Path, names: list[str], log: Path) -> None:
     """Note when the names are held and when no longer."""
-    with locked_names(path, names):
-        with log.open("a") as stream:
-            stream.write(f"+{','.join(names)}\n")
-        time.sleep(0.1)
-        with log.open("a") as stream:
-            stream.write(f"-{','.join(names)}\n")
+    locks = NameLocks(path)
+    while locks.acquire(names) is not None:
+        time.sleep(0.01)
+    with log.open("a") as stream:
+        stream.write(f"+{','.join(names)}\n")
+    time.sleep(0.1)
+    with log.open("a") as stream:
+        stream.write(f"-{','.join(names)}\n")
+    locks.release(names)
+    assert locks.acquire(["e"]) is None  # the file is still open
+    locks.close()
 
 
 def test_jobs_wait_only_for_shared_images(tmp_path):
@@ -212,14 +217,22 @@ def test_killed_job_holds_no_lock(tmp_path):
     process.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
+    locks = NameLocks(tmp_path / "lock")
+    assert locks.acquire(["c", "a"]) == "a"
+    locks.close()
+    other = NameLocks(tmp_path / "lock")
+    assert other.acquire(["c"]) is None  # was not kept
+    other.close()
     process.kill()
     process.join(timeout=60)
-    with locked_names(tmp_path / "lock", ["a"]):
-        pass
+    locks = NameLocks(tmp_path / "lock")
+    assert locks.acquire(["a"]) is None
+    locks.close()
 
 
 def hold_forever(folder: Path) -> None:
     """Hold a name until killed."""
-    with locked_names(folder / "lock", ["a"]):
-        (folder / "held").touch()
-        time.sleep(600)
+    locks = NameLocks(folder / "lock")
+    assert locks.acquire(["b", "a"]) is None
+    (folder / "held").touch()
+    time.sleep(600)

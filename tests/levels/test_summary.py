@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import ndimage
 
 from bids_uad import space
@@ -26,13 +28,12 @@ from bids_uad.levels.participant.summary import (
     UNUSABLE,
     UP_TO_DATE,
     ImageStatus,
-    ProgressLog,
-    Stopwatch,
+    Progress,
     collect_statuses,
     find_left_right_swaps,
     last_run_file,
+    rewrite_reports,
     save_last_run,
-    write_reports,
 )
 from bids_uad.preprocessing.reference import resolve_reference
 from bids_uad.preprocessing.resampling import resample, rotation_about, translation
@@ -91,7 +92,7 @@ def node(name: str, image: str = "sub_01_T1w") -> SimpleNamespace:
     return SimpleNamespace(name=name, fullname=full)
 
 
-def exit_with_code(*_: object) -> None:
+def exit_with_code(*_: object) -> None:  # these replace `write_report` and are imported by its process
     os._exit(3)
 
 
@@ -106,28 +107,60 @@ def raise_error(*_: object) -> None:
 @pytest.mark.parametrize(
     ("act", "cause"),
     [
-        (exit_with_code, "its process ended with exit code 3; see the error above"),
-        (be_killed, "its process was killed (SIGKILL), most likely because memory ran out"),
+        (exit_with_code, "the step ended with exit code 3; see the error above"),
+        (be_killed, "the step was killed (SIGKILL), most likely because memory ran out"),
         (raise_error, "ValueError: no template"),
     ],
 )
 def test_failed_report_is_named_with_its_cause(tmp_path, monkeypatch, act, cause):
-    monkeypatch.setattr(summary, "START_METHOD", "fork")
     monkeypatch.setattr(summary, "write_report", act)
-    config = SimpleNamespace(output_dir=tmp_path, bids_dir=tmp_path, nprocs=1)
-    (line,) = write_reports(config, ["01"])
+    (tmp_path / "sub-01").mkdir()
+    (line,) = rewrite_reports(run_config(tmp_path))
     assert line.startswith(f"sub-01: report not written: {cause}")
 
 
-def test_progress_log_has_one_line_per_image(caplog):
-    progress = ProgressLog(3)
-    with caplog.at_level(logging.INFO, logger="bids_uad"):
-        for name in ("detect", "complete"):
-            progress(node(name), "start")
-            progress(node(name), "end")
-        progress(node("detect", "sub_01_T2w"), "exception")
-        progress(node("post_disyre", "sub_01_T2w"), "exception")
-    assert caplog.messages == ["sub_01_T1w done, 1 of 3 images", "sub_01_T2w failed, 2 of 3 images"]
+def run_config(folder: Path, **options) -> RunConfig:
+    return RunConfig(folder, folder, ("participant",), folder / "work", **options)
+
+
+def test_progress_is_logged_after_each_participant(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(summary.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
+    progress = Progress(4, Console(file=io.StringIO()))
+    with caplog.at_level(logging.INFO, logger="bids_uad"), progress:
+        for subject in ("01", "02"):
+            progress.begin(subject)
+        progress.watch(node("detect"), "start")
+        progress.watch(node("detect", "sub_02_T1w"), "start")
+        now[0] += summary.LOG_INTERVAL / 2
+        progress.watch(node("detect"), "end")
+        assert progress.seconds["sub_01_wf", "sub_01_T1w"] == summary.LOG_INTERVAL / 2
+        progress.end("01", [ImageStatus("01", "sub-01_T1w", DONE)])
+        now[0] += summary.LOG_INTERVAL + 1
+        progress.watch(node("conform", "sub_02_T2w"), "start")
+        progress.watch(node("conform", "sub_02_T2w"), "exception")
+        progress.end("02", [ImageStatus("02", "a", DONE), ImageStatus("02", "b", FAILED)])
+        progress.begin("03")
+        progress.end("03", [ImageStatus("03", "a", UP_TO_DATE)])
+    running = "running: sub_02_T1w detect"
+    assert caplog.messages == [
+        f"sub-01 done (1 image(s)); 1 of 4 participants done; {running}; about 8 min left",
+        f"1 of 4 participants done; {running}, sub_02_T2w conform; about 23 min left",
+        f"sub-02 failed (1 of 2 images); 1 of 4 participants done, 1 failed; {running}; about 8 min left",
+    ]
+
+
+def test_progress_on_a_terminal_is_one_line_that_is_removed():
+    stream = io.StringIO()
+    progress = Progress(4, Console(file=stream, force_terminal=True, width=100))
+    with progress:
+        progress.begin("01")
+        progress.watch(node("detect"), "start")
+        progress._live.refresh()
+    text = stream.getvalue()
+    assert "0 of 4 participants done; running: sub_01_T1w detect" in text
+    assert text.endswith("\x1b[2K") or "\x1b[2K" in text.rsplit("detect", 1)[1]
 
 
 def test_all_detectors_that_failed_are_named(tmp_path):
@@ -139,7 +172,7 @@ def test_all_detectors_that_failed_are_named(tmp_path):
         NodeFailure(node("detect_rd").fullname, "ProcessKilled: the step was killed", "crash-3.txt"),
     ]
     config = SimpleNamespace(output_dir=tmp_path, run_id="run")
-    (status,) = collect_statuses([task], [], failures, Stopwatch(), config)
+    (status,) = collect_statuses([task], [], failures, {}, config)
     assert status.status == FAILED
     assert status.message == (
         "sub-01_T1w: detect_fae: ValueError: no (details: crash-1.txt); "
@@ -188,10 +221,9 @@ def test_left_right_swap_is_found(template, tmp_path: Path, caplog, monkeypatch)
     assert list(found) == [("sub-01_rec-flipped", "T1w")]
     text = found["sub-01_rec-flipped", "T1w"]
     assert text.startswith("Left and right are swapped between sub-01_T1w and sub-01_rec-flipped_T1w: ")
-    config = SimpleNamespace(output_dir=tmp_path, bids_dir=tmp_path, nprocs=1)
     monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
     with caplog.at_level(logging.WARNING, "bids_uad"):
-        assert write_reports(config, ["01"]) == []
+        assert rewrite_reports(run_config(tmp_path)) == []
     assert text in caplog.messages
     assert (tmp_path / "sub-01.html").read_text().count(text) == 1
 

@@ -12,8 +12,9 @@ import pytest
 
 from bids_uad import space
 from bids_uad.errors import InputError
+from bids_uad.files import CHECKSUMS
+from bids_uad.levels.participant import executors, plan, run
 from bids_uad.levels.participant import interfaces as detection
-from bids_uad.levels.participant import run
 from bids_uad.preprocessing import interfaces
 from bids_uad.preprocessing.resampling import write_itk
 from tests.dataset.skeleton import write_image, write_mask
@@ -65,15 +66,31 @@ def drop(path: Path) -> None:
     path.symlink_to("../../.git/annex/objects/x/SHA256E-s1--a.nii.gz")
 
 
-def vanish_before(monkeypatch: pytest.MonkeyPatch, step: str, path: Path, how) -> None:
-    """Take a file away just before a step of the run."""
-    original = getattr(run, step)
+def vanish_after_the_search(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Remove a file after the inputs were found and read, and before they are hashed."""
+    original = plan.collect
 
-    def wrapped(*arguments, **options):
-        how(path)
-        return original(*arguments, **options)
+    def wrapped(config, check, subjects):
+        collection = original(config, check, subjects)
+        CHECKSUMS.clear()
+        if subjects == ["01"]:
+            path.unlink(missing_ok=True)
+        return collection
 
-    monkeypatch.setattr(run, step, wrapped)
+    monkeypatch.setattr(executors, "START_METHOD", "fork")  # worker processes inherit the change
+    monkeypatch.setattr(plan, "collect", wrapped)
+
+
+def vanish_before_the_workflow(monkeypatch: pytest.MonkeyPatch, path: Path, how) -> None:
+    """Take a file away after the inputs were hashed, and before the workflow runs."""
+    original = run.build_workflow
+
+    def wrapped(*arguments):
+        if path.is_file():
+            how(path)
+        return original(*arguments)
+
+    monkeypatch.setattr(run, "build_workflow", wrapped)
 
 
 def check_run(bench, capfd, path: Path, message: str, *options: str) -> None:  # noqa: F811
@@ -93,7 +110,7 @@ def check_run(bench, capfd, path: Path, message: str, *options: str) -> None:  #
 def test_input_that_vanishes_before_it_is_hashed(dataset, monkeypatch, capfd, name):
     path = dataset.files[name]
     if name == "second":
-        vanish_before(monkeypatch, "resolve_reference", path, remove)
+        vanish_after_the_search(monkeypatch, path)
         given = [f"{other}={dataset.folder / other}" for other in ("lesions", "fmriprep")]
         assert dataset.run("-d", *given, models=["none"]) == 1
         stderr = capfd.readouterr().err
@@ -102,14 +119,14 @@ def test_input_that_vanishes_before_it_is_hashed(dataset, monkeypatch, capfd, na
         assert (dataset.out / "sub-01/log/sub-01_T1w.json").is_file()
         assert not (dataset.out / "sub-01/log/sub-01_T2w.json").exists()
         return
-    vanish_before(monkeypatch, "resolve_reference", path, remove)
+    vanish_after_the_search(monkeypatch, path)
     check_run(dataset, capfd, path, "there is no such file (any more)")
 
 
 @pytest.mark.parametrize("name", ["image", "mask", "transform", "lesion"])
 def test_input_that_vanishes_before_its_step(dataset, monkeypatch, capfd, name):
     path = dataset.files[name]
-    vanish_before(monkeypatch, "make_plugin", path, remove)
+    vanish_before_the_workflow(monkeypatch, path, remove)
     check_run(dataset, capfd, path, "there is no such file (any more)")
 
 
@@ -117,7 +134,7 @@ def test_anchor_that_is_dropped_before_its_step(dataset, monkeypatch, capfd):
     path = dataset.files["raw"]
     for name in ("image", "mask", "transform"):
         dataset.files[name].unlink()
-    vanish_before(monkeypatch, "make_plugin", path, drop)
+    vanish_before_the_workflow(monkeypatch, path, drop)
     check_run(
         dataset, capfd, path, "the file is a link to content that is not here; fetch it with `datalad get`"
     )
@@ -125,7 +142,7 @@ def test_anchor_that_is_dropped_before_its_step(dataset, monkeypatch, capfd):
 
 def test_run_whose_inputs_all_vanish_returns_no_input(bench, monkeypatch, capfd):  # noqa: F811
     bench.dataset(T1W, T2W)
-    vanish_before(monkeypatch, "resolve_reference", bench.raw / T1W, remove)
+    vanish_after_the_search(monkeypatch, bench.raw / T1W)
     assert bench.run(models=["none"]) == 66
     stderr = capfd.readouterr().err
     assert squeezed(stderr).count(squeezed(f"{bench.raw / T1W}: there is no such file (any more)")) == 1

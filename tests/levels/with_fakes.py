@@ -13,20 +13,12 @@ from pathlib import Path
 from bids_uad.cli.main import main
 from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
-from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf
-
-
-def write_pages(config, subjects):
-    """Stand in for the reports."""
-    for subject in subjects:
-        (config.output_dir / f"sub-{subject}.html").write_text("report")
-    return []
-
+from tests.levels.fakes import FakeDetect, fake_reference, init_fake_preproc_wf, write_page
 
 if __name__ == "__main__":
     workflow.init_preproc_wf = init_fake_preproc_wf
     writing.Detect = FakeDetect
     run.resolve_reference = lambda atlas, cache: fake_reference(Path(os.environ["REFERENCE"]))
     if os.environ.get("REPORTS") != "real":
-        summary.write_reports = write_pages
+        summary.write_report = write_page
     sys.exit(main())

@@ -3,6 +3,9 @@
 nipype's MultiProc uses one process pool. If a worker is killed, usually because memory ran out, the pool
 breaks, the exception is lost in a callback, and the run waits forever. :class:`IsolatedPlugin` has one pipe
 per worker process: the exit of a worker is detected, and is the failure of the node that ran in it.
+
+nipype runs one graph, which would hold the nodes of all participants: building it takes long, and it runs
+breadth first. :class:`IsolatedPlugin` adds the graph of a participant when an earlier one is finished.
 """
 
 from __future__ import annotations
@@ -10,30 +13,39 @@ from __future__ import annotations
 import gc
 import getpass
 import logging
+import math
 import multiprocessing as mp
 import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from enum import Enum
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from shlex import quote
 from traceback import format_exception
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import networkx as nx
 import numpy as np
+import scipy.sparse as ssp
 import yaml
-from nipype.pipeline.engine import nodes, utils
+from nipype import config as nipype_config
+from nipype.pipeline.engine import Workflow, nodes, utils
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 from nipype.pipeline.plugins.slurmgraph import SLURMGraphPlugin
 
 from bids_uad.config import RunConfig
-from bids_uad.errors import ConfigError, storage_error
+from bids_uad.errors import ConfigError, UserError, storage_error
 from bids_uad.resources import RequestProcess, describe_exit, end_with_parent, oom_kills
+
+LOGGER = logging.getLogger("bids_uad")
 
 START_METHOD = "forkserver"
 PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
@@ -41,8 +53,8 @@ PRELOADED = ("bids_uad.levels.participant.workflow", "pandas")
 PLUGINS = ("MultiProc", "SLURM", "SLURMGraph")
 END_SECONDS = 5.0
 """Time in s within which an idle worker ends before it is killed."""
-POLL_SECONDS = 2.0
-"""Interval in s between queries of the states of SLURM jobs."""
+POLL_NODES, POLL_LOCKS, POLL_SECONDS = 0.1, 1.0, 2.0
+"""Longest intervals in s between queries of local nodes, locks of other runs, and states of SLURM jobs."""
 _JOB_STATES = {
     "OUT_OF_MEMORY": "was killed because memory ran out; give the jobs more memory (--mem in sbatch_args)",
     "TIMEOUT": "reached its time limit; give the jobs more time (--time in sbatch_args)",
@@ -119,8 +131,78 @@ def raise_if_unwritable(traceback: str, folders: Sequence[Path]) -> None:
         raise found
 
 
+class CallError(Exception):
+    """A call has failed, or its process was killed; the message is the traceback."""
+
+
+@dataclass
+class Call:
+    """Function that is called in a worker process.
+
+    Parameters
+    ----------
+    function : callable
+        Function of a module, which worker processes can import.
+    args : tuple
+        Its arguments.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    result: None = None
+    """As nodes have it; always None."""
+
+    def run(self, updatehash: bool) -> tuple[Any, list[logging.LogRecord]]:
+        """Return the result of the function, or an error for users, and what was logged."""
+        records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        handler = QueueHandler(records)
+        LOGGER.addHandler(handler)
+        try:
+            result = self.function(*self.args)
+        except UserError as error:
+            result = error
+        finally:
+            LOGGER.removeHandler(handler)
+        return result, [records.get() for _ in range(records.qsize())]
+
+
+Steps = Generator["Call | Workflow | None", Any, None]
+"""Steps of a participant: a generator that yields one after the other.
+
+It yields a :class:`Call`, and is sent its result; errors (:class:`CallError`, or
+:class:`~bids_uad.errors.UserError` of the function) are raised in the generator. It yields a workflow, and
+continues when all its nodes have run, failed, or depend on one that failed. It yields None to be continued
+later, because it waits for another run.
+"""
+
+
+class _State(Enum):
+    CALL, NODES, WAITING, PARKED = range(4)
+
+
+@dataclass(eq=False)
+class _Participant:
+    """Participant in process; PARKED until the workflows of all participants can run on a cluster."""
+
+    steps: Steps
+    state: _State | None = None
+    call: Call | None = None
+    graph: nx.DiGraph | None = None
+    processed: bool = False
+    resume_at: float = 0.0
+
+
+class _GraphRecorder:
+    """Plugin that keeps the graph of a workflow instead of running it."""
+
+    plugin_args: ClassVar[dict[str, Any]] = {}
+
+    def run(self, graph, config, updatehash=False):
+        self.graph, self.config = graph, config
+
+
 class IsolatedPlugin(FailureLog, MultiProcPlugin):
-    """MultiProc with one pipe per worker process.
+    """MultiProc with one pipe per worker process, and one graph per participant.
 
     Parameters
     ----------
@@ -135,47 +217,220 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         self._idle: list[_Worker] = []
         self._busy: dict[int, _Worker] = {}
 
-    def run(self, graph, config, updatehash=False):
-        """Run the nodes, as nipype's plugins do.
+    def process(
+        self,
+        participants: Iterable[Steps],
+        *,
+        cluster: SlurmPlugin | SlurmGraphPlugin | None = None,
+        stop_on_failure: bool = False,
+    ) -> int:
+        """Process participants depth first: at most `processors + 1` are unfinished at a time.
 
-        nipype collects garbage at each poll, ten times a second, which takes 0.5 s with all imported modules.
-        `gc.freeze` excludes these.
+        So neither the time to the first result, nor memory, nor the size of the work folder grows with the
+        number of participants. Participants that wait for another run do not count.
+
+        Parameters
+        ----------
+        participants : iterable of Steps
+            Steps of each participant, see :data:`Steps`.
+        cluster : SlurmPlugin or SlurmGraphPlugin, optional
+            Plugin that runs the workflows. All participants are then begun at once, and the nodes of all
+            workflows are one graph.
+        stop_on_failure : bool, default=False
+            Whether the run ends after the first failed node. The remaining steps of participants with a
+            workflow are still run, without it; other participants are dropped.
+
+        Returns
+        -------
+        int
+            Number of participants that were dropped.
+
+        Raises
+        ------
+        StorageError
+            If an output or work folder cannot be written.
         """
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # nipype collects garbage at each poll, which takes 0.5 s with all imported modules
+        self._begin(participants, cluster)
         try:
-            super().run(graph, config, updatehash=updatehash)
+            while self._advance():
+                self._take_results()
+                if stop_on_failure and self.failures:
+                    self._stop()
+                self._start_calls()
+                self._send_procs_to_workers(graph=self._graph)
+                wait([worker.pipe for worker in self._busy.values()], POLL_NODES)
         finally:
             gc.unfreeze()
+        return self._dropped
 
-    def _prerun_check(self, graph):
-        super()._prerun_check(graph)
-        self._participants = np.array([])
+    def _begin(self, participants: Iterable[Steps], cluster: SlurmPlugin | SlurmGraphPlugin | None) -> None:
+        """Reset what :meth:`process` and the methods of nipype keep."""
+        self._queue, self._cluster = iter(participants), cluster
+        self._limit = self.processors + 1 if cluster is None else math.inf
+        self._active: list[_Participant] = []
+        self._calls: list[tuple[_Participant, Call]] = []
+        self._running_calls: dict[int, _Participant] = {}
+        self._stopped, self._dropped = False, 0
+        self._graph, self.procs, self._owners = nx.DiGraph(), [], []
+        self.depidx = self.refidx = ssp.lil_matrix((0, 0), dtype=int)
+        self.proc_done = self.proc_pending = np.zeros(0, dtype=bool)
+        self.mapnodes, self.mapnodesubids, self.pending_tasks, self._run_errors = [], {}, [], []
+
+    def _advance(self) -> bool:
+        """Continue participants whose step has ended, begin others; return whether any is unfinished."""
+        for participant in [one for one in self._active if one.state is _State.NODES]:
+            own = np.array([owner is participant for owner in self._owners])
+            if np.all(self.proc_done[own] & ~self.proc_pending[own]):
+                self._keep(~own)
+                self._resume(participant)
+        for participant in [one for one in self._active if one.state is _State.WAITING]:
+            if time.monotonic() >= participant.resume_at:
+                self._resume(participant)
+        while sum(one.state is not _State.WAITING for one in self._active) < self._limit:
+            steps = None if self._stopped else next(self._queue, None)
+            if steps is None:
+                break
+            self._active.append(_Participant(steps))
+            self._resume(self._active[-1])
+        parked = [one for one in self._active if one.state is _State.PARKED]
+        if parked and len(parked) == len(self._active):
+            self._run_on_cluster(parked)
+        return bool(self._active)
+
+    def _resume(self, participant: _Participant, result: Any = None) -> None:
+        """Continue the steps of a participant to the next one; raise errors in them."""
+        try:
+            if isinstance(result, Exception):
+                step = participant.steps.throw(result)
+            else:
+                step = participant.steps.send(result)
+        except StopIteration:
+            self._active.remove(participant)
+            return
+        if step is None:
+            participant.state, participant.resume_at = _State.WAITING, time.monotonic() + POLL_LOCKS
+        elif isinstance(step, Call):
+            participant.state, participant.call = _State.CALL, step
+            self._calls.append((participant, step))
+        else:
+            recorder = _GraphRecorder()
+            step.run(plugin=recorder)
+            participant.graph, self._config = recorder.graph, recorder.config
+            participant.processed = True
+            participant.state = _State.NODES if self._cluster is None else _State.PARKED
+            if self._cluster is None:
+                self._add(participant)
+
+    def _add(self, participant: _Participant) -> None:
+        """Add the nodes of a participant's graph to those that nipype's methods schedule."""
+        nodes = list(nx.topological_sort(participant.graph))
+        self._prerun_check(participant.graph)
+        self._graph.update(participant.graph)
+        self.procs += nodes
+        self._owners += [participant] * len(nodes)
+        depends = ssp.csr_matrix(nx.to_scipy_sparse_array(participant.graph, nodelist=nodes, weight=None))
+        self.depidx = ssp.block_diag([self.depidx, depends], format="lil")
+        self.refidx = self.depidx.copy()
+        participant.graph = None
+        new = np.zeros(len(nodes), dtype=bool)
+        self.proc_done = np.concatenate([self.proc_done, new])
+        self.proc_pending = np.concatenate([self.proc_pending, new])
+
+    def _keep(self, kept: np.ndarray) -> None:
+        """Remove nodes from those that nipype's methods schedule; `kept` is a boolean mask."""
+        self._graph.remove_nodes_from([self.procs[index] for index in np.flatnonzero(~kept)])
+        position = dict(zip(np.flatnonzero(kept).tolist(), range(len(self.procs)), strict=False))
+        self.procs = [self.procs[index] for index in position]
+        self._owners = [self._owners[index] for index in position]
+        self.depidx = self.depidx[kept][:, kept]
+        self.refidx = self.depidx.copy()
+        self.proc_done, self.proc_pending = self.proc_done[kept], self.proc_pending[kept]
+        self.pending_tasks = [(taskid, position[job]) for taskid, job in self.pending_tasks if kept[job]]
+
+    def _take_results(self) -> None:
+        """Process the results of nodes and calls."""
+        running, self.pending_tasks = self.pending_tasks, []
+        for taskid, job in running:
+            result = self._get_result(taskid)
+            if result is None:
+                self.pending_tasks.append((taskid, job))
+            elif result["traceback"]:
+                self._clean_queue(job, self._graph, result=result)
+            else:
+                self._task_finished_cb(job)
+        for taskid, participant in list(self._running_calls.items()):
+            result = self._get_result(taskid)
+            if result is not None:
+                del self._running_calls[taskid]
+                traceback = "".join(result["traceback"] or "")
+                raise_if_unwritable(traceback, self.folders)
+                value, records = (CallError(traceback), []) if traceback else result["result"]
+                for record in records:
+                    LOGGER.handle(record)
+                self._resume(participant, value)
+
+    def _start_calls(self) -> None:
+        """Start calls before nodes, since others wait for their participant to be finished."""
+        while self._calls and self._check_resources(self.pending_tasks)[1] > 0:
+            participant, call = self._calls.pop(0)
+            self._running_calls[self._submit_job(call)] = participant
+
+    def _check_resources(self, running_tasks):
+        memory_gb, processors, gpu_slots = super()._check_resources(running_tasks)
+        n_calls = len(self._running_calls)
+        return memory_gb - min(n_calls, memory_gb), processors - min(n_calls, processors), gpu_slots
 
     def _sort_jobs(self, jobids, scheduler=None):
-        """Return the nodes of the first unfinished participants, sorted by participant.
+        """Return the nodes sorted by participant, the earliest first."""
+        order = {id(participant): number for number, participant in enumerate(self._active)}
+        return jobids[np.argsort([order[id(self._owners[job])] for job in jobids], kind="stable")]
 
-        nipype runs the first node of each participant, then the second, and so on. Here at most
-        `processors + 1` participants are unfinished at a time, so that neither the time to the first result
-        nor the size of the work folder grows with the number of participants.
-        """
-        if len(self._participants) != len(self.procs):
-            names = [node.fullname.split(".")[1] for node in self.procs]
-            first = {name: number for number, name in enumerate(dict.fromkeys(names))}
-            self._participants = np.array([first[name] for name in names])
-        unfinished = np.unique(self._participants[~self.proc_done | self.proc_pending])
-        participants = self._participants[jobids]
-        selected = np.isin(participants, unfinished[: self.processors + 1])
-        return jobids[selected][np.argsort(participants[selected], kind="stable")]
+    def _run_on_cluster(self, participants: Sequence[_Participant]) -> None:
+        """Run the workflows of all participants as one graph, and continue their steps."""
+        graph = nx.compose_all([participant.graph for participant in participants])
+        try:
+            self._cluster.run(graph, config=self._config)
+        except RuntimeError:
+            # nipype raises one error for all failed nodes; without failed nodes, it is another error.
+            if not self._cluster.failures:
+                raise
+        self.failures += self._cluster.failures
+        for participant in participants:
+            self._resume(participant)
+
+    def _stop(self) -> None:
+        """Kill running nodes; drop participants that were not begun or have no workflow yet."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self.kill_workers()
+        self._calls, self._running_calls, self.pending_tasks = [], {}, []
+        self._keep(np.zeros(len(self.procs), dtype=bool))
+        self._dropped = sum(1 for _ in self._queue)
+        for participant in list(self._active):
+            if participant.state is _State.NODES:
+                self._resume(participant)
+            elif participant.state is _State.CALL and participant.processed:
+                self._calls.append((participant, participant.call))
+            else:
+                participant.steps.close()
+                self._active.remove(participant)
+                self._dropped += 1
 
     def close(self) -> None:
         """End all workers, and the processes that they keep; the results of running nodes are lost."""
+        self.kill_workers()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def kill_workers(self) -> None:
+        """End idle workers and kill the others; new ones are started when they are needed."""
         for worker in self._idle:
             worker.release()
         for worker in [*self._idle, *self._busy.values()]:
             worker.kill(seconds=END_SECONDS if worker in self._idle else 0)
         self._idle, self._busy = [], {}
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit_job(self, node, updatehash=False):
         """Start a node in an idle worker, or in a new one.
@@ -217,7 +472,7 @@ class _Worker:
 
     def __init__(self, context: mp.context.BaseContext, keeps_process: bool) -> None:
         self.keeps_process = keeps_process
-        self._pipe, child_end = context.Pipe()
+        self.pipe, child_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_end, str(Path.cwd())), daemon=True)
         self._process.start()
         self._oom_kills = oom_kills()
@@ -230,15 +485,15 @@ class _Worker:
     def start(self, node: Any, updatehash: bool, taskid: int) -> None:
         """Send a node to the process; the exit of an idle process is detected at the next poll."""
         try:
-            self._pipe.send((node, updatehash, taskid))
+            self.pipe.send((node, updatehash, taskid))
         except (BrokenPipeError, ConnectionResetError):
             self._process.join()
 
     def poll(self) -> dict[str, Any] | None:
         """Return nipype's result dictionary, or None while the node runs."""
         try:
-            if self._pipe.poll():
-                return self._pipe.recv()
+            if self.pipe.poll():
+                return self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
         if self._process.is_alive():
@@ -249,14 +504,14 @@ class _Worker:
     def release(self) -> None:
         """Let the process end by itself, if it is idle, and the process that it keeps."""
         with suppress(OSError):
-            self._pipe.send(None)
+            self.pipe.send(None)
 
     def kill(self, seconds: float) -> None:
         """Kill the process if it has not ended within a time in s."""
         self._process.join(seconds)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
+        self.pipe.close()
 
 
 def _serve(pipe: Connection, folder: str) -> None:
@@ -458,55 +713,66 @@ def _set_logname() -> None:
             os.environ["LOGNAME"] = str(os.getuid())
 
 
-class Plugin(Protocol):
-    """Interface of the plugins here, in addition to nipype's."""
-
-    failures: list[NodeFailure]
-    folders: tuple[Path, ...]
-
-    def close(self) -> None:
-        """Stop unfinished nodes or jobs."""
-
-
-def make_plugin(config: RunConfig, callback: Callable[[Any, str], None]) -> Plugin:
-    """Return the nipype plugin of a run.
+def make_plugins(
+    config: RunConfig, callback: Callable[[Any, str], None]
+) -> tuple[IsolatedPlugin, SlurmPlugin | SlurmGraphPlugin | None]:
+    """Return the nipype plugins of a run.
 
     Parameters
     ----------
     config : RunConfig
-        `plugin_file` names the plugin and its arguments; without it, :class:`IsolatedPlugin` is used.
+        `plugin_file` names a plugin and its arguments.
     callback : callable
         Called with each node and its status (`start`, `end`, `exception`); not by SLURMGraph.
 
     Returns
     -------
-    Plugin
-        Plugin with the resources of `config`.
+    local : IsolatedPlugin
+        Plugin with the resources of `config`, or those of a plugin file for MultiProc.
+    cluster : SlurmPlugin, SlurmGraphPlugin or None
+        Plugin that runs the workflows, if the plugin file names one for SLURM.
 
     Raises
     ------
     ConfigError
         If the plugin file is not valid, or job scripts cannot contain the path of the work folder.
     """
+    configure_nipype()
+    nipype_config.update_config(
+        {
+            "execution": {
+                "check_version": "false",
+                # Pages about the graph, which jobs that share a work folder would overwrite.
+                "create_report": "false",
+                "crashfile_format": "txt",
+                "poll_sleep_duration": str(POLL_NODES),
+                "stop_on_first_crash": "false",
+            }
+        }
+    )
     name, arguments = "MultiProc", {}
     if config.plugin_file is not None:
         name, arguments = read_plugin_file(config.plugin_file)
-        if name != "MultiProc":
-            check_job_folder(config.work_dir)
-    if name == "SLURMGraph":
-        plugin = SlurmGraphPlugin(arguments, mark=config.run_id)
-    elif name == "SLURM":
-        plugin = SlurmPlugin({"status_callback": callback, **arguments})
-    else:
-        own = {
-            "n_procs": config.nprocs,
-            "memory_gb": config.mem_gb,
-            "n_gpu_procs": config.n_gpu_procs,
-            "raise_insufficient": False,
-        }
-        plugin = IsolatedPlugin({**own, "status_callback": callback, **arguments})
-    plugin.folders = (config.output_dir, config.work_dir)
-    return plugin
+    cluster = None
+    if name != "MultiProc":
+        check_job_folder(config.work_dir)
+        stop = str(config.stop_on_first_crash).lower()
+        nipype_config.set("execution", "stop_on_first_crash", stop)
+        if name == "SLURM":
+            cluster = SlurmPlugin({"status_callback": callback, **arguments})
+        else:
+            cluster = SlurmGraphPlugin(arguments, mark=config.run_id)
+        cluster.folders = (config.output_dir, config.work_dir)
+        arguments = {}
+    own = {
+        "n_procs": config.nprocs,
+        "memory_gb": config.mem_gb,
+        "n_gpu_procs": config.n_gpu_procs,
+        "raise_insufficient": False,
+    }
+    local = IsolatedPlugin({**own, "status_callback": callback, **arguments})
+    local.folders = (config.output_dir, config.work_dir)
+    return local, cluster
 
 
 def check_job_folder(folder: Path) -> None:

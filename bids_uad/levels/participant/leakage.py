@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bids_uad.calibration.normative import FORMULA, HealthyCohort
 from bids_uad.dataset import sidecars
@@ -20,6 +20,45 @@ if TYPE_CHECKING:
 NOT_SEEN = "no"
 """Value of `seen_in_training` for participants without overlap."""
 SEEN, NAME_SEEN, UNSEEN = sidecars.SCANNER_SEEN_LEVELS
+
+
+class Remark(NamedTuple):
+    """Warning about one participant or image; the same ones about others are joined to one line.
+
+    Parameters
+    ----------
+    before : str
+        Text before the name.
+    name : str
+        Participant or image.
+    after : str
+        Text after the name.
+    """
+
+    before: str
+    name: str
+    after: str
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Text without the name."""
+        return self.before, self.after
+
+
+def join_remarks(names: Mapping[tuple[str, str], Iterable[str]]) -> list[str]:
+    """Write one line per kind of remark.
+
+    Parameters
+    ----------
+    names : mapping of (str, str) to iterable of str
+        Participants or images of each kind of remark.
+
+    Returns
+    -------
+    list of str
+        One line per kind, with the sorted names.
+    """
+    return [f"{before}{truncate_list(sorted(own))}{after}" for (before, after), own in names.items()]
 
 
 def seen_in_training(bundle: Bundle, unit: ImageUnit, dataset: str | None) -> str:
@@ -71,38 +110,34 @@ def scanner_seen(bundle: Bundle, scanner: str | None, dataset: str | None) -> st
     return SEEN if dataset in training["source"].split("; ") else NAME_SEEN
 
 
-def leakage_warnings(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[str]:
-    """List the participants of a run that are in the training or calibration data of its models.
+def leakage_remarks(bundles: Sequence[Bundle], units: Sequence[ImageUnit], bids_dir: Path) -> list[Remark]:
+    """Report a participant who is in the training or calibration data of the models.
 
     Parameters
     ----------
     bundles : sequence of Bundle
         Models of the run.
     units : sequence of ImageUnit
-        Images of the run.
+        Images of the participant.
     bids_dir : pathlib.Path
         Raw dataset.
 
     Returns
     -------
-    list of str
-        One line for each model and cohort.
+    list of Remark
+        One for each model and image.
     """
     dataset = source_name(bids_dir)
-    lines = []
+    remarks = []
     for bundle in bundles:
-        by_cohort: dict[str, set[str]] = {}
         for unit in units:
-            if unit.modality == bundle.modality:
-                cohort = seen_in_training(bundle, unit, dataset)
-                by_cohort.setdefault(cohort, set()).add(f"sub-{unit.subject}")
-        by_cohort.pop(NOT_SEEN, None)
-        lines += [
-            f"{bundle.name}: {truncate_list(sorted(subjects))} seen in {cohort}; the results do not "
-            "estimate the performance on other participants"
-            for cohort, subjects in sorted(by_cohort.items())
-        ]
-    return list(dict.fromkeys(lines))
+            if unit.modality != bundle.modality:
+                continue
+            cohort = seen_in_training(bundle, unit, dataset)
+            if cohort != NOT_SEEN:
+                end = f" seen in {cohort}; the results do not estimate the performance on other participants"
+                remarks.append(Remark(f"{bundle.name}: ", f"sub-{unit.subject}", end))
+    return remarks
 
 
 def normative_metadata(
@@ -139,27 +174,24 @@ def normative_metadata(
     }
 
 
-def normative_warnings(tasks: Sequence[Task]) -> list[str]:
-    """List the participants whose deviations use imputed or extrapolated covariates.
+def normative_remarks(tasks: Sequence[Task]) -> list[Remark]:
+    """Report a participant whose deviations use imputed or extrapolated covariates.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Tasks of the run.
+        Tasks of the participant.
 
     Returns
     -------
-    list of str
-        One line for each remark.
+    list of Remark
+        One for each image, model and covariate.
     """
-    by_remark: dict[str, set[str]] = {}
+    remarks = []
     for task in tasks:
         for bundle in task.bundles:
             if bundle.deviation != "none":
                 fields = normative_metadata(bundle.normative, **task.person.covariates)
-                for remark in fields["NormativeRemarks"]:
-                    by_remark.setdefault(remark, set()).add(f"sub-{task.unit.subject}")
-    return [
-        f"deviation of {', '.join(sorted(subjects))}: {remark}"
-        for remark, subjects in sorted(by_remark.items())
-    ]
+                for text in fields["NormativeRemarks"]:
+                    remarks.append(Remark("deviation of ", f"sub-{task.unit.subject}", f": {text}"))
+    return remarks

@@ -1,20 +1,21 @@
-"""Plan of a run: what is missing or outdated of each image, under locks, and removal of outdated outputs."""
+"""Plan of a participant: checked images, what is missing or outdated of each, locks, outdated outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bids_uad.config import MODALITIES, RunConfig
-from bids_uad.dataset.inputs import Collection
+from bids_uad.dataset.inputs import Collection, collect
 from bids_uad.dataset.lesion_masks import LesionMask
 from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, entities_of
 from bids_uad.dataset.participants import Participants, Person
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import InputError, truncate_list
-from bids_uad.files import locked_names, remove_unfinished, sha256_of
+from bids_uad.files import NameLocks, remove_unfinished, sha256_of
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     all_exist,
@@ -23,8 +24,10 @@ from bids_uad.levels.participant.completion_records import (
     record_path,
     withdraw_outputs,
 )
+from bids_uad.levels.participant.leakage import Remark
 from bids_uad.methods.registry import cpu_precision
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
+from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.reference import Reference
 
 MAX_DETECTION_THREADS = 4
@@ -273,139 +276,235 @@ def _needs(task: Task) -> set[str]:
     return needs
 
 
-def drop_unreadable(collection: Collection) -> Collection:
-    """Move images to the problems if their files, or those of an image that they need, are unreadable.
+def inspect_participant(config: RunConfig, subject: str) -> tuple[Collection, dict[Path, str]]:
+    """Find, read and hash the inputs of one participant; run in a worker process.
 
     Parameters
     ----------
-    collection : Collection
-        Images, lesion masks and external derivatives.
+    config : RunConfig
+        Options of the command line.
+    subject : str
+        Label without `sub-`.
 
     Returns
     -------
-    Collection
-        With readable images only, and one more problem for each image that was dropped.
+    collection : Collection
+        Usable images, and problems of the others.
+    checksums : dict of pathlib.Path to str
+        SHA-256 of the images and of the files that belong to them.
+
+    Raises
+    ------
+    ConfigError
+        If the filter file is not valid.
     """
-    units: list[ImageUnit] = []
-    problems: list[Problem] = []
+    collection = collect(config, partial(_check_image, config), [subject])
     by_key = {unit.key: unit for unit in collection.units}
+    units, problems, used = [], [], set()
     for unit in collection.units:
-        lesion = collection.lesions.get(unit.key)
-        needed = [unit] if lesion is None else [unit, by_key[lesion.provider]]
-        needed += [other.anchor for other in needed if other.anchor is not None]
-        files = [path for own in needed for path in (own.path, *own.external.files)]
+        files = _files_of(unit, collection.lesions.get(unit.key), by_key)
         try:
-            for path in (*files, *(() if lesion is None else lesion.files)):
+            for path in files:
                 sha256_of(path)
         except InputError as error:
             problems.append(Problem(unit.subject, str(error), unit.key))
         else:
             units.append(unit)
-    return replace(collection, units=tuple(units), problems=(*collection.problems, *problems))
+            used |= files
+    collection = replace(collection, units=tuple(units), problems=(*collection.problems, *problems))
+    return collection, {path: sha256_of(path) for path in used}
 
 
-def mask_warnings(tasks: Sequence[Task], lesions_dir: Path | None) -> list[str]:
+def _check_image(config: RunConfig, unit: ImageUnit) -> None:
+    """Check an image, unless an earlier run has processed the same file."""
+    record = read_record(record_path(config.output_dir, unit))
+    if (
+        record is None
+        or not unit.path.is_file()
+        or record.fingerprint.get("input_sha256") != sha256_of(unit.path)
+    ):
+        check_image(unit.path)
+
+
+def _files_of(unit: ImageUnit, lesion: LesionMask | None, by_key: Mapping[str, ImageUnit]) -> set[Path]:
+    """Return the input files of an image, also those of other images that it needs."""
+    needed = [unit] if lesion is None else [unit, by_key[lesion.provider]]
+    needed += [other.anchor for other in needed if other.anchor is not None]
+    files = {path for own in needed for path in (own.path, *own.external.files)}
+    return files if lesion is None else files.union(lesion.files)
+
+
+def mask_remarks(tasks: Sequence[Task]) -> list[Remark]:
     """Report lesion masks that are empty, belong to a control, or are missing for some images of a session.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Tasks of all participants.
-    lesions_dir : pathlib.Path or None
-        Dataset of lesion masks; None if there is none.
+        Tasks of a participant.
 
     Returns
     -------
-    list of str
-        One line per kind of warning.
+    list of Remark
+        One per participant or image.
     """
     masked = [task for task in tasks if task.lesion is not None]
-    empty = {f"sub-{task.unit.subject}" for task in masked if task.lesion.is_empty and not task.is_control}
-    controls = {f"sub-{task.unit.subject}" for task in masked if task.is_control and not task.lesion.is_empty}
-    sessions = {(task.unit.subject, task.unit.session) for task in masked}
-    without = [
-        task.unit.key
+    sessions = {task.unit.session for task in masked}
+    remarks = []
+    for task in masked:
+        subject = f"sub-{task.unit.subject}"
+        if task.is_control and not task.lesion.is_empty:
+            remarks.append(
+                Remark(
+                    "Healthy controls (participants.tsv) with a lesion in the lesion mask: ",
+                    subject,
+                    "; they are evaluated as controls",
+                )
+            )
+        elif task.lesion.is_empty and not task.is_control:
+            remarks.append(
+                Remark(
+                    "Empty lesion mask: ",
+                    subject,
+                    "; Dice is 1 if no anomaly is detected and 0 otherwise, and these participants are "
+                    "counted separately",
+                )
+            )
+    return remarks + [
+        Remark(
+            "No lesion mask for ",
+            task.unit.key,
+            ": the entities of the masks of their session match other images only",
+        )
         for task in tasks
-        if task.lesion is None and (task.unit.subject, task.unit.session) in sessions
+        if task.lesion is None and not task.anchor_only and task.unit.session in sessions
     ]
-    lines = []
-    if lesions_dir is not None and not masked:
-        lines.append(
-            f"{lesions_dir}: no usable lesion mask for any of the images; names must end in "
-            "_label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
-        )
-    if empty:
-        lines.append(
-            f"Empty lesion mask: {truncate_list(sorted(empty))}; Dice is 1 if no anomaly is detected and 0 "
-            "otherwise, and these participants are counted separately"
-        )
-    if controls:
-        lines.append(
-            f"Healthy controls (participants.tsv) with a lesion in the lesion mask: "
-            f"{truncate_list(sorted(controls))}; they are evaluated as controls"
-        )
-    if without:
-        lines.append(
-            f"No lesion mask for {truncate_list(without)}: the entities of the masks of their session match "
-            "other images only"
-        )
-    return lines
 
 
-@contextmanager
-def lock_images(config: RunConfig, plan: Callable[[], list[Task]]) -> Iterator[list[Task]]:
-    """Plan a run, and hold locks on the images that it processes.
+def model_remarks(tasks: Sequence[Task]) -> list[Remark]:
+    """Report outdated outputs of models that are not among those of the run.
 
-    Jobs for different sessions, models or participants may share the output and work folders. If two need the
-    same image, such as an anchor, the second waits for the first, and finds the image up to date.
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Tasks of a participant.
+
+    Returns
+    -------
+    list of Remark
+        One per image.
+    """
+    return [
+        Remark(
+            f"the outputs of {truncate_list(sorted(task.outdated_models), 5)} are outdated for ",
+            task.unit.key,
+            ", since inputs or options have changed; they are removed, run with these --models to write them "
+            "again",
+        )
+        for task in tasks
+        if task.outdated_models
+    ]
+
+
+class ImageLocks:
+    """Locks on images, which jobs that share the output or work folder hold while they process them.
+
+    If two jobs need the same image, such as an anchor, one waits for the other, and finds the image up to
+    date.
 
     Parameters
     ----------
     config : RunConfig
         `output_dir`, `work_dir` and `clean_workdir` are used.
-    plan : callable
-        Returns the tasks; called again whenever further locks were taken.
-
-    Yields
-    ------
-    list of Task
-        Tasks planned while all locks are held.
     """
-    held: set[str] = set()
-    with ExitStack() as stack:
-        while True:
-            tasks = plan()
-            needed = _images_in_use(tasks, everything=config.clean_workdir) - held
-            if not needed:
-                break
-            for folder in (config.output_dir / "logs", config.work_dir):
-                stack.enter_context(locked_names(folder / "images.lock", needed))
-            held |= needed
-        yield tasks
+
+    def __init__(self, config: RunConfig) -> None:
+        self._everything = config.clean_workdir
+        self._files = [
+            NameLocks(folder / "images.lock") for folder in (config.output_dir / "logs", config.work_dir)
+        ]
+
+    @contextmanager
+    def hold(self, plan: Callable[[], list[Task]]) -> Iterator[list[Task] | str]:
+        """Plan a participant, and lock the images that the run processes, without waiting.
+
+        Parameters
+        ----------
+        plan : callable
+            Returns the tasks; called again after images were locked, since another job may have changed them.
+
+        Yields
+        ------
+        list of Task or str
+            Tasks planned while their images are locked, or the name of an image that another job has locked.
+        """
+        held: set[str] = set()
+        try:
+            while True:
+                tasks = plan()
+                needed = images_in_use(tasks, everything=self._everything) - held
+                taken = self._acquire(needed)
+                if taken is not None or not needed:
+                    break
+                held |= needed
+            yield tasks if taken is None else taken
+        finally:
+            for file in self._files:
+                file.release(held)
+
+    def _acquire(self, names: set[str]) -> str | None:
+        """Lock names in both folders or, if another job has locked one, in none; return that one."""
+        for number, file in enumerate(self._files if names else []):
+            taken = file.acquire(sorted(names))
+            if taken is not None:
+                for other in self._files[:number]:
+                    other.release(names)
+                return taken
+        return None
+
+    def close(self) -> None:
+        """Release all locks."""
+        for file in self._files:
+            file.close()
 
 
-def _images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
-    """Return the names of the images whose working folders a run uses or removes."""
+def images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
+    """Return the names of the images whose working folders a run uses or removes.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Tasks of a participant.
+    everything : bool
+        Whether the working folders of all images are removed.
+
+    Returns
+    -------
+    set of str
+        Names, such as `sub-01_T1w`.
+    """
     if everything:
         return {task.unit.key for task in tasks}
-    used = [split_tasks(own) for own in by_subject(tasks).values()]
-    return {task.unit.key for to_do, support in used for task in (*to_do, *support)}
+    to_do, support = split_tasks(tasks)
+    return {task.unit.key for task in (*to_do, *support)}
 
 
-def remove_temporary_files(output_dir: Path, subjects: Iterable[str]) -> None:
+def remove_temporary_files(output_dir: Path, subject: str | None = None) -> None:
     """Remove the temporary files that killed runs have left in the output folder.
 
     Parameters
     ----------
     output_dir : pathlib.Path
         Root of the derivatives.
-    subjects : iterable of str
-        Labels, without `sub-`, of the participants whose folders are searched.
+    subject : str, optional
+        Label, without `sub-`, of the participant whose folder is searched; by default the folders of the
+        whole dataset are.
     """
+    if subject is not None:
+        remove_unfinished(output_dir / f"sub-{subject}", below=True)
+        return
     for folder in (output_dir, output_dir / "logs"):
         remove_unfinished(folder)
-    for name in ("tpl-SRI24", *(f"sub-{subject}" for subject in subjects)):
-        remove_unfinished(output_dir / name, below=True)
+    remove_unfinished(output_dir / "tpl-SRI24", below=True)
 
 
 def remove_outdated(task: Task, config: RunConfig) -> None:

@@ -7,51 +7,78 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from nipype import config as nipype_config
+from niworkflows.engine.workflows import LiterateWorkflow
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, refuse_foreign
 from bids_uad.dataset.external import LESIONS
-from bids_uad.dataset.inputs import Collection, collect
-from bids_uad.dataset.naming import ImageUnit, detector_desc
+from bids_uad.dataset.inputs import (
+    Collection,
+    find_modalities,
+    open_layout,
+    read_queries,
+    requested_subjects,
+    require_sessions,
+)
+from bids_uad.dataset.naming import Problem, detector_desc
 from bids_uad.dataset.participants import Participants, read_participants, try_read_participants
 from bids_uad.engine.bundle import Bundle, resolve_bundles
-from bids_uad.errors import ConfigError, ExitCode, InputError, UnavailableError, UserError, truncate_list
-from bids_uad.files import is_outdated, read_json, sha256_of, write_text
-from bids_uad.levels.participant.completion_records import read_record, record_path, write_methods
-from bids_uad.levels.participant.executors import NodeFailure, configure_nipype, make_plugin
-from bids_uad.levels.participant.leakage import leakage_warnings, normative_warnings
+from bids_uad.errors import (
+    ConfigError,
+    ExitCode,
+    InputError,
+    StorageError,
+    UnavailableError,
+    truncate_list,
+)
+from bids_uad.files import CHECKSUMS, is_outdated, read_json, write_text
+from bids_uad.levels.participant.completion_records import write_methods
+from bids_uad.levels.participant.executors import (
+    Call,
+    CallError,
+    IsolatedPlugin,
+    NodeFailure,
+    Steps,
+    make_plugins,
+)
+from bids_uad.levels.participant.leakage import join_remarks, leakage_remarks, normative_remarks
 from bids_uad.levels.participant.plan import (
+    ImageLocks,
     RunContext,
     Task,
     crash_dir,
-    drop_unreadable,
-    lock_images,
-    mask_warnings,
+    inspect_participant,
+    mask_remarks,
+    model_remarks,
     plan_tasks,
     remove_outdated,
     remove_temporary_files,
     remove_unusable,
 )
 from bids_uad.levels.participant.summary import (
-    ProgressLog,
-    Stopwatch,
+    Progress,
     collect_statuses,
+    error_line,
+    needs_report,
     print_summary,
     quality_warnings,
+    report_steps,
     rewrite_reports,
-    update_reports,
+    save_last_run,
+    summarize,
 )
-from bids_uad.levels.participant.workflow import build_workflow, working_folders
+from bids_uad.levels.participant.workflow import build_workflow, node_key, node_key_of, working_folders
 from bids_uad.preprocessing.brain_extraction.masks import resolve_extraction
-from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 
 LOGGER = logging.getLogger("bids_uad")
@@ -72,12 +99,8 @@ print(device, precision)
 """Program of :func:`probe_device`."""
 
 
-class WorkflowError(UserError):
-    """The workflow could not be built."""
-
-
 def run_participant(config: RunConfig) -> int:
-    """Run the participant level: check inputs, process what is missing or outdated, write the reports.
+    """Run the participant level: process what is missing or outdated, participant after participant.
 
     Parameters
     ----------
@@ -96,17 +119,44 @@ def run_participant(config: RunConfig) -> int:
     """
     if config.reports_only:
         return ExitCode.FAILED if rewrite_reports(config) else ExitCode.OK
-    collection, participants, context = prepare_run(config)
-    plan = partial(plan_tasks, collection, participants, context)
-    if config.dry_run:
-        print_plan(plan(), collection, context)
-        return ExitCode.OK
-    with lock_images(config, plan) as tasks:
-        return run_tasks(tasks, collection, context)
+    subjects, participants, context = prepare_run(config)
+    console = _log_console()
+    with Progress(len(subjects), console) as progress:
+        plugin, cluster = make_plugins(config, progress.watch)
+        run = Run(config, participants, context, plugin, progress)
+        if not config.dry_run:
+            remove_temporary_files(config.output_dir)
+        steps = run.list_tasks if config.dry_run else run.process
+        try:
+            run.n_dropped = plugin.process(
+                map(steps, subjects), cluster=cluster, stop_on_failure=config.stop_on_first_crash
+            )
+        finally:
+            for each in (plugin, cluster, run.locks):
+                if each is not None:
+                    each.close()
+            if run.n_images and not config.dry_run:
+                remove_temporary_files(config.output_dir)  # of stopped workers
+    run.log_inputs(len(subjects))
+    if not run.n_images and not run.n_dropped:
+        for message in dict.fromkeys(run.errors):
+            LOGGER.error(message)
+        raise InputError(
+            config.bids_dir,
+            f"no usable {' or '.join(config.modalities)} image among the selected participants",
+            "check --participant-label and --bids-filter-file, and the errors above",
+        )
+    return run.finish(console)
 
 
-def prepare_run(config: RunConfig) -> tuple[Collection, Participants, RunContext]:
-    """Check options, images, models and the reference image before anything is written.
+def _log_console() -> Console:
+    """Return the console of the log, so that a progress bar and log lines do not overwrite each other."""
+    consoles = [handler.console for handler in LOGGER.handlers if isinstance(handler, RichHandler)]
+    return consoles[0] if consoles else Console(stderr=True, markup=False)
+
+
+def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunContext]:
+    """Check options, names, models and the reference image before anything is written; read no image.
 
     Parameters
     ----------
@@ -115,8 +165,8 @@ def prepare_run(config: RunConfig) -> tuple[Collection, Participants, RunContext
 
     Returns
     -------
-    collection : Collection
-        Usable images, and problems of the others.
+    subjects : tuple of str
+        Labels of the requested participants.
     participants : Participants
         Contents of participants.tsv and sessions.tsv.
     context : RunContext
@@ -131,63 +181,25 @@ def prepare_run(config: RunConfig) -> tuple[Collection, Participants, RunContext
         probe_device(config.device, config.precision)
     extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
-    read_json(config.bids_dir / "dataset_description.json")  # fails now instead of after the image checks
-    collection = collect(config, check=partial(_check_image, config))
-    _log_collection(collection)
-    _require_images(collection, config)
-    bundles = _choose_models(config, collection)
+    read_json(config.bids_dir / "dataset_description.json")
+    subjects = requested_subjects(config.bids_dir, config.participants)
+    require_sessions(config.bids_dir, subjects, config.sessions)
+    read_queries(config.filter_file)
+    if config.database_dir is not None:
+        open_layout(config.bids_dir, subjects, config.database_dir)
+    LOGGER.info("%d participant(s)", len(subjects))
+    bundles = _choose_models(config, subjects)
     reference = _find_reference(config)
-    collection = drop_unreadable(collection)
-    _require_images(collection, config)
-    participants = _read_participants(config, collection, bundles)
+    participants = _read_participants(config, subjects, bundles)
     context = RunContext(config, tuple(bundles), reference, extraction, config.device, config.precision)
-    return collection, participants, context
+    return subjects, participants, context
 
 
-def _check_image(config: RunConfig, unit: ImageUnit) -> None:
-    """Check an image, unless an earlier run has processed the same file."""
-    record = read_record(record_path(config.output_dir, unit))
-    if (
-        record is None
-        or not unit.path.is_file()
-        or record.fingerprint.get("input_sha256") != sha256_of(unit.path)
-    ):
-        check_image(unit.path)
-
-
-def _log_collection(collection: Collection) -> None:
-    """Log the numbers of participants and images, and the images that are left out by filters."""
-    LOGGER.info("%d participant(s), %d image(s)", len(collection.subjects), len(collection.units))
-    by_reason = defaultdict(list)
-    for path, reason in collection.left_out.items():
-        by_reason[reason].append(path.name)
-    for reason, names in by_reason.items():
-        LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, truncate_list(names, 5))
-
-
-def _require_images(collection: Collection, config: RunConfig) -> None:
-    """End the run if no image is usable, after logging each problem and adding it to the reports."""
-    if collection.units:
-        return
-    problems = collection.problems
-    if not config.dry_run:
-        remove_unusable(problems, config)
-        update_reports(config, collect_statuses([], problems, [], Stopwatch(), config), config.device)
-    for message in dict.fromkeys(problem.message for problem in problems):
-        LOGGER.error(message)
-    raise InputError(
-        config.bids_dir,
-        f"no usable {' or '.join(config.modalities)} image among the selected participants",
-        "check --participant-label and --bids-filter-file, and the errors above",
-    )
-
-
-def _choose_models(config: RunConfig, collection: Collection) -> list[Bundle]:
+def _choose_models(config: RunConfig, subjects: Sequence[str]) -> list[Bundle]:
     """Load the models for the modalities of the images, and check them."""
     if config.models == ("none",):
         return []
-    present = {unit.modality for unit in collection.units if unit.key not in collection.anchors_only}
-    modalities = [modality for modality in config.modalities if modality in present]
+    modalities = find_modalities(config, subjects)
     return resolve_bundles(list(config.models) or None, modalities, config.deviations)
 
 
@@ -206,12 +218,12 @@ def _find_reference(config: RunConfig) -> Reference:
     return reference
 
 
-def _read_participants(config: RunConfig, collection: Collection, bundles: Sequence[Bundle]) -> Participants:
+def _read_participants(config: RunConfig, subjects: Sequence[str], bundles: Sequence[Bundle]) -> Participants:
     """Read participants.tsv; an unusable table is an error only if normative deviations are requested."""
     read = (
         read_participants if any(bundle.deviation != "none" for bundle in bundles) else try_read_participants
     )
-    participants = read(config.bids_dir, [f"sub-{label}" for label in collection.subjects])
+    participants = read(config.bids_dir, [f"sub-{label}" for label in subjects])
     for note in participants.notes:
         LOGGER.warning(note)
     return participants
@@ -252,129 +264,273 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
     raise UnavailableError(reason if device in reason else f"--device {device}: {reason}")
 
 
-def print_plan(tasks: Sequence[Task], collection: Collection, context: RunContext) -> None:
-    """Print the tasks of a dry run.
+class Run:
+    """Steps of the participants of a run, and what remains of finished participants.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Options of the command line.
+    participants : Participants
+        Contents of participants.tsv and sessions.tsv.
+    context : RunContext
+        Models, reference image and brain extraction.
+    plugin : IsolatedPlugin
+        Plugin that runs the steps.
+    progress : Progress
+        Progress of the run.
+
+    Attributes
+    ----------
+    n_images : int
+        Number of usable images so far.
+    n_dropped : int
+        Number of participants that were not begun.
+    errors : list of str
+        Messages of images and reports that failed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        participants: Participants,
+        context: RunContext,
+        plugin: IsolatedPlugin,
+        progress: Progress,
+    ) -> None:
+        self._config, self._participants, self._context = config, participants, context
+        self._plugin, self._progress = plugin, progress
+        self.locks = ImageLocks(config)
+        self.n_images = self.n_dropped = 0
+        self.errors: list[str] = []
+        self._left_out: dict[str, list[str]] = defaultdict(list)
+        self._remarks: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._quality: list[str] = []
+        self._rows: list[tuple] = []
+        self._descriptions: dict[str, str] = {}
+        self._n_masks, self._n_processed, self._device_found = 0, 0, False
+
+    def process(self, subject: str) -> Steps:
+        """Process one participant: check inputs, run the workflow, write the report.
+
+        Parameters
+        ----------
+        subject : str
+            Label without `sub-`.
+
+        Yields
+        ------
+        Call, LiterateWorkflow or None
+            See :data:`~bids_uad.levels.participant.executors.Steps`.
+        """
+        config = self._config
+        self._progress.begin(subject)
+        remove_temporary_files(config.output_dir, subject)
+        collection, checksums = yield from self._inspect(subject)
+        CHECKSUMS.update(checksums)
+        remove_unusable(collection.problems, config)
+        waits_for = None
+        while True:
+            with self.locks.hold(partial(plan_tasks, collection, self._participants, self._context)) as tasks:
+                if not isinstance(tasks, str):
+                    failures, problems = yield from self._run_workflow(subject, tasks)
+                    break
+            if waits_for is None:
+                waits_for = tasks
+                LOGGER.info("Waiting for another run that processes %s", waits_for)
+            yield None
+        problems = [*collection.problems, *problems]
+        statuses = collect_statuses(tasks, problems, failures, self._progress.seconds, config)
+        if needs_report(config, subject, statuses):
+            save_last_run(config, subject, statuses, self._context.device)
+            yield from report_steps(config.output_dir, subject, self._participants, self.errors)
+        self.errors += [status.message for status in statuses if not status.complete]
+        self._rows += summarize(statuses, tasks, config.output_dir)
+        self._quality += quality_warnings(statuses, tasks, config.output_dir)
+        self._progress.end(subject, statuses)
+        for path in checksums:
+            CHECKSUMS.pop(path, None)
+
+    def list_tasks(self, subject: str) -> Steps:
+        """List the tasks of one participant for a dry run; see :meth:`process`."""
+        self._progress.begin(subject)
+        collection, checksums = yield from self._inspect(subject)
+        CHECKSUMS.update(checksums)
+        tasks = plan_tasks(collection, self._participants, self._context)
+        self._add_remarks(tasks)
+        for task in tasks:
+            reason = " (inputs or options changed)" if task.outdated else ""
+            self._rows.append(
+                (
+                    task.unit.key,
+                    "anchor only" if task.anchor_only else "up to date" if task.done else f"to do{reason}",
+                    ", ".join(bundle.label for bundle in task.bundles) or "-",
+                    task.unit.anchor.key if task.unit.anchor else "SRI24",
+                    task.lesion.path.name if task.lesion else "-",
+                )
+            )
+        for problem in collection.problems:
+            self._rows.append((problem.key or f"sub-{problem.subject}", "unusable", "-", "-", "-"))
+            self.errors.append(problem.message)
+        self._progress.end(subject, [])
+
+    def _inspect(self, subject: str) -> Generator[Call, Any, tuple[Collection, dict[Path, str]]]:
+        """Find, read and hash the images of a participant in a worker process."""
+        try:
+            collection, checksums = yield Call(inspect_participant, (self._config, subject))
+        except (CallError, InputError) as error:
+            cause = error_line(str(error))
+            problem = Problem(subject, f"sub-{subject}: the images could not be checked: {cause}")
+            return Collection((subject,), (), problems=(problem,)), {}
+        self.n_images += len(collection.units)
+        self._n_masks += len(collection.lesions)
+        for path, reason in collection.left_out.items():
+            self._left_out[reason].append(path.name)
+        return collection, checksums
+
+    def _run_workflow(
+        self, subject: str, tasks: list[Task]
+    ) -> Generator[LiterateWorkflow, None, tuple[list[NodeFailure], list[Problem]]]:
+        """Run the workflow of a participant whose images are locked; return what failed."""
+        config = self._config
+        self._add_remarks(tasks)
+        if config.clean_workdir:
+            self._remove_working_folders(tasks)
+        pending = [task for task in tasks if not task.done]
+        if not pending:
+            return [], []
+        self._n_processed += len(pending)
+        if any(task.bundles for task in pending):
+            self._find_device()
+        self._describe_dataset(tasks)
+        try:
+            workflow = build_workflow(tasks, self._context)
+        except StorageError:
+            raise
+        except Exception as error:  # the other participants can be processed
+            LOGGER.debug("workflow not built", exc_info=error)
+            message = f"sub-{subject}: the workflow could not be built: {type(error).__name__}: {error}"
+            return [], [Problem(subject, message)]
+        write_text(crash_dir(config, subject) / "bids_uad.toml", config.to_toml())
+        for task in pending:
+            remove_outdated(task, config)
+        yield workflow
+        remove_temporary_files(config.output_dir, subject)  # of stopped workers
+        own = node_key(subject, "")[0]
+        failures = [failure for failure in self._plugin.failures if node_key_of(failure.node)[0] == own]
+        if not failures and not config.keep_workdir:
+            self._remove_working_folders(tasks)
+        return failures, []
+
+    def _add_remarks(self, tasks: Sequence[Task]) -> None:
+        """Add the limits of the results that are known before processing; log the first of each kind."""
+        remarks = leakage_remarks(self._context.bundles, [task.unit for task in tasks], self._config.bids_dir)
+        remarks += normative_remarks(tasks) + mask_remarks(tasks) + model_remarks(tasks)
+        for remark in remarks:
+            if remark.kind not in self._remarks and not self._config.dry_run:
+                LOGGER.warning("".join(remark))
+            self._remarks[remark.kind].add(remark.name)
+
+    def _find_device(self) -> None:
+        """Resolve device and precision at the first image that is scored."""
+        if not self._device_found:
+            device, precision = probe_device(self._config.device, self._config.precision)
+            self._context = replace(self._context, device=device, precision=precision)
+            self._device_found = True
+            precisions = sorted({self._context.precision_of(bundle) for bundle in self._context.bundles})
+            LOGGER.info("Detectors run on %s in %s", device, " and ".join(precisions))
+
+    def _remove_working_folders(self, tasks: Sequence[Task]) -> None:
+        """Remove the working folders of images; that of the participant may be in use by another job."""
+        for task in tasks:
+            for folder in working_folders(self._config.work_dir, task.unit):
+                shutil.rmtree(folder, ignore_errors=True)
+        if tasks and not self._config.sessions:
+            with suppress(OSError):  # of other images
+                folder.parent.rmdir()
+
+    def _describe_dataset(self, tasks: Sequence[Task]) -> None:
+        """Write the files at the top of the dataset, if the tasks add anything to their descriptions."""
+        descriptions = describe_outputs(tasks, self._context.bundles)
+        if not self._descriptions:
+            path = self._config.output_dir / "logs" / f"bids_uad-{self._config.run_id}.toml"
+            write_text(path, self._config.to_toml())
+        if not descriptions.keys() <= self._descriptions.keys():
+            self._descriptions |= descriptions
+            self._write_description()
+
+    def _write_description(self) -> None:
+        """Write the files at the top of the dataset: description, README, bibliography, template."""
+        config, bundles = self._config, self._context.bundles
+        models = [
+            ModelEntry(bundle.name, str(bundle.info["code_version"]), bundle.sha256) for bundle in bundles
+        ]
+        describe_dataset(config.output_dir, config.bids_dir, config.derivatives, models, self._descriptions)
+        write_template(self._context.reference, config.output_dir)
+
+    def log_inputs(self, n_participants: int) -> None:
+        """Log the numbers of participants and images, and the images that are left out by filters."""
+        LOGGER.info("%d participant(s), %d image(s)", n_participants, self.n_images)
+        for reason, names in self._left_out.items():
+            LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, truncate_list(names, 5))
+
+    def finish(self, console: Console) -> int:
+        """Write the methods text of the dataset, print the summary and return the exit code.
+
+        Parameters
+        ----------
+        console : rich.console.Console
+            Console to print to.
+
+        Returns
+        -------
+        int
+            Exit code 0 or 1.
+        """
+        config = self._config
+        warnings = join_remarks(self._remarks)
+        if (lesions := config.derivatives.get(LESIONS)) is not None and not self._n_masks:
+            warnings.append(
+                f"{lesions}: no usable lesion mask for any of the images; names must end in "
+                "_label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
+            )
+        if config.dry_run:
+            print_plan(self._rows, console)
+        else:
+            if self._descriptions:
+                self._write_description()  # other jobs may have written it meanwhile
+            if self._n_processed or is_outdated(config.output_dir / "logs" / "CITATION.md", self._records()):
+                write_methods(config.output_dir)
+            print_summary(self._rows, console)
+        for line in warnings + self._quality:
+            LOGGER.warning(line)
+        if self.n_dropped:
+            self.errors.append(f"{self.n_dropped} participant(s) not processed, because an image failed")
+        for line in dict.fromkeys(self.errors):  # one file may affect several images
+            LOGGER.error(line)
+        return ExitCode.FAILED if self.errors and not config.dry_run else ExitCode.OK
+
+    def _records(self) -> Iterator[Path]:
+        """Return the completion records of the dataset."""
+        for pattern in ("sub-*/log/*.json", "sub-*/ses-*/log/*.json"):
+            yield from self._config.output_dir.glob(pattern)
+
+
+def describe_outputs(tasks: Sequence[Task], bundles: Sequence[Bundle]) -> dict[str, str]:
+    """Describe the values of the `desc` entity in the outputs of tasks.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Tasks of all participants.
-    collection : Collection
-        Its problems are printed, too.
-    context : RunContext
-        Options and models.
-    """
-    for line in _warnings(tasks, context):
-        LOGGER.warning(line)
-    table = Table("image", "status", "detectors", "registered to", "lesion mask", title="bids_uad dry run")
-    for task in tasks:
-        reason = " (inputs or options changed)" if task.outdated else ""
-        table.add_row(
-            task.unit.key,
-            "anchor only" if task.anchor_only else "up to date" if task.done else f"to do{reason}",
-            ", ".join(bundle.label for bundle in task.bundles) or "-",
-            task.unit.anchor.key if task.unit.anchor else "SRI24",
-            task.lesion.path.name if task.lesion else "-",
-        )
-    for problem in collection.problems:
-        table.add_row(problem.key or f"sub-{problem.subject}", "unusable", "-", "-", "-")
-    console = Console(stderr=True, markup=False)
-    console.print(table)
-    for message in dict.fromkeys(problem.message for problem in collection.problems):
-        console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _warnings(tasks: Sequence[Task], context: RunContext) -> list[str]:
-    """List limits of the results that are known before the run."""
-    config = context.config
-    lines = leakage_warnings(context.bundles, [task.unit for task in tasks], config.bids_dir)
-    lines += normative_warnings(tasks)
-    lines += mask_warnings([task for task in tasks if not task.anchor_only], config.derivatives.get(LESIONS))
-    models = sorted({label for task in tasks for label in task.outdated_models})
-    if models:
-        images = [task.unit.key for task in tasks if task.outdated_models]
-        lines.append(
-            f"the outputs of {truncate_list(models, 5)} are outdated for {truncate_list(images, 5)}, since "
-            "inputs or options have changed; they are removed, run with these --models to write them again"
-        )
-    return lines
-
-
-def run_tasks(tasks: list[Task], collection: Collection, context: RunContext) -> int:
-    """Process pending tasks, write reports and print the summary.
-
-    Parameters
-    ----------
-    tasks : list of Task
-        Tasks of all participants, locked.
-    collection : Collection
-        Its problems are part of the summary.
-    context : RunContext
-        Options, models, reference image and brain extraction.
+        Tasks of a participant.
+    bundles : sequence of Bundle
+        Models of the run.
 
     Returns
     -------
-    int
-        Exit code 0 or 1.
-
-    Raises
-    ------
-    UnavailableError
-        If the requested GPU is not available.
-    StorageError
-        If an output or work folder cannot be written.
-    WorkflowError
-        If the workflow could not be built.
+    dict of str to str
+        Description of each value.
     """
-    config = context.config
-    remove_temporary_files(config.output_dir, collection.subjects)
-    warnings = _warnings(tasks, context)
-    for line in warnings:
-        LOGGER.warning(line)
-    if config.clean_workdir:
-        _remove_working_folders(tasks, config)
-    pending = [task for task in tasks if not task.done]
-    if pending and context.bundles:
-        device, precision = probe_device(config.device, config.precision)
-        context = replace(context, device=device, precision=precision)
-        precisions = sorted({context.precision_of(bundle) for bundle in context.bundles})
-        LOGGER.info("Detectors run on %s in %s", device, " and ".join(precisions))
-    stopwatch = Stopwatch()
-    failures = []
-    remove_unusable(collection.problems, config)
-    if pending:
-        _describe_dataset(tasks, context)
-        failures = run_workflow(tasks, context, stopwatch)
-        _describe_dataset(tasks, context)  # other jobs may have written it meanwhile
-    records = (record_path(config.output_dir, task.unit) for task in tasks)
-    if pending or is_outdated(config.output_dir / "logs" / "CITATION.md", records):
-        write_methods(config.output_dir)
-    statuses = collect_statuses(tasks, collection.problems, failures, stopwatch, config)
-    failed_reports = update_reports(config, statuses, context.device)
-    print_summary(statuses, tasks, config.output_dir, Console(stderr=True, markup=False))
-    for line in warnings + quality_warnings(statuses, tasks, config.output_dir):
-        LOGGER.warning(line)
-    errors = [status.message for status in statuses if not status.complete]
-    for line in dict.fromkeys(errors + failed_reports):  # one file may affect several images
-        LOGGER.error(line)
-    if failed_reports or not all(status.complete for status in statuses):
-        return ExitCode.FAILED
-    if config.clean_workdir:
-        _remove_working_folders(tasks, config)
-    return ExitCode.OK
-
-
-def _remove_working_folders(tasks: Sequence[Task], config: RunConfig) -> None:
-    """Remove the working folders of images; that of the participant may be in use by another job."""
-    for task in tasks:
-        for folder in working_folders(config.work_dir, task.unit):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _describe_dataset(tasks: Sequence[Task], context: RunContext) -> None:
-    """Write the files at the top of the dataset: description, README, bibliography, template."""
-    config, bundles = context.config, context.bundles
-    models = [ModelEntry(bundle.name, str(bundle.info["code_version"]), bundle.sha256) for bundle in bundles]
     written = [task for task in tasks if not task.anchor_only]
     descriptions = {
         "preproc": "Brain in SRI24 space, corrected for intensity non-uniformity, 99.5th percentile at 1",
@@ -390,82 +546,20 @@ def _describe_dataset(tasks: Sequence[Task], context: RunContext) -> None:
         if bundle.deviation != "none":
             text += ", as deviations from a normative reference of healthy controls"
         descriptions[detector_desc(bundle.modality, bundle.scored_as)] = text
-    describe_dataset(config.output_dir, config.bids_dir, config.derivatives, models, descriptions)
-    write_template(context.reference, config.output_dir)
+    return descriptions
 
 
-def run_workflow(tasks: list[Task], context: RunContext, stopwatch: Stopwatch) -> list[NodeFailure]:
-    """Build and run the nipype workflow.
+def print_plan(rows: Iterable[tuple[str, ...]], console: Console) -> None:
+    """Print the tasks of a dry run.
 
     Parameters
     ----------
-    tasks : list of Task
-        Tasks of all participants.
-    context : RunContext
-        Options, models, reference image, brain extraction and device.
-    stopwatch : Stopwatch
-        Measures the time of each image.
-
-    Returns
-    -------
-    list of NodeFailure
-        Nodes that failed.
-
-    Raises
-    ------
-    WorkflowError
-        If the workflow could not be built.
-    StorageError
-        If an output or work folder cannot be written.
+    rows : iterable of tuple
+        Image, status, detectors, image that it is registered to, and lesion mask.
+    console : rich.console.Console
+        Console to print to.
     """
-    config = context.config
-    configure_nipype()
-    nipype_config.update_config(
-        {
-            "execution": {
-                "check_version": "false",
-                # Pages about the graph, which jobs that share a work folder would overwrite.
-                "create_report": "false",
-                "crashfile_format": "txt",
-                "poll_sleep_duration": "0.1",
-                "stop_on_first_crash": str(config.stop_on_first_crash).lower(),
-            }
-        }
-    )
-    try:
-        workflow = build_workflow(tasks, context)
-    except UserError:
-        raise
-    except Exception as error:
-        raise WorkflowError(f"the workflow could not be built: {type(error).__name__}: {error}") from error
-    pending = [task for task in tasks if not task.done]
-    subjects = {task.unit.subject for task in pending}
-    _write_config(config, subjects)
-    for task in pending:
-        remove_outdated(task, config)
-    LOGGER.info("%d image(s) to process, %d up to date", len(pending), len(tasks) - len(pending))
-    progress = ProgressLog(len(pending))
-
-    def watch(node: Any, status: str) -> None:
-        stopwatch(node, status)
-        progress(node, status)
-
-    plugin = make_plugin(config, watch)
-    try:
-        workflow.run(plugin=plugin)
-    except RuntimeError:
-        # nipype raises one error for all failed nodes; without failed nodes, it is another error.
-        if not plugin.failures:
-            raise
-    finally:
-        plugin.close()
-        remove_temporary_files(config.output_dir, subjects)  # of stopped workers
-    return plugin.failures
-
-
-def _write_config(config: RunConfig, subjects: set[str]) -> None:
-    """Write the configuration of the run to the logs of the dataset and of each participant."""
-    text = config.to_toml()
-    write_text(config.output_dir / "logs" / f"bids_uad-{config.run_id}.toml", text)
-    for subject in subjects:
-        write_text(crash_dir(config, subject) / "bids_uad.toml", text)
+    table = Table("image", "status", "detectors", "registered to", "lesion mask", title="bids_uad dry run")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,23 +1,24 @@
-"""Status of every image of a run: time, log, summary table, participant reports and their triggers."""
+"""Progress of a run, status of every image, summary table, and participant reports."""
 
 from __future__ import annotations
 
 import logging
 import re
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import requested_subjects
 from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, try_read_participants
+from bids_uad.errors import UserError, truncate_list
 from bids_uad.files import is_outdated, locked, read_json, write_json
 from bids_uad.levels.participant.completion_records import (
     describe_methods,
@@ -33,11 +35,7 @@ from bids_uad.levels.participant.completion_records import (
     read_records,
     record_path,
 )
-from bids_uad.levels.participant.executors import (
-    START_METHOD,
-    NodeFailure,
-    raise_if_unwritable,
-)
+from bids_uad.levels.participant.executors import Call, CallError, NodeFailure, Steps, make_plugins
 from bids_uad.levels.participant.interfaces import sidecar_of
 from bids_uad.levels.participant.plan import Task, remove_temporary_files
 from bids_uad.levels.participant.workflow import node_key, node_key_of
@@ -45,12 +43,13 @@ from bids_uad.methods.registry import detector_name
 from bids_uad.preprocessing.quality import FAILED_MIRRORED
 from bids_uad.preprocessing.registration import Volume, mirror_ratio
 from bids_uad.reports.derivatives import Image, find_images, read_sidecar
-from bids_uad.resources import describe_exit, oom_kills, worker_pool
 
 LOGGER = logging.getLogger("bids_uad")
 
 PARTICIPANT = "-"
 """Name of the image in the status of a participant as a whole."""
+LOG_INTERVAL = 300.0
+"""Time in s after which the state of the run is logged if no participant is finished."""
 DONE, UP_TO_DATE, FAILED, NOT_RUN, UNUSABLE = "done", "up to date", "failed", "not run", "unusable"
 
 _ERROR_LINE = re.compile(r"^\s*(?:[A-Za-z_][\w.]*\.)?([A-Za-z_]\w*(?:Error|Exception|Killed|Exit)): (.+)$")
@@ -87,81 +86,133 @@ class ImageStatus:
         return self.status in (DONE, UP_TO_DATE)
 
 
-@dataclass
-class Stopwatch:
-    """Nipype status callback that measures the time of each image's nodes.
+class Progress:
+    """Progress of a run: participants that are done, failed and running, current steps, time left.
+
+    On a terminal, a bar is updated in place. Elsewhere, a line is logged for each finished participant, and
+    every few minutes while none is finished.
+
+    Parameters
+    ----------
+    n_participants : int
+        Number of participants of the run.
+    console : rich.console.Console
+        Console of the bar, that of the log.
 
     Attributes
     ----------
     seconds : dict
-        Total time in s, by :func:`~bids_uad.levels.participant.workflow.node_key`.
+        Total time of the nodes of each image of unfinished participants in s, by
+        :func:`~bids_uad.levels.participant.workflow.node_key`.
     """
 
-    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
-    _started: dict[str, float] = field(default_factory=dict)
+    def __init__(self, n_participants: int, console: Console) -> None:
+        self.seconds: dict[tuple[str, str], float] = {}
+        self._total, self._done, self._failed, self._processed = n_participants, 0, 0, 0
+        self._running: dict[str, None] = {}
+        self._nodes: dict[str, float] = {}
+        self._begin = self._logged = time.monotonic()
+        self._live = Live(console=console, get_renderable=self._line, refresh_per_second=2, transient=True)
+        self._interactive = console.is_terminal
 
-    def __call__(self, node: Any, status: str) -> None:
-        """Process a status: `start`, `end` or `exception`."""
+    def __enter__(self) -> Progress:
+        if self._interactive:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._interactive:
+            self._live.stop()
+
+    def watch(self, node: Any, status: str) -> None:
+        """Process a status of a nipype node: `start`, `end` or `exception`."""
         name = node.fullname
         if status == "start":
-            self._started[name] = time.monotonic()
-        elif name in self._started:
-            seconds = time.monotonic() - self._started.pop(name)
+            self._nodes[name] = time.monotonic()
+        elif name in self._nodes:
             key = node_key_of(name)
-            self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.monotonic() - self._nodes.pop(name)
+        if not self._interactive and time.monotonic() - self._logged > LOG_INTERVAL:
+            self._log(self._text())
+
+    def begin(self, subject: str) -> None:
+        """Add a participant, by label, to the running ones."""
+        self._running[subject] = None
+
+    def end(self, subject: str, statuses: Sequence[ImageStatus]) -> None:
+        """Count a participant, by label, as done or failed, and log it unless all images were up to date."""
+        del self._running[subject]
+        failed = [status for status in statuses if not status.complete]
+        self._done += not failed
+        self._failed += bool(failed)
+        key = node_key(subject, "")[0]
+        self.seconds = {image: seconds for image, seconds in self.seconds.items() if image[0] != key}
+        if any(status.status != UP_TO_DATE for status in statuses):
+            self._processed += 1
+            number = f"{len(failed)} of {len(statuses)} images" if failed else f"{len(statuses)} image(s)"
+            self._log(f"sub-{subject} {'failed' if failed else 'done'} ({number}); {self._text()}")
+
+    def _log(self, text: str) -> None:
+        self._logged = time.monotonic()
+        LOGGER.info(text)
+
+    def _text(self) -> str:
+        """Describe the state of the run in one line."""
+        ended = self._done + self._failed
+        text = f"{self._done} of {self._total} participants done"
+        if self._failed:
+            text += f", {self._failed} failed"
+        if self._nodes:
+            steps = [f"{image} {name.rsplit('.', 1)[1]}" for name in self._nodes for image in [_image(name)]]
+            text += f"; running: {truncate_list(steps, 4)}"
+        if self._processed and ended < self._total:
+            left = (time.monotonic() - self._begin) / self._processed * (self._total - ended)
+            text += f"; about {_duration(left)} left"
+        return text
+
+    def _line(self) -> RenderableType:
+        """Return the bar and the text for the terminal."""
+        bar = ProgressBar(self._total, self._done + self._failed, width=30)
+        return Columns([bar, Text(self._text(), no_wrap=True, overflow="ellipsis")])
 
 
-@dataclass
-class ProgressLog:
-    """Nipype status callback that logs each image when it is complete or has failed.
+def _image(node: str) -> str:
+    """Return the name of a node's image, such as `sub_01_T1w`."""
+    return node_key_of(node)[1]
 
-    Parameters
-    ----------
-    total : int
-        Number of images to process.
-    """
 
-    total: int
-    _ended: set[tuple[str, str]] = field(default_factory=set)
-
-    def __call__(self, node: Any, status: str) -> None:
-        """Process a status: `start`, `end` or `exception`."""
-        key = node_key_of(node.fullname)
-        complete = status == "end" and node.name == "complete"  # the last node of an image
-        if key in self._ended or not (complete or status == "exception"):
-            return
-        self._ended.add(key)
-        LOGGER.info(
-            "%s %s, %d of %d images", key[1], "done" if complete else "failed", len(self._ended), self.total
-        )
+def _duration(seconds: float) -> str:
+    """Return a duration in hours and minutes, in text."""
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def collect_statuses(
     tasks: Sequence[Task],
     problems: Sequence[Problem],
     failures: Sequence[NodeFailure],
-    stopwatch: Stopwatch,
+    seconds: Mapping[tuple[str, str], float],
     config: RunConfig,
 ) -> list[ImageStatus]:
-    """Return the status of every image after a run.
+    """Return the status of every image of a participant after its workflow.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Tasks of the run.
+        Tasks of the participant.
     problems : sequence of Problem
-        Images and participants that could not be used.
+        Images and lesion masks that could not be used.
     failures : sequence of NodeFailure
         Nodes that failed.
-    stopwatch : Stopwatch
-        Times of the images.
+    seconds : mapping
+        Times of the images, see :class:`Progress`.
     config : RunConfig
         `output_dir` and `run_id` are used.
 
     Returns
     -------
     list of ImageStatus
-        Sorted by participant and image.
+        Sorted by image.
     """
     failed: dict[tuple[str, str], list[NodeFailure]] = defaultdict(list)
     for failure in failures:
@@ -175,8 +226,8 @@ def collect_statuses(
         if key not in failed and task.anchor_only:
             continue
         status, message = _status_of(task, failed[key], config)
-        seconds = stopwatch.seconds.get(key, 0.0)
-        statuses.append(ImageStatus(task.unit.subject, task.unit.key, status, seconds, message))
+        own = seconds.get(key, 0.0)
+        statuses.append(ImageStatus(task.unit.subject, task.unit.key, status, own, message))
     return sorted(statuses, key=lambda status: (status.subject, status.image))
 
 
@@ -221,36 +272,55 @@ def error_line(traceback: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def print_summary(
-    statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path, console: Console
-) -> None:
-    """Print a table of all images: status, time, volumes and, with ground truth, Dice.
+def summarize(
+    statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path
+) -> list[tuple[str | Text, ...]]:
+    """Return the rows of a participant in the summary table.
 
     Parameters
     ----------
     statuses : sequence of ImageStatus
-        Statuses of the run.
+        Statuses of the participant's images.
     tasks : sequence of Task
-        Tasks of the run.
+        Tasks of the participant.
     output_dir : pathlib.Path
         Root of the derivatives.
+
+    Returns
+    -------
+    list of tuple
+        Image, status, seconds, brain volume, and anomaly volumes with Dice; one row per image.
+    """
+    by_key = {task.unit.key: task for task in tasks}
+    rows = []
+    for status in statuses:
+        brain, anomalies = "", ""
+        if status.complete:
+            task = by_key[status.image]
+            measures = [_measure(output_dir, task, name) for name in _detectors(output_dir, task.unit)]
+            brain = measures[0][0] if measures else ""
+            anomalies = ", ".join(text for _, text in measures)
+        seconds = f"{status.seconds:.0f}" if status.seconds else "-"
+        image = status.image if status.image != PARTICIPANT else f"sub-{status.subject}"
+        rows.append((image, Text(status.status, _STYLES[status.status]), seconds, brain, anomalies))
+    return rows
+
+
+def print_summary(rows: Iterable[tuple[str | Text, ...]], console: Console) -> None:
+    """Print the table of all images: status, time, volumes and, with ground truth, Dice.
+
+    Parameters
+    ----------
+    rows : iterable of tuple
+        Rows of :func:`summarize`.
     console : rich.console.Console
         Console to print to.
     """
     table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
     for column in table.columns[2:4]:
         column.justify = "right"
-    by_key = {task.unit.key: task for task in tasks}
-    for status in statuses:
-        brain, anomalies = "", ""
-        if status.complete:
-            task = by_key[status.image]
-            rows = [_measure(output_dir, task, name) for name in _detectors(output_dir, task.unit)]
-            brain = rows[0][0] if rows else ""
-            anomalies = ", ".join(text for _, text in rows)
-        seconds = f"{status.seconds:.0f}" if status.seconds else "-"
-        image = status.image if status.image != PARTICIPANT else f"sub-{status.subject}"
-        table.add_row(image, Text(status.status, _STYLES[status.status]), seconds, brain, anomalies)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
@@ -309,37 +379,60 @@ def quality_warnings(statuses: Sequence[ImageStatus], tasks: Sequence[Task], out
     return lines
 
 
-def update_reports(config: RunConfig, statuses: Sequence[ImageStatus], device: str) -> list[str]:
-    """Write the reports of participants whose images have changed, or whose report is missing or outdated.
+def needs_report(config: RunConfig, subject: str, statuses: Sequence[ImageStatus]) -> bool:
+    """Return whether images of a participant have changed, or the report is missing or outdated.
 
     Parameters
     ----------
     config : RunConfig
-        Options of the run.
+        `output_dir` is used.
+    subject : str
+        Label without `sub-`.
     statuses : sequence of ImageStatus
-        Statuses of all images.
-    device : str
-        Device of the detectors.
+        Statuses of the participant's images.
 
     Returns
     -------
-    list of str
-        One line for each report that could not be written.
+    bool
+        False also for participants that never had a usable image.
     """
-    by_subject = defaultdict(list)
-    for status in statuses:
-        by_subject[status.subject].append(status)
-    subjects = []
-    for subject, own in by_subject.items():
-        without_images = all(status.image == PARTICIPANT for status in own)
-        if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
-            continue
-        changed = any(status.status != UP_TO_DATE for status in own)
-        page = config.output_dir / f"sub-{subject}.html"
-        if changed or is_outdated(page, page.with_suffix("").glob("**/log/*.json")):
-            save_last_run(config, subject, own, device)
-            subjects.append(subject)
-    return write_reports(config, subjects)
+    without_images = all(status.image == PARTICIPANT for status in statuses)
+    if without_images and not (config.output_dir / f"sub-{subject}").is_dir():
+        return False
+    page = config.output_dir / f"sub-{subject}.html"
+    changed = any(status.status != UP_TO_DATE for status in statuses)
+    return changed or is_outdated(page, page.with_suffix("").glob("**/log/*.json"))
+
+
+def report_steps(output_dir: Path, subject: str, participants: Participants, failed: list[str]) -> Steps:
+    """Write the report of a participant in a worker process.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    subject : str
+        Label without `sub-`.
+    participants : Participants
+        Age, sex and health.
+    failed : list of str
+        A line is added to it if the report cannot be written.
+
+    Yields
+    ------
+    Call
+        See :func:`write_report`.
+    """
+    try:
+        for warning in (
+            yield Call(write_report, (output_dir, subject, participants.only([f"sub-{subject}"])))
+        ):
+            LOGGER.warning(warning)
+    except CallError as error:
+        LOGGER.debug("report failed", exc_info=error)
+        failed.append(f"sub-{subject}: report not written: {error_line(str(error))}")
+    except UserError as error:
+        failed.append(f"sub-{subject}: report not written: {error}")
 
 
 def rewrite_reports(config: RunConfig) -> list[str]:
@@ -348,76 +441,36 @@ def rewrite_reports(config: RunConfig) -> list[str]:
     Parameters
     ----------
     config : RunConfig
-        `output_dir` and `participants` are used.
+        `bids_dir`, `output_dir`, `participants` and `nprocs` are used.
 
     Returns
     -------
     list of str
         One line for each report that could not be written; logged, too.
-    """
-    subjects = requested_subjects(config.output_dir, config.participants)
-    remove_temporary_files(config.output_dir, subjects)
-    failed = write_reports(config, subjects)
-    for line in failed:
-        LOGGER.error(line)
-    LOGGER.info("%d report(s) written to %s", len(subjects) - len(failed), config.output_dir)
-    return failed
-
-
-def write_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
-    """Write the reports of participants from their derivatives and last run.
-
-    Parameters
-    ----------
-    config : RunConfig
-        `bids_dir`, `output_dir` and `nprocs` are used.
-    subjects : sequence of str
-        Labels without `sub-`.
-
-    Returns
-    -------
-    list of str
-        One line for each report that could not be written.
 
     Raises
     ------
     StorageError
         If the output folder, or that for temporary files, cannot be written.
     """
-    if not subjects:
-        return []
-    failed = []
-    kills = oom_kills()
-    with worker_pool(min(config.nprocs, len(subjects)), START_METHOD) as pool:
-        participants = try_read_participants(config.bids_dir, [f"sub-{subject}" for subject in subjects])
-        jobs = {
-            subject: pool.submit(
-                write_report, config.output_dir, subject, participants.only([f"sub-{subject}"])
-            )
-            for subject in subjects
-        }
-        processes = pool._processes  # a broken pool forgets them
-        for subject, job in jobs.items():
-            try:
-                for warning in job.result():
-                    LOGGER.warning(warning)
-            except BrokenProcessPool:
-                pool.shutdown()  # exit codes are known only after the pool's own thread has ended
-                cause = f"its process {describe_exit(_exit_code(processes), kills)}"
-            except Exception as error:  # one failed report must not prevent the others
-                LOGGER.debug("report failed", exc_info=error)
-                cause = f"{type(error).__name__}: {error}"
-            else:
-                continue
-            raise_if_unwritable(cause, (config.output_dir,))
-            failed.append(f"sub-{subject}: report not written: {cause}")
+    subjects = requested_subjects(config.output_dir, config.participants)
+    remove_temporary_files(config.output_dir)
+    failed: list[str] = []
+    participants = try_read_participants(config.bids_dir, [f"sub-{subject}" for subject in subjects])
+
+    def steps(subject: str) -> Steps:
+        remove_temporary_files(config.output_dir, subject)
+        yield from report_steps(config.output_dir, subject, participants, failed)
+
+    plugin, _ = make_plugins(replace(config, plugin_file=None), lambda node, status: None)
+    try:
+        plugin.process(map(steps, subjects))
+    finally:
+        plugin.close()
+    for line in failed:
+        LOGGER.error(line)
+    LOGGER.info("%d report(s) written to %s", len(subjects) - len(failed), config.output_dir)
     return failed
-
-
-def _exit_code(processes: dict[int, Any]) -> int | None:
-    """Return the exit code of the process that broke a pool; the others are terminated because of it."""
-    codes = [process.exitcode for process in list(processes.values())]
-    return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
 
 
 def write_report(output_dir: Path, subject: str, participants: Participants) -> list[str]:
