@@ -257,21 +257,49 @@ class FeatureDetector(Detector):
         return F.cross_entropy(self.backbone.classify(painted), classes[:, 0])
 
     @torch.no_grad()
-    def features(self, slices: Tensor) -> list[Tensor]:
+    def features(self, slices: Tensor, brain: Tensor | None = None) -> list[Tensor]:
         """Compute the feature maps that the detector uses.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
             Intensities in [0, 1].
+        brain : Tensor of bool, shape (B, 1, H, W), optional
+            Brain masks, outside of which the slices are 0; the backbone may process only their surroundings.
 
         Returns
         -------
         list of Tensor, shape (B, C, h, w)
             Maps that `taps` of the backbone selects, from fine to coarse.
         """
-        maps = self.backbone(slices)
-        return [maps[tap] for tap in self.hyper.backbone.taps]
+        return self.backbone(slices, brain, self.hyper.backbone.taps)
+
+
+def occupied_box(masks: Tensor, margin: int = 0, multiple: int = 1) -> tuple[slice, slice]:
+    """Return the smallest rectangle that contains the masked pixels of a batch.
+
+    Parameters
+    ----------
+    masks : Tensor of bool, shape (B, 1, H, W)
+        Masks.
+    margin : int, default=0
+        Pixels that are added on each side, as far as there are any.
+    multiple : int, default=1
+        Number of which first and last row and column are multiples; H and W are.
+
+    Returns
+    -------
+    rows, columns : slice
+        The rectangle; the whole image if no pixel is masked.
+    """
+    spans = []
+    # PyTorch reduces bytes faster than Booleans.
+    union = masks.view(torch.uint8).amax((0, 1))
+    for axis, size in enumerate(union.shape):
+        pixels = torch.nonzero(union.amax(1 - axis)).flatten().tolist() or [0, size - 1]
+        start, stop = pixels[0] - margin, pixels[-1] + 1 + margin
+        spans.append(slice(max(start, 0) // multiple * multiple, min(-(-stop // multiple) * multiple, size)))
+    return spans[0], spans[1]
 
 
 def stack_maps(maps: list[Tensor], size: tuple[int, int]) -> Tensor:

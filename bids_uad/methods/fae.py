@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, Interval, Positive
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, occupied_box, stack_maps
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
@@ -124,9 +124,9 @@ class FAE(FeatureDetector):
             GradientStage.scheduled("autoencoder", self.autoencoder, self.loss, self.hyper),
         ]
 
-    def feature_stack(self, slices: Tensor) -> Tensor:
+    def feature_stack(self, slices: Tensor, brain: Tensor | None = None) -> Tensor:
         """Stack the feature maps at the size of the finest, shape (B, C, h, w)."""
-        maps = self.features(slices)
+        maps = self.features(slices, brain)
         return stack_maps(maps, maps[0].shape[-2:])
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
@@ -137,8 +137,17 @@ class FAE(FeatureDetector):
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute one minus the SSIM of feature maps and restored ones, mean over channels, in [0, 2]."""
-        features = self.feature_stack(slices)
-        similarity = ssim_map(self.autoencoder(features), features, window=self.hyper.scoring_window)
-        dissimilarity = 1 - similarity.mean(1, keepdim=True)
+        features = self.feature_stack(slices, brain)
+        restored = self.autoencoder(features)
+        # Windows of all cells from which a pixel of the brain is interpolated.
+        reach = (self.hyper.scoring_window // 2 + 1) * STRIDE
+        rows, columns = (
+            slice(side.start // STRIDE, side.stop // STRIDE)
+            for side in occupied_box(brain, reach + STRIDE, STRIDE)
+        )
+        parts = (maps[..., rows, columns] for maps in (restored, features))
+        similarity = ssim_map(*parts, window=self.hyper.scoring_window)
+        dissimilarity = torch.zeros_like(features[:, :1])
+        dissimilarity[..., rows, columns] = 1 - similarity.mean(1, keepdim=True)
         fine = F.interpolate(dissimilarity, size=slices.shape[-2:], mode="bilinear", align_corners=True)
         return torch.where(brain, fine, 0.0)

@@ -12,12 +12,15 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, OneOf, invalid
-from bids_uad.methods.base import Batch, FeatureDetector, FitStage, Stage
+from bids_uad.methods.base import Batch, FeatureDetector, FitStage, Stage, occupied_box
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
+
+SEARCH_CHUNK = 256
+"""Queries that are compared to the bank at once; their distances fit in the cache of a processor core."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class PatchCore(FeatureDetector):
             width = 2 * hyper.backbone.channels[0]
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
+        self.search = NearestNeighbour()
         self.register_buffer("bank", torch.zeros(hyper.bank_size, width, dtype=torch.float16))
 
     def stages(self) -> list[Stage]:
@@ -135,10 +139,12 @@ class PatchCore(FeatureDetector):
         Tensor, shape (B, h, w, C)
             Descriptors.
         """
-        fine, coarse = self.features(slices)
+        return (self._describe(*self.features(slices)) - self.centre) / self.spread
+
+    def _describe(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Compute the descriptors of two feature maps, before standardisation."""
         describe = published_descriptors if self.hyper.descriptor == "published" else pooled_descriptors
-        described = describe(fine, coarse, self.hyper.neighbourhood)
-        return (described - self.centre) / self.spread
+        return describe(fine, coarse, self.hyper.neighbourhood)
 
     def fit_bank(self, batches: Iterator[Batch], generator: Generator) -> None:
         """Fill the bank with a coreset of the descriptors of healthy slices inside the brain."""
@@ -170,23 +176,66 @@ class PatchCore(FeatureDetector):
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute the distance to the nearest descriptor of the bank, interpolated to the pixels."""
-        described = self.descriptors(slices)
-        covered = self._covered(brain, described.shape[1])
+        maps = self.features(slices, brain)
+        covered = self._covered(brain, maps[0].shape[-1])
         if self.hyper.score_outside_brain:
             covered = torch.ones_like(covered)
-        queries = described[covered]
-        bank = self.bank.to(queries.dtype)
-        bank_norm = bank.square().sum(1)
-        nearest = [
-            (chunk.square().sum(1) + (bank_norm - 2 * chunk @ bank.T).amin(1))
-            for chunk in queries.split(4096)
-        ]
-        coarse = torch.zeros(covered.shape, dtype=queries.dtype, device=slices.device)
-        if nearest:
-            squared = torch.cat(nearest).clamp_min(0)
+        coarse = torch.zeros(covered.shape, dtype=maps[0].dtype, device=slices.device)
+        if covered.any():
+            # The neighbourhood in the coarser map, and one cell more for its interpolation.
+            reach = 2 * (self.hyper.neighbourhood // 2 + 1)
+            rows, columns = occupied_box(covered[:, None], reach, 2)
+            fine, half = maps[0][..., rows, columns], maps[1][..., _halved(rows), _halved(columns)]
+            queries = self._describe(fine, half)[covered[:, rows, columns]]
+            squared = self.search((queries - self.centre) / self.spread, self.bank)
             coarse[covered] = squared if self.hyper.squared_distance else squared.sqrt()
         fine = F.interpolate(coarse[:, None], size=slices.shape[-2:], mode="bilinear", align_corners=False)
         return torch.where(brain, fine, 0.0)
+
+
+def _halved(span: slice) -> slice:
+    return slice(span.start // 2, span.stop // 2)
+
+
+class NearestNeighbour(nn.Module):
+    """Exhaustive search for the nearest of a set of points."""
+
+    def forward(self, queries: Tensor, bank: Tensor) -> Tensor:
+        """Compute squared Euclidean distances to the nearest points.
+
+        Under autocast on a CPU, the matrix product runs in bfloat16. It gives whole distances then, which
+        are small where it matters, instead of products, which would have to be subtracted from the norms.
+
+        Parameters
+        ----------
+        queries : Tensor, shape (N, C)
+            Points.
+        bank : Tensor, shape (M, C)
+            Points among which the nearest is searched.
+
+        Returns
+        -------
+        Tensor, shape (N,)
+            Squared distances.
+        """
+        device = queries.device.type
+        low = device == "cpu" and torch.is_autocast_enabled("cpu")
+        kind = torch.bfloat16 if low else queries.dtype
+        with torch.autocast(device, enabled=False):
+            queries, bank = queries.to(kind), bank.to(kind)
+            ones = torch.ones_like(bank[:, :1])
+            points = torch.cat([-2 * bank, *_norms(bank), *(ones for _ in _norms(queries[:1]))], 1).T
+            ones = torch.ones_like(queries[:, :1])
+            queries = torch.cat([queries, *(ones for _ in _norms(bank[:1])), *_norms(queries)], 1)
+            nearest = [(chunk @ points).amin(1) for chunk in queries.split(SEARCH_CHUNK)]
+            return torch.cat(nearest).clamp_min(0).float()
+
+
+def _norms(points: Tensor) -> list[Tensor]:
+    """Return columns whose sum is the squared norm of each point, two in bfloat16 for the precision."""
+    norm = points.float().square().sum(1, keepdim=True)
+    high = norm.to(points.dtype)
+    return [high] if points.dtype != torch.bfloat16 else [high, (norm - high).to(points.dtype)]
 
 
 def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:

@@ -206,7 +206,7 @@ class ReverseDistillation(FeatureDetector):
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute the sum over scales of one minus the cosine at each location, in [0, 6]."""
-        teacher_maps = self.features(slices)
+        teacher_maps = self.features(slices, brain)
         student_maps = self.student(self.embedding(teacher_maps))
         total = torch.zeros_like(slices)
         for a, b in zip(teacher_maps, student_maps, strict=True):

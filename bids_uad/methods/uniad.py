@@ -231,10 +231,10 @@ class UniAD(FeatureDetector):
             GradientStage.scheduled("transformer", self.transformer, self.loss, self.hyper),
         ]
 
-    def tokens(self, slices: Tensor) -> Tensor:
+    def tokens(self, slices: Tensor, brain: Tensor | None = None) -> Tensor:
         """Stack the feature maps on the grid, shape (B, grid**2, channels)."""
         grid = (self.hyper.grid, self.hyper.grid)
-        return stack_maps(self.features(slices), grid).flatten(2).transpose(1, 2)
+        return stack_maps(self.features(slices, brain), grid).flatten(2).transpose(1, 2)
 
     def loss(self, batch: Batch, generator: Generator) -> Tensor:
         """Compute the mean squared error of the features restored from jittered features."""
@@ -244,7 +244,7 @@ class UniAD(FeatureDetector):
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute the Euclidean distance of features and restored features, interpolated to the pixels."""
-        tokens = self.tokens(slices)
+        tokens = self.tokens(slices, brain)
         distance = (self.transformer(tokens) - tokens).norm(dim=2)
         coarse = distance.view(-1, 1, self.hyper.grid, self.hyper.grid)
         fine = F.interpolate(coarse, size=slices.shape[-2:], mode="bilinear", align_corners=True)

@@ -6,17 +6,18 @@ can be loaded. `BackboneConfig` selects a network and those of its feature maps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, Positive, invalid
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
@@ -248,6 +249,117 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+def folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module) -> nn.Conv2d | nn.ConvTranspose2d:
+    """Return a convolution that includes the batch normalisation, in evaluation mode, which follows it."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return conv
+    return fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
+
+
+BRAIN_MARGIN = 16
+"""Pixels around the brain within which the feature maps of a slice are taken to differ from an empty one."""
+BOX_STEP = 16
+"""Pixels of which sides and position of the rectangles around brains are multiples."""
+
+
+def brain_boxes(brain: Tensor) -> list[tuple[list[int], tuple[slice, slice]]]:
+    """Place a rectangle around the brain of each slice.
+
+    Parameters
+    ----------
+    brain : Tensor of bool, shape (B, 1, H, W)
+        Brain masks.
+
+    Returns
+    -------
+    list of tuple
+        Indices of slices and the rows and columns of their common rectangle, multiples of `BOX_STEP` or up
+        to the border; slices without brain are left out.
+    """
+
+    def spans(occupied: Tensor) -> list[tuple[int, int]]:
+        size = occupied.shape[1]
+        numbers = torch.arange(size, device=occupied.device)
+        first = torch.where(occupied, numbers, size).amin(1) - BRAIN_MARGIN
+        last = torch.where(occupied, numbers, -1).amax(1) + 1 + BRAIN_MARGIN
+        starts = (first.clamp_min(0) // BOX_STEP * BOX_STEP).tolist()
+        stops = (-(-last // BOX_STEP) * BOX_STEP).clamp_max(size).tolist()
+        return list(zip(starts, stops, strict=True))
+
+    boxes: dict[tuple, list[int]] = {}
+    # PyTorch reduces bytes faster than Booleans.
+    rows, columns = (brain[:, 0].view(torch.uint8).amax(axis) > 0 for axis in (2, 1))
+    occupied = rows.any(1).tolist()
+    for index, box in enumerate(zip(spans(rows), spans(columns), strict=True)):
+        if occupied[index]:
+            boxes.setdefault(box, []).append(index)
+    return [(members, (slice(*rows), slice(*columns))) for (rows, columns), members in boxes.items()]
+
+
+def _on_half_grid(weight: Tensor, sides: int) -> Tensor:
+    """Rearrange a 3x3 convolution of a map for the map with 2 x 2 pixels folded into channels.
+
+    Few channels at full resolution are slow, four times as many at half the resolution are not.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (outputs, inputs, 3, 3)
+        Weights of a convolution with padding 1.
+    sides : int
+        2 if the convolution has stride 1, and its output is folded as well; 1 if it has stride 2.
+
+    Returns
+    -------
+    Tensor, shape (outputs * sides**2, inputs * 4, 1 + sides, 1 + sides)
+        Weights of the rearranged convolution of stride 1.
+    """
+    outputs, inputs = weight.shape[:2]
+    kernel = 1 + sides
+    result = weight.new_zeros(outputs, sides, sides, inputs, 2, 2, kernel, kernel)
+    taps = [
+        (to, source, cell, 2 * (cell - 1) + source - to + 1)
+        for to in range(sides)
+        for source in range(2)
+        for cell in range(kernel)
+        if 0 <= 2 * (cell - 1) + source - to + 1 < 3
+    ]
+    for to_row, row, cell_row, tap_row in taps:
+        for to_column, column, cell_column, tap_column in taps:
+            result[:, to_row, to_column, :, row, column, cell_row, cell_column] = weight[
+                :, :, tap_row, tap_column
+            ]
+    return result.reshape(outputs * sides**2, inputs * 4, kernel, kernel)
+
+
+class _Layer(NamedTuple):
+    """A convolution of a network with folded normalisation.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (outputs, inputs, 3, 3) or (outputs, inputs, 2, 2)
+        Weights; a kernel of 2 reaches to the pixel before.
+    stride : int
+        Stride in pixels of the input.
+    scale : int
+        Size of a pixel of the output in pixels of the slice.
+    empty : Tensor, shape (1, outputs, H / scale, W / scale)
+        Output for an empty slice, before the activation.
+    tap : int, optional
+        Index of the feature map which the activated output is; None if it is none.
+    """
+
+    weight: Tensor
+    stride: int
+    scale: int
+    empty: Tensor
+    tap: int | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Convolve, without bias."""
+        output = F.conv2d(x, self.weight, stride=self.stride, padding=1)
+        return output[..., :-1, :-1] if self.weight.shape[-1] == 2 else output
+
+
 class TissueNet(nn.Module):
     """Tissue segmentation network with an encoder of three halvings and a small decoder.
 
@@ -271,23 +383,89 @@ class TissueNet(nn.Module):
         self.merge_quarter = _block(eighth + quarter, quarter)
         self.merge_half = _block(quarter + half, half)
         self.head = nn.Conv2d(half + full, classes, 3, padding=1)
+        self._empty: tuple[tuple, list[_Layer]] | None = None
 
-    def forward(self, slices: Tensor) -> list[Tensor]:
-        """Compute the feature maps of the encoder.
+    def forward(
+        self, slices: Tensor, brain: Tensor | None = None, taps: Sequence[int] = (0, 1, 2)
+    ) -> list[Tensor]:
+        """Compute feature maps of the encoder.
 
         Parameters
         ----------
         slices : Tensor, shape (B, 1, H, W)
             Slices; H and W are divisible by 8.
+        brain : Tensor of bool, shape (B, 1, H, W), optional
+            Brain masks, outside of which the slices are 0. With masks, a network in evaluation mode on a CPU
+            processes only a rectangle around the brain of each slice.
+        taps : sequence of int, default=(0, 1, 2)
+            Indices of the maps to return, increasing.
 
         Returns
         -------
         list of Tensor
-            Maps of shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8, W/8).
+            Of the maps of shapes (B, widths[1], H/2, W/2), (B, widths[2], H/4, W/4) and (B, widths[3], H/8,
+            W/8) those in `taps`.
         """
+        crops = brain is not None and slices.device.type == "cpu" and not self.training
+        if crops and not torch.compiler.is_compiling():
+            # Also under autocast: features in bfloat16 would change 2 to 4 % of the voxels of a mask.
+            with torch.autocast("cpu", enabled=False):
+                return self._around_brain(slices, brain, taps)
         half = self.at_half(self.at_full(slices))
         quarter = self.at_quarter(half)
-        return [half, quarter, self.at_eighth(quarter)]
+        maps = [half, quarter, self.at_eighth(quarter)]
+        return [maps[tap] for tap in taps]
+
+    def _around_brain(self, slices: Tensor, brain: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Compute feature maps as changes of those of an empty slice.
+
+        Let y be the input of an activation for an empty slice. For another slice, the convolution W of the
+        layer turns a change d of its input into the change max(y + W d, 0) - max(y, 0) of its output. Changes
+        are 0 far from the brain, so that a rectangle around the brain may be padded by zeros, other than the
+        maps themselves. Changes more than `BRAIN_MARGIN` pixels from the brain are neglected.
+        """
+        layers = self._empty_slice(slices)
+        last = max(number for number, layer in enumerate(layers) if layer.tap in taps)
+        maps = {
+            layer.tap: layer.empty.clamp_min(0).expand(len(slices), -1, -1, -1).clone()
+            for layer in layers
+            if layer.tap in taps
+        }
+        for members, box in brain_boxes(brain):
+            change = F.pixel_unshuffle(slices[members][..., box[0], box[1]], 2)
+            change = change.contiguous(memory_format=torch.channels_last)
+            for layer in layers[: last + 1]:
+                rows, columns = (slice(side.start // layer.scale, side.stop // layer.scale) for side in box)
+                empty = layer.empty[..., rows, columns]
+                after = torch.add(layer(change), empty).clamp_min_(0)
+                if layer.tap in maps:
+                    maps[layer.tap][members, :, rows, columns] = after
+                change = after.sub_(empty.clamp_min(0))
+        return [maps[tap] for tap in taps]
+
+    def _empty_slice(self, slices: Tensor) -> list[_Layer]:
+        """Return the layers and what they make of an empty slice; computed again if a weight has changed."""
+        tensors = [*self.parameters(), *self.buffers()]
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        key = (slices.shape[2:], versions)
+        if self._empty is None or self._empty[0] != key:
+            x, scale, layers = F.pixel_unshuffle(torch.zeros_like(slices[:1]), 2), 1, []
+            stages = ((self.at_full,), self.at_half, self.at_quarter, self.at_eighth)
+            for tap, stage in enumerate(stages, -1):
+                for block in stage:
+                    conv = folded(block[0], block[1])
+                    stride, weight, bias = conv.stride[0], conv.weight, conv.bias
+                    scale *= stride
+                    if len(layers) == 0:
+                        weight, bias = _on_half_grid(weight, 2), bias.repeat_interleave(4)
+                    elif len(layers) == 1:
+                        weight, stride = _on_half_grid(weight, 1), 1
+                    layer = _Layer(weight, stride, max(scale, 2), x, tap if block is stage[-1] else None)
+                    layer = layer._replace(empty=layer(x) + bias.view(-1, 1, 1))
+                    layers.append(layer)
+                    x = layer.empty.relu()
+            self._empty = key, layers
+        return self._empty[1]
 
     def classify(self, images: Tensor) -> Tensor:
         """Compute class scores, for the training of the network.
@@ -484,11 +662,14 @@ class ImageNetFeatures(nn.Module):
         """Stay in evaluation mode, so that batch statistics are frozen as well."""
         return super().train(False)
 
-    def forward(self, slices: Tensor) -> list[Tensor]:
-        """Compute all feature maps of slices of shape (B, 1, H, W), intensities in [0, 1]."""
+    def forward(
+        self, slices: Tensor, brain: Tensor | None = None, taps: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Compute the feature maps with indices `taps`, by default all, of slices of shape (B, 1, H, W)."""
         images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.sd
         features = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
-        return features(images)
+        maps = features(images)
+        return maps if taps is None else [maps[tap] for tap in taps]
 
     def load_published(self, path: Path) -> None:
         """Load the weights that torchvision publishes for this network.

@@ -10,16 +10,11 @@ GMS_CONSTANT = 0.0026
 """Constant of gradient magnitude similarity that stabilises it where both gradients are small."""
 
 
-def _gaussian_band(size: int, window: int, sigma: float, valid: bool, like: Tensor) -> Tensor:
-    """Return the matrix that smooths an axis of `size` pixels, one row per output pixel."""
-    reach = window // 2
-    offset = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
+def _gaussian(window: int, sigma: float, like: Tensor) -> Tensor:
+    """Return the weights of a Gaussian window, whose sum is 1."""
+    offset = torch.arange(window, device=like.device, dtype=like.dtype) - window // 2
     weight = torch.exp(-0.5 * (offset / sigma) ** 2)
-    weight = weight / weight.sum()
-    pixels = torch.arange(size, device=like.device)
-    centres = pixels[reach : size - reach] if valid else pixels
-    place = pixels[None] - centres[:, None] + reach
-    return torch.where((place >= 0) & (place < window), weight[place.clamp(0, window - 1)], 0.0)
+    return weight / weight.sum()
 
 
 def ssim_map(
@@ -48,17 +43,34 @@ def ssim_map(
     ----------
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
     """
-    # The Gaussian is separable; at these sizes products with banded matrices are faster than convolutions.
-    height, width = first.shape[-2:]
-    rows = _gaussian_band(height, window, sigma, valid, first)
-    columns = _gaussian_band(width, window, sigma, valid, first)
-    moments = (first, second, first * first, second * second, first * second)
-    mean1, mean2, square1, square2, product = (rows @ moment @ columns.T for moment in moments)
+    channels = first.shape[1]
+    weight = _gaussian(window, sigma, first)
+    down, across = (
+        weight.view(shape).expand(channels, 1, -1, -1) for shape in ((1, 1, -1, 1), (1, 1, 1, -1))
+    )
+    reach = 0 if valid else window // 2
+
+    def smooth(moment: Tensor) -> Tensor:
+        # The Gaussian is separable.
+        moment = F.conv2d(moment, down, padding=(reach, 0), groups=channels)
+        return F.conv2d(moment, across, padding=(0, reach), groups=channels)
+
+    # A dense layout, channels first or last; with another one, each convolution would copy its input.
+    first, second = (
+        first.contiguous(memory_format=_layout(first)),
+        second.contiguous(memory_format=_layout(first)),
+    )
+    mean1, mean2 = smooth(first), smooth(second)
+    squares, product = smooth(first * first + second * second), smooth(first * second)
     c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
-    covariance = product - mean1 * mean2
-    variances = square1 - mean1**2 + square2 - mean2**2
-    return luminance * (2 * covariance + c2) / (variances + c2)
+    means, mean_squares = mean1 * mean2, mean1 * mean1 + mean2 * mean2
+    luminance = (2 * means + c1) / (mean_squares + c1)
+    return luminance * (2 * (product - means) + c2) / (squares - mean_squares + c2)
+
+
+def _layout(maps: Tensor) -> torch.memory_format:
+    is_last = maps.shape[1] > 1 and maps.stride(1) == 1
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def gradient_magnitude(images: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
 from bids_uad.methods.base import Batch
-from bids_uad.methods.patchcore import PatchCore, PatchCoreHyper, farthest_points, published_descriptors
+from bids_uad.methods.patchcore import (
+    NearestNeighbour,
+    PatchCore,
+    PatchCoreHyper,
+    farthest_points,
+    published_descriptors,
+)
 from bids_uad.networks.backbones import BackboneConfig
 
 TINY = PatchCoreHyper(
@@ -107,6 +113,21 @@ def test_squared_distance_squares_the_distances_before_interpolation(batch):
             expected = F.interpolate(coarse**power, size=(224, 224), mode="bilinear", align_corners=False)
             found = detector.score(slices, brain, [])
             torch.testing.assert_close(found, expected * brain, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_search_finds_the_distance_to_the_nearest_neighbour(precision):
+    queries, bank = (
+        torch.randn(count, 40, generator=torch.Generator().manual_seed(count)) for count in (700, 300)
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        found = NearestNeighbour()(queries, bank)
+    distance, _ = (
+        NearestNeighbors(n_neighbors=1).fit(bank.double().numpy()).kneighbors(queries.double().numpy())
+    )
+    assert found.dtype == torch.float32
+    expected = torch.from_numpy(distance[:, 0]).float() ** 2
+    torch.testing.assert_close(found, expected, rtol=1e-4 if precision == "fp32" else 0.01, atol=1e-3)
 
 
 def test_feature_loss_decreases_in_training(batch):

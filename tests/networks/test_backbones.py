@@ -1,12 +1,13 @@
-"""ImageNet networks against the published sizes, costs and tensor names."""
+"""Feature networks: published sizes, costs and tensor names; maps around the brain and of whole slices."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.backbones import EfficientNetB4, resnet18, wide_resnet50_2
+from bids_uad.networks.backbones import EfficientNetB4, TissueNet, resnet18, wide_resnet50_2
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,54 @@ def test_tensor_names_are_those_of_torchvision(build, names):
     with torch.device("meta"):
         state = build().state_dict()
     assert set(names) <= set(state)
+
+
+@pytest.fixture
+def tissue_net():
+    """A network whose normalisation has statistics and weights as after training."""
+    torch.manual_seed(0)
+    network = TissueNet(7).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight, module.bias):
+                torch.nn.init.normal_(tensor, 0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return network
+
+
+class TestAroundBrain:
+    @staticmethod
+    def shown() -> tuple[torch.Tensor, torch.Tensor]:
+        """Three slices with brains of several sizes, one of them at the border, and an empty slice."""
+        brain = torch.zeros(4, 1, 224, 224, dtype=torch.bool)
+        brain[0, :, 50:150, 60:180] = True
+        brain[1, :, 97:131, 101:118] = True
+        brain[2, :, 3:170, 60:220] = True
+        slices = torch.rand(brain.shape, generator=torch.Generator().manual_seed(0)) * brain
+        return slices, brain
+
+    def test_maps_equal_those_of_whole_slices(self, tissue_net):
+        slices, brain = self.shown()
+        with torch.no_grad():
+            for found, whole, stride in zip(
+                tissue_net(slices, brain), tissue_net(slices), (2, 4, 8), strict=True
+            ):
+                near = F.max_pool2d(brain.float(), stride) > 0
+                torch.testing.assert_close(found * near, whole * near, atol=1e-4, rtol=1e-4)
+                assert (found - whole).abs().mean() < 0.02 * whole.abs().mean()
+
+    def test_selected_maps_are_returned(self, tissue_net):
+        slices, brain = self.shown()
+        with torch.no_grad():
+            both = tissue_net(slices, brain, (0, 2)), tissue_net(slices, brain)[::2]
+        for found, expected in zip(*both, strict=True):
+            torch.testing.assert_close(found, expected)
+
+    def test_changed_weights_change_the_maps(self, tissue_net):
+        slices, brain = self.shown()
+        with torch.no_grad():
+            before = tissue_net(slices, brain)[2]
+            tissue_net.at_quarter[1][1].bias += 1.0
+            after, whole = tissue_net(slices, brain)[2], tissue_net(slices)[2]
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after[0, :, 7:18, 8:22], whole[0, :, 7:18, 8:22], atol=1e-4, rtol=1e-4)
