@@ -370,13 +370,13 @@ def serve_requests(
     sentinel: int,
     *,
     idle_seconds: float,
-    memory_limit: float,
+    memory_growth: float,
 ) -> None:
     """Answer the requests of :class:`RequestProcess` until this process is to end.
 
     It ends after an error that is not one for users, when no request has come for a while, when it occupies
-    too much memory after a request, and with its parent. Requests and answers are JSON objects, one per line
-    of standard input and output; what is printed meanwhile goes to standard error.
+    much more memory than after the first request, and with its parent. Requests and answers are JSON objects,
+    one per line of standard input and output; what is printed meanwhile goes to standard error.
 
     Parameters
     ----------
@@ -386,15 +386,16 @@ def serve_requests(
         File descriptor of a pipe to the parent.
     idle_seconds : float
         Time in s without a request after which the process ends.
-    memory_limit : float
-        Resident memory in bytes above which the process ends.
+    memory_growth : float
+        Growth of the resident memory in bytes, since the end of the first request, above which the process
+        ends.
     """
     end_with_parent(sentinel)
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    last = False
+    last, first_bytes = False, None
     while not last and select.select([requests], [], [], idle_seconds)[0]:
         line = requests.readline()
         if not line:
@@ -406,7 +407,9 @@ def serve_requests(
         except Exception:
             answer = {"traceback": traceback.format_exc()}
         release_memory()
-        last = "traceback" in answer or resident_bytes() > memory_limit
+        occupied = resident_bytes()
+        first_bytes = occupied if first_bytes is None else first_bytes
+        last = "traceback" in answer or occupied - first_bytes > memory_growth
         answers.write(json.dumps({**answer, "last": last}) + "\n")
         answers.flush()
 

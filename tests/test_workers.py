@@ -81,13 +81,18 @@ def test_worker_pool_is_killed_when_the_block_raises():
     assert time.monotonic() - begin < 60
 
 
+BLOCKS: list[bytes] = []
+
+
 def answer(request: dict) -> dict:
     """Do what a request says, and return the number of the process."""
     act, orders = request.get("act"), Path(request.get("orders", os.devnull))
     if orders.is_file() and (acts := orders.read_text().split()):
         act, rest = acts[0], acts[1:]
         orders.write_text(" ".join(rest))
-    if act == "print":
+    if act == "grow":
+        BLOCKS.append(b"a" * (64 << 20))
+    elif act == "print":
         print("a line on standard output")
         os.system("echo and one of a program")  # noqa: S605
     elif act == "refuse":
@@ -170,11 +175,12 @@ def test_process_ends_when_idle(process, environment):
     assert process.ask({}, environment)["pid"] != first
 
 
-@pytest.mark.parametrize(("limit", "n_processes"), [("1", 3), ("1e12", 1)])
-def test_process_that_has_grown_is_replaced_after_a_request(process, environment, limit, n_processes):
-    environment["MEMORY_LIMIT"] = limit
-    numbers = {process.ask({}, environment)["pid"] for _ in range(3)}
-    assert len(numbers) == n_processes
+@pytest.mark.parametrize(("limit", "n_requests"), [("40e6", 2), ("140e6", 4), ("1e12", 6)])
+def test_process_that_has_grown_is_replaced_after_a_request(process, environment, limit, n_requests):
+    """Each request adds 64 MiB; those of the first do not count."""
+    environment["MEMORY_GROWTH"] = limit
+    numbers = [process.ask({"act": "grow"}, environment)["pid"] for _ in range(6)]
+    assert numbers.count(numbers[0]) == n_requests
 
 
 def test_resident_bytes_grow_with_memory():
@@ -212,5 +218,5 @@ if __name__ == "__main__":
         answer,
         int(sys.argv[1]),
         idle_seconds=float(os.environ.get("IDLE_SECONDS", "600")),
-        memory_limit=float(os.environ.get("MEMORY_LIMIT", "1e12")),
+        memory_growth=float(os.environ.get("MEMORY_GROWTH", "1e12")),
     )

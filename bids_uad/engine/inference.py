@@ -38,8 +38,9 @@ PUBLISHED_SIDE = 4
 """Side of the published median filter in voxels."""
 IDLE_SECONDS = 300.0
 """Time in s without an image after which the detection process ends."""
-MEMORY_LIMIT = 3e9
-"""Resident memory in bytes above which the detection process ends after an image."""
+MEMORY_GROWTH = 2e9
+"""Growth of the memory in bytes since the first image, by models and whatever is not freed, above which the
+detection process ends after an image."""
 
 
 @torch.inference_mode()
@@ -442,4 +443,4 @@ class Scorer:
 
 
 if __name__ == "__main__":
-    serve_requests(Scorer(), int(sys.argv[1]), idle_seconds=IDLE_SECONDS, memory_limit=MEMORY_LIMIT)
+    serve_requests(Scorer(), int(sys.argv[1]), idle_seconds=IDLE_SECONDS, memory_growth=MEMORY_GROWTH)

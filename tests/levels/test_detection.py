@@ -187,4 +187,4 @@ def test_maps_of_later_images_equal_those_of_the_first(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     DETECTORS["toy"] = TOY
-    serve_requests(Scorer(), int(sys.argv[1]), idle_seconds=60, memory_limit=1e12)
+    serve_requests(Scorer(), int(sys.argv[1]), idle_seconds=60, memory_growth=1e12)

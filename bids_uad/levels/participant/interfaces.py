@@ -203,7 +203,7 @@ def describe_failure(returncode: int | None, stderr: str, oom_kills_before: int)
     stderr : str
         Its standard error, or the traceback of the error.
     oom_kills_before : int
-        Number of processes killed for memory before it started, see :func:`bids_uad.resources.oom_kills`.
+        Number of processes killed for memory before the request, see :func:`bids_uad.resources.oom_kills`.
 
     Returns
     -------
