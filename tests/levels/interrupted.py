@@ -26,9 +26,6 @@ from bids_uad.levels.participant import (
     workflow,
 )
 from bids_uad.levels.participant import (
-    summary as reporting,
-)
-from bids_uad.levels.participant import (
     workflow as writing,
 )
 from bids_uad.methods.registry import DETECTORS, Entry
@@ -208,7 +205,6 @@ def stand_ins(reference) -> Iterator[None]:
         patch.setattr(writing, "Detect", FakeDetect)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(plugin, "START_METHOD", "fork")
-        patch.setattr(reporting, "START_METHOD", "fork")
         patch.setitem(DETECTORS, "toy", Entry("tests.training.train_toy", "Toy", "Toy", "#000000"))
         CHECKSUMS.clear()
         yield
