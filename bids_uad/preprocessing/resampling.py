@@ -36,8 +36,12 @@ def resample(
     pull: np.ndarray | None = None,
     order: int = 1,
     extend: bool = False,
+    region: np.ndarray | None = None,
 ) -> np.ndarray:
     """Resample a volume to another grid through one affine transform.
+
+    Only voxels that may differ from 0 are computed: those of `region`, or else those in the box that contains
+    the volume's own voxels other than 0.
 
     Parameters
     ----------
@@ -55,27 +59,95 @@ def resample(
         0 for nearest-neighbour, 1 for linear interpolation.
     extend : bool, default=False
         Whether voxels outside the field of view get the nearest edge value. If False, they are 0.
+    region : numpy.ndarray of bool, of `shape`, default=None
+        Voxels of the result that are needed; others are 0. All if None.
 
     Returns
     -------
     numpy.ndarray of float32, of `shape`
         Resampled volume.
     """
+    volume = np.asarray(volume, dtype=np.float32)
     matrix = _voxel_matrix(affine, target_affine, pull)
+    resampled = np.zeros(shape, dtype=np.float32)
+    box = tuple(slice(0, size) for size in shape)
+    if region is not None:
+        box = bounding_box(region)
+    elif not extend:
+        box = _box_of_content(volume, matrix, shape)
+    size = tuple(part.stop - part.start for part in box)
+    if 0 in size:
+        return resampled
+    matrix = matrix @ translation(np.array([part.start for part in box]))
     # The field of view extends half a voxel beyond the outermost voxel centres, which matters for thick
     # slices. The edge value is repeated there, and voxels further outside are set to 0 afterwards.
     sampled = ndimage.affine_transform(
-        np.asarray(volume, dtype=np.float32),
+        volume,
         matrix[:3, :3],
         matrix[:3, 3],
-        output_shape=shape,
+        output_shape=size,
         order=order,
         mode="nearest",
         prefilter=False,
     )
     if not extend:
-        sampled[~_inside(volume.shape, shape, matrix)] = 0.0
-    return sampled
+        sampled[~_inside(volume.shape, size, matrix)] = 0.0
+    if region is not None:
+        sampled[~region[box]] = 0.0
+    resampled[box] = sampled
+    return resampled
+
+
+def bounding_box(mask: np.ndarray, margin: int | Sequence[int] = 0) -> tuple[slice, ...]:
+    """Return the smallest box that contains the voxels of an array that are not 0.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        Mask or image.
+    margin : int or sequence of int, default=0
+        Voxels by which the box is extended on each side of each axis, within the array.
+
+    Returns
+    -------
+    tuple of slice
+        One slice per axis; empty slices if all voxels are 0.
+    """
+    box = []
+    for axis, width in enumerate(np.broadcast_to(margin, mask.ndim)):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if not used.size:
+            return (slice(0, 0),) * mask.ndim
+        box.append(slice(max(int(used[0] - width), 0), min(int(used[-1] + width) + 1, mask.shape[axis])))
+    return tuple(box)
+
+
+def _box_of_content(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return the box of a grid outside of which interpolation of a volume gives 0.
+
+    Parameters
+    ----------
+    volume : numpy.ndarray
+        Volume that is interpolated.
+    matrix : numpy.ndarray, shape (4, 4)
+        From voxels of the grid to voxels of the volume.
+    shape : tuple of int
+        Shape of the grid.
+
+    Returns
+    -------
+    tuple of slice
+        One slice per axis.
+    """
+    # Interpolation reaches the next voxel.
+    limits = [(part.start - 1, part.stop) for part in bounding_box(volume)]
+    corners = np.array(np.meshgrid(*limits)).reshape(3, -1)
+    positions = nib.affines.apply_affine(np.linalg.inv(matrix), corners.T)
+    low, high = np.floor(positions.min(axis=0)), np.ceil(positions.max(axis=0)) + 1
+    return tuple(
+        slice(int(min(max(start, 0), size)), int(max(min(stop, size), 0)))
+        for start, stop, size in zip(low, high, shape, strict=True)
+    )
 
 
 def resample_mask(
@@ -201,10 +273,14 @@ def smooth_to_spacing(volume: np.ndarray, affine: np.ndarray, spacing: float) ->
         Smoothed volume on the same grid.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    widths = np.sqrt(np.maximum(spacing**2 - zooms**2, 0.0)) / zooms
-    return ndimage.gaussian_filter(
-        np.asarray(volume, dtype=np.float32), widths / np.sqrt(8 * np.log(2)), mode="nearest"
+    deviations = np.sqrt(np.maximum(spacing**2 - zooms**2, 0.0)) / zooms / np.sqrt(8 * np.log(2))
+    # The filter reaches 4 standard deviations; further away from the voxels other than 0 the result is 0.
+    box = bounding_box(volume, np.ceil(4 * deviations + 1).astype(int))
+    smooth = np.zeros(volume.shape, dtype=np.float32)
+    smooth[box] = ndimage.gaussian_filter(
+        np.asarray(volume[box], dtype=np.float32), deviations, mode="nearest"
     )
+    return smooth
 
 
 def map_to_native(
