@@ -153,10 +153,10 @@ def another_pipeline(brains: Path, reference: Reference, scratch: Path) -> list[
         if anchor is None:
             mask = brain_mask(head, target(reference, "T1w"), scratch)
             anchor = brain_of(head, mask)
-            to_anchor = ours = register_to_reference(target(reference, "T1w"), anchor, scratch)[0]
+            to_anchor = ours = register_to_reference(target(reference, "T1w"), anchor)[0]
             brain = anchor
         else:
-            pull, _ = register_to_anchor(anchor, head, scratch)
+            pull, _ = register_to_anchor(anchor, head)
             ours = pull @ to_anchor
             brain = head
         # Rigid registration of the preprocessed to the raw scan gives the other pipeline's transform.
@@ -175,8 +175,8 @@ def known_moves(
         scan = volume(path)
         brain = brain_of(scan, mask_from_background(scan.data))
         fixed = target(reference, "T1w")
-        plain = register_to_reference(fixed, brain, scratch)[0]
-        other = register_to_reference(target(stand_in, "T1w"), brain, scratch)[0]
+        plain = register_to_reference(fixed, brain)[0]
+        other = register_to_reference(target(stand_in, "T1w"), brain)[0]
         move = translation(np.array(SHIFT)) @ rotation_about(brain.centre(), ANGLES)
         # The field of view is moved as well, so that it contains the whole brain.
         shape, affine = scan.data.shape, np.linalg.inv(move) @ scan.affine
@@ -184,7 +184,7 @@ def known_moves(
         noise = np.random.default_rng(0).normal(0.0, NOISE * np.percentile(scan.data, 99), shape)
         moved = resample(scan.data, scan.affine, shape, turned, move) + noise
         mask = resample(brain.mask, brain.affine, shape, turned, move) > 0.5
-        found = register_to_reference(fixed, brain_of(Volume(moved, turned), mask), scratch)[0]
+        found = register_to_reference(fixed, brain_of(Volume(moved, turned), mask))[0]
         rows.append(
             {
                 "scan": path.name.split("_")[0],

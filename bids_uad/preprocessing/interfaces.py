@@ -237,7 +237,7 @@ class RegisterToReference(SimpleInterface):
             pull = read_itk(self.inputs.external_xfm)
             qc = registration_metrics(reference, brain, pull)
         else:
-            pull, qc = register_to_reference(reference, brain, folder, asymmetric=self.inputs.asymmetric)
+            pull, qc = register_to_reference(reference, brain, asymmetric=self.inputs.asymmetric)
         _check_shows_brain(_source(self), qc, "the reference brain")
         self._results |= _write_both_directions(folder, pull)
         self._results["qc"] = qc
@@ -290,13 +290,13 @@ class RegisterToAnchor(SimpleInterface):
         if self.inputs.aligned or isdefined(self.inputs.external_xfm):
             external = None if self.inputs.aligned else read_itk(self.inputs.external_xfm)
             pull = np.eye(4) if external is None else external @ np.linalg.inv(anchor_xfm)
-            qc = registration_metrics(anchor, moving, pull, folder)
+            qc = registration_metrics(anchor, moving, pull, mirrored=True)
             _check_shows_brain(_source(self), qc, "its T1w image")
         elif self.inputs.measure_agreement:
-            pull, qc = register_to_anchor(anchor, moving, folder)
+            pull, qc = register_to_anchor(anchor, moving)
             _check_shows_brain(_source(self), qc, "its T1w image")
         else:
-            pull, qc = coregister(anchor, moving, folder), {}
+            pull, qc = coregister(anchor, moving), {}
         mask = resample_mask(anchor.mask, anchor.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
         if own_mask is not None:
             mask &= own_mask
@@ -343,7 +343,7 @@ class RegisterRaw(SimpleInterface):
         if isdefined(self.inputs.from_raw):
             pull = read_itk(self.inputs.from_raw)
         else:
-            pull = coregister(scan, Volume(raw.data, raw.affine), folder)
+            pull = coregister(scan, Volume(raw.data, raw.affine))
         to_sri24 = pull @ read_itk(self.inputs.to_sri24)
         mask = resample_mask(scan.mask, scan.affine, raw.data.shape, raw.affine, np.linalg.inv(pull))
         self._results["out_mask"] = _save(runtime, "brain_mask.nii.gz", mask, raw.affine, np.uint8)
@@ -386,7 +386,7 @@ class ResampleToSRI24(SimpleInterface):
                 brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
         else:
             brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
-        values = resample(scan.data, scan.affine, *grid, pull)
+        values = resample(scan.data, scan.affine, *grid, pull, region=brain)
         try:
             scaled = scale_intensity(values, brain)
         except ValueError as error:

@@ -16,8 +16,9 @@ from bids_uad import __version__
 from bids_uad.calibration.normative import FWHM
 from bids_uad.files import write_text
 from bids_uad.methods.registry import detector_name
+from bids_uad.preprocessing.brain_extraction.masks import COMBINED, TEMPLATE
 from bids_uad.reports.bibliography import read_entries
-from bids_uad.reports.pathways import Pathway, lesion_text, preprocessing_text
+from bids_uad.reports.pathways import EXTRACTED, Pathway, lesion_text, preprocessing_text
 
 THRESHOLD_NAMES = {
     "max_dice": "best Dice on validation lesions",
@@ -198,11 +199,15 @@ def _titles(models: Sequence[UsedModel]) -> str:
 
 def _software(models: Sequence[UsedModel], pathways: Mapping[Pathway, int]) -> str:
     """Describe the software; ANTs and PyTorch only if they were used."""
-    registered = not all(pathway.transform_given or pathway.aligned for pathway in pathways)
-    corrected = not all(pathway.image_given for pathway in pathways)
-    ants = " and ".join(
-        ["registered images"] * registered + ["corrected intensity non-uniformity"] * corrected
+    by_template = any(
+        pathway.mask_origin == EXTRACTED and pathway.extraction in (COMBINED, TEMPLATE)
+        for pathway in pathways
     )
+    uses = {
+        "extracted brains by registration": by_template,
+        "corrected intensity non-uniformity": not all(pathway.image_given for pathway in pathways),
+    }
+    ants = " and ".join(use for use, applies in uses.items() if applies)
     parts = [fragment("software_ants", did=ants)] if ants else []
     parts += [fragment("software_torch")] if models else []
     return fragment("software", further="".join(f"{part} " for part in parts))

@@ -22,6 +22,7 @@ _NETWORK = (
     "by a convolutional network that was trained on synthetic heads of random contrast, after SynthStrip "
     "[@synthstrip]"
 )
+_REGISTRATION = "gradient ascent of the normalised mutual information, from coarse to fine [@migradient]"
 _LESIONS = {
     ON_SCAN: "Lesion masks on the grid of a scan were resampled to SRI24 with the transform of the scan.",
     ON_ATLAS: "Lesion masks in SRI24 space were used as provided.",
@@ -152,7 +153,7 @@ def _to_anchor(pathway: Pathway) -> str:
     elif pathway.transform_given:
         text = f"They were transformed to {t1w} by a provided transform"
     else:
-        text = f"They were registered rigidly to {t1w} (mutual information inside its brain mask)"
+        text = f"They were registered rigidly to {t1w} ({_REGISTRATION}, inside its brain mask)"
     return f"{text}; the transform of the T1w image to the SRI24 grid was then applied."
 
 
@@ -166,7 +167,4 @@ def _to_reference(pathway: Pathway) -> str:
     target += ", T2w channel" if pathway.t2w_reference else ""
     if pathway.transform_given:
         return f"The brain was transformed to {target}, by a provided rigid transform."
-    return (
-        f"The brain was registered rigidly (six degrees of freedom, mutual information) to {target}, and the "
-        "transform was refined over all voxels by Powell's method [@powell]."
-    )
+    return f"The brain was registered rigidly (six degrees of freedom) to {target} ({_REGISTRATION})."

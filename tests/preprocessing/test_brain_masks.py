@@ -170,7 +170,7 @@ def extract_and_register(data: np.ndarray, affine: np.ndarray, reference: Volume
     seen = predict_brain_mask(data, affine, load_network(packaged_weights()))
     mask, _ = extract_brain(Volume(data, affine), reference, folder, seen)
     corrected = np.where(mask, correct_bias(data, affine, mask), 0.0)
-    return mask, *register_to_reference(reference, Volume(corrected, affine, mask), folder)
+    return mask, *register_to_reference(reference, Volume(corrected, affine, mask))
 
 
 @pytest.mark.slow

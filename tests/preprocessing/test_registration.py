@@ -11,12 +11,17 @@ from scipy.spatial import distance
 from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
     BINS,
+    COARSE_STAGES,
+    FINE_STAGES,
     RESTART_OVERLAP,
+    RESTART_SIMILARITY,
     RegistrationSchedule,
     Volume,
+    _information_slope,
     centred_start,
     dice,
     mask_overlap,
+    mutual_information,
     refine_rigid,
     register_best,
     register_rigid,
@@ -46,10 +51,8 @@ def target_error(pull: np.ndarray, truth: np.ndarray, volume: Volume) -> float:
     return float(np.linalg.norm(((pull - truth) @ points)[:3], axis=0).mean())
 
 
-def test_register_to_reference_recovers_a_known_transform(
-    reference_volume: Volume, scan: Volume, tmp_path: Path
-) -> None:
-    pull, qc = register_to_reference(reference_volume, scan, tmp_path)
+def test_register_to_reference_recovers_a_known_transform(reference_volume: Volume, scan: Volume) -> None:
+    pull, qc = register_to_reference(reference_volume, scan)
     assert target_error(pull, known_move(), reference_volume) < 0.5
     np.testing.assert_allclose(pull[:3, :3] @ pull[:3, :3].T, np.eye(3), atol=1e-12)
     assert qc["mask_overlap"] > 0.97
@@ -68,7 +71,7 @@ def test_registration_is_reproducible_to_the_bit(
     assert not np.array_equal(runs[0], known_move())
 
 
-def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Volume, tmp_path: Path) -> None:
+def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Volume) -> None:
     # A bright shell around the brain stands for the scalp, which the anchor lacks.
     from scipy import ndimage
 
@@ -78,15 +81,13 @@ def test_a_t2w_head_in_scanner_coordinates_is_registered_to_its_anchor(scan: Vol
     )
     head = t2w_like(scan.data) + np.where(near, 900.0, 0.0)
     t2w = Volume(head.astype(np.float32), move @ scan.affine)
-    pull, qc = register_to_anchor(scan, t2w, tmp_path)
+    pull, qc = register_to_anchor(scan, t2w)
     assert target_error(pull, move, scan) < 0.7
     assert qc["mask_overlap"] is None
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_register_to_anchor_prefers_the_mirror_image_of_a_flipped_t2w(
-    scan: Volume, tmp_path: Path, swapped: bool
-) -> None:
+def test_register_to_anchor_prefers_the_mirror_image_of_a_flipped_t2w(scan: Volume, swapped: bool) -> None:
     # The template is symmetric: a large bright region makes one side differ from the other.
     middle = np.array(scan.data.shape) // 2
     blob = np.zeros(scan.data.shape, bool)
@@ -96,25 +97,49 @@ def test_register_to_anchor_prefers_the_mirror_image_of_a_flipped_t2w(
     data = np.where(blob & scan.mask, 1.6 * scan.data.max() - scan.data, scan.data)
     anchor = Volume(data, scan.affine, scan.mask)
     t2w = t2w_like(data)
-    _, qc = register_to_anchor(anchor, Volume(t2w[::-1] if swapped else t2w, scan.affine), tmp_path)
+    _, qc = register_to_anchor(anchor, Volume(t2w[::-1] if swapped else t2w, scan.affine))
     assert (qc["mirrored_similarity"] > 1.3 * qc["similarity"]) == swapped
 
 
-@pytest.mark.slow
 def test_similarity_is_low_for_a_rotated_brain_with_high_mask_overlap(
-    reference_volume: Volume, scan: Volume, tmp_path: Path
+    reference_volume: Volume, scan: Volume
 ) -> None:
-    turn = rotation_about(scan.centre(), (0.0, 0.0, 180.0))
+    turn = rotation_about(scan.centre(), (180.0, 0.0, 0.0))
     turned = Volume(scan.data, turn @ scan.affine, scan.mask)
     fixed, moving = reference_volume.coarse().cropped(6), turned.coarse().cropped(6)
-    outlines = Volume(fixed.data, fixed.affine), Volume(moving.data, moving.affine)
-    first = register_rigid(*outlines, centred_start(fixed, moving), tmp_path)
+    first = refine_rigid(fixed, moving, centred_start(fixed, moving), (*COARSE_STAGES, *FINE_STAGES))
     truth = turn @ known_move()
     assert target_error(first, truth, reference_volume) > 20
     assert mask_overlap(fixed, moving, first) > RESTART_OVERLAP
-    pull, qc = register_to_reference(reference_volume, turned, tmp_path)
+    assert similarity(fixed, moving, first) < RESTART_SIMILARITY
+    pull, qc = register_to_reference(reference_volume, turned)
     assert qc["restarted"] is True
-    assert target_error(pull, truth, reference_volume) < 0.7
+    assert target_error(pull, truth, reference_volume) < 0.5
+
+
+@pytest.mark.parametrize("angles", [(40.0, 0.0, 0.0), (-20.0, 15.0, 30.0)])
+def test_register_to_reference_needs_no_restart_for_a_tilted_head(
+    reference_volume: Volume, scan: Volume, angles: tuple[float, float, float]
+) -> None:
+    turn = rotation_about(scan.centre(), angles)
+    pull, qc = register_to_reference(reference_volume, Volume(scan.data, turn @ scan.affine, scan.mask))
+    assert qc["restarted"] is False
+    assert target_error(pull, turn @ known_move(), reference_volume) < 0.5
+
+
+def test_information_slope_is_the_derivative_of_mutual_information() -> None:
+    rng = np.random.default_rng(0)
+    joint = rng.random((6, 6))
+    joint[0, 1] = 0.0
+    p = joint / joint.sum()
+    value, slope = _information_slope(p)
+    assert value == pytest.approx(mutual_information(p))
+    for i, j in [(2, 3), (5, 0)]:
+        # Mass moves along the second image, so that the distribution of the first one is unchanged.
+        step = np.zeros_like(p)
+        step[i, j], step[i, j + 1] = -1e-6, 1e-6
+        change = (mutual_information(p + step) - mutual_information(p - step)) / 2e-6
+        assert slope[i, j + 1] - slope[i, j] == pytest.approx(change, rel=1e-5)
 
 
 def test_register_to_reference_restarts_for_a_rotated_brain(reference_volume: Volume, scan: Volume) -> None:
@@ -224,7 +249,7 @@ def test_refine_rigid_converges_to_one_transform(reference_volume: Volume, scan:
         found.append(refine_rigid(fixed, moving, start))
         np.testing.assert_allclose(found[-1][:3, :3] @ found[-1][:3, :3].T, np.eye(3), atol=1e-12)
     assert target_error(found[0], found[1], fixed) < 0.05
-    assert target_error(found[0], known_move(), fixed) < 0.5  # a sixth of a voxel
+    assert target_error(found[0], known_move(), fixed) < 0.6  # a fifth of a voxel
 
 
 def test_bias_correction_removes_a_known_field(reference_volume: Volume) -> None:

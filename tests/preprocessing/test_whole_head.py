@@ -94,7 +94,7 @@ def t1w_brain(truths, seen, tmp_path_factory) -> Volume:
 @pytest.fixture(scope="module")
 def t1w_pull(t1w_brain, reference_volume, tmp_path_factory) -> np.ndarray:
     """From the reference image to the T1w scan."""
-    pull, qc = register_to_reference(reference_volume, t1w_brain, tmp_path_factory.mktemp("to_reference"))
+    pull, qc = register_to_reference(reference_volume, t1w_brain)
     assert qc["restarted"] is False
     return pull
 
@@ -104,7 +104,7 @@ def t2w(truths, t1w_brain, t1w_pull, tmp_path_factory) -> tuple[Volume, np.ndarr
     """The T2w head, corrected inside the T1w scan's brain; pulls from that scan and the reference."""
     scan = truths["T2w"]
     head = Volume(scan.data, scan.affine)
-    pull, _ = register_to_anchor(t1w_brain, head, tmp_path_factory.mktemp("to_anchor"))
+    pull, _ = register_to_anchor(t1w_brain, head)
     mask = resample_mask(t1w_brain.mask, t1w_brain.affine, scan.data.shape, scan.affine, np.linalg.inv(pull))
     return Volume(correct_bias(scan.data, scan.affine, mask), scan.affine, mask), pull, pull @ t1w_pull
 

@@ -44,7 +44,7 @@ TRUTH, ANTS, TORCH = "**Ground truth.**", "*ANTsPy*", "*PyTorch*"
 PATHWAYS = {
     "whole head": (
         pathway(),
-        {N4, SYN, NETWORK, TO_ATLAS, RIGID, ANTS},
+        {N4, SYN, NETWORK, TO_ATLAS, RIGID, ANTS, "extracted brains by registration and corrected"},
         {OF_SAME, CARRIED, "[@icbm152]", "[@mp2rage]", TRUTH},
     ),
     "stand-in": (pathway(stand_in=True), {TO_STAND_IN, "Nonlinear Symmetric"}, {TO_ATLAS, "own images"}),
@@ -67,14 +67,13 @@ PATHWAYS = {
         {
             "had been corrected for intensity non-uniformity by an earlier pipeline",
             RIGID,
-            "registered images",
         },
-        {N4, "and corrected intensity"},
+        {N4, ANTS},
     ),
     "all given": (
         pathway(mask_origin=GIVEN, image_given=True, transform_given=True),
         {"by a provided rigid transform"},
-        {N4, RIGID, "Powell", ANTS},
+        {N4, RIGID, "[@migradient]", ANTS},
     ),
     "T2w alone": (
         pathway("T2w"),
@@ -84,8 +83,8 @@ PATHWAYS = {
     "T2w channel": (pathway("T2w", t2w_reference=True), {f"{TO_ATLAS}, T2w channel"}, set()),
     "T2w with T1w": (
         t2w(),
-        {OF_SAME, CARRIED, N4, "mutual information"},
-        {OF_OTHER, CUT, SYN, "Powell", ON_GRID},
+        {OF_SAME, CARRIED, N4, "mutual information", "[@migradient]"},
+        {OF_OTHER, CUT, SYN, "extracted brains", ON_GRID},
     ),
     "T2w of a session without T1w": (t2w(anchor=OTHER_SESSION), {OF_OTHER, CARRIED}, {"same session"}),
     "T2w skull-stripped": (t2w(skull_stripped=True), {OF_SAME, CARRIED, CUT}, {"their background"}),
