@@ -15,6 +15,7 @@ import pytest
 from bids_uad import space
 from bids_uad.dataset import naming
 from bids_uad.dataset.naming import ImageUnit
+from bids_uad.images import save_image
 from bids_uad.levels.participant.interfaces import DerivativesDataSink
 from tests.header_contract import header_faults
 
@@ -68,24 +69,22 @@ def test_output_of_source_is_named_like_the_outputs(source, modality, expected):
 
 
 def test_data_sink_writes_to_the_named_path_with_the_header_contract(tmp_path):
-    image = nib.Nifti1Image(np.full(space.SHAPE, 0.5), space.AFFINE)
-    image.set_sform(image.affine, 4)
-    nib.save(image, tmp_path / "x.nii.gz")
+    source = save_image(space.to_image(np.full(space.SHAPE, 0.5), np.float32), tmp_path / "x.nii.gz")
     sink = DerivativesDataSink(
         base_directory=str(tmp_path / "out"),
-        in_file=str(tmp_path / "x.nii.gz"),
+        in_file=str(source),
         source_file=str(UNIT.path),
         space="SRI24",
         desc="preproc",
         suffix="T2w",
         compress=True,
-        data_dtype="float32",
         meta_dict={"SkullStripped": True},
     )
     work = tmp_path / "work"
     work.mkdir()
     target = tmp_path / "out" / naming.preprocessing_outputs(UNIT)["preproc"]
     assert sink.run(cwd=str(work)).outputs.out_file == str(target)
+    assert target.read_bytes() == source.read_bytes()
     assert header_faults(target) == []
     written = nib.load(target)
     assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (2, 2)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel as nib
@@ -101,8 +102,9 @@ class DerivativesDataSink(_NiworkflowsSink):
     """niworkflows' data sink with the entities of bids_uad, no subfolder, and atomic writing.
 
     SRI24 is not among the standard spaces, so that headers do not depend on whether the user's TemplateFlow
-    archive contains `tpl-SRI24`. Pass `compress=True` for images: inside a workflow the inherited default is
-    lost, and images are written uncompressed.
+    archive contains `tpl-SRI24`. Each sink takes one file. niworkflows determines its path and sidecar from
+    an empty placeholder, and the file is copied unchanged, since niworkflows would compress an image again.
+    Pass `compress=True` for images: inside a workflow the inherited default is lost.
     """
 
     out_path_base = ""
@@ -112,30 +114,28 @@ class DerivativesDataSink(_NiworkflowsSink):
     _file_patterns = PATTERNS
 
     def _run_interface(self, runtime):
-        target = Path(self.inputs.base_directory).absolute()
-        staging = Path(runtime.cwd) / "staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        target, (file,) = Path(self.inputs.base_directory).absolute(), self.inputs.in_file
         # The sink removes a file before it writes it: not in the dataset, where it may be read.
-        self.inputs.base_directory = str(staging)
-        try:
-            runtime = super()._run_interface(runtime)
-        finally:
-            self.inputs.base_directory = str(target)
-        for field in ("out_file", "out_meta"):
-            if field in self._results:
-                self._results[field] = _publish(self._results[field], staging, target)
-        shutil.rmtree(staging)
+        with TemporaryDirectory(dir=runtime.cwd) as staging:
+            placeholder = Path(staging) / Path(file).name
+            placeholder.touch()
+            self.inputs.base_directory, self.inputs.in_file = staging, [str(placeholder)]
+            try:
+                runtime = super()._run_interface(runtime)
+            finally:
+                self.inputs.base_directory, self.inputs.in_file = str(target), [file]
+            self._results["out_file"] = _publish(file, self._results["out_file"][0], staging, target)
+            if "out_meta" in self._results:
+                staged = self._results["out_meta"]
+                self._results["out_meta"] = _publish(staged, staged, staging, target)
         return runtime
 
 
-def _publish(staged: str | list[str], staging: Path, target: Path) -> str | list[str]:
-    """Copy a staged file, or a list of them, to the dataset; return its path, or a list of paths."""
-    if isinstance(staged, list):
-        return [str(_publish(file, staging, target)) for file in staged]
+def _publish(file: str, staged: str, staging: str, target: Path) -> str:
+    """Copy a file to the dataset, to the relative path that it has in the staging folder; return its path."""
     final = target / Path(staged).relative_to(staging)
     with atomic_path(final) as temporary:
-        shutil.copyfile(staged, temporary)
+        shutil.copyfile(file, temporary)
     return str(final)
 
 

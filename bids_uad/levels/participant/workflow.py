@@ -535,6 +535,4 @@ def _sink(
         sink.inputs.meta_dict = metadata
     if entities["suffix"] != "xfm":
         sink.inputs.compress = True
-        # Images on the native grid keep the header of the raw image.
-        sink.inputs.check_hdr = "space" in entities
     return Node(sink, name=name)
