@@ -304,7 +304,7 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         "min_lesion_volume_mm3": scans["min_lesion_volume_mm3"].max(),
         "n_lesions": lesion["n_lesions"].sum(min_count=1),
         "model_sha256": first["model_sha256"],
-        "app_version": ", ".join(sorted(set(scans["app_version"]))),
+        "app_version": ", ".join(sorted(scans["app_version"].unique())),
     }
     means = {
         "dice": ("dice_mean", lesion, "dice"),

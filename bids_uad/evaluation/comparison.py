@@ -163,7 +163,7 @@ def compare_pair(pair: pd.DataFrame, seed: int) -> dict[str, Any]:
         `COLUMNS`.
     """
     difference = pair.iloc[:, 0] - pair.iloc[:, 1]
-    low, high = bootstrap_interval(difference.to_numpy(), list(pair.index), seed=seed)
+    low, high = bootstrap_interval(difference.to_numpy(), pair.index, seed=seed)
     statistic = p = np.nan
     if len(pair) >= MIN_PARTICIPANTS and (difference != 0).any():
         statistic, p = stats.wilcoxon(difference.to_numpy(), zero_method="pratt")

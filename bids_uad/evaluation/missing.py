@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
-from bids_uad.evaluation.tables import subject_of
+from bids_uad.evaluation.tables import find_tables
 from bids_uad.files import MISSING, read_row
 
 Image = tuple[str, str]
@@ -19,7 +20,7 @@ Image = tuple[str, str]
 NO_REASON = "no reason given"
 """Reason of an image that was excluded by hand without one."""
 
-_PREPROC = "_space-SRI24_desc-preproc_"
+_PREPROC = re.compile(r"^(?P<prefix>sub-.*?)_space-SRI24_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$")
 _QUALITY_TABLE = re.compile(r"^(?P<prefix>sub-.+)_space-SRI24_desc-(?P<modality>T[12]w)Preproc_qc\.tsv$")
 _COLUMNS = ("exclude", "exclude_reasons")
 _OPTIONAL_COLUMNS = ("depends_on", "exclude_dependents")
@@ -95,13 +96,7 @@ def find_missing_data(
         if subject not in folders:
             missing_data.append(MissingData(subject, subject, None, None, "no outputs at all"))
             continue
-        crashes = tuple(
-            str(path.relative_to(root)) for path in sorted((root / subject).glob("**/log/**/crash*"))
-        )
-        images = sorted(
-            tuple(path.name.removesuffix(".nii.gz").split(_PREPROC, 1))
-            for path in (root / subject).glob(f"**/sub-*{_PREPROC}T[12]w.nii.gz")
-        )
+        crashes, images = _crashes_and_images(root, subject)
         if subject not in with_tables and not images:
             reason = "no preprocessed image"
             missing_data.append(MissingData(subject, subject, None, None, reason, crashes))
@@ -114,6 +109,18 @@ def find_missing_data(
                 reason = "preprocessed, but no score table of any detector"
                 missing_data.append(MissingData(subject, prefix, modality, None, reason, crashes))
     return missing_data
+
+
+def _crashes_and_images(root: Path, subject: str) -> tuple[tuple[str, ...], list[Image]]:
+    """List the crash files, relative to the derivatives, and the preprocessed images of a participant."""
+    crashes, images = [], []
+    for parent, _, names in os.walk(root / subject):
+        for name in names:
+            if name.startswith("crash") and "log" in Path(parent).relative_to(root).parts:
+                crashes.append(Path(parent, name).relative_to(root))
+            elif (image := _PREPROC.match(name)) is not None:
+                images.append((image["prefix"], image["modality"]))
+    return tuple(map(str, sorted(crashes))), sorted(images)
 
 
 def subject_folders(output_dir: str | Path) -> list[str]:
@@ -146,9 +153,9 @@ def find_exclusions(
     """
     rows: dict[Image, dict[str, str]] = {}
     unreadable = []
-    for path in sorted(Path(output_dir).glob("sub-*/**/*Preproc_qc.tsv")):
+    for path in find_tables(output_dir, "Preproc_qc.tsv", only):
         name = _QUALITY_TABLE.match(path.name)
-        if name is None or (only and subject_of(path) not in only):
+        if name is None:
             continue
         try:
             rows[name["prefix"], name["modality"]] = read_row(path, _COLUMNS, _OPTIONAL_COLUMNS)

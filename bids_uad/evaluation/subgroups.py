@@ -208,7 +208,7 @@ def compare_subgroups(
 def _subgroup(name: str, means: pd.DataFrame, seed: int) -> dict[str, Any]:
     """Compare one subgroup with all others, given means by participant (rows) and subgroup (columns)."""
     own, others = means[name].dropna(), means.drop(columns=name).mean(axis="columns").dropna()
-    low, high = bootstrap_interval(own.to_numpy(), list(own.index), seed=seed)
+    low, high = bootstrap_interval(own.to_numpy(), own.index, seed=seed)
     pair = pairwise_differences(pd.concat([own, others], axis="columns", keys=["own", "others"])).iloc[0]
     g, g_low, g_high = hedges_g(own.to_numpy(), others.to_numpy())
     if own.index.isin(others.index).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,9 +161,34 @@ def find_metrics_tables(output_dir: str | Path, only: frozenset[str] = frozenset
     list of pathlib.Path
         One table for each image and detector, sorted.
     """
-    paths = Path(output_dir).glob("sub-*/**/*_space-SRI24_desc-*_metrics.tsv")
+    paths = find_tables(output_dir, "_metrics.tsv", only)
+    return [path for path in paths if "_space-SRI24_desc-" in path.name]
+
+
+def find_tables(output_dir: str | Path, ending: str, only: frozenset[str] = frozenset()) -> list[Path]:
+    """List files of participants by the end of their name.
+
+    Parameters
+    ----------
+    output_dir : path-like
+        Root of the derivatives.
+    ending : str
+        End of the file names.
+    only : frozenset of str, default=frozenset()
+        Participants (`sub-<label>`) whose folders are searched; empty means all.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Files that are not hidden, sorted.
+    """
+    folders = [Path(output_dir) / name for name in only] or Path(output_dir).glob("sub-*")
     return sorted(
-        path for path in paths if not path.name.startswith(".") and (not only or subject_of(path) in only)
+        Path(parent, name)
+        for folder in folders
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(ending) and not name.startswith(".")
     )
 
 

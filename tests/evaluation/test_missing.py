@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -99,3 +100,14 @@ def test_quality_table_states_the_exclusion():
     row = quality_table(FAILED, facts).iloc[0]
     assert (row["exclude"], row["exclude_dependents"]) == ("yes", "yes")
     assert pd.isna(row["snr_total"])
+
+
+def test_exclusions_of_a_participant_are_found_without_searching_the_others(tmp_path, monkeypatch):
+    for number in range(1, 5):
+        write_quality(tmp_path, f"sub-0{number}_T1w", FAILED)
+    searched = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": searched.append(Path(path)) or scandir(path))
+    found, _ = find_exclusions(tmp_path, frozenset({"sub-02"}))
+    assert list(found) == [("sub-02", "T1w")]
+    assert searched == [tmp_path / "sub-02", tmp_path / "sub-02" / "anat"]
