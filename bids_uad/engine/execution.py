@@ -15,6 +15,7 @@ from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import cpu_precision
+from bids_uad.networks.ddpmpp import ResidualBlock
 
 CPU_BATCH = 8
 """Slices per batch on a CPU; larger batches are not faster."""
@@ -125,6 +126,9 @@ class Execution(Constrained):
         detector.to(memory_format=torch.channels_last)
         if next(iter(detector.state_dict().values())).device.type == "cpu":
             _use_onednn(detector)
+            for block in detector.modules():
+                if isinstance(block, ResidualBlock):
+                    block.fuse()
         for network in detector.children():
             if self.precision == "bf16":
                 network.forward = _in_bfloat16(network.forward)

@@ -150,7 +150,7 @@ class ANDi(Detector):
         total = torch.zeros_like(x)
         for time, alpha, sigma in zip(times, *signal_and_noise(times), strict=True):
             noise = generator.normal(round(float(time) * STEPS), *x.shape[1:])
-            noised = float(alpha) * x + float(sigma) * noise
-            restored, _ = self.predictor.denoise(noised, float(time))
-            total += (x - restored).square().clamp_min(self.hyper.residual_floor).log()
+            noised = noise.mul_(float(sigma)).add_(x, alpha=float(alpha))
+            residual = self.predictor.restore(noised, float(time)).sub_(x)
+            total += residual.square_().clamp_min_(self.hyper.residual_floor).log_()
         return torch.where(brain, aggregation_constant(times) * (total / len(times)).exp(), 0.0)

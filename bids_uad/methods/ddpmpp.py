@@ -147,11 +147,10 @@ class PartialDiffusion(Detector):
         alphas, sigmas = (scale.tolist() for scale in signal_and_noise(times))
         noise = self._slice_noise(tuple(slices.shape[-2:]), generator)
         noised = alphas[0] * slices + sigmas[0] * noise
-        for step, time in enumerate(times.tolist()):
+        for step, time in enumerate(times[:-1].tolist(), start=1):
             restored, noise = self.predictor.denoise(noised, time)
-            if step + 1 < len(times):
-                noised = alphas[step + 1] * restored + sigmas[step + 1] * noise
-        return restored
+            noised = alphas[step] * restored + sigmas[step] * noise
+        return self.predictor.restore(noised, float(times[-1]))
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute the absolute reconstruction error, intensities in [0, 1]."""

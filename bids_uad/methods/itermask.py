@@ -107,8 +107,9 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     rows = torch.fft.fftfreq(height, 1 / CROP, device=images.device)[:, None]
     columns = torch.fft.fftfreq(width, 1 / CROP, device=images.device)[None]
     low = rows**2 + columns**2 <= radius**2
-    phase = torch.polar(torch.ones_like(images), spectrum.angle())
-    return torch.fft.ifft2(torch.where(low, phase, spectrum)).real
+    angle = spectrum[..., low].angle()
+    spectrum[..., low] = torch.polar(torch.ones_like(angle), angle)
+    return torch.fft.ifft2(spectrum).real
 
 
 def worst_pixels(errors: Tensor, brain: Tensor, fraction: float) -> Tensor:
@@ -128,10 +129,13 @@ def worst_pixels(errors: Tensor, brain: Tensor, fraction: float) -> Tensor:
     Tensor of bool, shape (B, 1, H, W)
         Selected pixels.
     """
-    count = (fraction * brain.flatten(1).sum(1, keepdim=True)).long()
-    ordered = torch.where(brain, errors, -1.0).flatten(1).sort(1, descending=True).values
-    limit = ordered.gather(1, count.clamp_max(ordered.shape[1] - 1))
-    return (errors > limit[:, :, None, None]) & brain
+    selected = torch.zeros_like(brain)
+    for chosen, error, inside in zip(selected, errors, brain, strict=True):
+        values = error[inside]
+        # The largest error that is not selected.
+        rank = len(values) - int(fraction * len(values))
+        chosen |= inside & (error > values.kthvalue(rank).values) if rank else inside
+    return selected
 
 
 class IterMask(Detector):

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, invalid
 
@@ -201,7 +202,7 @@ class ExactConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W)."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x)
@@ -256,7 +257,14 @@ class ResidualBlock(nn.Module):
         if self.activate_second:
             h = _silu(h)
         h = self.conv2(self.dropout(h)).float()
-        return h.add_(self.shortcut(self._resized(x))).mul_(self.gain)
+        h = h.add_(self.shortcut(self._resized(x)))
+        return h if self.gain == 1 else h.mul_(self.gain)
+
+    def fuse(self) -> None:
+        """Make batch normalisation part of the first convolution, in place; for inference only."""
+        if isinstance(self.norm2, nn.BatchNorm2d) and self.film is None:
+            self.conv1 = fuse_conv_bn_eval(self.conv1, self.norm2)
+            self.norm2 = nn.Identity()
 
     def _conditioned_norm(self, h: Tensor, embedding: Tensor | None) -> Tensor:
         """Apply the second normalisation, and the scale and shift of FiLM."""
@@ -557,6 +565,27 @@ class NoisePredictor:
         velocity = self.network(noised, self.time_scale * time)
         return (sigma * noised + alpha * velocity - noise).square().mean()
 
+    def restore(self, noised: Tensor, time: float) -> Tensor:
+        """Predict the image.
+
+        Parameters
+        ----------
+        noised : Tensor, shape (B, 1, H, W)
+            Slices with noise.
+        time : float
+            Diffusion time of all slices.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, H, W)
+            Predicted image, clipped to [-1, 1].
+        """
+        # One label for the batch, so that it is embedded once.
+        times = torch.full((1,), time, device=noised.device)
+        alpha, sigma = (float(scale) for scale in signal_and_noise(times.double()))
+        velocity = self.network(noised, self.time_scale * times).to(noised.dtype)
+        return torch.mul(velocity, -sigma).add_(noised, alpha=alpha).clamp_(-1, 1)
+
     def denoise(self, noised: Tensor, time: float) -> tuple[Tensor, Tensor]:
         """Predict image and noise.
 
@@ -574,9 +603,6 @@ class NoisePredictor:
         noise : Tensor, shape (B, 1, H, W)
             Noise for which `noised` is composed of this image and this noise.
         """
-        # One label for the batch, so that it is embedded once.
-        times = torch.full((1,), time, device=noised.device)
-        alpha, sigma = (float(scale) for scale in signal_and_noise(times.double()))
-        velocity = self.network(noised, self.time_scale * times).to(noised.dtype)
-        image = (alpha * noised - sigma * velocity).clamp(-1, 1)
+        image = self.restore(noised, time)
+        alpha, sigma = (float(scale) for scale in signal_and_noise(torch.tensor(time, dtype=torch.float64)))
         return image, (noised - alpha * image) / sigma

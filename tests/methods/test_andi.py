@@ -69,11 +69,11 @@ def test_residual_floor_keeps_scores_of_exactly_restored_pixels_finite(slices):
         detector = ANDi(ANDiHyper(network=TINY, stride=50, residual_floor=floor))
         calls = []
 
-        def denoise(noised, time, x=x, calls=calls):
+        def restore(noised, time, x=x, calls=calls):
             calls.append(time)
-            return (2 * x - 1 if len(calls) == 1 else torch.zeros_like(x)), noised
+            return 2 * x - 1 if len(calls) == 1 else torch.zeros_like(x)
 
-        detector.predictor.denoise = denoise
+        detector.predictor.restore = restore
         scores = detector.score(x, brain, generator())[brain]
         assert bool((scores == 0).all()) == silenced
 
