@@ -85,13 +85,13 @@ def test_the_outputs_pass_the_validator(bench):
     assert [(i["severity"], i["code"], i.get("location")) for i in issues] == []
 
 
-def test_changed_age_updates_deviations_without_scoring(bench):
-    assert bench.run(*BOTH, "--participant-label", "01", "--keep-workdir") == 0
+def test_changed_age_updates_deviations_without_preprocessing(bench):
+    assert bench.run(*BOTH, "--participant-label", "01") == 0
     bench.take_calls()
     before, _ = z_map(bench, "sub-01")
     people(bench, {"sub-01": ("40", "F")})
     assert bench.run(*BOTH, "--participant-label", "01") == 0
-    assert bench.take_calls() == []
+    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w"]
     after, _ = z_map(bench, "sub-01")
     assert after.max() == pytest.approx(before.max() + 1, abs=0.01)
 

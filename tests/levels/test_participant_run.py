@@ -217,7 +217,8 @@ def test_mp2rage_image_is_processed_beside_a_t1w_image(bench):
 
 def test_second_run_only_restores_lost_files(bench, capsys):
     bench.dataset(T1W, T2W)
-    assert bench.run("--keep-workdir") == 0
+    assert bench.run() == 0
+    assert list(bench.work.glob("*_wf/*")) == []
     assert len(bench.take_calls()) == 4
     before = bench.maps()
     assert bench.run() == 0
@@ -226,24 +227,22 @@ def test_second_run_only_restores_lost_files(bench, capsys):
 
     lost = bench.out / "sub-01/anat/sub-01_space-SRI24_label-anomaly_desc-T2wDisyre_mask.nii.gz"
     lost.unlink()
-    assert bench.run("--keep-workdir") == 0
-    assert bench.take_calls() == []  # from the working folder
+    assert bench.run() == 0
+    assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w"]  # on the outputs of preprocessing
     assert bench.maps() == before
 
-    lost.unlink()
-    assert bench.run("--clean-workdir") == 0
-    assert list(bench.work.glob("*_wf/*/*")) == []
-    assert bench.take_calls() == [
-        "detect sub-01_T2w disyre-T2w",
-        "preproc sub-01_T1w.nii.gz",
-        "preproc sub-01_T2w.nii.gz",
-    ]
+    (bench.out / "sub-01/anat/sub-01_space-SRI24_desc-preproc_T2w.nii.gz").unlink()
+    assert bench.run("--keep-workdir") == 0
+    assert bench.take_calls() == ["preproc sub-01_T1w.nii.gz", "preproc sub-01_T2w.nii.gz"]
     assert bench.maps() == before
+    assert list(bench.work.glob("*_wf/*/*")) != []
+    assert bench.run("--clean-workdir") == 0
+    assert list(bench.work.glob("*_wf/*")) == []
 
 
 def test_another_precision_scores_again(bench):
     bench.dataset(T1W)
-    assert bench.run("--precision", "fp32", "--keep-workdir") == 0
+    assert bench.run("--precision", "fp32") == 0
     assert len(bench.take_calls()) == 2
     assert bench.run("--precision", "bf16") == 0
     assert [call.split()[0] for call in bench.take_calls()] == ["detect"]
@@ -263,7 +262,7 @@ def test_sidecar_has_the_precision_of_the_detector_on_this_cpu(bench, monkeypatc
 
 def test_new_model_only_adds_its_outputs(bench):
     bench.dataset(T1W)
-    assert bench.run("--keep-workdir") == 0
+    assert bench.run() == 0
     bench.take_calls()
     other = str(fake_bundle(bench.folder / "patchcore-T1w", "patchcore", "T1w"))
     assert bench.run(models=[other]) == 0

@@ -95,6 +95,8 @@ class Task:
         Labels of models with outdated outputs that are not among the models of this run.
     done : bool
         Whether all outputs exist and are up to date.
+    preprocessed : tuple of str, default=()
+        Outputs of preprocessing, relative to the dataset, if all exist and are up to date.
     anchor_only : bool, default=False
         Whether the image is used only to register T2w images of other sessions. It is not written, and
         counts as done.
@@ -108,6 +110,7 @@ class Task:
     outdated: bool
     outdated_models: tuple[str, ...]
     done: bool
+    preprocessed: tuple[str, ...] = ()
     anchor_only: bool = False
 
     @property
@@ -185,6 +188,7 @@ def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, conte
     )
     names = {bundle.scored_as for bundle in requested}
     earlier = record.models if outdated else {}
+    preprocessed = current is not None and all_exist(current.outputs, config.output_dir)
     return Task(
         unit=unit,
         bundles=missing,
@@ -193,7 +197,8 @@ def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, conte
         fingerprint=fingerprint,
         outdated=outdated,
         outdated_models=tuple(model.label for name, model in earlier.items() if name not in names),
-        done=current is not None and not missing and all_exist(current.outputs, config.output_dir),
+        done=preprocessed and not missing,
+        preprocessed=tuple(current.outputs) if preprocessed else (),
     )
 
 
@@ -240,10 +245,11 @@ def by_subject(tasks: Sequence[Task]) -> dict[str, list[Task]]:
 
 
 def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
-    """Split the tasks of a participant into pending ones and those that pending ones depend on.
+    """Return the pending tasks of a participant, and those that are preprocessed for them.
 
-    An image that is done is preprocessed again (from the working folder, if it still exists) if another image
-    is registered to it, or needs the lesion mask on its grid.
+    A pending image is preprocessed unless the outputs of preprocessing exist, for example because only a
+    model is new. Any image is preprocessed (from the working folder, if it still exists) if an image that is
+    preprocessed is registered to it, or needs the lesion mask on its grid.
 
     Parameters
     ----------
@@ -254,18 +260,15 @@ def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     -------
     to_do : list of Task
         Tasks with missing outputs.
-    support : list of Task
-        Tasks that are done and that `to_do` depends on.
+    to_preprocess : list of Task
+        Tasks whose images are preprocessed.
     """
     to_do = [task for task in tasks if not task.done]
-    needed = set()
-    for task in to_do:
-        needed |= _needs(task)
     by_key = {task.unit.key: task for task in tasks}
-    for key in list(needed):
-        needed |= _needs(by_key[key]) if by_key[key].unit.anchor is not None else set()
-    support = [task for task in tasks if task.done and task.unit.key in needed]
-    return to_do, support
+    keys = {task.unit.key for task in to_do if not task.preprocessed}
+    for _ in range(2):  # a lesion mask may belong to an image that is itself registered to another
+        keys = keys.union(*(_needs(by_key[key]) for key in keys))
+    return to_do, [task for task in tasks if task.unit.key in keys]
 
 
 def _needs(task: Task) -> set[str]:
@@ -484,8 +487,7 @@ def images_in_use(tasks: Sequence[Task], *, everything: bool) -> set[str]:
     """
     if everything:
         return {task.unit.key for task in tasks}
-    to_do, support = split_tasks(tasks)
-    return {task.unit.key for task in (*to_do, *support)}
+    return {task.unit.key for part in split_tasks(tasks) for task in part}
 
 
 def remove_temporary_files(output_dir: Path, subject: str | None = None) -> None:

@@ -21,6 +21,7 @@ from bids_uad.dataset.naming import ImageUnit
 from bids_uad.dataset.participants import source_name
 from bids_uad.dataset.raw_metadata import SidecarReader
 from bids_uad.engine.bundle import Bundle
+from bids_uad.files import read_json
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
@@ -36,6 +37,7 @@ from bids_uad.levels.participant.interfaces import (
     Detect,
     Postprocess,
     WriteQuality,
+    sidecar_of,
     with_sidecars,
 )
 from bids_uad.levels.participant.leakage import normative_metadata, scanner_seen, seen_in_training
@@ -158,21 +160,25 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], context: RunContext) ->
         (`*_derivatives_wf`, see :func:`init_derivatives_wf`).
     """
     workflow = LiterateWorkflow(name=node_key(subject, "")[0])
-    to_do, support = split_tasks(tasks)
+    to_do, to_preprocess = split_tasks(tasks)
     preprocessed, lesions = {}, {}
-    for task in (*to_do, *support):
+    for task in to_preprocess:
         key, name = task.unit.key, _identifier(task.unit.key)
         preprocessed[key] = _init_preprocessing(task, context, f"{name}_preproc_wf")
         workflow.add_nodes([preprocessed[key]])
         if not task.provides_lesion:
             continue
         lesions[key] = _connect_lesion(workflow, task.lesion, preprocessed[key], name)
-    for task in (*to_do, *support):
+    for task in to_preprocess:
         if task.unit.anchor is not None:
             anchor = preprocessed[task.unit.anchor.key]
             workflow.connect([(anchor, preprocessed[task.unit.key], _fields(FROM_ANCHOR))])
     for task in to_do:
-        derivatives = init_derivatives_wf(task, context, name=f"{_identifier(task.unit.key)}_derivatives_wf")
+        name = f"{_identifier(task.unit.key)}_derivatives_wf"
+        if task.preprocessed:
+            workflow.add_nodes([init_models_wf(task, context, name=name)])
+            continue
+        derivatives = init_derivatives_wf(task, context, name=name)
         fields = {field: field for field in FROM_PREPROCESSING}
         workflow.connect([(preprocessed[task.unit.key], derivatives, _fields(fields))])
         if task.lesion_provider is not None:
@@ -297,6 +303,38 @@ def init_derivatives_wf(task: Task, context: RunContext, *, name: str) -> Litera
         written.append((sink, "out_file"))
     models = _connect_detection(workflow, task, context, inputs)
     connect_record(workflow, task, context, inputs, written, models)
+    return workflow
+
+
+def init_models_wf(task: Task, context: RunContext, *, name: str) -> LiterateWorkflow:
+    """Build the workflow that runs detectors on the outputs of preprocessing of an earlier run.
+
+    Parameters
+    ----------
+    task : Task
+        The image, its models and lesion mask.
+    context : RunContext
+        Options, reference image and device.
+    name : str
+        Name of the workflow.
+
+    Returns
+    -------
+    niworkflows.engine.workflows.LiterateWorkflow
+        Detection, and the completion record.
+    """
+    root = context.config.output_dir
+    workflow = LiterateWorkflow(name=name)
+    inputs = Node(IdentityInterface(fields=[*FROM_PREPROCESSING, "lesion", "files"]), name="inputnode")
+    paths = naming.preprocessing_outputs(task.unit)
+    for field, path in paths.items():
+        setattr(inputs.inputs, field, str(root / path))
+    inputs.inputs.qc = read_json(sidecar_of(root / paths["preproc"]))["PreprocessingQuality"]
+    inputs.inputs.files = [str(root / path) for path in task.preprocessed]
+    if task.lesion is not None:
+        inputs.inputs.lesion = str(root / task.lesion.output)
+    models = _connect_detection(workflow, task, context, inputs)
+    connect_record(workflow, task, context, inputs, [(inputs, "files")], models)
     return workflow
 
 
