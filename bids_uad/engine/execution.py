@@ -15,6 +15,7 @@ from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import cpu_precision
+from bids_uad.networks.backbones import fold_batch_norm
 from bids_uad.networks.ddpmpp import ResidualBlock
 
 CPU_BATCH = 8
@@ -125,6 +126,7 @@ class Execution(Constrained):
         """
         detector.to(memory_format=torch.channels_last)
         if next(iter(detector.state_dict().values())).device.type == "cpu":
+            fold_batch_norm(detector)
             _use_onednn(detector)
             for block in detector.modules():
                 if isinstance(block, ResidualBlock):

@@ -139,15 +139,15 @@ class FAE(FeatureDetector):
         """Compute one minus the SSIM of feature maps and restored ones, mean over channels, in [0, 2]."""
         features = self.feature_stack(slices, brain)
         restored = self.autoencoder(features)
-        # Windows of all cells from which a pixel of the brain is interpolated.
-        reach = (self.hyper.scoring_window // 2 + 1) * STRIDE
-        rows, columns = (
-            slice(side.start // STRIDE, side.stop // STRIDE)
-            for side in occupied_box(brain, reach + STRIDE, STRIDE)
-        )
-        parts = (maps[..., rows, columns] for maps in (restored, features))
-        similarity = ssim_map(*parts, window=self.hyper.scoring_window)
         dissimilarity = torch.zeros_like(features[:, :1])
-        dissimilarity[..., rows, columns] = 1 - similarity.mean(1, keepdim=True)
+        # The windows of all cells from which a pixel of the brain is interpolated; one slice at a time fits
+        # in the cache of a processor core.
+        reach = (self.hyper.scoring_window // 2 + 2) * STRIDE
+        for index in range(len(slices)):
+            box = occupied_box(brain[index : index + 1], reach, STRIDE)
+            rows, columns = (slice(side.start // STRIDE, side.stop // STRIDE) for side in box)
+            parts = (maps[index : index + 1, :, rows, columns] for maps in (restored, features))
+            similarity = ssim_map(*parts, window=self.hyper.scoring_window)
+            dissimilarity[index, :, rows, columns] = 1 - similarity.mean(1)
         fine = F.interpolate(dissimilarity, size=slices.shape[-2:], mode="bilinear", align_corners=True)
         return torch.where(brain, fine, 0.0)

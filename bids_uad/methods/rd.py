@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, Positive
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage
+from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, occupied_box
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 
@@ -90,7 +90,7 @@ class ResampledBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H', W')."""
-        return F.relu(self.main(x) + self.shortcut(x))
+        return F.relu(self.main(x).add_(self.shortcut(x)), inplace=True)
 
 
 class OneClassEmbedding(nn.Module):
@@ -209,7 +209,16 @@ class ReverseDistillation(FeatureDetector):
         teacher_maps = self.features(slices, brain)
         student_maps = self.student(self.embedding(teacher_maps))
         total = torch.zeros_like(slices)
-        for a, b in zip(teacher_maps, student_maps, strict=True):
-            distance = 1 - F.cosine_similarity(a, b)[:, None]
+        for stride, a, b in zip(self.hyper.backbone.strides, teacher_maps, student_maps, strict=True):
+            distance = torch.zeros_like(a[:, :1])
+            # Cells from which a pixel of the brain is interpolated, one slice at a time as in FAE.
+            for index in range(len(slices)):
+                box = occupied_box(brain[index : index + 1], 2 * stride, stride)
+                part = (
+                    index,
+                    slice(None),
+                    *(slice(side.start // stride, side.stop // stride) for side in box),
+                )
+                distance[part] = 1 - F.cosine_similarity(a[part], b[part], dim=0)
             total += F.interpolate(distance, size=slices.shape[-2:], mode="bilinear", align_corners=True)
         return torch.where(brain, total, 0.0)

@@ -256,6 +256,33 @@ def folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module) -> nn.Conv2d |
     return fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
 
 
+@torch.inference_mode(False)
+def fold_batch_norm(network: nn.Module) -> None:
+    """Fold batch normalisation in evaluation mode into the convolutions before it, in place.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Network. Pairs are found in sequences, and as attributes ``conv*`` and ``bn*`` of ResNet blocks. It
+        cannot be trained afterwards.
+    """
+    for module in network.modules():
+        names = list(module._modules)
+        if isinstance(module, nn.Sequential):
+            pairs = list(pairwise(names))
+        else:
+            pairs = [(name, name.replace("conv", "bn")) for name in names if name.startswith("conv")]
+        for conv_name, norm_name in pairs:
+            conv, norm = module._modules[conv_name], module._modules.get(norm_name)
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+                setattr(module, conv_name, folded(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.inplace = True
+
+
+LAYOUT = torch.channels_last
+"""Memory layout in which convolutions are fast on a CPU."""
 BRAIN_MARGIN = 16
 """Pixels around the brain within which the feature maps of a slice are taken to differ from an empty one."""
 BOX_STEP = 16
@@ -427,13 +454,15 @@ class TissueNet(nn.Module):
         layers = self._empty_slice(slices)
         last = max(number for number, layer in enumerate(layers) if layer.tap in taps)
         maps = {
-            layer.tap: layer.empty.clamp_min(0).expand(len(slices), -1, -1, -1).clone()
+            layer.tap: layer.empty.clamp_min(0)
+            .expand(len(slices), -1, -1, -1)
+            .contiguous(memory_format=LAYOUT)
             for layer in layers
             if layer.tap in taps
         }
         for members, box in brain_boxes(brain):
             change = F.pixel_unshuffle(slices[members][..., box[0], box[1]], 2)
-            change = change.contiguous(memory_format=torch.channels_last)
+            change = change.contiguous(memory_format=LAYOUT)
             for layer in layers[: last + 1]:
                 rows, columns = (slice(side.start // layer.scale, side.stop // layer.scale) for side in box)
                 empty = layer.empty[..., rows, columns]
@@ -446,7 +475,8 @@ class TissueNet(nn.Module):
     def _empty_slice(self, slices: Tensor) -> list[_Layer]:
         """Return the layers and what they make of an empty slice; computed again if a weight has changed."""
         tensors = [*self.parameters(), *self.buffers()]
-        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        # Tensors that were created in inference mode have no version.
+        versions = tuple((tensor.data_ptr(), tensor.is_inference() or tensor._version) for tensor in tensors)
         key = (slices.shape[2:], versions)
         if self._empty is None or self._empty[0] != key:
             x, scale, layers = F.pixel_unshuffle(torch.zeros_like(slices[:1]), 2), 1, []
@@ -460,10 +490,11 @@ class TissueNet(nn.Module):
                         weight, bias = _on_half_grid(weight, 2), bias.repeat_interleave(4)
                     elif len(layers) == 1:
                         weight, stride = _on_half_grid(weight, 1), 1
+                    weight = weight.contiguous(memory_format=LAYOUT)
                     layer = _Layer(weight, stride, max(scale, 2), x, tap if block is stage[-1] else None)
-                    layer = layer._replace(empty=layer(x) + bias.view(-1, 1, 1))
-                    layers.append(layer)
-                    x = layer.empty.relu()
+                    empty = (layer(x) + bias.view(-1, 1, 1)).contiguous(memory_format=LAYOUT)
+                    layers.append(layer._replace(empty=empty))
+                    x = empty.relu()
             self._empty = key, layers
         return self._empty[1]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.backbones import EfficientNetB4, TissueNet, resnet18, wide_resnet50_2
+from bids_uad.networks.backbones import EfficientNetB4, TissueNet, fold_batch_norm, resnet18, wide_resnet50_2
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,25 @@ class TestAroundBrain:
             after, whole = tissue_net(slices, brain)[2], tissue_net(slices)[2]
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after[0, :, 7:18, 8:22], whole[0, :, 7:18, 8:22], atol=1e-4, rtol=1e-4)
+
+
+def test_folded_normalisation_leaves_the_outputs():
+    torch.manual_seed(0)
+    network = resnet18(stages=2).eval()
+    transposed = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(3, 5, 4, stride=2), torch.nn.BatchNorm2d(5), torch.nn.LeakyReLU()
+    ).eval()
+    for module in (*network.modules(), *transposed.modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight, module.bias):
+                torch.nn.init.normal_(tensor, 0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = [*network.features(images), transposed(images)]
+        for folding in (network, transposed):
+            fold_batch_norm(folding)
+            assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folding.modules())
+        found = [*network.features(images), transposed(images)]
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
