@@ -240,6 +240,38 @@ def test_second_run_only_restores_lost_files(bench, capsys):
     assert list(bench.work.glob("*_wf/*")) == []
 
 
+def test_work_folder_and_unfinished_participants_do_not_grow(bench, monkeypatch):
+    """Each participant has its report before the next but one is begun, and leaves no intermediate files."""
+    labels = [f"{number:02d}" for number in range(6)]
+    bench.dataset(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels), T2W)
+    begun, reported, folders = [], [], []
+
+    class Watch(summary.Progress):
+        def begin(self, subject):
+            begun.append(subject)
+            reported.append({path.stem.removeprefix("sub-") for path in bench.out.glob("sub-*.html")})
+            super().begin(subject)
+
+        def watch(self, node, status):
+            folders.append(len(list(bench.work.glob("*_wf/*_wf"))))
+            super().watch(node, status)
+
+    monkeypatch.setattr(run, "Progress", Watch)
+    assert bench.run("--nprocs", "1") == 0
+    assert begun == labels
+    for number, reports in enumerate(reported):
+        assert set(labels[: max(number - 1, 0)]) <= reports <= set(labels[:number])
+    assert 1 <= max(folders) <= 2
+    assert list(bench.work.glob("*_wf/*")) == []
+    assert len(list(bench.out.glob("sub-*.html"))) == len(labels)
+
+
+def test_failed_participants_keep_their_intermediate_files(bench):
+    bench.dataset("sub-crash/anat/sub-crash_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz")
+    assert bench.run() == 1
+    assert [path.name for path in bench.work.glob("*_wf/*")] == ["sub_crash_wf"]
+
+
 def test_another_precision_scores_again(bench):
     bench.dataset(T1W)
     assert bench.run("--precision", "fp32") == 0
