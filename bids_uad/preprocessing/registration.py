@@ -54,7 +54,7 @@ PAIR_SPACING, PAIR_MARGIN = 3.0, 3
 """Voxel edge (mm) and margin (voxels) for the comparison of two images of one participant."""
 CUBE, EDGE = 6, 2
 """Edge of the cubes of `local_correlation`, and depth of the mask's surface layer left out (voxels)."""
-COARSE_STAGES, FINE_STAGES = ((8.0, 1), (4.0, 1)), ((3.0, 4), (2.0, 2))
+COARSE_STAGES, FINE_STAGES = ((8.0, 1), (4.0, 1)), ((3.0, 2), (2.0, 1))
 """Stages of `register_rigid` on 4 mm and on 2 mm voxels: standard deviation of the Gaussian (mm), which
 removes local maxima, and interval of the sampled voxels."""
 RIM_VOXELS = 3
