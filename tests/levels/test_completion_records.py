@@ -137,17 +137,19 @@ def test_models_of_a_run_are_recorded_one_by_one(tmp_path):
     assert on_disk(tmp_path) == {PREPROC}
     for file in outputs_of("pls"):  # written, and not recorded yet
         (tmp_path / file).write_text("second")
-    record = CompletionRecord(KEY, "", "sub-01/anat/sub-01_T1w.nii.gz", OLD, [PREPROC])
-    models = {"rd": ModelRecord("rd-T1w", "second", outputs=outputs_of("rd"))}
-    for part in ({}, models):
-        write_record(path_in(tmp_path), tmp_path, replace(record, models=part))
-        assert read_record(path_in(tmp_path)).models == part
+    record = CompletionRecord(KEY, "second", "sub-01/anat/sub-01_T1w.nii.gz", OLD, [PREPROC])
+    models = {name: ModelRecord(name, "second", outputs=outputs_of(name)) for name in ("rd", "pls")}
+    for own, recorded, run_id in (
+        ([], [], "run"),
+        (["rd"], ["rd"], "run"),
+        (["pls"], ["pls", "rd"], "second"),
+    ):
+        part = replace(record, models={name: models[name] for name in own})
+        write_record(path_in(tmp_path), tmp_path, part, requested=models)
+        found = read_record(path_in(tmp_path))
+        assert list(found.models) == recorded
+        assert found.run_id == run_id  # the last that was complete
         assert set(outputs_of("pls")) < on_disk(tmp_path)
-    assert read_record(path_in(tmp_path)).run_id == "run"  # the last that was complete
-    models["pls"] = ModelRecord("pls-T1w", "second", outputs=outputs_of("pls"))
-    write_record(path_in(tmp_path), tmp_path, replace(record, run_id="second", models=models))
-    found = read_record(path_in(tmp_path))
-    assert (found.run_id, list(found.models)) == ("second", ["pls", "rd"])
 
 
 def test_concurrent_jobs_with_different_models_are_all_recorded(tmp_path):

@@ -188,7 +188,9 @@ def withdraw_outputs(
             write_json(path, asdict(replace(remaining, outdated=[])))
 
 
-def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path:
+def write_record(
+    path: Path, output_dir: Path, record: CompletionRecord, requested: Iterable[str] = ()
+) -> Path:
     """Write the record of an image after the outputs that it lists.
 
     Models that are recorded already are kept if their outputs depend on the same inputs and options, so that
@@ -202,8 +204,9 @@ def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path
     output_dir : pathlib.Path
         Root of the derivatives.
     record : CompletionRecord
-        Record of this run; `models` are those whose outputs exist. Without `run_id`, the recorded one is
-        kept.
+        Record of this run; `models` are those whose outputs exist.
+    requested : iterable of str, default=()
+        Models of this run, by `Bundle.scored_as`. Until all are recorded, the earlier `run_id` is kept.
 
     Returns
     -------
@@ -211,16 +214,14 @@ def write_record(path: Path, output_dir: Path, record: CompletionRecord) -> Path
         `path`.
     """
     with _exclusive(path):
-        earlier = read_record(path)
+        earlier, run_id = read_record(path), ""
         if earlier is not None:
             if earlier.fingerprint == record.fingerprint:
-                models = {**earlier.models, **record.models}
-                record = replace(
-                    record,
-                    run_id=record.run_id or earlier.run_id,
-                    models={name: models[name] for name in sorted(models)},
-                )
+                models, run_id = {**earlier.models, **record.models}, earlier.run_id
+                record = replace(record, models={name: models[name] for name in sorted(models)})
             _remove(sorted((earlier.files | set(earlier.outdated)) - record.files), output_dir)
+        if not set(requested) <= set(record.models):
+            record = replace(record, run_id=run_id)
         return write_json(path, asdict(record))
 
 

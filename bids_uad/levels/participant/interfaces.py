@@ -421,7 +421,8 @@ def quality_table(quality: Mapping[str, Any], provenance: Mapping[str, str]) -> 
 
 class _CompleteInputSpec(BaseInterfaceInputSpec):
     files = traits.List(File(exists=True), mandatory=True, desc="outputs of preprocessing")
-    after = traits.List(File(exists=True), desc="outputs or records of models, written before")
+    after = traits.List(File(exists=True), desc="outputs of the recorded model, written before")
+    requested = traits.List(traits.Str, mandatory=True, desc="models without which the run is not complete")
     output_dir = traits.Str(mandatory=True, desc="derivative dataset")
     record_file = traits.Str(mandatory=True, desc="path of the completion record (JSON)")
     record = traits.Dict(mandatory=True, nohash=True, desc="completion record, without `outputs`")
@@ -448,6 +449,6 @@ class Complete(SimpleInterface):
         present = [name for name in with_sidecars(written) if (root / name).is_file()]
         methods = add_measured_methods(record.methods, self.inputs.quality)
         record = replace(record, outputs=present, methods=methods)
-        path = write_record(Path(self.inputs.record_file), root, record)
+        path = write_record(Path(self.inputs.record_file), root, record, self.inputs.requested)
         self._results["out_file"] = str(path)
         return runtime

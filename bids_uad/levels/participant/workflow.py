@@ -364,7 +364,7 @@ def connect_record(
     """Add the nodes that write the completion record.
 
     Preprocessing and each model are recorded when their outputs exist, so that a model that fails does not
-    affect the others. The last node, `complete`, enters the run.
+    affect the others.
 
     Parameters
     ----------
@@ -384,32 +384,26 @@ def connect_record(
     collect = Node(Merge(len(written)), name="collect", run_without_submitting=True)
     for number, (node, field) in enumerate(written, start=1):
         workflow.connect(node, field, collect, f"in{number}")
-
+    nodes = {"record_preprocessing": None, **{f"record_{_identifier(name)}": name for name in models}}
     record = _record(task, context)
-    complete = _record_node("complete", record, task, context)
-    nodes = [complete]
-    if models:
-        nodes.append(
-            _record_node("record_preprocessing", replace(record, run_id="", models={}), task, context)
-        )
-        recorded = Node(Merge(len(models)), name="recorded", run_without_submitting=True)
-        workflow.connect(recorded, "out", complete, "after")
-    for number, (name, post) in enumerate(models.items(), start=1):
-        part = replace(record, run_id="", models={name: record.models[name]})
-        nodes.append(_record_node(f"record_{_identifier(name)}", part, task, context))
-        workflow.connect(post, "out_files", nodes[-1], "after")
-        workflow.connect(nodes[-1], "out_file", recorded, f"in{number}")
-    for node in nodes:
+    for node_name, name in nodes.items():
+        own = {} if name is None else {name: record.models[name]}
+        node = _record_node(node_name, replace(record, models=own), list(models), task, context)
         workflow.connect([(collect, node, [("out", "files")]), (inputs, node, [("qc", "quality")])])
+        if name is not None:
+            workflow.connect(models[name], "out_files", node, "after")
 
 
-def _record_node(name: str, record: CompletionRecord, task: Task, context: RunContext) -> Node:
-    """Return a node that writes a completion record."""
+def _record_node(
+    name: str, record: CompletionRecord, requested: list[str], task: Task, context: RunContext
+) -> Node:
+    """Return a node that writes a completion record, or adds its models to the existing one."""
     output_dir = context.config.output_dir
     write = Complete(
         output_dir=str(output_dir),
         record_file=str(record_path(output_dir, task.unit)),
         record=asdict(record),
+        requested=requested,
     )
     return Node(write, name=name, run_without_submitting=True)
 
