@@ -90,6 +90,25 @@ def save_image(image: nib.Nifti1Image, target: str | Path) -> Path:
     return Path(target)
 
 
+def load_image(path: str | PathLike[str]) -> nib.Nifti1Image:
+    """Load an image of :func:`save_image` as `nibabel.load` does, but decompress it as a whole with ISA-L.
+
+    Parameters
+    ----------
+    path : path-like
+        NIfTI-1 file, uncompressed or compressed.
+
+    Returns
+    -------
+    nibabel.Nifti1Image
+        Image; that of a compressed file is in memory.
+    """
+    path = Path(path)
+    if path.suffix != ".gz":
+        return nib.load(path)
+    return nib.Nifti1Image.from_bytes(igzip.decompress(path.read_bytes()))
+
+
 _COPY_AGAIN = "copy or download the file again"
 # What nibabel, NumPy, gzip, ISA-L and zlib raise for damaged headers and streams.
 _DAMAGED = (

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from bids_uad.errors import InputError
-from bids_uad.images import grid_of, make_image, open_nifti, read_data, same_grid, save_image, scale_intensity
+from bids_uad.images import (
+    grid_of,
+    load_image,
+    make_image,
+    open_nifti,
+    read_data,
+    same_grid,
+    save_image,
+    scale_intensity,
+)
 from bids_uad.preprocessing.check import header_warnings, read_scan
 from tests.header_contract import header_faults, read_header, sform
 
@@ -52,6 +61,21 @@ def test_equal_images_make_equal_files(tmp_path: Path) -> None:
     image = make_image(np.arange(64).reshape(4, 4, 4), np.eye(4), np.float32)
     one, other = (save_image(image, tmp_path / name) for name in ("one.nii.gz", "other.nii.gz"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["image.nii", "image.nii.gz"])
+def test_compressed_images_are_those_of_nibabel(tmp_path: Path, name: str) -> None:
+    values = np.random.default_rng(0).normal(size=(20, 30, 10)).astype(np.float32)
+    image = make_image(values, AFFINES["oblique"], np.float32)
+    nib.save(image, tmp_path / f"nibabel_{name}")
+    path = save_image(image, tmp_path / name)
+    theirs, ours = (file.read_bytes() for file in (tmp_path / f"nibabel_{name}", path))
+    if name.endswith(".gz"):
+        theirs, ours = gzip.decompress(theirs), gzip.decompress(ours)
+    assert ours == theirs
+    for loaded in (load_image(tmp_path / f"nibabel_{name}"), load_image(path)):
+        np.testing.assert_array_equal(np.asanyarray(loaded.dataobj), values)
+        np.testing.assert_array_equal(loaded.affine, nib.load(path).affine)
 
 
 def test_header_contract_finds_faults(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from bids_uad.dataset.sidecars import QUALITY_COLUMNS
 from bids_uad.engine.bundle import NORMATIVE_FILE, Bundle, load_bundle
 from bids_uad.errors import InputError, ModelError, UserError
 from bids_uad.files import atomic_path, read_row, write_json, write_tsv
-from bids_uad.images import save_image
+from bids_uad.images import load_image, save_image
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
@@ -74,7 +74,7 @@ def read_sri24(path: str | Path) -> np.ndarray:
     ValueError
         If the image is on another grid.
     """
-    image = nib.load(path)
+    image = load_image(path)
     if image.shape != SHAPE or not np.allclose(image.affine, AFFINE, atol=1e-3):
         raise ValueError(f"{path} is not on the SRI24 grid")
     return np.asanyarray(image.dataobj)

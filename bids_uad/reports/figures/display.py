@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from bids_uad import space
+from bids_uad.images import load_image
 
 CONVENTION = "Neurological convention: the subject's left is on the left of the image"
 EDGE_LABELS = {"axial": ("L", "R"), "coronal": ("L", "R"), "sagittal": ("P", "A")}
@@ -60,7 +61,7 @@ def load_ras(path: Path, dtype: type = np.float32) -> Volume:
     Volume
         Array and affine.
     """
-    image = nib.as_closest_canonical(nib.load(path))
+    image = nib.as_closest_canonical(load_image(path))
     data = np.asanyarray(image.dataobj)
     data = data > 0 if dtype is bool else data.astype(dtype, copy=False)
     return Volume(data, np.asarray(image.affine))
