@@ -194,18 +194,26 @@ def _glorot(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.
     return layer
 
 
-class ExactConv2d(nn.Conv2d):
-    """Convolution that remains in float32 on a CPU under autocast.
+class _Exact(nn.Module):
+    """Layer that remains in float32 on a CPU under autocast.
 
-    Inputs, outputs and residual connections of a network need the precision, and cost little.
+    Input, output, time embedding and residual connections of a network need the precision, and cost little.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, H, W) to (B, outputs, H, W)."""
+        """Apply the layer."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x)
+
+
+class ExactConv2d(_Exact, nn.Conv2d):
+    """Convolution that remains in float32 on a CPU under autocast."""
+
+
+class ExactLinear(_Exact, nn.Linear):
+    """Linear layer that remains in float32 on a CPU under autocast."""
 
 
 def _conv3(inputs: int, outputs: int, scale: float = 1.0, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
@@ -235,7 +243,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = _norm(inputs, config)
         self.conv1 = _conv3(inputs, outputs)
         self.norm2 = _norm(outputs, config)
-        self.film = _glorot(nn.Linear(4 * config.width, 2 * outputs)) if config.time_embedding else None
+        self.film = _glorot(ExactLinear(4 * config.width, 2 * outputs)) if config.time_embedding else None
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(outputs, outputs, scale=0.0)
         project = inputs != outputs or resample is not None
@@ -335,7 +343,9 @@ class DDPMpp(nn.Module):
         if config.time_embedding:
             embedded = 4 * config.width
             self.time = nn.Sequential(
-                _glorot(nn.Linear(config.width, embedded)), nn.SiLU(), _glorot(nn.Linear(embedded, embedded))
+                _glorot(ExactLinear(config.width, embedded)),
+                nn.SiLU(),
+                _glorot(ExactLinear(embedded, embedded)),
             )
         self.enter = _conv3(inputs * config.fold**2, config.width, kind=ExactConv2d)
         self.encoder, self.encoder_attention = nn.ModuleList(), nn.ModuleList()
