@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/bids_uad simulate $(DEMO)/data --healthy 3 --stroke 1 --ms 1 --tumour 1 --seed 7 \
 	    --nprocs $(NPROCS)
 	$(BIN)/bids_uad $(DEMO)/data $(DEMO)/derivatives participant group --nprocs $(NPROCS) \
-	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work --models pls disyre uniad intensity
+	    -d lesions=$(DEMO)/data/derivatives/lesions -w $(DEMO)/work --models pls uniad intensity
 	@echo
 	@echo "Group report:    $(DEMO)/derivatives/group.html"
 	@echo "Subject reports: $(DEMO)/derivatives/sub-*.html"

@@ -129,12 +129,13 @@ def count_work() -> Iterator[dict[str, float]]:
 def work_per_slice(network: Network, scan: Scan) -> dict[str, float]:
     """Count operations and memory traffic of a slice, the mean over `COUNTED_SLICES` slices with brain.
 
-    The networks themselves run on tensors without data, and return zeros. The filter of the volume is not
+    Modules with weights run on tensors without data, and return zeros. The filter of the volume is not
     included.
     """
     detector, protocol = network.build("cpu")
     for child in detector.children():
-        child.forward = without_data(child)
+        if next(child.parameters(), None) is not None:
+            child.forward = without_data(child)
     occupied = slices_with_brain(scan)
     sampled = occupied[:: -(-len(occupied) // COUNTED_SLICES)]
     brain = keep_slices(scan, sampled).brain

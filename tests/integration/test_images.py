@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = f"bids_uad:{__version__}"
 SIF = ROOT / "dist" / f"bids_uad-{__version__}.sif"
 USER = 1234
-DETECTORS = ("pls", "disyre", "uniad", "intensity")
+DETECTORS = ("pls", "uniad", "intensity")
 # Some hosts do not let a container's limits be raised as podman does by itself.
 PODMAN = ["podman", "--runtime", "runc", "run", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 
