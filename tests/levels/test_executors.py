@@ -405,6 +405,27 @@ def test_participants_that_wait_for_another_run_do_not_hold_up_others(tmp_path, 
     assert sorted(ended) == list(range(8))
 
 
+def test_interrupted_run_closes_the_steps_after_its_workers(tmp_path, start):
+    closed = []
+
+    def watch(node, status):
+        if node.fullname == "sub_01_wf.step0" and status == "end":
+            raise KeyboardInterrupt
+
+    def process(number):
+        try:
+            yield chain_of_nodes(tmp_path, f"sub_{number:02d}_wf", n_steps=9)
+        finally:
+            closed.append((number, len(plugin._idle) + len(plugin._busy)))
+
+    plugin = start(1, watch)
+    with pytest.raises(KeyboardInterrupt):
+        plugin.process(map(process, range(5)))
+    assert closed[-1] == (2, 0)
+    assert [number for number, _ in closed] == [0, 1, 2]
+    assert closed[1] == (1, 0)
+
+
 class Cluster:
     """Stands in for a plugin that submits jobs: runs one graph of all participants."""
 

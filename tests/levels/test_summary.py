@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 from scipy import ndimage
 
 from bids_uad import space
@@ -32,6 +33,7 @@ from bids_uad.levels.participant.summary import (
     collect_statuses,
     find_left_right_swaps,
     last_run_file,
+    print_summary,
     rewrite_reports,
     save_last_run,
 )
@@ -160,6 +162,19 @@ def test_progress_on_a_terminal_is_one_line_that_is_removed():
     text = stream.getvalue()
     assert "0 of 4 participants done; running: sub_01_T1w detect" in text
     assert text.endswith("\x1b[2K") or "\x1b[2K" in text.rsplit("detect", 1)[1]
+
+
+def test_summary_of_many_images_shows_those_that_failed():
+    stream = io.StringIO()
+    rows = [(f"image-{number}", Text(DONE), "1", "", "") for number in range(summary.MAX_ROWS)]
+    rows[7] = ("image-x", Text(FAILED), "1", "", "")
+    print_summary(rows, Console(file=stream, width=100))
+    assert "image-8" in stream.getvalue()
+    stream = io.StringIO()
+    print_summary([*rows, rows[0]], Console(file=stream, width=100))
+    assert "image-x" in stream.getvalue()
+    assert "image-8" not in stream.getvalue()
+    assert "and 200 more images" in stream.getvalue()
 
 
 def test_all_detectors_that_failed_are_named(tmp_path):

@@ -263,6 +263,10 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
                 wait([worker.pipe for worker in self._busy.values()], POLL_NODES)
         finally:
             gc.unfreeze()
+            if self._active:  # the run is interrupted
+                self.kill_workers()
+                for participant in self._active:
+                    participant.steps.close()
         return self._dropped
 
     def _begin(self, participants: Iterable[Steps], cluster: SlurmPlugin | SlurmGraphPlugin | None) -> None:

@@ -414,8 +414,10 @@ class Run:
         write_text(crash_dir(config, subject) / "bids_uad.toml", config.to_toml())
         for task in pending:
             remove_outdated(task, config)
-        yield workflow
-        remove_temporary_files(config.output_dir, subject)  # of stopped workers
+        try:
+            yield workflow
+        finally:
+            remove_temporary_files(config.output_dir, subject)  # of stopped workers
         own = node_key(subject, "")[0]
         failures = [failure for failure in self._plugin.failures if node_key_of(failure.node)[0] == own]
         if not failures and not config.keep_workdir:
@@ -470,7 +472,7 @@ class Run:
 
     def log_inputs(self, n_participants: int) -> None:
         """Log the numbers of participants and images, and the images that are left out by filters."""
-        LOGGER.info("%d participant(s), %d image(s)", n_participants, self.n_images)
+        LOGGER.info("%d image(s) of %d participant(s)", self.n_images, n_participants)
         for reason, names in self._left_out.items():
             LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, truncate_list(names, 5))
 

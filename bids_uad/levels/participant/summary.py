@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,8 @@ PARTICIPANT = "-"
 """Name of the image in the status of a participant as a whole."""
 LOG_INTERVAL = 300.0
 """Time in s after which the state of the run is logged if no participant is finished."""
+MAX_ROWS = 200
+"""Maximum number of rows of the summary table."""
 DONE, UP_TO_DATE, FAILED, NOT_RUN, UNUSABLE = "done", "up to date", "failed", "not run", "unusable"
 
 _ERROR_LINE = re.compile(r"^\s*(?:[A-Za-z_][\w.]*\.)?([A-Za-z_]\w*(?:Error|Exception|Killed|Exit)): (.+)$")
@@ -306,20 +308,24 @@ def summarize(
     return rows
 
 
-def print_summary(rows: Iterable[tuple[str | Text, ...]], console: Console) -> None:
+def print_summary(rows: Sequence[tuple[str | Text, ...]], console: Console) -> None:
     """Print the table of all images: status, time, volumes and, with ground truth, Dice.
 
     Parameters
     ----------
-    rows : iterable of tuple
-        Rows of :func:`summarize`.
+    rows : sequence of tuple
+        Rows of :func:`summarize`. Of more than `MAX_ROWS`, only images that failed are printed.
     console : rich.console.Console
         Console to print to.
     """
     table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
     for column in table.columns[2:4]:
         column.justify = "right"
-    for row in rows:
+    shown = rows
+    if len(rows) > MAX_ROWS:
+        shown = [row for row in rows if str(row[1]) not in (DONE, UP_TO_DATE)][:MAX_ROWS]
+        table.caption = f"and {len(rows) - len(shown)} more images"
+    for row in shown:
         table.add_row(*row)
     console.print(table)
 
