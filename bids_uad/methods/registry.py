@@ -43,7 +43,7 @@ DETECTORS: dict[str, Entry] = {
     "intensity": Entry("bids_uad.methods.intensity", "Intensity", "Intensity", "#9AA60A"),
 }
 """Detectors by the name that ``--models`` and ``--detector`` take."""
-CPU_BF16 = frozenset({"ddpmpp", "andi", "disyre"})
+CPU_BF16 = frozenset({"pls", "ddpmpp", "andi", "disyre", "riad", "patchcore", "fae"})
 """Detectors whose masks in bf16 on a CPU have a Dice of at least .99 with those in fp32."""
 
 

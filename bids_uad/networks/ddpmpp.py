@@ -226,6 +226,21 @@ def _norm(channels: int, config: DDPMppConfig) -> nn.GroupNorm | nn.BatchNorm2d:
     return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def _enlarging(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """Return the transposed 4x4 convolution that equals nearest-neighbour enlarging and a 3x3 convolution.
+
+    It has 4 instead of 9 products per pixel, because each two neighbours of the enlarged map are equal.
+    """
+    inputs, outputs = conv.in_channels, conv.out_channels
+    result = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, device=conv.weight.device)
+    padded = F.pad(conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    result.weight.copy_(sum(padded[:, :, i : i + 4, j : j + 4] for i in (0, 1) for j in (0, 1)))
+    result.bias.copy_(conv.bias)
+    return result.to(memory_format=torch.channels_last).train(conv.training)
+
+
 def _silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
@@ -259,17 +274,23 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H', W') under an embedding of shape (B or 1, 4 width)."""
         h = _silu(self.norm1(x))
-        h = self._resized(self.conv1(h)) if self.resample == "up" else self.conv1(self._resized(h))
+        enlarges = isinstance(self.conv2, nn.ConvTranspose2d)
+        if enlarges:
+            h = self.conv1(h)
+        else:
+            h = self._resized(self.conv1(h)) if self.resample == "up" else self.conv1(self._resized(h))
         # Under autocast, convolutions return bfloat16; normalisation and residual sum remain in float32.
         h = self._conditioned_norm(h.float(), embedding)
         if self.activate_second:
             h = _silu(h)
         h = self.conv2(self.dropout(h)).float()
-        h = h.add_(self.shortcut(self._resized(x)))
+        h = h.add_(self._resized(self.shortcut(x)) if enlarges else self.shortcut(self._resized(x)))
         return h if self.gain == 1 else h.mul_(self.gain)
 
     def fuse(self) -> None:
-        """Make batch normalisation part of the first convolution, in place; for inference only."""
+        """Make batch normalisation and enlarging part of the convolutions, in place; for inference only."""
+        if self.resample == "up":
+            self.conv2 = _enlarging(self.conv2)
         if isinstance(self.norm2, nn.BatchNorm2d) and self.film is None:
             self.conv1 = fuse_conv_bn_eval(self.conv1, self.norm2)
             self.norm2 = nn.Identity()

@@ -11,7 +11,7 @@ from scipy.signal import correlate2d
 from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.ddpmpp import Attention, DDPMpp, DDPMppConfig, sinusoidal_embedding
+from bids_uad.networks.ddpmpp import Attention, DDPMpp, DDPMppConfig, _enlarging, sinusoidal_embedding
 
 SHARED = {
     "size": 224,
@@ -243,3 +243,18 @@ def test_sinusoidal_embedding_equals_its_formula():
     embedding = sinusoidal_embedding(torch.tensor([2.0]), 4)[0]
     expected = torch.tensor([2.0, 2e-4]).sin().tolist() + torch.tensor([2.0, 2e-4]).cos().tolist()
     torch.testing.assert_close(embedding, torch.tensor(expected))
+
+
+def test_fused_enlarging_equals_scipys_correlation_of_the_enlarged_map():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(2, 3, 3, padding=1)
+    image = torch.rand(1, 2, 5, 6)
+    with torch.no_grad():
+        found = _enlarging(conv)(image)[0]
+    enlarged = image[0].double().numpy().repeat(2, axis=1).repeat(2, axis=2)
+    for channel, weight, bias in zip(found, conv.weight.detach(), conv.bias.detach(), strict=True):
+        expected = bias + sum(
+            correlate2d(part, kernel, mode="same")
+            for part, kernel in zip(enlarged, weight.numpy(), strict=True)
+        )
+        torch.testing.assert_close(channel.double(), torch.as_tensor(expected).double(), atol=1e-5, rtol=1e-5)
