@@ -266,6 +266,16 @@ def test_work_folder_and_unfinished_participants_do_not_grow(bench, monkeypatch)
     assert len(list(bench.out.glob("sub-*.html"))) == len(labels)
 
 
+def test_working_folders_of_images_that_are_not_processed_are_kept(bench):
+    """Another job may be using them."""
+    bench.dataset(T1W, T2W)
+    assert bench.run("--keep-workdir") == 0
+    other = str(fake_bundle(bench.folder / "patchcore-T2w", "patchcore", "T2w"))
+    assert bench.run(models=[bench.models[0], other]) == 0  # processes the T2w only
+    names = {path.name for path in bench.work.glob("*_wf/sub_01_wf/*")}
+    assert names == {"sub_01_T1w_preproc_wf", "sub_01_T1w_derivatives_wf"}
+
+
 def test_failed_participants_keep_their_intermediate_files(bench):
     bench.dataset("sub-crash/anat/sub-crash_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz")
     assert bench.run() == 1

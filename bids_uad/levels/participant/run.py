@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ from bids_uad.levels.participant.plan import (
     RunContext,
     Task,
     crash_dir,
+    images_in_use,
     inspect_participant,
     mask_remarks,
     model_remarks,
@@ -251,8 +253,8 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
     UnavailableError
         If a requested GPU does not work, or does not support the precision.
     """
-    if device == "cpu":
-        return device, precision
+    if device == "cpu" or (device == "auto" and not has_gpu_driver()):
+        return "cpu", precision
     probe = subprocess.run(
         [sys.executable, "-c", _PROBE, device, precision], capture_output=True, text=True, check=False
     )
@@ -262,6 +264,15 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
     lines = probe.stderr.strip().splitlines() or [f"the check ended with exit code {probe.returncode}"]
     reason = lines[-1]
     raise UnavailableError(reason if device in reason else f"--device {device}: {reason}")
+
+
+def has_gpu_driver() -> bool:
+    """Return whether the driver library of a GPU exists, which PyTorch would load in some seconds."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # of AMD
+    return True
 
 
 class Run:
@@ -443,13 +454,19 @@ class Run:
             LOGGER.info("Detectors run on %s in %s", device, " and ".join(precisions))
 
     def _remove_working_folders(self, tasks: Sequence[Task]) -> None:
-        """Remove the working folders of images; that of the participant may be in use by another job."""
-        for task in tasks:
-            for folder in working_folders(self._config.work_dir, task.unit):
-                shutil.rmtree(folder, ignore_errors=True)
-        if tasks and not self._config.sessions:
+        """Remove the working folders of the images that are locked; another job may use the others."""
+        used = images_in_use(tasks, everything=self._config.clean_workdir)
+        folders = [
+            folder
+            for task in tasks
+            if task.unit.key in used
+            for folder in working_folders(self._config.work_dir, task.unit)
+        ]
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folders and not self._config.sessions:
             with suppress(OSError):  # of other images
-                folder.parent.rmdir()
+                folders[0].parent.rmdir()
 
     def _describe_dataset(self, tasks: Sequence[Task]) -> None:
         """Write the files at the top of the dataset, if the tasks add anything to their descriptions."""
