@@ -167,6 +167,68 @@ def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
     return result * brain.float().mean() if hyper.foreground_weighting else result
 
 
+def _feature_maps(detector: Detector, x: Tensor) -> list[Tensor]:
+    maps = detector.backbone(x)
+    return [maps[tap] for tap in detector.hyper.backbone.taps]
+
+
+def _enlarged(part: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(part, size=size, mode="bilinear", align_corners=True)
+
+
+def fae(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Compare stacked and restored features by SSIM in full windows, a convolution for each moment."""
+    maps = _feature_maps(detector, x)
+    features = torch.cat([_enlarged(part, maps[0].shape[-2:]) for part in maps], 1)
+    restored = detector.autoencoder(features)
+    side, channels = detector.hyper.scoring_window, features.shape[1]
+    profile = torch.tensor(
+        [math.exp(-(((k - side // 2) / 1.5) ** 2) / 2) for k in range(side)], device=x.device
+    )
+    window = (
+        (profile[:, None] * profile[None] / profile.sum() ** 2).expand(channels, 1, side, side).contiguous()
+    )
+
+    def mean(moment: Tensor) -> Tensor:
+        return F.conv2d(moment, window, padding=side // 2, groups=channels)
+
+    a, b = mean(features), mean(restored)
+    var_a, var_b = mean(features**2) - a**2, mean(restored**2) - b**2
+    covariance = mean(features * restored) - a * b
+    similarity = (2 * a * b + 0.01**2) * (2 * covariance + 0.03**2)
+    similarity = similarity / ((a**2 + b**2 + 0.01**2) * (var_a + var_b + 0.03**2))
+    return _enlarged(1 - similarity.mean(1, keepdim=True), x.shape[-2:])
+
+
+def rd(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Sum the enlarged cosine distances of the maps of teacher and student."""
+    teacher = _feature_maps(detector, x)
+    total = torch.zeros_like(x)
+    for a, b in zip(teacher, detector.student(detector.embedding(teacher)), strict=True):
+        total += _enlarged(1 - F.cosine_similarity(a, b)[:, None], x.shape[-2:])
+    return total
+
+
+def uniad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Compute the distance of each token and the restored token."""
+    grid = (detector.hyper.grid, detector.hyper.grid)
+    tokens = torch.cat([_enlarged(part, grid) for part in _feature_maps(detector, x)], 1)
+    restored = detector.transformer(tokens.flatten(2).transpose(1, 2)).transpose(1, 2).view(tokens.shape)
+    return _enlarged((tokens - restored).square().sum(1, keepdim=True).sqrt(), x.shape[-2:])
+
+
+def patchcore(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
+    """Compute the distances of all descriptors of a slice to all of the bank."""
+    described = detector.descriptors(x)[0]
+    height, width = described.shape[:2]
+    distance = torch.cdist(described.flatten(0, 1), detector.bank.float()).amin(1).view(1, 1, height, width)
+    if detector.hyper.squared_distance:
+        distance = distance**2
+    if not detector.hyper.score_outside_brain:
+        distance = distance * (F.max_pool2d(brain.float(), x.shape[-1] // width) > 0)
+    return F.interpolate(distance, size=x.shape[-2:], mode="bilinear")
+
+
 def single(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
     """Return the score of a detector with a single pass, which has no loop to unroll."""
     return detector.score(x, brain, drawn)
@@ -178,4 +240,8 @@ LITERAL: dict[str, Callable[[Detector, Tensor, Tensor, SliceGenerator], Tensor]]
     "riad": riad,
     "itermask": itermask,
     "disyre": disyre,
+    "fae": fae,
+    "rd": rd,
+    "uniad": uniad,
+    "patchcore": patchcore,
 }
