@@ -423,7 +423,8 @@ def resolve_bundles(
     seen: dict[tuple[str, str], Bundle] = {}
     for bundle in chosen:
         bundle.default_threshold  # noqa: B018 - raises if the bundle is not calibrated
-        bundle_hyper(bundle)  # raises if a hyper-parameter is wrong
+        if bundle.folder.parent != PACKAGED:  # importing PyTorch takes seconds; packaged ones are tested
+            bundle_hyper(bundle)  # raises if a hyper-parameter is wrong
         key = (bundle.detector, bundle.modality)
         if key in seen:
             raise ModelError(

@@ -14,6 +14,7 @@ from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
     NORMATIVE,
     PACKAGED,
+    bundle_hyper,
     load_bundle,
     load_detector,
     not_finite,
@@ -304,3 +305,9 @@ def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(folder, tmp_pa
 @pytest.mark.parametrize("name", packaged_bundles())
 def test_packaged_weights_are_finite(name):
     assert not_finite(load_file(PACKAGED / name / "weights.safetensors")) == []
+
+
+@pytest.mark.parametrize("name", packaged_bundles())
+def test_hyper_parameters_of_packaged_bundles_are_valid(name):
+    """A run does not check them."""
+    assert bundle_hyper(load_bundle(PACKAGED / name)) is not None
