@@ -65,6 +65,8 @@ VAULT_HEIGHT = 0.4
 AIR_SPACING_MM = 3.0
 RIGID_SCHEDULE = RegistrationSchedule((300, 150), (2, 1), (1, 0), 1.0)
 AFFINE_SCHEDULE = RegistrationSchedule((300, 150, 40))
+AFFINE_SPACING = 3.0
+"""Voxel edge (mm) of the affine registration, which the deformable one on 2 mm voxels follows."""
 
 
 @dataclass(frozen=True)
@@ -358,13 +360,14 @@ def _warp_template_mask(head: Volume, tissue: np.ndarray, template: Volume, fold
 
     A dark skull, a bright scalp and dark air are drawn around the template first; without them the brain
     would be stretched over the whole head. Registration is rigid (after a search over pitch and position),
-    then affine, then deformable within the brain, on 2 mm voxels.
+    then affine on 3 mm voxels, then deformable within the brain on 2 mm voxels.
     """
     brain = _padded(template.coarse(SPACING).cropped(0), int(AIR_MM / SPACING) + 2)
     vault = _with_skull(brain)
     shift = translation(_brain_centre(tissue, head.affine) - brain.centre())
     start = _search_position(vault, head, shift, brain.centre(), folder)
-    affine = register_affine(vault, head, start, folder, AFFINE_SCHEDULE)
+    coarse = [volume.coarse(AFFINE_SPACING) for volume in (vault, head)]
+    affine = register_affine(*coarse, start, folder, AFFINE_SCHEDULE)
     probability, grid = _deform(brain, head, affine, folder)
     return resample(probability, grid, head.data.shape, head.affine, np.linalg.inv(affine)) > 0.5
 
