@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.participants --stub 10000
 	$(BIN)/python -m benchmarks.gpu --roofline
 	$(if $(DATA),$(BIN)/python -m benchmarks.preprocessing $(DATA))
+	$(if $(DATA),$(BIN)/python -m benchmarks.steps $(DATA)/brains umclcs07 umcllg01)
 
 # Measure the networks on one GPU, in under ten minutes.
 bench-gpu: $(VENV)/installed

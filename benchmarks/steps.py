@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.steps BIDS_DIR LABEL ...`` runs the participant level for each participant with the
 default models, one worker and one thread, and records every node of the workflow in the process that runs it.
-Needs Linux (``/proc``).
+Needs Linux (``/proc``). ``python benchmarks/steps.py`` measures the version that is first on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def main() -> None:
     parser.add_argument("bids_dir", type=Path, help="BIDS dataset")
     parser.add_argument("labels", nargs="+", help="participants, without sub-")
     parser.add_argument("--options", default="", help="further options of bids_uad, separated by spaces")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write")
+    parser.add_argument("--name", default="after", help="name of the measured version (default: after)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file, of which only --name changes")
     parser.add_argument("--keep", type=Path, help="folder that keeps the outputs, one folder per participant")
     options = parser.parse_args()
     results = {}
@@ -164,7 +165,8 @@ def main() -> None:
                     row["step"], row["cpu_seconds"], row["peak_mb"], row["written_mb"]
                 )))  # fmt: skip
         Console(width=120).print(table)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    known = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    options.out.write_text(json.dumps(known | {options.name: results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
