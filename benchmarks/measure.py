@@ -17,7 +17,13 @@ from benchmarks.literal import LITERAL, single
 from bids_uad import space
 from bids_uad.engine.bundle import load_bundle, load_detector
 from bids_uad.engine.execution import Execution
-from bids_uad.engine.inference import anomaly_map, covering_fields, masked_median, published_median
+from bids_uad.engine.inference import (
+    anomaly_map,
+    covering_fields,
+    masked_median,
+    published_median,
+    smooth_across_slices,
+)
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import build_detector
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -118,8 +124,8 @@ def _engine_map(detector: Detector, bundle, volume, brain, execution) -> tuple[n
 def _literal_map(detector: Detector, bundle, volume, brain, execution) -> tuple[np.ndarray, float]:
     """Score all slices one by one in float32, and filter the volume with SciPy.
 
-    The time includes the published filter. The map is filtered by the filter of the engine instead, so that
-    maps differ only by the scoring; the seconds of this filter are returned to be subtracted.
+    The time includes the published filter. The map is smoothed and filtered as by the engine instead, so that
+    maps differ only by the scoring; the seconds that this takes are returned to be subtracted.
     """
     device = next(iter(detector.state_dict().values())).device
     score = LITERAL.get(detector.name, single)
@@ -135,6 +141,8 @@ def _literal_map(detector: Detector, bundle, volume, brain, execution) -> tuple[
     median_filter(result.numpy(), size=4)
     clock = clock_of(device.type)
     start = clock()
+    if detector.slice_smoothing:
+        result = smooth_across_slices(result, inside, detector.slice_smoothing)
     filtered = published_median(result) if bundle.protocol.published else masked_median(result, inside)
     scores = space.from_slices(filtered.numpy()) * brain
     return scores, clock() - start
