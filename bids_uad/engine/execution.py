@@ -16,10 +16,12 @@ from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import cpu_precision
 from bids_uad.networks.backbones import fold_batch_norm
-from bids_uad.networks.ddpmpp import ResidualBlock
+from bids_uad.networks.ddpmpp import DDPMpp, ResidualBlock
 
 CPU_BATCH = 8
-"""Slices per batch on a CPU; larger batches are not faster."""
+"""Largest number of slices per batch on a CPU; larger batches are not faster."""
+CPU_CACHE = 16 * 2**20
+"""Bytes that the feature maps of a batch may take at the finest level of a U-Net, for the cache of a CPU."""
 GPU_BATCH = 16
 """Slices per batch on a GPU in fp32, fixed so that results do not depend on free memory."""
 LARGEST_BATCH = 64
@@ -98,8 +100,8 @@ class Execution(Constrained):
         ``fp32`` is reproducible to the bit on one machine; ``bf16`` runs the convolutions and matrix products
         of networks in bfloat16.
     batch_size : int, optional
-        Slices per batch. By default 8 on a CPU, 16 on a GPU in ``fp32``, and as many as the free memory of
-        the GPU holds in ``bf16``. Halved if memory runs out.
+        Slices per batch. By default 8 on a CPU, fewer for large U-Nets, 16 on a GPU in ``fp32``, and as many
+        as the free memory of the GPU holds in ``bf16``. Halved if memory runs out.
     compiled : bool, default=False
         Whether to compile the networks, which delays the first slices by about a minute.
     """
@@ -143,12 +145,13 @@ class Execution(Constrained):
             torch.backends.cuda.matmul.allow_tf32 = False
         return detector
 
-    def first_batch(self, device: torch.device) -> int:
+    def first_batch(self, device: torch.device, detector: Detector) -> int:
         """Return the size of the first batch: 1 if the memory per slice is to be measured on it."""
         if self.batch_size is not None:
             return self.batch_size
         if device.type != "cuda":
-            return CPU_BATCH
+            sizes = [child.bytes_per_slice for child in detector.children() if isinstance(child, DDPMpp)]
+            return max(1, min(CPU_BATCH, CPU_CACHE // max(sizes, default=1)))
         return GPU_BATCH if self.precision == "fp32" else 1
 
     def measures_memory(self, device: torch.device, batch_size: int) -> bool:

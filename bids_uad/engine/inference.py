@@ -123,7 +123,7 @@ def _add_scores(
 ) -> None:
     """Add the scores of one field of all slices to `total`, shape (Z, 224, 224), batch by batch."""
     device = total.device
-    batch_size = execution.first_batch(device)
+    batch_size = execution.first_batch(device, detector)
     todo = torch.nonzero(field.cut(inside).flatten(1).any(1)).flatten().tolist()
     target = field.cut(total)
     while todo:

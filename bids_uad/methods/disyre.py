@@ -44,8 +44,8 @@ LABELS = 100
 """Number of severity labels."""
 CODEBOOK_SAMPLES = 100_000
 """Largest number of intensities for k-means."""
-PATCHES = 64
-"""Windows times labels that are processed at once."""
+PATCHES, CPU_PATCHES = 64, 8
+"""Windows that are processed at once on a GPU and on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class Disyre(Detector):
         ----------
         slices : Tensor, shape (B, 1, h, w)
             Windows of slices, intensities in [-1, 1].
-        labels : Tensor, shape (B,)
-            Severity labels.
+        labels : Tensor, shape (B,) or (1,)
+            Severity labels, or one for all windows.
 
         Returns
         -------
@@ -239,11 +239,12 @@ class Disyre(Detector):
 
     def _changes(self, patches: Tensor) -> Tensor:
         """Compute the mean absolute change of patches over the severity labels."""
-        labels = torch.tensor(self.hyper.labels, device=patches.device)
+        labels = torch.tensor(self.hyper.labels, device=patches.device)[:, None]
+        count = CPU_PATCHES if patches.device.type == "cpu" else PATCHES
         changes = []
-        for part in patches.split(max(1, PATCHES // len(labels))):
-            restored = self.restore(part.repeat(len(labels), 1, 1, 1), labels.repeat_interleave(len(part)))
-            changes.append((part - restored.view(len(labels), *part.shape)).abs().mean(0))
+        for part in patches.split(count):
+            restored = torch.stack([self.restore(part, label) for label in labels])
+            changes.append((part - restored).abs().mean(0))
         return torch.cat(changes)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:

@@ -399,6 +399,11 @@ class DDPMpp(nn.Module):
         self.leave_norm = _norm(now, config)
         self.leave = _conv3(now, config.fold**2, scale=0.0, kind=ExactConv2d)
 
+    @property
+    def bytes_per_slice(self) -> int:
+        """Size in bytes of the feature map of one image at the finest level, in float32."""
+        return 4 * self.config.width * (self.config.size // self.config.fold) ** 2
+
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Map images to images.
 

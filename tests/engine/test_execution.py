@@ -22,6 +22,7 @@ from bids_uad.simulation.__main__ import main as simulate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
+NO_NETWORK = torch.nn.Module()
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_a_gpu_that_is_not_available_is_refused(monkeypatch):
 
 def test_batch_size_follows_from_the_measured_memory_per_slice(gpu):
     run = Execution("bf16")
-    assert run.first_batch(CUDA) == 1
+    assert run.first_batch(CUDA, NO_NETWORK) == 1
     assert run.next_batch(CUDA, 1) == int(0.7 * 40 / 1.5)
     assert run.next_batch(CUDA, 18) == 18
 
@@ -74,8 +75,17 @@ def test_batch_size_is_bounded(gpu, monkeypatch):
 
 def test_batch_size_in_fp32_or_given_does_not_depend_on_free_memory(gpu):
     for run in (Execution("fp32"), Execution("bf16", batch_size=3)):
-        assert run.next_batch(CUDA, run.first_batch(CUDA)) == run.first_batch(CUDA) > 1
-    assert Execution().first_batch(CPU) == 8
+        assert (
+            run.next_batch(CUDA, run.first_batch(CUDA, NO_NETWORK)) == run.first_batch(CUDA, NO_NETWORK) > 1
+        )
+    assert Execution().first_batch(CPU, NO_NETWORK) == 8
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("lite", 8), ("default", 2)])
+def test_batches_of_large_networks_are_small_on_a_cpu(preset, expected):
+    with torch.device("meta"):
+        detector = build_detector("andi", preset)
+    assert Execution().first_batch(CPU, detector) == expected
 
 
 def test_networks_run_in_bfloat16_and_scores_do_not():

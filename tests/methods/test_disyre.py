@@ -98,7 +98,7 @@ def test_score_does_not_depend_on_the_chunk_size(slices, monkeypatch):
     x, brain = slices
     with torch.no_grad():
         whole = detector.score(x, brain, [])
-        monkeypatch.setattr(disyre, "PATCHES", 7)
+        monkeypatch.setattr(disyre, "CPU_PATCHES", 7)
         torch.testing.assert_close(detector.score(x, brain, []), whole, atol=1e-6, rtol=1e-5)
 
 
