@@ -63,6 +63,8 @@ DEGREES_PER_STEP = 1.0
 """Rotation that moves the surface of a brain by about as much as a shift of 1 mm."""
 PRECISION = 0.01
 """Half the interval of the central differences of a transform, mm and degrees."""
+SAME_HEAD_STAGES = (*FINE_STAGES, (1.0, 1))
+"""Stages for two scans of one participant, whose edges agree in detail."""
 COARSE_SPACING = 4.0
 """Voxel edge (mm) of the first stages, which bring two brains within 2 mm of each other."""
 MIN_GAIN = 1e-7
@@ -234,16 +236,21 @@ def coregister(anchor: Volume, scan: Volume) -> np.ndarray:
 def _coregister(fixed: Volume, moving: Volume) -> np.ndarray:
     starts = [np.eye(4), centred_start(fixed, moving)]
     apart = float(np.linalg.norm(starts[1][:3, 3]))
-    return _register_in_two_steps(fixed, moving, starts if apart > COARSE_SPACING else starts[:1])[0]
+    starts = starts if apart > COARSE_SPACING else starts[:1]
+    return _register_in_two_steps(fixed, moving, starts, SAME_HEAD_STAGES)[0]
 
 
 def _register_in_two_steps(
-    fixed: Volume, moving: Volume, starts: Sequence[np.ndarray]
+    fixed: Volume,
+    moving: Volume,
+    starts: Sequence[np.ndarray],
+    stages: Sequence[tuple[float, int]] = FINE_STAGES,
 ) -> tuple[np.ndarray, float]:
     """Register on 4 mm voxels from several starts, refine the most similar result, and measure it."""
     near, far = (volume.coarse(COARSE_SPACING) for volume in (fixed, moving))
     results = [refine_rigid(near, far, start, COARSE_STAGES) for start in starts]
-    pull = refine_rigid(fixed, moving, max(results, key=lambda pull: similarity(near, far, pull)))
+    best = max(results, key=lambda pull: similarity(near, far, pull))
+    pull = refine_rigid(fixed, moving, best, stages)
     return pull, similarity(fixed, moving, pull)
 
 
