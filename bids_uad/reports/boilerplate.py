@@ -203,7 +203,12 @@ def _software(models: Sequence[UsedModel], pathways: Mapping[Pathway, int]) -> s
         pathway.mask_origin == EXTRACTED and pathway.extraction in (COMBINED, TEMPLATE)
         for pathway in pathways
     )
-    parts = [fragment("software_ants")] if by_template else []
+    uses = {
+        "extracted brains by registration": by_template,
+        "corrected intensity non-uniformity": not all(pathway.image_given for pathway in pathways),
+    }
+    ants = " and ".join(use for use, applies in uses.items() if applies)
+    parts = [fragment("software_ants", did=ants)] if ants else []
     parts += [fragment("software_torch")] if models else []
     return fragment("software", further="".join(f"{part} " for part in parts))
 

@@ -115,7 +115,8 @@ def _paragraph(pathway: Pathway) -> str:
     corrected = (
         "The images had been corrected for intensity non-uniformity by an earlier pipeline."
         if pathway.image_given
-        else "The images were corrected for intensity non-uniformity inside the brain mask with N4 [@n4]."
+        else "The images were corrected for intensity non-uniformity inside the brain mask with N4 [@n4], "
+        "distributed with ANTs [@ants]."
     )
     registered = _to_anchor(pathway) if pathway.anchor else _to_reference(pathway)
     scaled = (

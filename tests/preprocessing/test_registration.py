@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial import distance
 
-from bids_uad.preprocessing.intensity_correction import correct_bias, log_bias_field
+from bids_uad.preprocessing.intensity_correction import correct_bias
 from bids_uad.preprocessing.registration import (
     BINS,
     COARSE_STAGES,
@@ -31,7 +31,7 @@ from bids_uad.preprocessing.registration import (
     rotated_starts,
     similarity,
 )
-from bids_uad.preprocessing.resampling import load_ants, rotation_about, to_ants, translation
+from bids_uad.preprocessing.resampling import rotation_about, translation
 
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, t2w_like
 
@@ -267,33 +267,6 @@ def test_bias_correction_removes_a_known_field(reference_volume: Volume) -> None
     assert np.median(corrected[brain.mask]) == pytest.approx(
         np.median((brain.data * field)[brain.mask]), rel=1e-4
     )
-
-
-def test_log_bias_field_is_that_of_ants(reference_volume: Volume) -> None:
-    brain = reference_volume.coarse(5.0).cropped(1)
-    x, y, z = (np.linspace(-1, 1, size) for size in brain.data.shape)
-    field = np.exp(0.3 * x[:, None, None] - 0.2 * y[:, None] ** 2 + 0.2 * np.sin(3 * z))
-    scan = np.where(brain.mask, np.maximum(brain.data, 20.0) * field, 0.0)
-    expected = load_ants().n4_bias_field_correction(
-        to_ants(scan, brain.affine),
-        mask=to_ants(brain.mask, brain.affine),
-        shrink_factor=1,
-        convergence={"iters": [20, 20, 20], "tol": 1e-6},
-        return_bias_field=True,
-    )
-    ours = log_bias_field(scan, brain.mask, (20, 20, 20))
-    assert np.std(ours[brain.mask]) > 0.1
-    np.testing.assert_allclose(ours, np.log(expected.numpy()), atol=1e-3)
-
-
-def test_log_bias_field_leaves_voxels_without_signal_out() -> None:
-    scan = np.random.default_rng(0).uniform(50, 150, (12, 12, 12))
-    mask = np.ones(scan.shape, bool)
-    holes = scan.copy()
-    holes[3:5, 4, 5] = 0.0
-    without = mask.copy()
-    without[3:5, 4, 5] = False
-    np.testing.assert_array_equal(log_bias_field(holes, mask, FEW), log_bias_field(scan, without, FEW))
 
 
 def test_bias_correction_depends_on_neither_unit_nor_surroundings(reference_volume: Volume) -> None:

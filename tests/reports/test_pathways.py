@@ -44,7 +44,7 @@ TRUTH, ANTS, TORCH = "**Ground truth.**", "*ANTsPy*", "*PyTorch*"
 PATHWAYS = {
     "whole head": (
         pathway(),
-        {N4, SYN, NETWORK, TO_ATLAS, RIGID, ANTS, "extracted brains by registration"},
+        {N4, SYN, NETWORK, TO_ATLAS, RIGID, ANTS, "extracted brains by registration and corrected"},
         {OF_SAME, CARRIED, "[@icbm152]", "[@mp2rage]", TRUTH},
     ),
     "stand-in": (pathway(stand_in=True), {TO_STAND_IN, "Nonlinear Symmetric"}, {TO_ATLAS, "own images"}),
@@ -55,7 +55,7 @@ PATHWAYS = {
     "skull-stripped": (
         pathway(mask_origin=BACKGROUND, skull_stripped=True),
         {"already skull-stripped; the brain mask was derived from their background", N4},
-        {SYN, NETWORK, ANTS, "Unless"},
+        {SYN, NETWORK, "Unless"},
     ),
     "mask given": (
         pathway(mask_origin=GIVEN),

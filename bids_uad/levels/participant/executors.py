@@ -48,7 +48,7 @@ from bids_uad.resources import RequestProcess, describe_exit, end_with_parent, o
 LOGGER = logging.getLogger("bids_uad")
 
 START_METHOD = "forkserver"
-PRELOADED = ("bids_uad.levels.participant.summary", "bids_uad.reports.participant")
+PRELOADED = ("bids_uad.levels.participant.workflow", "bids_uad.reports.participant", "pandas")
 """Modules imported once, in the process that workers are forked from; they start neither threads nor CUDA."""
 PLUGINS = ("MultiProc", "SLURM", "SLURMGraph")
 END_SECONDS = 5.0
