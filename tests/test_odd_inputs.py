@@ -180,7 +180,7 @@ FORMATS = [
     taken("bigendiantwo", nifti(version=nib.Nifti2Image, big_endian=True)),
     Row("linked", {T1W: link("../../good.nii.gz")}, {T1W: (TAKEN, "")}),
     Row("trailing", {T1W: PACKED + bytes(64)}, {T1W: (TAKEN, "")}),
-    refused("rubbish", PACKED + b"rubbish", "the image data cannot be read (Not a gzipped file"),
+    refused("rubbish", PACKED + b"rubbish", "the image data cannot be read (Compressed file ended"),
     Row("members", {T1W: zipped(GOOD[:5000]) + zipped(GOOD[5000:])}, {T1W: (TAKEN, "")}),
     refused("empty", b"", "the file is empty; copy"),
     refused("emptyplain", b"", "the file is empty; copy", "T1w.nii"),

@@ -243,8 +243,10 @@ class Disyre(Detector):
         count = CPU_PATCHES if patches.device.type == "cpu" else PATCHES
         changes = []
         for part in patches.split(count):
-            restored = torch.stack([self.restore(part, label) for label in labels])
-            changes.append((part - restored).abs().mean(0))
+            total = torch.zeros_like(part)
+            for label in labels:
+                total += (part - self.restore(part, label)).abs()
+            changes.append(total / len(labels))
         return torch.cat(changes)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:

@@ -67,8 +67,7 @@ def finished(tmp_path_factory):
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         for level in ("participant", "group", "train", "calibrate"):
             CHECKSUMS.clear()
-            keep = ["--keep-workdir"] if level == "participant" else []
-            assert main([*study.arguments(level), *keep]) == 0, level
+            assert main(study.arguments(level)) == 0, level
         yield study
 
 
@@ -134,8 +133,7 @@ def test_configuration_file_round_trip(finished):
     assert config.models == tuple(map(str, finished.models))
 
 
-def test_lost_file_is_restored_from_the_working_folder(finished):
-    """The folders of nodes are found again, although the path holds the wildcards of a pattern."""
+def test_lost_file_is_restored_from_the_outputs_of_preprocessing(finished):
     calls = finished.folder / "calls.txt"
     calls.unlink()
     (lost,) = finished.out.rglob("sub-02_space-SRI24_label-anomaly_desc-T1wDisyre_mask.nii.gz")
@@ -144,7 +142,7 @@ def test_lost_file_is_restored_from_the_working_folder(finished):
     CHECKSUMS.clear()
     assert main(finished.arguments("participant")) == 0
     assert lost.read_bytes() == before
-    assert not calls.exists()
+    assert calls.read_text().splitlines() == ["detect sub-02_T1w disyre-T1w"]
 
 
 def test_failed_node_is_reported_with_its_crash_file(finished, capsys):

@@ -85,10 +85,10 @@ def vanish_before_the_workflow(monkeypatch: pytest.MonkeyPatch, path: Path, how)
     """Take a file away after the inputs were hashed, and before the workflow runs."""
     original = run.build_workflow
 
-    def wrapped(*arguments):
-        if path.is_file():
+    def wrapped(tasks, context):
+        if tasks[0].unit.subject == "01":
             how(path)
-        return original(*arguments)
+        return original(tasks, context)
 
     monkeypatch.setattr(run, "build_workflow", wrapped)
 
@@ -138,6 +138,18 @@ def test_anchor_that_is_dropped_before_its_step(dataset, monkeypatch, capfd):
     check_run(
         dataset, capfd, path, "the file is a link to content that is not here; fetch it with `datalad get`"
     )
+
+
+def test_anchor_that_vanishes_before_it_is_planned(dataset, monkeypatch, capfd):
+    path, original = dataset.files["raw"], run.plan_tasks
+
+    def wrapped(collection, participants, context):
+        if collection.subjects == ("01",):
+            path.unlink(missing_ok=True)
+        return original(collection, participants, context)
+
+    monkeypatch.setattr(run, "plan_tasks", wrapped)
+    check_run(dataset, capfd, path, "there is no such file (any more)")
 
 
 def test_run_whose_inputs_all_vanish_returns_no_input(bench, monkeypatch, capfd):  # noqa: F811

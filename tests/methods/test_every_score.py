@@ -81,7 +81,7 @@ def test_scores_equal_the_literal_implementation(name):
             one = slice(k, k + 1)
             literal = LITERAL[name](detector, slices[one], brain[one], of_slices("a", 0, [k], CPU))
             expected = torch.where(brain[one], literal, 0)
-            near = 1e-5 * float(expected.max())
+            near = 3e-4 * float(expected.max())
             torch.testing.assert_close(ours[one], expected, rtol=1e-3, atol=near)
 
 

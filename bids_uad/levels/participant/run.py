@@ -342,10 +342,16 @@ class Run:
         remove_unusable(collection.problems, config)
         waits_for = None
         while True:
-            with self.locks.hold(partial(plan_tasks, collection, self._participants, self._context)) as tasks:
-                if not isinstance(tasks, str):
-                    failures, problems = yield from self._run_workflow(subject, tasks)
-                    break
+            try:
+                with self.locks.hold(
+                    partial(plan_tasks, collection, self._participants, self._context)
+                ) as tasks:
+                    if not isinstance(tasks, str):
+                        failures, problems = yield from self._run_workflow(subject, tasks)
+                        break
+            except InputError as error:  # a file has disappeared
+                tasks, failures, problems = [], [], [Problem(subject, str(error))]
+                break
             if waits_for is None:
                 waits_for = tasks
                 LOGGER.info("Waiting for another run that processes %s", waits_for)

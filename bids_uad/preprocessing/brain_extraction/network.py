@@ -149,6 +149,8 @@ def predict_brain_mask(data: np.ndarray, affine: np.ndarray, network: BrainNet) 
         Brain mask: one component without holes; empty if no brain is found.
     """
     smooth = np.maximum(smooth_to_spacing(data, affine, INPUT_SPACING_MM), 0.0)
+    if not smooth.any():
+        return np.zeros(data.shape, dtype=bool)
     middle = np.array(ndimage.center_of_mass(np.minimum(smooth, np.percentile(smooth, 99))))
     centre = affine[:3, :3] @ middle + affine[:3, 3]
     for _ in range(PASSES):
