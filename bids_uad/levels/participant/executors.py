@@ -464,12 +464,6 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
             self._idle.append(worker)
         return {**result, "taskid": taskid}
 
-    def _clear_task(self, taskid):
-        """Do nothing: the worker was released with its result."""
-
-    def _postrun_check(self):
-        self.close()
-
 
 class _Worker:
     """Process that runs nodes, with the parent's end of its pipe."""

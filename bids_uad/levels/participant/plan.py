@@ -236,14 +236,6 @@ def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
     return f"{identity}+{person.covariates['age']}+{person.covariates['sex']}"
 
 
-def by_subject(tasks: Sequence[Task]) -> dict[str, list[Task]]:
-    """Group tasks by participant label, in their order."""
-    groups: dict[str, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.unit.subject, []).append(task)
-    return groups
-
-
 def split_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Return the pending tasks of a participant, and those that are preprocessed for them.
 

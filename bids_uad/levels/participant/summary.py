@@ -165,7 +165,7 @@ class Progress:
         if self._failed:
             text += f", {self._failed} failed"
         if self._nodes:
-            steps = [f"{image} {name.rsplit('.', 1)[1]}" for name in self._nodes for image in [_image(name)]]
+            steps = [f"{node_key_of(name)[1]} {name.rsplit('.', 1)[1]}" for name in self._nodes]
             text += f"; running: {truncate_list(steps, 4)}"
         if self._processed and ended < self._total:
             left = (time.monotonic() - self._begin) / self._processed * (self._total - ended)
@@ -176,11 +176,6 @@ class Progress:
         """Return the bar and the text for the terminal."""
         bar = ProgressBar(self._total, self._done + self._failed, width=30)
         return Columns([bar, Text(self._text(), no_wrap=True, overflow="ellipsis")])
-
-
-def _image(node: str) -> str:
-    """Return the name of a node's image, such as `sub_01_T1w`."""
-    return node_key_of(node)[1]
 
 
 def _duration(seconds: float) -> str:

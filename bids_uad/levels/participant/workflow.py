@@ -44,7 +44,6 @@ from bids_uad.levels.participant.leakage import normative_metadata, scanner_seen
 from bids_uad.levels.participant.plan import (
     RunContext,
     Task,
-    by_subject,
     crash_dir,
     model_identity,
     split_tasks,
@@ -115,29 +114,27 @@ def working_folders(work_dir: Path, unit: ImageUnit) -> list[Path]:
 
 
 def build_workflow(tasks: Sequence[Task], context: RunContext) -> LiterateWorkflow:
-    """Build the workflow of a run.
+    """Build the workflow that takes a participant through a run.
 
     Parameters
     ----------
     tasks : sequence of Task
-        Tasks of all participants; participants without pending tasks are omitted.
+        Tasks of one participant, at least one of them pending.
     context : RunContext
         Options, reference image, brain extraction and device.
 
     Returns
     -------
     niworkflows.engine.workflows.LiterateWorkflow
-        One subworkflow per participant, see :func:`init_subject_wf`.
+        The workflow of :func:`init_subject_wf` in the working folder of the run.
     """
     workflow = LiterateWorkflow(name=workflow_name(), base_dir=str(context.config.work_dir))
-    for subject, own in by_subject(tasks).items():
-        if all(task.done for task in own):
-            continue
-        part = init_subject_wf(subject, own, context)
-        part.config["execution"]["crashdump_dir"] = str(crash_dir(context.config, subject))
-        for node in part._get_all_nodes():
-            node.config = deepcopy(part.config)
-        workflow.add_nodes([part])
+    subject = tasks[0].unit.subject
+    part = init_subject_wf(subject, tasks, context)
+    part.config["execution"]["crashdump_dir"] = str(crash_dir(context.config, subject))
+    for node in part._get_all_nodes():
+        node.config = deepcopy(part.config)
+    workflow.add_nodes([part])
     return workflow
 
 
