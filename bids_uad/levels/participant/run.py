@@ -172,15 +172,16 @@ def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunCo
     participants : Participants
         Contents of participants.tsv and sessions.tsv.
     context : RunContext
-        Models, reference image, brain extraction; the device is not resolved yet.
+        Models, reference image, brain extraction; the device is resolved only if a GPU is requested.
 
     Raises
     ------
     UserError
         If the run cannot start.
     """
-    if config.device.startswith("cuda"):
-        probe_device(config.device, config.precision)
+    device, precision = config.device, config.precision
+    if device.startswith("cuda"):
+        device, precision = probe_device(device, precision)
     extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
     read_json(config.bids_dir / "dataset_description.json")
@@ -193,7 +194,7 @@ def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunCo
     bundles = _choose_models(config, subjects)
     reference = _find_reference(config)
     participants = _read_participants(config, subjects, bundles)
-    context = RunContext(config, tuple(bundles), reference, extraction, config.device, config.precision)
+    context = RunContext(config, tuple(bundles), reference, extraction, device, precision)
     return subjects, participants, context
 
 
@@ -453,7 +454,9 @@ class Run:
     def _find_device(self) -> None:
         """Resolve device and precision at the first image that is scored."""
         if not self._device_found:
-            device, precision = probe_device(self._config.device, self._config.precision)
+            device, precision = self._context.device, self._context.precision
+            if not device.startswith("cuda"):  # a requested GPU was checked before the run
+                device, precision = probe_device(device, precision)
             self._context = replace(self._context, device=device, precision=precision)
             self._device_found = True
             precisions = sorted({self._context.precision_of(bundle) for bundle in self._context.bundles})
