@@ -44,6 +44,7 @@ def toy(tmp_path, monkeypatch):
     arguments = ["--output", str(tmp_path / "participants.json")]
     for name in ("slow", "fast"):
         (tmp_path / name / "bids_uad").mkdir(parents=True)
+        (tmp_path / name / "bids_uad" / "__init__.py").touch()  # else an installed package goes first
         program = PROGRAM.replace("STEP", "1.2" if name == "slow" else "0.6")
         (tmp_path / name / "bids_uad" / "__main__.py").write_text(program)
         arguments += ["--tree", str(tmp_path / name)]
