@@ -57,6 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="realistic",
         help="tissue contrasts; random for domain randomisation (default realistic)",
     )
+    anatomy.add_argument(
+        "--random-contrast",
+        metavar="F",
+        type=_fraction,
+        default=0.0,
+        help="fraction of subjects with random tissue contrasts of their own, 0 to 1 (default 0)",
+    )
     lesions = parser.add_argument_group("lesions")
     lesions.add_argument(
         "--lesion-masks",
@@ -132,6 +139,7 @@ def build_cohort(args: argparse.Namespace) -> SimulatedCohort:
         sources=tuple(find_label_maps(args.labelmaps)),
         scanners=args.scanners,
         randomised=args.contrast == "random",
+        random_contrast=args.random_contrast,
         shapes=lesion_shapes(args.lesion_masks) if args.lesion_masks else {},
         lesion_volume=tuple(args.lesion_volume) if args.lesion_volume else None,
         lesion_contrast=args.lesion_contrast,

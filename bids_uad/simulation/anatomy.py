@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from scipy import ndimage
 from torch.nn import functional as F
 
 from bids_uad.errors import InputError
@@ -104,6 +105,10 @@ GROUPS = (
     ("thalamus", "striatum", "pallidum"),
 )
 """Groups of classes that are aligned."""
+SULCUS_MM = 10.0
+"""Reach of the closing that defines the fluid between gyri and in the cisterns, if a label map has none."""
+FLUID_RIM_MM = 4.0
+"""Thickness of the fluid around the closed brain, if a label map has none."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +300,8 @@ def _without_side(name: str) -> str:
 def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a label map as class indices, cropped to the brain; other labels are background.
 
+    A label map without fluid around the brain, such as those of SynthSR, gets some: see :func:`add_fluid`.
+
     Parameters
     ----------
     path : path-like
@@ -335,7 +342,32 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     # The margin includes the fluid around the brain.
     low = [max(int(span[0]) - 8, 0) for span in spans]
     cut = tuple(slice(a, int(span[-1]) + 9) for a, span in zip(low, spans, strict=True))
-    return classes[cut], image.affine @ nib.affines.from_matvec(np.eye(3), low)
+    classes = classes[cut]
+    if not (classes == CLASSES.index("csf") + 1).any():
+        classes = add_fluid(classes)
+    return classes, image.affine @ nib.affines.from_matvec(np.eye(3), low)
+
+
+def add_fluid(classes: np.ndarray) -> np.ndarray:
+    """Label the background in sulci, fissures and cisterns, and a rim around the brain, as fluid.
+
+    Parameters
+    ----------
+    classes : numpy.ndarray of uint8, shape (X, Y, Z)
+        0 for background, otherwise 1 + index into `CLASSES`, voxels of 1 mm.
+
+    Returns
+    -------
+    numpy.ndarray of uint8, shape (X, Y, Z)
+        The same classes, with fluid (`csf`) in the background voxels inside the closed brain (by a ball of
+        `SULCUS_MM`) or within `FLUID_RIM_MM` of it.
+    """
+    margin = int(SULCUS_MM) + 1
+    background = np.pad(classes == 0, margin, constant_values=True)
+    dilated = ndimage.distance_transform_edt(background) <= SULCUS_MM
+    closed = ndimage.distance_transform_edt(dilated) > SULCUS_MM - FLUID_RIM_MM
+    inner = (slice(margin, -margin),) * 3
+    return np.where((classes == 0) & closed[inner], np.uint8(CLASSES.index("csf") + 1), classes)
 
 
 def label_map_source(path: str | Path) -> TissueMaps:

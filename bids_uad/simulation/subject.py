@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ STREAMS = (
     "scanner",
     "lesion-volume",
     "lesion-shape",
+    "random-contrast",
 )
 """Purposes of random numbers. The position of a purpose is part of its seed, so new ones are appended."""
 
@@ -170,6 +171,8 @@ class Population:
         Number of scanners; each subject is scanned in one of them.
     randomised : bool, default=False
         Whether contrasts are random instead of realistic.
+    random_contrast : float, default=0.0
+        Fraction of subjects (0 to 1) whose contrasts are random and their own, whatever their scanner.
     shapes : dict, default={}
         Paths of real lesion masks by kind; lesions of other kinds are drawn.
     lesion_volume : tuple of float, default=None
@@ -182,6 +185,7 @@ class Population:
     sources: tuple[str, ...] = (BUILT_IN,)
     scanners: int = 5
     randomised: bool = False
+    random_contrast: float = 0.0
     shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     lesion_volume: tuple[float, float] | None = None
     lesion_contrast: float = 1.0
@@ -221,6 +225,12 @@ def draw_subject_info(population: Population, index: int) -> SubjectInfo:
     sex = str(rng.choice(["F", "M"]))
     number = int(rng.integers(population.scanners))
     scanner = draw_scanner(number, population.randomised, random_stream(population.seed, number, "scanner"))
+    contrast_rng = random_stream(population.seed, index, "random-contrast")
+    if contrast_rng.uniform() < population.random_contrast:
+        means = {
+            modality: contrast.class_means(modality, "random", contrast_rng) for modality in scanner.means
+        }
+        scanner = replace(scanner, name=f"{scanner.name}-random", style="random", means=means)
     return SubjectInfo(age, sex, scanner, population.sources[int(rng.integers(len(population.sources)))])
 
 

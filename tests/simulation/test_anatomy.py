@@ -65,10 +65,10 @@ def test_read_label_map_uses_the_lookup_table(folder):
 
 
 def test_read_lookup_table_prefers_the_table_of_the_map(folder):
-    (folder / "x_dseg.tsv").write_text("index\tname\n8\twhite\n9\tcortex\n")
+    (folder / "x_dseg.tsv").write_text("index\tname\n8\twhite\n9\tcortex\n12\tcsf\n")
     classes, _ = read_label_map(str(folder / "x_dseg.nii.gz"))
     first = classes[np.nonzero(classes)[0][0], :, :]
-    assert set(np.unique(classes)) == {0, 1 + CLASSES.index("cortex"), 1 + CLASSES.index("white")}
+    assert set(np.unique(classes)) == {0} | {1 + CLASSES.index(name) for name in ("csf", "cortex", "white")}
     assert first.any()
 
 
@@ -135,6 +135,31 @@ def test_read_label_map_refuses_a_map_without_cortex(tmp_path):
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), 2, dtype=np.int16), np.eye(4)), path)
     with pytest.raises(InputError, match="no cortex"):
         anatomy.read_label_map(path)
+
+
+def test_add_fluid_fills_a_sulcus_and_surrounds_the_brain():
+    """Two half balls with a fissure of 6 mm between them, without any fluid label."""
+    x, y, z = np.ogrid[-36:36, -36:36, -36:36]
+    brain = (x**2 + y**2 + z**2 <= 28**2) & (np.abs(x + 0.5) > 3)
+    filled = anatomy.add_fluid(brain.astype(np.uint8) * np.uint8(1 + CLASSES.index("cortex")))
+    fluid = filled == 1 + CLASSES.index("csf")
+    assert not (fluid & brain).any()
+    radius = np.sqrt((x**2 + y**2 + z**2).astype(float)) * np.ones(brain.shape)
+    assert fluid[~brain & (radius < 27)].all()
+    # The rim is 4 mm thick, with an error of one voxel.
+    off_fissure = np.broadcast_to(np.abs(x) > 14, brain.shape)
+    assert fluid[off_fissure & (radius > 29) & (radius < 31)].all()
+    assert not fluid[radius > 33.5].any()
+
+
+def test_read_label_map_adds_fluid_only_to_a_map_without_any(folder):
+    classes, _ = read_label_map(str(folder / "x_dseg.nii.gz"))
+    assert (classes == 1 + CLASSES.index("csf")).sum() == 1600
+    label_map(folder / "dry_dseg.nii.gz", {"cortex": 8, "white": 9, "ventricle": 10})
+    classes, _ = read_label_map(str(folder / "dry_dseg.nii.gz"))
+    fluid = classes == 1 + CLASSES.index("csf")
+    assert fluid.any()
+    assert {int(n) for n in np.bincount(classes.ravel())[2:] if n} == {1600}
 
 
 def test_affine_moves_icbm_to_the_sri24_grid():

@@ -138,6 +138,22 @@ def test_a_scanner_is_shared_by_its_subjects_and_belongs_to_its_seed():
     assert elsewhere.means != by_name["scanner01"].means
 
 
+def test_random_contrast_is_a_fraction_of_subjects_and_changes_no_other():
+    realistic = [draw_subject_info(Population(1), index) for index in range(300)]
+    mixed = [draw_subject_info(Population(1, random_contrast=0.3), index) for index in range(300)]
+    changed = [(a, b) for a, b in zip(realistic, mixed, strict=True) if a != b]
+    assert stats.binomtest(len(changed), 300, 0.3).pvalue > 0.01
+    assert all(replace(b, scanner=a.scanner) == a for a, b in changed)
+    assert all(
+        replace(b.scanner, name=a.scanner.name, style=a.scanner.style, means=a.scanner.means) == a.scanner
+        for a, b in changed
+    )
+    # Two subjects of one scanner have different contrasts.
+    assert len({b.scanner.means["T1w"]["white"] for _, b in changed}) == len(changed)
+    darker = [b.scanner.means["T1w"]["white"] < b.scanner.means["T1w"]["cortex"] for _, b in changed]
+    assert stats.binomtest(sum(darker), len(darker), 0.5).pvalue > 0.01
+
+
 def test_class_means_random_have_no_fixed_order():
     scanners = [draw_scanner(0, True, np.random.default_rng(seed)) for seed in range(30)]
     darker = [s.means["T1w"]["white"] < s.means["T1w"]["cortex"] for s in scanners]
