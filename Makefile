@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction docs descriptor lint format clean
+.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction atlas docs descriptor lint format clean
 
 # torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -85,6 +85,10 @@ pls-T1w pls-T2w: pls-%: $(MODELS)/validation/participants.tsv
 extraction: $(VENV)/installed
 	$(BIN)/bids_uad extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
 	    --steps 3000
+
+# Build the tissue priors of bids_uad/data/atlas; SYNTHSR is the folder of SynthSR's label maps.
+atlas: $(VENV)/installed
+	$(BIN)/python -m bids_uad.simulation.atlas $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(SYNTHSR)
 
 models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested
