@@ -1,4 +1,4 @@
-"""Simulated T1w and T2w cohorts of skull-stripped brains with known lesion masks and tissue labels.
+"""Simulated T1w, T2w and FLAIR cohorts of skull-stripped brains with known lesion masks and tissue labels.
 
 Anatomy comes from the ICBM152 template that nilearn carries (permissive licence, no download) and,
 optionally, from FreeSurfer-type label maps such as the sixteen of SynthSeg (Apache-2.0). Shape, age,

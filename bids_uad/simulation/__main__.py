@@ -13,6 +13,7 @@ from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
 from bids_uad.simulation.anatomy import BUILT_IN, find_label_maps
 from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
+from bids_uad.simulation.contrast import CONTRASTS
 from bids_uad.simulation.pathology import KINDS
 from bids_uad.simulation.shapes import lesion_shapes
 from bids_uad.simulation.subject import Population
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{BUILT_IN} (default: {BUILT_IN}, the built-in template)",
     )
     anatomy.add_argument(
-        "--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"], help="default both"
+        "--modalities", nargs="+", choices=CONTRASTS, default=["T1w", "T2w"], help="default T1w T2w"
     )
     anatomy.add_argument(
         "--scanners", metavar="N", type=_positive, default=5, help="number of scanners (default 5)"
@@ -144,7 +145,7 @@ def build_cohort(args: argparse.Namespace) -> SimulatedCohort:
         lesion_volume=tuple(args.lesion_volume) if args.lesion_volume else None,
         lesion_contrast=args.lesion_contrast,
     )
-    modalities = tuple(sorted(set(args.modalities)))
+    modalities = tuple(modality for modality in CONTRASTS if modality in args.modalities)
     device = str(resolve_device(args.device))
     return SimulatedCohort(args.out, population, tuple(kinds), modalities, args.derivatives, device)
 

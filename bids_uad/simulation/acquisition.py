@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from bids_uad.simulation.anatomy import CLASSES
-from bids_uad.simulation.contrast import class_means
+from bids_uad.simulation.contrast import CONTRASTS, class_means
 from bids_uad.simulation.spatial import (
     BOX_SHAPE,
     apply_axis,
@@ -89,7 +89,7 @@ def draw_scanner(number: int, randomised: bool, rng: np.random.Generator) -> Sca
         blur=float(rng.uniform(0.15, 0.45)),
         bias=float(0.12 * (field_strength / 1.5) ** 0.5 * rng.lognormal(0.0, 0.3)),
         thick=0.75 if spin_echo else float(rng.choice([0.02, 0.1, 0.3])),
-        means={modality: class_means(modality, style, rng) for modality in ("T1w", "T2w")},
+        means={modality: class_means(modality, style, rng) for modality in CONTRASTS},
     )
 
 
@@ -125,8 +125,8 @@ def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator
     ----------
     scanner : Scanner
         Scanner with typical values.
-    modality : {"T1w", "T2w"}
-        Contrast; thick slices are more frequent in T2w scans.
+    modality : {"T1w", "T2w", "FLAIR"}
+        Contrast; thick slices are more frequent in T2w scans, and most frequent and thickest in FLAIR scans.
     rng : numpy.random.Generator
         Source of all random numbers.
 
@@ -135,11 +135,15 @@ def draw_scan_settings(scanner: Scanner, modality: str, rng: np.random.Generator
     ScanSettings
         Drawn settings.
     """
-    thick = rng.uniform() < min(scanner.thick + (0.25 if modality == "T2w" else 0.0), 0.9)
+    # Inversion reduces the signal of all tissue.
+    noise = scanner.noise * (1.4 if modality == "FLAIR" else 1.0)
+    more_often = {"T1w": 0.0, "T2w": 0.25, "FLAIR": 0.5}[modality]
+    thick = rng.uniform() < min(scanner.thick + more_often, 0.9)
+    thinnest, thickest = (3.0, 6.0) if modality == "FLAIR" else (2.0, 5.5)
     return ScanSettings(
-        noise=float(scanner.noise * rng.lognormal(0.0, 0.3)),
+        noise=float(noise * rng.lognormal(0.0, 0.3)),
         blur=float(scanner.blur * rng.uniform(0.7, 1.5)),
-        thickness=float(np.round(rng.uniform(2.0, 5.5), 1)) if thick else 1.0,
+        thickness=float(np.round(rng.uniform(thinnest, thickest), 1)) if thick else 1.0,
         bias=float(scanner.bias * rng.uniform(0.5, 1.5)),
         gamma=float(rng.uniform(0.92, 1.10)),
     )

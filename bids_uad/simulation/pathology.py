@@ -194,6 +194,8 @@ class LesionTarget:
 
 
 ATTEMPTS = 6
+MAX_FLAIR = 1.9
+"""Brightest signal of a lesion in FLAIR scans, relative to cortex."""
 VOLUME_TOLERANCE = 0.1
 """Accepted relative deviation from the requested volume."""
 
@@ -260,7 +262,7 @@ def add_lesion_signal(
 
     Parameters
     ----------
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast.
     image : torch.Tensor, shape (X, Y, Z)
         Noise-free signal.
@@ -275,20 +277,33 @@ def add_lesion_signal(
     -------
     torch.Tensor, shape (X, Y, Z)
         Signal with the lesion; unchanged outside it, and everywhere if its contrast is 0.
+
+    Notes
+    -----
+    The signal changes from that of tissue towards that of fluid, in FLAIR towards `MAX_FLAIR`: free water is
+    dark there, but water in tissue is bright. Cavities have the signal of fluid in all contrasts.
     """
     fluid, grey, white = means["ventricle"], means["cortex"], means["white"]
-    # Range of the relative change of the signal from tissue towards fluid.
+    # Range of the relative change of the signal.
     ranges = {"stroke": (0.30, 0.65), "ms": (0.30, 0.60), "wmh": (0.22, 0.45), "tumour": (0.28, 0.55)}
     low, high = ranges[lesion.kind]
     towards = rng.uniform(low, high) * (0.75 if modality == "T1w" else 1.0)
     fine, middle = random_field(rng, 3.0)[0], random_field(rng, 9.0)[0]
     variation = (1 + 0.12 * fine + 0.15 * middle).clamp(0.5, 1.5)
-    outer = image + (fluid - image) * (towards * variation).clamp(0, 1)
+    flair = modality == "FLAIR"
+    change = (MAX_FLAIR * grey if flair else fluid) - image
+    if flair and fluid < 0.6 * min(white, grey):
+        # Fluid of sulci within the lesion stays dark.
+        change = change * ((image - fluid) / (0.6 * min(white, grey) - fluid)).clamp(0, 1)
+    outer = image + change * (towards * variation).clamp(0, 1)
     if lesion.kind == "tumour":
-        level = grey + (fluid - grey) * rng.uniform(-0.05, 0.35)
+        level = grey * rng.uniform(0.85, 1.45) if flair else grey + (fluid - grey) * rng.uniform(-0.05, 0.35)
         patchy = level + abs(fluid - white) * (0.12 * middle + 0.05 * fine)
         necrosis = torch.sigmoid(4.0 * (middle - rng.uniform(0.2, 1.2)))
-        inner = patchy + (grey + (fluid - grey) * 0.8 - patchy) * necrosis
+        # In FLAIR, the signal of necrosis lies between those of fluid and cortex, as its protein content.
+        inner = (
+            patchy + (grey + (fluid - grey) * (rng.uniform(0.0, 0.8) if flair else 0.8) - patchy) * necrosis
+        )
     else:
         inner = image + (fluid - image) * rng.uniform(0.8, 0.97)
     # The signal of the core replaces that of the outer part.

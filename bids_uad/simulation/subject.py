@@ -64,6 +64,9 @@ STREAMS = (
     "lesion-volume",
     "lesion-shape",
     "random-contrast",
+    "FLAIR",
+    "FLAIR-scan",
+    "FLAIR-lesion",
 )
 """Purposes of random numbers. The position of a purpose is part of its seed, so new ones are appended."""
 
@@ -323,7 +326,7 @@ def make_signal(
         Subject with its scanner.
     anatomy : Anatomy
         Anatomy of the subject.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast.
 
     Returns

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_uad.simulation.__main__ import main
+from bids_uad.simulation.__main__ import build_cohort, build_parser, main
 from bids_uad.simulation.cohort import SimulatedCohort, make_subject
 from bids_uad.simulation.subject import Population
 from bids_uad.space import AFFINE, SHAPE
@@ -38,10 +38,13 @@ def preprocessed(tmp_path_factory) -> Path:
 
 
 def test_make_cohort_is_determined_by_the_seed(tmp_path, preprocessed):
-    # The second subject alone and with one modality only, without the first before it.
-    make_subject(SimulatedCohort(tmp_path, Population(4), (None, "stroke"), ("T1w",), derivatives=True), 1)
+    # The second subject alone, with other contrasts and without the first before it.
+    contrasts = ("T1w", "FLAIR")
+    make_subject(SimulatedCohort(tmp_path, Population(4), (None, "stroke"), contrasts, derivatives=True), 1)
     images = {name: sha for name, sha in digest(tmp_path).items() if name.endswith(".nii.gz")}
-    assert len(images) == 4
+    flair = "sub-002/anat/sub-002_space-SRI24_desc-preproc_FLAIR.nii.gz"
+    assert len(images) == 5
+    assert images.pop(flair) not in images.values()
     whole = digest(preprocessed)
     assert images == {name: whole[name] for name in images}
     first = {sha for name, sha in whole.items() if "sub-001" in name and name.endswith(".nii.gz")}
@@ -150,6 +153,14 @@ def test_invalid_numbers_are_refused(tmp_path):
             main([str(tmp_path / "x"), *wrong])
         assert caught.value.code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_lesion_masks_are_those_of_the_t1w_scan_if_there_is_one(tmp_path):
+    """Masks are written for the first contrast, for any order on the command line."""
+    arguments = [str(tmp_path), "--stroke", "1", "--modalities"]
+    parse = build_parser().parse_args
+    assert build_cohort(parse([*arguments, "FLAIR", "T2w", "T1w"])).modalities == ("T1w", "T2w", "FLAIR")
+    assert build_cohort(parse([*arguments, "FLAIR"])).modalities == ("FLAIR",)
 
 
 def test_find_label_maps_refuses_a_folder_without_label_maps(tmp_path):

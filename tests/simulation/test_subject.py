@@ -9,9 +9,11 @@ from scipy import ndimage, stats
 
 from bids_uad.simulation import ageing
 from bids_uad.simulation import pathology as lesions
-from bids_uad.simulation.acquisition import draw_scanner, simulate_preprocessed_scan
+from bids_uad.simulation.acquisition import draw_scan_settings, draw_scanner, simulate_preprocessed_scan
 from bids_uad.simulation.anatomy import CLASSES, icbm_to_sri24, template_source
+from bids_uad.simulation.contrast import CONTRASTS, class_means, simulate_signal
 from bids_uad.simulation.pathology import KINDS, LesionTarget, make_lesion
+from bids_uad.simulation.spatial import BOX_SHAPE, box_points, smooth
 from bids_uad.simulation.subject import (
     Population,
     draw_subject_info,
@@ -26,7 +28,7 @@ def region_mean(image: torch.Tensor, share: torch.Tensor) -> float:
     return float(image[share > 0.9].mean())
 
 
-@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+@pytest.mark.parametrize("modality", CONTRASTS)
 def test_tissue_order_of_means(modality, subject, healthy):
     with torch.no_grad():
         image, settings, _ = make_signal(POPULATION, INDEX, subject, healthy, modality)
@@ -37,7 +39,104 @@ def test_tissue_order_of_means(modality, subject, healthy):
         region_mean(image, healthy.fractions[CLASSES.index(name)])
         for name in ("ventricle", "cortex", "white")
     )
-    assert (fluid < grey < white) if modality == "T1w" else (white < grey < fluid)
+    order = {
+        "T1w": fluid < grey < white,
+        "T2w": white < grey < fluid,
+        "FLAIR": 1.5 * fluid < white < grey,
+    }
+    assert order[modality]
+
+
+def test_class_means_of_flair_are_those_of_fluid_attenuated_scans():
+    drawn = [class_means("FLAIR", "gradient_echo", np.random.default_rng(seed)) for seed in range(200)]
+    for means in drawn:
+        assert 0.08 <= means["ventricle"] <= 0.25
+        assert 0.70 <= means["white"] <= 0.88
+        assert means["ventricle"] * 0.9 < means["csf"] < 0.5 * means["white"]
+    average = {name: np.mean([means[name] for means in drawn]) for name in CLASSES}
+    assert average["pallidum"] < average["white"] < average["brainstem"] < average["thalamus"]
+    assert average["thalamus"] < average["striatum"] < average["cortex"] < average["hippocampus"]
+
+
+def test_flair_leaves_t1w_and_t2w_scans_unchanged(subject, stroke):
+    """The figures were computed before FLAIR was added to the simulator."""
+    means = subject.scanner.means
+    assert means["T1w"]["choroid"] == pytest.approx(0.8191710347577735, rel=1e-12)
+    assert means["T2w"]["choroid"] == pytest.approx(0.5750535051675547, rel=1e-12)
+    for modality, noise, total in (
+        ("T1w", 0.0062410816179348655, 3579388.72590816),
+        ("T2w", 0.0052672789405525935, 2888351.931238681),
+    ):
+        with torch.no_grad():
+            image, settings, _ = make_signal(POPULATION, INDEX, subject, stroke, modality)
+        assert settings.noise == pytest.approx(noise, rel=1e-12)
+        assert settings.thickness == 3.5
+        assert float(image.double().sum()) == pytest.approx(total, rel=1e-6)
+
+
+def test_thick_slices_are_most_frequent_in_flair_scans():
+    scanner = replace(draw_scanner(0, False, np.random.default_rng(0)), thick=0.1)
+    thickness = {}
+    for modality in CONTRASTS:
+        rng = np.random.default_rng(1)
+        thickness[modality] = np.array(
+            [draw_scan_settings(scanner, modality, rng).thickness for _ in range(500)]
+        )
+    shares = [np.mean(thickness[modality] > 1) for modality in CONTRASTS]
+    np.testing.assert_allclose(shares, [0.1, 0.35, 0.6], atol=0.06)
+    thick = thickness["FLAIR"][thickness["FLAIR"] > 1]
+    assert 3.0 <= thick.min() < 3.3
+    assert 5.7 < thick.max() <= 6.0
+
+
+def test_flair_of_healthy_subjects_is_bright_beside_ventricles_and_where_fluid_pulsates(healthy):
+    means = class_means("FLAIR", "gradient_echo", np.random.default_rng(0))
+    fractions, none = healthy.fractions, torch.zeros(BOX_SHAPE)
+    ventricle = fractions[CLASSES.index("ventricle")]
+    white = fractions[CLASSES.index("white")] > 0.95
+    near = smooth(ventricle, 1.5)
+    fluid = ventricle + fractions[CLASSES.index("csf")] > 0.9
+    places = torch.tensor(icbm_to_sri24() @ np.array([[0, -46, -32, 1], [0, 10, 20, 1]]).T)[:3].T
+    fourth, lateral = ((box_points() - place).norm(dim=-1) < 12 for place in places)
+    bands, flow = [], []
+    with torch.no_grad():
+        for seed in range(6):
+            image = simulate_signal("FLAIR", fractions, means, None, none, np.random.default_rng(seed))
+            bands.append(float(image[white & (near > 0.05)].mean() / image[white & (near < 1e-4)].mean()))
+            flow.append(float(image[fourth & fluid].mean() / image[lateral & fluid].mean()))
+        aged = simulate_signal("FLAIR", fractions, means, None, 0.5 * white, np.random.default_rng(5))
+    assert min(bands) > 1.02
+    assert max(bands) < 1.5
+    assert max(flow) > 1.5
+    assert min(flow) < 1.3
+    assert (aged[white] - image[white]).min() > 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lesions_are_bright_in_flair_scans_except_for_free_fluid(kind):
+    means = class_means("FLAIR", "gradient_echo", np.random.default_rng(0))
+    grey, white, fluid = means["cortex"], means["white"], means["ventricle"]
+    shape = torch.zeros(BOX_SHAPE)
+    shape[60:100, 60:100, 60:100] = 1.0
+    core = torch.zeros(BOX_SHAPE)
+    core[70:90, 70:90, 70:90] = 1.0
+    lesion = lesions.Lesion(kind, shape, core if kind in ("stroke", "tumour") else 0 * core, 1.0, {})
+    image = torch.full(BOX_SHAPE, white)
+    image[60:100, 60:64], image[60:100, 96:100] = grey, fluid
+    seen = []
+    for seed in range(8):
+        after = lesions.add_lesion_signal("FLAIR", image, lesion, means, np.random.default_rng(seed))
+        in_white, in_grey = after[60:100, 64:70, 60:100], after[60:100, 60:64, 60:100]
+        assert in_white.mean() > 1.2 * white
+        assert in_grey.mean() > 1.1 * grey
+        assert after.max() < lesions.MAX_FLAIR * grey * 1.2
+        torch.testing.assert_close(after[60:100, 96:100], image[60:100, 96:100])
+        seen.append(float(after[core > 0].mean()))
+        assert (after[shape == 0] == image[shape == 0]).all()
+    if kind == "stroke":
+        assert max(seen) < 0.5 * white
+    if kind == "tumour":
+        assert min(seen) < grey < max(seen)
 
 
 def test_template_fractions_sum_to_at_most_1(healthy):
@@ -62,7 +161,7 @@ def test_tissue_labels_follow_the_largest_fraction(healthy):
     assert (labels[sure] == 3).all()
 
 
-@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+@pytest.mark.parametrize("modality", CONTRASTS)
 def test_subject_with_lesion_differs_only_inside_the_lesion(modality, subject, healthy, stroke):
     torch.testing.assert_close(healthy.fractions, stroke.fractions, rtol=0, atol=0)
     with torch.no_grad():
@@ -160,7 +259,7 @@ def test_class_means_random_have_no_fixed_order():
     assert 5 < sum(darker) < 25
 
 
-@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+@pytest.mark.parametrize("modality", CONTRASTS)
 def test_lesion_contrast_scales_the_signal_change_to_zero(modality, subject, healthy, stroke):
     with torch.no_grad():
         before = make_signal(POPULATION, INDEX, subject, healthy, modality)[0]
