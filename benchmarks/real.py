@@ -1,10 +1,11 @@
 """The benchmark of the packaged models on real scans.
 
-``python -m benchmarks.real DATA OUT`` takes the participants of a BIDS dataset who have a lesion mask in
-``DATA/derivatives/lesions``, and some healthy ones, runs the participant and the group level on them (what
-is there is not made again), and writes ``benchmarks/results/real.tsv``: a row for each detector, modality and
-pathology. Beside the detectors stands the floor: the scan's own intensity, median-filtered, cut at the
-threshold that suits each scan best.
+``python -m benchmarks.real DATA OUT`` runs the participant and the group level on the participants of a BIDS
+dataset who have a lesion mask in ``DATA/derivatives/lesions``, and on some healthy ones, none of whom was
+used in training. It writes ``benchmarks/results/real.tsv``, with a row for each detector, modality and
+pathology, and ``real_scans.tsv``, with a row for each detector and scan. The baseline is a threshold on the
+intensity of the scan after a median filter, chosen for each scan. ``--before OTHER`` compares with the
+outputs of another version in OTHER, scan by scan.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from scipy.ndimage import median_filter
 from benchmarks.scan import read
 from benchmarks.simulated import markdown
 from bids_uad.cli.main import main as bids_uad
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.participants import Participants, read_participants, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.engine.bundle import Bundle, resolve_bundles
+from bids_uad.evaluation.bootstrap import bootstrap_interval
 from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.evaluation.subjects import LESION, unit_role
 from bids_uad.evaluation.tables import UnitScores, find_metrics_tables, read_unit
 from bids_uad.files import write_tsv
 
 RESULTS = Path(__file__).parent / "results"
-MODALITIES = ("T1w", "T2w")
 COLUMNS = {
     "detector": "detector",
     "modality": "modality",
@@ -47,49 +49,54 @@ COLUMNS = {
 }
 
 
-def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]) -> list[str]:
-    """Choose who is scored: all with a lesion mask, and healthy ones of every site in turn.
+SCAN_COLUMNS = ["lesion_volume_mm3", "dice", "auprc", "lesion_sensitivity", "fpr", "marked"]
+"""Columns of the table of scans, beside detector, modality, pathology and participant."""
 
-    Whom a model has met is left out.
+
+def choose(data: Path, people: Participants, healthy: int, bundles: list[Bundle]) -> list[str]:
+    """Choose the participants: all with a lesion mask, and healthy ones of all sites in turn.
 
     Parameters
     ----------
     data : pathlib.Path
+        Dataset.
     people : Participants
-        Those of `data`.
+        Contents of its participants.tsv.
     healthy : int
-        How many healthy ones.
+        Number of healthy participants.
     bundles : list of Bundle
-        Models that will score them.
+        Models; participants of their training or validation data are left out.
 
     Returns
     -------
     list of str
-        ``sub-<label>``.
+        Names, ``sub-<label>``.
     """
     hashes = {name: subject_hashes(data, [name]) for name in people.labels}
-    strangers = [
+    unseen = [
         name for name in hashes if not any(bundle.cohorts_containing(hashes[name]) for bundle in bundles)
     ]
     masks = (data / "derivatives" / "lesions").glob("sub-*/**/*_label-lesion_*mask.nii.gz")
     masked = {path.name.split("_")[0] for path in masks}
     sites: dict[str, list[str]] = {}
-    for name in strangers:
+    for name in unseen:
         if people.person(name).healthy:
             sites.setdefault(people.row(name).get("site", ""), []).append(name)
     queues = [list(names) for names in sites.values()]
     controls = []
     while len(controls) < healthy and any(queues):
         controls += [queue.pop(0) for queue in queues if queue]
-    return [name for name in strangers if name in masked or name in controls[:healthy]]
+    return [name for name in unseen if name in masked or name in controls[:healthy]]
 
 
 def best_dice(nonlesion: np.ndarray, lesion: np.ndarray) -> float:
-    """Dice at the threshold that suits a scan best, from counts per ascending score bin."""
+    """Compute the largest Dice over all thresholds, from counts per ascending score bin."""
     return float(dice_curve(nonlesion, lesion).max())
 
 
-def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality: str) -> tuple[float, float]:
+def intensity_baseline(
+    volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality: str
+) -> tuple[float, float]:
     """Compute the best Dice and the average precision of the scan's intensity, median of 3 x 3 x 3 voxels.
 
     Parameters
@@ -98,8 +105,8 @@ def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality
         Preprocessed scan.
     brain, lesion : numpy.ndarray of bool
         Brain and lesion masks on the same grid.
-    modality : str
-        `T2w`, in which lesions are hyperintense, or `T1w`, in which they are hypointense.
+    modality : {"T1w", "T2w", "FLAIR"}
+        Contrast; lesions are hypointense in T1w, hyperintense in the others.
 
     Returns
     -------
@@ -108,7 +115,7 @@ def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality
     """
     if not lesion[brain].any():
         return float("nan"), float("nan")
-    scores = median_filter(volume, 3)[brain] * (1 if modality == "T2w" else -1)
+    scores = median_filter(volume, 3)[brain] * (-1 if modality == "T1w" else 1)
     _, bins = np.unique(scores, return_inverse=True)
     inside, rest = np.bincount(bins, lesion[brain]), np.bincount(bins, ~lesion[brain])
     found = counts_above(inside)
@@ -116,20 +123,20 @@ def floor_of(volume: np.ndarray, brain: np.ndarray, lesion: np.ndarray, modality
     return best_dice(rest, inside), float((precision * inside).sum() / inside.sum())
 
 
-def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -> Iterator[dict]:
-    """Give the rows of the floor: one for each pathology and one for all."""
+def baseline_rows(scans: list[PreprocessedScan], people: Participants, modality: str) -> Iterator[dict]:
+    """Yield the rows of the baseline: one for each pathology, and one for all."""
     rows = []
     for scan in scans:
         if scan.lesion is not None and not people.person(scan.subject, scan.session).healthy:
             brain = read(scan.brain) > 0
-            numbers = floor_of(read(scan.image), brain, read(scan.lesion) > 0, modality)
+            numbers = intensity_baseline(read(scan.image), brain, read(scan.lesion) > 0, modality)
             rows.append((people.cohort(scan.subject, scan.session), *numbers))
     table = pd.DataFrame(rows, columns=["cohort", "dice_each", "auprc_mean"])
     for cohort in ("all", *sorted(set(table["cohort"]))):
         of_cohort = table if cohort == "all" else table[table["cohort"] == cohort]
         means = of_cohort[["dice_each", "auprc_mean"]].mean().to_dict()
         yield {
-            "detector": "floor",
+            "detector": "threshold on intensity",
             "modality": modality,
             "cohort": cohort,
             "n_lesion_scans": len(of_cohort),
@@ -138,7 +145,7 @@ def floors(scans: list[PreprocessedScan], people: Participants, modality: str) -
 
 
 def best_of_each(units: list[UnitScores]) -> pd.DataFrame:
-    """Mean of each lesion scan's best Dice, by detector, modality and cohort; the group level lacks it."""
+    """Compute the mean over lesion scans of the best Dice of each, by detector, modality and cohort."""
     rows = [
         {
             "detector": unit.detector,
@@ -154,16 +161,53 @@ def best_of_each(units: list[UnitScores]) -> pd.DataFrame:
 
 
 def table_of(out: Path, people: Participants, modalities: tuple[str, ...]) -> pd.DataFrame:
-    """Make the table of what the participant and group levels left in `out`."""
+    """Summarise the outputs of the participant and group levels in `out`."""
     units = [read_unit(path, people) for path in find_metrics_tables(out)]
     benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t")
     table = benchmark.merge(best_of_each(units), how="left")
-    floor = [
-        row for modality in modalities for row in floors(find_preprocessed(out, modality), people, modality)
-    ]
-    table = pd.concat([table, pd.DataFrame(floor)])
+    scans = {modality: find_preprocessed(out, modality) for modality in modalities}
+    rows = [row for modality in scans for row in baseline_rows(scans[modality], people, modality)]
+    table = pd.concat([table, pd.DataFrame(rows)])
     table = table.sort_values(["modality", "cohort", "detector"])
     return table[list(COLUMNS)].rename(columns=COLUMNS)
+
+
+def scans_of(out: Path) -> pd.DataFrame:
+    """Read the metrics of each scan and detector from the group level."""
+    table = pd.read_csv(out / "group_subjects.tsv", sep="\t")
+    table["session_id"] = table["session_id"].fillna("n/a")
+    table["marked"] = table["anomaly_volume_mm3"] / table["brain_volume_mm3"]
+    return table.set_index(["modality", "cohort", "participant_id", "session_id", "detector"])
+
+
+def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Compare the Dice of lesion scans and the marked share of healthy scans between two versions.
+
+    Parameters
+    ----------
+    before, after : pandas.DataFrame
+        Tables of :func:`scans_of`; scans and detectors of both are compared.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each detector, modality, pathology and measure: number of scans, means (Dice) or medians
+        (marked share), and mean difference with its 95 % bootstrap interval over participants (NaN for few).
+    """
+    joined = before.join(after, how="inner", lsuffix="_before", rsuffix="_after").reset_index()
+    rows = []
+    for (detector, modality, cohort), scans in joined.groupby(["detector", "modality", "cohort"]):
+        measure, summary = ("marked", "median") if cohort == "healthy" else ("dice", "mean")
+        old, new = scans[f"{measure}_before"], scans[f"{measure}_after"]
+        low, high = bootstrap_interval(new - old, scans["participant_id"], seed=0)
+        rows.append(
+            {
+                **{"detector": detector, "modality": modality, "pathology": cohort, "measure": measure},
+                **{"scans": len(scans), "before": old.agg(summary), "after": new.agg(summary)},
+                **{"difference": (new - old).mean(), "low": low, "high": high},
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
@@ -171,11 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--healthy", type=int, default=6, help="how many healthy participants (default 6)")
+    parser.add_argument("--healthy", type=int, default=6, help="number of healthy participants (default 6)")
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
     parser.add_argument("--deviation", nargs="+", help="as of bids_uad")
     parser.add_argument("--work-dir", type=Path, help="scratch space (default: OUT/work)")
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
+    parser.add_argument(
+        "--before", type=Path, metavar="OTHER", help="outputs of another version to compare with"
+    )
     args = parser.parse_args()
     people = read_participants(args.data)
     bundles = resolve_bundles(args.models, list(MODALITIES))
@@ -192,6 +239,16 @@ def main() -> None:
     table = table_of(args.out, people, MODALITIES)
     write_tsv(RESULTS / "real.tsv", table.round(4))
     print(markdown(table))
+    scans = scans_of(args.out)
+    if args.before:
+        before = scans_of(args.before)
+        comparison = compare(before, scans).round(4)
+        write_tsv(RESULTS / "real_comparison.tsv", comparison)
+        print(markdown(comparison))
+        scans = before[SCAN_COLUMNS[1:]].join(scans[SCAN_COLUMNS], lsuffix="_before", how="right")
+    else:
+        scans = scans[SCAN_COLUMNS]
+    write_tsv(RESULTS / "real_scans.tsv", scans.reset_index().round(4))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The benchmark on real scans: who is chosen, and the numbers that the group level does not give."""
+"""The benchmark on real scans: chosen participants, and figures that the group level does not give."""
 
 from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.real import best_dice, best_of_each, choose, floor_of, floors
+from benchmarks.real import baseline_rows, best_dice, best_of_each, choose, compare, intensity_baseline
 from bids_uad.dataset.participants import read_participants, subject_hash
 from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.engine.bundle import Bundle
@@ -29,19 +30,19 @@ def brain_with_lesion():
     return volume.astype(np.float32), brain, lesion
 
 
-@pytest.mark.parametrize(("modality", "sign"), [("T2w", 1), ("T1w", -1)])
-def test_the_floor_is_that_of_scikit_learn(brain_with_lesion, modality, sign):
+@pytest.mark.parametrize(("modality", "sign"), [("T2w", 1), ("FLAIR", 1), ("T1w", -1)])
+def test_baseline_equals_scikit_learn(brain_with_lesion, modality, sign):
     volume, brain, lesion = brain_with_lesion
     scores, truth = sign * median_filter(volume, 3)[brain], lesion[brain]
     best = max(f1_score(truth, scores >= threshold) for threshold in np.unique(scores))
-    dice, precision = floor_of(volume, brain, lesion, modality)
+    dice, precision = intensity_baseline(volume, brain, lesion, modality)
     assert dice == pytest.approx(best)
     assert precision == pytest.approx(average_precision_score(truth, scores))
 
 
-def test_floor_of_is_undefined_for_an_empty_mask(brain_with_lesion):
+def test_baseline_is_undefined_for_an_empty_mask(brain_with_lesion):
     volume, brain, lesion = brain_with_lesion
-    assert np.isnan(floor_of(volume, brain, lesion & ~brain, "T2w")).all()
+    assert np.isnan(intensity_baseline(volume, brain, lesion & ~brain, "T2w")).all()
 
 
 def test_best_dice_by_hand():
@@ -70,7 +71,7 @@ def test_lesions_and_healthy_ones_of_every_site_are_chosen(tmp_path):
     ]
 
 
-def test_rows_of_the_floor(tmp_path, brain_with_lesion):
+def test_rows_of_the_baseline(tmp_path, brain_with_lesion):
     (tmp_path / "participants.tsv").write_text(
         "participant_id\tgroup\tpathology\nsub-1\tpatient\tstroke\nsub-2\tpatient\ttumour\nsub-3\tcontrol\tn/a\n"
     )
@@ -80,10 +81,10 @@ def test_rows_of_the_floor(tmp_path, brain_with_lesion):
         files[name] = tmp_path / f"{name}.nii.gz"
         nib.Nifti1Image(np.asarray(array, dtype=np.float32), np.eye(4)).to_filename(files[name])
     scans = [PreprocessedScan(f"sub-{k}", **files, tissue=None) for k in (1, 2, 3)]
-    rows = {row["cohort"]: row for row in floors(scans, read_participants(tmp_path), "T2w")}
+    rows = {row["cohort"]: row for row in baseline_rows(scans, read_participants(tmp_path), "T2w")}
     assert set(rows) == {"all", "stroke", "tumour"}
     assert rows["all"]["n_lesion_scans"] == 2
-    assert rows["tumour"]["dice_each"] == pytest.approx(floor_of(volume, brain, lesion, "T2w")[0])
+    assert rows["tumour"]["dice_each"] == pytest.approx(intensity_baseline(volume, brain, lesion, "T2w")[0])
 
 
 def test_each_scan_has_its_own_best_threshold(tmp_path):
@@ -110,3 +111,28 @@ def test_each_scan_has_its_own_best_threshold(tmp_path):
             searched.append(max(found))
         assert value == pytest.approx(np.mean(searched))
         assert value >= np.mean([dice for _, dice in of_row])
+
+
+def scan_table(values: dict[str, float], cohort: str) -> pd.DataFrame:
+    """Return a table of one detector, as `scans_of` reads it."""
+    rows = [("T2w", cohort, name, "n/a", "pls", value, value) for name, value in values.items()]
+    columns = ["modality", "cohort", "participant_id", "session_id", "detector", "dice", "marked"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:5])
+
+
+def test_comparison_is_that_of_the_common_scans():
+    before = scan_table({"sub-1": 0.2, "sub-2": 0.4, "sub-3": 0.9}, "stroke")
+    after = scan_table({"sub-1": 0.3, "sub-2": 0.7, "sub-4": 0.1}, "stroke")
+    (row,) = compare(before, after).to_dict("records")
+    assert (row["measure"], row["scans"]) == ("dice", 2)
+    assert [row["before"], row["after"], row["difference"]] == pytest.approx([0.3, 0.5, 0.2])
+
+
+def test_comparison_of_healthy_scans_has_the_median_of_the_marked_share():
+    names = [f"sub-{k}" for k in range(9)]
+    before = scan_table(dict.fromkeys(names, 0.01), "healthy")
+    after = scan_table({name: 0.001 * k for k, name in enumerate(names)}, "healthy")
+    (row,) = compare(before, after).to_dict("records")
+    assert [row["before"], row["after"]] == pytest.approx([0.01, 0.004])
+    assert row["difference"] == pytest.approx(-0.006)
+    assert row["low"] < row["difference"] < row["high"]
