@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="fraction of subjects with random tissue contrasts of their own, 0 to 1 (default 0)",
     )
+    anatomy.add_argument(
+        "--normal-variants",
+        action="store_true",
+        help="ages up to 90, normal findings (perivascular spaces, iron, choroid plexus, vessels, dura, "
+        "caps, foci) and mild artefacts of the scan",
+    )
     lesions = parser.add_argument_group("lesions")
     lesions.add_argument(
         "--lesion-masks",
@@ -141,6 +147,7 @@ def build_cohort(args: argparse.Namespace) -> SimulatedCohort:
         scanners=args.scanners,
         randomised=args.contrast == "random",
         random_contrast=args.random_contrast,
+        normal_variants=args.normal_variants,
         shapes=lesion_shapes(args.lesion_masks) if args.lesion_masks else {},
         lesion_volume=tuple(args.lesion_volume) if args.lesion_volume else None,
         lesion_contrast=args.lesion_contrast,

@@ -15,6 +15,8 @@ from bids_uad.simulation.spatial import (
 )
 
 MINIMUM_JACOBIAN = 0.2
+MIDLINE = -119.0
+"""Position of the midline in SRI24 space, world x, mm."""
 
 
 def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
@@ -162,6 +164,6 @@ def source_points(
     points = box_points()[::step, ::step, ::step].clone()
     # The first two axes of the box are opposite to world x and y.
     points += displacement.permute(1, 2, 3, 0) * torch.tensor([-1.0, -1.0, 1.0])
-    centre = torch.tensor([-119.0, 107.0, 77.0])
+    centre = torch.tensor([MIDLINE, 107.0, 77.0])
     matrix = tensor(np.diag(1.0 / size) @ turn).float()
     return (points - centre) @ matrix.T + centre

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 
-from bids_uad.simulation import ageing, contrast, deformation, pathology
+from bids_uad.simulation import ageing, contrast, deformation, pathology, variants
 from bids_uad.simulation.acquisition import (
     Scanner,
     ScanSettings,
@@ -67,6 +67,10 @@ STREAMS = (
     "FLAIR",
     "FLAIR-scan",
     "FLAIR-lesion",
+    "variants",
+    "T1w-variants",
+    "T2w-variants",
+    "FLAIR-variants",
 )
 """Purposes of random numbers. The position of a purpose is part of its seed, so new ones are appended."""
 
@@ -136,6 +140,8 @@ class Anatomy:
         Tissue maps before the deformation.
     drawn : dict, default={}
         Drawn parameters.
+    findings : list of variants.Finding, default=[]
+        Normal findings.
     """
 
     fractions: torch.Tensor
@@ -145,6 +151,7 @@ class Anatomy:
     lesion: pathology.Lesion | None
     source: TissueMaps
     drawn: dict = field(default_factory=dict)
+    findings: list[variants.Finding] = field(default_factory=list)
 
     def tissue_labels(self) -> torch.Tensor:
         """Return the label of the largest tissue per voxel (see `TISSUES`); 0 outside the brain."""
@@ -176,6 +183,9 @@ class Population:
         Whether contrasts are random instead of realistic.
     random_contrast : float, default=0.0
         Fraction of subjects (0 to 1) whose contrasts are random and their own, whatever their scanner.
+    normal_variants : bool, default=False
+        Whether ages reach 90 instead of 85 years, subjects have normal findings and scans mild artefacts,
+        see `variants`.
     shapes : dict, default={}
         Paths of real lesion masks by kind; lesions of other kinds are drawn.
     lesion_volume : tuple of float, default=None
@@ -189,6 +199,7 @@ class Population:
     scanners: int = 5
     randomised: bool = False
     random_contrast: float = 0.0
+    normal_variants: bool = False
     shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     lesion_volume: tuple[float, float] | None = None
     lesion_contrast: float = 1.0
@@ -224,7 +235,8 @@ def draw_subject_info(population: Population, index: int) -> SubjectInfo:
         Drawn values.
     """
     rng = random_stream(population.seed, index, "subject")
-    age = float(np.round(rng.uniform(20.0, 85.0), 1))
+    oldest = variants.OLDEST if population.normal_variants else 85.0
+    age = float(np.round(rng.uniform(20.0, oldest), 1))
     sex = str(rng.choice(["F", "M"]))
     number = int(rng.integers(population.scanners))
     scanner = draw_scanner(number, population.randomised, random_stream(population.seed, number, "scanner"))
@@ -274,6 +286,12 @@ def make_anatomy(population: Population, index: int, subject: SubjectInfo, kind:
     undeformed = deformation.source_points(displacement[:, ::2, ::2, ::2] * 0, size, turn, step=2)
     ventricle = sample(source.fractions[ageing.VENTRICLE][None], source.affine, undeformed)[0]
     displacement = displacement + deformation.expand_region(ventricle, growth)
+    variants_rng, asymmetry = random_stream(seed, index, "variants"), None
+    if population.normal_variants:
+        side = undeformed[..., 0] - deformation.MIDLINE
+        asymmetry = variants.asymmetric_ventricles(ventricle, side, variants_rng, subject.age)
+        if asymmetry is not None:
+            displacement = displacement + deformation.expand_region(*asymmetry)
     site = None
     if kind == "tumour":
         lesion_rng = random_stream(seed, index, "lesion")
@@ -290,6 +308,12 @@ def make_anatomy(population: Population, index: int, subject: SubjectInfo, kind:
     fractions, sulci = ageing.widen_sulci(fractions, age_rng, subject.age)
     change, white_change = ageing.white_matter_change(fractions, age_rng, subject.age)
     brain, rim = draw_brain_mask(fractions, random_stream(seed, index, "mask"))
+    findings: list[variants.Finding] = []
+    if population.normal_variants:
+        side = points[..., 0] - deformation.MIDLINE
+        found = variants.draw_findings(fractions, change, brain, side, subject.age, variants_rng)
+        fractions, change, brain, findings = found.fractions, found.change, found.brain, found.findings
+        rim |= {"variants": found.drawn | {"asymmetry_mm": asymmetry[1] if asymmetry else 0.0}}
     lesion = None
     if kind is not None:
         target = population.lesion_target(index, kind, points)
@@ -308,7 +332,7 @@ def make_anatomy(population: Population, index: int, subject: SubjectInfo, kind:
         **rim,
         "lesion": None if lesion is None else {"kind": kind, **lesion.drawn},
     }
-    return Anatomy(fractions, detail, change, brain, lesion, source, drawn)
+    return Anatomy(fractions, detail, change, brain, lesion, source, drawn, findings)
 
 
 def make_signal(
@@ -342,7 +366,16 @@ def make_signal(
     settings = draw_scan_settings(subject.scanner, modality, rng)
     means = contrast.jitter_means(subject.scanner.means[modality], rng)
     image = contrast.simulate_signal(modality, anatomy.fractions, means, anatomy.detail, anatomy.change, rng)
+    extra, artefacts = {}, None
+    if population.normal_variants:
+        rng = random_stream(population.seed, index, f"{modality}-variants")
+        image, signals = variants.add_findings(modality, image, anatomy.findings, means, rng)
+        artefacts = variants.draw_artefacts(rng)
+        extra = {"findings": signals, "artefacts": artefacts}
+        settings = replace(settings, thickness=artefacts["thickness"] or settings.thickness)
     if anatomy.lesion is not None:
         rng = random_stream(population.seed, index, f"{modality}-lesion")
         image = pathology.add_lesion_signal(modality, image, anatomy.lesion, means, rng)
-    return image, settings, {"means": means, "protocol": asdict(settings)}
+    if artefacts is not None:
+        image = variants.add_artefacts(image, anatomy.fractions, anatomy.brain, artefacts)
+    return image, settings, {"means": means, "protocol": asdict(settings), **extra}
