@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w pls-T1w pls-T2w models-tested extraction atlas docs descriptor lint format clean
+.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR models-tested extraction atlas docs descriptor lint format clean
 
 # torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -54,12 +54,16 @@ HEALTHY ?= none
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
 SIMULATE = $(BIN)/bids_uad simulate
+# The T1w and T2w scans of a seed are the same without FLAIR.
+CONTRASTS = --modalities T1w T2w FLAIR
 WITH_LESIONS = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
 
-models: models-T1w models-T2w pls-T1w pls-T2w
+models: models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR
 
 models-T2w: $(MODELS)/reference/participants.tsv
-models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
+# FLAIR has the baseline and PLS only.
+models-FLAIR: DETECTORS := intensity
+models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
 	    case $$detector in \
 	        rd|uniad|fae) features="--backbone-weights $(MODELS)/bundles/patchcore-$*-lite";; \
@@ -75,7 +79,7 @@ models-T1w models-T2w: models-%: $(MODELS)/train/participants.tsv $(MODELS)/vali
 	        --preset lite --nprocs 1 -w $(MODELS)/work $$more || exit 1; \
 	done
 
-pls-T1w pls-T2w: pls-%: $(MODELS)/validation/participants.tsv
+pls-T1w pls-T2w pls-FLAIR: pls-%: $(MODELS)/validation/participants.tsv
 	$(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector pls --modality $* --random-seed 1 --nprocs 1 \
 	    -w $(MODELS)/work --synthetic 80 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) --precision bf16 \
 	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--contrast-transfer))
@@ -94,11 +98,12 @@ models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested
 
 $(MODELS)/train/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives --nprocs $(NPROCS) --normal-variants \
+	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives $(CONTRASTS) --nprocs $(NPROCS) --normal-variants \
 	    --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10)
 
 $(MODELS)/validation/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 2 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,11 12 13)
+	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 2 --derivatives $(CONTRASTS) --nprocs $(NPROCS) \
+	    --labelmaps $(call MAPS,11 12 13)
 
 # More controls for normative references, where 40 are too few.
 $(MODELS)/reference/participants.tsv: | $(VENV)/installed
@@ -106,7 +111,8 @@ $(MODELS)/reference/participants.tsv: | $(VENV)/installed
 	    --labelmaps $(call MAPS,11 12 13)
 
 $(MODELS)/test/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 3 --derivatives --nprocs $(NPROCS) --labelmaps $(call MAPS,14 15 16)
+	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 3 --derivatives $(CONTRASTS) --nprocs $(NPROCS) \
+	    --labelmaps $(call MAPS,14 15 16)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/build

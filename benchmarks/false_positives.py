@@ -18,6 +18,7 @@ from nilearn.plotting import plot_stat_map
 from scipy.ndimage import gaussian_filter1d
 
 from benchmarks.scan import read
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import Participants, read_participants
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
@@ -111,7 +112,7 @@ def main() -> None:
     people = read_participants(args.out)
     with TemporaryDirectory() as cache:
         reference = resolve_reference(args.atlas_dir, cache)
-        for bundle in resolve_bundles(args.models, ["T1w", "T2w"], ()):
+        for bundle in resolve_bundles(args.models, MODALITIES, (), skip_missing=True):
             marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
             title = f"marked at so many of {marked.healthy} healthy people, {marked.patients} patients"
             template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w

@@ -11,7 +11,7 @@ outputs of another version in OTHER, scan by scan.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +160,7 @@ def best_of_each(units: list[UnitScores]) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["detector", "modality", "cohort"], as_index=False).mean()
 
 
-def table_of(out: Path, people: Participants, modalities: tuple[str, ...]) -> pd.DataFrame:
+def table_of(out: Path, people: Participants, modalities: Iterable[str]) -> pd.DataFrame:
     """Summarise the outputs of the participant and group levels in `out`."""
     units = [read_unit(path, people) for path in find_metrics_tables(out)]
     benchmark = pd.read_csv(out / "group_benchmark.tsv", sep="\t")
@@ -225,7 +225,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     people = read_participants(args.data)
-    bundles = resolve_bundles(args.models, list(MODALITIES))
+    bundles = resolve_bundles(args.models, MODALITIES, skip_missing=True)
     chosen = [name.removeprefix("sub-") for name in choose(args.data, people, args.healthy, bundles)]
     datasets = [str(args.data), str(args.out)]
     options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work"), "--nprocs", "1"]
@@ -236,7 +236,7 @@ def main() -> None:
         options += ["--atlas-dir", str(args.atlas_dir)]
     if bids_uad([*datasets, "participant", *options]) or bids_uad([*datasets, "group"]):
         raise SystemExit("bids_uad failed; see above")
-    table = table_of(args.out, people, MODALITIES)
+    table = table_of(args.out, people, {bundle.modality for bundle in bundles})
     write_tsv(RESULTS / "real.tsv", table.round(4))
     print(markdown(table))
     scans = scans_of(args.out)

@@ -18,6 +18,7 @@ from scipy import ndimage
 from scipy.spatial.distance import jensenshannon
 
 from benchmarks.scan import read
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("real", type=Path)
     parser.add_argument("synthetic", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--modality", choices=("T1w", "T2w"), default="T1w")
+    parser.add_argument("--modality", choices=MODALITIES, default="T1w")
     args = parser.parse_args()
     real, synthetic = (find_preprocessed(folder, args.modality) for folder in (args.real, args.synthetic))
     args.out.mkdir(parents=True, exist_ok=True)

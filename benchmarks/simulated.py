@@ -19,7 +19,7 @@ from benchmarks.scan import read
 from bids_uad import __version__
 from bids_uad.calibration.thresholds import score_counts
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.config import DEFAULT_MIN_LESION_VOLUME
+from bids_uad.config import DEFAULT_MIN_LESION_VOLUME, MODALITIES
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
-    parser.add_argument("--modalities", nargs="+", choices=("T1w", "T2w"), default=["T1w", "T2w"])
+    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=["T1w", "T2w"])
     parser.add_argument("--only-score", action="store_true", help="leave the tables to another run")
     args = parser.parse_args()
     torch.set_num_threads(1)

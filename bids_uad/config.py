@@ -31,7 +31,8 @@ DEFAULT_SUBGROUPS = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
 """Levels in the order in which they run."""
 
-MODALITIES = ("T1w", "T2w")
+MODALITIES = ("T1w", "T2w", "FLAIR")
+"""Suffixes of the images that are scored, anchors of the registration first."""
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -82,13 +83,13 @@ class RunConfig(Constrained):
     participants, sessions : tuple of str, default=()
         Labels without `sub-` and `ses-`; empty selects all.
     filter_file : pathlib.Path, optional
-        JSON file with BIDS entity filters for `t1w` and `t2w`.
+        JSON file with BIDS entity filters for `t1w`, `t2w` and `flair`.
     database_dir : pathlib.Path, optional
         Folder of a pybids database of the raw dataset, written if it does not exist.
     derivatives : dict of str to pathlib.Path, default={}
         Other derivative datasets by name; `lesions` holds lesion masks.
     modalities : tuple of str, default=MODALITIES
-        Images to score.
+        Images to score. If all are named, those without images or without a model are skipped.
     models : tuple of str, default=()
         Names of packaged bundles or paths; empty selects the best packaged ones, `("all",)` all packaged
         ones, `("none",)` preprocessing only.

@@ -191,7 +191,7 @@ def unreadable(path: str | PathLike[str], error: OSError) -> InputError:
     )
 
 
-def truncate_list(names: Iterable[str], most: int = 20) -> str:
+def truncate_list(names: Iterable[str], most: int = 20, last: str = ",") -> str:
     """Join names by commas, and replace those after the first few by their number.
 
     Parameters
@@ -200,12 +200,16 @@ def truncate_list(names: Iterable[str], most: int = 20) -> str:
         Names, printed in this order.
     most : int, default=20
         Maximum number of names that are printed.
+    last : {",", "or"}, default=","
+        What joins the last two names.
 
     Returns
     -------
     str
-        For example ``sub-01, sub-02 and 5 more``.
+        For example ``sub-01, sub-02 and 5 more``, or ``T1w, T2w or FLAIR``.
     """
     names = list(names)
+    if last == "or" and 1 < len(names) <= most:
+        return f"{', '.join(names[:-1])} or {names[-1]}"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

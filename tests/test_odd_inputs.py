@@ -160,7 +160,9 @@ def beside(label: str, sidecar: bytes | Callable[[Path], None]) -> Row:
 
 def alone(label: str, folder: str = "anat", **files: bytes) -> Row:
     """A participant without a usable image."""
-    return Row(label, files, {"": (REFUSED, f"sub-{label}: no usable T1w or T2w image")}, folder=folder)
+    return Row(
+        label, files, {"": (REFUSED, f"sub-{label}: no usable T1w, T2w or FLAIR image")}, folder=folder
+    )
 
 
 def link(target: str) -> Callable[[Path], None]:
@@ -484,7 +486,7 @@ NAMES = [
             "part-phase_T1w.nii.gz": (LEFT_OUT, "part-phase; only"),
             "": (
                 REFUSED,
-                "sub-phaseonly: no usable T1w or T2w image; left out: sub-phaseonly_part-phase_T1w.nii",
+                "sub-phaseonly: no usable T1w, T2w or FLAIR image; left out: sub-phaseonly_part-phase_T1w",
             ),
         },
     ),
@@ -495,7 +497,7 @@ NAMES = [
             "chunk-2_T1w.nii.gz": (LEFT_OUT, "chunk-; a part of a scan"),
             "": (
                 REFUSED,
-                "sub-chunks: no usable T1w or T2w image; left out: sub-chunks_chunk-1_T1w.nii.gz",
+                "sub-chunks: no usable T1w, T2w or FLAIR image; left out: sub-chunks_chunk-1_T1w.nii.gz",
             ),
         },
     ),
@@ -545,7 +547,7 @@ NAMES = [
             "T2W.nii.gz": (LEFT_OUT, "suffix T2W, which BIDS spells T2w"),
             "": (
                 REFUSED,
-                "sub-misspelt: no usable T1w or T2w image; left out: sub-misspelt_T2W.nii.gz (suffix T2W",
+                "sub-misspelt: no usable T1w, T2w or FLAIR image; left out: sub-misspelt_T2W.nii.gz (suffix",
             ),
         },
     ),
@@ -580,7 +582,8 @@ NAMES = [
     Row("resource", {T1W: PACKED}, {T1W: (TAKEN, "")}),
     alone("nothing"),
     alone("elsewhere", folder="", **{T1W: PACKED}),
-    alone("flaironly", **{"FLAIR.nii.gz": PACKED}),
+    Row("flaironly", {"FLAIR.nii.gz": PACKED}, {"FLAIR.nii.gz": (TAKEN, "")}),
+    alone("t2staronly", **{"T2starw.nii.gz": PACKED}),
     alone("sidecaronly", **{"T1w.json": b"{}"}),
     Row("a+b", {T1W: PACKED}, {T1W: (TAKEN, "")}),
     *[

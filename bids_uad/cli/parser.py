@@ -94,8 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _new_parser(
         prog="bids_uad",
         usage=USAGE,
-        description="Detect anomalies in T1w and T2w brain MRI of a BIDS dataset with models trained on "
-        "healthy controls only. Not for clinical use. Details of the options: docs/command_line.md.",
+        description="Detect anomalies in T1w, T2w and FLAIR brain MRI of a BIDS dataset with models trained "
+        "on healthy controls only. Not for clinical use. Details of the options: docs/command_line.md.",
         epilog=EXIT_CODES,
         formatter_class=ShortHelp,
         add_help=False,
@@ -177,8 +177,8 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--bids-filter-file", dest="filter_file", type=Path, metavar="FILE",
-        help="JSON with BIDS entity filters for 't1w' and 't2w'. A value of null requires the entity to be "
-        "absent, '*' accepts any value; other keys are ignored",
+        help="JSON with BIDS entity filters for 't1w', 't2w', 'flair'. A value of null requires the entity "
+        "to be absent, '*' accepts any value; other keys are ignored",
     )  # fmt: skip
     group.add_argument(
         "--bids-database-dir", dest="database_dir", type=Path, metavar="PATH",
@@ -191,7 +191,10 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "evaluation; from any other, preprocessed images, brain masks and transforms are used",
     )  # fmt: skip
     group.add_argument(
-        "--modalities", nargs="+", choices=MODALITIES, help="images to score (default: T1w T2w)"
+        "--modalities",
+        nargs="+",
+        choices=MODALITIES,
+        help="images to score (default: all with a model)",
     )
 
 

@@ -44,16 +44,16 @@ itself."""
 
 README = f"""# Anomaly maps of brain MRI (bids_uad)
 
-This dataset contains T1w and T2w images of the source dataset, rigidly registered to the SRI24 atlas, and the
-anomaly scores that unsupervised detectors assign to each brain voxel. {NOT_CLINICAL}
+This dataset contains T1w, T2w and FLAIR images of the source dataset, rigidly registered to the SRI24 atlas,
+and the anomaly scores that unsupervised detectors assign to each brain voxel. {NOT_CLINICAL}
 
-Files of an image (`<T1w|T2w><Detector>` in a name stands for modality and detector, such as `T1wDisyre`):
+Files of an image (`<T1w|T2w|FLAIR><Detector>` in a name is modality and detector, such as `T1wDisyre`):
 
 | file | content |
 |---|---|
 | `*_space-SRI24_desc-preproc_T1w.nii.gz` | skull-stripped image, 99.5th percentile of the brain at 1 |
 | `*_desc-brain_mask.nii.gz` | brain mask, in native and in SRI24 space |
-| `*_desc-T2wBrain_mask.nii.gz` | brain mask of a T2w image that was registered to a T1w image |
+| `*_desc-T2wBrain_mask.nii.gz` | brain mask of a T2w image registered to a T1w image; also `FLAIRBrain` |
 | `*_xfm.txt` | rigid transforms between native and SRI24 space (ITK text format) |
 | `*_qc.tsv` | image quality metrics, and whether the group level excludes the image |
 | `*_anomalymap.nii.gz` | anomaly score, or its deviation from a normative reference; unbounded |

@@ -30,8 +30,8 @@ def attach_external_inputs(
 ) -> tuple[list[ImageUnit], list[Problem]]:
     """Find the external derivatives of every image.
 
-    Names of fMRIPrep and of this package are recognised: ``desc-preproc_T1w`` and ``_T2w`` in native space,
-    the brain mask on the grid of that image or of the raw image, ``from-orig_to-T1w`` and
+    Names of fMRIPrep and of this package are recognised: ``desc-preproc_T1w``, ``_T2w`` and ``_FLAIR`` in
+    native space, the brain mask on the grid of that image or of the raw image, ``from-orig_to-T1w`` and
     ``from-T1w_to-SRI24``. A file whose name has fewer entities than the image (fMRIPrep merges runs) is used
     for the first image that it matches.
 

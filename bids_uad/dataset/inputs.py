@@ -1,4 +1,4 @@
-"""Search for the inputs of a run: T1w and T2w images of a BIDS dataset, their anchors and lesion masks."""
+"""Search for the inputs of a run: the images of a BIDS dataset, their anchors and lesion masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from bids.layout import BIDSLayout, BIDSLayoutIndexer, Query
 from bids.utils import listify
 
-from bids_uad.config import RunConfig
+from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.external import LESIONS, attach_external_inputs
 from bids_uad.dataset.lesion_masks import LesionMask, resolve_masks
 from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem
@@ -23,7 +23,7 @@ from bids_uad.errors import ConfigError, InputError, truncate_list
 
 EXTENSIONS = [".nii.gz", ".nii"]
 
-SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"]}
+SUFFIXES = {"T1w": ["T1w", "UNIT1"], "T2w": ["T2w"], "FLAIR": ["FLAIR"]}
 """Suffixes of each modality; UNIT1 is the T1-weighted image of MP2RAGE."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -84,9 +84,9 @@ class Collection:
     problems : tuple of Problem, default=()
         Participants, images and lesion masks that cannot be used.
     left_out : dict of pathlib.Path to str, default={}
-        T1w and T2w images, or files with such names, that are not used, with the reason.
+        T1w, T2w and FLAIR images, or files with such names, that are not used, with the reason.
     anchors_only : frozenset of str, default=frozenset()
-        Keys of images of sessions that were not requested. T2w images of requested sessions are registered to
+        Keys of T1w images of sessions that were not requested. Images of requested sessions are registered to
         them; no output is written for them.
     """
 
@@ -167,17 +167,19 @@ def _anchors_of_other_sessions(
     config: RunConfig,
     check: Callable[[ImageUnit], None] | None,
 ) -> list[ImageUnit]:
-    """Find T1w images of sessions that were not requested, for T2w images of sessions without a T1w.
+    """Find T1w images of sessions that were not requested, for other images of sessions without a T1w.
 
-    A job for one session thus registers a T2w image to the same T1w image as a run on all sessions does.
+    A job for one session thus registers an image to the same T1w image as a run on all sessions does.
     """
     with_t1w = {(unit.subject, unit.session) for unit in units if unit.modality == "T1w"}
     subjects = {
         unit.subject
         for unit in units
-        if unit.modality == "T2w" and (unit.subject, unit.session) not in with_t1w
+        if unit.modality in config.modalities
+        and unit.modality != "T1w"
+        and (unit.subject, unit.session) not in with_t1w
     }
-    if not config.sessions or "T2w" not in config.modalities or not subjects:
+    if not config.sessions or not subjects:
         return []
     files = _query(layout, {**query, "subject": sorted(subjects)}, config)
     others, _ = _make_units([(file, "T1w") for file in files], config.bids_dir)
@@ -275,16 +277,16 @@ def open_layout(bids_dir: Path, subjects: Sequence[str], database_dir: Path | No
 
 
 def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[ImageUnit]:
-    """Choose the T1w image that each T2w image is registered to, and drop images that are not needed.
+    """Choose the T1w image that each other image is registered to, and drop images that are not needed.
 
-    The anchor is the first T1w of the same session, else the first T1w of the participant; a T2w of a
-    participant without T1w is registered to the reference image directly. Images without contrast agent come
+    The anchor is the first T1w of the same session, else the first T1w of the participant; images of a
+    participant without T1w are registered to the reference image directly. Images without contrast agent come
     before contrast-enhanced ones.
 
     Parameters
     ----------
     units : sequence of ImageUnit
-        Images of both modalities.
+        Images of all modalities.
     modalities : sequence of str
         Modalities to detect anomalies in. A T1w that is not among them is kept if it is an anchor.
 
@@ -295,8 +297,8 @@ def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[I
     """
     t1w = sorted((unit for unit in units if unit.modality == "T1w"), key=_order)
     chosen: list[ImageUnit] = [unit for unit in t1w if "T1w" in modalities]
-    for unit in sorted((unit for unit in units if unit.modality == "T2w"), key=_order):
-        if "T2w" not in modalities:
+    for unit in sorted((unit for unit in units if unit.modality != "T1w"), key=_order):
+        if unit.modality not in modalities:
             continue
         candidates = [candidate for candidate in t1w if candidate.subject == unit.subject]
         same_session = [candidate for candidate in candidates if candidate.session == unit.session]
@@ -304,7 +306,7 @@ def set_anchors(units: Sequence[ImageUnit], modalities: Sequence[str]) -> list[I
         if anchor is not None and anchor not in chosen:
             chosen.append(anchor)
         chosen.append(replace(unit, anchor=anchor))
-    return sorted(chosen, key=lambda unit: (unit.subject, unit.modality, _order(unit)))
+    return sorted(chosen, key=lambda unit: (unit.subject, MODALITIES.index(unit.modality), _order(unit)))
 
 
 def _order(unit: ImageUnit) -> tuple:
@@ -368,7 +370,7 @@ def _drop_ambiguous(units: list[ImageUnit]) -> tuple[list[ImageUnit], list[Probl
 def _drop_unusable(
     units: list[ImageUnit], modalities: Sequence[str], check: Callable[[ImageUnit], None] | None
 ) -> tuple[list[ImageUnit], list[Problem]]:
-    """Drop images that do not pass the check; T2w images are checked only if that modality is requested."""
+    """Drop images that do not pass the check; T1w images are checked even if they are not requested."""
     usable, problems = [], []
     for unit in units:
         if check is not None and (unit.modality in modalities or unit.modality == "T1w"):
@@ -409,7 +411,7 @@ def _invalid_label(bids_dir: Path, subject: str) -> Problem:
 
 def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> Problem:
     """Report a participant without usable images, and the files that were left out."""
-    message = f"sub-{subject}: no usable {' or '.join(config.modalities)} image"
+    message = f"sub-{subject}: no usable {truncate_list(config.modalities, last='or')} image"
     own = [
         f"{path.name} ({reason})"
         for path, reason in left_out.items()
@@ -421,7 +423,7 @@ def _no_image(subject: str, config: RunConfig, left_out: Mapping[Path, str]) -> 
 def _left_out(
     layout: BIDSLayout, scope: Mapping[str, Any], used: set[Path], config: RunConfig
 ) -> dict[Path, str]:
-    """List the T1w and T2w images that are not used although no filter excludes them, with the reason."""
+    """List images of requested modalities that no filter excludes but that are not used, with the reason."""
     suffixes = [suffix for modality in config.modalities for suffix in SUFFIXES[modality]]
     reasons = {}
     for file in sorted(layout.get(**scope), key=lambda file: file.path):
@@ -439,7 +441,7 @@ def _left_out(
 
 
 def _reason_left_out(entities: Mapping[str, Any], suffixes: Sequence[str]) -> str:
-    """Return why an image is not used; empty if a filter excludes it or it is neither T1w nor T2w."""
+    """Return why an image is not used; empty if a filter excludes it or it has another suffix."""
     suffix = str(entities.get("suffix"))
     if suffix == "MP2RAGE" and "UNIT1" in suffixes:
         return "one inversion of MP2RAGE; its UNIT1 image is used"
@@ -530,9 +532,9 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     Parameters
     ----------
     path : pathlib.Path, optional
-        JSON file in which `t1w` and `t2w` (in any case) map to entity filters. Null requires that the entity
-        is absent, `"*"` that it is present with any value. Other keys are ignored, since a file may serve
-        several apps.
+        JSON file in which `t1w`, `t2w` and `flair` (in any case) map to entity filters. Null requires that
+        the entity is absent, `"*"` that it is present with any value. Other keys are ignored, since a file
+        may serve several apps.
 
     Returns
     -------
@@ -549,7 +551,9 @@ def read_queries(path: Path | None) -> dict[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--bids-filter-file {path} must hold an object with the keys 't1w' and 't2w'")
+        raise ConfigError(
+            f"--bids-filter-file {path} must hold an object with the keys 't1w', 't2w' and 'flair'"
+        )
     filters = {name.lower(): value for name, value in content.items()}
     queries = {}
     for modality, default in _DEFAULTS.items():

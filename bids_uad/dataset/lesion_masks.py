@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.naming import IDENTIFYING_KEYS, ImageUnit, entities_of, lesion_output
 from bids_uad.errors import InputError
 from bids_uad.images import Grid, grid_of, same_grid
@@ -23,7 +24,7 @@ _MASK_NAME = re.compile(
 _WRITTEN = f"*_space-{NAME}_label-lesion_desc-manual_mask.nii.gz"
 _DESC_RANK = {None: 0, "manual": 1}
 _INDICES = ("run", "echo")
-_MODALITIES = {"T1w": "T1w", "T2w": "T2w", "UNIT1": "T1w"}
+_MODALITIES = {"T1w": "T1w", "T2w": "T2w", "UNIT1": "T1w", "FLAIR": "FLAIR"}
 """Modality of the images in which anomalies are detected, by suffix."""
 _ATLAS: Grid = (SHAPE, AFFINE)
 
@@ -50,7 +51,7 @@ class LesionMask:
     on_external : bool, default=False
         Whether the mask is on the grid of an external derivative of the image instead of the raw image.
     other : pathlib.Path, optional
-        Image on whose grid the mask is, if that is not an image of the run, such as a FLAIR. It is registered
+        Image on whose grid the mask is, if that is not an image of the run, such as a PDw. It is registered
         to the provider.
     transform : pathlib.Path, optional
         ITK transform, linear or not, that resamples the space of the mask to the provider.
@@ -182,7 +183,7 @@ def find_transforms(roots: Iterable[Path], image: Path, modality: str) -> dict[s
         Derivative datasets, in order of preference.
     image : pathlib.Path
         Raw image.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Modality of the image.
 
     Returns
@@ -209,14 +210,15 @@ def resolve_masks(
     uses the matching mask with most entities. A mask without a session belongs to the session whose grids
     match. A mask with an entity that no T1w or T2w image has was drawn on another image, such as a FLAIR; it
     is used for the images of its session without a mask of their own. The grid of the mask is identified
-    second: T1w, T2w, SRI24 space, a space with a transform to the image, or any other image of the session.
+    second: that of an image of the run, SRI24 space, a space with a transform to an image, or any other image
+    of the session.
 
     Parameters
     ----------
     root : pathlib.Path
         Dataset of the lesion masks.
     units : sequence of ImageUnit
-        Images of one participant, T1w first.
+        Images of one participant, anchors first.
     bids_dir : pathlib.Path
         Root of the raw dataset, which may have sessions of the participant that are not part of the run.
     roots : sequence of pathlib.Path
@@ -283,14 +285,17 @@ def _no_matching_image(mask: Path) -> InputError:
 
 
 def _modality_of(image: Path) -> str:
-    """Return the modality of an image; its suffix if it is neither T1w nor T2w."""
+    """Return the modality of an image; its suffix if it has none of `_MODALITIES`."""
     suffix = image.name.split(".", 1)[0].rsplit("_", 1)[-1]
     return _MODALITIES.get(suffix, suffix)
 
 
-def _is_scored(image: Path) -> bool:
-    """Return whether anomalies are detected in images of this kind by default."""
-    return _modality_of(image) in _MODALITIES and "ce" not in entities_of(image)
+def _has_own_masks(image: Path) -> bool:
+    """Return whether a mask that was drawn on this image is not used for others: a T1w or T2w without `ce-`.
+
+    A FLAIR, or an image with contrast agent, is the image on which lesions of a session are usually drawn.
+    """
+    return _modality_of(image) in ("T1w", "T2w") and "ce" not in entities_of(image)
 
 
 def _is_on(grid: Grid, image: Path) -> bool:
@@ -359,13 +364,16 @@ def _resolve_session(
     """Assign the masks of a session to its images; see :func:`resolve_masks`."""
     matching, of_others = [], []
     for mask in masks:
-        if any(belongs_to(mask, unit.path) for unit in units):
+        owners = [unit.path for unit in units if belongs_to(mask, unit.path)]
+        if owners:
             matching.append(mask)
+            if not any(map(_has_own_masks, owners)):
+                of_others.append(mask)
             continue
         others = [image for image in raw if belongs_to(mask, image)]
         if not others:
             problems.append(_no_matching_image(mask))
-        elif not any(map(_is_scored, others)):
+        elif not any(map(_has_own_masks, others)):
             of_others.append(mask)
     rejected: set[Path] = set()
     while True:
@@ -403,7 +411,7 @@ def _locate(
     masks : sequence of pathlib.Path
         Masks with the same entities, in order of preference.
     users : sequence of ImageUnit
-        Images of these masks, T1w first.
+        Images of these masks.
     raw : sequence of pathlib.Path
         All raw images of the session.
     roots : sequence of pathlib.Path
@@ -421,7 +429,7 @@ def _locate(
     """
     grids = {path: grid_of(path) for path in masks}
     spaces = {path: entities_of(path).get("space") for path in masks}
-    users = sorted(users, key=lambda unit: unit.modality)
+    users = sorted(users, key=lambda unit: MODALITIES.index(unit.modality))
 
     def located(path: Path, unit: ImageUnit = users[0], **route: Any) -> LesionMask:
         shared = {
@@ -452,7 +460,7 @@ def _locate(
     for path in masks:
         matching = [image for image in raw if belongs_to(path, image) and image.name not in of_users]
         # The grid of a T1w of another run is not used for a mask of a run.
-        remaining = [image for image in raw if not belongs_to(path, image) and not _is_scored(image)]
+        remaining = [image for image in raw if not belongs_to(path, image) and not _has_own_masks(image)]
         for other in (*matching, *remaining):
             if _is_on(grids[path], other):
                 return located(path, other=other)

@@ -50,7 +50,7 @@ _PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name,
 PATTERNS = [
     _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
     _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+    "_{suffix<T1w|T2w|FLAIR|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of the outputs."""
 _ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z+]+)(?=_)")
@@ -108,13 +108,13 @@ class ImageUnit:
         Participant label without `sub-`.
     session : str or None
         Session label without `ses-`; None without sessions.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Modality; that of an MP2RAGE image (`UNIT1`) is T1w.
     entities : dict of str to str
         Entities that identify the image, by pybids name (first column of `PREFIX_ENTITIES`).
     anchor : ImageUnit, optional
-        T1w image that this T2w image is registered to; None for an image that is registered to the reference
-        image directly.
+        T1w image that this image of another modality is registered to; None for an image that is registered
+        to the reference image directly.
     sidecar : dict, default={}
         BIDS metadata of the image.
     external : ExternalInputs, default=ExternalInputs()
@@ -250,7 +250,7 @@ def _build(values: Mapping[str, str]) -> Path:
 
 
 def brain_desc(unit: ImageUnit) -> str:
-    """Return the `desc-` of the brain mask: `brain`, or `T2wBrain` for a T2w registered to a T1w."""
+    """Return the `desc-` of the brain mask: `brain`, or such as `T2wBrain` for a T2w registered to a T1w."""
     return "brain" if unit.is_anchor else f"{unit.modality}Brain"
 
 
@@ -336,7 +336,7 @@ def output_of_source(source_image: str, modality: str, ending: str) -> Path:
     ----------
     source_image : str
         Raw image as in the column `source_image` of score tables: a BIDS URI or a relative path.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Modality of the image.
     ending : str
         Part of the output's name after the space, such as ``desc-preproc_T1w.nii.gz``.

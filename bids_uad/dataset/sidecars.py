@@ -67,7 +67,7 @@ SCANNER_SEEN_LEVELS = {
 """Values of the column `scanner_seen`."""
 METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "source_image": {"Description": "Raw image, as BIDS URI"},
-    "modality": {"Description": "Modality of the raw image, T1w or T2w"},
+    "modality": {"Description": "Modality of the raw image: T1w, T2w or FLAIR"},
     "detector": {"Description": "Name of the detector"},
     "preset": {"Description": "Hyperparameter preset of the detector"},
     "model_sha256": {"Description": "SHA-256 of the model bundle"},
@@ -109,7 +109,7 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
 _AS_MRIQC = "as in MRIQC, tissues segmented by intensity"
 QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "source_image": {"Description": "Raw image, as BIDS URI"},
-    "modality": {"Description": "Modality of the raw image, T1w or T2w"},
+    "modality": {"Description": "Modality of the raw image: T1w, T2w or FLAIR"},
     "exclude": {
         "Description": "Whether the group level excludes the image; may be edited by hand",
         "Levels": {

@@ -83,13 +83,13 @@ def find_preprocessed(folder: Path, modality: str) -> list[PreprocessedScan]:
     ----------
     folder : pathlib.Path
         Derivative dataset written by the participant level or the simulator.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Modality of the scans.
 
     Returns
     -------
     list of PreprocessedScan
-        Scans sorted by path. A T2w has its own brain mask, else that of the T1w.
+        Scans sorted by path. A T2w or FLAIR has its own brain mask, else that of the T1w.
 
     Raises
     ------

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 ALL = "all"
 LOGGER = logging.getLogger("bids_uad")
 
-DEFAULT_MODELS = ("pls-T1w-default", "pls-T2w-default")
-"""Bundles used by default: those with the highest Dice on scans outside their training data."""
+DEFAULT_MODELS = ("pls-T1w-default", "pls-T2w-default", "pls-FLAIR-default")
+"""Bundles used by default, as far as they are packaged: those with the highest Dice on scans outside their
+training data."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from a normative reference of healthy controls; also its key in ``calibration.json``."""
@@ -109,7 +110,7 @@ class Bundle:
 
     @property
     def modality(self) -> str:
-        """``T1w`` or ``T2w``."""
+        """``T1w``, ``T2w`` or ``FLAIR``."""
         return self.info["modality"]
 
     @property
@@ -372,7 +373,11 @@ def packaged_bundles() -> list[str]:
 
 
 def resolve_bundles(
-    models: list[str] | None, modalities: list[str], deviations: Sequence[str] = ("none",)
+    models: list[str] | None,
+    modalities: Sequence[str],
+    deviations: Sequence[str] = ("none",),
+    *,
+    skip_missing: bool = False,
 ) -> list[Bundle]:
     """Find, check and select bundles.
 
@@ -381,10 +386,12 @@ def resolve_bundles(
     models : list of str, optional
         Names of packaged bundles, names of detectors (all packaged bundles of that detector), or paths.
         None stands for `DEFAULT_MODELS`, ``["all"]`` for all packaged bundles.
-    modalities : list of str
+    modalities : sequence of str
         Modalities of the images; bundles for others are left out.
     deviations : sequence of {"none", "normative"}, default=("none",)
         Kinds of maps; if empty, the default of each detector.
+    skip_missing : bool, default=False
+        Whether a modality may have no bundle if another has one; it is reported in the log.
 
     Returns
     -------
@@ -401,7 +408,9 @@ def resolve_bundles(
     chosen: list[Bundle] = []
     if models == [ALL]:
         models = known
-    for model in DEFAULT_MODELS if models is None else models:
+    if models is None:
+        models = [name for name in DEFAULT_MODELS if name in known]
+    for model in models:
         detector, separator, rest = model.partition("-")
         if detector in RENAMED_DETECTORS and not Path(model).is_dir():
             current = RENAMED_DETECTORS[detector] + separator + rest
@@ -433,11 +442,12 @@ def resolve_bundles(
             )
         seen[key] = bundle
     for modality in modalities:
-        if not any(bundle.modality == modality for bundle in chosen):
-            raise ModelError(
-                f"no model bundle for {modality}; name one with --models, or use --modalities without "
-                f"{modality}"
-            )
+        if any(bundle.modality == modality for bundle in chosen):
+            continue
+        problem = f"no model bundle for {modality}"
+        if not (skip_missing and chosen):
+            raise ModelError(f"{problem}; name one with --models, or use --modalities without {modality}")
+        LOGGER.warning("%s among those of this run; %s images are not scored", problem, modality)
     return [
         bundle.with_deviation(deviation)
         for _, bundle in sorted(seen.items())
@@ -553,7 +563,7 @@ def save_bundle(
     preset : str
         Name of the preset.
     modality : str
-        ``T1w`` or ``T2w``.
+        ``T1w``, ``T2w`` or ``FLAIR``.
     training : dict
         Training cohort and schedule, for ``bundle.json``.
     card : str

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
 from bids_uad.evaluation.tables import find_tables
@@ -20,8 +21,9 @@ Image = tuple[str, str]
 NO_REASON = "no reason given"
 """Reason of an image that was excluded by hand without one."""
 
-_PREPROC = re.compile(r"^(?P<prefix>sub-.*?)_space-SRI24_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$")
-_QUALITY_TABLE = re.compile(r"^(?P<prefix>sub-.+)_space-SRI24_desc-(?P<modality>T[12]w)Preproc_qc\.tsv$")
+_MODALITY = rf"(?P<modality>{'|'.join(MODALITIES)})"
+_PREPROC = re.compile(rf"^(?P<prefix>sub-.*?)_space-SRI24_desc-preproc_{_MODALITY}\.nii\.gz$")
+_QUALITY_TABLE = re.compile(rf"^(?P<prefix>sub-.+)_space-SRI24_desc-{_MODALITY}Preproc_qc\.tsv$")
 _COLUMNS = ("exclude", "exclude_reasons")
 _OPTIONAL_COLUMNS = ("depends_on", "exclude_dependents")
 """Columns that tables of earlier versions lack."""

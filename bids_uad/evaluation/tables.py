@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
 from bids_uad.files import MISSING, REMEDY, read_columns, read_row
 
 _NAME = re.compile(
     r"^(?P<prefix>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*?)"
-    r"_space-SRI24_desc-(?P<modality>T1w|T2w)(?P<detector>[A-Za-z0-9]+)_metrics\.tsv$"
+    rf"_space-SRI24_desc-(?P<modality>{'|'.join(MODALITIES)})(?P<detector>[A-Za-z0-9]+)_metrics\.tsv$"
 )
 _METRICS_COLUMNS = (
     "source_image",
@@ -58,7 +59,7 @@ class UnitScores:
         Entities of the image, `sub-X[_ses-Y][_acq-...]...`.
     entities : dict of str to str
         The same entities by key.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Modality of the image.
     detector : str
         Registry name, followed by `+normative` for deviations.

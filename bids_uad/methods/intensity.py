@@ -1,8 +1,8 @@
 """Intensity: a baseline without a network.
 
-Many lesions contain more water than healthy tissue and are bright in T2w and dark in T1w images. Meissen et
-al. 2022 ("Challenging current semi-supervised anomaly segmentation methods for brain MRI") found thresholding
-of the intensity superior to many detectors, so it is part of every benchmark here.
+Many lesions contain more water than healthy tissue and are bright in T2w and FLAIR images and dark in T1w
+images. Meissen et al. 2022 ("Challenging current semi-supervised anomaly segmentation methods for brain MRI")
+found thresholding of the intensity superior to many detectors, so it is part of every benchmark here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from bids_uad.config import Modality
 from bids_uad.constraints import Constrained, Count
 from bids_uad.methods.base import Batch, Detector, FitStage, Stage
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -46,13 +47,17 @@ class IntensityHyper(Constrained):
     ----------
     slices : int, default=256
         Number of slices from which the polarity of fluid is determined.
+    modality : str, optional
+        Modality of the scans, set by the training. Lesions are bright in FLAIR, where fluid is dark; in other
+        modalities they are assumed to be bright if fluid is.
     """
 
     slices: Count = 256
+    modality: Modality | None = None
 
 
 class Intensity(Detector):
-    """Intensity as score, inverted if fluid is dark.
+    """Intensity as score, inverted if lesions are dark.
 
     Parameters
     ----------
@@ -73,9 +78,10 @@ class Intensity(Detector):
         return [FitStage("polarity", self.fit_polarity, slices=self.hyper.slices, batch_size=64)]
 
     def fit_polarity(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Set the polarity of fluid from healthy slices."""
-        self.polarity.copy_(fluid_polarity(batches))
+        """Set the polarity of lesions: that of fluid in healthy slices, but bright in FLAIR."""
+        fluid = fluid_polarity(batches)
+        self.polarity.copy_(torch.ones(()) if self.hyper.modality == "FLAIR" else fluid)
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Return the intensity, or one minus the intensity if fluid is dark."""
+        """Return the intensity, or one minus the intensity if lesions are dark."""
         return torch.where(brain, torch.where(self.polarity > 0, slices, 1 - slices), 0.0)

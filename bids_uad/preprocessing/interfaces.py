@@ -20,7 +20,7 @@ from nipype.interfaces.base import (
 )
 
 from bids_uad import space
-from bids_uad.config import EXTRACTIONS
+from bids_uad.config import EXTRACTIONS, MODALITIES
 from bids_uad.errors import InputError
 from bids_uad.images import make_image, save_image, scale_intensity
 from bids_uad.preprocessing.brain_extraction.masks import (
@@ -54,6 +54,7 @@ from bids_uad.preprocessing.quality import (
 from bids_uad.preprocessing.registration import (
     Volume,
     coregister,
+    equalise_tissue,
     register_to_anchor,
     register_to_reference,
     registration_metrics,
@@ -215,6 +216,7 @@ class _RegisterToReferenceInputSpec(BaseInterfaceInputSpec):
     external_xfm = File(desc="ITK transform from the scan to SRI24, of another pipeline")
     source = traits.Str(nohash=True, desc="original scan, for messages")
     asymmetric = traits.Bool(False, usedefault=True, desc="whether the reference is left-right asymmetric")
+    dark_fluid = traits.Bool(False, usedefault=True, desc="whether the scan is a FLAIR")
 
 
 class _RegisterToReferenceOutputSpec(TraitedSpec):
@@ -233,6 +235,8 @@ class RegisterToReference(SimpleInterface):
         folder = Path(runtime.cwd)
         reference = _volume(self.inputs.reference, self.inputs.reference_mask)
         brain = _volume(self.inputs.in_file, self.inputs.mask)
+        if self.inputs.dark_fluid:
+            brain = equalise_tissue(brain)
         if isdefined(self.inputs.external_xfm):
             pull = read_itk(self.inputs.external_xfm)
             qc = registration_metrics(reference, brain, pull)
@@ -245,20 +249,20 @@ class RegisterToReference(SimpleInterface):
 
 
 class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="conformed T2w scan, whole head or stripped")
+    in_file = File(exists=True, mandatory=True, desc="conformed T2w or FLAIR scan, whole head or stripped")
     anchor = File(exists=True, mandatory=True, desc="bias-corrected brain of the anchor, in its native space")
     anchor_mask = File(exists=True, mandatory=True, desc="brain mask of the anchor")
     anchor_xfm = File(exists=True, mandatory=True, desc="ITK transform from the anchor to SRI24")
     source = traits.Str(nohash=True, desc="original scan, for messages")
-    skull_stripped = traits.Bool(desc="whether the T2w scan is skull-stripped; detected if unset")
+    skull_stripped = traits.Bool(desc="whether the scan is skull-stripped; detected if unset")
     aligned = traits.Bool(False, usedefault=True, desc="whether the scan is aligned with the anchor already")
     measure_agreement = traits.Bool(True, usedefault=True, desc="whether to compute quality metrics")
     external_xfm = File(desc="ITK transform from the scan to SRI24, of another pipeline")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
-    out_mask = File(exists=True, desc="brain mask on the grid of the T2w scan")
-    to_sri24 = File(exists=True, desc="one composed ITK transform, T2w scan to SRI24")
+    out_mask = File(exists=True, desc="brain mask on the grid of the scan")
+    to_sri24 = File(exists=True, desc="one composed ITK transform, scan to SRI24")
     from_sri24 = File(exists=True, desc="its inverse")
     skull_stripped = traits.Bool(desc="whether the scan is skull-stripped")
     origin = traits.Enum(*ORIGINS, desc="origin of the mask")
@@ -267,7 +271,7 @@ class _RegisterToAnchorOutputSpec(TraitedSpec):
 
 
 class RegisterToAnchor(SimpleInterface):
-    """Register a T2w scan rigidly to its T1w scan, and compose the result with the T1w scan's transform."""
+    """Register a scan rigidly to its T1w scan, and compose the result with the transform of the T1w scan."""
 
     input_spec = _RegisterToAnchorInputSpec
     output_spec = _RegisterToAnchorOutputSpec
@@ -430,7 +434,7 @@ class ResampleLesion(SimpleInterface):
 
 class _AssessQualityInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="bias-corrected scan, native")
-    modality = traits.Enum("T1w", "T2w", mandatory=True)
+    modality = traits.Enum(*MODALITIES, mandatory=True)
     registration = traits.Dict(mandatory=True, desc="quality metrics of the registration")
     to_sri24 = File(exists=True, mandatory=True, desc="ITK transform to SRI24")
     skull_stripped = traits.Bool(mandatory=True)

@@ -45,7 +45,7 @@ Scans of one head differ by more than the second limit (0.03 and 0.14). With the
 MIN_LESION_IN_BRAIN = 0.5
 """Fraction of the lesion mask inside the brain below which a warning is given."""
 
-TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf")}
+TISSUES = {"T1w": ("csf", "gm", "wm"), "T2w": ("wm", "gm", "csf"), "FLAIR": ("csf", "wm", "gm")}
 """Tissues in ascending order of intensity."""
 FITTED_VOXELS = 50_000
 """Voxels to which the tissue mixture is fitted."""
@@ -203,7 +203,7 @@ def tissue_intensities(values: np.ndarray, modality: str, seed: int = 0) -> Tiss
     ----------
     values : numpy.ndarray, one-dimensional
         Bias-corrected intensities in the brain.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast, which determines the order of the tissues.
     seed : int, default=0
         Seed of the random sample of voxels to which the mixture is fitted.
@@ -289,7 +289,7 @@ def image_quality_metrics(
         Brain mask.
     air : numpy.ndarray of bool
         Mask of the air around the head; empty for skull-stripped scans.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast.
 
     Returns

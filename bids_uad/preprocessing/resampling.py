@@ -295,7 +295,7 @@ def map_to_native(
     native_image : path-like
         An image on the grid of the raw scan; only its header is read.
     from_sri24 : path-like
-        ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``) of that scan.
+        ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``, ``-FLAIR``) of that scan.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Preprocessing workflow of one T1w or T2w scan, from its native grid to SRI24."""
+"""Preprocessing workflow of one T1w, T2w or FLAIR scan, from its native grid to SRI24."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from nipype.interfaces import utility as niu
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
+from bids_uad.config import MODALITIES
+from bids_uad.errors import truncate_list
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.interfaces import (
     AssessQuality,
@@ -88,9 +90,9 @@ def init_preproc_wf(
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
-    An *anchor* (the T1w, or the T2w of a session without one) is registered to the reference image. Any other
-    T2w is registered to its anchor, and the two transforms are composed, so that every scan is interpolated
-    once.
+    An *anchor* (the T1w, or any scan of a participant without one) is registered to the reference image. Any
+    other scan is registered to its anchor, and the two transforms are composed, so that every scan is
+    interpolated once.
 
     Workflow Graph
         .. workflow::
@@ -114,7 +116,7 @@ def init_preproc_wf(
     ----------
     name : str
         Name of the workflow.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast of the scan.
     is_anchor : bool
         Whether the scan is registered to the reference itself.
@@ -180,10 +182,10 @@ def init_preproc_wf(
     Raises
     ------
     ValueError
-        If the modality is neither T1w nor T2w, or a T1w is not its own anchor.
+        If the modality is unknown.
     """
-    if modality not in ("T1w", "T2w"):
-        raise ValueError(f"modality must be T1w or T2w, not {modality!r}")
+    if modality not in MODALITIES:
+        raise ValueError(f"modality must be {truncate_list(MODALITIES, last='or')}, not {modality!r}")
     workflow = LiterateWorkflow(name=name)
     inputnode = pe.Node(niu.IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = pe.Node(niu.IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
@@ -243,7 +245,7 @@ def init_preproc_wf(
 
 
 def init_lesion_wf(*, name: str) -> LiterateWorkflow:
-    """Build the workflow of a lesion mask drawn on an image that is not preprocessed, such as a FLAIR.
+    """Build the workflow of a lesion mask drawn on an image that is not preprocessed, such as a PDw.
 
     The image is registered to a preprocessed scan, and the mask is resampled once through both transforms.
 
@@ -315,6 +317,7 @@ def _connect_anchor(
             reference_mask=str(reference.brain_mask),
             # The stand-in is the symmetric ICBM152, which has no left-right asymmetry.
             asymmetric=not reference.metadata.get("StandIn", False),
+            dark_fluid=modality == "FLAIR",
         ),
         name="register",
         mem_gb=0.7,

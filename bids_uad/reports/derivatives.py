@@ -10,17 +10,17 @@ from typing import Any
 
 import pandas as pd
 
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.lesion_masks import written_mask
 from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.files import DEPRECATED_COLUMNS
 from bids_uad.methods.registry import detector_name
 from bids_uad.space import NAME
 
-_PREPROC = re.compile(
-    rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_desc-preproc_(?P<modality>T[12]w)\.nii\.gz$"
-)
+_MODALITY = rf"(?P<modality>{'|'.join(MODALITIES)})"
+_PREPROC = re.compile(rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_desc-preproc_{_MODALITY}\.nii\.gz$")
 _DETECTION = re.compile(
-    rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_(?:label-anomaly_)?(?:desc|seg)-(?P<modality>T[12]w)"
+    rf"^(?P<prefix>sub-[a-zA-Z0-9+_-]+)_space-{NAME}_(?:label-anomaly_)?(?:desc|seg)-{_MODALITY}"
     r"(?P<detector>[A-Z][a-zA-Z0-9]*)_(?:anomalymap|mask|dseg|histogram|metrics)\.(?:nii\.gz|tsv)$"
 )
 _ENTITY_NAMES = {key: name for name, key in PREFIX_ENTITIES if name != "subject"}
@@ -81,7 +81,7 @@ class Image:
     ----------
     prefix : str
         Entities at the start of the names of its outputs.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Suffix of the image.
     preproc, brain, lesion : pathlib.Path or None
         Preprocessed image, brain mask and lesion mask in SRI24 space.

@@ -14,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import bids_uad
+from bids_uad.config import MODALITIES
 from bids_uad.dataset.participants import Participants
 from bids_uad.evaluation.analyses import Analyses
 from bids_uad.evaluation.benchmark import ALL, Evaluation
@@ -234,7 +235,7 @@ def _by_chapter(charts: Iterable[Chart]) -> dict[str, list[Chart]]:
             chart
             for name in chapter.figures
             for chart in charts
-            if chart.name.removesuffix("_T1w").removesuffix("_T2w") == name
+            if chart.name == name or chart.name in {f"{name}_{modality}" for modality in MODALITIES}
         ]
         for chapter in CHAPTERS
     }

@@ -40,7 +40,7 @@ class Pathway:
     Parameters
     ----------
     modality : str
-        `T1w` or `T2w`.
+        `T1w`, `T2w` or `FLAIR`.
     mask_origin : str
         `given`, `background`, `extracted` or `anchor`.
     skull_stripped : bool
@@ -133,8 +133,10 @@ def _brain_mask(pathway: Pathway) -> str:
     if pathway.mask_origin == BACKGROUND:
         return "The images were already skull-stripped; the brain mask was derived from their background."
     if pathway.mask_origin == ANCHOR:
-        text = "The brain mask of the T1w image was transformed to the T2w image"
-        cut = ", and restricted to the brain of the T2w image, which was already skull-stripped"
+        text = f"The brain mask of the T1w image was transformed to the {pathway.modality} image"
+        cut = (
+            f", and restricted to the brain of the {pathway.modality} image, which was already skull-stripped"
+        )
         return f"{text}{cut if pathway.skull_stripped else ''}."
     if pathway.extraction == COMBINED:
         return (

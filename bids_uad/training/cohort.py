@@ -91,7 +91,7 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
     ----------
     folder : pathlib.Path
         Dataset of preprocessed scans with participants.tsv.
-    modality : {"T1w", "T2w"}
+    modality : {"T1w", "T2w", "FLAIR"}
         Contrast of the scans.
 
     Returns

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,10 @@ def _build(config: RunConfig) -> Detector:
     """Build the detector with initial weights determined by the seed."""
     torch.manual_seed(config.random_seed)
     try:
-        hyper = change_hyper(preset_of(config.detector, config.preset), config.hyper)
+        hyper = preset_of(config.detector, config.preset)
+        if any(each.name == "modality" for each in fields(hyper)):
+            hyper = replace(hyper, modality=config.modality)
+        hyper = change_hyper(hyper, config.hyper)
         return build_detector(config.detector, hyper)
     except KeyError as error:
         raise ConfigError(error.args[0]) from None

@@ -31,7 +31,7 @@ def test_defaults(parse, dataset, tmp_path):
     config = parse()
     assert (config.bids_dir, config.output_dir) == (dataset, tmp_path / "out")
     assert config.levels == ("participant",)
-    assert config.modalities == ("T1w", "T2w")
+    assert config.modalities == ("T1w", "T2w", "FLAIR")
     assert (config.device, config.random_seed, config.omp_nthreads) == ("auto", 0, 1)
     assert (config.precision, config.batch_size, config.compiled) == ("auto", None, False)
     assert config.nprocs >= 1
@@ -78,7 +78,7 @@ def test_notrack_is_accepted(parse):
         ["--batch-size", "0"],
         ["--device", "cuda:x"],
         ["--participant-label", "a_b"],
-        ["--modalities", "FLAIR"],
+        ["--modalities", "PDw"],
         ["--participant", "01"],
         ["--unknown"],
     ],
@@ -257,7 +257,7 @@ def test_command_line_wins_over_the_configuration_file(parse, tmp_path):
         ("models = 'a'", "The 'models' key of the configuration file must be a tuple .* Got 'a' instead"),
         ("nprocs = 0", "Got 0 instead"),
         ("mem_gb = nan", "'mem_gb' key .* Got nan instead"),
-        ("modalities = ['FLAIR']", r"one of \{'T1w', 'T2w'\}, ...\).* Got \['FLAIR'\] instead"),
+        ("modalities = ['PDw']", r"one of \{'T1w', 'T2w', 'FLAIR'\}, ...\).* Got \['PDw'\] instead"),
         ("random_seed = -1", "Got -1 instead"),
         ("train_fraction = 1.5", r"in the range \(0, 1\]. Got 1.5 instead"),
         ("brain_extraction = 'bet'", "Got 'bet' instead"),
@@ -294,7 +294,7 @@ ILLEGAL = {
     "participants": [("sub-01",), ("",), "01"],
     "sessions": [("a_b",)],
     "derivatives": [{"": Path("x")}, {"a": "x"}, ()],
-    "modalities": [(), ("FLAIR",)],
+    "modalities": [(), ("PDw",)],
     "models": [("",), "all"],
     "deviations": [("normal",)],
     "brain_extraction": ["bet", None],
@@ -310,7 +310,7 @@ ILLEGAL = {
     "verbosity": [-1],
     "detector": [""],
     "preset": ["", None],
-    "modality": ["FLAIR"],
+    "modality": ["PDw"],
     "steps": [0],
     "hyper": [("",)],
     "experiments": [{"a": None}],

@@ -49,6 +49,32 @@ def test_t2w_is_registered_to_the_first_t1w_of_its_session(make):
     }
 
 
+def test_flair_is_registered_to_a_t1w_if_there_is_one(make):
+    """FLAIR sorts before T1w by name, but anchors come first."""
+    files = [f"sub-01/ses-{name}.nii.gz" for name in ("a/anat/sub-01_ses-a_T1w", "a/anat/sub-01_ses-a_FLAIR")]
+    files += ["sub-01/ses-b/anat/sub-01_ses-b_acq-3d_FLAIR.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz"]
+    files += ["sub-02/anat/sub-02_T2w.nii.gz", "sub-02/anat/sub-02_T2starw.nii.gz"]
+    assert list(anchors(collect(make(files)).units).items()) == [
+        ("sub-01_ses-a_T1w", None),
+        ("sub-01_ses-a_FLAIR", "sub-01_ses-a_T1w"),
+        ("sub-01_ses-b_acq-3d_FLAIR", "sub-01_ses-a_T1w"),
+        ("sub-02_T2w", None),
+        ("sub-02_FLAIR", None),
+    ]
+    # A job for the session without a T1w registers to the same image.
+    found = collect(make(files, participants=("01",), sessions=("b",)))
+    assert anchors(found.units)["sub-01_ses-b_acq-3d_FLAIR"] == "sub-01_ses-a_T1w"
+    assert found.anchors_only == {"sub-01_ses-a_T1w"}
+
+
+def test_filter_file_selects_flair_images(make, tmp_path):
+    filters = tmp_path / "filter.json"
+    filters.write_text(json.dumps({"flair": {"acquisition": "b"}}))
+    files = [f"sub-01/anat/sub-01_acq-{acq}_{suffix}.nii.gz" for acq in "ab" for suffix in ("FLAIR", "T2w")]
+    keys = [unit.key for unit in collect(make(files, filter_file=filters)).units]
+    assert keys == ["sub-01_acq-a_T2w", "sub-01_acq-b_T2w", "sub-01_acq-b_FLAIR"]
+
+
 def test_runs_are_ordered_by_number(make):
     config = make(
         [f"sub-01/anat/sub-01_run-{run}_T1w.nii.gz" for run in (10, 2)] + ["sub-01/anat/sub-01_T2w.nii.gz"]
@@ -126,17 +152,19 @@ def test_unknown_labels_raise(make):
     with pytest.raises(InputError, match="no session z; choose from a"):
         require_sessions(root, ["01"], ["a", "z"])
     (problem,) = collect(make(files, sessions=("z",))).problems
-    assert problem.message == "sub-01: no usable T1w or T2w image"
+    assert problem.message == "sub-01: no usable T1w, T2w or FLAIR image"
 
 
 def test_modalities_are_found_by_name(make):
     files = ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-a/anat/sub-02_ses-a_T2w.nii"]
     files += ["sub-03/anat/sub-03_UNIT1.nii.gz", "sub-04/func/sub-04_T2w.nii.gz"]
+    files += ["sub-05/anat/sub-05_FLAIR.nii.gz"]
     for subjects, options, found in (
         (["01", "02"], {}, ["T1w", "T2w"]),
         (["03", "04"], {}, ["T1w"]),
         (["02"], {"sessions": ("a",)}, ["T2w"]),
         (["02"], {"sessions": ("b",)}, []),
+        (["01", "05"], {}, ["T1w", "FLAIR"]),
         (["01", "02"], {"modalities": ("T2w",)}, ["T2w"]),
     ):
         assert find_modalities(make(files, **options), subjects) == found
@@ -167,9 +195,9 @@ def test_derivatives_and_functional_images_are_not_read(make):
 
 
 def test_participant_without_images_is_reported(make):
-    config = make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz"])
+    config = make(["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T2star.nii.gz"])
     (problem,) = collect(config).problems
-    assert problem.message == "sub-02: no usable T1w or T2w image"
+    assert problem.message == "sub-02: no usable T1w, T2w or FLAIR image"
 
 
 def test_images_with_identical_entities_are_dropped(make):

@@ -103,9 +103,17 @@ def test_mask_on_another_grid_is_reported(resolve, grid):
 
 def test_mask_on_the_grid_of_a_flair_is_resolved_with_the_flair(resolve):
     found = resolve(SESSION | {"_FLAIR": FLAIR}, {"_space-FLAIR_label-lesion_mask": FLAIR})
+    assert set(found.lesions) == {"sub-01_T1w", "sub-01_T2w", "sub-01_FLAIR"}
+    assert {(lesion.provider, lesion.other) for lesion in found.lesions.values()} == {("sub-01_FLAIR", None)}
+
+
+@pytest.mark.parametrize("other", ["FLAIR", "PDw"])
+def test_mask_on_the_grid_of_an_image_that_is_not_scored_is_registered(resolve, other):
+    images = SESSION | {f"_{other}": FLAIR}
+    found = resolve(images, {f"_space-{other}_label-lesion_mask": FLAIR}, modalities=("T1w", "T2w"))
     lesion = found.lesions["sub-01_T1w"]
     assert lesion.provider == "sub-01_T1w"
-    assert lesion.other.name == "sub-01_FLAIR.nii.gz"
+    assert lesion.other.name == f"sub-01_{other}.nii.gz"
     assert lesion.transform is None
 
 
@@ -187,13 +195,13 @@ NAMES = {
     "drawn on a FLAIR of another acquisition": (
         {"_acq-x_T1w": T1W, "_acq-x_T2w": T2W, "_acq-y_FLAIR": FLAIR},
         {"_acq-y" + MASK: FLAIR},
-        {"_acq-x_T1w": "_acq-y" + MASK, "_acq-x_T2w": "_acq-y" + MASK},
+        dict.fromkeys(("_acq-x_T1w", "_acq-x_T2w", "_acq-y_FLAIR"), "_acq-y" + MASK),
         [],
     ),
     "a FLAIR's mask only where there is no closer one": (
         {"_acq-x_T1w": T1W, "_acq-z_T2w": T2W, "_acq-y_FLAIR": FLAIR},
         {"_acq-y" + MASK: FLAIR, "_acq-x" + MASK: T1W},
-        {"_acq-x_T1w": "_acq-x" + MASK, "_acq-z_T2w": "_acq-y" + MASK},
+        {"_acq-x_T1w": "_acq-x" + MASK, "_acq-z_T2w": "_acq-y" + MASK, "_acq-y_FLAIR": "_acq-y" + MASK},
         [],
     ),
     "drawn on a contrast-enhanced T1w that is left out": (
@@ -256,7 +264,7 @@ NAMES = {
     "no session, on one session's FLAIR": (
         SAME_GRID | {"_ses-b_FLAIR": FLAIR},
         {MASK: FLAIR},
-        {"_ses-b_T1w": MASK},
+        {"_ses-b_T1w": MASK, "_ses-b_FLAIR": MASK},
         [],
     ),
     "no session, but each session has its own": (

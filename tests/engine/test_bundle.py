@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bids_uad.config import MODALITIES
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
     NORMATIVE,
@@ -162,7 +163,7 @@ def test_hyper_parameters_that_are_not_allowed_are_refused_before_anything_is_do
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("bundle.json", {"modality": "FLAIR"}, r"'modality' entry of bundle.json .* Got 'FLAIR'"),
+        ("bundle.json", {"modality": "PDw"}, r"'modality' entry of bundle.json .* Got 'PDw'"),
         ("bundle.json", {"detector": 3}, "'detector' entry of bundle.json must be a str. Got 3"),
         ("bundle.json", {"hyper": []}, r"'hyper' entry of bundle.json must be a dict .* Got \[\]"),
         ("bundle.json", {"sha256": {}}, r"bundle.json lacks weights.safetensors in 'sha256'"),
@@ -208,12 +209,22 @@ def test_resolve_bundles_takes_paths_and_names(folder, tmp_path, monkeypatch):
     assert [bundle.folder for bundle in resolve_bundles([folder.name], ["T1w"])] == [folder]
     with pytest.raises(ModelError, match="no model bundle for T2w"):
         resolve_bundles([str(folder)], ["T1w", "T2w"])
+    with pytest.raises(ModelError, match="no model bundle for T2w"):
+        resolve_bundles([str(folder)], ["T2w"], skip_missing=True)
     with pytest.raises(ModelError, match="no model bundle 'nonesuch'"):
         resolve_bundles(["nonesuch"], ["T1w"])
     twin = tmp_path / "twin"
     shutil.copytree(folder, twin)
     with pytest.raises(ModelError, match="name only one of them"):
         resolve_bundles([str(folder), str(twin)], ["T1w"])
+
+
+def test_resolve_bundles_skips_a_modality_without_bundle_with_a_warning(folder, caplog):
+    (found,) = resolve_bundles([str(folder)], ["T1w", "FLAIR"], skip_missing=True)
+    assert found.modality == "T1w"
+    assert [record.getMessage() for record in caplog.records] == [
+        "no model bundle for FLAIR among those of this run; FLAIR images are not scored"
+    ]
 
 
 ALL_PACKAGED = [
@@ -236,7 +247,9 @@ def test_without_models_one_default_bundle_per_modality_is_used():
     for modality in ("T1w", "T2w"):
         (found,) = resolve_bundles(None, [modality])
         assert found.modality == modality
-    assert {bundle.name for bundle in resolve_bundles(None, ["T1w", "T2w"])} == set(DEFAULT_MODELS)
+    found = resolve_bundles(None, MODALITIES, skip_missing=True)
+    assert {bundle.name for bundle in found} == set(DEFAULT_MODELS) & set(packaged_bundles())
+    assert {bundle.modality for bundle in found} >= {"T1w", "T2w"}
 
 
 def test_only_pls_uses_deviations_by_default():

@@ -368,7 +368,7 @@ def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
 
 
 def test_unusable_images_are_reported_and_the_others_processed(bench, capfd):
-    bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_FLAIR.nii.gz")
+    bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_PDw.nii.gz")
     truncated = bench.raw / "sub-02/anat/sub-02_T1w.nii.gz"
     truncated.write_bytes(truncated.read_bytes()[:2000])
     constant = nib.load(bench.raw / T1W)
@@ -377,14 +377,14 @@ def test_unusable_images_are_reported_and_the_others_processed(bench, capfd):
     stderr = " ".join(capfd.readouterr().err.split()).replace(" ", "")
     assert "sub-02_T1w.nii.gz" in stderr
     assert "sub-01_T1w.nii.gz" in stderr
-    assert "sub-03:nousableT1worT2wimage" in stderr
+    assert "sub-03:nousableT1w,T2worFLAIRimage" in stderr
     # The T2w of a participant whose T1w is broken goes to the atlas directly.
     assert (bench.out / "sub-01/anat/sub-01_space-SRI24_desc-brain_mask.nii.gz").is_file()
     assert bench.take_calls() == ["detect sub-01_T2w disyre-T2w", "preproc sub-01_T2w.nii.gz"]
 
 
 def test_run_without_usable_images_returns_no_input(bench, capsys):
-    bench.dataset("sub-03/anat/sub-03_FLAIR.nii.gz")
+    bench.dataset("sub-03/anat/sub-03_PDw.nii.gz")
     assert bench.run() == 66
     assert bench.run("--participant-label", "99") == 66
     assert "no participant 99; choose from 03" in capsys.readouterr().err

@@ -220,7 +220,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "stage4": [{}],
         "steps": [0],
     },
-    IntensityHyper: {"slices": [0, 2.0]},
+    IntensityHyper: {"slices": [0, 2.0], "modality": ["PDw"]},
 }
 OTHERS = {
     TrainingSettings: {

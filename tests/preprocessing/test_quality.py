@@ -31,7 +31,11 @@ from bids_uad.preprocessing.resampling import resample, rotation_about, translat
 from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 from .test_brain_masks import head_around
 
-MEANS = {"T1w": {"csf": 200.0, "gm": 600.0, "wm": 900.0}, "T2w": {"csf": 900.0, "gm": 450.0, "wm": 250.0}}
+MEANS = {
+    "T1w": {"csf": 200.0, "gm": 600.0, "wm": 900.0},
+    "T2w": {"csf": 900.0, "gm": 450.0, "wm": 250.0},
+    "FLAIR": {"csf": 150.0, "gm": 900.0, "wm": 650.0},
+}
 FRACTIONS = {"csf": 0.2, "gm": 0.45, "wm": 0.35}
 
 
@@ -67,7 +71,7 @@ def test_efc_is_0_for_one_voxel_and_1_for_a_uniform_image() -> None:
     assert efc(image) == pytest.approx(entropy / (64 / 8 * math.log(8)))
 
 
-@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+@pytest.mark.parametrize("modality", MEANS)
 def test_tissue_intensities_segments_three_tissues(modality: str) -> None:
     found = tissue_intensities(voxels(modality, noise=35.0), modality)
     for name, fraction in FRACTIONS.items():
@@ -87,7 +91,7 @@ def expected_intensities(modality: str, std: float, fractions: dict[str, float])
 
 
 @pytest.mark.parametrize("std", [10.0, 30.0])
-@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+@pytest.mark.parametrize("modality", MEANS)
 def test_image_quality_metrics_of_a_phantom_equal_those_of_its_noise(modality: str, std: float) -> None:
     rng = np.random.default_rng(3)
     smooth = gaussian_filter(rng.normal(size=(40, 40, 40)), 3)

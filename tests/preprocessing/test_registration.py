@@ -9,6 +9,7 @@ import pytest
 from scipy.spatial import distance
 
 from bids_uad.preprocessing.intensity_correction import correct_bias
+from bids_uad.preprocessing.quality import MIN_LOCAL_CORRELATION
 from bids_uad.preprocessing.registration import (
     BINS,
     COARSE_STAGES,
@@ -20,6 +21,7 @@ from bids_uad.preprocessing.registration import (
     _information_slope,
     centred_start,
     dice,
+    equalise_tissue,
     mask_overlap,
     mutual_information,
     refine_rigid,
@@ -57,6 +59,34 @@ def test_register_to_reference_recovers_a_known_transform(reference_volume: Volu
     np.testing.assert_allclose(pull[:3, :3] @ pull[:3, :3].T, np.eye(3), atol=1e-12)
     assert qc["mask_overlap"] > 0.97
     assert qc["restarted"] is False
+
+
+def flair_like(t1w: np.ndarray) -> np.ndarray:
+    """Return fluid, grey and white matter with the intensities of a FLAIR scan, 0 outside the brain."""
+    top = np.percentile(t1w[t1w > 0], 99)
+    return np.interp(t1w, np.array([0.0, 0.15, 0.35, 0.65, 1.0]) * top, [0.0, 100.0, 250.0, 1000.0, 800.0])
+
+
+def test_equalise_tissue_keeps_the_contrast_of_fluid_only(scan: Volume) -> None:
+    flair = Volume(flair_like(scan.data), scan.affine, scan.mask)
+    equal = equalise_tissue(flair)
+    ceiling = np.sort(flair.data[flair.mask])[int(0.3 * flair.mask.sum())]
+    assert equal.data.max() == pytest.approx(ceiling, rel=1e-3)
+    fluid = flair.data < 0.9 * ceiling
+    np.testing.assert_array_equal(equal.data[fluid], flair.data[fluid])
+
+
+def test_flair_with_a_bright_lesion_is_registered_to_the_t1w_reference(
+    reference_volume: Volume, scan: Volume
+) -> None:
+    data = flair_like(scan.data)
+    centre = np.add(np.argwhere(scan.mask).mean(0), [25, 0, 10])
+    data[(np.linalg.norm(np.indices(data.shape).T - centre, axis=-1).T < 20) & scan.mask] = 1800.0
+    pull, qc = register_to_reference(reference_volume, equalise_tissue(Volume(data, scan.affine, scan.mask)))
+    assert target_error(pull, known_move(), reference_volume) < 0.5
+    assert qc["restarted"] is False
+    # Below this, a scan is refused.
+    assert qc["local_correlation"] > 2 * MIN_LOCAL_CORRELATION
 
 
 def test_registration_is_reproducible_to_the_bit(

@@ -221,11 +221,11 @@ def test_map_to_native_refuses_another_grid(session) -> None:
         map_to_native(np.zeros((4, 4, 4)), session.t1w, session.anchor.from_sri24)
 
 
-def test_flair_is_refused(reference: Reference) -> None:
-    with pytest.raises(ValueError, match="FLAIR"):
+def test_other_contrasts_are_refused(reference: Reference) -> None:
+    with pytest.raises(ValueError, match="T1w, T2w or FLAIR, not 'PDw'"):
         init_preproc_wf(
             name="x",
-            modality="FLAIR",
+            modality="PDw",
             is_anchor=True,
             skull_stripped=None,
             omp_nthreads=1,

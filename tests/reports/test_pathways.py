@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bids_uad.preprocessing.brain_extraction.masks import PROGRAMS
@@ -88,6 +90,11 @@ PATHWAYS = {
     ),
     "T2w of a session without T1w": (t2w(anchor=OTHER_SESSION), {OF_OTHER, CARRIED}, {"same session"}),
     "T2w skull-stripped": (t2w(skull_stripped=True), {OF_SAME, CARRIED, CUT}, {"their background"}),
+    "FLAIR": (
+        replace(t2w(skull_stripped=True), modality="FLAIR"),
+        {"mask of the T1w image was transformed to the FLAIR", "the brain of the FLAIR image", OF_SAME},
+        {"T2w"},
+    ),
     "T2w aligned": (
         t2w(aligned=True, image_given=True),
         {f"{ON_GRID} of the same session"},
@@ -106,7 +113,7 @@ PATHWAYS = {
     ),
     "mask on the atlas": (pathway(lesion=ON_ATLAS), {TRUTH, "as provided"}, {"transform of the scan."}),
     "mask by transform": (pathway(lesion=BY_TRANSFORM), {TRUTH, GIVEN_XFM}, {"as provided"}),
-    "mask on a FLAIR": (
+    "mask on another image": (
         pathway(lesion=ON_OTHER),
         {TRUTH, "Images on which lesion masks were drawn"},
         {GIVEN_XFM},

@@ -521,8 +521,10 @@ def _is_output_of(name: str, unit: ImageUnit) -> bool:
     """Return whether a file name has the entities and modality of an image."""
     keys = {key: entity for entity, key in PREFIX_ENTITIES}
     entities = {keys[key]: value for key, value in entities_of(Path(name)).items() if key in keys}
+    # Labels of the image itself may name a modality, such as acq-FLAIR of a T2w.
+    rest = name.removeprefix(unit.prefix)
     others = [modality for modality in MODALITIES if modality != unit.modality]
-    return entities == unit.entities and not any(other in name for other in others)
+    return entities == unit.entities and not any(other in rest for other in others)
 
 
 def remove_unusable(problems: Sequence[Problem], config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from bids_uad.config import RunConfig
+from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, refuse_foreign
 from bids_uad.dataset.external import LESIONS
 from bids_uad.dataset.inputs import (
@@ -122,6 +122,7 @@ def run_participant(config: RunConfig) -> int:
     if config.reports_only:
         return ExitCode.FAILED if rewrite_reports(config) else ExitCode.OK
     subjects, participants, context = prepare_run(config)
+    config = context.config
     console = _log_console()
     with Progress(len(subjects), console) as progress:
         plugin, cluster = make_plugins(config, progress.watch)
@@ -145,7 +146,7 @@ def run_participant(config: RunConfig) -> int:
             LOGGER.error(message)
         raise InputError(
             config.bids_dir,
-            f"no usable {' or '.join(config.modalities)} image among the selected participants",
+            f"no usable {truncate_list(config.modalities, last='or')} image among the selected participants",
             "check --participant-label and --bids-filter-file, and the errors above",
         )
     return run.finish(console)
@@ -172,7 +173,8 @@ def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunCo
     participants : Participants
         Contents of participants.tsv and sessions.tsv.
     context : RunContext
-        Models, reference image, brain extraction; the device is resolved only if a GPU is requested.
+        Models, reference image, brain extraction, and `config` without the modalities that are skipped; the
+        device is resolved only if a GPU is requested.
 
     Raises
     ------
@@ -191,19 +193,24 @@ def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunCo
     if config.database_dir is not None:
         open_layout(config.bids_dir, subjects, config.database_dir)
     LOGGER.info("%d participant(s)", len(subjects))
-    bundles = _choose_models(config, subjects)
+    bundles, config = _choose_models(config, subjects)
     reference = _find_reference(config)
     participants = _read_participants(config, subjects, bundles)
     context = RunContext(config, tuple(bundles), reference, extraction, device, precision)
     return subjects, participants, context
 
 
-def _choose_models(config: RunConfig, subjects: Sequence[str]) -> list[Bundle]:
-    """Load the models for the modalities of the images, and check them."""
+def _choose_models(config: RunConfig, subjects: Sequence[str]) -> tuple[list[Bundle], RunConfig]:
+    """Load and check the models for the modalities of the images; skip those without a model by default."""
     if config.models == ("none",):
-        return []
-    modalities = find_modalities(config, subjects)
-    return resolve_bundles(list(config.models) or None, modalities, config.deviations)
+        return [], config
+    found = find_modalities(config, subjects)
+    by_default = set(config.modalities) == set(MODALITIES)
+    models = list(config.models) or None
+    bundles = resolve_bundles(models, found, config.deviations, skip_missing=by_default)
+    skipped = set(found) - {bundle.modality for bundle in bundles}
+    kept = tuple(modality for modality in config.modalities if modality not in skipped)
+    return bundles, replace(config, modalities=kept)
 
 
 def _find_reference(config: RunConfig) -> Reference:
@@ -565,8 +572,9 @@ def describe_outputs(tasks: Sequence[Task], bundles: Sequence[Bundle]) -> dict[s
         "brain": "Brain mask",
         **{f"{task.unit.modality}Preproc": f"Quality of the {task.unit.modality} image" for task in written},
     }
-    if any(task.unit.anchor is not None for task in written):
-        descriptions["T2wBrain"] = "Brain mask of a T2w image that is registered to a T1w image"
+    for modality in {task.unit.modality for task in written if task.unit.anchor is not None}:
+        text = f"Brain mask of a {modality} image that is registered to a T1w image"
+        descriptions[f"{modality}Brain"] = text
     if any(task.lesion is not None for task in written):
         descriptions["manual"] = "Lesion mask given by the user"
     for bundle in bundles:

@@ -269,7 +269,7 @@ def extract_brain(
     Parameters
     ----------
     head : Volume
-        T1w or T2w scan in native space.
+        T1w, T2w or FLAIR scan in native space.
     template : Volume or None
         Reference image with its brain mask. If None, only `network_mask` is used.
     folder : pathlib.Path
