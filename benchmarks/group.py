@@ -102,7 +102,8 @@ def draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
     volumes = np.maximum(1, np.sort(parts)[::-1] * 10 ** rng.uniform(2, 5)).astype(int)
     table = pd.DataFrame({"lesion": np.arange(1, len(volumes) + 1), "volume_mm3": volumes})
     table["contrast"] = rng.normal(2, 1, len(table)).round(3)
-    table[["centroid_x", "centroid_y", "centroid_z"]] = rng.uniform(-60, 60, (len(table), 3)).round(1)
+    positions = [f"{point}_{axis}" for point in ("centroid", "mni") for axis in "xyz"]
+    table[positions] = rng.uniform(-60, 60, (len(table), 6)).round(1)
     return table
 
 

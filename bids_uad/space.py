@@ -6,6 +6,7 @@ process axial slices, centre-cropped to 224 x 224.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,26 @@ TISSUES = ("csf", "ventricle", "cortex", "white", "deep", "brainstem")
 cerebellum, and `deep` is thalamus, basal ganglia, hippocampus and amygdala.
 """
 TISSUE_FILE = "tissues_probseg.nii.gz"
+CORTICAL = {
+    "frontal": "frontal cortex",
+    "parietal": "parietal cortex",
+    "temporal": "temporal cortex",
+    "occipital": "occipital cortex",
+    "cingulate": "cingulate cortex",
+    "insula": "insula",
+}
+"""Regions of the cerebral cortex, by lobe."""
+REGIONS = (
+    *CORTICAL.values(),
+    *("frontal white matter", "parietal white matter", "temporal white matter", "occipital white matter"),
+    *("deep white matter", "thalamus", "caudate nucleus", "putamen", "pallidum", "hippocampus", "amygdala"),
+    *("lateral ventricle", "third ventricle", "fourth ventricle"),
+    *("ventral diencephalon", "brain stem", "cerebellum"),
+)
+"""Channels of the region atlas."""
+MIDLINE_REGIONS = ("third ventricle", "fourth ventricle", "brain stem")
+"""Regions that are not divided by hemisphere."""
+REGION_FILE = "regions_probseg.nii.gz"
 PRIOR_STEP = 3
 PRIOR_START = (40, 30, 0)
 PRIOR_SHAPE = (54, 67, 52)
@@ -120,6 +141,29 @@ def to_image(volume: np.ndarray, dtype: type = np.float32) -> nib.Nifti1Image:
 
 
 @lru_cache(maxsize=1)
+def icbm_to_sri24() -> np.ndarray:
+    """Read the affine from ICBM152 (MNI152NLin2009aSym) to SRI24 world coordinates.
+
+    Returns
+    -------
+    numpy.ndarray, shape (4, 4)
+        Transform of RAS+ coordinates in mm. Read-only.
+    """
+    path = resources.files("bids_uad") / "data" / "template" / "icbm152_to_sri24.json"
+    affine = np.array(json.loads(path.read_text(encoding="utf-8"))["affine"])
+    affine.flags.writeable = False
+    return affine
+
+
+def _read_atlas(name: str) -> np.ndarray:
+    """Read an image of the built-in atlas, in percent, uint8, shape (channels, *PRIOR_SHAPE)."""
+    from bids_uad.images import load_image
+
+    with resources.as_file(resources.files("bids_uad") / "data" / "atlas" / name) as path:
+        return np.moveaxis(np.asarray(load_image(path).dataobj), -1, 0)
+
+
+@lru_cache(maxsize=1)
 def tissue_priors() -> np.ndarray:
     """Interpolate the tissue priors of the built-in atlas to the SRI24 grid.
 
@@ -132,10 +176,7 @@ def tissue_priors() -> np.ndarray:
         is at most 1, but for rounding, and 0 far from the brain. Symmetric about the midplane, so reversing
         the second axis swaps left and right. Read-only.
     """
-    import nibabel as nib
-
-    with resources.as_file(resources.files("bids_uad") / "data" / "atlas" / TISSUE_FILE) as path:
-        priors = np.moveaxis(np.asarray(nib.load(path).dataobj, dtype=np.float32) / 100, -1, 0)
+    priors = _read_atlas(TISSUE_FILE).astype(np.float32) / 100
     for axis, (start, size) in enumerate(zip(PRIOR_START, SHAPE, strict=True), 1):
         weights = _linear_weights((np.arange(size) - start) / PRIOR_STEP, priors.shape[axis])
         priors = np.moveaxis(np.tensordot(weights, priors, (1, axis)), 0, axis)
@@ -148,3 +189,57 @@ def _linear_weights(positions: np.ndarray, size: int) -> np.ndarray:
     """Compute the matrix of linear interpolation of `size` samples; the end samples are repeated."""
     distance = np.abs(np.clip(positions, 0, size - 1)[:, None] - np.arange(size)[None, :])
     return np.maximum(1 - distance, 0).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def region_probabilities() -> np.ndarray:
+    """Read the region atlas, on its own grid.
+
+    Returns
+    -------
+    numpy.ndarray of uint8, shape (23, 54, 67, 52)
+        Probability of each region of `REGIONS` in percent; voxel (i, j, k) is voxel
+        `PRIOR_START + PRIOR_STEP * (i, j, k)` of the SRI24 grid. Read-only.
+    """
+    atlas = _read_atlas(REGION_FILE)
+    atlas.flags.writeable = False
+    return atlas
+
+
+def probable_regions(voxels: np.ndarray, owner: np.ndarray) -> tuple[list[str | None], np.ndarray]:
+    """Find the most probable region of groups of voxels, such as the components of an anomaly mask.
+
+    Parameters
+    ----------
+    voxels : numpy.ndarray of int, shape (n, 3)
+        Voxels of the SRI24 grid.
+    owner : numpy.ndarray of int, shape (n,)
+        Number of the group of each voxel, from 0.
+
+    Returns
+    -------
+    regions : list of str or None
+        Region with the highest mean probability in each group, with its hemisphere, such as
+        ``left thalamus``; None for groups outside all regions.
+    probabilities : numpy.ndarray of float64, shape (number of groups,)
+        This probability, from 0 to 1.
+    """
+    atlas = region_probabilities()
+    size = np.bincount(owner)
+    cells = np.rint((voxels - np.array(PRIOR_START)) / PRIOR_STEP).astype(int)
+    cells = np.clip(cells, 0, np.array(PRIOR_SHAPE) - 1)
+    index = np.ravel_multi_index(tuple(cells.T), PRIOR_SHAPE)
+    # The first axis of the grid runs from right to left.
+    left = voxels[:, 0] >= SHAPE[0] / 2
+    names, means = [], []
+    for region, percent in zip(REGIONS, atlas.reshape(len(REGIONS), -1), strict=True):
+        inside = percent[index]
+        sides = {"": True} if region in MIDLINE_REGIONS else {"left ": left, "right ": ~left}
+        for side, chosen in sides.items():
+            names.append(f"{side}{region}")
+            total = np.bincount(owner, weights=inside * chosen, minlength=size.size)
+            means.append(total / np.maximum(size, 1) / 100)
+    table = np.stack(means)
+    best = table.argmax(0)
+    highest = table.max(0)
+    return [names[k] if p > 0 else None for k, p in zip(best, highest, strict=True)], highest

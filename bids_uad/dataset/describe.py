@@ -59,7 +59,7 @@ Files of an image (`<T1w|T2w|FLAIR><Detector>` in a name is modality and detecto
 | `*_anomalymap.nii.gz` | anomaly score, or its deviation from a normative reference; unbounded |
 | `*_label-anomaly_*_probseg.nii.gz` | score rescaled to [0, 1), 0.5 at the threshold; not a probability |
 | `*_label-anomaly_*_mask.nii.gz` | voxels above the threshold, in SRI24 and in native space (`space-orig`) |
-| `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask, and a table of them |
+| `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask, and a table of them with their regions |
 | `*_histogram.tsv`, `*_metrics.tsv` | score histogram, volumes and lesion counts, read by the group level |
 | `*_lesions.tsv` | if there is a lesion mask: volume, contrast and detected fraction of each lesion |
 | `*_label-lesion_desc-manual_mask.nii.gz` | lesion mask provided by the user, in SRI24 space |

@@ -25,6 +25,14 @@ _CENTROID_COLUMNS: dict[str, dict[str, Any]] = {
     "centroid_x": {"Description": "Centre of mass, left to right, SRI24 space", "Units": "mm"},
     "centroid_y": {"Description": "Centre of mass, posterior to anterior, SRI24 space", "Units": "mm"},
     "centroid_z": {"Description": "Centre of mass, inferior to superior, SRI24 space", "Units": "mm"},
+    **{
+        f"mni_{axis}": {
+            "Description": f"centroid_{axis} in MNI152NLin2009aSym, by the affine transform of the template, "
+            "which does not correct for size and shape of the brain: accurate to about 5 mm",
+            "Units": "mm",
+        }
+        for axis in "xyz"
+    },
 }
 # BIDS defines the columns `index` and `name` of this table, so they must not be described again.
 COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
@@ -32,6 +40,11 @@ COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
     "peak_score": {"Description": "Highest anomaly score in the component"},
     "mean_score": {"Description": "Mean anomaly score of the component"},
     **_CENTROID_COLUMNS,
+    "region": {
+        "Description": "Region of the built-in atlas with the highest mean probability in the component, and "
+        "its hemisphere; n/a outside all regions"
+    },
+    "region_probability": {"Description": "Mean probability of this region in the component"},
 }
 
 HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {

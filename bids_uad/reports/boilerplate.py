@@ -149,6 +149,7 @@ def methods_text(
         parts.append(fragment("quality"))
     if models:
         parts += _detection(models)
+        parts.append(fragment("region_atlas"))
         if parcellations:
             sources = [REGION_SOURCES.get(name, name) for name in parcellations]
             parts.append(fragment("regions", parcellations=" and ".join(sources)))

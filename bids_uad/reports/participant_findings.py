@@ -15,8 +15,8 @@ from bids_uad.reports.derivatives import Detection
 from bids_uad.reports.figures.display import side
 from bids_uad.space import VOXEL_MM3
 
-PARCELLATIONS = ("lpba40", "tzo116plus")
-"""Columns of the table of components with region names, if the atlas has parcellations."""
+PARCELLATIONS = ("region", "lpba40", "tzo116plus")
+"""Columns with region names in the table of components: built-in atlas, and parcellations of SRI24."""
 MAX_COMPONENTS = 20
 """Rows of the table of components in the report."""
 MISSING = "\N{EN DASH}"
@@ -205,7 +205,6 @@ def component_rows(
     largest = table.sort_values(["volume_mm3", "index"], ascending=[False, True]).head(MAX_COMPONENTS)
     rows = []
     for row in largest.itertuples(index=False):
-        centroid = (row.centroid_x, row.centroid_y, row.centroid_z)
         regions = [getattr(row, name) for name in parcellations]
         rows.append(
             {
@@ -214,12 +213,21 @@ def component_rows(
                 "volume": f"{row.volume_mm3:,.0f}",
                 "peak": _score(row.peak_score),
                 "mean": _score(row.mean_score),
-                "centroid": ", ".join(f"{value:.0f}".replace("-", "\N{MINUS SIGN}") for value in centroid),
+                "centroid": _point(row, "centroid"),
+                "mni": _point(row, "mni"),
                 "regions": ", ".join(region for region in regions if pd.notna(region)),
                 "hit": int(row.index) in hits,
             }
         )
     return rows
+
+
+def _point(row: Any, prefix: str) -> str:
+    """Return the coordinates `prefix_x` to `prefix_z` of a row as text; empty if it has none."""
+    values = [getattr(row, f"{prefix}_{axis}", None) for axis in "xyz"]
+    if None in values:
+        return ""
+    return ", ".join(f"{value:.0f}".replace("-", "\N{MINUS SIGN}") for value in values)
 
 
 def quality_row(quality: Mapping[str, Any]) -> list[str]:

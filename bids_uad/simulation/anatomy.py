@@ -8,12 +8,10 @@ FreeSurfer-type label maps (for instance those of SynthSeg, Billot et al. 2023, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 
 import nibabel as nib
@@ -30,6 +28,7 @@ from bids_uad.simulation.spatial import (
     smooth,
     tensor,
 )
+from bids_uad.space import icbm_to_sri24
 
 CLASSES = (
     "csf",  # around the brain and in the sulci
@@ -131,12 +130,6 @@ class TissueMaps:
     fractions: torch.Tensor
     detail: torch.Tensor | None
     affine: np.ndarray
-
-
-def icbm_to_sri24() -> np.ndarray:
-    """Read the affine from ICBM152 to SRI24 world coordinates (mm), shape (4, 4)."""
-    path = resources.files("bids_uad") / "data" / "template" / "icbm152_to_sri24.json"
-    return np.array(json.loads(path.read_text(encoding="utf-8"))["affine"])
 
 
 def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:

@@ -11,8 +11,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from bids_uad.simulation.anatomy import CLASSES, icbm_to_sri24
+from bids_uad.simulation.anatomy import CLASSES
 from bids_uad.simulation.spatial import BOX_SHAPE, box_points, random_field, smooth, tensor
+from bids_uad.space import icbm_to_sri24
 
 CORTEX_TO_WHITE = {
     "T1w": {

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from bids_uad.errors import InputError
-from bids_uad.simulation.anatomy import icbm_to_sri24
 from bids_uad.simulation.spatial import sample, smooth, tensor
+from bids_uad.space import icbm_to_sri24
 
 PATHOLOGIES = {
     "stroke": "stroke",

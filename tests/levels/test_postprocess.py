@@ -9,9 +9,18 @@ from scipy.spatial.distance import cdist
 from skimage import measure
 
 from bids_uad import space
-from bids_uad.dataset.sidecars import LESION_COLUMNS
+from bids_uad.dataset.sidecars import COMPONENT_COLUMNS, LESION_COLUMNS
 from bids_uad.levels.participant import postprocess as maps
 from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, lesion_contrasts, lesion_table
+
+MNI_TO_SRI24 = np.array(
+    [
+        [0.922126, -0.009894, -0.001188, -119.058579],
+        [-0.006933, 0.935744, -0.186456, 125.592415],
+        [-0.007382, 0.192645, 0.846861, 71.853679],
+    ]
+)
+"""Affine from ICBM152 to SRI24 by ANTs, mm."""
 
 
 @pytest.fixture
@@ -98,6 +107,8 @@ def test_component_table_against_hand_numbers():
         [-100.5, 189.0, 30.0],
         [-10.0, 219.0, 40.0],
     ]
+    back = table[["mni_x", "mni_y", "mni_z"]].to_numpy() @ MNI_TO_SRI24[:, :3].T + MNI_TO_SRI24[:, 3]
+    np.testing.assert_allclose(back, table[["centroid_x", "centroid_y", "centroid_z"]], atol=0.1)
 
 
 def test_component_table_on_other_voxels_than_a_cubic_millimetre():
@@ -308,6 +319,27 @@ def test_region_names_are_those_with_most_voxels(random):
         counts = np.bincount(parcellation[labels == number], minlength=4)[1:]
         best = 1 + int(np.argmax(counts))
         assert name == (names.get(best, str(best)) if counts.any() else None)
+
+
+def test_detected_components_have_regions_of_the_built_in_atlas():
+    scores = np.zeros(space.SHAPE, np.float32)
+    thalamus, cerebellum = np.s_[128:134, 128:134, 72:78], np.s_[78:86, 160:168, 24:30]
+    scores[thalamus], scores[cerebellum], scores[2:4, 2:4, 2:4] = 2.0, 3.0, 4.0
+    found = maps.detect_anomalies(
+        scores,
+        np.ones(space.SHAPE, bool),
+        threshold=1.0,
+        edges=np.linspace(0, 5, 11),
+        provenance={},
+        min_lesion_volume=0,
+        parcellations={},
+    )
+    table = found.component_table
+    assert table["region"].tolist()[:2] == ["right cerebellum", "left thalamus"]
+    assert table["region"].isna().tolist() == [False, False, True]
+    assert table["region_probability"].iloc[:2].between(0.5, 1).all()
+    assert table["region_probability"].iloc[2] == 0
+    assert set(COMPONENT_COLUMNS) | {"index", "name"} == set(table)
 
 
 def test_region_names_without_components_are_empty():

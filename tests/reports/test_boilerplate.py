@@ -109,6 +109,7 @@ def test_methods_text_names_versions_training_and_regions():
     assert "healthy brains: 80 scans of 80 subjects (Synthetic brains, seed 1" in text
     assert "): Disyre on T1w, RD on T1w." in text
     assert "[@synthseg]" in text
+    assert "[@synthseg; @synthsr]" in text
     assert "regions of LPBA40 [@lpba40] and Own that" in text
     for package in ("nipype", "torch", "antspyx", "scipy"):
         assert f" {metadata.version(package)} [@" in text

@@ -292,15 +292,18 @@ def test_components_have_the_regions_of_the_parcellations(tmp_path):
         {
             **{name: [1.0, 2.0] for name in ("volume_mm3", "peak_score", "mean_score")},
             **{f"centroid_{axis}": [0.0, 0.0] for axis in "xyz"},
+            **dict(zip(("mni_x", "mni_y", "mni_z"), ([-12.4, 3.0], [0.2, 4.0], [30.6, 5.0]), strict=True)),
             "index": [1, 2],
+            "region": ["left insula", None],
             "lpba40": ["left insular cortex", None],
             "tzo116plus": ["Insula_L", "Insula_R"],
         }
     )
-    assert [row["regions"] for row in component_rows(table, None, None)] == [
-        "Insula_R",
-        "left insular cortex, Insula_L",
-    ]
+    rows = component_rows(table, None, None)
+    assert [row["regions"] for row in rows] == ["Insula_R", "left insula, left insular cortex, Insula_L"]
+    assert [row["mni"] for row in rows] == ["3, 4, 5", "\N{MINUS SIGN}12, 0, 31"]
+    without = table.drop(columns=["mni_x", "mni_y", "mni_z"])
+    assert [row["mni"] for row in component_rows(without, None, None)] == ["", ""]
 
 
 def test_report_of_a_subject_whose_images_all_failed(tmp_path):

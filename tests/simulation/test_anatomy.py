@@ -17,12 +17,12 @@ from bids_uad.simulation.anatomy import (
     CLASSES,
     FREESURFER,
     find_label_maps,
-    icbm_to_sri24,
     label_map_to_sri24,
     read_label_map,
     rotation,
     template_source,
 )
+from bids_uad.space import icbm_to_sri24
 
 TABLE = """index\tname
 7\tLeft-Cerebral-Cortex

@@ -7,9 +7,9 @@ import torch
 
 from bids_uad.errors import InputError
 from bids_uad.simulation.__main__ import main
-from bids_uad.simulation.anatomy import icbm_to_sri24
 from bids_uad.simulation.shapes import EDGE_MM, lesion_shapes, real_shape
 from bids_uad.simulation.spatial import box_points
+from bids_uad.space import icbm_to_sri24
 
 
 @pytest.fixture

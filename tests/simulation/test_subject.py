@@ -10,7 +10,7 @@ from scipy import ndimage, stats
 from bids_uad.simulation import ageing
 from bids_uad.simulation import pathology as lesions
 from bids_uad.simulation.acquisition import draw_scan_settings, draw_scanner, simulate_preprocessed_scan
-from bids_uad.simulation.anatomy import CLASSES, icbm_to_sri24, template_source
+from bids_uad.simulation.anatomy import CLASSES, template_source
 from bids_uad.simulation.contrast import CONTRASTS, class_means, simulate_signal
 from bids_uad.simulation.pathology import KINDS, LesionTarget, make_lesion
 from bids_uad.simulation.spatial import BOX_SHAPE, box_points, smooth
@@ -20,6 +20,7 @@ from bids_uad.simulation.subject import (
     make_signal,
     random_stream,
 )
+from bids_uad.space import icbm_to_sri24
 
 from .conftest import INDEX, POPULATION, SEED
 

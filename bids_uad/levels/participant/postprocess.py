@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import ndimage
 
 from bids_uad.calibration.thresholds import score_counts
-from bids_uad.space import AFFINE, VOXEL_MM3
+from bids_uad.space import AFFINE, VOXEL_MM3, icbm_to_sri24, probable_regions
 
 CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)
 """26-connectivity: voxels that share a face, an edge or a corner are connected."""
@@ -93,6 +93,9 @@ def detect_anomalies(
     mask = anomaly_mask(scores, brain, threshold)
     components = label_components(mask)
     table = component_table(components, scores)
+    inside = components > 0
+    regions, probabilities = probable_regions(np.argwhere(inside), components[inside] - 1)
+    table["region"], table["region_probability"] = regions, probabilities.round(2)
     for atlas, (parcellation, names) in parcellations.items():
         table[atlas.lower()] = region_names(components, parcellation, names)
     return Detection(
@@ -200,13 +203,13 @@ def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray =
     scores : numpy.ndarray of float32, same shape
         Anomaly scores.
     affine : numpy.ndarray, shape (4, 4), default=space.AFFINE
-        Transform from voxel indices to RAS+ coordinates in mm.
+        Transform from voxel indices to SRI24 coordinates (RAS+) in mm.
 
     Returns
     -------
     pandas.DataFrame
         One row per component: `index, name, volume_mm3, peak_score, mean_score, centroid_x, centroid_y,
-        centroid_z` (mm, RAS+).
+        centroid_z` (SRI24, mm), `mni_x, mni_y, mni_z` (the same point in MNI152NLin2009aSym, mm).
     """
     voxels = np.nonzero(labels)
     owner = labels[voxels]
@@ -219,6 +222,7 @@ def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray =
         [np.bincount(owner, weights=axis, minlength=count + 1)[1:] / size for axis in voxels], axis=-1
     )
     centroid = nib.affines.apply_affine(affine, centre).round(2)
+    mni = nib.affines.apply_affine(np.linalg.inv(icbm_to_sri24()), centroid).round(1)
     return pd.DataFrame(
         {
             "index": np.arange(1, count + 1),
@@ -229,6 +233,9 @@ def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray =
             "centroid_x": centroid[:, 0],
             "centroid_y": centroid[:, 1],
             "centroid_z": centroid[:, 2],
+            "mni_x": mni[:, 0],
+            "mni_y": mni[:, 1],
+            "mni_z": mni[:, 2],
         }
     )
 
@@ -442,7 +449,11 @@ def lesion_table(lesion: np.ndarray, mask: np.ndarray, image: np.ndarray, brain:
             "detected_fraction": fraction,
             "detected": (fraction > 0).astype(int),
             "contrast": lesion_contrasts(labels, image, brain),
-            **{axis: measures[axis] for axis in ("centroid_x", "centroid_y", "centroid_z")},
+            **{
+                f"{point}_{axis}": measures[f"{point}_{axis}"]
+                for point in ("centroid", "mni")
+                for axis in "xyz"
+            },
         }
     )
 
