@@ -54,7 +54,6 @@ from bids_uad.preprocessing.quality import (
 from bids_uad.preprocessing.registration import (
     Volume,
     coregister,
-    equalise_tissue,
     register_to_anchor,
     register_to_reference,
     registration_metrics,
@@ -235,13 +234,14 @@ class RegisterToReference(SimpleInterface):
         folder = Path(runtime.cwd)
         reference = _volume(self.inputs.reference, self.inputs.reference_mask)
         brain = _volume(self.inputs.in_file, self.inputs.mask)
-        if self.inputs.dark_fluid:
-            brain = equalise_tissue(brain)
+        flair = self.inputs.dark_fluid
         if isdefined(self.inputs.external_xfm):
             pull = read_itk(self.inputs.external_xfm)
-            qc = registration_metrics(reference, brain, pull)
+            qc = registration_metrics(reference, brain, pull, dark_fluid=flair)
         else:
-            pull, qc = register_to_reference(reference, brain, asymmetric=self.inputs.asymmetric)
+            pull, qc = register_to_reference(
+                reference, brain, asymmetric=self.inputs.asymmetric, dark_fluid=flair
+            )
         _check_shows_brain(_source(self), qc, "the reference brain")
         self._results |= _write_both_directions(folder, pull)
         self._results["qc"] = qc
@@ -258,6 +258,7 @@ class _RegisterToAnchorInputSpec(BaseInterfaceInputSpec):
     aligned = traits.Bool(False, usedefault=True, desc="whether the scan is aligned with the anchor already")
     measure_agreement = traits.Bool(True, usedefault=True, desc="whether to compute quality metrics")
     external_xfm = File(desc="ITK transform from the scan to SRI24, of another pipeline")
+    dark_fluid = traits.Bool(False, usedefault=True, desc="whether the scan is a FLAIR")
 
 
 class _RegisterToAnchorOutputSpec(TraitedSpec):
@@ -294,10 +295,10 @@ class RegisterToAnchor(SimpleInterface):
         if self.inputs.aligned or isdefined(self.inputs.external_xfm):
             external = None if self.inputs.aligned else read_itk(self.inputs.external_xfm)
             pull = np.eye(4) if external is None else external @ np.linalg.inv(anchor_xfm)
-            qc = registration_metrics(anchor, moving, pull, mirrored=True)
+            qc = registration_metrics(anchor, moving, pull, mirrored=True, dark_fluid=self.inputs.dark_fluid)
             _check_shows_brain(_source(self), qc, "its T1w image")
         elif self.inputs.measure_agreement:
-            pull, qc = register_to_anchor(anchor, moving)
+            pull, qc = register_to_anchor(anchor, moving, dark_fluid=self.inputs.dark_fluid)
             _check_shows_brain(_source(self), qc, "its T1w image")
         else:
             pull, qc = coregister(anchor, moving), {}

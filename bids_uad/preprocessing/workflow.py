@@ -203,6 +203,7 @@ def init_preproc_wf(
         workflow.connect(inputnode, "in_file", mask, "source")
     else:
         mask = register = _connect_to_anchor(workflow, inputnode, aligned=external.aligned)
+        register.inputs.dark_fluid = modality == "FLAIR"
         workflow.connect([
             (inputnode, resample, [("anchor_mask", "brain_mask"), ("anchor_xfm", "brain_xfm")]),
         ])  # fmt: skip
