@@ -169,4 +169,8 @@ def _to_reference(pathway: Pathway) -> str:
     target += ", T2w channel" if pathway.t2w_reference else ""
     if pathway.transform_given:
         return f"The brain was transformed to {target}, by a provided rigid transform."
-    return f"The brain was registered rigidly (six degrees of freedom) to {target} ({_REGISTRATION})."
+    how = _REGISTRATION
+    if pathway.modality == "FLAIR":
+        how += "; first with intensities clipped at their 15th percentile in the brain, which leaves the "
+        how += "contrast of fluid, then as they are"
+    return f"The brain was registered rigidly (six degrees of freedom) to {target} ({how})."

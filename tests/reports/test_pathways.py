@@ -95,6 +95,7 @@ PATHWAYS = {
         {"mask of the T1w image was transformed to the FLAIR", "the brain of the FLAIR image", OF_SAME},
         {"T2w"},
     ),
+    "FLAIR without T1w": (pathway("FLAIR"), {TO_ATLAS, "clipped at their 15th percentile"}, {"T1w", "T2w"}),
     "T2w aligned": (
         t2w(aligned=True, image_given=True),
         {f"{ON_GRID} of the same session"},
