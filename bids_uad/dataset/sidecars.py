@@ -160,10 +160,15 @@ QUALITY_COLUMNS: dict[str, dict[str, Any]] = {
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "native_brain_volume_mm3": {"Description": "Volume of the brain mask in native space", "Units": "mm^3"},
     "kept_fraction": {
-        "Description": "Fraction of the brain mask inside the SRI24 grid and the field of view of the image"
+        "Description": "Fraction of the brain mask inside the SRI24 grid and the field of view of the image, "
+        "with signal"
     },
     "outside_fov_fraction": {
         "Description": "Fraction of the reference brain outside the field of view of the image"
+    },
+    "unscored_fraction": {
+        "Description": "Fraction of the brain mask that is outside the field of view or where the image has "
+        "no signal; these voxels are removed from the brain mask in SRI24 space and are not scored"
     },
     "mask_overlap": {"Description": "Dice coefficient of the brain mask with that of the reference image"},
     "similarity": {
@@ -260,7 +265,8 @@ def preprocessing_sidecars(
             **in_space,
         },
         "brain_mask": {
-            "Description": f"Brain mask of the {unit.modality} image in {NAME} space",
+            "Description": f"Brain mask of the {unit.modality} image in {NAME} space, without voxels that "
+            "the image does not cover or where it has no signal",
             "Type": "Brain",
             **in_space,
         },

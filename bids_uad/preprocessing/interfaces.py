@@ -50,6 +50,7 @@ from bids_uad.preprocessing.quality import (
     assess_quality,
     coverage_mask,
     image_quality_metrics,
+    no_signal_mask,
 )
 from bids_uad.preprocessing.registration import (
     Volume,
@@ -368,8 +369,13 @@ class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
 
 class _ResampleToSRI24OutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="scan on the SRI24 grid, scaled in the brain and 0 outside")
-    out_mask = File(exists=True, desc="brain mask on the SRI24 grid, within the field of view")
+    out_mask = File(
+        exists=True, desc="brain mask on the SRI24 grid, within the field of view and where there is signal"
+    )
     coverage = File(exists=True, desc="voxels of the SRI24 grid that the scan has data for")
+    unscored = traits.Float(
+        desc="fraction of the brain mask that is outside the field of view or has no signal"
+    )
 
 
 class ResampleToSRI24(SimpleInterface):
@@ -382,15 +388,18 @@ class ResampleToSRI24(SimpleInterface):
         scan = _volume(self.inputs.in_file, self.inputs.native_mask)
         pull = read_itk(self.inputs.to_sri24)
         grid = (space.SHAPE, space.AFFINE)
-        has_data = coverage_mask(_volume(self.inputs.conformed), self.inputs.skull_stripped, *grid, pull)
-        brain = has_data.copy()
+        raw = _volume(self.inputs.conformed, self.inputs.native_mask)
+        has_data = coverage_mask(raw, self.inputs.skull_stripped, *grid, pull)
+        anatomical = np.ones(space.SHAPE, dtype=bool)
         if isdefined(self.inputs.brain_mask):
             other = _mask(self.inputs.brain_mask)
-            brain &= resample_mask(other.data, other.affine, *grid, read_itk(self.inputs.brain_xfm))
-            if self.inputs.skull_stripped:
-                brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
-        else:
-            brain &= resample_mask(scan.mask, scan.affine, *grid, pull)
+            anatomical &= resample_mask(other.data, other.affine, *grid, read_itk(self.inputs.brain_xfm))
+        if self.inputs.skull_stripped or not isdefined(self.inputs.brain_mask):
+            anatomical &= resample_mask(scan.mask, scan.affine, *grid, pull)
+        brain = anatomical & has_data
+        no_signal = no_signal_mask(raw)
+        if no_signal.any():
+            brain &= resample(no_signal, raw.affine, *grid, pull, order=0) < 0.5
         values = resample(scan.data, scan.affine, *grid, pull, region=brain)
         try:
             scaled = scale_intensity(values, brain)
@@ -400,6 +409,7 @@ class ResampleToSRI24(SimpleInterface):
             ) from error
         self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
         self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
+        self._results["unscored"] = 1.0 - float(brain.sum()) / max(int(anatomical.sum()), 1)
         self._results["coverage"] = _save_sri24(runtime, "coverage.nii.gz", has_data, np.uint8)
         return runtime
 
@@ -444,6 +454,7 @@ class _AssessQualityInputSpec(BaseInterfaceInputSpec):
     native_mask = File(exists=True, mandatory=True, desc="brain mask on the native grid")
     reference_mask = File(exists=True, mandatory=True, desc="brain mask of the reference")
     coverage = File(exists=True, mandatory=True, desc="voxels of the SRI24 grid that the scan has data for")
+    unscored = traits.Float(mandatory=True, desc="fraction of the brain mask that is not scored")
     lesion = File(exists=True, desc="lesion mask on the SRI24 grid")
     header_warnings = traits.Dict(desc="warnings about the header, and whether each excludes the scan")
     mask_warnings = traits.Dict(desc="warnings about the brain mask, and whether each excludes the scan")
@@ -473,6 +484,7 @@ class AssessQuality(SimpleInterface):
             native_volume_mm3=float(native.mask.sum()) * voxel,
             reference=_mask(self.inputs.reference_mask).data,
             covered=_mask(self.inputs.coverage).data,
+            unscored=self.inputs.unscored,
             lesion=_mask(self.inputs.lesion).data if isdefined(self.inputs.lesion) else None,
             warnings=(self.inputs.header_warnings or {}) | (self.inputs.mask_warnings or {}),
             image=image_quality_metrics(native.data, native.mask, air, self.inputs.modality),

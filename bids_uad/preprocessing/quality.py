@@ -55,6 +55,18 @@ MARGIN_SPACING_MM = 2.0
 """Margins of the field of view are searched on every voxel, or on every second, third, ... of finer grids."""
 MIN_MARGIN_MM = 4.0
 """Depth of a margin: air and fluid also have single voxels with exactly the background's value."""
+NO_SIGNAL_LEVEL = 0.04
+"""Fraction of the brain's signal (75th percentile above the background) up to which a voxel may have none.
+
+Fluid is brighter: 0.1 to 0.2 of it in T1w images.
+"""
+NO_SIGNAL_DEPTH_MM = 3.0
+"""Depth of a region without signal; dark veins and bone at the edge of a brain mask are thinner."""
+MIN_NO_SIGNAL_MM3 = 1000.0
+MIN_NO_SIGNAL_CONTACT = 0.05
+"""Fraction of a region's voxels at the edge of the brain mask: voids inside the brain are findings."""
+REPORTED_UNSCORED = 0.01
+"""Fraction of the brain mask that is not scored, from which it is reported."""
 CUT_AREA = 1 / 3
 """Fraction of the largest cross-section from which the first slice of a skull-stripped brain is a cut.
 
@@ -71,6 +83,7 @@ def assess_quality(
     native_volume_mm3: float,
     reference: np.ndarray,
     covered: np.ndarray,
+    unscored: float,
     lesion: np.ndarray | None,
     image: dict[str, float],
     warnings: Mapping[str, bool],
@@ -94,6 +107,8 @@ def assess_quality(
         Volume of the brain mask in native space.
     covered : numpy.ndarray of bool, shape (240, 240, 155)
         Coverage mask of the scan, see :func:`coverage_mask`.
+    unscored : float
+        Fraction of the brain mask that the scan did not cover or where it has no signal.
     lesion : numpy.ndarray of bool or None
         Manual lesion mask on the same grid.
     image : dict
@@ -106,9 +121,10 @@ def assess_quality(
     dict
         ``similarity``, ``mirrored_similarity``, ``local_correlation``, ``registration_overlap``,
         ``restarted``, ``rotation_degrees``, ``skull_stripped``, ``brain_mask_origin``,
-        ``outside_fov_fraction`` (of the reference brain), ``mask_overlap`` (Dice of the brain with the
-        reference brain), ``brain_volume_mm3`` (on the SRI24 grid), ``native_brain_volume_mm3``,
-        ``kept_fraction`` (fraction of the native brain volume that is on the SRI24 grid), the metrics of
+        ``outside_fov_fraction`` (of the reference brain), ``unscored_fraction``,
+        ``mask_overlap`` (Dice of the brain with the reference brain), ``brain_volume_mm3`` (on the SRI24
+        grid), ``native_brain_volume_mm3``,
+        ``kept_fraction`` (fraction of the native brain volume in the SRI24 brain mask), the metrics of
         `image`, ``warnings`` (list of sentences), and ``failures`` (those for which the scan is excluded).
     """
     volume = float(brain.sum())
@@ -129,7 +145,10 @@ def assess_quality(
             not _within(volume / 1000, USUAL_VOLUME_RANGE_ML),
             not _within(volume / 1000, BRAIN_VOLUME_RANGE_ML),
         ),
-        f"Only {100 * kept:.0f} % of the brain mask lies on the SRI24 grid and in the field of view.": (
+        f"{100 * unscored:.1f} % of the brain mask lie outside the field of view or have no signal; they are "
+        "not scored.": (unscored >= REPORTED_UNSCORED, False),
+        f"Only {100 * kept:.0f} % of the brain mask lies on the SRI24 grid and in the field of view, with "
+        "signal.": (
             kept < LOW_COVERAGE,
             kept < FAILED_COVERAGE,
         ),
@@ -161,6 +180,7 @@ def assess_quality(
         "skull_stripped": skull_stripped,
         "brain_mask_origin": mask_origin,
         "outside_fov_fraction": round(outside, 4),
+        "unscored_fraction": round(unscored, 5),
         "mask_overlap": round(overlap, 4),
         "brain_volume_mm3": volume,
         "native_brain_volume_mm3": round(native_volume_mm3, 1),
@@ -353,6 +373,55 @@ def coverage_mask(
     if not margin.any():
         return inside
     return inside & (resample(margin, thinned, shape, affine, pull, order=0, extend=True) < 0.5)
+
+
+def no_signal_mask(scan: Volume) -> np.ndarray:
+    """Mark the regions of the brain mask in which a scan has no signal.
+
+    Such regions are parts that the acquisition did not cover but that later processing filled with values
+    near the background, and signal voids at the base of the brain. They have the intensity of the background,
+    are deep and large, and reach the edge of the brain mask, unlike cavities and haemorrhages inside the
+    brain, fluid that a FLAIR sequence suppresses, and dark voxels at the edge of the mask.
+
+    Parameters
+    ----------
+    scan : Volume
+        Scan on its own grid with its brain mask, any contrast, with its original intensities.
+
+    Returns
+    -------
+    numpy.ndarray of bool, shape of the scan
+        True for voxels without signal, all of them in the brain mask.
+    """
+    found = np.zeros(scan.data.shape, dtype=bool)
+    level = float(np.percentile(scan.data[scan.mask], 75))
+    # The most frequent value of noise in air is about half of its 90th percentile; signal is far above it.
+    floor = float(np.clip(background(scan.data), 0.0, 0.1 * max(level, 0.0)))
+    limit = floor + NO_SIGNAL_LEVEL * (level - floor)
+    zooms = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    voxel = float(np.prod(zooms))
+    if level <= 0 or np.count_nonzero(scan.data[scan.mask] <= limit) * voxel < MIN_NO_SIGNAL_MM3 / 2:
+        return found
+    margin = np.ceil(2 * NO_SIGNAL_DEPTH_MM / zooms).astype(int) + 1
+    (occupied,) = ndimage.find_objects(scan.mask, max_label=1)
+    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(occupied, margin, strict=True))
+    data, brain = scan.data[box], scan.mask[box]
+    # A mean over neighbours, since single voxels of noise exceed the limit.
+    dark = ndimage.uniform_filter(data, 3, mode="nearest") <= limit
+    core = ndimage.distance_transform_edt(dark, sampling=zooms) > NO_SIGNAL_DEPTH_MM
+    if not (core & brain).any():
+        return found
+    reach = NO_SIGNAL_DEPTH_MM + 2 * zooms.max()  # the mean is brighter up to one voxel from tissue
+    near = ndimage.distance_transform_edt(~core, sampling=zooms) <= reach
+    labels, count = ndimage.label(near & brain & (data <= 2 * limit - floor))
+    edge = brain & ~ndimage.binary_erosion(brain)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    at_edge = np.bincount(labels[edge], minlength=count + 1)
+    inside = np.bincount(labels[core & brain], minlength=count + 1)
+    kept = (sizes * voxel >= MIN_NO_SIGNAL_MM3) & (at_edge >= MIN_NO_SIGNAL_CONTACT * sizes) & (inside > 0)
+    kept[0] = False
+    found[box] = kept[labels]
+    return found
 
 
 def _beyond_cuts(empty: np.ndarray) -> np.ndarray:

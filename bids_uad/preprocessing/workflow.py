@@ -158,7 +158,7 @@ def init_preproc_wf(
     preproc
         Scan on the SRI24 grid, float32, the 99.5th percentile of the brain at 1 and 0 outside.
     brain_mask
-        Brain mask on the SRI24 grid, within the field of view of the scan.
+        Brain mask on the SRI24 grid, within the field of view of the scan and where it has signal.
     own_mask
         Brain mask on the grid of the scan.
     brain
@@ -231,7 +231,7 @@ def init_preproc_wf(
         (correct_bias, quality, [("out_file", "in_file")]),
         (register, quality, [("qc", "registration"), ("to_sri24", "to_sri24")]),
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
-        (resample, quality, [("out_mask", "brain_mask"), ("coverage", "coverage")]),
+        (resample, quality, [("out_mask", "brain_mask"), ("coverage", "coverage"), ("unscored", "unscored")]),
         (lesion, quality, [("out_file", "lesion")]),
         (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
         (mask, outputnode, [("out_mask", "own_mask")]),

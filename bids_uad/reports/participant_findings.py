@@ -28,6 +28,7 @@ QUALITY_COLUMNS = {
     "efc": "EFC",
     "brain_volume_mm3": "Brain, mL",
     "outside_fov_fraction": "Outside FOV, %",
+    "unscored_fraction": "Not scored, %",
     "mask_overlap": "Overlap with the atlas",
     "similarity": "Similarity to the atlas",
     "rotation_degrees": "Rotation, degrees",
@@ -37,6 +38,7 @@ _QUALITY_FORMATS = {
     "snr_total": "{:.1f}",
     "brain_volume_mm3": "{:,.0f}",
     "outside_fov_fraction": "{:.0f}",
+    "unscored_fraction": "{:.1f}",
     "rotation_degrees": "{:.0f}",
 }
 
@@ -246,8 +248,9 @@ def quality_row(quality: Mapping[str, Any]) -> list[str]:
     shown = dict(quality)
     if "brain_volume_mm3" in shown:
         shown["brain_volume_mm3"] /= 1000  # mL
-    if "outside_fov_fraction" in shown:
-        shown["outside_fov_fraction"] *= 100
+    for name in ("outside_fov_fraction", "unscored_fraction"):
+        if name in shown:
+            shown[name] *= 100
     return [_format(shown.get(name), _QUALITY_FORMATS.get(name, "{:.2f}")) for name in QUALITY_COLUMNS]
 
 

@@ -21,6 +21,7 @@ from bids_uad.preprocessing.quality import (
     coverage_mask,
     efc,
     image_quality_metrics,
+    no_signal_mask,
     snr,
     tissue_intensities,
     wm2max,
@@ -270,6 +271,98 @@ def test_resample_to_sri24_limits_the_brain_mask_to_the_coverage(
     assert 1 - seen.mean() == pytest.approx((height < first - 0.5).mean(), abs=0.02)
 
 
+def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    """A ball in the world of `head`, mm."""
+    moved = AFFINE.copy()
+    moved[:3, 3] -= centre
+    return distance(affine=moved) < radius
+
+
+HEIGHT = nib.affines.apply_affine(AFFINE, np.moveaxis(np.indices(SHAPE), 0, -1))[..., 2]
+VENTRICLES = ball((0, 0, 0), 20.0)
+NO_SIGNAL = {
+    "cut top": BRAIN & (HEIGHT > 45),
+    "thin cut": BRAIN & (HEIGHT > 62),
+    "dark base": BRAIN & ball((0, 45, -50), 25.0),
+}
+"""Regions of the brain, of 1 to 14 % of it."""
+
+
+def magnitude(stripped: bool, noise: float, fluid: float, empty: np.ndarray | None = None) -> Volume:
+    """A head with fluid in its middle and at the edge of the brain, and noise in magnitude."""
+    signal = np.where(VENTRICLES | (BRAIN & (distance() > 66)), fluid, head())
+    if empty is not None:
+        lowest = HEIGHT[empty].min()
+        cut = empty if lowest < 0 else lowest <= HEIGHT
+        signal = np.where(cut, 0, signal)
+    channels = np.random.default_rng(5).normal(0, noise, (2, *SHAPE))
+    data = np.hypot(signal + channels[0], channels[1])
+    return Volume(np.where(BRAIN, data, 0.0 if stripped else data).astype(np.float32), AFFINE, BRAIN)
+
+
+@pytest.mark.parametrize("noise", [0.0, 20.0])
+@pytest.mark.parametrize("stripped", [True, False])
+@pytest.mark.parametrize("fluid", [60.0, 1200.0], ids=["dark fluid", "bright fluid"])
+def test_scans_with_signal_everywhere_lose_no_voxel(fluid: float, stripped: bool, noise: float) -> None:
+    assert not no_signal_mask(magnitude(stripped, noise, fluid)).any()
+
+
+@pytest.mark.parametrize("noise", [4.0, 15.0])
+@pytest.mark.parametrize("region", NO_SIGNAL)
+def test_regions_without_signal_are_found(region: str, noise: float) -> None:
+    empty = NO_SIGNAL[region]
+    found = no_signal_mask(magnitude(False, noise, 60.0, empty))
+    assert 0.008 < empty.sum() / BRAIN.sum() < 0.15
+    assert (found & empty).sum() > 0.93 * empty.sum()
+    assert (found & ~empty).sum() < 0.01 * empty.sum()
+
+
+def test_regions_without_signal_are_found_in_stripped_scans_with_remnants_of_interpolation() -> None:
+    """Voxels near 0 are not background, so that the brain mask includes them."""
+    empty = NO_SIGNAL["cut top"]
+    scan = magnitude(True, 0.0, 60.0, empty)
+    scan.data[empty] = np.random.default_rng(6).uniform(1e-4, 0.5, int(empty.sum()))
+    found = no_signal_mask(scan)
+    assert found[empty].mean() > 0.95
+
+
+@pytest.mark.parametrize("contrast", ["FLAIR", "T1w"])
+def test_voids_inside_the_brain_and_dark_edges_remain(contrast: str) -> None:
+    """Suppressed fluid without any signal in FLAIR, a haemorrhage, and a dark edge of 2 mm."""
+    scan = magnitude(True, 3.0, 0.0 if contrast == "FLAIR" else 60.0)
+    scan.data[ball((40, 0, 20), 12.0)] = 0.0
+    scan.data[BRAIN & (distance() > 68)] = 0.0
+    assert not no_signal_mask(scan).any()
+
+
+def test_a_scan_without_signal_in_most_of_its_brain_mask_is_left_to_other_checks() -> None:
+    assert not no_signal_mask(Volume(np.zeros(SHAPE, np.float32), AFFINE, BRAIN)).any()
+
+
+def test_resample_to_sri24_removes_voxels_without_signal(reference_volume: Volume, tmp_path: Path) -> None:
+    brain = draw(reference_volume, known_move(), NATIVE_SHAPE, NATIVE_AFFINE)
+    noise = np.random.default_rng(7).uniform(0.001, 1.0, NATIVE_SHAPE)
+    empty = (brain > 0) & (np.arange(NATIVE_SHAPE[2]) < 30)
+    values = np.where(empty, noise, brain).astype(np.float32)
+    files = {
+        "in_file": save(tmp_path / "T1w.nii.gz", values, NATIVE_AFFINE),
+        "native_mask": save(tmp_path / "mask.nii.gz", (brain > 0).astype(np.uint8), NATIVE_AFFINE),
+        "to_sri24": write_itk(tmp_path / "to_sri24.txt", known_move()),
+    }
+    files["conformed"] = files["in_file"]
+    interface = ResampleToSRI24(skull_stripped=True, **{name: str(path) for name, path in files.items()})
+    outputs = interface.run(cwd=str(tmp_path)).outputs
+    mask = np.asarray(nib.load(outputs.out_mask).dataobj) > 0
+    image = np.asarray(nib.load(outputs.out_file).dataobj)
+    moved = resample(empty.astype(np.float32), NATIVE_AFFINE, space.SHAPE, space.AFFINE, known_move())
+    whole = resample((brain > 0).astype(np.float32), NATIVE_AFFINE, space.SHAPE, space.AFFINE, known_move())
+    assert mask[moved > 0.99].mean() < 0.08  # a layer of one voxel at the tissue
+    assert mask[(whole > 0.99) & (moved < 0.01)].mean() > 0.99
+    assert not image[~mask].any()
+    assert outputs.unscored == pytest.approx(1 - mask.sum() / (whole > 0.5).sum(), abs=0.005)
+    assert outputs.unscored > 0.1
+
+
 REGISTRATION = {
     "similarity": 0.3,
     "mirrored_similarity": 0.29,
@@ -305,6 +398,7 @@ def judged(**changes):
         "brain": REFERENCE,
         "reference": REFERENCE,
         "covered": np.ones(space.SHAPE, bool),
+        "unscored": 0.0,
         "lesion": None,
         "image": {"cjv": 0.43219},
         "warnings": {},
@@ -319,6 +413,8 @@ def test_assess_quality_of_a_good_scan_has_no_warnings() -> None:
     assert found["mask_overlap"] == 1.0
     assert found["brain_volume_mm3"] == 112**3
     assert found["cjv"] == 0.4322
+    assert judged(unscored=0.009)["warnings"] == []
+    assert judged(unscored=0.012345)["unscored_fraction"] == 0.01235
 
 
 @pytest.mark.parametrize(
@@ -331,6 +427,7 @@ def test_assess_quality_of_a_good_scan_has_no_warnings() -> None:
         ({"brain": box(72, 160)}, "681 mL", True),
         ({"covered": seen_up_to(128)}, "4 % of the reference brain lie outside", False),  # 4 of 112 slices
         ({"covered": seen_up_to(90)}, "38 % of the reference brain lie outside", True),  # 42 of 112
+        ({"unscored": 0.034}, "3.4 % of the brain mask lie outside", False),
         ({"native_volume_mm3": 1.25 * REFERENCE.sum()}, "Only 80 %", False),
         ({"native_volume_mm3": 2.0 * REFERENCE.sum()}, "Only 50 %", True),
         ({"rotation": 95.0}, "rotated the head by 95 degrees", True),
