@@ -29,7 +29,6 @@ from bids_uad.evaluation.metrics import edge_index
 from bids_uad.files import write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
 from bids_uad.levels.participant.postprocess import (
-    anomaly_mask,
     histogram_table,
     label_components,
     lesion_table,
@@ -82,7 +81,7 @@ def write_tables(
     # Whoever is not healthy has a mask; a healthy brain has none.
     lesion = read(scan.lesion) > 0 if scan.lesion else None
     name, threshold = bundle.default_threshold
-    mask = anomaly_mask(scores, brain, threshold)
+    mask = bundle.rule.mask(scores, brain)
     labels = label_components(mask)
     facts = {
         "source_image": f"{scan.subject}/anat/{scan.image.name}",

@@ -42,6 +42,8 @@ EXTRACTIONS = ("combined", "template", "network", "synthstrip", "hd-bet")
 DEFAULT_MIN_LESION_VOLUME = 3.0
 """Minimum volume in mm3 of lesions that are counted, as in the MSSEG challenge (Commowick et al. 2018)."""
 
+THRESHOLD, HYSTERESIS = DECISION_RULES = ("threshold", "hysteresis")
+"""Plain threshold, or two thresholds, minimum volume of a component and filled holes."""
 DEVIATIONS = ("none", "normative")
 """Scores, or their deviation from healthy controls of the same age and sex."""
 
@@ -154,6 +156,8 @@ class RunConfig(Constrained):
         Label maps, or folders of them, to simulate from; empty selects the built-in template.
     normative_dir : pathlib.Path, optional
         Preprocessed scans of further healthy controls, for the normative reference only.
+    decision_rule : str, optional
+        Rule that `calibrate` chooses for the masks, of `DECISION_RULES`; by default that of the detector.
     num_devices, num_nodes : int, default=1
         Devices per node, and nodes, for distributed training.
     backbone_weights : pathlib.Path, optional
@@ -212,6 +216,7 @@ class RunConfig(Constrained):
     contrast_transfer: bool = False
     label_maps: tuple[Text, ...] = ()
     normative_dir: Path | None = None
+    decision_rule: Annotated[str, OneOf(*DECISION_RULES)] | None = None
     num_devices: Count = 1
     num_nodes: Count = 1
     backbone_weights: Path | None = None

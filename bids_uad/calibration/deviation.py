@@ -8,7 +8,7 @@ were added, so the maps are kept on disk in the meantime and memory does not gro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -19,8 +19,55 @@ from bids_uad.calibration.thresholds import ThresholdEstimator
 
 
 @dataclass(frozen=True)
-class _StoredMap:
-    """An anomaly map on disk."""
+class ValidationMap:
+    """Anomaly map of a validation scan.
+
+    Parameters
+    ----------
+    subject : str
+        Subject label.
+    person : mapping
+        `age` in years and `sex` (0.5 male, -0.5 female); None if not known.
+    kind : str
+        Type of the lesion.
+    scores : numpy.ndarray of float32, shape SHAPE
+        Anomaly map, 0 outside the brain.
+    brain : numpy.ndarray of bool, shape SHAPE
+        Brain mask.
+    lesion : numpy.ndarray of bool, shape SHAPE, or None
+        Lesion mask; None for a healthy control.
+    """
+
+    subject: str
+    person: Mapping[str, float | None]
+    kind: str
+    scores: np.ndarray
+    brain: np.ndarray
+    lesion: np.ndarray | None
+
+    def store(self, path: Path) -> StoredMap:
+        """Write the map to a file, and return its description."""
+        parts = {"shape": self.scores.shape, "brain": np.packbits(self.brain)}
+        parts["scores"] = self.scores[self.brain]
+        if self.lesion is not None:
+            parts["lesion"] = np.packbits(self.lesion)
+        np.savez(path, **parts)
+        return StoredMap(self.subject, self.person, self.kind, self.lesion is None, path)
+
+
+@dataclass(frozen=True)
+class StoredMap:
+    """A :class:`ValidationMap` on disk.
+
+    Parameters
+    ----------
+    subject, person, kind
+        As of :class:`ValidationMap`.
+    healthy : bool
+        Whether the map is that of a healthy control.
+    path : pathlib.Path
+        File with the arrays.
+    """
 
     subject: str
     person: Mapping[str, float | None]
@@ -28,16 +75,18 @@ class _StoredMap:
     healthy: bool
     path: Path
 
-    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def load(self) -> ValidationMap:
+        """Read the map."""
         with np.load(self.path) as file:
             shape = tuple(file["shape"])
-            brain = np.unpackbits(file["brain"], count=int(np.prod(shape))).astype(bool).reshape(shape)
+            masks = [
+                np.unpackbits(file[name], count=int(np.prod(shape))).astype(bool).reshape(shape)
+                for name in ("brain", *([] if self.healthy else ["lesion"]))
+            ]
             scores = np.zeros(shape, dtype=np.float32)
-            scores[brain] = file["scores"]
-            if self.healthy:
-                return scores, brain, None
-            lesion = np.unpackbits(file["lesion"], count=brain.size).astype(bool).reshape(shape)
-            return scores, brain, lesion
+            scores[masks[0]] = file["scores"]
+        lesion = None if self.healthy else masks[1]
+        return ValidationMap(self.subject, self.person, self.kind, scores, masks[0], lesion)
 
 
 @dataclass
@@ -50,11 +99,22 @@ class DeviationCalibrator:
         Ages and sexes of all healthy controls that will be added.
     folder : pathlib.Path
         Empty folder for the maps.
+    keep_deviations : bool, default=False
+        Whether :meth:`finish` writes the deviations to `folder` as well.
+
+    Attributes
+    ----------
+    maps : list of StoredMap
+        Maps that were added, without those that were added to the reference only.
+    deviations : list of StoredMap
+        Their deviations; empty before :meth:`finish` and without `keep_deviations`.
     """
 
     cohort: HealthyCohort
     folder: Path
-    _stored: list[_StoredMap] = field(default_factory=list)
+    keep_deviations: bool = False
+    maps: list[StoredMap] = field(default_factory=list, init=False)
+    deviations: list[StoredMap] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._estimator = NormativeEstimator(self.cohort)
@@ -86,14 +146,10 @@ class DeviationCalibrator:
         kind : str
             Type of the lesion.
         """
-        path = self.folder / f"{len(self._stored):06d}.npz"
-        parts = {"shape": scores.shape, "brain": np.packbits(brain), "scores": scores[brain]}
         if lesion is None:
             self._estimator.add(scores, brain, **person)
-        else:
-            parts["lesion"] = np.packbits(lesion)
-        np.savez(path, **parts)
-        self._stored.append(_StoredMap(subject, person, kind, lesion is None, path))
+        added = ValidationMap(subject, person, kind, scores, brain, lesion)
+        self.maps.append(added.store(self.folder / f"{len(self.maps):06d}.npz"))
 
     def add_to_reference(
         self, scores: np.ndarray, brain: np.ndarray, *, person: Mapping[str, float | None]
@@ -113,23 +169,26 @@ class DeviationCalibrator:
         """
         whole = self._estimator.fit()
         thresholds = ThresholdEstimator()
-        for _, maps in groupby(self._stored, lambda stored: stored.subject):
+        for _, maps in groupby(self.maps, lambda stored: stored.subject):
             own = list(maps)
             reference = self._without([stored for stored in own if stored.healthy]) or whole
             for stored in own:
-                scores, brain, lesion = stored.load()
-                z = reference.deviations(scores, brain, **stored.person)
-                thresholds.add(z, brain, lesion, stored.kind)
+                found = stored.load()
+                z = reference.deviations(found.scores, found.brain, **found.person)
+                thresholds.add(z, found.brain, found.lesion, found.kind)
+                if self.keep_deviations:
+                    path = stored.path.with_name(f"deviation-{stored.path.name}")
+                    self.deviations.append(replace(found, scores=z).store(path))
         return whole, thresholds
 
-    def _without(self, own: list[_StoredMap]) -> NormativeReference | None:
+    def _without(self, own: list[StoredMap]) -> NormativeReference | None:
         """Fit the reference without the given maps; None if there are none."""
         if not own:
             return None
-        loaded = [(stored.load(), stored.person) for stored in own]
-        for (scores, brain, _), person in loaded:
-            self._estimator.remove(scores, brain, **person)
+        loaded = [stored.load() for stored in own]
+        for found in loaded:
+            self._estimator.remove(found.scores, found.brain, **found.person)
         reference = self._estimator.fit()
-        for (scores, brain, _), person in loaded:
-            self._estimator.add(scores, brain, **person)
+        for found in loaded:
+            self._estimator.add(found.scores, found.brain, **found.person)
         return reference

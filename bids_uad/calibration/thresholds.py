@@ -1,12 +1,16 @@
-"""Score histograms, and fixed thresholds computed from those of the validation scans."""
+"""Score histograms, fixed thresholds computed from those of the validation scans, and the decision rule."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from bids_uad.errors import ModelError
+from bids_uad.space import VOXEL_MM3
 
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
 """False-positive rate in healthy brains of each threshold that is defined by it."""
@@ -19,6 +23,145 @@ FINAL_BINS = 500
 detectors, eight simulated lesion scans each), and by up to 2e-3 for bright lesions of a few hundred voxels,
 which more bins do not improve."""
 UNSPECIFIED = "unspecified"
+CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)
+"""26-connectivity: voxels that share a face, an edge or a corner are connected."""
+NO_HOLES, HOLES_3D, HOLES_AXIAL = FILLING = ("none", "3d", "axial")
+"""Holes that a decision rule fills: none, cavities, or holes of each axial slice, which include cavities."""
+RULE_THRESHOLD = "max_dice_f1"
+"""Name of the threshold that is chosen together with the other parts of a decision rule."""
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """Steps from an anomaly map to the anomaly mask.
+
+    A voxel belongs to the mask if its score exceeds `low`, and its 26-connected component of such voxels has
+    at least `min_volume` and a voxel whose score exceeds `threshold` (hysteresis, Canny 1986). Holes are
+    filled last. With the default values this is a plain threshold.
+
+    Parameters
+    ----------
+    threshold : float
+        Score that a voxel of each component exceeds. Compared in double precision, as in the score histogram.
+    low : float, optional
+        Score that every voxel exceeds, at most `threshold`; by default `threshold`.
+    min_volume : float, default=0
+        Minimum volume of a component in mm3, before holes are filled.
+    holes : {"none", "3d", "axial"}, default="none"
+        Holes that are filled.
+
+    Raises
+    ------
+    ValueError
+        If `low` exceeds `threshold`, `min_volume` is negative, or `holes` has another value.
+    """
+
+    threshold: float
+    low: float | None = None
+    min_volume: float = 0.0
+    holes: str = NO_HOLES
+
+    def __post_init__(self) -> None:
+        if self.low is None:
+            object.__setattr__(self, "low", self.threshold)
+        if not self.low <= self.threshold:
+            raise ValueError(f"the low threshold {self.low:g} exceeds the threshold {self.threshold:g}")
+        if not self.min_volume >= 0:
+            raise ValueError(f"min_volume must be at least 0, got {self.min_volume}")
+        if self.holes not in FILLING:
+            raise ValueError(f"holes must be one of {', '.join(FILLING)}, got {self.holes!r}")
+
+    @classmethod
+    def read(cls, threshold: float, entries: Mapping[str, Any]) -> DecisionRule:
+        """Create a rule from its threshold and the other entries of :meth:`entries`."""
+        return cls(threshold, entries["low_threshold"], entries["min_volume_mm3"], entries["holes"])
+
+    def entries(self) -> dict[str, Any]:
+        """Return all parts but the threshold, for ``calibration.json``."""
+        return {"low_threshold": self.low, "min_volume_mm3": self.min_volume, "holes": self.holes}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rule is a plain threshold."""
+        return self.low == self.threshold and self.min_volume == 0 and self.holes == NO_HOLES
+
+    def mask(self, scores: np.ndarray, brain: np.ndarray) -> np.ndarray:
+        """Apply the rule to an anomaly map.
+
+        Parameters
+        ----------
+        scores : numpy.ndarray of float32, shape (x, y, z)
+            Anomaly scores on a grid of 1 mm; the last axis is perpendicular to axial slices.
+        brain : numpy.ndarray of bool, same shape
+            Brain mask. Voxels outside never belong to the anomaly mask.
+
+        Returns
+        -------
+        numpy.ndarray of bool
+            Anomaly mask.
+        """
+        mask = (scores > np.float64(self.low)) & brain
+        if self.is_plain or not mask.any():
+            return mask
+        box = bounding_box(mask)
+        labels, count = ndimage.label(mask[box], structure=CONNECTIVITY)
+        kept = np.zeros(count + 1, dtype=bool)
+        kept[labels[scores[box] > np.float64(self.threshold)]] = True
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)
+        kept &= reaches_volume(sizes, self.min_volume)
+        kept[0] = False
+        mask[box] = fill_holes(kept[labels], self.holes) & brain[box]
+        return mask
+
+
+def reaches_volume(sizes: np.ndarray, min_volume: float) -> np.ndarray:
+    """Return which components reach a minimum volume, given their numbers of voxels of 1 mm3.
+
+    The tolerance allows for rounding, since the minimum need not be a multiple of the voxel volume.
+    """
+    return sizes * VOXEL_MM3 >= min_volume * (1 - 1e-9)
+
+
+def fill_holes(mask: np.ndarray, holes: str) -> np.ndarray:
+    """Fill the holes of a mask.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray of bool, shape (x, y, z)
+        Mask.
+    holes : {"none", "3d", "axial"}
+        Whether to fill nothing, background that no path of face neighbours connects to the border of the
+        volume, or background for which this holds within its axial slice.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        `mask` and its holes.
+    """
+    if holes == NO_HOLES:
+        return mask
+    structure = ndimage.generate_binary_structure(3, 1)
+    margin = [(1, 1)] * 3
+    if holes == HOLES_AXIAL:
+        structure[:, :, [0, 2]] = False
+        margin[2] = (0, 0)
+    # Labels, since scipy's binary_fill_holes takes seconds for a volume.
+    labels, count = ndimage.label(np.pad(~mask, margin, constant_values=True), structure=structure)
+    # The margin of each slice (of the volume) is one component with the background around the mask.
+    outside = np.zeros(count + 1, dtype=bool)
+    outside[labels[0, 0]] = True
+    inner = tuple(slice(before, before + size) for (before, _), size in zip(margin, mask.shape, strict=True))
+    return ~outside[labels[inner]]
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Return the smallest box that contains a mask; empty slices for an empty mask."""
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        used = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0))
+    return tuple(box)
 
 
 class ThresholdEstimator:
@@ -101,12 +244,17 @@ class ThresholdEstimator:
                 found[name] = float(FINE_EDGES[np.argmax(rate <= level)])
         return found
 
-    def bin_edges(self) -> np.ndarray:
+    def bin_edges(self, rule: DecisionRule | None = None) -> np.ndarray:
         """Compute about 500 bin edges for score tables, which include every threshold.
 
         Half are quantiles of all validation voxels, denser towards the highest scores, where the thresholds
         lie. Half are spaced geometrically from the 90 % quantile to twice the highest score, for lesions with
         higher scores than those of the validation scans. Edges other than thresholds have five digits.
+
+        Parameters
+        ----------
+        rule : DecisionRule, optional
+            Rule with two further thresholds.
 
         Returns
         -------
@@ -129,7 +277,8 @@ class ThresholdEstimator:
         top = FINE_EDGES[np.flatnonzero(self.all_voxels)[-1]]
         bottom = max(FINE_EDGES[np.searchsorted(share, 0.9)], top / 1000)
         even = np.geomspace(bottom, 2 * top, FINAL_BINS // 2)
-        fixed = np.array(list(self.thresholds().values()))
+        chosen = () if rule is None else (rule.low, rule.threshold)
+        fixed = np.array([*self.thresholds().values(), *chosen])
         free = np.array([float(f"{edge:.5g}") for edge in np.concatenate([quantiles, even])])
         # An edge that equals a threshold up to rounding would make an empty bin.
         free = free[~np.isclose(free[:, None], fixed, rtol=1e-3, atol=0.0).any(axis=1)]
@@ -140,8 +289,19 @@ class ThresholdEstimator:
         acceptable = healthy_fpr.get("max_dice", 0.0) <= MAX_MASK_FPR
         return "max_dice" if self.n_lesion and acceptable else "fpr_1pct"
 
-    def summary(self) -> dict[str, Any]:
-        """Return thresholds, their FPR and Dice, and bin edges, for ``calibration.json``."""
+    def summary(self, rule: DecisionRule | None = None) -> dict[str, Any]:
+        """Return thresholds, their FPR and Dice, and bin edges, for ``calibration.json``.
+
+        Parameters
+        ----------
+        rule : DecisionRule, optional
+            Rule that was chosen for the masks; a plain threshold is the default.
+
+        Returns
+        -------
+        dict
+            Entries of ``calibration.json``; FPR and Dice are those of plain thresholds.
+        """
         found = self.thresholds()
         rate = above(self.healthy) / max(1, int(self.healthy.sum()))
         at = {name: int(np.searchsorted(FINE_EDGES, value)) for name, value in found.items()}
@@ -166,7 +326,7 @@ class ThresholdEstimator:
                 },
             },
             # JSON has no infinity, so the last edge is left out.
-            "bin_edges": self.bin_edges()[:-1].tolist(),
+            "bin_edges": self.bin_edges(rule)[:-1].tolist(),
         }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from bids_uad import __version__
 from bids_uad.config import (
+    DECISION_RULES,
     DEVIATIONS,
     EXTRACTIONS,
     LEVELS,
@@ -209,7 +210,8 @@ def _add_detection_options(group: argparse._ArgumentGroup) -> None:
         "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
         help="write scores, or deviations from controls of the same age. 'none' writes the scores; "
         "'normative' writes the deviation of the scores from those of healthy controls of the same age and "
-        "sex (participants.tsv) at the same voxel; default: normative for pls, none for other detectors",
+        "sex (participants.tsv) at the same voxel; default: for pls the better one on validation scans, none "
+        "for other detectors",
     )  # fmt: skip
     group.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder with tpl-SRI24")
     group.add_argument(
@@ -341,6 +343,12 @@ def _add_training_options(group: argparse._ArgumentGroup, *commands: str) -> Non
         group.add_argument(
             "--normative-dir", type=Path, metavar="PATH",
             help="preprocessed scans of further healthy controls, for the normative reference only",
+        )  # fmt: skip
+        group.add_argument(
+            "--decision-rule", choices=DECISION_RULES,
+            help="rule for the masks (default: hysteresis for pls, threshold for other detectors). "
+            "'hysteresis' chooses two thresholds, the minimum volume of a component, filled holes, and "
+            "scores or deviations, by Dice and lesion-wise F1 under a limit for healthy controls",
         )  # fmt: skip
     if "train" in commands:
         _add_learning_options(group)

@@ -18,6 +18,11 @@ DEVIATION_MAP = (
     "controls predicts at this position for the brain volume, NormativeAge and NormativeSex, in standard "
     "deviations; 0 for negative deviations and outside the brain"
 )
+MASK_BY_RULE = (
+    "Anomaly mask: 26-connected components of the voxels whose score is above LowThreshold that have at "
+    "least MinComponentVolume (mm3) and a voxel above Threshold; holes are filled as FilledHoles says (none, "
+    "3d, or axial: in each axial slice)"
+)
 PROBSEG_FORMULA = "score / (score + Threshold)"
 NOT_CLINICAL = "Research software, not for clinical use."
 
@@ -62,8 +67,8 @@ LESION_COLUMNS: dict[str, dict[str, Any]] = {
         "Description": "Volume of the lesion inside the brain mask, SRI24 space",
         "Units": "mm^3",
     },
-    "detected_fraction": {"Description": "Fraction of the lesion voxels above the threshold"},
-    "detected": {"Description": "1 if at least one lesion voxel is above the threshold, else 0"},
+    "detected_fraction": {"Description": "Fraction of the lesion voxels in the anomaly mask"},
+    "detected": {"Description": "1 if at least one lesion voxel is in the anomaly mask, else 0"},
     "contrast": {
         "Description": "Mean intensity of the preprocessed image in the lesion minus the mean in the "
         "surrounding brain (up to 6 mm from this lesion, more than 2 mm from any lesion), divided by the "
@@ -94,11 +99,18 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
         "participants.tsv); n/a if the scanner or those of the training data are not known",
         "Levels": SCANNER_SEEN_LEVELS,
     },
-    "threshold": {"Description": "Score above which a voxel is anomalous"},
+    "threshold": {
+        "Description": "Score above which a voxel is anomalous. With a decision rule (LowThreshold in the "
+        "sidecar of the mask): score that a voxel of each component exceeds"
+    },
     "threshold_name": {"Description": "Criterion by which the threshold was chosen on validation data"},
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "anomaly_volume_mm3": {"Description": "Volume of the anomaly mask", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},
+    "detected_volume_mm3": {
+        "Description": "Volume of the anomaly mask inside the lesion mask and the brain",
+        "Units": "mm^3",
+    },
     "n_components": {"Description": "Number of 26-connected components of the anomaly mask"},
     "min_lesion_volume_mm3": {
         "Description": "Minimum volume of counted lesions and of false-positive components "
@@ -391,7 +403,9 @@ def detection_sidecars(
             **derived,
         },
         "mask": {
-            "Description": "Anomaly mask: voxels whose score is above the threshold",
+            "Description": MASK_BY_RULE
+            if "LowThreshold" in model
+            else "Anomaly mask: voxels whose score is above the threshold",
             "Type": "Lesion",
             **derived,
         },

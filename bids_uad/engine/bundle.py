@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from bids_uad import __version__
-from bids_uad.config import MODALITIES, RENAMED_DETECTORS
+from bids_uad.calibration.thresholds import FILLING, DecisionRule
+from bids_uad.config import DEVIATIONS, MODALITIES, RENAMED_DETECTORS
 from bids_uad.constraints import Interval, Items, OneOf, allows, describe
 from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.errors import ModelError, truncate_list
@@ -61,6 +62,14 @@ THRESHOLD_ENTRIES = {
     "bin_edges": Annotated[list[Annotated[float, Interval(0)]], Items(2, "strictly")],
 }
 """Required entries of ``calibration.json``, and of its part for deviations."""
+RULE_ENTRIES = {
+    "low_threshold": Annotated[float, Interval(-np.inf)],
+    "min_volume_mm3": Annotated[float, Interval(0)],
+    "holes": Annotated[str, OneOf(*FILLING)],
+}
+"""Required entries of a decision rule that is not a plain threshold."""
+DEFAULT_DEVIATION = "default_deviation"
+"""Entry of ``calibration.json`` for the kind of maps that `calibrate` chose, if it did."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,12 @@ class Bundle:
         return name, self.thresholds[name]
 
     @property
+    def rule(self) -> DecisionRule:
+        """Steps from a map to the anomaly mask; a plain threshold unless the bundle has a decision rule."""
+        threshold, entries = self.default_threshold[1], self._threshold_set().get("rule")
+        return DecisionRule(threshold) if entries is None else DecisionRule.read(threshold, entries)
+
+    @property
     def bin_edges(self) -> np.ndarray:
         """Edges of the score histogram, float64, from 0 to infinity."""
         return np.array([*self._threshold_set()["bin_edges"], np.inf])
@@ -172,10 +187,13 @@ class Bundle:
 
     @property
     def default_deviation(self) -> str:
-        """``normative`` for `NORMATIVE_BY_DEFAULT` with a normative reference, else ``none``."""
-        return (
-            NORMATIVE if self.detector in NORMATIVE_BY_DEFAULT and NORMATIVE in self._calibrated() else "none"
-        )
+        """Kind of maps that `calibrate` chose, else ``normative`` for `NORMATIVE_BY_DEFAULT`, else ``none``.
+
+        It is ``normative`` only if the bundle has a normative reference.
+        """
+        calibration = self._calibrated()
+        legacy = NORMATIVE if self.detector in NORMATIVE_BY_DEFAULT else "none"
+        return calibration.get(DEFAULT_DEVIATION, legacy) if NORMATIVE in calibration else "none"
 
     def with_deviation(self, deviation: str) -> Bundle:
         """Return the bundle with another deviation.
@@ -314,6 +332,16 @@ def _check_calibration(folder: Path, calibration: dict[str, Any], within: str = 
     names = OneOf(*calibration["thresholds"])
     default = {"default_threshold": Annotated[str, names]}
     _check_entries(folder, "calibration.json", calibration, default, within)
+    if "rule" in calibration:
+        _check_entries(folder, "calibration.json", calibration, {"rule": dict[str, Any]}, within)
+        rule = calibration["rule"]
+        _check_entries(folder, "calibration.json", rule, RULE_ENTRIES, f" in 'rule'{within}")
+        threshold = calibration["thresholds"][calibration["default_threshold"]]
+        if rule["low_threshold"] > threshold:
+            raise ModelError(
+                f"model bundle {folder}: The 'low_threshold' entry of calibration.json in 'rule'{within} "
+                f"must be at most {threshold:g}, the default threshold. Got {rule['low_threshold']!r}."
+            )
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -349,6 +377,9 @@ def load_bundle(folder: str | Path) -> Bundle:
     calibration = _read_json(path, folder) if path.exists() else None
     if calibration is not None:
         _check_calibration(folder, calibration)
+        if DEFAULT_DEVIATION in calibration:
+            choice = {DEFAULT_DEVIATION: Annotated[str, OneOf(*DEVIATIONS)]}
+            _check_entries(folder, path.name, calibration, choice)
         if NORMATIVE in calibration:
             within = f" in {NORMATIVE!r}"
             _check_entries(folder, path.name, calibration, {NORMATIVE: dict[str, Any]})

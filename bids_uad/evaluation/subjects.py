@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bids_uad.dataset.image_metadata import image_metadata
 from bids_uad.dataset.participants import STANDARD_COLUMNS, Participants, describe_columns
 from bids_uad.dataset.sidecars import METRICS_COLUMNS
 from bids_uad.errors import InputError
-from bids_uad.evaluation.metrics import average_precision, confusion, edge_index, lesion_wise
+from bids_uad.evaluation.metrics import (
+    Confusion,
+    average_precision,
+    confusion,
+    edge_index,
+    lesion_wise,
+)
 from bids_uad.evaluation.tables import UnitScores
+from bids_uad.space import VOXEL_MM3
 
 LESION_LOAD = "lesion load"
 """Subgroup variable that is not a column: quartile of the lesion volume of the image."""
@@ -42,27 +50,28 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "threshold_name": METRICS_COLUMNS["threshold_name"],
     "seen_in_training": METRICS_COLUMNS["seen_in_training"],
     "scanner_seen": METRICS_COLUMNS["scanner_seen"],
-    "threshold": {"Description": "Fixed threshold; voxels with a higher score are positive"},
+    "threshold": METRICS_COLUMNS["threshold"],
     "n_brain_voxels": {"Description": "Number of brain voxels in SRI24 space", "Units": "voxel"},
     "n_lesion_voxels": {"Description": "Number of lesion voxels inside the brain", "Units": "voxel"},
     "prevalence": {"Description": "Lesion voxels / brain voxels"},
     "dice": {"Description": "Dice coefficient of anomaly mask and lesion mask; 1 if both masks are empty"},
     "both_empty": {"Description": "1 if anomaly mask and lesion mask are both empty, else 0"},
-    "sensitivity": {"Description": "Lesion voxels above the threshold / lesion voxels"},
-    "precision": {"Description": "Lesion voxels above the threshold / voxels above the threshold"},
+    "sensitivity": {"Description": "Lesion voxels in the anomaly mask / lesion voxels"},
+    "precision": {"Description": "Lesion voxels in the anomaly mask / voxels in the anomaly mask"},
     "auprc": {
         "Description": "Area under the precision-recall curve: average precision over the brain voxels, "
         "computed from the score histogram as the expectation over all orders of the voxels of a bin (scores "
         "of zero are tied)"
     },
     "fpr": {
-        "Description": "False-positive rate: non-lesion brain voxels above the threshold / non-lesion brain "
+        "Description": "False-positive rate: non-lesion brain voxels in the anomaly mask / non-lesion brain "
         "voxels; n/a without a lesion mask, except for healthy controls"
     },
     **{
         name: METRICS_COLUMNS[name]
         for name in (
-            *("brain_volume_mm3", "anomaly_volume_mm3", "lesion_volume_mm3", "min_lesion_volume_mm3"),
+            *("brain_volume_mm3", "anomaly_volume_mm3", "lesion_volume_mm3", "detected_volume_mm3"),
+            "min_lesion_volume_mm3",
             *("n_components", "n_counted_components", "n_lesions", "n_lesions_detected"),
             "n_false_components",
         )
@@ -126,7 +135,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
     nan = float("nan")
     role = unit_role(unit)
     n_lesion = unit.n_lesion if unit.has_lesion_mask else unit.n_nonlesion * 0
-    counts = confusion(unit.n_nonlesion, n_lesion, edge)
+    counts = _confusion_of_mask(unit, n_lesion, edge)
     scored = role == LESION
     n_lesion_voxels = int(n_lesion.sum())
     n_brain_voxels = int(unit.n_nonlesion.sum()) + n_lesion_voxels
@@ -155,6 +164,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "brain_volume_mm3": unit.brain_volume_mm3,
         "anomaly_volume_mm3": unit.anomaly_volume_mm3,
         "lesion_volume_mm3": unit.lesion_volume_mm3,
+        "detected_volume_mm3": unit.detected_volume_mm3,
         "min_lesion_volume_mm3": unit.min_lesion_volume_mm3,
         "n_components": unit.n_components,
         "n_counted_components": unit.n_counted_components,
@@ -169,6 +179,26 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "model_sha256": unit.model_sha256,
         "app_version": unit.app_version,
     }
+
+
+def _confusion_of_mask(unit: UnitScores, n_lesion: np.ndarray, edge: int) -> Confusion:
+    """Return the confusion matrix of the anomaly mask.
+
+    Its volumes are those of the metrics table, since a decision rule is more than a threshold. Tables of
+    earlier versions lack the volume inside the lesions; their masks are plain thresholds, so that the score
+    histogram has the same counts.
+    """
+    at_threshold = confusion(unit.n_nonlesion, n_lesion, edge)
+    true_positive = 0.0 if unit.n_lesion is None else unit.detected_volume_mm3
+    if np.isnan(true_positive) or np.isnan(unit.anomaly_volume_mm3):
+        return at_threshold
+    true_positive, positive = round(true_positive / VOXEL_MM3), round(unit.anomaly_volume_mm3 / VOXEL_MM3)
+    return Confusion(
+        true_positive=true_positive,
+        false_positive=positive - true_positive,
+        false_negative=int(n_lesion.sum()) - true_positive,
+        true_negative=int(unit.n_nonlesion.sum()) - (positive - true_positive),
+    )
 
 
 def add_participant_columns(

@@ -39,7 +39,7 @@ _METRICS_COLUMNS = (
 )
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
 """Columns that depend on the minimum lesion volume."""
-_OPTIONAL_COLUMNS = ("scanner_seen", *_COUNTING_COLUMNS)
+_OPTIONAL_COLUMNS = ("scanner_seen", "detected_volume_mm3", *_COUNTING_COLUMNS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """Counts that are not comparable in tables without a minimum lesion volume."""
@@ -93,6 +93,9 @@ class UnitScores:
         `seen`, `name seen elsewhere` or `unseen` in the training data; None if not known.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
+    detected_volume_mm3 : float
+        Volume of the anomaly mask inside the lesion mask in mm3; NaN without a lesion mask, and in tables of
+        earlier versions, whose anomaly masks are plain thresholds.
     min_lesion_volume_mm3 : float
         Minimum volume of counted lesions and false-positive components in mm3; NaN in tables of early
         versions, which counted all.
@@ -124,6 +127,7 @@ class UnitScores:
     brain_volume_mm3: float
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
+    detected_volume_mm3: float
     min_lesion_volume_mm3: float
     n_components: float
     n_counted_components: float
@@ -238,7 +242,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     visit = f"sub-{entities['sub']}", entities.get("ses")
     numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
-    numbers |= {key: _number(path, row, key) for key in _COUNTING_COLUMNS}
+    numbers |= {key: _number(path, row, key) for key in ("detected_volume_mm3", *_COUNTING_COLUMNS)}
     if np.isnan(numbers["min_lesion_volume_mm3"]):
         numbers |= dict.fromkeys(_COUNTS, np.nan)
     threshold = _number(path, row, "threshold")

@@ -60,6 +60,8 @@ NO_SIGNAL_LEVEL = 0.04
 
 Fluid is brighter: 0.1 to 0.2 of it in T1w images.
 """
+MAX_FLOOR = 0.06
+"""Largest background, as a fraction of the brain's signal, that the limit is above."""
 NO_SIGNAL_DEPTH_MM = 3.0
 """Depth of a region without signal; dark veins and bone at the edge of a brain mask are thinner."""
 MIN_NO_SIGNAL_MM3 = 1000.0
@@ -395,8 +397,10 @@ def no_signal_mask(scan: Volume) -> np.ndarray:
     """
     found = np.zeros(scan.data.shape, dtype=bool)
     level = float(np.percentile(scan.data[scan.mask], 75))
-    # The most frequent value of noise in air is about half of its 90th percentile; signal is far above it.
-    floor = float(np.clip(background(scan.data), 0.0, 0.1 * max(level, 0.0)))
+    # Air, noise included; skull-stripped scans have a constant there.
+    air = scan.data.ravel()[::7][~scan.mask.ravel()[::7]]
+    air = air[air < 0.1 * level]
+    floor = float(np.clip(np.median(air), 0.0, MAX_FLOOR * level)) if air.size and level > 0 else 0.0
     limit = floor + NO_SIGNAL_LEVEL * (level - floor)
     zooms = np.linalg.norm(scan.affine[:3, :3], axis=0)
     voxel = float(np.prod(zooms))

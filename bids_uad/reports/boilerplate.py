@@ -22,6 +22,7 @@ from bids_uad.reports.pathways import EXTRACTED, Pathway, lesion_text, preproces
 
 THRESHOLD_NAMES = {
     "max_dice": "best Dice on validation lesions",
+    "max_dice_f1": "best mean of Dice and lesion-wise F1 on validation lesions, with a decision rule",
     "fpr_1pct": "1 % false positives in healthy validation brains",
     "fpr_5pct": "5 % false positives in healthy validation brains",
 }
@@ -61,6 +62,8 @@ class UsedModel:
         Dataset on which the normative reference was fitted in addition to the validation scans.
     imputed : bool, default=False
         Whether a missing age or sex of a participant was replaced by the mean of the reference.
+    rule : mapping, default={}
+        Decision rule besides the threshold (`DecisionRule.entries`); empty for a plain threshold.
     """
 
     detector: str
@@ -75,6 +78,7 @@ class UsedModel:
     covariates: tuple[str, ...] = ()
     normative_cohort: str = ""
     imputed: bool = False
+    rule: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> UsedModel:
@@ -113,6 +117,17 @@ def bibliography() -> dict[str, dict[str, str]]:
 def describe_threshold(name: str) -> str:
     """Return how a threshold was fixed, in words; names that are not known are returned unchanged."""
     return THRESHOLD_NAMES.get(name, name)
+
+
+def describe_rule(rule: Mapping[str, Any]) -> str:
+    """Return a decision rule besides its threshold (`DecisionRule.entries`) in words; empty without one."""
+    if not rule:
+        return ""
+    holes = {"3d": ", cavities filled", "axial": ", holes of axial slices filled"}.get(rule["holes"], "")
+    return (
+        f"components of voxels above {rule['low_threshold']:.3g} with a voxel above the threshold and at "
+        f"least {rule['min_volume_mm3']:g} mm\N{SUPERSCRIPT THREE}{holes}"
+    )
 
 
 def methods_text(
@@ -348,6 +363,7 @@ def _normative(models: Sequence[UsedModel]) -> list[str]:
 def threshold_list(models: Sequence[UsedModel]) -> str:
     """List the threshold of each model and how it was fixed."""
     return "; ".join(
-        f"{model.title}: {model.threshold:.4g} ({describe_threshold(model.threshold_name)})"
+        f"{model.title}: {model.threshold:.4g} ({describe_threshold(model.threshold_name)}"
+        f"{': ' if model.rule else ''}{describe_rule(model.rule)})"
         for model in models
     )

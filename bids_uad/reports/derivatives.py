@@ -72,6 +72,18 @@ class Detection:
             self.metrics.get("threshold_name", self.sidecar.get("ThresholdName", "source not recorded"))
         )
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """Decision rule besides the threshold (`DecisionRule.entries`); empty for a plain threshold."""
+        fields = {
+            "low_threshold": "LowThreshold",
+            "min_volume_mm3": "MinComponentVolume",
+            "holes": "FilledHoles",
+        }
+        if not set(fields.values()) <= set(self.sidecar):
+            return {}
+        return {name: self.sidecar[field] for name, field in fields.items()}
+
 
 @dataclass(frozen=True)
 class Image:

@@ -463,7 +463,9 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
     return Chart(
         "dice_by_threshold",
         "Dice at every threshold",
-        "Mean Dice of the lesion scans at each threshold. Solid: fixed threshold, chosen on validation data. "
+        "Mean Dice of the lesion scans at each threshold alone; the masks of detectors with a decision rule "
+        "(hysteresis, minimum volume, filled holes) have another Dice, see the table. Solid: fixed "
+        "threshold, chosen on validation data. "
         "Dashed: best threshold for this test set, an optimistic upper bound.",
         canvas.svg(),
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad.evaluation.metrics import Confusion
-from bids_uad.reports.boilerplate import describe_threshold
+from bids_uad.reports.boilerplate import describe_rule, describe_threshold
 from bids_uad.reports.derivatives import Detection
 from bids_uad.reports.figures.display import side
 from bids_uad.space import VOXEL_MM3
@@ -53,12 +53,14 @@ class Finding:
         The fixed threshold on the score.
     threshold_source : str
         How the threshold was fixed, in words.
+    rule : str
+        Decision rule besides the threshold in words; empty for a plain threshold.
     volume_ml : float or None
-        Volume above the threshold in mL.
+        Volume of the anomaly mask in mL.
     brain_fraction : float or None
-        Fraction of the brain above the threshold.
+        Fraction of the brain in the anomaly mask.
     n_components : int or None
-        Number of connected components above the threshold.
+        Number of connected components of the anomaly mask.
     peak : float or None
         Highest score in the brain.
     min_lesion_volume : float or None
@@ -71,6 +73,7 @@ class Finding:
 
     threshold: float | None
     threshold_source: str
+    rule: str
     volume_ml: float | None
     brain_fraction: float | None
     n_components: int | None
@@ -115,6 +118,7 @@ def summarise(
     return Finding(
         threshold=detection.threshold,
         threshold_source=describe_threshold(detection.threshold_name),
+        rule=describe_rule(detection.rule),
         volume_ml=None if volume is None else float(volume) / 1000,
         brain_fraction=None if volume is None or not brain_volume else float(volume) / float(brain_volume),
         n_components=_count(metrics, "n_components"),
@@ -142,7 +146,10 @@ def summary_tiles(finding: Finding) -> list[tuple[str, str]]:
     fraction = _percent(finding.brain_fraction, 2)
     shown = [
         (_format(finding.threshold, "{:.3g}"), f"fixed threshold {TAU}: {finding.threshold_source}"),
-        (_format(finding.volume_ml, "{:,.1f} mL"), f"above {TAU} ({fraction} of the brain)"),
+        (
+            _format(finding.volume_ml, "{:,.1f} mL"),
+            f"{finding.rule or f'above {TAU}'} ({fraction} of the brain)",
+        ),
         (_format(finding.n_components, "{:,}"), "components"),
         (_format(finding.peak_ratio, "{:.2f}"), f"highest score, relative to {TAU}"),
     ]

@@ -1,7 +1,8 @@
 """Command `calibrate`: set the thresholds of a model bundle on validation scans.
 
 ``bids_uad calibrate VALIDATION MODELS --detector disyre --modality T2w --preset lite`` writes
-``MODELS/disyre-T2w-lite/calibration.json`` and, with enough healthy controls, ``normative.nii.gz``.
+``MODELS/disyre-T2w-lite/calibration.json`` and, with enough healthy controls, ``normative.nii.gz``. With a
+decision rule other than a plain threshold, its parameters and the kind of maps are chosen as well.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
-from bids_uad.calibration.deviation import DeviationCalibrator
+from bids_uad.calibration.deviation import DeviationCalibrator, ValidationMap
 from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, NormativeReference
-from bids_uad.config import RunConfig
+from bids_uad.calibration.thresholds import RULE_THRESHOLD, ThresholdEstimator
+from bids_uad.config import HYSTERESIS, RunConfig
 from bids_uad.dataset.participants import subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import ConfigError, InputError, ModelError, truncate_list
@@ -34,6 +36,12 @@ from bids_uad.training.cohort import (
     read_lesion_mask,
     warn_about_masked_controls,
 )
+from bids_uad.training.decision_rule import (
+    MAX_MEDIAN_MARKED,
+    MAX_P95_MARKED,
+    ChosenRule,
+    choose_rule,
+)
 from bids_uad.training.model_card import add_validation
 from bids_uad.training.train import bundle_folder
 
@@ -41,6 +49,9 @@ if TYPE_CHECKING:
     from bids_uad.engine.bundle import Bundle
 
 logger = logging.getLogger(__name__)
+
+HYSTERESIS_BY_DEFAULT = ("pls",)
+"""Detectors with a decision rule by default; the published ones have a plain threshold, as published."""
 
 
 def run_calibrate(config: RunConfig) -> int:
@@ -52,7 +63,8 @@ def run_calibrate(config: RunConfig) -> int:
     without a lesion mask, and the Dice threshold on scans of patients with a lesion mask that is not empty.
     Other scans are left out, since a missing mask does not imply health. With at least `MIN_SUBJECTS` healthy
     controls, a normative reference of their scores is fitted; controls of `normative_dir` are used for it
-    only.
+    only. With `decision_rule` ``hysteresis``, :func:`~bids_uad.training.decision_rule.choose_rule` chooses a
+    rule for scores and one for deviations, and the better one decides which of the two is the default.
 
     Parameters
     ----------
@@ -76,8 +88,8 @@ def run_calibrate(config: RunConfig) -> int:
     from rich.markup import escape
     from rich.progress import track
 
-    from bids_uad.calibration.thresholds import ThresholdEstimator
     from bids_uad.engine.bundle import (
+        DEFAULT_DEVIATION,
         NORMATIVE,
         NORMATIVE_FILE,
         load_bundle,
@@ -103,10 +115,12 @@ def run_calibrate(config: RunConfig) -> int:
     healthy = _covariates_by_subject([Cohort(config.bids_dir, tuple(controls)), *extra])
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
+    searching = _uses_hysteresis(config)
+    maps = []
     for folder in (config.work_dir, bundle.folder):
         remove_unfinished(folder)
     with temporary_folder(config.work_dir, "calibrate") as scratch:
-        deviations = _deviation_calibrator(healthy, scratch)
+        deviations = _deviation_calibrator(healthy, scratch, keep_deviations=searching)
         for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
             scores, brain = scored(scan)
             lesion = read_lesion_mask(scan)
@@ -114,8 +128,11 @@ def run_calibrate(config: RunConfig) -> int:
                 brain, lesion = _unmasked(brain, lesion), None
             kind = participants.cohort(scan.subject, scan.session)
             estimator.add(scores, brain, lesion, kind)
-            if deviations is not None:
-                person = participants.person(scan.subject, scan.session).covariates
+            person = participants.person(scan.subject, scan.session).covariates
+            if deviations is None and searching:
+                found_map = ValidationMap(scan.subject, person, kind, scores, brain, lesion)
+                maps.append(found_map.store(scratch / f"{len(maps):06d}.npz"))
+            elif deviations is not None:
                 deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
         if deviations is not None:
             for scan, person in track(
@@ -123,8 +140,12 @@ def run_calibrate(config: RunConfig) -> int:
             ):
                 scores, brain = scored(scan)
                 deviations.add_to_reference(scores, _unmasked(brain, read_lesion_mask(scan)), person=person)
-        calibration = estimator.summary()
-        normative = None if deviations is None else _finish(deviations)
+        rule = None
+        if searching:
+            maps = maps if deviations is None else deviations.maps
+            rule = choose_rule(maps, estimator, config.min_lesion_volume)
+        calibration = _summary(estimator, rule)
+        normative = None if deviations is None else _finish(deviations, config)
     calibration["cohort"] = describe_cohorts([validation])
     calibration["weights_sha256"] = bundle.sha256
     names = [NORMATIVE_FILE] * (normative is not None) + ["bundle.json"] * bool(config.hyper)
@@ -134,8 +155,11 @@ def run_calibrate(config: RunConfig) -> int:
     with atomic_paths(targets, obsolete) as paths:
         unfinished = dict(zip([target.name for target in targets], paths, strict=True))
         if normative is not None:
-            reference, thresholds = normative
+            reference, thresholds, deviation_rule = normative
             reference.write(unfinished[NORMATIVE_FILE])
+            if rule is not None and deviation_rule is not None:
+                better = deviation_rule.rank > rule.rank
+                calibration[DEFAULT_DEVIATION] = NORMATIVE if better else "none"
             calibration[NORMATIVE] = thresholds | {
                 "reference": reference.describe(),
                 "n_healthy_subjects": len(healthy),
@@ -161,14 +185,51 @@ def run_calibrate(config: RunConfig) -> int:
     return 0
 
 
-def _finish(deviations: DeviationCalibrator) -> tuple[NormativeReference, dict[str, Any]] | None:
-    """Fit the normative reference and its thresholds; return None with a warning if this fails."""
+def _uses_hysteresis(config: RunConfig) -> bool:
+    """Return whether a decision rule other than a plain threshold is chosen."""
+    if config.decision_rule is not None:
+        return config.decision_rule == HYSTERESIS
+    return config.detector in HYSTERESIS_BY_DEFAULT
+
+
+def _finish(
+    deviations: DeviationCalibrator, config: RunConfig
+) -> tuple[NormativeReference, dict[str, Any], ChosenRule | None] | None:
+    """Fit the normative reference, its thresholds and rule; return None with a warning if this fails."""
     try:
         reference, thresholds = deviations.finish()
-        return reference, thresholds.summary()
+        rule = None
+        if _uses_hysteresis(config):
+            rule = choose_rule(deviations.deviations, thresholds, config.min_lesion_volume)
+        return reference, _summary(thresholds, rule), rule
     except ModelError as error:
         logger.warning("No normative reference: %s", error)
         return None
+
+
+def _summary(estimator: ThresholdEstimator, chosen: ChosenRule | None) -> dict[str, Any]:
+    """Return a part of ``calibration.json``: thresholds and, if one was chosen, the decision rule."""
+    if chosen is None:
+        return estimator.summary()
+    content = estimator.summary(chosen.rule)
+    validation = content["validation"]
+    if not chosen.figures["within_limits"]:
+        logger.warning(
+            "No decision rule keeps the marked fraction of healthy brains within the limits (median %.1f %%, "
+            "95th percentile %.1f %%); the one that exceeds them least is used",
+            100 * MAX_MEDIAN_MARKED,
+            100 * MAX_P95_MARKED,
+        )
+    content["thresholds"][RULE_THRESHOLD] = chosen.rule.threshold
+    content["default_threshold"] = RULE_THRESHOLD
+    content["rule"] = chosen.rule.entries()
+    validation["rule"] = chosen.figures
+    validation["mean_dice"][RULE_THRESHOLD] = chosen.mean_dice[None]
+    for kind, figures in validation["by_kind"].items():
+        figures["mean_dice"][RULE_THRESHOLD] = chosen.mean_dice[kind]
+    if chosen.healthy_fpr is not None:
+        validation["healthy_fpr"][RULE_THRESHOLD] = chosen.healthy_fpr
+    return content
 
 
 def _check_masks(
@@ -295,7 +356,10 @@ def _covariates_by_subject(
 
 
 def _deviation_calibrator(
-    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]], scratch: Path
+    healthy: Mapping[tuple[Path, str], Mapping[str | None, dict[str, float | None]]],
+    scratch: Path,
+    *,
+    keep_deviations: bool,
 ) -> DeviationCalibrator | None:
     """Create the calibrator of the normative reference; return None if there are too few healthy controls."""
     if len(healthy) < MIN_SUBJECTS:
@@ -307,4 +371,4 @@ def _deviation_calibrator(
         )
         return None
     covariates = [person for sessions in healthy.values() for person in sessions.values()]
-    return DeviationCalibrator(HealthyCohort.from_participants(covariates), scratch)
+    return DeviationCalibrator(HealthyCohort.from_participants(covariates), scratch, keep_deviations)

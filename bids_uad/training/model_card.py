@@ -84,6 +84,37 @@ def _failures(calibration: dict[str, Any]) -> str:
     return "\n".join([*poor, *always])
 
 
+def _rule(calibration: dict[str, Any], maps: str) -> str:
+    """Describe the decision rule for one kind of maps, if there is one."""
+    if "rule" not in calibration:
+        return ""
+    rule, figures = calibration["rule"], calibration["validation"]["rule"]
+    threshold = calibration["thresholds"][calibration["default_threshold"]]
+    holes = {
+        "none": "holes are not filled",
+        "3d": "cavities are filled",
+        "axial": "holes of each axial slice are filled",
+    }[rule["holes"]]
+    text = (
+        f"Decision rule for {maps}: components of voxels above {rule['low_threshold']:.4g} that have at "
+        f"least {rule['min_volume_mm3']:g} mm3 and a voxel above {threshold:.4g}; {holes}. "
+        f"On these scans {_rule_figures(figures)}. Estimate for other scans (each subject with the rule "
+        f"that is chosen without it): {_rule_figures(figures['left_out'])}."
+    )
+    return f"\n{fill(text, 80)}\n"
+
+
+def _rule_figures(figures: dict[str, Any]) -> str:
+    f1 = "" if figures["lesion_f1"] is None else f", lesion-wise F1 {figures['lesion_f1']:.3f}"
+    healthy = ""
+    if figures["healthy_median"] is not None:
+        healthy = (
+            f", {100 * figures['healthy_median']:.2f} % of a healthy brain marked (median; 95th percentile "
+            f"{100 * figures['healthy_p95']:.2f} %)"
+        )
+    return f"mean Dice {figures['dice']:.3f}{f1}{healthy}"
+
+
 def _deviations(calibration: dict[str, Any]) -> str:
     """Describe the normative reference, if there is one."""
     if "normative" not in calibration:
@@ -102,7 +133,11 @@ def _deviations(calibration: dict[str, Any]) -> str:
         f"deviations is {normative['thresholds'][default]:.4g}; {100 * rate:.2f} % of healthy voxels are "
         "above it (leave-one-out)."
     )
-    return f"\n{fill(text, 80)}\n"
+    rule = _rule(normative, "deviations")
+    if "default_deviation" in calibration:
+        default = "deviations" if calibration["default_deviation"] == "normative" else "scores"
+        rule += f"\nMasks are computed from {default} by default, by the estimates for other scans.\n"
+    return f"\n{fill(text, 80)}\n{rule}"
 
 
 def _years(ages: list[float] | None) -> str:
@@ -147,7 +182,7 @@ Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} scans of healt
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|
 {rows}
-{_deviations(calibration)}
+{_rule(calibration, "scores")}{_deviations(calibration)}
 ## Known failures
 
 {_failures(calibration)}

@@ -1,11 +1,23 @@
-"""Histograms and thresholds against literal voxel counts."""
+"""Histograms and thresholds against literal voxel counts; decision rules against scikit-image and SciPy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
+from skimage.filters import apply_hysteresis_threshold
+from skimage.morphology import reconstruction, remove_small_objects
 
-from bids_uad.calibration.thresholds import FINE_EDGES, ThresholdEstimator, above, count_scores, score_counts
+from bids_uad.calibration.thresholds import (
+    FINE_EDGES,
+    DecisionRule,
+    ThresholdEstimator,
+    above,
+    bounding_box,
+    count_scores,
+    fill_holes,
+    score_counts,
+)
 from bids_uad.errors import ModelError
 
 
@@ -215,3 +227,123 @@ def test_scores_that_are_all_zero_are_refused():
     estimator.add(np.zeros(9), np.ones(9, dtype=bool), None)
     with pytest.raises(ModelError, match="all anomaly scores of the validation scans are 0"):
         estimator.summary()
+
+
+def test_plain_threshold_is_strictly_above_and_inside_the_brain():
+    scores = np.array([[[0.1, 0.2, 0.3, 0.3]]], np.float32)
+    brain = np.array([[[True, True, True, False]]])
+    assert DecisionRule(float(np.float32(0.2))).mask(scores, brain).tolist() == [
+        [[False, False, True, False]]
+    ]
+
+
+def test_plain_threshold_agrees_with_counts_between_single_precision_numbers():
+    scores = np.random.default_rng(4).random((10, 10, 10)).astype(np.float32)
+    threshold = float(np.sort(scores.ravel())[500]) - 1e-12
+    expected = sum(float(score) > threshold for score in scores.ravel())
+    assert DecisionRule(threshold).mask(scores, np.ones_like(scores, bool)).sum() == expected
+
+
+@pytest.fixture(params=range(3))
+def smooth(request):
+    """Return smooth random scores with components of many sizes, and a brain mask."""
+    noise = np.random.default_rng(request.param).normal(size=(40, 36, 30))
+    scores = ndimage.gaussian_filter(noise, 1.2)
+    brain = ndimage.gaussian_filter(np.random.default_rng(9).normal(size=noise.shape), 4) > -0.02
+    return (scores / scores.std()).clip(0).astype(np.float32), brain
+
+
+def test_hysteresis_equals_morphological_reconstruction(smooth):
+    scores, brain = smooth
+    low, high = (scores > 0.8) & brain, (scores > 2.2) & brain
+    expected = reconstruction(high, low, footprint=np.ones((3, 3, 3))) > 0
+    mask = DecisionRule(2.2, 0.8).mask(scores, brain)
+    np.testing.assert_array_equal(mask, expected)
+    assert high.sum() < mask.sum() < low.sum()
+    # scikit-image connects voxels by faces only, so that its mask is a subset.
+    faces = apply_hysteresis_threshold(np.where(brain, scores, 0), 0.8, 2.2)
+    assert not (faces & ~mask).any()
+    assert faces.sum() > 0.9 * mask.sum()
+
+
+def test_mask_contains_the_voxels_above_the_threshold_and_none_below_the_low_one(smooth):
+    scores, brain = smooth
+    for low in (0.5, 1.0, 1.8):
+        mask = DecisionRule(1.8, low).mask(scores, brain)
+        assert not ((scores > 1.8) & brain & ~mask).any()
+        assert not (mask & ~((scores > low) & brain)).any()
+    np.testing.assert_array_equal(mask, DecisionRule(1.8).mask(scores, brain))
+
+
+def test_minimum_volume_equals_remove_small_objects(smooth):
+    scores, brain = smooth
+    plain = (scores > 1.5) & brain
+    for volume in (1, 2, 10, 30.0):
+        expected = remove_small_objects(plain, max_size=int(volume) - 1, connectivity=3)
+        np.testing.assert_array_equal(DecisionRule(1.5, min_volume=volume).mask(scores, brain), expected)
+
+
+def test_holes_equal_those_of_scipy(smooth):
+    scores, _ = smooth
+    mask = scores < 1.0
+    filled = ndimage.binary_fill_holes(mask)
+    np.testing.assert_array_equal(fill_holes(mask, "3d"), filled)
+    axial = np.stack([ndimage.binary_fill_holes(layer) for layer in np.moveaxis(mask, 2, 0)], axis=2)
+    np.testing.assert_array_equal(fill_holes(mask, "axial"), axial)
+    np.testing.assert_array_equal(fill_holes(mask, "none"), mask)
+    assert mask.sum() < filled.sum() < axial.sum()
+
+
+def test_a_shell_is_filled_in_the_brain_and_an_open_tube_only_in_axial_slices():
+    scores = np.zeros((30, 30, 30), np.float32)
+    scores[2:9, 2:9, 2:9] = 1
+    scores[4:7, 4:7, 4:7] = 0  # a shell around 27 voxels
+    scores[15:24, 15:24, 10:20] = 1
+    scores[18:21, 18:21, 10:20] = 0  # a tube along the last axis, open at both ends
+    brain = np.ones(scores.shape, bool)
+    brain[5, 5, 5] = False
+    n_above = int((scores > 0.5).sum())
+    found = {holes: DecisionRule(0.5, holes=holes).mask(scores, brain) for holes in ("none", "3d", "axial")}
+    assert {holes: int(mask.sum()) - n_above for holes, mask in found.items()} == {
+        "none": 0,
+        "3d": 26,
+        "axial": 26 + 90,
+    }
+
+
+def test_crumbs_of_one_lesion_grow_together_and_others_disappear():
+    scores = np.zeros((30, 30, 30), np.float32)
+    scores[5:15, 5:15, 5:15] = 0.4
+    scores[6:8, 6:8, 6:8] = scores[12:14, 12:14, 12:14] = 0.9  # two crumbs of one lesion
+    scores[20:24, 20:24, 20:24] = 0.4  # never above the threshold
+    scores[27, 27, 27] = 0.9  # too small
+    mask = DecisionRule(0.8, 0.3, min_volume=10).mask(scores, np.ones(scores.shape, bool))
+    expected = np.zeros(scores.shape, bool)
+    expected[5:15, 5:15, 5:15] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_empty_mask_stays_empty():
+    scores, brain = np.zeros((5, 5, 5), np.float32), np.ones((5, 5, 5), bool)
+    assert not DecisionRule(0.8, 0.3, 10, "axial").mask(scores, brain).any()
+    assert bounding_box(np.zeros((5, 5, 5), bool)) == (slice(0, 0),) * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"low": 0.6}, "low threshold 0.6 exceeds the threshold 0.5"),
+        ({"min_volume": -1}, "min_volume must be at least 0"),
+        ({"holes": "some"}, "none, 3d, axial, got 'some'"),
+    ],
+)
+def test_impossible_rules_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        DecisionRule(0.5, **options)
+
+
+def test_bin_edges_include_both_thresholds_of_a_rule(volumes):
+    rule = DecisionRule(0.61803, 0.31415)
+    found = estimate(volumes).summary(rule)
+    assert {0.61803, 0.31415} <= set(found["bin_edges"])
+    assert np.diff(found["bin_edges"]).min() > 0

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bids_uad.calibration.thresholds import DecisionRule
 from bids_uad.config import MODALITIES
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
     NORMATIVE,
     PACKAGED,
+    Bundle,
     bundle_hyper,
     load_bundle,
     load_detector,
@@ -35,6 +37,7 @@ CALIBRATION = {
     "default_threshold": "max_dice",
     "bin_edges": [0.0, 0.5, 0.7],
 }
+RULE = {"low_threshold": 0.25, "min_volume_mm3": 10.0, "holes": "axial"}
 
 
 @pytest.fixture
@@ -51,6 +54,24 @@ def folder(tmp_path):
 def edit(path, **changes):
     """Change some keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_rule_of_a_bundle_is_a_plain_threshold_unless_it_has_another(folder):
+    assert load_bundle(folder).rule == DecisionRule(0.5)
+    assert load_bundle(folder).default_deviation == "none"
+    edit(folder / "calibration.json", rule=RULE)
+    assert load_bundle(folder).rule == DecisionRule(0.5, 0.25, 10.0, "axial")
+
+
+def test_deviation_by_default_is_that_of_the_calibration(folder):
+    """Without one, it is that of the detector; without a normative reference, there are only scores."""
+    info, calibration = load_bundle(folder).info, {**CALIBRATION, "default_deviation": "normative"}
+    assert Bundle(folder, info, calibration).default_deviation == "none"
+    calibration[NORMATIVE] = CALIBRATION
+    assert Bundle(folder, info, calibration).default_deviation == "normative"
+    pls = info | {"detector": "pls"}
+    assert Bundle(folder, pls, {**CALIBRATION, NORMATIVE: CALIBRATION}).default_deviation == "normative"
+    assert Bundle(folder, pls, calibration | {"default_deviation": "none"}).default_deviation == "none"
 
 
 def test_a_detector_survives_the_round_trip(folder):
@@ -171,6 +192,11 @@ def test_hyper_parameters_that_are_not_allowed_are_refused_before_anything_is_do
         ("calibration.json", {"default_threshold": "y"}, "'default_threshold' entry .* one of .* Got 'y'"),
         ("calibration.json", {"bin_edges": [0.0, 2.0, 1.0]}, "'bin_edges' entry .* strictly ascending"),
         ("calibration.json", {"normative": {}}, "calibration.json lacks .* in 'normative'"),
+        ("calibration.json", {"rule": {"holes": "3d"}}, "calibration.json lacks .* in 'rule'"),
+        ("calibration.json", {"rule": RULE | {"holes": "all"}}, "'holes' entry .* 'axial'"),
+        ("calibration.json", {"rule": RULE | {"low_threshold": 0.6}}, "'low_threshold' .* at most 0.5"),
+        ("calibration.json", {"rule": RULE | {"min_volume_mm3": -1.0}}, "'min_volume_mm3' entry"),
+        ("calibration.json", {"default_deviation": "z"}, "'default_deviation' entry .* Got 'z'"),
     ],
 )  # fmt: skip
 def test_entries_that_are_not_allowed_are_refused_by_name(folder, name, changes, words):

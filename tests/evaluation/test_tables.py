@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bids_uad.dataset.participants import read_participants
 from bids_uad.errors import InputError
+from bids_uad.evaluation.subjects import subject_row
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
 from bids_uad.levels.participant.postprocess import histogram_table, metrics_row
 from tests.evaluation.fake_tables import EDGES, Scan, write_participants
@@ -130,3 +132,13 @@ def test_read_unit_reads_the_tables_of_the_participant_level(tmp_path):
     np.testing.assert_array_equal(unit.n_lesion, counts[1])
     assert unit.threshold == unit.edges[2]
     assert (unit.n_lesions, unit.n_lesions_detected, unit.n_components) == (1, 1, 1)
+    # Dice and others are those of the mask, whose counts differ from the histogram's with a decision rule.
+    row = subject_row(unit)
+    assert (unit.anomaly_volume_mm3, unit.detected_volume_mm3) == (32, 16)
+    assert row["dice"] == pytest.approx(2 * 16 / (32 + 16))
+    assert (row["sensitivity"], row["precision"], row["fpr"]) == (1.0, 0.5, 16 / 48)
+    # Tables of earlier versions, without the overlap, have plain thresholds.
+    table = pd.read_csv(path, sep="\t").drop(columns="detected_volume_mm3")
+    write_tsv(path, table)
+    old = subject_row(read_unit(path, NO_PARTICIPANTS))
+    assert old["dice"] == pytest.approx(2 * 13 / (3 + 13 + 16))

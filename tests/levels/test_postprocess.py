@@ -9,6 +9,7 @@ from scipy.spatial.distance import cdist
 from skimage import measure
 
 from bids_uad import space
+from bids_uad.calibration.thresholds import DecisionRule
 from bids_uad.dataset.sidecars import COMPONENT_COLUMNS, LESION_COLUMNS
 from bids_uad.levels.participant import postprocess as maps
 from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, lesion_contrasts, lesion_table
@@ -26,24 +27,6 @@ MNI_TO_SRI24 = np.array(
 @pytest.fixture
 def random():
     return np.random.default_rng(4)
-
-
-def test_mask_is_strictly_above_and_inside_the_brain():
-    scores = np.array([0.1, 0.2, 0.3, 0.3], np.float32)
-    brain = np.array([True, True, True, False])
-    assert maps.anomaly_mask(scores, brain, float(np.float32(0.2))).tolist() == [
-        False,
-        False,
-        True,
-        False,
-    ]
-
-
-def test_mask_agrees_with_counts_for_thresholds_between_single_precision_numbers(random):
-    scores = random.random(1000).astype(np.float32)
-    threshold = float(np.sort(scores)[500]) - 1e-12
-    expected = sum(float(score) > threshold for score in scores)
-    assert maps.anomaly_mask(scores, np.ones(1000, bool), threshold).sum() == expected
 
 
 def test_rescaled_scores_are_monotone_and_half_at_the_threshold(random):
@@ -328,7 +311,7 @@ def test_detected_components_have_regions_of_the_built_in_atlas():
     found = maps.detect_anomalies(
         scores,
         np.ones(space.SHAPE, bool),
-        threshold=1.0,
+        rule=DecisionRule(1.0),
         edges=np.linspace(0, 5, 11),
         provenance={},
         min_lesion_volume=0,

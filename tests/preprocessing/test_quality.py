@@ -314,7 +314,7 @@ def test_regions_without_signal_are_found(region: str, noise: float) -> None:
     found = no_signal_mask(magnitude(False, noise, 60.0, empty))
     assert 0.008 < empty.sum() / BRAIN.sum() < 0.15
     assert (found & empty).sum() > 0.93 * empty.sum()
-    assert (found & ~empty).sum() < 0.01 * empty.sum()
+    assert (found & ~empty).sum() < 0.03 * empty.sum()  # dark fluid next to it
 
 
 def test_regions_without_signal_are_found_in_stripped_scans_with_remnants_of_interpolation() -> None:

@@ -478,6 +478,48 @@ def test_calibrate_fits_a_normative_reference_with_enough_controls(scans, models
     assert not list((own / "scratch").iterdir())  # maps that waited are gone
 
 
+def test_calibrate_chooses_a_decision_rule_and_the_kind_of_maps(scans, models, tmp_path, monkeypatch):
+    own = tmp_path / "models"
+    shutil.copytree(models / "intensity-T2w-lite", own / "intensity-T2w-lite")
+    folder = own / "intensity-T2w-lite"
+    plain = load_bundle(folder)
+    assert plain.rule.is_plain
+    assert plain.rule.threshold == plain.default_threshold[1]
+    extra = ("--decision-rule", "hysteresis")
+    assert call(scans, own, "calibrate", "intensity", *extra) == 0
+    scored = load_bundle(folder)  # too few controls for deviations
+    assert scored.default_deviation == "none"
+    monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
+    assert call(scans, own, "calibrate", "intensity", *extra) == 0
+    calibration = json.loads((folder / "calibration.json").read_text())
+    raw, deviating = resolve_bundles([str(folder)], ["T2w"], ["none", "normative"])
+    assert raw.rule == scored.rule
+    for bundle, part in ((raw, calibration), (deviating, calibration["normative"])):
+        assert bundle.default_threshold[0] == "max_dice_f1"
+        assert bundle.rule.entries() == part["rule"]
+        assert {bundle.rule.low, bundle.rule.threshold} <= set(bundle.bin_edges)
+        figures = part["validation"]["rule"]
+        assert figures["within_limits"]
+        assert part["validation"]["mean_dice"]["max_dice_f1"] == figures["dice"]
+    # The plain threshold separates the lesion from fluid already.
+    assert calibration["validation"]["rule"]["dice"] >= calibration["validation"]["mean_dice"]["max_dice"]
+    parts = (calibration, calibration["normative"])
+    estimates = [part["validation"]["rule"]["left_out"]["criterion"] for part in parts]
+    chosen = "normative" if estimates[1] > estimates[0] else "none"
+    assert calibration["default_deviation"] == raw.default_deviation == chosen
+    assert [bundle.deviation for bundle in resolve_bundles([str(folder)], ["T2w"], [])] == [chosen]
+    card = " ".join((folder / "MODEL_CARD.md").read_text().split())
+    assert f"Decision rule for scores: components of voxels above {raw.rule.low:.4g} " in card
+    assert f"Decision rule for deviations: components of voxels above {deviating.rule.low:.4g} " in card
+    assert not list((own / "scratch").iterdir())
+    # A plain threshold again.
+    assert call(scans, own, "calibrate") == 0
+    again = json.loads((folder / "calibration.json").read_text())
+    assert "rule" not in again
+    assert "default_deviation" not in again
+    assert load_bundle(folder).rule.is_plain
+
+
 def test_calibrate_reads_participants_by_the_common_rules(scans, models, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "MIN_SUBJECTS", 2)
     unusual = tmp_path / "unusual"

@@ -262,7 +262,7 @@ class Postprocess(SimpleInterface):
             brain,
             read_sri24(self.inputs.lesion) > 0 if has_lesion else None,
             read_sri24(self.inputs.image) if has_lesion else None,
-            threshold=float(self.inputs.provenance["threshold"]),
+            rule=bundle.rule,
             edges=bundle.bin_edges,
             provenance=self.inputs.provenance,
             min_lesion_volume=self.inputs.min_lesion_volume,

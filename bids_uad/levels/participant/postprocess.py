@@ -11,11 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from bids_uad.calibration.thresholds import score_counts
+from bids_uad.calibration.thresholds import (
+    CONNECTIVITY,
+    DecisionRule,
+    bounding_box,
+    reaches_volume,
+    score_counts,
+)
 from bids_uad.space import AFFINE, VOXEL_MM3, icbm_to_sri24, probable_regions
 
-CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)
-"""26-connectivity: voxels that share a face, an edge or a corner are connected."""
 SHELL_MM = (2, 6)
 """Distances in mm of the reference tissue for the contrast of a lesion: more than the first from all lesions,
 since voxels next to a lesion mask are partly lesion, and at most the second from this lesion."""
@@ -30,7 +34,7 @@ class Detection:
     Parameters
     ----------
     mask : numpy.ndarray of bool
-        Brain voxels above the threshold.
+        Brain voxels that the decision rule marks.
     components : numpy.ndarray of int32
         26-connected components of `mask`, labelled 1..n by decreasing size.
     probseg : numpy.ndarray of float32
@@ -56,7 +60,7 @@ def detect_anomalies(
     lesion: np.ndarray | None = None,
     image: np.ndarray | None = None,
     *,
-    threshold: float,
+    rule: DecisionRule,
     edges: np.ndarray,
     provenance: Mapping[str, Any],
     min_lesion_volume: float,
@@ -74,8 +78,8 @@ def detect_anomalies(
         Ground truth.
     image : numpy.ndarray, same shape, optional
         Preprocessed image, for the contrast of lesions; required with `lesion`.
-    threshold : float
-        Score above which a voxel is anomalous; positive.
+    rule : DecisionRule
+        Threshold, which must be positive, and the other steps from the map to the mask.
     edges : numpy.ndarray of float64, shape (n + 1,)
         Bin edges of the score histogram.
     provenance : mapping
@@ -90,7 +94,7 @@ def detect_anomalies(
     Detection
         Arrays and tables, not written to disk.
     """
-    mask = anomaly_mask(scores, brain, threshold)
+    mask = rule.mask(scores, brain)
     components = label_components(mask)
     table = component_table(components, scores)
     inside = components > 0
@@ -101,32 +105,12 @@ def detect_anomalies(
     return Detection(
         mask=mask,
         components=components,
-        probseg=rescale_scores(scores, threshold),
+        probseg=rescale_scores(scores, rule.threshold),
         component_table=table,
         histogram=histogram_table(edges, *score_counts(scores, brain, lesion, edges)),
         metrics=metrics_row(provenance, components, brain, lesion, min_lesion_volume),
         lesions=None if lesion is None else lesion_table(lesion, mask, image, brain),
     )
-
-
-def anomaly_mask(scores: np.ndarray, brain: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the brain voxels whose score exceeds the threshold.
-
-    Parameters
-    ----------
-    scores : numpy.ndarray of float32
-        Anomaly scores.
-    brain : numpy.ndarray of bool, same shape
-        Brain mask.
-    threshold : float
-        Compared in double precision, as in the score histogram, so that mask and counts agree exactly.
-
-    Returns
-    -------
-    numpy.ndarray of bool
-        Anomaly mask.
-    """
-    return (scores > np.float64(threshold)) & brain
 
 
 def rescale_scores(scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -174,23 +158,13 @@ def label_components(mask: np.ndarray) -> np.ndarray:
         Labels 1..n, 0 outside the mask. Components of equal size are ordered by their first voxel.
     """
     labels = np.zeros(mask.shape, dtype=np.int32)
-    box = _bounding_box(mask)  # most of a volume is background
+    box = bounding_box(mask)  # most of a volume is background
     found, count = ndimage.label(mask[box], structure=CONNECTIVITY)
     sizes = np.bincount(found.ravel(), minlength=count + 1)[1:]
     rank = np.zeros(count + 1, dtype=np.int32)
     rank[np.argsort(-sizes, kind="stable") + 1] = np.arange(1, count + 1)
     labels[box] = rank[found]
     return labels
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box that contains a mask."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        used = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0))
-    return tuple(box)
 
 
 def component_table(labels: np.ndarray, scores: np.ndarray, affine: np.ndarray = AFFINE) -> pd.DataFrame:
@@ -284,8 +258,7 @@ def counted_labels(labels: np.ndarray, min_volume: float) -> np.ndarray:
     """
     sizes = np.bincount(labels[labels > 0], minlength=1)
     sizes[0] = 0
-    # Tolerance for rounding, since the minimum need not be an exact multiple of the voxel volume.
-    return np.flatnonzero(sizes * VOXEL_MM3 >= max(min_volume, VOXEL_MM3) * (1 - 1e-9))
+    return np.flatnonzero(reaches_volume(sizes, max(min_volume, VOXEL_MM3)))
 
 
 @dataclass(frozen=True)
@@ -402,6 +375,7 @@ def metrics_row(
         "brain_volume_mm3": int(brain.sum()) * VOXEL_MM3,
         "anomaly_volume_mm3": int((components > 0).sum()) * VOXEL_MM3,
         "lesion_volume_mm3": None,
+        "detected_volume_mm3": None,
         "n_components": int(components.max(initial=0)),
         "min_lesion_volume_mm3": min_lesion_volume,
         "n_counted_components": counted_labels(components, min_lesion_volume).size,
@@ -413,6 +387,7 @@ def metrics_row(
         inside = lesion & brain
         counts = count_lesions(components, inside, min_lesion_volume)
         row["lesion_volume_mm3"] = int(inside.sum()) * VOXEL_MM3
+        row["detected_volume_mm3"] = int((inside & (components > 0)).sum()) * VOXEL_MM3
         row["n_lesions"] = counts.n_lesions
         row["n_lesions_detected"] = counts.n_detected
         row["n_false_components"] = counts.n_false

@@ -346,9 +346,14 @@ def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
 
 
 def _dice(histogram: Path, row: pd.Series) -> float:
-    """Compute Dice from a score histogram, of which the threshold is an edge; 1 if both masks are empty."""
-    table = pd.read_csv(histogram, sep="\t", na_values="n/a")
-    overlap = float(table.loc[table["score_lower"] >= row["threshold"], "n_lesion"].sum())
+    """Compute the Dice of the anomaly mask; 1 if both masks are empty.
+
+    In tables of earlier versions, the overlap is that of the score histogram at the threshold.
+    """
+    overlap = row.get("detected_volume_mm3")
+    if pd.isna(overlap):
+        table = pd.read_csv(histogram, sep="\t", na_values="n/a")
+        overlap = float(table.loc[table["score_lower"] >= row["threshold"], "n_lesion"].sum())
     total = float(row["anomaly_volume_mm3"] + row["lesion_volume_mm3"])
     return 1.0 if total == 0 else 2 * overlap / total
 

@@ -499,6 +499,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
         "TrainingModality": bundle.modality,
         "Threshold": threshold,
         "ThresholdName": threshold_name,
+        **_rule_fields(bundle),
         "ThresholdSource": "fixed on validation scans (ThresholdCohort) when the model was calibrated",
         "Scaling": bundle.protocol.scaling,
         "PostProcessing": bundle.post_processing,
@@ -540,6 +541,14 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
         parcellations={name: str(path) for name, path in context.reference.parcellations.items()},
         min_lesion_volume=config.min_lesion_volume,
     )
+
+
+def _rule_fields(bundle: Bundle) -> dict[str, Any]:
+    """Return the sidecar fields of a decision rule that is not a plain threshold."""
+    rule = bundle.rule
+    if rule.is_plain:
+        return {}
+    return {"LowThreshold": rule.low, "MinComponentVolume": rule.min_volume, "FilledHoles": rule.holes}
 
 
 def _sink_entities(task: Task) -> dict[str, dict[str, str]]:
