@@ -227,7 +227,7 @@ def _perivascular(brain: _Brain, age: float, rng: np.random.Generator, drawn: di
     deep = ndimage.uniform_filter(brain.maps["white"], 5) > 0.9
     regions = {
         "perivascular_white": deep & (height > 8) & (np.abs(brain.side) > 8),
-        "perivascular_basal": (brain.maps["striatum"] + brain.maps["pallidum"] > 0.7) & (height < 8),
+        "perivascular_basal": (brain.maps["striatum"] + brain.maps["pallidum"] > 0.5) & (height < 8),
     }
     solid = 1 - brain.maps["csf"] - brain.maps["ventricle"]
     for name, region in regions.items():
@@ -280,7 +280,8 @@ def _calcified(brain: _Brain, age: float, rng: np.random.Generator, drawn: dict)
     present = rng.uniform() < prevalence("calcified", age)
     count = int(rng.integers(4, 24)) * present
     drawn["calcified"] = count
-    core = ndimage.uniform_filter(brain.maps["pallidum"], 3) > 0.7
+    core = ndimage.uniform_filter(brain.maps["pallidum"], 3)
+    core = core > max(0.7 * core.max(), 0.1)
     for centre in brain.draw(core, count, rng):
         stamp_tube(volume, centre, centre + rng.normal(0, 1.2, 3), float(rng.uniform(0.6, 1.6)))
     return volume * np.clip(brain.maps["pallidum"] + 0.3 * brain.maps["white"], 0, 1)
