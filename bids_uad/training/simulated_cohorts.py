@@ -15,12 +15,15 @@ from bids_uad.files import read_json, write_json
 from bids_uad.images import save_image
 from bids_uad.simulation.anatomy import find_label_maps
 from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
-from bids_uad.simulation.contrast_transfer import t1w_to_t2w
+from bids_uad.simulation.contrast_transfer import t1w_to_flair, t1w_to_t2w
 from bids_uad.simulation.subject import Population
 from bids_uad.space import to_image
 from bids_uad.training.cohort import Cohort, healthy_cohort, scratch_folder
 
 logger = logging.getLogger(__name__)
+
+RANDOM_CONTRAST = 0.3
+"""Fraction of simulated training scans with random tissue contrasts."""
 
 
 def synthetic_cohort(config: RunConfig) -> Cohort:
@@ -40,6 +43,7 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
         config.random_seed,
         tuple(find_label_maps(config.label_maps)) if config.label_maps else Population.sources,
         scanners=max(1, config.synthetic // 2),
+        random_contrast=RANDOM_CONTRAST,
     )
     folder = scratch_folder(
         config.work_dir, "synthetic", config.modality, config.synthetic, population.seed, population.sources
@@ -55,7 +59,7 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
 
 
 def contrast_transfer_cohort(config: RunConfig) -> Cohort:
-    """Transfer T1w scans of healthy controls to T2w contrast, unless an earlier run has done so.
+    """Transfer T1w scans of healthy controls to another contrast, unless an earlier run has done so.
 
     Parameters
     ----------
@@ -65,7 +69,8 @@ def contrast_transfer_cohort(config: RunConfig) -> Cohort:
     Returns
     -------
     Cohort
-        T2w-like scans of the same participants, with the dataset description of the T1w scans.
+        Scans of the same participants in the contrast of `config.modality`, with the dataset description
+        of the T1w scans.
 
     Raises
     ------
@@ -74,12 +79,13 @@ def contrast_transfer_cohort(config: RunConfig) -> Cohort:
     """
     source = healthy_cohort(config.bids_dir, "T1w")
     stamps = [[str(scan.image), scan.image.stat().st_mtime_ns] for scan in source.scans]
-    folder = scratch_folder(config.work_dir, "recontrasted", config.random_seed, stamps)
+    modality = config.modality
+    folder = scratch_folder(config.work_dir, "recontrasted", modality, config.random_seed, stamps)
     if not (folder / "dataset_description.json").is_file():  # written last
         for number, scan in enumerate(source.scans):
-            _transfer_contrast(scan, folder, np.random.default_rng([config.random_seed, number]))
+            _transfer_contrast(scan, folder, modality, np.random.default_rng([config.random_seed, number]))
             logger.info(
-                "%s: T1w transferred to T2w contrast (%d of %d)", scan.key, number + 1, len(source.scans)
+                "%s: transferred to %s contrast (%d of %d)", scan.key, modality, number + 1, len(source.scans)
             )
         write_json(
             folder / "dataset_description.json",
@@ -87,20 +93,21 @@ def contrast_transfer_cohort(config: RunConfig) -> Cohort:
         )
     # Written in each run, since participants.tsv may have changed.
     subjects = {scan.subject for scan in source.scans}
-    description = "Participants whose T1w scans were transferred to T2w contrast"
+    description = f"Participants whose T1w scans were transferred to {modality} contrast"
     write_participants(folder, source.participants, subjects, description)
-    cohort = healthy_cohort(folder, "T2w")
+    cohort = healthy_cohort(folder, modality)
     # The prefix is part of the hash that selects held-out subjects, so it keeps its former name.
     return Cohort(folder, cohort.scans, prefix="recontrasted-")
 
 
-def _transfer_contrast(scan: PreprocessedScan, folder: Path, rng: np.random.Generator) -> None:
-    """Write the T2w-like image of a T1w scan, and its brain mask."""
+def _transfer_contrast(scan: PreprocessedScan, folder: Path, modality: str, rng: np.random.Generator) -> None:
+    """Write the image of a T1w scan in another contrast, and its brain mask."""
     brain = np.asarray(nib.load(scan.brain).dataobj) > 0
-    image = t1w_to_t2w(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
+    transfer = t1w_to_t2w if modality == "T2w" else t1w_to_flair
+    image = transfer(nib.load(scan.image).get_fdata(dtype=np.float32), brain, rng)
     brain &= image > 0
     stem = folder / scan.subject / "anat" / scan.image.name.split("desc-")[0]
-    save_image(to_image(image), stem.with_name(f"{stem.name}desc-preproc_T2w.nii.gz"))
+    save_image(to_image(image), stem.with_name(f"{stem.name}desc-preproc_{modality}.nii.gz"))
     save_image(
         to_image(brain.astype(np.uint8), np.uint8), stem.with_name(f"{stem.name}desc-brain_mask.nii.gz")
     )
