@@ -48,8 +48,9 @@ bench-gpu: $(VENV)/installed
 
 # Train the packaged models, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS is the folder of
 # SynthSeg's label maps: ten for training, three for calibration, three for testing. LESIONS is a folder of real lesion masks
-# in MNI space with a lesions.tsv. HEALTHY is a dataset of preprocessed real T1w scans of healthy controls, which PLS is
-# trained on as well. `make models-tested` runs the benchmark on simulated scans.
+# in MNI space with a lesions.tsv. HEALTHY is a dataset of preprocessed real T1w scans of healthy controls, and SYNTHSR the
+# folder of SynthSR's label maps, both of which PLS is trained on as well. `make models-tested` runs the benchmark on simulated
+# scans.
 HEALTHY ?= none
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
@@ -81,8 +82,9 @@ models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $
 
 pls-T1w pls-T2w pls-FLAIR: pls-%: $(MODELS)/validation/participants.tsv
 	$(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector pls --modality $* --random-seed 1 --nprocs 1 \
-	    -w $(MODELS)/work --synthetic 80 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) --precision bf16 \
-	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T2w,$*),--contrast-transfer))
+	    -w $(MODELS)/work --synthetic 75 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) $(SYNTHSR) \
+	    --lesion-masks $(LESIONS) --precision bf16 \
+	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T1w,$*),,--contrast-transfer))
 	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector pls --modality $* --nprocs 1
 
 # Train the brain-extraction network (45 minutes on one core).

@@ -151,9 +151,11 @@ class RunConfig(Constrained):
     synthetic : int, default=0
         Number of simulated healthy participants to train on.
     contrast_transfer : bool, default=False
-        Whether to train also on T1w scans of healthy controls that are mapped to T2w contrast.
+        Whether to train also on T1w scans of healthy controls that are mapped to the contrast of `modality`.
     label_maps : tuple of str, default=()
         Label maps, or folders of them, to simulate from; empty selects the built-in template.
+    lesion_masks : pathlib.Path, optional
+        Folder with masks of real lesions, whose shapes synthetic lesions may have.
     normative_dir : pathlib.Path, optional
         Preprocessed scans of further healthy controls, for the normative reference only.
     decision_rule : str, optional
@@ -215,6 +217,7 @@ class RunConfig(Constrained):
     synthetic: CountOrZero = 0
     contrast_transfer: bool = False
     label_maps: tuple[Text, ...] = ()
+    lesion_masks: Path | None = None
     normative_dir: Path | None = None
     decision_rule: Annotated[str, OneOf(*DECISION_RULES)] | None = None
     num_devices: Count = 1

@@ -163,26 +163,21 @@ def _read_atlas(name: str) -> np.ndarray:
         return np.moveaxis(np.asarray(load_image(path).dataobj), -1, 0)
 
 
-@lru_cache(maxsize=1)
 def tissue_priors() -> np.ndarray:
-    """Interpolate the tissue priors of the built-in atlas to the SRI24 grid.
-
-    The result, 214 MB, is kept for further calls.
+    """Interpolate the tissue priors of the built-in atlas to the SRI24 grid; the result takes 214 MB.
 
     Returns
     -------
     numpy.ndarray of float32, shape (6, 240, 240, 155)
         Probability of each tissue of `TISSUES`, from 0 to 1, rounded to 0.01 at the stored voxels; their sum
         is at most 1, but for rounding, and 0 far from the brain. Symmetric about the midplane, so reversing
-        the second axis swaps left and right. Read-only.
+        the second axis swaps left and right.
     """
     priors = _read_atlas(TISSUE_FILE).astype(np.float32) / 100
     for axis, (start, size) in enumerate(zip(PRIOR_START, SHAPE, strict=True), 1):
         weights = _linear_weights((np.arange(size) - start) / PRIOR_STEP, priors.shape[axis])
         priors = np.moveaxis(np.tensordot(weights, priors, (1, axis)), 0, axis)
-    priors = np.ascontiguousarray(priors)
-    priors.flags.writeable = False
-    return priors
+    return np.ascontiguousarray(priors)
 
 
 def _linear_weights(positions: np.ndarray, size: int) -> np.ndarray:

@@ -371,12 +371,18 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--contrast-transfer", "--recontrast", action="store_true",
-        help="with --modality T2w: also train on the T1w scans of DERIVATIVES, mapped to T2w contrast",
+        help="with --modality T2w or FLAIR: also train on the T1w scans of DERIVATIVES, mapped to that "
+        "contrast",
+    )  # fmt: skip
+    group.add_argument(
+        "--lesion-masks", type=Path, metavar="DIR",
+        help="for pls: masks of real lesions in MNI space, whose shapes synthetic lesions may have, and a "
+        "lesions.tsv with columns file and pathology",
     )  # fmt: skip
     group.add_argument(
         "--backbone-weights", type=Path, metavar="PATH",
         help="ImageNet weights of torchvision (.pth, .safetensors), or a folder with them, for presets with "
-        "such a backbone",
+        "such a backbone; for pls, a bundle whose training is continued",
     )  # fmt: skip
     group.add_argument(
         "--num-devices", type=_positive, metavar="N",

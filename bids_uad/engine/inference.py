@@ -129,7 +129,8 @@ def _add_scores(
     while todo:
         now = todo[:batch_size]
         mask = field.cut(inside)[now, None].to(device)
-        x = field.cut(slices)[now, None].to(device).contiguous(memory_format=torch.channels_last)
+        x = detector.inputs(slices, inside, now, field.rows, field.columns)
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
         if execution.measures_memory(device, batch_size):
             torch.cuda.reset_peak_memory_stats(device)
         try:

@@ -58,6 +58,65 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Scan:
+    """Healthy scan for training.
+
+    Parameters
+    ----------
+    slices : Tensor of float32, shape (Z, H, W)
+        Intensities in [0, 1].
+    brain : Tensor of bool, shape (Z, H, W)
+        Brain mask.
+    tissue : Tensor of uint8, shape (Z, H, W), optional
+        Tissue classes, 0 outside the brain.
+    """
+
+    slices: Tensor
+    brain: Tensor
+    tissue: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PaintedScan:
+    """Scan with synthetic lesions.
+
+    Parameters
+    ----------
+    slices : Tensor, shape (Z, H, W)
+        Intensities in [0, 1].
+    brain : Tensor of bool, shape (Z, H, W)
+        Brain mask.
+    target : Tensor, shape (Z, H, W)
+        Target of the network in [0, 1].
+    weight : Tensor, shape (Z, H, W)
+        Weight in the loss, 0 outside the brain.
+    """
+
+    slices: Tensor
+    brain: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class PaintedBatch:
+    """Slices of painted scans.
+
+    Parameters
+    ----------
+    inputs : Tensor, shape (B, C, h, w)
+        Input channels, see :meth:`Detector.inputs`.
+    brain, target, weight : Tensor, shape (B, 1, h, w)
+        As in :class:`PaintedScan`.
+    """
+
+    inputs: Tensor
+    brain: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class GradientStage(Constrained):
     """A training stage that minimises a loss.
 
@@ -78,23 +137,27 @@ class GradientStage(Constrained):
     learning_rate : float
         Initial learning rate.
     needs_tissue : bool, default=False
-        Whether the batches must have tissue classes.
+        Whether the scans must have tissue classes.
+    paint : callable, optional
+        ``paint(scan, generator)``, which returns a :class:`PaintedScan`. With it, the batches are instances
+        of :class:`PaintedBatch`, of slices of several painted scans.
     """
 
     name: str
     module: nn.Module
-    loss: Callable[[Batch, Generator], Tensor]
+    loss: Callable[[Any, Generator], Tensor]
     steps: Count
     batch_size: Count
     learning_rate: Positive
     needs_tissue: bool = False
+    paint: Callable[[Scan, Generator], PaintedScan] | None = None
 
     @classmethod
     def scheduled(
         cls,
         name: str,
         module: nn.Module,
-        loss: Callable[[Batch, Generator], Tensor],
+        loss: Callable[[Any, Generator], Tensor],
         schedule: Any,
         **options: Any,
     ) -> GradientStage:
@@ -175,6 +238,29 @@ class Detector(nn.Module, ABC):
         """Return the hyper-parameters as plain values, for ``bundle.json``."""
         return asdict(self.hyper)
 
+    def inputs(
+        self, slices: Tensor, brain: Tensor, numbers: Sequence[int], rows: slice, columns: slice
+    ) -> Tensor:
+        """Return the input channels of some slices of a scan, by default their intensities.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (155, 224, 224)
+            Intensities of all slices.
+        brain : Tensor of bool, shape (155, 224, 224)
+            Brain mask.
+        numbers : sequence of int
+            Slices whose channels are returned.
+        rows, columns : slice
+            Part of the slices.
+
+        Returns
+        -------
+        Tensor, shape (len(numbers), C, h, w)
+            Channels.
+        """
+        return slices[list(numbers), None, rows, columns]
+
     @abstractmethod
     def stages(self) -> list[Stage]:
         """Return the training stages in order."""
@@ -185,8 +271,8 @@ class Detector(nn.Module, ABC):
 
         Parameters
         ----------
-        slices : Tensor, shape (B, 1, *field_of_view)
-            Intensities in [0, 1], 0 outside the brain.
+        slices : Tensor, shape (B, C, *field_of_view)
+            Input channels, see :meth:`inputs`; by default one, intensities in [0, 1], 0 outside the brain.
         brain : Tensor of bool, shape (B, 1, *field_of_view)
             Brain masks.
         generator : SliceGenerator

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from scipy import ndimage
 
 from bids_uad.errors import InputError
 from bids_uad.simulation.spatial import sample, smooth, tensor
@@ -28,6 +30,8 @@ EDGE_MM = 0.6
 """Smoothing after which the edge of a mask is about one voxel wide."""
 SHIFT_MM = 4.0
 """Standard deviation of the random shift along each axis."""
+MIN_COMPONENT_ML = 0.5
+"""Volume below which a component of a mask is not used as a shape."""
 
 Shape = Callable[[float], torch.Tensor]
 
@@ -65,6 +69,31 @@ def lesion_shapes(folder: Path) -> dict[str, tuple[str, ...]]:
             raise InputError(folder / file, "is listed in lesions.tsv but missing", "copy it again")
         found.setdefault(kind, []).append(str(folder / file))
     return {kind: tuple(sorted(paths)) for kind, paths in found.items()}
+
+
+def component_shapes(folder: Path) -> list[torch.Tensor]:
+    """Read the connected components of real lesion masks, at 1 mm.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        See :func:`lesion_shapes`.
+
+    Returns
+    -------
+    list of torch.Tensor of bool, shape (x, y, z)
+        Cropped components of at least 0.5 mL, with holes filled.
+    """
+    shapes = []
+    for path in chain.from_iterable(lesion_shapes(folder).values()):
+        image = nib.as_closest_canonical(nib.load(path))
+        labels, _ = ndimage.label(np.asarray(image.dataobj) > 0)
+        spacing = nib.affines.voxel_sizes(image.affine)
+        for number, box in enumerate(ndimage.find_objects(labels), 1):
+            inside = ndimage.binary_fill_holes(labels[box] == number)
+            if inside.sum() * spacing.prod() >= 1000 * MIN_COMPONENT_ML:
+                shapes.append(torch.from_numpy(ndimage.zoom(inside, spacing, order=0)))
+    return shapes
 
 
 def real_shape(path: str, points: torch.Tensor, rng: np.random.Generator) -> Shape:

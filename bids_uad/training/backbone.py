@@ -1,17 +1,21 @@
-"""Initialisation of a detector's backbone from published weights or from another bundle."""
+"""Initialisation of a detector's weights from published ones or from another bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bids_uad.engine.bundle import Bundle, load_bundle, load_detector
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.methods.base import Detector, FeatureDetector
+from bids_uad.methods.pls.detector import PLS
 from bids_uad.networks.backbones import find_published
 
 
 def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
-    """Load the weights of a detector's backbone, if it is not trained with the detector.
+    """Load the weights of a detector's backbone, or those with which the training of PLS starts.
 
     Parameters
     ----------
@@ -19,7 +23,8 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
         Detector whose backbone is set in place.
     weights : pathlib.Path or None
         For an ImageNet backbone, torchvision's weights file or a folder that contains it. For the package's
-        own backbone, a bundle with the same backbone; if None, the backbone is trained.
+        own backbone, a bundle with the same backbone; if None, the backbone is trained. For PLS, a bundle
+        whose network is trained further; if None, the initial weights are random.
 
     Returns
     -------
@@ -35,6 +40,8 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
     ModelError
         If the bundle is missing or damaged.
     """
+    if isinstance(detector, PLS):
+        return None if weights is None else _continue_from_bundle(detector, weights)
     if not isinstance(detector, FeatureDetector):
         if weights is not None:
             raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
@@ -43,6 +50,17 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
         _load_published(detector, weights)
         return None
     return None if weights is None else _load_from_bundle(detector, weights)
+
+
+def _continue_from_bundle(detector: PLS, folder: Path) -> Bundle:
+    bundle = load_bundle(folder)
+    try:
+        detector.continue_from(load_file(bundle.folder / WEIGHTS))
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            folder, f"the network of this bundle has another shape ({error})", "use a bundle of this preset"
+        ) from error
+    return bundle
 
 
 def _load_published(detector: FeatureDetector, weights: Path | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,12 +20,12 @@ from bids_uad.config import Seed
 from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.engine.bundle import not_finite
 from bids_uad.engine.execution import in_precision
-from bids_uad.engine.inference import default_field
+from bids_uad.engine.inference import Field, default_field
 from bids_uad.errors import truncate_list
 from bids_uad.files import atomic_path
-from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage
+from bids_uad.methods.base import Batch, Detector, FitStage, GradientStage, PaintedBatch, PaintedScan
 from bids_uad.training.checkpoint import Checkpoint, moving_average
-from bids_uad.training.store import SliceStore
+from bids_uad.training.store import MIN_BRAIN_PIXELS, SliceStore
 
 LOGGER = logging.getLogger(__name__)
 
@@ -38,6 +38,10 @@ MIN_STEPS_BETWEEN_CHECKPOINTS = 10
 HELD_OUT_CHECKS = 20
 """Evaluations of the held-out loss per stage."""
 HELD_OUT_SLICES = 64
+SCANS_PER_POOL = 12
+"""Scans that are painted at once, and among whose slices those of a batch are drawn."""
+SLICES_PER_SCAN = 96
+"""Slices of a painted scan that are used before it is replaced."""
 LOG_COLUMNS = ["stage_number", "stage", "step", "loss", "held_out_loss"]
 
 Report = Callable[[str, int, int, float], None]
@@ -198,9 +202,122 @@ def _torch_generator(rng: np.random.Generator, device: torch.device) -> torch.Ge
 
 def _in_window(batch: Batch, size: tuple[int, int], rng: np.random.Generator) -> Batch:
     """Crop a batch to the detector's field of view, shifted at random."""
-    row, column = rng.integers(-JITTER_PIXELS, JITTER_PIXELS + 1, 2).tolist()
-    window = default_field(size, (row, column))
+    window = _random_window(size, rng)
     return batch.cut(window.rows, window.columns)
+
+
+def _random_window(size: tuple[int, int], rng: np.random.Generator) -> Field:
+    """Draw the position of the field of view."""
+    row, column = rng.integers(-JITTER_PIXELS, JITTER_PIXELS + 1, 2).tolist()
+    return default_field(size, (row, column))
+
+
+@dataclass
+class _Slices:
+    """Slices for a gradient stage, given its number."""
+
+    detector: Detector
+    number: int
+    stage: GradientStage
+    batch_size: int
+    data: TrainingData
+    settings: TrainingSettings
+    fabric: Fabric
+
+
+@dataclass
+class _StoredSlices(_Slices):
+    """Batches of slices as they are stored; each epoch has its own random order."""
+
+    epoch_order: tuple[int, np.ndarray] | None = None  # number of an epoch, and its order of slices
+
+    def batch(self, step: int, rng: np.random.Generator) -> Batch:
+        """Return the slices of a step for this process, in a window that all processes share."""
+        training = self.data.training
+        steps_per_epoch = max(1, len(training) // self.batch_size)
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        if self.epoch_order is None or self.epoch_order[0] != epoch:
+            self.epoch_order = epoch, self.settings.stream(self.number, 0, epoch).permutation(training)
+        chosen = self.epoch_order[1][index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = chosen[self.fabric.global_rank :: self.fabric.world_size]
+        batch = self.data.store.batch(chosen, self.fabric.device)
+        return _in_window(batch, self.detector.field_of_view, rng)
+
+    def held_out(self, rng: np.random.Generator) -> Iterator[Batch]:
+        """Yield batches of held-out slices."""
+        for batch in self.data.store.draw(
+            self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.fabric.device
+        ):
+            yield _in_window(batch, self.detector.field_of_view, rng)
+
+
+@dataclass
+class _PaintedSlices(_Slices):
+    """Batches of slices of scans that are painted pool by pool, since painting a scan takes seconds."""
+
+    pool: tuple[int, list[PaintedScan], np.ndarray] | None = None  # its number, scans, and order of slices
+    held_out_scans: list[PaintedScan] | None = None
+
+    def batch(self, step: int, rng: np.random.Generator) -> PaintedBatch:
+        """Return the slices of a step for this process, in a window that all processes share."""
+        steps_per_pool = max(1, SCANS_PER_POOL * SLICES_PER_SCAN // self.batch_size)
+        pool, index = divmod(step - 1, steps_per_pool)
+        if self.pool is None or self.pool[0] != pool:
+            self.pool = None  # frees the memory
+            scans = self._paint_pool(pool)
+            self.pool = pool, scans, self._order(scans, self.settings.stream(self.number, 0, pool, 1))
+        _, scans, order = self.pool
+        mine = range(self.fabric.global_rank, self.batch_size, self.fabric.world_size)
+        chosen = order[(index * self.batch_size + np.array(mine)) % len(order)]
+        return self._batch(scans, chosen, rng)
+
+    def held_out(self, rng: np.random.Generator) -> Iterator[PaintedBatch]:
+        """Yield batches of slices of held-out scans, which are painted once."""
+        if self.held_out_scans is None:
+            numbers = np.unique(self.data.store.scans[self.data.held_out])
+            stream = self.settings.stream(self.number, 0)
+            chosen = stream.choice(numbers, min(SCANS_PER_POOL, len(numbers)), replace=False)
+            self.held_out_scans = [self._paint(scan, stream) for scan in chosen]
+        order = self._order(self.held_out_scans, rng)[:HELD_OUT_SLICES]
+        for start in range(0, len(order), self.batch_size):
+            yield self._batch(self.held_out_scans, order[start : start + self.batch_size], rng)
+
+    def _paint_pool(self, pool: int) -> list[PaintedScan]:
+        """Paint the next scans of the training data, which are used in a random order in each epoch."""
+        numbers = np.unique(self.data.store.scans[self.data.training])
+        scans = []
+        for position in range(pool * SCANS_PER_POOL, (pool + 1) * SCANS_PER_POOL):
+            epoch, index = divmod(position, len(numbers))
+            order = self.settings.stream(self.number, 0, epoch, 2).permutation(numbers)
+            scans.append(self._paint(order[index], self.settings.stream(self.number, 0, position, 3)))
+        return scans
+
+    def _paint(self, scan: int, rng: np.random.Generator) -> PaintedScan:
+        generator = _torch_generator(rng, torch.device("cpu"))
+        return self.stage.paint(self.data.store.scan(scan), generator)
+
+    def _order(self, scans: list[PaintedScan], rng: np.random.Generator) -> np.ndarray:
+        """Draw the order of pairs of scan and slice."""
+        pairs = []
+        for number, scan in enumerate(scans):
+            found = np.flatnonzero(scan.brain.sum((1, 2)).numpy() >= MIN_BRAIN_PIXELS)
+            if len(found):
+                slices = rng.choice(found, SLICES_PER_SCAN, replace=len(found) < SLICES_PER_SCAN)
+                pairs += [(number, each) for each in slices]
+        return rng.permutation(np.array(pairs))
+
+    def _batch(self, scans: list[PaintedScan], pairs: np.ndarray, rng: np.random.Generator) -> PaintedBatch:
+        window = _random_window(self.detector.field_of_view, rng)
+        parts = []
+        for number, at in pairs.tolist():
+            scan = scans[number]
+            inputs = self.detector.inputs(scan.slices, scan.brain, [at], window.rows, window.columns)
+            others = (window.cut(part[[at], None]) for part in (scan.brain, scan.target, scan.weight))
+            parts.append((inputs, *others))
+        inputs, brain, target, weight = (
+            torch.cat(each).to(self.fabric.device) for each in zip(*parts, strict=True)
+        )
+        return PaintedBatch(inputs.float(), brain, target.float(), weight.float())
 
 
 class _StageTrainer:
@@ -220,7 +337,8 @@ class _StageTrainer:
         self.fabric, self.device = fabric, fabric.device
         self.steps = settings.steps or stage.steps
         self.batch_size = settings.batch_size or stage.batch_size
-        self.epoch_order: tuple[int, np.ndarray] | None = None  # number of an epoch, and its order of slices
+        source = _StoredSlices if stage.paint is None else _PaintedSlices
+        self.source = source(detector, number, stage, self.batch_size, data, settings, fabric)
         self.module = stage.module.train()
         self.average = moving_average(self.module, EMA_DECAY)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
@@ -255,11 +373,10 @@ class _StageTrainer:
         own = rng if rank == 0 else self.settings.stream(self.number, step, rank)
         generator = _torch_generator(own, self.device)
         torch.manual_seed(int(own.integers(2**62)))  # used by dropout
-        batch = self.data.store.batch(self._slices(step), self.device)
-        batch = _in_window(batch, self.detector.field_of_view, rng)
+        batch = self.source.batch(step, rng)
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.learning_rate * learning_rate_factor(step - 1, self.steps)
-        loss = self.loss(batch.slices, batch.brain, batch.tissue, generator)
+        loss = self.loss(batch, generator)
         self.stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
@@ -275,16 +392,6 @@ class _StageTrainer:
         if not math.isfinite(value):
             raise ValueError(f"the {name} of stage {self.stage.name!r} is {value} at step {step}")
 
-    def _slices(self, step: int) -> np.ndarray:
-        """Return the slices of a step for this process; each epoch has its own random order."""
-        training = self.data.training
-        steps_per_epoch = max(1, len(training) // self.batch_size)
-        epoch, index = divmod(step - 1, steps_per_epoch)
-        if self.epoch_order is None or self.epoch_order[0] != epoch:
-            self.epoch_order = epoch, self.settings.stream(self.number, 0, epoch).permutation(training)
-        batch = self.epoch_order[1][index * self.batch_size : (index + 1) * self.batch_size]
-        return batch[self.fabric.global_rank :: self.fabric.world_size]
-
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         """Compute the loss of the averaged weights on held-out slices, with the same draws every time."""
@@ -292,11 +399,7 @@ class _StageTrainer:
         generator = _torch_generator(rng, self.device)
         own = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.module.eval().load_state_dict(self.average.module.state_dict())
-        drawn = self.data.store.draw(self.data.held_out, HELD_OUT_SLICES, self.batch_size, rng, self.device)
-        losses = [
-            self.stage.loss(_in_window(batch, self.detector.field_of_view, rng), generator).item()
-            for batch in drawn
-        ]
+        losses = [self.stage.loss(batch, generator).item() for batch in self.source.held_out(rng)]
         self.module.load_state_dict(own)
         self.module.train()
         return float(np.mean(losses))
@@ -310,8 +413,8 @@ class _Loss(nn.Module):
         self.module = stage.module
         self.loss = stage.loss
 
-    def forward(self, slices: Tensor, brain: Tensor, tissue: Tensor | None, generator: Generator) -> Tensor:
-        return self.loss(Batch(slices, brain, tissue), generator)
+    def forward(self, batch: Batch | PaintedBatch, generator: Generator) -> Tensor:
+        return self.loss(batch, generator)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

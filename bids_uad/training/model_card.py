@@ -33,13 +33,6 @@ def model_card(config: RunConfig, training: dict[str, Any], parameters: int) -> 
     stages = "\n".join(
         "- " + ", ".join(f"{key} {value}" for key, value in stage.items()) for stage in training["stages"]
     )
-    changes = f" --hyper {' '.join(config.hyper)}" if config.hyper else ""
-    if config.synthetic:
-        changes += f" \\\n        --synthetic {config.synthetic}"
-        changes += " --labelmaps PATH" if config.label_maps else ""
-    changes += " --contrast-transfer" if config.contrast_transfer else ""
-    if "backbone" in training:
-        changes += f" \\\n        --backbone-weights MODELS/{training['backbone']['bundle']}"
     return f"""# {config.detector} for {config.modality}, preset {config.preset}
 
 Research software, not for clinical use.
@@ -57,16 +50,49 @@ trained parameters. Training data are scans of healthy controls only.
 - Label maps of simulated scans: {", ".join(training["anatomies"] or ["no simulated scans"])}
 - Seed {training["seed"]}, {training["minutes"]} minutes on {training["device"]} in {training["precision"]},
   torch {training["torch"]}
-
+{_sources(training)}
 {stages}
 
 ## Reproduce
 
     bids_uad train DERIVATIVES MODELS --detector {config.detector} --modality {config.modality} \\
-        --preset {config.preset} --random-seed {config.random_seed}{changes}
+        --preset {config.preset} --random-seed {config.random_seed}{_options(config, training)}
     bids_uad calibrate VALIDATION MODELS --detector {config.detector} --modality {config.modality} \\
         --preset {config.preset}
 """
+
+
+def _options(config: RunConfig, training: dict[str, Any]) -> str:
+    """Return the options of a training that differ from the defaults."""
+    lines = [f" --hyper {' '.join(config.hyper)}" if config.hyper else ""]
+    if config.steps or config.batch_size:
+        values = {"--steps": config.steps, "--batch-size": config.batch_size}
+        lines.append(" ".join(f"{name} {value}" for name, value in values.items() if value))
+    if config.synthetic:
+        lines.append(f"--synthetic {config.synthetic}" + " --labelmaps PATH" * bool(config.label_maps))
+    if config.contrast_transfer:
+        lines.append("--contrast-transfer")
+    if config.lesion_masks:
+        lines.append("--lesion-masks PATH")
+    if "backbone" in training:
+        lines.append(f"--backbone-weights MODELS/{training['backbone']['bundle']}")
+    if training["precision"] != "fp32":
+        lines.append(f"--precision {training['precision']}")
+    return " \\\n        ".join(lines)
+
+
+def _sources(training: dict[str, Any]) -> str:
+    """List what else a detector was trained with: shapes of lesions, and the weights of another bundle."""
+    lines = []
+    if "lesion_shapes" in training:
+        lines += [
+            f"- Shapes of half of the large synthetic lesions: {training['lesion_shapes']} components of",
+            "  real lesion masks. Intensities of real lesions were not used.",
+        ]
+    if "backbone" in training:
+        other = training["backbone"]
+        lines.append(f"- Weights at the start: {other['bundle']} (SHA-256 {other['sha256'][:12]})")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _failures(calibration: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from bids_uad import space
 from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.files import remove_unfinished, temporary_folder
-from bids_uad.methods.base import Batch
+from bids_uad.methods.base import Batch, Scan
 
 LOGGER = logging.getLogger(__name__)
 
@@ -63,18 +63,20 @@ class SliceStore:
         self.masks = np.load(folder / "masks.npy", mmap_mode="r")
         self.starts = np.load(folder / "starts.npy")
         self.owners = np.load(folder / "owners.npy")
+        self.scans, self.numbers = np.load(folder / "places.npy")
         self.names = (folder / "names.txt").read_text(encoding="utf-8").splitlines()
         self.pixels = np.memmap(folder / "pixels.f16", np.float16, "r")
         tissue = folder / "tissue.u8"
         self.tissue = np.memmap(tissue, np.uint8, "r") if tissue.exists() else None
+        self._complete = (folder / "complete").exists()
 
     def __len__(self) -> int:
         return len(self.owners)
 
     @property
     def has_tissue(self) -> bool:
-        """Whether all slices have tissue classes."""
-        return self.tissue is not None
+        """Whether all scans have tissue classes."""
+        return self._complete
 
     @classmethod
     def open_or_build(cls, scans: Sequence[TrainingScan], parent: Path, protocol: Protocol) -> SliceStore:
@@ -126,28 +128,36 @@ class SliceStore:
             Slices with at least 400 brain pixels.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        has_tissue = all(scan.tissue for scan in scans)
-        (folder / "tissue.u8").unlink(missing_ok=True)
-        masks, counts, owners = [], [], []
+        has_tissue = any(scan.tissue for scan in scans)
+        for name in ("tissue.u8", "complete"):
+            (folder / name).unlink(missing_ok=True)
+        if all(scan.tissue for scan in scans):
+            (folder / "complete").touch()
+        masks, counts, owners, places = [], [], [], []
         names = list(dict.fromkeys(scan.name for scan in scans))
         with (folder / "pixels.f16").open("wb") as pixels:
-            for scan in scans:
+            for number, scan in enumerate(scans):
                 volume, brain = protocol.prepare(_volume(scan.image), _volume(scan.brain) > 0)
                 inside = space.to_slices(brain)
                 kept = inside.sum((1, 2)) >= MIN_BRAIN_PIXELS
                 mask = inside[kept]
                 pixels.write(space.to_slices(volume)[kept][mask].astype(np.float16).tobytes())
                 if has_tissue:
-                    classes = space.to_slices(_volume(scan.tissue))[kept][mask].astype(np.uint8)
+                    # Class 0 is background, so brain without a class becomes class 1. All voxels of a scan
+                    # without classes are 0.
+                    classes = np.zeros(int(mask.sum()), np.uint8)
+                    if scan.tissue:
+                        classes = space.to_slices(_volume(scan.tissue))[kept][mask].astype(np.uint8).clip(1)
                     with (folder / "tissue.u8").open("ab") as stream:
-                        # Class 0 is background, so brain without a class becomes class 1.
-                        stream.write(np.maximum(classes, 1).tobytes())
+                        stream.write(classes.tobytes())
                 masks.append(np.packbits(mask.reshape(len(mask), -1), axis=1))
                 counts.append(mask.sum((1, 2)))
                 owners.append(np.full(len(mask), names.index(scan.name), dtype=np.int32))
+                places.append(np.stack([np.full(len(mask), number), np.flatnonzero(kept)]))
         np.save(folder / "masks.npy", np.concatenate(masks))
         np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(np.concatenate(counts))]))
         np.save(folder / "owners.npy", np.concatenate(owners))
+        np.save(folder / "places.npy", np.concatenate(places, axis=1).astype(np.int32))
         (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
         return cls(folder)
 
@@ -169,6 +179,32 @@ class SliceStore:
             torch.from_numpy(brain.reshape(shape)).to(device),
             tissue,
         )
+
+    def scan(self, number: int) -> Scan:
+        """Return all stored slices of a scan, at their places; the others are 0.
+
+        Parameters
+        ----------
+        number : int
+            Number of the scan, one of `scans`.
+
+        Returns
+        -------
+        Scan
+            Scan of shape (155, 224, 224).
+        """
+        index = np.flatnonzero(self.scans == number)
+        batch = self.batch(index, torch.device("cpu"))
+        where = torch.from_numpy(self.numbers[index].astype(np.int64))
+
+        def whole(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            volume = torch.zeros((space.SHAPE[2], space.CROP, space.CROP), dtype=dtype)
+            volume[where] = part.to(dtype)
+            return volume
+
+        known = batch.tissue is not None and bool(batch.tissue.any())
+        tissue = whole(batch.tissue, torch.uint8) if known else None
+        return Scan(whole(batch.slices[:, 0], torch.float32), whole(batch.brain[:, 0], torch.bool), tissue)
 
     def split(self, fraction: float, held_out: float) -> tuple[np.ndarray, np.ndarray]:
         """Split the subjects into training and held-out subjects by hashes of their names.
@@ -205,7 +241,7 @@ class SliceStore:
 
 def _hash(scans: Sequence[TrainingScan], protocol: Protocol) -> str:
     """Hash the protocol and the names, paths, sizes and modification times of scans."""
-    digest = hashlib.sha256(protocol.name.encode())
+    digest = hashlib.sha256(f"places {protocol.name}".encode())
     for scan in scans:
         for path in (scan.image, scan.brain, scan.tissue):
             if path is not None:

@@ -28,7 +28,9 @@ from bids_uad.engine.protocol import protocol_of
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import remove_unfinished
 from bids_uad.methods.base import Detector, GradientStage, change_hyper, changed_names
+from bids_uad.methods.pls.detector import PLS
 from bids_uad.methods.registry import build_detector, preset_of
+from bids_uad.simulation.shapes import component_shapes
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
     Cohort,
@@ -85,6 +87,10 @@ def run_train(config: RunConfig) -> int:
     torch.set_num_threads(max(1, config.nprocs // config.num_devices))
     detector = _build(config)
     backbone = initialise_backbone(detector, config.backbone_weights)
+    if config.lesion_masks is not None:
+        if not isinstance(detector, PLS):
+            raise ConfigError(f"{detector.name} does not use --lesion-masks")
+        detector.shapes = component_shapes(config.lesion_masks)
     with fabric.rank_zero_first():
         cohorts = training_cohorts(config)
         store = _open_store(config, cohorts)
@@ -172,6 +178,8 @@ def _describe(
         "stages": _schedule(detector, config),
         "seed": config.random_seed,
     }
+    if config.lesion_masks is not None:
+        description["lesion_shapes"] = len(detector.shapes)
     if backbone is not None:
         description["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
         # The training subjects of the backbone count as training subjects of the model.
@@ -190,8 +198,10 @@ def training_cohorts(config: RunConfig) -> list[Cohort]:
     InputError
         If there are no scans.
     """
-    if config.contrast_transfer and config.modality != "T2w":
-        raise ConfigError("--contrast-transfer creates T2w-like images; use --modality T2w")
+    if config.contrast_transfer and config.modality == "T1w":
+        raise ConfigError(
+            "--contrast-transfer creates images of another contrast; use --modality T2w or FLAIR"
+        )
     if config.synthetic and config.bids_dir.name == NO_SCANS and not config.bids_dir.exists():
         return [synthetic_cohort(config)]
     cohorts = [contrast_transfer_cohort(config)] if config.contrast_transfer else []
@@ -207,7 +217,12 @@ def _scratch(config: RunConfig, bundle: str, detector: Detector, store: SliceSto
     """Return the folder of the checkpoint, which trainings with other settings do not share."""
     settings = [
         *(detector.describe(), config.random_seed, config.steps, config.batch_size, config.train_fraction),
-        *(str(config.backbone_weights), config.precision, config.num_devices * config.num_nodes),
+        *(
+            str(config.backbone_weights),
+            str(config.lesion_masks),
+            config.precision,
+            config.num_devices * config.num_nodes,
+        ),
     ]
     return scratch_folder(config.work_dir, f"training-{bundle}", *settings, store.folder.name)
 

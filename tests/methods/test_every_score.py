@@ -29,12 +29,11 @@ CPU = torch.device("cpu")
 
 
 def shown(detector) -> tuple[Tensor, Tensor]:
-    """Slices of the phantom and their brain masks, cut as by the engine."""
+    """Inputs of the slices of the phantom and their brain masks, cut as by the engine."""
     field = default_field(detector.field_of_view)
-    volume, brain = phantom(FIRST, LAST)
-    parts = (torch.from_numpy(to_slices(part)[FIRST:LAST].copy())[:, None] for part in (volume, brain))
-    slices, mask = (field.cut(part).contiguous() for part in parts)
-    return slices.clamp(0, 1), mask
+    volume, brain = (torch.from_numpy(to_slices(part).copy()) for part in phantom(FIRST, LAST))
+    inputs = detector.inputs(volume.clamp(0, 1), brain, range(FIRST, LAST), field.rows, field.columns)
+    return inputs.contiguous(), field.cut(brain[FIRST:LAST, None]).contiguous()
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -26,8 +26,8 @@ from bids_uad.methods.fae import FAEHyper
 from bids_uad.methods.intensity import IntensityHyper
 from bids_uad.methods.itermask import IterMaskHyper
 from bids_uad.methods.patchcore import PatchCoreHyper
-from bids_uad.methods.pls.detector import CurriculumStage, PLSHyper
-from bids_uad.methods.pls.training_samples import SyntheticLesionConfig
+from bids_uad.methods.pls.detector import PLSHyper
+from bids_uad.methods.pls.painting import HealthyConfig, LesionConfig, PaintingConfig
 from bids_uad.methods.rd import RDHyper
 from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
 from bids_uad.methods.riad import RIADHyper
@@ -38,22 +38,12 @@ from bids_uad.networks.ddpmpp import DDPMppConfig
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
 from bids_uad.preprocessing.registration import RegistrationSchedule
 from bids_uad.training.loop import TrainingSettings
+from tests.methods.tiny import batch_for
 
 NAN, INF = float("nan"), float("inf")
 
 # Values that are not allowed, of each field of each class.
 SCHEDULE = {"steps": [0, 2.5], "batch_size": [0, -8], "learning_rate": [0.0, -1e-3, NAN]}
-CURRICULUM = {
-    "lesion": [None, {}],
-    "small_lesion_weight": [-1.0, NAN],
-    "dark_nuclei_prob": [-0.1, 1.1],
-    "flow_void_prob": [-0.1, 1.1],
-    "strip_remnant_prob": [-0.1, 1.1],
-    "edge_cut_prob": [-0.1, 1.1],
-    "steps": [-1, 0.5],
-    "batch_size": [0],
-    "learning_rate": [0.0, INF],
-}
 FIELD = [(160,), (0, 192), (160, 240), (160.0, 192.0), 160]
 ILLEGAL: dict[type, dict[str, list[Any]]] = {
     DDPMppConfig: {
@@ -90,19 +80,31 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "flip_front_back": [None],
         "intensity": [-0.15],
     },
-    SyntheticLesionConfig: {
+    LesionConfig: {
+        "healthy_prob": [-0.1, 1.1],
+        "large_counts": [(), (0.5, 1.5), 0.5, (0.0, 0.0)],
         "large_size": [(0.0, 90.0), (90.0, 10.0)],
-        "core_size": [(40.0, 5.0)],
+        "along_white_prob": [-0.5],
+        "mass_prob": [1.01, NAN],
+        "mass_volume": [(0.0, 220.0), (15.0, INF)],
+        "small_prob": [2],
+        "max_small": [0, 4.5],
         "small_size": [(-2.0, 16.0), (3.0, INF)],
-        "probabilities": [(0.6, 0.3), (0.6, 0.3, 1.5), 0.5],
-        "max_small": [0],
-        "fluid_like_prob": [1.01, NAN],
-        "foreign_texture_prob": [-0.2],
-        "opacity": [(0.15, 1.5), (1.0, 0.15)],
-        "max_blur": [-3.0],
         "white_matter_prob": [2],
         "periventricular_prob": [-0.4],
-        "periventricular_thickness": [(0.0, 6.0), (6.0, 1.0)],
+        "real_shape_prob": [1.5],
+    },
+    HealthyConfig: {
+        "max_erosion": [-1, 1.5],
+        **{entry.name: [-0.1, 1.1, NAN] for entry in fields(HealthyConfig) if entry.name != "max_erosion"},
+    },
+    PaintingConfig: {
+        "lesion": [None, {}],
+        "healthy": [None],
+        "rotation": [-6.0, INF],
+        "zoom": [(0.0, 1.1), (1.1, 0.9)],
+        "shift": [-4.0],
+        "small_lesion_weight": [-1.0, NAN],
     },
     BackboneConfig: {
         "name": ["resnet50", "MRI"],
@@ -204,21 +206,20 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "scoring_window": [-11, 4],
         **SCHEDULE,
     },
-    CurriculumStage: CURRICULUM,
     PLSHyper: {
-        **CURRICULUM,
         "network": [None],
         "field_of_view": [(162, 192), *FIELD],
-        "augmentation": [None],
-        "full_target_change": [0.0, -0.15],
-        "rim_artifact_prob": [1.1],
-        "ventricle_scaling_prob": [-0.6],
+        "neighbours": [-1, 1.5],
+        "mirror": [None, 1],
+        "place": ["yes"],
+        "mirror_dropout": [1.1],
+        "place_dropout": [-0.1],
+        "painting": [None, {}],
+        "intensity": [1.5],
         "fine_bias_strength": [-0.06],
+        "tversky_weight": [-1.0, NAN],
         "slice_smoothing": [-2.0, INF],
-        "stage2": [None],
-        "stage3": ["third"],
-        "stage4": [{}],
-        "steps": [0],
+        **SCHEDULE,
     },
     IntensityHyper: {"slices": [0, 2.0], "modality": ["PDw"]},
 }
@@ -236,6 +237,7 @@ OTHERS = {
         "module": [None],
         "loss": ["mse"],
         "needs_tissue": [None],
+        "paint": ["lesions"],
         **SCHEDULE,
     },
     FitStage: {"name": [None], "fit": [None], "slices": [0], "batch_size": [0]},
@@ -386,9 +388,8 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
         "patchcore": {"neighbourhood": 27, "bank_size": 1, "candidates": 1, "projection_dim": 1,
                       "bank_slices": 1},
         "fae": {"training_window": 55, "scoring_window": 55, "dropout": 0.0, "widths": (1, 1, 1, 1)},
-        "pls": {"full_target_change": 1e-3, "rim_artifact_prob": 1.0, "ventricle_scaling_prob": 1.0,
-                "small_lesion_weight": 0.0, "dark_nuclei_prob": 1.0, "flow_void_prob": 1.0,
-                "strip_remnant_prob": 1.0, "edge_cut_prob": 1.0, "field_of_view": (32, 32)},
+        "pls": {"neighbours": 0, "mirror_dropout": 1.0, "place_dropout": 1.0, "intensity": 1.0,
+                "fine_bias_strength": 0.0, "tversky_weight": 5.0, "field_of_view": (32, 32)},
         "intensity": {"slices": 1},
     }  # fmt: skip
     torch.manual_seed(0)
@@ -404,10 +405,11 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
             with torch.no_grad():
                 stage.fit(iter([batch]), generator)
         else:
-            assert stage.loss(batch, generator).isfinite()
-    keys = SliceGenerator(torch.arange(2))
+            painted = batch_for(stage, detector, batch.slices, brain, batch.tissue)
+            assert stage.loss(painted, generator).isfinite()
+    inputs = detector.inputs(batch.slices[:, 0], brain[:, 0], [0, 1], slice(0, height), slice(0, width))
     with torch.no_grad():
-        scores = detector.eval().score(batch.slices, brain, keys)
+        scores = detector.eval().score(inputs, brain, SliceGenerator(torch.arange(2)))
     assert scores.isfinite().all()
 
 
@@ -490,27 +492,23 @@ def test_hyper_from_values_uses_defaults_for_missing_fields():
 
 
 def test_hyper_from_values_reads_former_names():
-    """Bundles of PLS may have former names at every level of nesting."""
-    hyper = PLSHyper(
-        stage2=CurriculumStage(lesion=SyntheticLesionConfig(max_small=7), dark_nuclei_prob=0.5),
-        slice_smoothing=2.0,
+    """Also of dataclasses in fields."""
+    hyper = replace(
+        Disyre.presets["lite"],
+        predict_residual=True,
+        augmentation=AugmentationConfig(flip_front_back=False),
     )
-
-    def former(values, kind):
-        names = {new: old for old, new in kind.renamed_fields.items()}
-        return {names.get(name, name): value for name, value in values.items()}
-
-    values = former(asdict(hyper), PLSHyper)
-    for stage in ("second", "third", "fourth"):
-        values[stage] = former(values[stage], CurriculumStage)
-        values[stage]["blemish"] = former(values[stage]["blemish"], SyntheticLesionConfig)
-    assert (values["second"]["blemish"]["most_small"], values["second"]["iron"]) == (7, 0.5)
-    assert hyper_from_values(PLSHyper, values) == hyper
+    values = asdict(hyper)
+    values["predict_change"] = values.pop("predict_residual")
+    values["augmentation"]["back_to_front"] = values["augmentation"].pop("flip_front_back")
+    assert hyper_from_values(DisyreHyper, values) == hyper
 
 
 def test_change_hyper_warns_about_former_names(caplog):
-    hyper = PLSHyper()
     with caplog.at_level("WARNING", logger="bids_uad"):
-        assert change_hyper(hyper, ["depth=3"]).slice_smoothing == 3.0
-    assert "--hyper depth is deprecated: the hyper-parameter is called slice_smoothing" in caplog.text
-    assert changed_names(PLSHyper, ["depth=3", "visible=0.1"]) == ["slice_smoothing", "full_target_change"]
+        assert change_hyper(DisyreHyper(), ["predict_change=true"]).predict_residual
+    assert (
+        "--hyper predict_change is deprecated: the hyper-parameter is called predict_residual" in caplog.text
+    )
+    changes = ["predict_change=true", "stride=32"]
+    assert changed_names(DisyreHyper, changes) == ["predict_residual", "stride"]

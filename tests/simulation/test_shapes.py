@@ -7,7 +7,7 @@ import torch
 
 from bids_uad.errors import InputError
 from bids_uad.simulation.__main__ import main
-from bids_uad.simulation.shapes import EDGE_MM, lesion_shapes, real_shape
+from bids_uad.simulation.shapes import EDGE_MM, component_shapes, lesion_shapes, real_shape
 from bids_uad.simulation.spatial import box_points
 from bids_uad.space import icbm_to_sri24
 
@@ -68,3 +68,17 @@ def test_real_shape_keeps_its_position_and_scales(folder, scale):
     # A soft edge, about a voxel wide, on the surface of the cube.
     soft = int(((fraction > 0.02) & (fraction < 0.98)).sum())
     assert 0 < soft < 6 * EDGE_MM * scale * 6 * (20 * scale) ** 2
+
+
+def test_component_shapes_are_the_filled_components_at_1_mm(tmp_path):
+    """A hollow cube of 20 mm, a bar of 24 x 8 x 6 mm and a speck of 32 mm3, on a grid of 2 x 2 x 1 mm."""
+    mask = np.zeros((40, 40, 60), dtype=np.uint8)
+    mask[2:12, 2:12, 2:22] = 1
+    mask[5:7, 5:7, 8:12] = 0
+    mask[20:32, 20:24, 40:46] = 1
+    mask[36:38, 36:38, 50:52] = 1
+    nib.save(nib.Nifti1Image(mask, np.diag([-2.0, 2.0, 1.0, 1.0])), tmp_path / "a_mask.nii.gz")
+    (tmp_path / "lesions.tsv").write_text("file\tpathology\na_mask.nii.gz\tstroke\n")
+    shapes = component_shapes(tmp_path)
+    assert sorted(tuple(shape.shape) for shape in shapes) == [(20, 20, 20), (24, 8, 6)]
+    assert all(shape.dtype == torch.bool and shape.all() for shape in shapes)

@@ -14,23 +14,28 @@ from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.engine.protocol import CORRECTED, PUBLISHED
-from bids_uad.methods.base import GradientStage
+from bids_uad.methods.base import GradientStage, Scan
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.uniad import UniAD
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig
+from bids_uad.training import loop
 from bids_uad.training.checkpoint import moving_average
 from bids_uad.training.loop import (
     TrainingData,
     TrainingSettings,
+    _PaintedSlices,
     _StageTrainer,
+    _StoredSlices,
     learning_rate_factor,
     start_fabric,
     train_detector,
 )
 from bids_uad.training.store import SliceStore, TrainingScan
 from tests.methods.tiny import TINY_NETWORK
+
+from .train_toy import PaintedToy, ToyHyper
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(
@@ -87,12 +92,47 @@ def test_slice_store_returns_the_stored_slices(store):
     assert torch.equal(batch.tissue[0], torch.from_numpy(tissue[8:232, 8:232, kept[-1]]).long())
 
 
-def test_each_slice_is_used_once_per_epoch(store):
-    data = TrainingData(store, np.arange(len(store)), np.arange(0))
-    schedule = TrainingSettings(seed=0, steps=10, batch_size=len(store) // 2)
+def test_scan_returns_the_stored_slices_at_their_places(store):
+    for number in range(2):
+        volume, tissue = (torch.from_numpy(space.to_slices(part)) for part in brain_volume(number))
+        scan = store.scan(number)
+        kept = (tissue > 0).sum((1, 2)) >= 400
+        expected = volume.float() * kept[:, None, None]
+        torch.testing.assert_close(scan.slices, expected, atol=1e-3, rtol=0)
+        assert torch.equal(scan.brain, (tissue > 0) & kept[:, None, None])
+        assert torch.equal(scan.tissue, tissue * kept[:, None, None])
+        assert (scan.slices.dtype, scan.tissue.dtype) == (torch.float32, torch.uint8)
+
+
+def test_scans_without_tissue_are_stored_beside_scans_with_tissue(store, tmp_path):
+    folder = store.folder.parent
+    scans = [
+        TrainingScan(*(folder / f"{seed}_{name}.nii.gz" for name in parts), name="sub-0")
+        for seed, parts in ((0, ("scan", "brain")), (1, ("scan", "brain", "tissue")))
+    ]
+    mixed = SliceStore.build(scans, tmp_path / "mixed")
+    assert store.has_tissue
+    assert not mixed.has_tissue
+    assert mixed.scan(0).tissue is None
+    assert torch.equal(mixed.scan(1).tissue, store.scan(1).tissue)
+    for number in range(2):  # although both belong to one subject
+        assert torch.equal(mixed.scan(number).slices, store.scan(number).slices)
+    assert set(mixed.owners) == {0}
+    plain = SliceStore.build(scans[:1], tmp_path / "mixed")
+    assert plain.tissue is None
+    assert not plain.has_tissue
+
+
+def test_each_slice_is_used_once_per_epoch(store, monkeypatch):
+    data = TrainingData.all_of(store)
     stage = GradientStage("x", torch.nn.Linear(1, 1), lambda *_: None, 10, 4, 1e-3)
-    descent = _StageTrainer(Disyre(TINY), 0, stage, data, schedule, start_fabric(CPU))
-    passes = [np.concatenate([descent._slices(step) for step in steps]) for steps in ((1, 2), (3, 4))]
+    settings, fabric = TrainingSettings(seed=0), start_fabric(CPU)
+    source = _StoredSlices(Disyre(TINY), 0, stage, len(store) // 2, data, settings, fabric)
+    chosen, read = [], store.batch
+    monkeypatch.setattr(store, "batch", lambda index, device: chosen.append(index) or read(index, device))
+    for step in range(1, 5):
+        source.batch(step, np.random.default_rng(step))
+    passes = [np.concatenate(chosen[:2]), np.concatenate(chosen[2:])]
     for order in passes:
         assert sorted(order) == list(range(len(store)))
     assert not np.array_equal(*passes)
@@ -174,6 +214,109 @@ def test_train_detector_resumes_with_equal_weights(store, tmp_path, when):
 
     def stop(stage, step, steps, loss):
         if (stage, step) == when:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        trained(tmp_path / "stopped", stop)
+    stopped, whole = trained(tmp_path / "stopped"), trained(tmp_path / "whole")
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
+    logs = [(tmp_path / folder / "training.csv").read_text() for folder in ("stopped", "whole")]
+    assert logs[0] == logs[1]
+
+
+@pytest.fixture
+def small_pools(monkeypatch):
+    """Pools of two painted scans and ten slices of each, which make five batches of four."""
+    monkeypatch.setattr(loop, "SCANS_PER_POOL", 2)
+    monkeypatch.setattr(loop, "SLICES_PER_SCAN", 10)
+
+
+def painted_source(data, batch_size=4):
+    toy = PaintedToy(ToyHyper())
+    (stage,) = toy.stages()
+    return _PaintedSlices(toy, 0, stage, batch_size, data, TrainingSettings(seed=2), start_fabric(CPU))
+
+
+def test_each_scan_is_painted_once_per_epoch(monkeypatch):
+    class Five:
+        """Five scans of four slices."""
+
+        scans = np.repeat(np.arange(5), 4)
+
+        def scan(self, number):
+            return Scan(torch.full((1, 2, 2), float(number)), torch.ones(1, 2, 2, dtype=torch.bool))
+
+    monkeypatch.setattr(loop, "SCANS_PER_POOL", 3)
+    source = painted_source(TrainingData(Five(), np.arange(20), np.arange(0)))
+    painted = []
+    source.stage = replace(
+        source.stage, paint=lambda scan, generator: painted.append(int(scan.slices[0, 0, 0]))
+    )
+    for pool in range(5):
+        source._paint_pool(pool)
+    epochs = np.array(painted).reshape(3, 5)
+    assert np.array_equal(np.sort(epochs, 1), np.tile(np.arange(5), (3, 1)))
+    assert not (epochs[0] == epochs[1]).all()
+    # A pool can be painted again after an interruption.
+    painted.clear()
+    source._paint_pool(1)
+    assert painted == [*epochs[0, 3:], epochs[1, 0]]
+
+
+def test_painted_batches_hold_the_slices_of_a_pool(store, small_pools):
+    data = TrainingData.all_of(store)
+    source = painted_source(data)
+    batches = [source.batch(step, np.random.default_rng(step)) for step in range(1, 6)]
+    _, scans, order = source.pool
+    assert len(set(map(tuple, order.tolist()))) == len(order) == 20
+    assert np.bincount(order[:, 0]).tolist() == [10, 10]
+    for number, at in order:
+        assert scans[number].brain[at].sum() >= 400
+    for step, batch in enumerate(batches):
+        pairs = order[4 * step : 4 * step + 4]
+        assert batch.inputs.shape == (4, 1, 224, 224)
+        for part, name in ((batch.inputs, "slices"), (batch.target, "target"), (batch.weight, "weight")):
+            expected = torch.stack([getattr(scans[number], name)[at] for number, at in pairs])
+            assert torch.equal(part[:, 0], expected)
+    before = source.pool
+    source.batch(6, np.random.default_rng(6))
+    assert source.pool[0] == 1
+    assert not torch.equal(source.pool[1][0].slices, before[1][0].slices)
+
+
+def test_held_out_loss_of_painted_scans_repeats(store, small_pools):
+    data = TrainingData(store, np.flatnonzero(store.scans == 0), np.flatnonzero(store.scans == 1))
+    torch.manual_seed(0)
+    toy = PaintedToy(ToyHyper())
+    (stage,) = toy.stages()
+    trainers = [
+        _StageTrainer(toy, 0, stage, data, TrainingSettings(seed=seed), start_fabric(CPU))
+        for seed in (2, 2, 3)
+    ]
+    for trainer in trainers:
+        trainer.average.update_parameters(toy.network)
+    losses = [trainer._held_out_loss() for trainer in (trainers[0], *trainers)]
+    assert losses[0] == losses[1] == losses[2] != losses[3]
+    (painted,) = trainers[0].source.held_out_scans
+    brightness = painted.slices.max() / store.scan(1).slices.max()
+    assert torch.allclose(painted.slices, brightness * store.scan(1).slices)
+
+
+@pytest.mark.parametrize("when", [1, 11])
+def test_painted_training_resumes_within_a_pool_with_equal_weights(store, small_pools, tmp_path, when):
+    """The checkpoint is written after the first of three steps of the fourth pool."""
+
+    def trained(folder, report=None):
+        torch.manual_seed(0)
+        toy = PaintedToy(ToyHyper())
+        data = TrainingData(store, np.flatnonzero(store.scans == 0), np.flatnonzero(store.scans == 1))
+        settings = TrainingSettings(seed=3, batch_size=6)  # three steps of each pool
+        train_detector(toy, data, settings, folder, fabric=start_fabric(CPU), report=report)
+        return toy.state_dict()
+
+    def stop(stage, step, steps, loss):
+        if step == when:
             raise _KilledError
 
     with pytest.raises(_KilledError):

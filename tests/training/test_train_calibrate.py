@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import nibabel as nib
 import numpy as np
@@ -24,8 +25,9 @@ from bids_uad.engine.inference import Scorer
 from bids_uad.errors import ModelError
 from bids_uad.files import write_json, write_tsv
 from bids_uad.methods.intensity import Intensity
+from bids_uad.methods.pls.detector import PLS
 from bids_uad.networks.backbones import resnet18
-from bids_uad.training import calibrate
+from bids_uad.training import calibrate, loop
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
 
@@ -368,7 +370,7 @@ def test_train_uses_contrast_transferred_t1w_scans(scans, tmp_path, capsys):
     assert (training["source"], training["n_scans"]) == ("Thirty slices; Thirty slices", 3)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert call(t1w, tmp_path, "train", "intensity", "--contrast-transfer", modality="T1w") == 2
-    assert "--modality T2w" in capsys.readouterr().err
+    assert "--modality T2w or FLAIR" in capsys.readouterr().err
 
 
 def test_train_accepts_bfloat16(scans, tmp_path):
@@ -384,6 +386,60 @@ def test_train_accepts_bfloat16(scans, tmp_path):
         torch.testing.assert_close(weights["bf16"][name], value, atol=0.05, rtol=0.05)
         changed = max(changed, float((weights["bf16"][name] - value).abs().max()))
     assert changed > 0
+
+
+@pytest.fixture
+def lesion_masks(tmp_path):
+    """Two masks of a cube of 1 mL."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    mask = np.zeros((20, 20, 20), dtype=np.uint8)
+    mask[3:13, 3:13, 3:13] = 1
+    for name in "ab":
+        nib.save(nib.Nifti1Image(mask, np.eye(4)), folder / f"{name}.nii.gz")
+    (folder / "lesions.tsv").write_text("file\tpathology\na.nii.gz\tstroke\nb.nii.gz\tms\n")
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_train_paints_with_real_shapes_and_continues_from_another_bundle(
+    scans, tmp_path, lesion_masks, monkeypatch, capsys
+):
+    monkeypatch.setattr(loop, "SCANS_PER_POOL", 2)
+    few = ["--steps", "2", "--batch-size", "2", "--nprocs", "1", "--hyper", "slice_smoothing=0.5"]
+    first = tmp_path / "first"
+    assert call(scans, first, "train", "pls", *few, "--lesion-masks", str(lesion_masks)) == 0
+    bundle = load_bundle(first / "pls-T2w-lite")
+    assert bundle.info["training"]["lesion_shapes"] == 2
+    assert [stage["name"] for stage in bundle.info["training"]["stages"]] == ["segmentation"]
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert "2 components of\n  real lesion masks. Intensities of real lesions were not used." in card
+    assert (
+        "--hyper slice_smoothing=0.5 \\\n        --steps 2 --batch-size 2 \\\n        --lesion-masks PATH"
+        in card
+    )
+    detector = load_detector(bundle)
+    assert detector.describe() == asdict(replace(PLS.presets["lite"], slice_smoothing=0.5))
+
+    second = tmp_path / "second"
+    start = ["--backbone-weights", str(bundle.folder)]
+    assert call(scans, second, "train", "pls", *few[:-2], *start, "--seed", "9") == 0
+    continued = load_bundle(second / "pls-T2w-lite")
+    assert continued.info["training"]["backbone"] == {"bundle": "pls-T2w-lite", "sha256": bundle.sha256}
+    assert "lesion_shapes" not in continued.info["training"]
+    card = (continued.folder / "MODEL_CARD.md").read_text()
+    assert f"Weights at the start: pls-T2w-lite (SHA-256 {bundle.sha256[:12]})" in card
+    before, after = detector.state_dict(), load_detector(continued).state_dict()
+    # The learning rate has just begun to rise.
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=5e-3, rtol=0.05)
+    assert continued.sha256 != bundle.sha256
+
+    wide = [*few[:-2], *start, "--hyper", "place=false"]
+    assert call(scans, second, "train", "pls", *wide) == 66
+    assert "the network of this bundle has another shape" in " ".join(capsys.readouterr().err.split())
+    assert call(scans, second, "train", "intensity", "--lesion-masks", str(lesion_masks)) == 2
+    assert "intensity does not use --lesion-masks" in capsys.readouterr().err
 
 
 def test_calibrate_without_a_bundle_is_an_error(scans, tmp_path, capsys):
