@@ -9,9 +9,9 @@ estimated by leaving out one subject at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,21 @@ from bids_uad.calibration.thresholds import (
 from bids_uad.evaluation.metrics import lesion_wise
 from bids_uad.space import VOXEL_MM3
 
+ML_VOXELS = 1000 / VOXEL_MM3
+"""Voxels of one mL."""
+
 HEALTHY_RATES = (0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025, 0.0015, 0.001, 0.0005, 0.0002, 0.0001)
 """Fractions of healthy voxels above the thresholds that are tried."""
 MIN_VOLUMES = (0.0, 10.0, 30.0, 60.0, 100.0)
 """Minimum volumes of a component in mm3 that are tried."""
 MAX_MEDIAN_MARKED, MAX_P95_MARKED = 0.003, 0.01
 """Limits of the marked fraction of healthy brains: median and 95th percentile over scans."""
+
+
+VOLUME_LIMITS_ML = (0, 1, 5, 20)
+"""Lesion volumes at which scans are divided into classes, for the model card."""
+AGE_LIMITS = (0, 40, 60, 75)
+"""The same for the ages of healthy controls in years."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class ChosenRule:
         `criterion`, `dice` and `lesion_f1` (means over lesion scans), `healthy_median` and `healthy_p95`
         (marked fraction of healthy brains), `within_limits`, and the same figures in `left_out`, where each
         subject is scored by the rule that is chosen without it; NaN and empty sets of scans are None.
+        `by_volume` and `by_age` list results by volume of the lesions and by age of healthy controls, see
+        :func:`by_class`.
     healthy_fpr : float or None
         Mean marked fraction of healthy brains; None without healthy controls.
     mean_dice : dict of str or None to float
@@ -304,7 +315,7 @@ def choose_rule(
         None without a scan with a lesion.
     """
     rules = candidate_rules(candidate_thresholds(estimator))
-    used, subjects, kinds, healthy, found = [], [], [], [], []
+    used, subjects, kinds, healthy, found, volumes = [], [], [], [], [], []
     for stored in maps:
         scan = stored.load()
         if scan.lesion is None or (scan.lesion & scan.brain).any():
@@ -312,6 +323,7 @@ def choose_rule(
             subjects.append(scan.subject)
             kinds.append(scan.kind)
             healthy.append(scan.lesion is None)
+            volumes.append(np.nan if scan.lesion is None else (scan.lesion & scan.brain).sum() / ML_VOXELS)
             found.append(outcomes(scan, rules, min_lesion_volume))
     if not rules or all(healthy):
         return None
@@ -334,7 +346,45 @@ def choose_rule(
     left_out = np.array([by_subject[subject] for subject in subjects])
     figures = results.figures(np.full(len(used), best))
     figures["left_out"] = results.figures(left_out)
+    scores = {"dice": results.dice[:, best], "lesion_f1": results.f1[:, best]}
+    figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
+    ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
+    figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
     return ChosenRule(tried[best], figures, *_means(results, best, kinds))
+
+
+def by_class(
+    values: np.ndarray, limits: Sequence[float], results: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Average results of scans by classes of a property.
+
+    Parameters
+    ----------
+    values : numpy.ndarray, shape (scans,)
+        Property; NaN if it is not known or does not apply.
+    limits : sequence of float
+        Lower limits of the classes, increasing.
+    results : mapping of str to numpy.ndarray, shape (scans,)
+        Results by name; NaN is left out.
+
+    Returns
+    -------
+    list of dict
+        For each class with a scan: `from`, `to` (None in the last class), the number of scans `n`, and mean
+        and median of the results, named ``mean_dice`` and ``median_dice``, for example.
+    """
+    rows = []
+    for low, high in pairwise((*limits, np.inf)):
+        inside = (values >= low) & (values < high)
+        if not inside.any():
+            continue
+        row = {"from": low, "to": high if np.isfinite(high) else None, "n": int(inside.sum())}
+        for name, numbers in results.items():
+            known = numbers[inside & ~np.isnan(numbers)]
+            row[f"mean_{name}"] = float(known.mean()) if known.size else None
+            row[f"median_{name}"] = float(np.median(known)) if known.size else None
+        rows.append(row)
+    return rows
 
 
 def _subjects_left_out(subjects: Iterable[str]) -> list[str]:

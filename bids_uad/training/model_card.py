@@ -127,7 +127,7 @@ def _rule(calibration: dict[str, Any], maps: str) -> str:
         f"On these scans {_rule_figures(figures)}. Estimate for other scans (each subject with the rule "
         f"that is chosen without it): {_rule_figures(figures['left_out'])}."
     )
-    return f"\n{fill(text, 80)}\n"
+    return f"\n{fill(text, 80)}\n{_classes(figures)}"
 
 
 def _rule_figures(figures: dict[str, Any]) -> str:
@@ -139,6 +139,50 @@ def _rule_figures(figures: dict[str, Any]) -> str:
             f"{100 * figures['healthy_p95']:.2f} %)"
         )
     return f"mean Dice {figures['dice']:.3f}{f1}{healthy}"
+
+
+def _kinds(calibration: dict[str, Any]) -> str:
+    """Return the table of mean Dice by type of lesion, at the default threshold."""
+    default = calibration["default_threshold"]
+    rows = [
+        f"| {kind} | {found['n']} | {found['mean_dice'][default]:.3f} |"
+        for kind, found in calibration["validation"]["by_kind"].items()
+    ]
+    return _table("| lesions | scans | mean Dice |", rows)
+
+
+def _classes(figures: dict[str, Any]) -> str:
+    """Return the tables of results by volume of the lesions and by age of healthy controls."""
+    volumes = [
+        f"| {_interval(row, 'mL')} | {row['n']} | {row['mean_dice']:.3f} | {row['median_dice']:.3f} "
+        f"| {_number(row['mean_lesion_f1'])} |"
+        for row in figures["by_volume"]
+    ]
+    ages = [
+        f"| {_interval(row, 'years')} | {row['n']} | {100 * row['median_marked']:.2f} % "
+        f"| {100 * row['mean_marked']:.2f} % |"
+        for row in figures["by_age"]
+    ]
+    return _table(
+        "| lesions of a scan | scans | mean Dice | median Dice | mean lesion-wise F1 |", volumes
+    ) + _table("| age of healthy controls | scans | marked, median | marked, mean |", ages)
+
+
+def _interval(row: dict[str, Any], unit: str) -> str:
+    if row["to"] is None:
+        return f"at least {row['from']} {unit}"
+    return f"below {row['to']} {unit}" if not row["from"] else f"{row['from']} to {row['to']} {unit}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(header: str, rows: list[str]) -> str:
+    """Return a table with an empty line before it; nothing if it has no rows."""
+    if not rows:
+        return ""
+    return "\n".join(["", header, "|---" * (header.count("|") - 1) + "|", *rows, ""])
 
 
 def _deviations(calibration: dict[str, Any]) -> str:
@@ -159,7 +203,7 @@ def _deviations(calibration: dict[str, Any]) -> str:
         f"deviations is {normative['thresholds'][default]:.4g}; {100 * rate:.2f} % of healthy voxels are "
         "above it (leave-one-out)."
     )
-    rule = _rule(normative, "deviations")
+    rule = _kinds(normative) + _rule(normative, "deviations")
     if "default_deviation" in calibration:
         default = "deviations" if calibration["default_deviation"] == "normative" else "scores"
         rule += f"\nMasks are computed from {default} by default, by the estimates for other scans.\n"
@@ -208,7 +252,7 @@ Source: {calibration["cohort"]["source"]}; {figures["n_healthy"]} scans of healt
 | threshold | value | healthy voxels above it | mean Dice |
 |---|---|---|---|
 {rows}
-{_rule(calibration, "scores")}{_deviations(calibration)}
+{_kinds(calibration)}{_rule(calibration, "scores")}{_deviations(calibration)}
 ## Known failures
 
 {_failures(calibration)}

@@ -12,6 +12,7 @@ from bids_uad.levels.participant.postprocess import count_lesions, label_compone
 from bids_uad.training import decision_rule
 from bids_uad.training.decision_rule import (
     MAX_MEDIAN_MARKED,
+    by_class,
     candidate_rules,
     candidate_thresholds,
     choose_rule,
@@ -188,3 +189,20 @@ def test_empty_lesion_masks_are_not_used(scans, tmp_path):
     files = stored([*scans, empty], tmp_path)
     estimator = estimator_of(scans)
     assert choose_rule(files, estimator, 3.0) == choose_rule(files[:-1], estimator, 3.0)
+
+
+def test_by_class_averages_the_scans_of_each_class():
+    volumes = np.array([0.5, 3.0, 1.0, 50.0, np.nan])
+    results = {
+        "dice": np.array([0.1, 0.4, 0.6, 0.9, np.nan]),
+        "lesion_f1": np.array([np.nan, 1.0, np.nan, 0.25, np.nan]),
+    }
+    small, medium, large = by_class(volumes, (0, 1, 5, 20), results)
+    assert small == {
+        "from": 0, "to": 1, "n": 1,
+        "mean_dice": 0.1, "median_dice": 0.1, "mean_lesion_f1": None, "median_lesion_f1": None,
+    }  # fmt: skip
+    assert (medium["from"], medium["to"], medium["n"]) == (1, 5, 2)
+    assert medium["mean_dice"] == pytest.approx(0.5)
+    assert medium["mean_lesion_f1"] == 1.0
+    assert (large["from"], large["to"], large["n"], large["mean_dice"]) == (20, None, 1, 0.9)

@@ -567,6 +567,12 @@ def test_calibrate_chooses_a_decision_rule_and_the_kind_of_maps(scans, models, t
     card = " ".join((folder / "MODEL_CARD.md").read_text().split())
     assert f"Decision rule for scores: components of voxels above {raw.rule.low:.4g} " in card
     assert f"Decision rule for deviations: components of voxels above {deviating.rule.low:.4g} " in card
+    dice = calibration["validation"]["rule"]["dice"]
+    assert f"| 1 to 5 mL | 1 | {dice:.3f} | {dice:.3f} |" in card  # the lesion has 1.4 mL
+    assert "| below 40 years | 1 |" in card
+    assert "| 60 to 75 years | 1 |" in card
+    (kind,) = calibration["validation"]["by_kind"]
+    assert f"| lesions | scans | mean Dice | |---|---|---| | {kind} | 1 | {dice:.3f} |" in card
     assert not list((own / "scratch").iterdir())
     # A plain threshold again.
     assert call(scans, own, "calibrate") == 0
