@@ -102,7 +102,7 @@ models-tested: $(MODELS)/test/participants.tsv
 	$(BIN)/python -m benchmarks.simulated $(MODELS)/test $(MODELS)/tested
 
 $(MODELS)/train/participants.tsv: | $(VENV)/installed
-	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives $(CONTRASTS) --nprocs $(NPROCS) --normal-variants \
+	$(SIMULATE) $(@D) --healthy 80 --scanners 40 --seed 1 --derivatives $(CONTRASTS) --nprocs $(NPROCS) \
 	    --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10)
 
 $(MODELS)/validation/participants.tsv: | $(VENV)/installed

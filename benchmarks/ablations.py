@@ -1,0 +1,210 @@
+"""Ablations of the default detector: what its inputs, lesions and losses contribute.
+
+``python -m benchmarks.ablations VALIDATION TRAIN [TRAIN ...] --modality T2w`` trains variants of the preset
+`default` for the same number of steps, from the same initial weights and on the same scans, and applies them
+to every third slice of the validation scans. It writes ``benchmarks/results/ablations-<modality>.tsv``: mean
+average precision over lesion scans, share of healthy brains above the threshold of largest mean Dice, and
+the differences to the reference with 95 % bootstrap intervals over participants. Variants that were trained
+before are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import average_precision_score
+
+from benchmarks.scan import read
+from benchmarks.simulated import markdown
+from bids_uad import space
+from bids_uad.config import MODALITIES
+from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.engine.execution import Execution, in_precision
+from bids_uad.engine.inference import covering_fields
+from bids_uad.engine.protocol import CORRECTED
+from bids_uad.evaluation.bootstrap import bootstrap_interval
+from bids_uad.files import write_tsv
+from bids_uad.methods.pls.detector import PLS, PLSHyper
+from bids_uad.methods.pls.painting import HealthyConfig
+from bids_uad.networks.counter_rng import SliceGenerator
+from bids_uad.simulation.shapes import component_shapes
+from bids_uad.training.backbone import initialise_backbone
+from bids_uad.training.cohort import healthy_cohort
+from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
+from bids_uad.training.store import SliceStore, TrainingScan
+
+RESULTS = Path(__file__).parent / "results"
+SLICE_STEP = 3
+"""Every third slice of a validation scan is scored."""
+N_BINS = 1000
+
+
+def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
+    """Return the hyper-parameters of all variants by name, the reference first."""
+    painting = reference.painting
+
+    def lesions(**changes: float) -> PLSHyper:
+        return replace(reference, painting=replace(painting, lesion=replace(painting.lesion, **changes)))
+
+    unvaried = HealthyConfig(**dict.fromkeys(HealthyConfig.__dataclass_fields__, 0.0) | {"max_erosion": 0})
+    return {
+        "reference": reference,
+        "single slice": replace(reference, neighbours=0),
+        "no mirror image": replace(reference, mirror=False),
+        "no coordinates and priors": replace(reference, place=False),
+        "no isointense masses": lesions(mass_prob=0.0),
+        "no shapes of real lesions": lesions(real_shape_prob=0.0),
+        "oedema in grey and white matter": lesions(along_white_prob=0.0),
+        "healthy scans not varied": replace(reference, painting=replace(painting, healthy=unvaried)),
+        "small lesions weighted as others": replace(
+            reference, painting=replace(painting, small_lesion_weight=1.0)
+        ),
+        "with Tversky loss": replace(reference, tversky_weight=0.5),
+    }
+
+
+def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argparse.Namespace) -> PLS:
+    """Train a variant, or load the weights of an earlier run.
+
+    Parameters
+    ----------
+    hyper : PLSHyper
+        Hyper-parameters.
+    store : SliceStore
+        Training scans.
+    folder : pathlib.Path
+        Folder of the checkpoint.
+    args : argparse.Namespace
+        Command line.
+
+    Returns
+    -------
+    PLS
+        Trained detector.
+    """
+    torch.manual_seed(0)
+    detector = PLS(hyper)
+    initialise_backbone(detector, args.start)
+    if args.lesion_masks:
+        detector.shapes = component_shapes(args.lesion_masks)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = TrainingSettings(0, args.steps, precision="bf16")
+    fabric = start_fabric(torch.device("cpu"), 1, 1)
+    train_detector(detector, TrainingData.all_of(store), settings, folder, fabric=fabric)
+    return detector
+
+
+@torch.inference_mode()
+def score_slices(detector: PLS, scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
+    """Score every third slice of a scan.
+
+    Returns
+    -------
+    scores : numpy.ndarray of float32, shape (N,)
+        Scores of the brain voxels.
+    lesion : numpy.ndarray of bool, shape (N,)
+        Whether they are lesion.
+    """
+    volume, brain = CORRECTED.prepare(read(scan.image), read(scan.brain) > 0)
+    truth = np.zeros(brain.shape, dtype=bool) if scan.lesion is None else read(scan.lesion) > 0
+    slices, inside, lesion = (
+        torch.from_numpy(np.ascontiguousarray(space.to_slices(part))) for part in (volume, brain, truth)
+    )
+    field, *_ = covering_fields(inside, detector.field_of_view)
+    numbers = [number for number in range(0, len(slices), SLICE_STEP) if inside[number].any()]
+    scores, labels = [], []
+    for start in range(0, len(numbers), 8):
+        now = numbers[start : start + 8]
+        inputs = detector.inputs(slices, inside, now, field.rows, field.columns)
+        mask = field.cut(inside)[now, None]
+        found = detector.score(inputs, mask, SliceGenerator.of_slices("", 0, now, inputs.device))
+        scores.append(found[mask])
+        labels.append(field.cut(lesion)[now, None][mask])
+    return torch.cat(scores).numpy(), torch.cat(labels).numpy()
+
+
+def evaluate(detector: PLS, scans: list[PreprocessedScan]) -> pd.DataFrame:
+    """Evaluate a detector.
+
+    Parameters
+    ----------
+    detector : PLS
+        Detector.
+    scans : list of PreprocessedScan
+        Validation scans; those without a lesion mask are healthy.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Row of each scan: `participant_id`, average precision `ap` (lesion scans), share `marked` above the
+        threshold of largest mean Dice (healthy scans).
+    """
+    rows, histograms = [], []
+    with in_precision(detector, "bf16"):
+        for scan in scans:
+            scores, lesion = score_slices(detector, scan)
+            bins = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
+            counts = [np.bincount(bins[part], minlength=N_BINS) for part in (~lesion, lesion)]
+            histograms.append([part[::-1].cumsum()[::-1] for part in counts])
+            ap = average_precision_score(lesion, scores) if lesion.any() else np.nan
+            rows.append({"participant_id": scan.subject, "ap": ap})
+    false, true = np.moveaxis(np.array(histograms, dtype=float), 1, 0)
+    sick = true[:, 0] > 0
+    dice = 2 * true[sick] / np.maximum(true[sick] + false[sick] + true[sick][:, :1], 1)
+    table = pd.DataFrame(rows)
+    table["marked"] = np.where(sick, np.nan, false[:, dice.mean(0).argmax()] / np.maximum(false[:, 0], 1))
+    return table
+
+
+def summarise(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, float | str]]:
+    """Yield the row of each variant, with differences to the first one."""
+    reference = next(iter(tables.values()))
+    for name, table in tables.items():
+        row: dict[str, float | str] = {"variant": name, "lesion scans": int(table["ap"].notna().sum())}
+        for column in ("ap", "marked"):
+            difference = table[column] - reference[column]
+            low, high = bootstrap_interval(difference, table["participant_id"], seed=0)
+            row |= {column: table[column].mean(), f"{column} difference": difference.mean()}
+            row |= {f"{column} low": low, f"{column} high": high}
+        yield row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and evaluate all variants."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("validation", type=Path, help="preprocessed healthy and lesion scans")
+    parser.add_argument("train", nargs="+", type=Path, help="datasets of preprocessed healthy scans")
+    parser.add_argument("--modality", choices=MODALITIES, default="T2w", help="contrast (default T2w)")
+    parser.add_argument("--preset", choices=tuple(PLS.presets), default="default", help="reference")
+    parser.add_argument("--start", type=Path, help="bundle with the initial weights (default: random)")
+    parser.add_argument("--lesion-masks", type=Path, help="as of `bids_uad train`")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each variant (default 400)")
+    parser.add_argument("--variants", nargs="+", help="names (default: all)")
+    parser.add_argument("--work-dir", type=Path, default=Path("work"), help="checkpoints (default ./work)")
+    parser.add_argument("--output", type=Path, help="table (default: benchmarks/results)")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
+    training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
+    store = SliceStore.open_or_build(training, args.work_dir, CORRECTED)
+    validation = find_preprocessed(args.validation, args.modality)
+    tables: dict[str, pd.DataFrame] = {}
+    for name, hyper in variants(PLS.presets[args.preset]).items():
+        if args.variants and name not in args.variants:
+            continue
+        folder = args.work_dir / f"{args.modality}-{args.preset}-{args.steps}-{name.replace(' ', '-')}"
+        detector = Execution().prepare(train_variant(hyper, store, folder, args))
+        tables[name] = evaluate(detector, validation)
+        table = pd.DataFrame(summarise(tables)).round(4)
+        write_tsv(args.output or RESULTS / f"ablations-{args.modality}.tsv", table)
+        print(markdown(table), flush=True)
+
+
+if __name__ == "__main__":
+    main()
