@@ -25,9 +25,9 @@ from benchmarks.simulated import markdown
 from bids_uad import space
 from bids_uad.config import MODALITIES
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import CORRECTED
 from bids_uad.engine.execution import Execution, in_precision
 from bids_uad.engine.inference import covering_fields
-from bids_uad.engine.protocol import CORRECTED
 from bids_uad.evaluation.bootstrap import bootstrap_interval
 from bids_uad.files import write_tsv
 from bids_uad.methods.pls.detector import PLS, PLSHyper

@@ -21,8 +21,8 @@ from torch import Generator, Tensor
 
 from benchmarks.scan import read
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import CORRECTED
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.protocol import CORRECTED
 from bids_uad.methods.base import Batch, GradientStage
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.networks.synthetic_anomalies import cut_windows, uniform, vary_intensity

@@ -30,10 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.detectors import RESULTS, describe_environment, print_table
 from benchmarks.scan import Scan, load_scan, number_of_slices
-from bids_uad.engine.bundle import load_detector, resolve_bundles
+from bids_uad.engine.bundle import Protocol, load_detector, protocol_of, resolve_bundles
 from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.engine.protocol import Protocol, protocol_of
 from bids_uad.files import read_json, write_json
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import DETECTORS, build_detector, detector_class

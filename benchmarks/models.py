@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bids_uad.engine.bundle import PACKAGED, load_bundle, save_bundle
-from bids_uad.engine.protocol import protocol_of
+from bids_uad.engine.bundle import PACKAGED, load_bundle, protocol_of, save_bundle
 from bids_uad.methods.registry import build_detector
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, TrainingScan

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.detectors import RESULTS, describe_environment
 from benchmarks.scan import simulate
+from bids_uad.engine.bundle import CORRECTED
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.engine.inference import default_field
-from bids_uad.engine.protocol import CORRECTED
 from bids_uad.files import write_json
 from bids_uad.methods.base import Batch, Detector, GradientStage
 from bids_uad.methods.registry import build_detector

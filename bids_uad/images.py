@@ -260,7 +260,7 @@ SCALING = {"method": "percentile", "lower": 0.0, "upper": UPPER_PERCENTILE, "reg
 def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Scale a scan so that the 99.5th percentile of the brain is 1.
 
-    Higher values are not clipped (see :mod:`bids_uad.engine.protocol`). Zero is unchanged, since magnitude
+    Higher values are not clipped (see :mod:`bids_uad.engine.bundle`). Zero is unchanged, since magnitude
     images have a physical origin, and a lower percentile would depend on the amount of cerebrospinal fluid in
     the brain mask. The upper percentile is robust to bright vessels.
 

@@ -22,9 +22,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from bids_uad import space
-from bids_uad.engine.bundle import Bundle, load_bundle, load_detector
+from bids_uad.engine.bundle import CORRECTED, Bundle, Protocol, load_bundle, load_detector
 from bids_uad.engine.execution import DEFAULT_EXECUTION, Execution, is_out_of_memory, resolve_device
-from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.errors import ModelError, truncate_list
 from bids_uad.images import save_image
 from bids_uad.methods.base import Detector

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bids_uad import space
-from bids_uad.engine.protocol import CORRECTED, Protocol
+from bids_uad.engine.bundle import CORRECTED, Protocol
 from bids_uad.files import remove_unfinished, temporary_folder
 from bids_uad.methods.base import Batch, Scan
 

@@ -22,9 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.sri24_scans import has_preprocessed
-from bids_uad.engine.bundle import Bundle, save_bundle
+from bids_uad.engine.bundle import Bundle, protocol_of, save_bundle
 from bids_uad.engine.execution import resolve_device, resolve_precision
-from bids_uad.engine.protocol import protocol_of
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import remove_unfinished
 from bids_uad.methods.base import Detector, GradientStage, change_hyper, changed_names

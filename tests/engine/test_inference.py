@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bids_uad import space
 from bids_uad.engine import inference
+from bids_uad.engine.bundle import CORRECTED, PUBLISHED
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.inference import (
     anomaly_map,
@@ -22,7 +23,6 @@ from bids_uad.engine.inference import (
     published_median,
     smooth_across_slices,
 )
-from bids_uad.engine.protocol import CORRECTED, PUBLISHED
 from bids_uad.errors import ModelError
 from bids_uad.methods.base import Detector
 from bids_uad.networks.counter_rng import SliceGenerator

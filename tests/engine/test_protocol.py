@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bids_uad.engine.protocol import CORRECTED, PUBLISHED
+from bids_uad.engine.bundle import CORRECTED, PUBLISHED
 
 
 def example():

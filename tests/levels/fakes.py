@@ -29,7 +29,7 @@ from bids_uad.calibration.normative import (
     HealthyCohort,
     NormativeReference,
 )
-from bids_uad.engine.protocol import CORRECTED
+from bids_uad.engine.bundle import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.files import atomic_path
 from bids_uad.images import make_image, open_nifti

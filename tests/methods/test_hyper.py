@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bids_uad.constraints import Constrained, annotations, describe, is_constrained
+from bids_uad.engine.bundle import CORRECTED, Protocol
 from bids_uad.engine.execution import Execution
-from bids_uad.engine.protocol import CORRECTED, Protocol
 from bids_uad.methods.andi import ANDi, ANDiHyper
 from bids_uad.methods.base import (
     Batch,

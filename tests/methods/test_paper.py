@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.engine.protocol import CORRECTED, PUBLISHED, protocol_of
+from bids_uad.engine.bundle import CORRECTED, PUBLISHED, protocol_of
 from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMpp

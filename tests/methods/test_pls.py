@@ -8,6 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bids_uad.methods.pls.intensities import (
+    smooth_random_field,
+    tversky_loss,
+    vary_contrast,
+    vary_intensities,
+)
 from scipy.special import expit, xlogy
 from scipy.stats import kstest
 
@@ -16,12 +22,6 @@ from bids_uad.engine.inference import anomaly_map, covering_fields, masked_media
 from bids_uad.methods.base import PaintedBatch, Scan
 from bids_uad.methods.pls import detector as module
 from bids_uad.methods.pls.detector import PLS
-from bids_uad.methods.pls.intensities import (
-    smooth_random_field,
-    tversky_loss,
-    vary_contrast,
-    vary_intensities,
-)
 from bids_uad.networks.ddpmpp import DDPMppConfig
 from tests.methods.pseudo_trained import phantom, pseudo_trained
 from tests.networks.conftest import seeded

@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 
 from bids_uad import space
-from bids_uad.engine.protocol import CORRECTED, PUBLISHED
+from bids_uad.engine.bundle import CORRECTED, PUBLISHED
 from bids_uad.methods.base import GradientStage, Scan
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore

@@ -30,11 +30,10 @@ from bids_uad.methods.base import (
     Scan,
     Stage,
 )
-from bids_uad.methods.pls.intensities import tversky_loss, vary_intensities
 from bids_uad.methods.pls.painting import PaintingConfig, paint_scan, prior_slices
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
-from bids_uad.networks.synthetic_anomalies import uniform
+from bids_uad.networks.synthetic_anomalies import uniform, vary_intensities
 from bids_uad.space import CROP, SHAPE, TISSUES
 
 MIDLINE = (CROP - 1) / 2
@@ -301,3 +300,27 @@ def _coordinates(index: Tensor, rows: slice, columns: slice) -> Tensor:
     across, along = (row - MIDLINE).abs() / 70, (column - CROP / 2) / 90
     up = ((index - SHAPE[2] / 2) / 75)[:, None, None]
     return torch.stack(torch.broadcast_tensors(across, along, up), 1)
+
+
+def tversky_loss(predicted: Tensor, target: Tensor, brain: Tensor, missed: float = 0.7) -> Tensor:
+    """Compute one minus the Tversky index (Salehi et al. 2017) of a batch, with soft predictions.
+
+    Parameters
+    ----------
+    predicted, target : Tensor, shape (B, 1, H, W)
+        Probabilities.
+    brain : Tensor of bool, shape (B, 1, H, W)
+        Pixels that are compared.
+    missed : float, default=0.7
+        Weight of false negatives; false positives have one minus this weight.
+
+    Returns
+    -------
+    Tensor, scalar
+        Loss in [0, 1].
+    """
+    predicted, target = predicted * brain, target * brain
+    hit = (predicted * target).sum()
+    false_negative = ((1 - predicted) * target).sum()
+    false_positive = (predicted * (1 - target)).sum()
+    return 1 - (hit + 1) / (hit + missed * false_negative + (1 - missed) * false_positive + 1)
