@@ -26,10 +26,7 @@ def run(tmp_path_factory):
     t1w = simulate(base / "t1w", "--healthy", "1", "--modalities", "T1w")
     for path in (t1w / "sub-001" / "anat").iterdir():
         shutil.copy(path, data / "sub-001" / "anat")
-    bundle = base / "intensity-FLAIR-lite"
-    shutil.copytree(PACKAGED / "intensity-T2w-lite", bundle)
-    info = json.loads((bundle / "bundle.json").read_text())
-    (bundle / "bundle.json").write_text(json.dumps(info | {"modality": "FLAIR"}))
+    bundle = PACKAGED / "intensity-FLAIR-lite"
     done = bids_uad(
         data, base / "out", "participant", "group", "-w", base / "work", "--models", bundle,
         "-d", f"lesions={data / 'derivatives' / 'lesions'}",
