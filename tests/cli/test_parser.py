@@ -297,6 +297,7 @@ ILLEGAL = {
     "modalities": [(), ("PDw",)],
     "models": [("",), "all"],
     "deviations": [("normal",)],
+    "decision_rule": ["median"],
     "brain_extraction": ["bet", None],
     "min_lesion_volume": [-1.0, float("nan"), float("inf"), None],
     "device": ["gpu", "cuda:x", "cuda:"],

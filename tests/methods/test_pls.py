@@ -8,12 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bids_uad.methods.pls.intensities import (
-    smooth_random_field,
-    tversky_loss,
-    vary_contrast,
-    vary_intensities,
-)
 from scipy.special import expit, xlogy
 from scipy.stats import kstest
 
@@ -21,8 +15,9 @@ from bids_uad import space
 from bids_uad.engine.inference import anomaly_map, covering_fields, masked_median
 from bids_uad.methods.base import PaintedBatch, Scan
 from bids_uad.methods.pls import detector as module
-from bids_uad.methods.pls.detector import PLS
+from bids_uad.methods.pls.detector import PLS, tversky_loss
 from bids_uad.networks.ddpmpp import DDPMppConfig
+from bids_uad.networks.synthetic_anomalies import smooth_random_field, vary_contrast, vary_intensities
 from tests.methods.pseudo_trained import phantom, pseudo_trained
 from tests.networks.conftest import seeded
 from tests.simulation.test_atlas import POSITIONS
