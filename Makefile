@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR models-tested extraction atlas docs descriptor lint format clean
+.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR models-tested extraction label-maps atlas docs descriptor lint format clean
 
 # torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -117,6 +117,11 @@ $(MODELS)/reference/participants.tsv: | $(VENV)/installed
 $(MODELS)/test/participants.tsv: | $(VENV)/installed
 	$(SIMULATE) $(@D) $(WITH_LESIONS) --seed 3 --derivatives $(CONTRASTS) --nprocs $(NPROCS) \
 	    --labelmaps $(call MAPS,14 15 16)
+
+# Label the T1w scans of HEALTHY, as sources of simulated scans.
+label-maps: $(VENV)/installed
+	$(BIN)/python -m bids_uad.simulation.labelling $(HEALTHY) $(MODELS)/labels \
+	    $(call MAPS,01 02 03 04 05 06 07 08 09 10)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/build

@@ -39,7 +39,7 @@ def test_t1w_without_a_model_is_not_scored(run):
     _, out, text = run
     assert "T1w images are not scored" in text
     assert len(list(out.rglob("*desc-FLAIRIntensity_anomalymap.nii.gz"))) == 2
-    assert not list(out.rglob("*desc-T1w*"))
+    assert not list(out.rglob("*desc-T1w*_anomalymap.nii.gz"))
 
 
 @pytest.mark.parametrize(("name", "desc"), [("sub-001", "FLAIRBrain"), ("sub-002", "brain")])
