@@ -8,6 +8,7 @@ of the two they read, and some apply a slope that is not a number.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -289,6 +290,30 @@ def scale_intensity(volume: np.ndarray, brain: np.ndarray) -> np.ndarray:
         raise ValueError("the image has no positive intensity inside the brain mask")
     scaled = np.maximum(np.asarray(volume, dtype=np.float32) / np.float32(upper), 0.0)
     return np.where(brain, scaled, np.float32(0.0)).astype(np.float32)
+
+
+def bounding_box(mask: np.ndarray, margin: int | Sequence[int] = 0) -> tuple[slice, ...]:
+    """Return the smallest box that contains the voxels of an array that are not 0.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        Mask or image.
+    margin : int or sequence of int, default=0
+        Voxels by which the box is extended on each side of each axis, within the array.
+
+    Returns
+    -------
+    tuple of slice
+        One slice per axis; empty slices if all voxels are 0.
+    """
+    box = []
+    for axis, width in enumerate(np.broadcast_to(margin, mask.ndim)):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if not used.size:
+            return (slice(0, 0),) * mask.ndim
+        box.append(slice(max(int(used[0] - width), 0), min(int(used[-1] + width) + 1, mask.shape[axis])))
+    return tuple(box)
 
 
 def grid_of(path: Path) -> Grid:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from bids_uad.errors import ModelError
+from bids_uad.images import bounding_box
 from bids_uad.space import VOXEL_MM3
 
 FPR_LEVELS = {"fpr_1pct": 0.01, "fpr_5pct": 0.05}
@@ -152,16 +153,6 @@ def fill_holes(mask: np.ndarray, holes: str) -> np.ndarray:
     outside[labels[0, 0]] = True
     inner = tuple(slice(before, before + size) for (before, _), size in zip(margin, mask.shape, strict=True))
     return ~outside[labels[inner]]
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box that contains a mask; empty slices for an empty mask."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        used = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0))
-    return tuple(box)
 
 
 class ThresholdEstimator:

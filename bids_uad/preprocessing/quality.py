@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from bids_uad.images import bounding_box
 from bids_uad.preprocessing.brain_extraction.masks import BRAIN_VOLUME_RANGE_ML
 from bids_uad.preprocessing.check import background
 from bids_uad.preprocessing.registration import Volume, dice
@@ -407,8 +408,7 @@ def no_signal_mask(scan: Volume) -> np.ndarray:
     if level <= 0 or np.count_nonzero(scan.data[scan.mask] <= limit) * voxel < MIN_NO_SIGNAL_MM3 / 2:
         return found
     margin = np.ceil(2 * NO_SIGNAL_DEPTH_MM / zooms).astype(int) + 1
-    (occupied,) = ndimage.find_objects(scan.mask, max_label=1)
-    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(occupied, margin, strict=True))
+    box = bounding_box(scan.mask, margin)
     data, brain = scan.data[box], scan.mask[box]
     # A mean over neighbours, since single voxels of noise exceed the limit.
     dark = ndimage.uniform_filter(data, 3, mode="nearest") <= limit

@@ -18,7 +18,7 @@ from scipy import ndimage
 from bids_uad import space
 from bids_uad.errors import unreadable
 from bids_uad.files import write_text
-from bids_uad.images import make_image
+from bids_uad.images import bounding_box, make_image
 
 if TYPE_CHECKING:
     from ants import ANTsImage
@@ -96,30 +96,6 @@ def resample(
         sampled[~region[box]] = 0.0
     resampled[box] = sampled
     return resampled
-
-
-def bounding_box(mask: np.ndarray, margin: int | Sequence[int] = 0) -> tuple[slice, ...]:
-    """Return the smallest box that contains the voxels of an array that are not 0.
-
-    Parameters
-    ----------
-    mask : numpy.ndarray
-        Mask or image.
-    margin : int or sequence of int, default=0
-        Voxels by which the box is extended on each side of each axis, within the array.
-
-    Returns
-    -------
-    tuple of slice
-        One slice per axis; empty slices if all voxels are 0.
-    """
-    box = []
-    for axis, width in enumerate(np.broadcast_to(margin, mask.ndim)):
-        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        if not used.size:
-            return (slice(0, 0),) * mask.ndim
-        box.append(slice(max(int(used[0] - width), 0), min(int(used[-1] + width) + 1, mask.shape[axis])))
-    return tuple(box)
 
 
 def _box_of_content(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:

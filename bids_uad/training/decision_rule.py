@@ -25,10 +25,10 @@ from bids_uad.calibration.thresholds import (
     DecisionRule,
     ThresholdEstimator,
     above,
-    bounding_box,
     reaches_volume,
 )
 from bids_uad.evaluation.metrics import lesion_wise
+from bids_uad.images import bounding_box
 from bids_uad.space import VOXEL_MM3
 
 ML_VOXELS = 1000 / VOXEL_MM3

@@ -13,12 +13,12 @@ from bids_uad.calibration.thresholds import (
     DecisionRule,
     ThresholdEstimator,
     above,
-    bounding_box,
     count_scores,
     fill_holes,
     score_counts,
 )
 from bids_uad.errors import ModelError
+from bids_uad.images import bounding_box
 
 
 def test_count_scores_includes_the_upper_edge_of_a_bin():

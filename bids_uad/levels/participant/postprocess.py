@@ -14,10 +14,10 @@ from scipy import ndimage
 from bids_uad.calibration.thresholds import (
     CONNECTIVITY,
     DecisionRule,
-    bounding_box,
     reaches_volume,
     score_counts,
 )
+from bids_uad.images import bounding_box
 from bids_uad.space import AFFINE, VOXEL_MM3, icbm_to_sri24, probable_regions
 
 SHELL_MM = (2, 6)

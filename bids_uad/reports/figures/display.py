@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bids_uad import space
+from bids_uad import images, space
 from bids_uad.images import load_image
 
 CONVENTION = "Neurological convention: the subject's left is on the left of the image"
@@ -103,15 +103,9 @@ def side(x: float, tolerance: float = 2.0) -> str:
     return "left" if x < MIDLINE_X else "right"
 
 
-def bounding_box(mask: np.ndarray, margin: int = 3) -> tuple[slice, slice, slice]:
+def bounding_box(mask: np.ndarray, margin: int = 3) -> tuple[slice, ...]:
     """Return the bounding box of a mask with a margin in voxels; the whole grid if the mask is empty."""
-    if not mask.any():
-        return tuple(slice(0, size) for size in mask.shape)
-    box = []
-    for axis, size in enumerate(mask.shape):
-        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(max(int(used[0]) - margin, 0), min(int(used[-1]) + 1 + margin, size)))
-    return tuple(box)
+    return images.bounding_box(mask if mask.any() else np.ones_like(mask), margin)
 
 
 def extent(mask: np.ndarray, name: str, min_area: float = 0.12) -> tuple[int, int]:
