@@ -194,10 +194,8 @@ def register_to_reference(
         # Closer to the transform of the T1w scan (a glioma: 1.4 instead of 2.0 mm), once it is near.
         pull = refine_rigid(fixed, plain, pull)
     mirrored = _mirrored_similarity(fixed, moving, pull, refined=True) if asymmetric else None
-    qc = _metrics(fixed, moving, pull, mirrored, restarted=restarted)
-    if dark_fluid:
-        qc["local_correlation"] = _local_correlation_of_flair(fixed, plain, pull)
-    return pull, qc
+    flair = plain if dark_fluid else None
+    return pull, _metrics(fixed, moving, pull, mirrored, restarted=restarted, flair=flair)
 
 
 def equalise_tissue(scan: Volume, brain: np.ndarray) -> Volume:
@@ -256,10 +254,8 @@ def register_to_anchor(
     """
     fixed, moving = _coarse_brain(anchor), scan.coarse()
     pull = _coregister(fixed, moving)
-    qc = _metrics(fixed, moving, pull, _mirrored_similarity(fixed, moving, pull, refined=False))
-    if dark_fluid:
-        qc["local_correlation"] = _local_correlation_of_flair(fixed, moving, pull)
-    return pull, qc
+    mirrored = _mirrored_similarity(fixed, moving, pull, refined=False)
+    return pull, _metrics(fixed, moving, pull, mirrored, flair=moving if dark_fluid else None)
 
 
 def coregister(anchor: Volume, scan: Volume) -> np.ndarray:
@@ -322,20 +318,29 @@ def registration_metrics(
     """
     fixed, moving = _coarse_brain(fixed), moving.coarse()
     score = _mirrored_similarity(fixed, moving, pull, refined=False) if mirrored else None
-    qc = _metrics(fixed, moving, pull, score)
-    if dark_fluid:
-        qc["local_correlation"] = _local_correlation_of_flair(fixed, moving, pull)
-    return qc
+    return _metrics(fixed, moving, pull, score, flair=moving if dark_fluid else None)
 
 
 def _metrics(
-    fixed: Volume, moving: Volume, pull: np.ndarray, mirrored: float | None, *, restarted: bool = False
+    fixed: Volume,
+    moving: Volume,
+    pull: np.ndarray,
+    mirrored: float | None,
+    *,
+    restarted: bool = False,
+    flair: Volume | None = None,
 ) -> dict[str, Any]:
+    """Return the metrics of a registration; `flair` is the unclipped scan if `moving` is a FLAIR scan."""
     overlap = None if moving.mask is None else round(mask_overlap(fixed, moving, pull), 4)
     return {
         "similarity": round(similarity(fixed, moving, pull), 4),
         "mirrored_similarity": mirrored,
-        "local_correlation": round(local_correlation(fixed, moving, pull), 4),
+        "local_correlation": round(
+            local_correlation(fixed, moving, pull)
+            if flair is None
+            else _local_correlation_of_flair(fixed, flair, pull),
+            4,
+        ),
         "mask_overlap": overlap,
         "restarted": restarted,
     }
@@ -696,7 +701,7 @@ def _local_correlation_of_flair(fixed: Volume, moving: Volume, pull: np.ndarray)
         back = np.linalg.inv(pull)
         brain = resample_mask(fixed.mask, fixed.affine, moving.data.shape, moving.affine, back)
     scans = (moving, equalise_tissue(moving, brain))
-    return round(max((local_correlation(fixed, scan, pull) for scan in scans), key=abs), 4)
+    return max((local_correlation(fixed, scan, pull) for scan in scans), key=abs)
 
 
 def mask_overlap(fixed: Volume, moving: Volume, pull: np.ndarray) -> float:
