@@ -46,7 +46,9 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
         random_contrast=RANDOM_CONTRAST,
     )
     folder = scratch_folder(
-        config.work_dir, "synthetic", config.modality, config.synthetic, population.seed, population.sources
+        config.work_dir,
+        "synthetic",
+        *(config.modality, config.synthetic, population.seed, population.sources, RANDOM_CONTRAST),
     )
     if not (folder / "participants.tsv").is_file():  # written last
         simulated = SimulatedCohort(
