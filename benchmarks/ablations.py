@@ -29,6 +29,7 @@ from bids_uad.engine.bundle import CORRECTED
 from bids_uad.engine.execution import Execution, in_precision
 from bids_uad.engine.inference import covering_fields
 from bids_uad.evaluation.bootstrap import bootstrap_interval
+from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.files import write_tsv
 from bids_uad.methods.pls.detector import PLS, PLSHyper
 from bids_uad.methods.pls.painting import HealthyConfig
@@ -151,14 +152,15 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan]) -> pd.DataFrame:
             scores, lesion = score_slices(detector, scan)
             bins = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
             counts = [np.bincount(bins[part], minlength=N_BINS) for part in (~lesion, lesion)]
-            histograms.append([part[::-1].cumsum()[::-1] for part in counts])
+            histograms.append(counts)
             ap = average_precision_score(lesion, scores) if lesion.any() else np.nan
             rows.append({"participant_id": scan.subject, "ap": ap})
-    false, true = np.moveaxis(np.array(histograms, dtype=float), 1, 0)
-    sick = true[:, 0] > 0
-    dice = 2 * true[sick] / np.maximum(true[sick] + false[sick] + true[sick][:, :1], 1)
     table = pd.DataFrame(rows)
-    table["marked"] = np.where(sick, np.nan, false[:, dice.mean(0).argmax()] / np.maximum(false[:, 0], 1))
+    sick = table["ap"].notna()
+    curves = [dice_curve(*counts) for counts, has_lesion in zip(histograms, sick, strict=True) if has_lesion]
+    best = int(np.mean(curves, 0).argmax())
+    marked = [counts_above(healthy)[best] / max(1, healthy.sum()) for healthy, _ in histograms]
+    table["marked"] = np.where(sick, np.nan, marked)
     return table
 
 

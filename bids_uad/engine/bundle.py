@@ -35,8 +35,7 @@ ALL = "all"
 LOGGER = logging.getLogger("bids_uad")
 
 DEFAULT_MODELS = ("pls-T1w-default", "pls-T2w-default", "pls-FLAIR-default")
-"""Bundles used by default, as far as they are packaged: those with the highest Dice on scans outside their
-training data."""
+"""Bundles used by default: those with the highest Dice on scans outside their training data."""
 PACKAGED = Path(__file__).parents[1] / "data" / "bundles"
 NORMATIVE = "normative"
 """Deviation from a normative reference of healthy controls; also its key in ``calibration.json``."""
@@ -522,9 +521,7 @@ def resolve_bundles(
     chosen: list[Bundle] = []
     if models == [ALL]:
         models = known
-    if models is None:
-        models = [name for name in DEFAULT_MODELS if name in known]
-    for model in models:
+    for model in DEFAULT_MODELS if models is None else models:
         detector, separator, rest = model.partition("-")
         if detector in RENAMED_DETECTORS and not Path(model).is_dir():
             current = RENAMED_DETECTORS[detector] + separator + rest

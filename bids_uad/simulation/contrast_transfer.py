@@ -57,11 +57,11 @@ def t1w_to_t2w(
     fluid, grey, white = tissue_levels(volume, brain)
     t2w_white = rng.uniform(*WHITE)
     pure_fluid = fluid * rng.uniform(0.6, 0.9)
-    curve = PchipInterpolator(
+    t2w = _through_levels(
+        volume,
         [pure_fluid, grey, white, MAX_T1W * white],
         [1.0, t2w_white * rng.uniform(*GREY), t2w_white, 0.8 * t2w_white],
     )
-    t2w = curve(np.clip(volume, pure_fluid, MAX_T1W * white))
     return scale_intensity(t2w, binary_erosion(brain))
 
 
@@ -93,14 +93,23 @@ def t1w_to_flair(
     fluid, grey, white = tissue_levels(volume, brain)
     flair_fluid, flair_white = rng.uniform(*FLAIR_FLUID), rng.uniform(*FLAIR_WHITE)
     pure_fluid = fluid * rng.uniform(0.7, 1.0)
-    levels = [pure_fluid, grey, white, MAX_T1W * white]
-    clipped = np.clip(volume, pure_fluid, MAX_T1W * white)
-    flair = PchipInterpolator(levels, [flair_fluid, 1.0, flair_white, 0.95 * flair_white])(clipped)
+    flair = _through_levels(
+        volume,
+        [pure_fluid, grey, white, MAX_T1W * white],
+        [flair_fluid, 1.0, flair_white, 0.95 * flair_white],
+    )
     grey_class = brain & (volume > (fluid + grey) / 2) & (volume < (grey + white) / 2)
     deep = binary_erosion(brain, iterations=15)
     thin = grey_class & deep & ~binary_opening(grey_class, iterations=1)
-    direct = np.interp(clipped, [pure_fluid, white], [flair_fluid, flair_white])
+    direct = np.interp(volume, [pure_fluid, white], [flair_fluid, flair_white])
     return scale_intensity(np.where(thin, direct, flair), brain)
+
+
+def _through_levels(
+    volume: NDArray[np.floating], t1w: list[float], other: list[float]
+) -> NDArray[np.floating]:
+    """Map T1w levels to those of another contrast by a monotone cubic, which is constant beyond them."""
+    return PchipInterpolator(t1w, other)(np.clip(volume, t1w[0], t1w[-1]))
 
 
 def tissue_levels(volume: NDArray[np.floating], brain: NDArray[np.bool_]) -> tuple[float, float, float]:

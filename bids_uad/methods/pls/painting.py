@@ -27,6 +27,7 @@ from bids_uad.constraints import (
     Probability,
     invalid,
 )
+from bids_uad.images import UPPER_PERCENTILE
 from bids_uad.methods.base import PaintedScan, Scan
 from bids_uad.methods.pls.volumes import (
     Box,
@@ -54,7 +55,6 @@ VENTRICLE_PRIOR = 0.1
 """Prior probability of ventricles from which on fluid is taken for ventricle."""
 MARGIN = 6
 """Voxels around the brain that are processed."""
-SCALING_QUANTILE = 0.995
 FULL_VISIBILITY = 0.08
 """Mean intensity change of a lesion, relative to the brightest tissue, from which on its target is 1."""
 
@@ -331,7 +331,7 @@ def _three_classes(tissue: Tensor) -> Tensor:
 def _scaled(image: Tensor, brain: Tensor) -> Tensor:
     """Scale as the preprocessing does, with the 99.5th percentile of the brain at 1, and clip to [0, 1]."""
     values = image[brain][::23]
-    top = values.kthvalue(max(1, math.ceil(SCALING_QUANTILE * len(values)))).values
+    top = values.kthvalue(max(1, math.ceil(UPPER_PERCENTILE / 100 * len(values)))).values
     return (image / top.clamp_min(1e-3)).clamp(0, 1) * brain
 
 
