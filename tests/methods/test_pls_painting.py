@@ -28,8 +28,8 @@ from bids_uad.methods.pls.painting import (
     _add_strip_remnant,
     _change_nuclei,
     _cut_edge,
+    _LargeLesion,
     _Lesions,
-    _Lump,
     _Plan,
     _scaled,
     _thick_slices,
@@ -170,7 +170,7 @@ class TestPlan:
     def test_has_the_configured_frequencies(self):
         config = LesionConfig()
         plans = self.plans(replace(config, healthy_prob=0.0))
-        kinds = [[lump.kind for lump in plan.lumps] for plan in plans]
+        kinds = [[large_lesion.kind for large_lesion in plan.large_lesions] for plan in plans]
         numbers = [sum(kind != "mass" for kind in kind_list) for kind_list in kinds]
         assert (
             chisquare(np.bincount(numbers, minlength=4), np.array(config.large_counts) * len(plans)).pvalue
@@ -189,30 +189,38 @@ class TestPlan:
 
     def test_sizes_are_log_uniform(self):
         config = LesionConfig(healthy_prob=0, large_size=(10.0, 90.0), mass_volume=(15.0, 220.0))
-        lumps = [lump for plan in self.plans(config) for lump in plan.lumps]
-        diameters = [math.log(2 * lump.radius) for lump in lumps if lump.kind in ("oedema", "cavity")]
-        volumes = [math.log(4 / 3e3 * math.pi * lump.radius**3) for lump in lumps if lump.kind == "mass"]
+        large_lesions = [large_lesion for plan in self.plans(config) for large_lesion in plan.large_lesions]
+        diameters = [
+            math.log(2 * large_lesion.radius)
+            for large_lesion in large_lesions
+            if large_lesion.kind in ("oedema", "cavity")
+        ]
+        volumes = [
+            math.log(4 / 3e3 * math.pi * large_lesion.radius**3)
+            for large_lesion in large_lesions
+            if large_lesion.kind == "mass"
+        ]
         for values, (low, high) in ((diameters, config.large_size), (volumes, config.mass_volume)):
             span = math.log(high / low)
             assert kstest(values, "uniform", args=(math.log(low), span)).pvalue > 1e-3
-        smallest = min(lump.radius for lump in lumps if lump.kind == "tumour")
+        smallest = min(large_lesion.radius for large_lesion in large_lesions if large_lesion.kind == "tumour")
         assert 2 * smallest == pytest.approx(10 * 9 ** (1 / 3), rel=0.1)
         # Masses and tumours displace the tissue.
-        for lump in lumps:
-            ratio = lump.displacement / lump.radius
-            low, high = {"mass": (0.1, 0.5), "tumour": (0, 0.3)}.get(lump.kind, (0, 0))
+        for large_lesion in large_lesions:
+            ratio = large_lesion.displacement / large_lesion.radius
+            low, high = {"mass": (0.1, 0.5), "tumour": (0, 0.3)}.get(large_lesion.kind, (0, 0))
             assert low <= ratio <= high
 
 
 class TestLesions:
     CENTRE = torch.tensor([16.0, 58.0, 40.0])
 
-    def lump(self, kind="oedema", radius=9.0, centre=None):
-        return _Lump(kind, self.CENTRE if centre is None else centre, radius, 0.0)
+    def large_lesion(self, kind="oedema", radius=9.0, centre=None):
+        return _LargeLesion(kind, self.CENTRE if centre is None else centre, radius, 0.0)
 
-    def painted(self, lesions, lump, shapes=()):
+    def painted(self, lesions, large_lesion, shapes=()):
         before = lesions.image.clone()
-        lesions.paint(_Plan((lump,), 0, band=False), LesionConfig(real_shape_prob=1.0), shapes)
+        lesions.paint(_Plan((large_lesion,), 0, band=False), LesionConfig(real_shape_prob=1.0), shapes)
         return before, lesions.image
 
     @pytest.mark.parametrize("label", [GREY, WHITE])
@@ -221,7 +229,7 @@ class TestLesions:
         sign = -1 if contrast == "T1w" else 1
         for seed in range(4):
             lesions = typical(lesions_in(tissue, ventricles, contrast, seed))
-            before, after = self.painted(lesions, self.lump(radius=12.0))
+            before, after = self.painted(lesions, self.large_lesion(radius=12.0))
             inside = (lesions.target > 0.7 * lesions.target.max()) & (tissue == label)
             assert inside.sum() > 100
             change = sign * (after - before)[inside]
@@ -249,7 +257,7 @@ class TestLesions:
         places = ((tissue == FLUID) & (ventricles > 0.5)).nonzero().float()
         lesions = typical(lesions_in(tissue, ventricles, "T2w"))
         lesions._lesion_level = lambda before: torch.full_like(before, LEVELS["T2w"].fluid)
-        before, after = self.painted(lesions, self.lump(radius=8.0, centre=places[len(places) // 2]))
+        before, after = self.painted(lesions, self.large_lesion(radius=8.0, centre=places[len(places) // 2]))
         core = lesions.target > 0.9 * lesions.target.max()
         hidden = core & ((after - before).abs() < 0.05)
         assert 0.05 * core.sum() < hidden.sum() < 0.95 * core.sum()
@@ -272,7 +280,7 @@ class TestLesions:
     @pytest.mark.parametrize("kind", ["oedema", "tumour", "cavity", "mass"])
     def test_lesions_continue_across_slices(self, tissue, ventricles, kind):
         lesions = lesions_in(tissue, ventricles, "T1w", seed=2)
-        self.painted(lesions, self.lump(kind, radius=12.0))
+        self.painted(lesions, self.large_lesion(kind, radius=12.0))
         masks = (lesions.target > 0.5 * lesions.target.max()).numpy()
         dices = [
             2 * (one & other).sum() / (one.sum() + other.sum())
@@ -289,7 +297,7 @@ class TestLesions:
         elongations = []
         for seed in range(3):
             lesions = lesions_in(tissue, ventricles, "T1w", seed)
-            self.painted(lesions, self.lump(radius=7.0), [bar] if is_real else [])
+            self.painted(lesions, self.large_lesion(radius=7.0), [bar] if is_real else [])
             places = (lesions.target > 0.5 * lesions.target.max()).nonzero().float()
             moments = torch.linalg.eigvalsh(places.T.cov())
             elongations.append(float((moments[-1] / moments[0]).sqrt()))
@@ -299,7 +307,7 @@ class TestLesions:
     def test_oedema_may_spare_grey_matter(self, tissue, ventricles, spares_grey):
         lesions = lesions_in(tissue, ventricles, "T2w", seed=1)
         lesions._chance = lambda probability: spares_grey and probability == LesionConfig().along_white_prob
-        self.painted(lesions, self.lump(radius=13.0))
+        self.painted(lesions, self.large_lesion(radius=13.0))
         shape = gaussian_smooth((lesions.target > 0.1 * lesions.target.max()).float(), 3.0) > 0.7
         grey, white = (lesions.target[shape & (tissue == label)].mean() for label in (GREY, WHITE))
         assert bool(grey < 0.6 * white) is spares_grey
@@ -333,8 +341,8 @@ class TestLesions:
 
     def test_cavity_has_a_core_of_fluid(self, tissue, ventricles):
         lesions = typical(lesions_in(tissue, ventricles, "FLAIR", seed=5))
-        lump = self.lump("cavity", radius=11.0, centre=torch.tensor([16.0, 25.0, 60.0]))
-        before, after = self.painted(lesions, lump)
+        large_lesion = self.large_lesion("cavity", radius=11.0, centre=torch.tensor([16.0, 25.0, 60.0]))
+        before, after = self.painted(lesions, large_lesion)
         inside = lesions.target > 0.9 * lesions.target.max()
         darkest = after[inside].sort().values[: int(0.03 * inside.sum())]
         assert darkest.mean() < 0.35  # fluid has 0.15
@@ -347,8 +355,8 @@ class TestMass:
 
     def mass(self, lesions):
         before = lesions.image.clone()
-        lump = _Lump("mass", self.CENTRE, 13.0, 0.0)
-        lesions.paint(_Plan((lump,), 0, band=False), LesionConfig(), [])
+        large_lesion = _LargeLesion("mass", self.CENTRE, 13.0, 0.0)
+        lesions.paint(_Plan((large_lesion,), 0, band=False), LesionConfig(), [])
         return before, lesions.image, lesions.target > 0.9 * lesions.target.max()
 
     def test_differs_from_uniform_tissue_by_3_to_15_percent(self, contrast):

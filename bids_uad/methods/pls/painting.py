@@ -336,7 +336,7 @@ def _scaled(image: Tensor, brain: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Lump:
+class _LargeLesion:
     """Place and size of a large lesion, and how far it displaces tissue (mm)."""
 
     kind: str
@@ -349,7 +349,7 @@ class _Lump:
 class _Plan:
     """What is painted: large lesions, number of small ones, and whether there is a periventricular band."""
 
-    lumps: tuple[_Lump, ...]
+    large_lesions: tuple[_LargeLesion, ...]
     small: int
     band: bool
 
@@ -360,21 +360,24 @@ class _Plan:
             return cls((), 0, band=False)
         counts = torch.tensor(config.large_counts)
         number = int(torch.multinomial(counts, 1, generator=generator))
-        lumps = []
+        large_lesions = []
         if chance(config.mass_prob, generator):
             volume = 1000 * math.exp(uniform(*map(math.log, config.mass_volume), generator))
             radius = (3 * volume / (4 * math.pi)) ** (1 / 3)
-            lumps.append(("mass", radius, uniform(0.1, 0.5, generator) * radius))
+            large_lesions.append(("mass", radius, uniform(0.1, 0.5, generator) * radius))
         for _ in range(number):
             kind = ("oedema", "tumour", "cavity")[integer(0, 2, generator)]
             low, high = map(math.log, config.large_size)
             # Tumours are found late.
             low += (high - low) / 3 * (kind == "tumour")
             radius = math.exp(uniform(low, high, generator)) / 2
-            lumps.append((kind, radius, uniform(0, 0.3, generator) * radius * (kind == "tumour")))
-        centres = draw_voxels(brain, len(lumps), generator)
+            large_lesions.append((kind, radius, uniform(0, 0.3, generator) * radius * (kind == "tumour")))
+        centres = draw_voxels(brain, len(large_lesions), generator)
         return cls(
-            tuple(_Lump(kind, at, size, push) for (kind, size, push), at in zip(lumps, centres, strict=True)),
+            tuple(
+                _LargeLesion(kind, at, size, push)
+                for (kind, size, push), at in zip(large_lesions, centres, strict=True)
+            ),
             integer(1, config.max_small, generator) if chance(config.small_prob, generator) else 0,
             band=chance(config.periventricular_prob, generator),
         )
@@ -388,7 +391,10 @@ def _deform(
     zoom = [uniform(*config.zoom, generator) for _ in range(3)]
     shift = [uniform(-config.shift, config.shift, generator) for _ in range(3)]
     flip = chance(0.5, generator)
-    pushes = [(lump.centre, max(lump.radius, 4.0), lump.displacement) for lump in plan.lumps]
+    pushes = [
+        (large_lesion.centre, max(large_lesion.radius, 4.0), large_lesion.displacement)
+        for large_lesion in plan.large_lesions
+    ]
     if chance(config.healthy.ventricles, generator):
         centre = torch.nonzero(tissue)[::101].float().mean(0) + 5 * torch.randn(3, generator=generator)
         radius = uniform(12, 40, generator)
@@ -586,40 +592,46 @@ class _Lesions:
 
     def paint(self, plan: _Plan, config: LesionConfig, shapes: Sequence[Tensor]) -> None:
         """Paint the planned lesions."""
-        for lump in plan.lumps:
-            self._paint_lump(lump, config, shapes)
+        for large_lesion in plan.large_lesions:
+            self._paint_large(large_lesion, config, shapes)
         if plan.band:
             self._paint_band()
         if plan.small:
             self._paint_small(plan.small, config)
 
-    def _paint_lump(self, lump: _Lump, config: LesionConfig, shapes: Sequence[Tensor]) -> None:
+    def _paint_large(
+        self, large_lesion: _LargeLesion, config: LesionConfig, shapes: Sequence[Tensor]
+    ) -> None:
         size = tuple(self.image.shape)
         if shapes and self._chance(config.real_shape_prob):
             shape = shapes[integer(0, len(shapes) - 1, self.generator)]
-            box, mask = expand_shape(size, lump.centre, shape, lump.radius, self.generator)
+            box, mask = expand_shape(size, large_lesion.centre, shape, large_lesion.radius, self.generator)
         else:
             rough = self._uniform(0.2, 0.9)
-            box, mask = ellipsoid(size, lump.centre, lump.radius, rough, self.generator)
-        edge = self._uniform(0, 3) * min(1, lump.radius / 10)
+            box, mask = ellipsoid(size, large_lesion.centre, large_lesion.radius, rough, self.generator)
+        edge = self._uniform(0, 3) * min(1, large_lesion.radius / 10)
         mask = gaussian_smooth(mask, edge) * self.brain[box]
         if not mask.any():
             return
         before = self.image[box]
-        if lump.kind == "mass":
+        if large_lesion.kind == "mass":
             self._keep(box, mask, *self._mass(before, mask))
             return
         core = mask
-        if lump.kind != "cavity" and self._chance(config.along_white_prob):
+        if large_lesion.kind != "cavity" and self._chance(config.along_white_prob):
             near_white = gaussian_smooth((self.tissue[box] == WHITE).float(), self._uniform(0.5, 1.2))
             mask = mask * (1.6 * near_white).clamp(0, 1)
         after = self._blend(before, mask, self._lesion_level(before))
         # A tumour has one core, or two of which one contains the other.
-        cores = integer(1, 2, self.generator) if lump.kind == "tumour" else int(lump.kind == "cavity")
+        cores = (
+            integer(1, 2, self.generator)
+            if large_lesion.kind == "tumour"
+            else int(large_lesion.kind == "cavity")
+        )
         for _ in range(cores):
             depth = self._uniform(0.3, 0.8)
-            core = ((gaussian_smooth(core, 0.25 * lump.radius) - depth) * 6).clamp(0, 1) * core
-            level = self.levels.fluid if lump.kind == "cavity" else self._any_level()
+            core = ((gaussian_smooth(core, 0.25 * large_lesion.radius) - depth) * 6).clamp(0, 1) * core
+            level = self.levels.fluid if large_lesion.kind == "cavity" else self._any_level()
             after = self._blend(after, core, torch.full_like(before, level), strongest=True)
             mask = torch.maximum(mask, core)
         self._keep(box, mask, after)
