@@ -44,11 +44,12 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
         tuple(find_label_maps(config.label_maps)) if config.label_maps else Population.sources,
         scanners=max(1, config.synthetic // 2),
         random_contrast=RANDOM_CONTRAST,
+        normal_variants=True,
     )
     folder = scratch_folder(
         config.work_dir,
         "synthetic",
-        *(config.modality, config.synthetic, population.seed, population.sources, RANDOM_CONTRAST),
+        *(config.modality, config.synthetic, population.seed, population.sources, RANDOM_CONTRAST, "variants"),
     )
     if not (folder / "participants.tsv").is_file():  # written last
         simulated = SimulatedCohort(

@@ -123,7 +123,8 @@ class TestPaintScan:
             assert part.shape == painted.brain.shape == labels.shape
             assert not part[~painted.brain].any()
         assert painted.target.max() <= 1
-        assert painted.weight[painted.brain].min() == 1
+        assert (painted.weight[painted.brain & (painted.target == 0)] == 1).all()
+        assert painted.weight.min() >= 0
         assert painted.weight.max() <= PaintingConfig().small_lesion_weight
 
     def test_repeats_for_a_seed_and_does_not_change_the_scan(self, labels):
@@ -144,8 +145,9 @@ class TestPaintScan:
         volumes, brains = [], []
         for seed in range(4):
             painted = paint_scan(healthy(labels, "T1w"), config, seeded(seed))
-            assert torch.equal(painted.weight, painted.brain.half())  # not a small lesion
-            volumes.append(int((painted.target > 0.3).sum()))
+            inside = painted.target > 0.5
+            assert 0.6 < painted.weight[inside].min() <= painted.weight[inside].max() <= 1  # not a small lesion
+            volumes.append(int(inside.sum()))
             brains.append(int(painted.brain.sum()))
         # A part of the mass may lie outside the region.
         assert 6_000 < min(volumes) < max(volumes) < 32_000
@@ -265,17 +267,28 @@ class TestLesions:
         assert shape.sum() > 0.5 * 4 / 3 * math.pi * 8**3
         assert (ndimage.binary_fill_holes(shape) & ~shape & (tissue > 0).numpy()).sum() < 5
 
-    def test_target_increases_with_the_visibility(self, tissue, ventricles):
+    def test_weight_increases_with_the_visibility(self, tissue, ventricles):
         mask = torch.zeros(tissue.shape)
         mask[10:20, 40:50, 40:50] = 1
         before, found = torch.full_like(mask, 0.5), []
         for change in (0.0, 0.02, 0.04, 0.2):
             lesions = lesions_in(tissue, ventricles, "T2w", image=before)
             lesions._keep(np.s_[:, :, :], mask, before + change * mask)
-            assert torch.equal(lesions.target > 0, mask * (change > 0) > 0)
-            found.append(float(lesions.target.max()))
+            assert torch.equal(lesions.target, mask)
+            weight = lesions.weight(8.0)
+            assert (weight[mask == 0] == 1).all()
+            found.append(float(weight[mask == 1].unique()))
         # The brightest tissue has 0.95, and a change of 8 % of it is fully visible.
         assert found == pytest.approx([0, 0.02 / 0.076, 0.04 / 0.076, 1], abs=1e-4)
+
+    def test_weight_of_lesions_that_overlap_is_that_of_the_most_visible(self, tissue, ventricles):
+        mask = torch.zeros(tissue.shape)
+        mask[10:20, 40:50, 40:50] = 1
+        for order in (1, -1):
+            lesions = lesions_in(tissue, ventricles, "T2w", image=torch.full_like(mask, 0.5))
+            for visibility in (0.3, 0.8)[::order]:
+                lesions._keep(np.s_[:, :, :], mask, lesions.image, visibility, small=visibility == 0.3)
+            assert lesions.weight(5.0)[mask == 1].unique().item() == pytest.approx(0.8 * 5)
 
     @pytest.mark.parametrize("kind", ["oedema", "tumour", "cavity", "mass"])
     def test_lesions_continue_across_slices(self, tissue, ventricles, kind):

@@ -56,7 +56,7 @@ VENTRICLE_PRIOR = 0.1
 MARGIN = 6
 """Voxels around the brain that are processed."""
 FULL_VISIBILITY = 0.08
-"""Mean intensity change of a lesion, relative to the brightest tissue, from which on its target is 1."""
+"""Mean intensity change of a lesion, relative to the brightest tissue, from which on its weight is full."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class PaintingConfig(Constrained):
     shift : float, default=4.0
         Largest shift along each axis in mm.
     small_lesion_weight : float, default=8.0
-        Weight in the loss of voxels of small and periventricular lesions; other brain voxels have weight 1.
+        Factor of the weight in the loss of voxels of small and periventricular lesions.
     """
 
     lesion: LesionConfig = field(default_factory=LesionConfig)
@@ -251,8 +251,8 @@ def paint_scan(
     Returns
     -------
     PaintedScan
-        Scan, target and weights. The target of a voxel is the visibility of the lesion whose shape contains
-        it, 0 elsewhere, whatever the intensity of the voxel itself.
+        Scan, target and weights. The target is 1 in the shape of a lesion, whatever the intensity of the
+        voxel itself, and 0 elsewhere. The weight of a lesion in the loss is proportional to its visibility.
     """
     tissue = estimate_tissue(scan) if scan.tissue is None else _three_classes(scan.tissue)
     box = bounding_box(scan.brain, MARGIN)
@@ -267,7 +267,7 @@ def paint_scan(
     lesions.paint(plan, config.lesion, shapes)
     painted = _acquire(lesions.image, lesions.levels.contrast, config.healthy, generator)
     painted = _scaled(painted, brain)
-    weight = brain * (1 + (config.small_lesion_weight - 1) * lesions.small)
+    weight = brain * lesions.weight(config.small_lesion_weight)
     whole = [torch.zeros(scan.slices.shape, dtype=torch.float16) for _ in range(3)]
     for target, part in zip(whole, (painted, lesions.target * brain, weight), strict=True):
         target[box] = part.half()
@@ -555,14 +555,16 @@ def _thick_slices(depth: int, thickness: float, offset: float) -> Tensor:
 
 
 class _Lesions:
-    """Paints lesions into a scan, one after the other, and keeps target and small lesions.
+    """Paints lesions into a scan, one after the other, and keeps target, visibility and small lesions.
 
     Attributes
     ----------
     image : Tensor, shape (Z, H, W)
         Scan with the lesions that were painted so far.
     target : Tensor, shape (Z, H, W)
-        Visibility of the lesions, 0 outside.
+        Soft mask of the lesions.
+    visible : Tensor, shape (Z, H, W)
+        Soft mask of each lesion times its visibility (0 to 1); the maximum over lesions.
     small : Tensor, shape (Z, H, W)
         Soft mask of small and periventricular lesions.
     """
@@ -579,7 +581,7 @@ class _Lesions:
         self.image, self.brain, self.tissue, self.levels = image, brain, tissue, levels
         self.ventricles = ventricles
         self.generator = generator
-        self.target, self.small = torch.zeros_like(image), torch.zeros_like(image)
+        self.target, self.visible, self.small = (torch.zeros_like(image) for _ in range(3))
 
     def _uniform(self, low: float, high: float) -> float:
         return uniform(low, high, self.generator)
@@ -589,6 +591,10 @@ class _Lesions:
 
     def _any_level(self) -> float:
         return self._uniform(0, 1.2) * self.levels.top
+
+    def weight(self, small_lesion_weight: float) -> Tensor:
+        """Return weights in the loss: 1 outside lesions, that of their visibility and size inside."""
+        return (1 - self.target + self.visible) * (1 + (small_lesion_weight - 1) * self.small)
 
     def paint(self, plan: _Plan, config: LesionConfig, shapes: Sequence[Tensor]) -> None:
         """Paint the planned lesions."""
@@ -705,11 +711,12 @@ class _Lesions:
     def _keep(
         self, box: Box, mask: Tensor, after: Tensor, visibility: float | None = None, *, small: bool = False
     ) -> None:
-        """Keep image and target of a lesion, and its mask if it is small. Its visibility may be measured."""
+        """Keep image and mask of a lesion. Without a visibility, it is measured from the intensity change."""
         if visibility is None:
             change = ((after - self.image[box]).abs() * mask).sum() / mask.square().sum().clamp_min(1e-3)
             visibility = min(1.0, float(change) / (FULL_VISIBILITY * self.levels.top))
         self.image[box] = after.clamp_min(0)
-        self.target[box] = torch.maximum(self.target[box], mask * visibility)
+        self.target[box] = torch.maximum(self.target[box], mask)
+        self.visible[box] = torch.maximum(self.visible[box], mask * visibility)
         if small:
             self.small[box] = torch.maximum(self.small[box], mask)
