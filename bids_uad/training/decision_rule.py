@@ -1,7 +1,10 @@
 """Choice of a decision rule on validation scans.
 
 The criterion is the mean over lesion scans of the mean of Dice and lesion-wise F1, in which a small lesion
-counts as much as a large one. The fraction of healthy brains that is marked is limited. Low and high
+counts as much as a large one. The fraction of healthy brains that is marked is limited. Of the rules that are
+not worse than the best one by more than a standard error, the most sensitive one is chosen, since lesions of
+real scans have lower scores than those of simulated ones (the one-standard-error rule of Breiman et al.
+1984, "Classification and regression trees", which prefers the simplest one). Low and high
 thresholds and minimum volumes are searched together, on a table of the components of each scan; ways of
 filling holes are compared afterwards, for the best of these rules. The performance on other scans is
 estimated by leaving out one subject at a time.
@@ -241,33 +244,42 @@ def _figures(
 
 @dataclass(frozen=True)
 class _Results:
-    """Results of all rules for all scans: arrays of shape (scans, rules), and the scans' roles."""
+    """Results of all rules for all scans: arrays of shape (scans, rules), thresholds and the scans' roles."""
 
     criterion: np.ndarray
     marked: np.ndarray
     dice: np.ndarray
     f1: np.ndarray
+    thresholds: np.ndarray
     healthy: np.ndarray
 
     @classmethod
-    def of(cls, found: Sequence[Outcome], healthy: np.ndarray) -> _Results:
+    def of(cls, found: Sequence[Outcome], rules: Sequence[DecisionRule], healthy: np.ndarray) -> _Results:
         names = ("criterion", "marked", "dice", "f1")
-        return cls(*(np.stack([getattr(each, name) for each in found]) for name in names), healthy)
+        columns = (np.stack([getattr(each, name) for each in found]) for name in names)
+        return cls(*columns, np.array([rule.threshold for rule in rules]), healthy)
 
     def best(self, used: np.ndarray, columns: Sequence[int]) -> int:
         """Return the best of some rules on some scans.
 
-        Of the rules within the limits, that with the highest criterion; if there is none, that which exceeds
-        them least.
+        Of the rules within the limits whose criterion is not lower than the highest by more than the
+        standard error of the paired difference, that with the lowest threshold, and then the highest
+        criterion. If no rule is within the limits, that which exceeds them least.
         """
         columns = np.asarray(columns)
-        criterion = self.criterion[np.ix_(used & ~self.healthy, columns)].mean(axis=0)
-        if not (used & self.healthy).any():
-            return int(columns[criterion.argmax()])
-        excess = _excess(self.marked[np.ix_(used & self.healthy, columns)])
-        if excess.min() > 1:
-            return int(columns[excess.argmin()])
-        return int(columns[np.where(excess <= 1, criterion, -np.inf).argmax()])
+        if (used & self.healthy).any():
+            excess = _excess(self.marked[np.ix_(used & self.healthy, columns)])
+            if excess.min() > 1:
+                return int(columns[excess.argmin()])
+            columns = columns[excess <= 1]
+        criterion = self.criterion[np.ix_(used & ~self.healthy, columns)]
+        mean = criterion.mean(axis=0)
+        loss = criterion[:, [mean.argmax()]] - criterion
+        error = loss.std(axis=0, ddof=1) / np.sqrt(len(loss)) if len(loss) > 1 else 0.0
+        near = np.flatnonzero(loss.mean(axis=0) <= error)
+        thresholds = self.thresholds[columns[near]]
+        near = near[thresholds == thresholds.min()]
+        return int(columns[near[mean[near].argmax()]])
 
     def figures(self, rules: np.ndarray) -> dict[str, Any]:
         """Summarise the results of one rule per scan, given their indices, shape (scans,)."""
@@ -327,7 +339,7 @@ def choose_rule(
             found.append(outcomes(scan, rules, min_lesion_volume))
     if not rules or all(healthy):
         return None
-    results = _Results.of(found, np.array(healthy))
+    results = _Results.of(found, rules, np.array(healthy))
     subjects = np.array(subjects)
     folds = _folds(subjects, results.healthy)
     every = range(len(rules))
@@ -335,7 +347,9 @@ def choose_rule(
     variants = {index: [replace(rules[index], holes=holes) for holes in FILLING] for index in unfilled}
     tried = [rule for group in variants.values() for rule in group]
     results = _Results.of(
-        [outcomes_of_masks(stored.load(), tried, min_lesion_volume) for stored in used], results.healthy
+        [outcomes_of_masks(stored.load(), tried, min_lesion_volume) for stored in used],
+        tried,
+        results.healthy,
     )
     chosen = [
         results.best(fold, [tried.index(rule) for rule in variants[index]])

@@ -49,7 +49,14 @@ def synthetic_cohort(config: RunConfig) -> Cohort:
     folder = scratch_folder(
         config.work_dir,
         "synthetic",
-        *(config.modality, config.synthetic, population.seed, population.sources, RANDOM_CONTRAST, "variants"),
+        *(
+            config.modality,
+            config.synthetic,
+            population.seed,
+            population.sources,
+            RANDOM_CONTRAST,
+            "variants",
+        ),
     )
     if not (folder / "participants.tsv").is_file():  # written last
         simulated = SimulatedCohort(

@@ -146,7 +146,9 @@ class TestPaintScan:
         for seed in range(4):
             painted = paint_scan(healthy(labels, "T1w"), config, seeded(seed))
             inside = painted.target > 0.5
-            assert 0.6 < painted.weight[inside].min() <= painted.weight[inside].max() <= 1  # not a small lesion
+            assert (
+                0.6 < painted.weight[inside].min() <= painted.weight[inside].max() <= 1
+            )  # not a small lesion
             volumes.append(int(inside.sum()))
             brains.append(int(painted.brain.sum()))
         # A part of the mass may lie outside the region.
