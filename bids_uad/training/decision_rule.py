@@ -154,7 +154,7 @@ def outcomes(scan: ValidationMap, rules: Sequence[DecisionRule], min_lesion_volu
     """
     lows = sorted({rule.low for rule in rules})
     box = bounding_box((scan.scores > np.float64(lows[0])) & scan.brain)
-    lesions, n_lesion, truth = _lesions(scan, min_lesion_volume)
+    lesions, n_counted, n_lesion, truth = _lesions(scan, min_lesion_volume)
     tables = {
         low: _component_table(scan.scores[box], scan.brain[box], truth[box], lesions[box], low)
         for low in lows
@@ -167,7 +167,7 @@ def outcomes(scan: ValidationMap, rules: Sequence[DecisionRule], min_lesion_volu
         found = np.unique(table["lesion"][kept[table["owner"]]])
         false = kept & (table["overlap"] == 0) & reaches_volume(table["size"], min_lesion_volume)
         counts = (table["size"][kept].sum(), table["overlap"][kept].sum(), found.size, false.sum())
-        rows.append(_figures(scan, n_brain, n_lesion, int(lesions.max(initial=0)), *map(int, counts)))
+        rows.append(_figures(scan, n_brain, n_lesion, n_counted, *map(int, counts)))
     return Outcome(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
@@ -175,7 +175,7 @@ def outcomes_of_masks(
     scan: ValidationMap, rules: Sequence[DecisionRule], min_lesion_volume: float
 ) -> Outcome:
     """Compute the results of any rules for one scan by applying them; parameters as in :func:`outcomes`."""
-    lesions, n_lesion, truth = _lesions(scan, min_lesion_volume)
+    lesions, n_counted, n_lesion, truth = _lesions(scan, min_lesion_volume)
     n_brain = int(scan.brain.sum())
     rows = []
     for rule in rules:
@@ -184,17 +184,18 @@ def outcomes_of_masks(
         table = _component_table(mask[box].astype(np.float32), mask[box], truth[box], lesions[box], 0.5)
         false = (table["overlap"] == 0) & reaches_volume(table["size"], min_lesion_volume)
         counts = (table["size"].sum(), table["overlap"].sum(), np.unique(table["lesion"]).size, false.sum())
-        rows.append(_figures(scan, n_brain, n_lesion, int(lesions.max(initial=0)), *map(int, counts)))
+        rows.append(_figures(scan, n_brain, n_lesion, n_counted, *map(int, counts)))
     return Outcome(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
-def _lesions(scan: ValidationMap, min_volume: float) -> tuple[np.ndarray, int, np.ndarray]:
-    """Return counted lesions (labels 1..n), number of lesion voxels and the lesion mask, in the brain."""
+def _lesions(scan: ValidationMap, min_volume: float) -> tuple[np.ndarray, int, int, np.ndarray]:
+    """Return counted lesions (labels 1..n), n, number of lesion voxels and the lesion mask, in the brain."""
     truth = np.zeros_like(scan.brain) if scan.lesion is None else scan.lesion & scan.brain
     labels, count = ndimage.label(truth, structure=CONNECTIVITY)
     counted = reaches_volume(np.bincount(labels.ravel(), minlength=count + 1), max(min_volume, VOXEL_MM3))
     counted[0] = False
-    return np.where(counted, np.cumsum(counted), 0)[labels], int(truth.sum()), truth
+    numbers = np.where(counted, np.cumsum(counted), 0)
+    return numbers[labels], int(numbers.max()), int(truth.sum()), truth
 
 
 def _component_table(
