@@ -27,7 +27,7 @@ class RDHyper(Constrained):
     Parameters
     ----------
     backbone : BackboneConfig
-        Teacher; from each of its three maps to the next, the size halves and the channels double.
+        Teacher; from each of its three maps to the next, the size halves.
     embedding_blocks : int, default=3
         Residual blocks of the embedding.
     student_blocks : tuple of int, default=(3, 4, 6)
@@ -47,7 +47,7 @@ class RDHyper(Constrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_maps(self, 3, halving=True, doubling=True)
+        check_maps(self, 3, halving=True)
 
 
 def _halving(inputs: int, outputs: int) -> nn.Sequential:
@@ -98,47 +98,47 @@ class OneClassEmbedding(nn.Module):
 
     Parameters
     ----------
-    width : int
-        Channels of the finest map; the others have two and four times as many.
+    channels : tuple of int
+        Channels of the maps, from fine to coarse.
     blocks : int
         Residual blocks.
     """
 
-    def __init__(self, width: int, blocks: int) -> None:
+    def __init__(self, channels: tuple[int, ...], blocks: int) -> None:
         super().__init__()
-        self.from_fine = nn.Sequential(_halving(width, 2 * width), _halving(2 * width, 4 * width))
-        self.from_middle = _halving(2 * width, 4 * width)
-        sizes = [12 * width] + [8 * width] * blocks
+        fine, middle, coarse = channels
+        self.from_fine = nn.Sequential(_halving(fine, middle), _halving(middle, coarse))
+        self.from_middle = _halving(middle, coarse)
+        sizes = [3 * coarse] + [2 * coarse] * blocks
         self.squeeze = nn.Sequential(
             *(
-                ResampledBottleneck(inputs, 4 * width, 8 * width, None if number else "down")
+                ResampledBottleneck(inputs, coarse, 2 * coarse, None if number else "down")
                 for number, inputs in enumerate(sizes[:-1])
             )
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Return the embedding, shape (B, 8 width, H/2, W/2), with H and W the size of the coarsest map."""
+        """Return the embedding, shape (B, 2 coarse, H/2, W/2), with H and W the size of the coarsest map."""
         fine, middle, coarse = maps
         return self.squeeze(torch.cat([self.from_fine(fine), self.from_middle(middle), coarse], 1))
 
 
 class Student(nn.Module):
-    """Three stages that double the size and halve the channels.
+    """Three stages that double the size.
 
     Parameters
     ----------
-    width : int
-        Channels of the finest map.
+    channels : tuple of int
+        Channels of the maps, from fine to coarse.
     blocks : tuple of int
         Residual blocks of the stages, from coarse to fine.
     """
 
-    def __init__(self, width: int, blocks: tuple[int, int, int]) -> None:
+    def __init__(self, channels: tuple[int, ...], blocks: tuple[int, int, int]) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
-        inputs = 8 * width
-        for count in blocks:
-            outputs = inputs // 2
+        inputs = 2 * channels[-1]
+        for outputs, count in zip(channels[::-1], blocks, strict=True):
             layers = [ResampledBottleneck(inputs, outputs // 2, outputs, "up")]
             layers += [ResampledBottleneck(outputs, outputs // 2, outputs) for _ in range(count - 1)]
             self.stages.append(nn.Sequential(*layers))
@@ -182,9 +182,9 @@ class ReverseDistillation(FeatureDetector):
 
     def __init__(self, hyper: RDHyper) -> None:
         super().__init__(hyper)
-        width = hyper.backbone.channels[0]
-        self.embedding = OneClassEmbedding(width, hyper.embedding_blocks)
-        self.student = Student(width, hyper.student_blocks)
+        channels = hyper.backbone.channels
+        self.embedding = OneClassEmbedding(channels, hyper.embedding_blocks)
+        self.student = Student(channels, hyper.student_blocks)
 
     def stages(self) -> list[Stage]:
         """Train the backbone, if it is not pretrained, then embedding and student together."""

