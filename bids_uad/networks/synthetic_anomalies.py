@@ -21,6 +21,8 @@ from bids_uad.constraints import Constrained, Count, Interval, NonNegative, OneO
 SHAPES = ("rectangle", "disc", "blobs")
 COMPONENTS = (*SHAPES, "texture", "bias", "blur")
 """Components of synthetic anomalies: shapes, foreign texture, intensity bias and soft edges."""
+MIN_CONTRAST = 0.35
+"""Smallest factor of the differences between tissues in the augmentation of intensities."""
 
 
 @dataclass(frozen=True)
@@ -408,12 +410,15 @@ def vary_intensities(
 ) -> Tensor:
     """Vary contrast, bias field, brightness, gamma, noise and sharpness; neighbouring slices alike.
 
+    Contrast is also reduced, since spin-echo T1w scans have a third of the contrast between grey and white
+    matter of MPRAGE scans.
+
     Parameters
     ----------
     slices : Tensor, shape (B, C, H, W)
         Neighbouring slices as channels, intensities in [0, 1], 0 outside the brain.
     probability : float
-        Probability of each change of brightness, gamma, noise and sharpness.
+        Probability of each change of range, brightness, gamma, noise and sharpness.
     fine_bias : float
         Largest standard deviation of the logarithm of the fine bias field.
     generator : torch.Generator
@@ -438,6 +443,7 @@ def vary_intensities(
         return draw(-math.log(2), math.log(2)).exp()
 
     x = vary_contrast(slices, generator)
+    x = torch.where(selected(), reduce_contrast(x, slices > 0, draw(MIN_CONTRAST, 1.0)), x)
     fields = [
         draw(0, strength) * smooth_random_field(batch, periods, (height, width), generator)
         for strength, periods in ((0.12, 2), (fine_bias, 8))
@@ -459,6 +465,28 @@ def vary_intensities(
         sigma = (draw(0.5, 1.5) * blurry).view(-1, 1).expand(-1, channels).flatten()
         x = gaussian_blur(x.reshape(-1, 1, height, width), sigma).view_as(x)
     return x.clamp(0, 1)
+
+
+def reduce_contrast(images: Tensor, brain: Tensor, factor: Tensor) -> Tensor:
+    """Move intensities towards the mean of the brain, and scale them so that 1 remains 1.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, H, W)
+        Slices, intensities in [0, 1].
+    brain : Tensor of bool, shape (B, C, H, W)
+        Pixels of which the mean is computed.
+    factor : Tensor, shape (B, 1, 1, 1)
+        Factor of the differences from the mean, in (0, 1].
+
+    Returns
+    -------
+    Tensor, shape (B, C, H, W)
+        Slices, intensities in [0, 1].
+    """
+    axes = (1, 2, 3)
+    mean = (images * brain).sum(axes, keepdim=True) / brain.sum(axes, keepdim=True).clamp_min(1)
+    return (mean + factor * (images - mean)) / (mean + factor * (1 - mean))
 
 
 def vary_contrast(images: Tensor, generator: Generator) -> Tensor:

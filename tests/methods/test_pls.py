@@ -17,7 +17,12 @@ from bids_uad.methods.base import PaintedBatch, Scan
 from bids_uad.methods.pls import detector as module
 from bids_uad.methods.pls.detector import PLS, tversky_loss
 from bids_uad.networks.ddpmpp import DDPMppConfig
-from bids_uad.networks.synthetic_anomalies import smooth_random_field, vary_contrast, vary_intensities
+from bids_uad.networks.synthetic_anomalies import (
+    reduce_contrast,
+    smooth_random_field,
+    vary_contrast,
+    vary_intensities,
+)
 from tests.methods.pseudo_trained import phantom, pseudo_trained
 from tests.networks.conftest import seeded
 from tests.simulation.test_atlas import POSITIONS
@@ -272,9 +277,21 @@ class TestIntensities:
         changed = ((always - shaded).abs() > 1e-4).flatten(1).any(1)
         assert changed.float().mean() > 0.95
         seldom = vary_intensities(images, 0.1, 0.0, seeded(), mirrored=False)
-        # None of five changes: 0.9^5 = 0.59.
+        # None of six changes: 0.9^6 = 0.53.
         same = ((seldom - shaded).abs() < 1e-6).flatten(1).all(1).float().mean()
-        assert float(same) == pytest.approx(0.59, abs=0.1)
+        assert float(same) == pytest.approx(0.53, abs=0.1)
+
+    def test_reduce_contrast_keeps_the_order_and_the_relative_differences(self):
+        """Fluid, grey and white matter of an MPRAGE scan get the contrast of a spin-echo scan."""
+        images = torch.tensor([[0.3, 0.6, 0.9, 1.0, 0.0]]).view(1, 1, 1, 5)
+        fluid, grey, white, top, _ = reduce_contrast(images, images > 0, torch.tensor(0.35))[0, 0, 0]
+        assert top == 1
+        assert float((grey - fluid) / (white - grey)) == pytest.approx(1.0, abs=1e-5)
+        # The mean is 0.7, so that the brightest intensity becomes 0.7 + 0.35 * 0.3.
+        assert float(white) == pytest.approx((0.7 + 0.35 * 0.2) / 0.805)
+        assert float((white - grey) / white) == pytest.approx(0.105 / 0.77, abs=1e-5)
+        unchanged = reduce_contrast(images, images > 0, torch.tensor(1.0))
+        torch.testing.assert_close(unchanged, images)
 
     def test_vary_contrast_adds_three_sines_and_is_increasing(self):
         ramp = torch.linspace(0, 1, 500, dtype=torch.float64)
