@@ -1,7 +1,8 @@
 """Literal implementations of scores: one slice, step and window at a time, as in the published scripts.
 
 Nothing is batched, skipped or cached. Networks and random numbers are those of the detectors; all else,
-including the noise schedule, is implemented here again and shares no code with the detectors.
+such as noise schedule, masks, windows and descriptors, is implemented here again from the formulas and shares
+no code with the detectors.
 """
 
 from __future__ import annotations
@@ -123,14 +124,18 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
     spectrum = torch.fft.fft2(image)
     rows = torch.fft.fftfreq(x.shape[-2], device=x.device)[:, None] * 224
     columns = torch.fft.fftfreq(x.shape[-1], device=x.device)[None] * 224
-    low = rows**2 + columns**2 <= hyper.radius**2
+    low = rows**2 + columns**2 < hyper.radius**2
     condition = torch.fft.ifft2(torch.where(low, torch.exp(1j * spectrum.angle()), spectrum)).real
     first = (image - detector.first(condition)) ** 2
     ordered = first[brain].sort(descending=True).values
-    count = int(hyper.initial_mask_fraction * len(ordered))
-    limit = ordered[min(count, len(ordered) - 1)] if len(ordered) else 0.0
+    count = math.ceil(hyper.initial_mask_fraction * len(ordered))
+    limit = ordered[count] if count < len(ordered) else -1.0
     mask = (first > limit) & brain
     frozen, scores = torch.zeros_like(image), torch.minimum(first, detector.threshold)
+    # The first mask is compared with the brain as later ones are with the mask before.
+    shrunk = len(ordered) and len(ordered) - count >= hyper.min_shrinkage * len(ordered)
+    if hyper.whole_brain and not shrunk:
+        return image**2
     for number in itertools.count():
         noise = drawn.normal(number, *image.shape[1:])
         filled = detector.filler(torch.cat([torch.where(mask, noise, image), condition], 1))
@@ -138,32 +143,31 @@ def itermask(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator
         scores = torch.where(mask, error, scores)
         before = int(mask.sum())
         mask = (error > detector.threshold) & brain & mask
-        if number:
-            frozen = filled
+        frozen = filled
         if before == 0 or before - int(mask.sum()) < hyper.min_shrinkage * before:
             break
     return (image - frozen) ** 2 if hyper.whole_brain else scores
 
 
 def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Compute the weighted mean over windows of the mean change over labels."""
+    """Blend the restored windows to a slice for each label, and average the changes of the slice."""
     hyper = detector.hyper
     height, width = hyper.window
-    total, norm = torch.zeros_like(x), torch.zeros_like(x)
-    for row in [*range(0, x.shape[-2] - height, hyper.stride), x.shape[-2] - height]:
-        for column in [*range(0, x.shape[-1] - width, hyper.stride), x.shape[-1] - width]:
-            patch = 2 * x[..., row : row + height, column : column + width] - 1
-            changes = []
-            for label in hyper.labels:
+    offsets = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in hyper.window]
+    profiles = [torch.exp(-0.5 * (offset / (len(offset) / 8)) ** 2) for offset in offsets]
+    weight = (profiles[0][:, None] * profiles[1][None]).clamp_min(1e-3)
+    changes = []
+    for label in hyper.labels:
+        total, norm = torch.zeros_like(x), torch.zeros_like(x)
+        for row in [*range(0, x.shape[-2] - height, hyper.stride), x.shape[-2] - height]:
+            for column in [*range(0, x.shape[-1] - width, hyper.stride), x.shape[-1] - width]:
+                window = (..., slice(row, row + height), slice(column, column + width))
+                patch = 2 * x[window] - 1
                 output = detector.network(patch, _label(label, x))
-                restored = patch + output if hyper.predict_residual else output
-                changes.append((patch - restored).abs())
-            offsets = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in hyper.window]
-            profiles = [torch.exp(-0.5 * (offset / (len(offset) / 8)) ** 2) for offset in offsets]
-            weight = (profiles[0][:, None] * profiles[1][None]).clamp_min(1e-3)
-            total[..., row : row + height, column : column + width] += weight * torch.stack(changes).mean(0)
-            norm[..., row : row + height, column : column + width] += weight
-    result = total / norm
+                total[window] += weight * (patch + output if hyper.predict_residual else output)
+                norm[window] += weight
+        changes.append((2 * x - 1 - total / norm).abs())
+    result = torch.stack(changes).mean(0)
     return result * brain.float().mean() if hyper.foreground_weighting else result
 
 
@@ -218,9 +222,27 @@ def uniad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -
 
 
 def patchcore(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) -> Tensor:
-    """Compute the distances of all descriptors of a slice to all of the bank."""
-    described = detector.descriptors(x)[0]
-    height, width = described.shape[:2]
+    """Compute the distances of all descriptors of a slice to all of the bank.
+
+    The published descriptor pools the values of an unfolded neighbourhood in each map, then both together.
+    """
+    side = detector.hyper.neighbourhood
+    fine, coarse = _feature_maps(detector, x)
+    height, width = fine.shape[-2:]
+    around = [
+        F.unfold(part, side, padding=side // 2).view(part.shape[1], side**2, *part.shape[-2:])
+        for part in (fine, coarse)
+    ]
+    around[1] = F.interpolate(around[1], size=(height, width), mode="bilinear")
+    if detector.hyper.descriptor == "pooled":
+        described = torch.cat([part.mean(1) for part in around])
+    else:
+        length = 2 * fine.shape[1]
+        # One row of values for each location.
+        rows = [part.flatten(0, 1).flatten(1).T for part in around]
+        rows = [F.adaptive_avg_pool1d(part[:, None], length) for part in rows]
+        described = F.adaptive_avg_pool1d(torch.cat(rows, 2), length)[:, 0].T.unflatten(1, (height, width))
+    described = (described.movedim(0, -1) - detector.centre) / detector.spread
     distance = torch.cdist(described.flatten(0, 1), detector.bank.float()).amin(1).view(1, 1, height, width)
     if detector.hyper.squared_distance:
         distance = distance**2

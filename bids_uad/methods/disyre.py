@@ -237,37 +237,33 @@ class Disyre(Detector):
         restored = self.restore(2 * corrupted - 1, self.severity_label(severity))
         return (restored - (2 * clean - 1)).square().mean()
 
-    def _changes(self, patches: Tensor) -> Tensor:
-        """Compute the mean absolute change of patches over the severity labels."""
-        labels = torch.tensor(self.hyper.labels, device=patches.device)[:, None]
-        count = CPU_PATCHES if patches.device.type == "cpu" else PATCHES
-        changes = []
-        for part in patches.split(count):
-            total = torch.zeros_like(part)
-            for label in labels:
-                total += (part - self.restore(part, label)).abs()
-            changes.append(total / len(labels))
-        return torch.cat(changes)
-
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Compute the mean absolute change over severity labels, averaged over sliding windows."""
+        """Compute the mean absolute change over severity labels.
+
+        For each label, the restored windows are blended to one slice before it is compared.
+        """
         hyper = self.hyper
         height, width = hyper.window
-        rows = window_starts(slices.shape[-2], height, hyper.stride)
-        columns = window_starts(slices.shape[-1], width, hyper.stride)
         windows = [
             (..., slice(row, row + height), slice(column, column + width))
-            for row in rows
-            for column in columns
+            for row in window_starts(slices.shape[-2], height, hyper.stride)
+            for column in window_starts(slices.shape[-1], width, hyper.stride)
         ]
         x = 2 * slices - 1
-        changes = self._changes(torch.cat([x[inside] for inside in windows]))
+        patches = torch.cat([x[inside] for inside in windows])
+        count = CPU_PATCHES if slices.device.type == "cpu" else PATCHES
         weight = window_weight(height, width, slices.device)
-        total, norm = torch.zeros_like(slices), torch.zeros_like(slices[:1])
-        for inside, change in zip(windows, changes.split(len(slices)), strict=True):
-            total[inside] += weight * change
+        norm = torch.zeros_like(slices[:1])
+        for inside in windows:
             norm[inside] += weight
-        result = torch.where(brain, total / norm, 0.0)
+        change = torch.zeros_like(slices)
+        for label in torch.tensor(hyper.labels, device=slices.device)[:, None]:
+            restored = torch.cat([self.restore(part, label) for part in patches.split(count)])
+            blended = torch.zeros_like(slices)
+            for inside, window in zip(windows, restored.split(len(slices)), strict=True):
+                blended[inside] += weight * window
+            change += (x - blended / norm).abs()
+        result = torch.where(brain, change / len(hyper.labels), 0.0)
         if hyper.foreground_weighting:
             result = result * brain.to(result.dtype).mean((1, 2, 3), keepdim=True)
         return result

@@ -9,6 +9,7 @@ masked pixels are filled again, until the mask hardly shrinks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
@@ -46,16 +47,17 @@ class IterMaskHyper(Constrained):
     network : DDPMppConfig
         Architecture of both networks.
     radius : float, default=15.0
-        Frequencies up to this radius, in cycles per 224 pixels, keep only their phase.
+        Frequencies below this radius, in cycles per 224 pixels, keep only their phase.
     initial_mask_fraction : float, default=0.6
-        Fraction of the brain in the first mask: the pixels with the largest errors.
+        Fraction of the brain in the first mask, rounded up to whole pixels: those with the largest errors.
     error_tail_fraction : float, default=0.2
         Fraction of the masked pixels of healthy slices with an error above the threshold of the mask.
     min_shrinkage : float, default=0.1
         The iteration of a slice ends when its mask loses less than this fraction in a round.
     whole_brain : bool, default=False
-        Whether to score, as published, all pixels by the last filling, and slices that end after one round by
-        their squared intensity. If False, each pixel is scored by the last filling in which it was masked.
+        Whether to score, as published, all pixels by the last filling, and slices whose first mask leaves
+        less than `min_shrinkage` of the brain unmasked by their squared intensity. If False, each pixel is
+        scored by the last filling in which it was masked.
     field_of_view : tuple of int, default=(160, 192)
         Height and width in pixels of the part of a slice that is processed.
     threshold_slices : int, default=2000
@@ -95,7 +97,7 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     images : Tensor, shape (B, 1, H, W)
         Slices.
     radius : float
-        Largest radius of low frequencies, in cycles per 224 pixels.
+        Radius of the disc of low frequencies, in cycles per 224 pixels; its border is not part of it.
 
     Returns
     -------
@@ -106,7 +108,7 @@ def frequency_condition(images: Tensor, radius: float) -> Tensor:
     spectrum = torch.fft.fft2(images)
     rows = torch.fft.fftfreq(height, 1 / CROP, device=images.device)[:, None]
     columns = torch.fft.fftfreq(width, 1 / CROP, device=images.device)[None]
-    low = rows**2 + columns**2 <= radius**2
+    low = rows**2 + columns**2 < radius**2
     angle = spectrum[..., low].angle()
     spectrum[..., low] = torch.polar(torch.ones_like(angle), angle)
     return torch.fft.ifft2(spectrum).real
@@ -122,7 +124,7 @@ def worst_pixels(errors: Tensor, brain: Tensor, fraction: float) -> Tensor:
     brain : Tensor of bool, shape (B, 1, H, W)
         Brain masks.
     fraction : float
-        Fraction in (0, 1].
+        Fraction in (0, 1]; the number of pixels is rounded up.
 
     Returns
     -------
@@ -133,7 +135,7 @@ def worst_pixels(errors: Tensor, brain: Tensor, fraction: float) -> Tensor:
     for chosen, error, inside in zip(selected, errors, brain, strict=True):
         values = error[inside]
         # The largest error that is not selected.
-        rank = len(values) - int(fraction * len(values))
+        rank = len(values) - math.ceil(fraction * len(values))
         chosen |= inside & (error > values.kthvalue(rank).values) if rank else inside
     return selected
 
@@ -238,22 +240,25 @@ class IterMask(Detector):
         # Pixels that are never masked have a small error of the first network.
         scores = images.square() if hyper.whole_brain else errors.clamp_max(self.threshold)
         active = torch.arange(len(images), device=images.device)
+        if hyper.whole_brain:
+            active = active[self._shrinks(brain, mask)]
         for round_ in range(MAX_ROUNDS):
+            if len(active) == 0:
+                break
             current, hidden = images[active], mask[active]
             noise = generator[active].normal(round_, *current.shape[1:])
             residual = (current - self.fill(current, condition[active], hidden, noise)).square()
             wrong = hidden & (residual > self.threshold)
-            before, after = hidden.flatten(1).sum(1), wrong.flatten(1).sum(1)
-            shrinking = (before - after >= hyper.min_shrinkage * before) & (before > 0)
-            if not hyper.whole_brain:
-                scores[active] = torch.where(hidden, residual, scores[active])
-            elif round_:
-                scores[active] = residual
+            scored = torch.ones_like(hidden) if hyper.whole_brain else hidden
+            scores[active] = torch.where(scored, residual, scores[active])
             mask[active] = wrong
-            active = active[shrinking]
-            if len(active) == 0:
-                break
+            active = active[self._shrinks(hidden, wrong)]
         return torch.where(brain, scores, 0.0)
+
+    def _shrinks(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return which masks lose enough of their pixels, shape (B,); an empty mask does not."""
+        pixels, left = before.flatten(1).sum(1), after.flatten(1).sum(1)
+        return (pixels - left >= self.hyper.min_shrinkage * pixels) & (pixels > 0)
 
 
 VARIANCE = (0.3, 10.0)

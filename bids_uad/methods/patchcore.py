@@ -39,8 +39,9 @@ class PatchCoreHyper(Constrained):
     squared_distance : bool, default=False
         Whether to score squared distances, as published.
     score_outside_brain : bool, default=False
-        Whether to score grid cells without brain. The published method does, so that interpolation mixes
-        background distances into the edge of the brain. If False, these cells are set to 0.
+        Whether to score grid cells without brain, and to select descriptors of such cells for the bank. The
+        published method does, so that interpolation mixes background distances into the edge of the brain.
+        If False, these cells are set to 0 and left out of the bank.
     candidates : int, default=200000
         Number of descriptors from which the coreset is selected.
     projection_dim : int, default=128
@@ -147,7 +148,7 @@ class PatchCore(FeatureDetector):
         return describe(fine, coarse, self.hyper.neighbourhood)
 
     def fit_bank(self, batches: Iterator[Batch], generator: Generator) -> None:
-        """Fill the bank with a coreset of the descriptors of healthy slices inside the brain."""
+        """Fill the bank with a coreset of the descriptors of all grid cells that are scored."""
         hyper = self.hyper
         self.centre.zero_()
         self.spread.fill_(1)
@@ -155,7 +156,7 @@ class PatchCore(FeatureDetector):
         kept = []
         for batch in batches:
             described = self.descriptors(batch.slices)
-            described = described[self._covered(batch.brain, described.shape[1])]
+            described = described[self._scored(batch.brain, described.shape[1])]
             pick = torch.randperm(len(described), generator=generator, device=described.device)
             kept.append(described[pick[: per_slice * len(batch.slices)]])
         candidates = torch.cat(kept)
@@ -169,26 +170,24 @@ class PatchCore(FeatureDetector):
             compared = candidates @ torch.randn(shape, generator=generator, device=candidates.device)
         self.bank = candidates[farthest_points(compared, hyper.bank_size, generator)].half()
 
-    @staticmethod
-    def _covered(brain: Tensor, grid: int) -> Tensor:
-        """Return which cells of the grid contain brain, shape (B, grid, grid)."""
-        return F.max_pool2d(brain.float(), brain.shape[-1] // grid)[:, 0] > 0
+    def _scored(self, brain: Tensor, grid: int) -> Tensor:
+        """Return which cells of the grid are scored, shape (B, grid, grid)."""
+        covered = F.max_pool2d(brain.float(), brain.shape[-1] // grid)[:, 0] > 0
+        return torch.ones_like(covered) if self.hyper.score_outside_brain else covered
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
         """Compute the distance to the nearest descriptor of the bank, interpolated to the pixels."""
         maps = self.features(slices, brain)
-        covered = self._covered(brain, maps[0].shape[-1])
-        if self.hyper.score_outside_brain:
-            covered = torch.ones_like(covered)
-        coarse = torch.zeros(covered.shape, dtype=maps[0].dtype, device=slices.device)
-        if covered.any():
+        scored = self._scored(brain, maps[0].shape[-1])
+        coarse = torch.zeros(scored.shape, dtype=maps[0].dtype, device=slices.device)
+        if scored.any():
             # The neighbourhood in the coarser map, and one cell more for its interpolation.
             reach = 2 * (self.hyper.neighbourhood // 2 + 1)
-            rows, columns = occupied_box(covered[:, None], reach, 2)
+            rows, columns = occupied_box(scored[:, None], reach, 2)
             fine, half = maps[0][..., rows, columns], maps[1][..., _halved(rows), _halved(columns)]
-            queries = self._describe(fine, half)[covered[:, rows, columns]]
+            queries = self._describe(fine, half)[scored[:, rows, columns]]
             squared = self.search((queries - self.centre) / self.spread, self.bank)
-            coarse[covered] = squared if self.hyper.squared_distance else squared.sqrt()
+            coarse[scored] = squared if self.hyper.squared_distance else squared.sqrt()
         fine = F.interpolate(coarse[:, None], size=slices.shape[-2:], mode="bilinear", align_corners=False)
         return torch.where(brain, fine, 0.0)
 

@@ -69,14 +69,28 @@ def test_maps_in_fp32_repeat_to_the_bit(name):
     assert first.tobytes() == again.tobytes()
 
 
-@pytest.mark.parametrize("name", LITERAL)
-def test_scores_equal_the_literal_implementation(name):
+PUBLISHED_RULES = {
+    "riad": {"weight_by_cells": True, "cell_sizes": (28, 32)},
+    "itermask": {"whole_brain": True},
+    "disyre": {"foreground_weighting": True, "window": (96, 96), "stride": 48, "labels": (99, 24)},
+    "patchcore": {"squared_distance": True, "score_outside_brain": True, "neighbourhood": 5},
+}
+"""Options of preset `paper` that the others do not have, for small networks."""
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in LITERAL), *PUBLISHED_RULES.items()])
+def test_scores_equal_the_literal_implementation(name, changes):
     """One slice, one step and one window at a time, as in the published scripts."""
     detector = pseudo_trained(name)
-    slices, brain = (part[:3] for part in shown(detector))
+    detector.hyper = replace(detector.hyper, **changes)
+    slices, brain = (part[:4] for part in shown(detector))
+    # The third slice has no brain, the last one a single pixel.
+    brain[2] = False
+    brain[3].view(-1)[brain[3].flatten().nonzero()[1:]] = False
+    slices = slices * brain
     with torch.inference_mode():
-        ours = detector.score(slices, brain, of_slices("a", 0, [0, 1, 2], CPU))
-        for k in range(3):
+        ours = detector.score(slices, brain, of_slices("a", 0, range(4), CPU))
+        for k in range(4):
             one = slice(k, k + 1)
             literal = LITERAL[name](detector, slices[one], brain[one], of_slices("a", 0, [k], CPU))
             expected = torch.where(brain[one], literal, 0)

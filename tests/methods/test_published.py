@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bids_uad.methods.base import Batch
 from bids_uad.methods.itermask import frequency_condition, worst_pixels
@@ -92,12 +91,10 @@ class TestDisyre:
         label = detector.severity_label(torch.from_numpy(case["loss_severity"]))
         assert_same((detector.restore(corrupted, label) - clean).square().mean(), case["loss"])
 
-    @pytest.mark.slow
-    @pytest.mark.xfail(reason="windows are weighted by a Gaussian, not by their fraction of brain")
     def test_map(self):
         case, detector = filled("disyre")
         slices = case.grey()
-        assert_same(detector.score(slices, slices > 0, None)[:, 0], case["anomaly_map"], 1e-4)
+        assert_same(detector.score(slices, slices > 0, None)[:, 0], case["anomaly_map"])
 
 
 class TestIterMask:
@@ -115,18 +112,15 @@ class TestIterMask:
         published = torch.from_numpy(np.unpackbits(case["first_mask"]).reshape(1, 1, 224, 224).astype(bool))
         errors = (images - detector.first(condition)).square()
         assert torch.equal(worst_pixels(errors, slices > 0, detector.hyper.initial_mask_fraction), published)
-        # The condition differs, see below; its effect on the mean over the slice is 2e-5.
-        assert_same(detector.first_loss(Batch(slices, slices > 0), None), case["loss_first"], 5e-5)
+        assert_same(detector.first_loss(Batch(slices, slices > 0), None), case["loss_first"])
         filled_in = detector.fill(images, condition, published, case.noise(901))
         assert_same((filled_in - images).square().mean(), case["loss_filler"])
 
-    @pytest.mark.xfail(reason="frequencies at the radius itself lose their magnitude, too")
     def test_condition(self):
         case = Case("itermask")
         ours = frequency_condition(6 * case.grey() - 3, case.detector().hyper.radius)
         assert_same(ours[:, 0], case["condition"])
 
-    @pytest.mark.xfail(reason="the number of pixels is rounded down, not up")
     def test_size_of_an_odd_mask(self):
         case = Case("itermask")
         brain = case.grey() > 0
@@ -134,13 +128,12 @@ class TestIterMask:
         mask = worst_pixels(case.noise(902).square(), brain, 0.6)
         assert int(mask.sum()) == int(case["odd_mask_pixels"])
 
-    @pytest.mark.xfail(reason="the condition differs, and so do the fillings")
     @pytest.mark.parametrize(("number", "name"), [(0, "anomaly_map"), (1, "anomaly_map_one_round")])
     def test_map(self, number, name):
         case, detector = filled("itermask")
         slices = case.grey()
         detector.threshold.fill_(float(case["thresholds"][number]))
-        assert_same(detector.score(slices, slices > 0, FixedNoise(case))[:, 0], case[name], 1e-4)
+        assert_same(detector.score(slices, slices > 0, FixedNoise(case))[:, 0], case[name])
 
 
 class TestRIAD:
@@ -159,7 +152,6 @@ class TestRIAD:
         detector.inpaint = lambda *_: restored
         assert_same(detector.loss(Batch(slices, slices > 0), torch.Generator()), case["loss_32"])
 
-    @pytest.mark.slow
     def test_map(self):
         """Random numbers whose ranks are the published sets; a constant is subtracted there."""
         case, detector = filled("riad")
@@ -237,11 +229,10 @@ class TestFeatures:
         # Squared distances are the differences of much larger numbers.
         assert_same(detector.score(slices, slices > 0, None)[:, 0], case["anomaly_map"], 5e-4)
 
-    @pytest.mark.xfail(reason="only places with brain are candidates for the bank", raises=AssertionError)
     def test_patchcore_with_all_places_in_the_bank(self):
         healthy = Case("patchcore").grey("healthy_u8")
-        covered = int((F.max_pool2d((healthy > 0).float(), 8) > 0).sum())
-        case, detector = filled("patchcore", bank_size=covered, candidates=1568, bank_slices=2)
+        places = len(healthy) * 28**2
+        case, detector = filled("patchcore", bank_size=places, candidates=places, bank_slices=len(healthy))
         detector.fit_bank(iter([Batch(healthy, healthy > 0)]), torch.Generator().manual_seed(0))
         slices = case.grey()
         ours = detector.score(slices, slices > 0, None)[:, 0]
