@@ -164,6 +164,8 @@ class RunConfig(Constrained):
         Devices per node, and nodes, for distributed training.
     backbone_weights : pathlib.Path, optional
         ImageNet weights of a backbone, or a folder with them.
+    force : bool, default=False
+        Whether to accept ImageNet weights other than the published ones.
     run_id : str
         Identifier of the run, see :func:`new_run_id`.
 
@@ -223,6 +225,7 @@ class RunConfig(Constrained):
     num_devices: Count = 1
     num_nodes: Count = 1
     backbone_weights: Path | None = None
+    force: bool = False
     run_id: Text = field(default_factory=new_run_id)
 
     def __post_init__(self) -> None:

@@ -385,6 +385,10 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
         "such a backbone; for pls, a bundle whose training is continued",
     )  # fmt: skip
     group.add_argument(
+        "--force", action="store_true",
+        help="accept ImageNet weights other than IMAGENET1K_V1, which are recognised by their SHA-256",
+    )  # fmt: skip
+    group.add_argument(
         "--num-devices", type=_positive, metavar="N",
         help="GPUs (or CPU processes) per node for distributed training (default: 1)",
     )  # fmt: skip

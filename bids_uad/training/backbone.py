@@ -16,12 +16,24 @@ from safetensors.torch import load_file
 
 from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector, write_tensors
 from bids_uad.errors import ConfigError, InputError
+from bids_uad.files import file_sha256
 from bids_uad.methods.base import Detector, FeatureDetector
 from bids_uad.methods.pls.detector import PLS
 from bids_uad.networks.backbones import LITE, LITE_WEIGHTS, ImageNetFeatures, find_published
 
+PUBLISHED_FILES = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "wide_resnet50_2": "wide_resnet50_2-95faca4d.pth",
+    "efficientnet_b4": "efficientnet_b4_rwightman-23ab8bcd.pth",
+    LITE: "efficientnet-lite0-57934424.pth",
+}
+"""Files with the ImageNet weights of the networks, IMAGENET1K_V1 of torchvision for the first three. The last
+part of a name is the beginning of the SHA-256 of the file."""
 
-def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | None:
+
+def initialise_backbone(
+    detector: Detector, weights: Path | None, force: bool = False
+) -> Bundle | dict[str, str] | None:
     """Load the weights of a detector's backbone, or those with which the training of PLS starts.
 
     Parameters
@@ -33,18 +45,22 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
         EfficientNet-Lite0 selects the weights of the package. For the backbone trained on scans, a bundle
         with the same backbone; if None, the backbone is trained. For PLS, a bundle whose network is trained
         further; if None, the initial weights are random.
+    force : bool, default=False
+        Whether to accept ImageNet weights that are not those of `PUBLISHED_FILES`.
 
     Returns
     -------
-    Bundle or None
-        Bundle of the backbone, if it comes from one.
+    Bundle, dict or None
+        Bundle of the backbone, or name and checksum of its ImageNet weights as the first stage of the
+        training, if it comes from one of these.
 
     Raises
     ------
     ConfigError
         If weights are needed and missing, or not needed.
     InputError
-        If the file or bundle has other weights.
+        If the file or bundle has the weights of another network, or, without `force`, the file has other
+        ImageNet weights of this network.
     ModelError
         If the bundle is missing or damaged.
     """
@@ -55,8 +71,7 @@ def initialise_backbone(detector: Detector, weights: Path | None) -> Bundle | No
             raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
         return None
     if detector.hyper.backbone.pretrained:
-        _load_published(detector, weights)
-        return None
+        return _load_published(detector, weights, force)
     return None if weights is None else _load_from_bundle(detector, weights)
 
 
@@ -71,20 +86,34 @@ def _continue_from_bundle(detector: PLS, folder: Path) -> Bundle:
     return bundle
 
 
-def _load_published(detector: FeatureDetector, weights: Path | None) -> None:
+def _load_published(detector: FeatureDetector, weights: Path | None, force: bool) -> dict[str, str]:
     name = detector.hyper.backbone.name
     if weights is None and name == LITE:
         weights = LITE_WEIGHTS
+    published = PUBLISHED_FILES[name]
     if weights is None:
         raise ConfigError(
             f"{detector.name} needs the ImageNet weights of {name}, which are not part of bids_uad; "
-            "download torchvision's file and set --backbone-weights to it or to its folder "
+            f"download torchvision's {published} and set --backbone-weights to it or to its folder "
             "(~/.cache/torch/hub), or use --preset lite, which needs no such file"
         )
     try:
-        detector.backbone.load_published(find_published(weights, name))
+        path = find_published(weights, name)
+        detector.backbone.load_published(path)
     except ValueError as error:
-        raise InputError(weights, str(error), f"use the weights file of {name}") from error
+        raise InputError(weights, str(error), f"use the weights file {published}") from error
+    digest, expected = file_sha256(path), Path(published).stem.rpartition("-")[2]
+    stage = {"name": "features", "weights": path.name, "sha256": digest}
+    if digest.startswith(expected) or path == LITE_WEIGHTS:
+        return stage
+    if not force:
+        raise InputError(
+            path,
+            f"these are not the published weights of {name}: the SHA-256 begins with {digest[:8]} instead of "
+            f"{expected}",
+            f"use {published}, or accept these weights with --force",
+        )
+    return stage | {"weights": f"{path.name} instead of {published}"}
 
 
 def _load_from_bundle(detector: FeatureDetector, folder: Path) -> Bundle:

@@ -85,7 +85,7 @@ def run_train(config: RunConfig) -> int:
     fabric = start_fabric(device, config.num_devices, config.num_nodes)
     torch.set_num_threads(max(1, config.nprocs // config.num_devices))
     detector = _build(config)
-    backbone = initialise_backbone(detector, config.backbone_weights)
+    backbone = initialise_backbone(detector, config.backbone_weights, config.force)
     if config.lesion_masks is not None:
         if not isinstance(detector, PLS):
             raise ConfigError(f"{detector.name} does not use --lesion-masks")
@@ -164,7 +164,7 @@ def _describe(
     cohorts: Sequence[Cohort],
     data: TrainingData,
     detector: Detector,
-    backbone: Bundle | None,
+    backbone: Bundle | dict[str, str] | None,
 ) -> dict[str, Any]:
     """Describe training data and schedule for ``bundle.json``."""
     store = data.store
@@ -179,7 +179,9 @@ def _describe(
     }
     if config.lesion_masks is not None:
         description["lesion_shapes"] = len(detector.shapes)
-    if backbone is not None:
+    if isinstance(backbone, dict):
+        description["stages"].insert(0, backbone)
+    elif backbone is not None:
         description["backbone"] = {"bundle": backbone.name, "sha256": backbone.sha256}
         # The training subjects of the backbone count as training subjects of the model.
         subjects = {*description["subjects"], *backbone.info["training"]["subjects"]}

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.literal import scales
+from bids_uad.methods import andi
 from bids_uad.methods.andi import ANDi, ANDiHyper, aggregation_constant, noise_levels
 from bids_uad.methods.base import Batch
 from bids_uad.methods.ddpmpp import PartialDiffusion, PartialDiffusionHyper
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import pyramid_noise, signal_and_noise, transition_weight
 from tests.methods.tiny import TINY_NETWORK
 
 TINY = replace(TINY_NETWORK, size=32)
@@ -49,16 +50,18 @@ def test_score_is_the_geometric_mean_of_the_literal_differences(slices):
         ours = detector.score(x, brain, generator())
         differences = []
         for time in (0.125, 0.1, 0.075, 0.05):
-            t = torch.tensor([time], dtype=torch.float64)
-            alpha, sigma = (float(scale) for scale in signal_and_noise(t))
-            weight = float(transition_weight(t, t - 0.001))
+            alpha, sigma = scales(time)
+            earlier_alpha, earlier_sigma = scales(time - 0.001)
             noise = generator().normal(round(1000 * time), 1, 32, 32)
             image = 2 * x - 1
             z = alpha * image + sigma * noise
             velocity = detector.network(z, torch.full((3,), 1000 * time))
             restored = (alpha * z - sigma * velocity).clamp(-1, 1)
-            differences.append((weight * (image - restored)) ** 2)
-    expected = torch.stack(differences).double().log().mean(0).exp().float() * brain
+            # Both posterior means at the earlier time contain the same multiple of z.
+            added = sigma**2 - (alpha / earlier_alpha * earlier_sigma) ** 2
+            means = [earlier_alpha * added / sigma**2 * clean.double() for clean in (image, restored)]
+            differences.append((means[0] - means[1]) ** 2)
+    expected = torch.stack(differences).log().mean(0).exp().float() * brain
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
 
 
@@ -87,7 +90,8 @@ def test_partial_diffusion_with_a_perfect_network_restores_its_image(slices, ste
     detector = PartialDiffusion(hyper)
 
     def network(z, label):
-        alpha, sigma = (scale[:, None, None, None] for scale in signal_and_noise(label / 1000))
+        (time,) = set(label.tolist())
+        alpha, sigma = scales(time / 1000)
         image = 2 * healthy - 1
         return (alpha * z - image) / sigma
 
@@ -117,14 +121,22 @@ def test_map_does_not_depend_on_the_batch(slices, kind, hyper):
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_loss_of_an_untrained_network_is_that_of_velocity_zero(slices, published):
+def test_loss_of_an_untrained_network_is_that_of_velocity_zero(slices, published, monkeypatch):
     """With v = 0, the predicted noise is sigma z."""
+    noise = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(7))
+
+    def pyramid_noise(images, discount, generator, *, published):
+        drawn.append((discount, published))
+        return noise
+
+    drawn = []
+    monkeypatch.setattr(andi, "pyramid_noise", pyramid_noise)
     detector = ANDi(replace(ANDi.presets["lite"], network=TINY, published_noise=published))
     loss = detector.loss(Batch(*slices), torch.Generator().manual_seed(0))
-    again = torch.Generator().manual_seed(0)
+    assert drawn == [(0.9, published)]
+    times = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
+    alpha, sigma = torch.tensor([scales(time) for time in times]).T[..., None, None, None]
     image = 2 * slices[0] - 1
-    noise = pyramid_noise(image, 0.9, again, published=published)
-    alpha, sigma = signal_and_noise(torch.rand(3, generator=again)[:, None, None, None])
     by_hand = (sigma * (alpha * image + sigma * noise) - noise).square().mean()
     torch.testing.assert_close(loss.detach(), by_hand)
     loss.backward()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.signal import convolve2d
 
 from bids_uad.methods.base import Batch
 from bids_uad.methods.riad import RIAD, RIADHyper, cell_sets
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.similarity import gms_maps
 from tests.methods.tiny import TINY_NETWORK
 
 TINY = RIADHyper(
@@ -74,19 +74,34 @@ def test_inpaint_fills_a_cell_independently_of_its_content(slices):
     assert not torch.allclose(filled[~hidden], altered[~hidden])
 
 
+def gms(a, b):
+    """Gradient magnitude similarity of two images by Prewitt filters, without padding."""
+    across = np.outer([1, 1, 1], [1, 0, -1]) / 3
+    a, b = (np.hypot(convolve2d(x, across, "valid"), convolve2d(x, across.T, "valid")) for x in (a, b))
+    return (2 * a * b + 0.0026) / (a**2 + b**2 + 0.0026)
+
+
 def test_map_equals_the_published_map_up_to_a_constant(slices):
     """Sum over cell sizes of (1 - S) / 4 / cells, with S the sum over four scales; then less its minimum."""
     detector = detector_of(replace(TINY, weight_by_cells=True))
     x, brain = slices
+    literal = torch.zeros_like(x)
     with torch.no_grad():
         ours = detector.score(x, brain, generator())
-        literal = torch.zeros_like(x)
-        for cell in (8, 16):
-            edge = 64 // cell
-            uniform = generator().uniform(cell, edge, edge)
-            maps = gms_maps(detector.inpaint(x, cell_sets(uniform, 3, cell)), x)
-            likeness = sum(F.interpolate(part, size=(64, 64), mode="bilinear") for part in maps)
-            literal += (1 - likeness) / 4 / edge**2
+        for k, image in enumerate(x):
+            for cell in (8, 16):
+                edge = 64 // cell
+                order = generator().uniform(cell, edge, edge)[k].flatten().argsort().numpy()
+                filled = torch.zeros_like(image)
+                for part in np.array_split(order, 3):
+                    masked = np.isin(np.arange(edge**2), part).reshape(edge, edge)
+                    hidden = torch.from_numpy(np.kron(masked, np.ones((cell, cell), dtype=bool)))[None]
+                    filled[hidden] = detector.network((image * ~hidden)[None])[0][hidden]
+                for scale in range(4):
+                    pair = (F.avg_pool2d(part, 2**scale)[0].double().numpy() for part in (filled, image))
+                    similarity = torch.from_numpy(gms(*pair))[None, None]
+                    enlarged = F.interpolate(similarity, size=(64, 64), mode="bilinear")[0]
+                    literal[k] += (0.25 - enlarged) / 4 / edge**2
     # S is 4 where all gradients are equal, which gives the minimum of the map.
     least = sum((1 - 4) / 4 / (64 // cell) ** 2 for cell in (8, 16))
     torch.testing.assert_close(ours[brain], (literal - least)[brain], atol=1e-6, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,12 +23,13 @@ from bids_uad.cli.main import main
 from bids_uad.dataset.participants import subject_hash
 from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import Scorer
-from bids_uad.errors import ModelError
+from bids_uad.errors import InputError, ModelError
 from bids_uad.files import write_json, write_tsv
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.pls.detector import PLS
+from bids_uad.methods.registry import build_detector
 from bids_uad.networks.backbones import resnet18
-from bids_uad.training import calibrate, loop
+from bids_uad.training import backbone, calibrate, loop
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
 
@@ -470,22 +472,46 @@ def test_imagenet_backbones_need_their_weights(scans, tmp_path, capsys):
     assert "needs no --backbone-weights" in capsys.readouterr().err
 
 
-def test_imagenet_weights_are_stored_in_the_bundle(scans, tmp_path):
+def test_other_imagenet_weights_need_force_and_are_named_in_the_card(scans, tmp_path, capsys):
+    """Weights with the right names and shapes, but not those of torchvision."""
     torch.manual_seed(0)
     network = resnet18(2)
-    save_file(network.state_dict(), tmp_path / "resnet18.safetensors")
+    path = tmp_path / "resnet18-f37072fd.pth"
+    torch.save(network.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     command = ["train", str(scans), str(tmp_path / "models"), "--detector", "fae", "--modality", "T2w"]
-    extra = [
-        "--backbone-weights",
-        str(tmp_path / "resnet18.safetensors"),
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-    ]
-    assert main([*command, *extra, "-w", str(tmp_path / "scratch")]) == 0
-    detector = load_detector(load_bundle(tmp_path / "models" / "fae-T2w-default"), "cpu")
+    command += ["-w", str(tmp_path / "scratch"), "--steps", "1", "--batch-size", "2"]
+    command += ["--backbone-weights", str(tmp_path)]
+    assert main(command) == 66
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"the SHA-256 begins with {digest[:8]} instead of f37072fd" in message
+    assert "--force" in message
+
+    other = path.rename(tmp_path / "resnet18-other.pth")
+    assert main([*command, "--force"]) == 0
+    bundle = load_bundle(tmp_path / "models" / "fae-T2w-default")
+    assert bundle.info["training"]["stages"][0] == {
+        "name": "features",
+        "weights": f"{other.name} instead of resnet18-f37072fd.pth",
+        "sha256": digest,
+    }
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert f"weights {other.name} instead of resnet18-f37072fd.pth, sha256 {digest}" in card
+    detector = load_detector(bundle, "cpu")
     torch.testing.assert_close(detector.backbone.network.conv1.weight, network.conv1.weight)
+
+
+def test_imagenet_weights_are_recognised_by_their_checksum(tmp_path, monkeypatch):
+    detector = build_detector("fae", "default")
+    path = tmp_path / "weights.pth"
+    torch.save(detector.backbone.network.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(backbone.PUBLISHED_FILES, "resnet18", f"resnet18-{digest[:8]}.pth")
+    stage = backbone.initialise_backbone(detector, path)
+    assert stage == {"name": "features", "weights": "weights.pth", "sha256": digest}
+    monkeypatch.setitem(backbone.PUBLISHED_FILES, "resnet18", f"resnet18-{digest[1:9]}.pth")
+    with pytest.raises(InputError, match=digest[:8]):
+        backbone.initialise_backbone(detector, path)
 
 
 @pytest.mark.timeout(300)
