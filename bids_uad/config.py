@@ -125,6 +125,8 @@ class RunConfig(Constrained):
         YAML file with a nipype plugin and its arguments.
     clean_workdir : bool, default=False
         Whether working folders are removed before the run.
+    no_viewer : bool, default=False
+        Whether the reports have no interactive viewers.
     keep_workdir : bool, default=False
         Whether the working folders of finished participants are kept.
     stop_on_first_crash, reports_only, dry_run : bool, default=False
@@ -202,6 +204,7 @@ class RunConfig(Constrained):
     n_gpu_procs: Count = 1
     plugin_file: Path | None = None
     clean_workdir: bool = False
+    no_viewer: bool = False
     keep_workdir: bool = False
     stop_on_first_crash: bool = False
     reports_only: bool = False

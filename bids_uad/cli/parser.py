@@ -305,6 +305,10 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--stop-on-first-crash", action="store_true", help="stop at the first failure")
     group.add_argument("--reports-only", action="store_true", help="only rewrite participant reports")
+    group.add_argument(
+        "--no-viewer", action="store_true",
+        help="write no interactive viewers beside the reports. Each takes 2 to 5 MB and about 1 s",
+    )  # fmt: skip
     group.add_argument("--dry-run", action="store_true", help="list what would be processed, and exit")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -33,6 +35,7 @@ from bids_uad.reports.figures.display import Volume, load_ras
 from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
+from bids_uad.reports.figures.viewer import write_viewer
 from bids_uad.reports.participant_findings import (
     PARCELLATIONS,
     QUALITY_COLUMNS,
@@ -48,6 +51,8 @@ from bids_uad.space import NAME
 
 _PACKAGES = ("nipype", "niworkflows", "nireports", "pybids", "antspyx", "nibabel", "numpy", "scipy", "torch")
 _CRASH_CHARACTERS = 20_000
+_URL_CHARACTERS = " !$'()*+,-./:;=?@_~"
+"""Characters besides letters and digits that need no escape in a data URL within double quotes."""
 _GOOD_STATES = ("done", "up to date", "used")
 
 
@@ -74,6 +79,7 @@ def write_subject_report(
     participants: Participants | None = None,
     remarks: Mapping[tuple[str, str], str] | None = None,
     methods: str = "",
+    viewer: bool = False,
 ) -> Path:
     """Draw the figures and write the report of a participant from the derivatives.
 
@@ -96,11 +102,13 @@ def write_subject_report(
         Additional warning about an image, by its prefix and modality.
     methods : str, default=""
         Methods text about the images of the participant, in Markdown.
+    viewer : bool, default=False
+        Whether an interactive viewer of each anomaly map is written, to which the report links.
 
     Returns
     -------
     pathlib.Path
-        Path of ``sub-<subject>.html``; its figures are in ``sub-<subject>/figures``.
+        Path of ``sub-<subject>.html``; its figures and viewers are in ``sub-<subject>/figures``.
     """
     out_dir = Path(out_dir).resolve()
     subject = subject.removeprefix("sub-")
@@ -121,7 +129,13 @@ def write_subject_report(
         figures = Path(temporary) / f"sub-{subject}" / "figures"
         figures.mkdir(parents=True)
         findings = [
-            (image, _write_image(figures, image, reference, image.prefix in controls)) for image in images
+            (
+                image,
+                _write_image(
+                    figures, image, reference, is_control=image.prefix in controls, with_viewer=viewer
+                ),
+            )
+            for image in images
         ]
         pages = {
             "summary": _summary(
@@ -134,20 +148,25 @@ def write_subject_report(
         for name, text in pages.items():
             (figures / f"sub-{subject}_desc-{name}_report.html").write_text(text, encoding="utf-8")
         page = _assemble(subject, images, Path(temporary))
-        drawn = {path.name for path in figures.glob("*.svg")}
+        drawn = {path.name for path in _drawn_files(figures)}
         for name in drawn:
             with atomic_path(final / name) as unfinished:
                 shutil.copyfile(figures / name, unfinished)
         # The page is written last, so that its figures exist.
         write_text(out_dir / f"sub-{subject}.html", page)
-    for stale in final.glob("*.svg"):
+    for stale in _drawn_files(final):
         if stale.name not in drawn:
             stale.unlink()
     return out_dir / f"sub-{subject}.html"
 
 
+def _drawn_files(folder: Path) -> list[Path]:
+    """List the figures and viewers in a folder."""
+    return [path for pattern in ("*.svg", "*_viewer.html") for path in folder.glob(pattern)]
+
+
 def _assemble(subject: str, images: Sequence[Image], staging: Path) -> str:
-    """Assemble the staged parts into one page with nireports; figures are referred to by relative paths."""
+    """Assemble the staged parts into one page with nireports; figures are part of the page."""
     template = resources.files("bids_uad").joinpath("data/reports/participant.html.j2")
     with resources.as_file(template) as template_path:
         spec, page = staging / "spec.yml", staging / "page.html"
@@ -155,7 +174,18 @@ def _assemble(subject: str, images: Sequence[Image], staging: Path) -> str:
         spec.write_text(yaml.safe_dump(outline, sort_keys=False, allow_unicode=True), encoding="utf-8")
         report = Report(staging, None, bootstrap_file=spec, out_filename=str(page), reportlets_dir=staging)
         report.generate_report()
-    return page.read_text(encoding="utf-8")
+    return _embed_figures(page.read_text(encoding="utf-8"), staging)
+
+
+def _embed_figures(page: str, staging: Path) -> str:
+    """Replace the relative URLs of figures by data URLs, so that the page needs no other file."""
+
+    def data_url(match: re.Match[str]) -> str:
+        svg = (staging / match[2]).read_text(encoding="utf-8")
+        # Most of a figure is base64 text, which percent-encoding hardly lengthens.
+        return f'{match[1]}="data:image/svg+xml,{quote(svg, safe=_URL_CHARACTERS)}"'
+
+    return re.sub(r'\b(data|src)="\./([^"]+\.svg)"', data_url, page)
 
 
 def _read_reference(out_dir: Path) -> Reference:
@@ -170,7 +200,7 @@ def _read_reference(out_dir: Path) -> Reference:
 
 
 def _write_image(
-    figures: Path, image: Image, reference: Reference, is_control: bool
+    figures: Path, image: Image, reference: Reference, *, is_control: bool, with_viewer: bool
 ) -> list[tuple[Detection, Finding]]:
     """Draw the figures of one image, and collect the numbers of its detections."""
     scan = None if image.preproc is None else load_ras(image.preproc)
@@ -202,7 +232,14 @@ def _write_image(
         (
             detection,
             _write_detection(
-                figures, image, detection, scan=scan, brain=brain, lesion=lesion, is_control=is_control
+                figures,
+                image,
+                detection,
+                scan=scan,
+                brain=brain,
+                lesion=lesion,
+                is_control=is_control,
+                with_viewer=with_viewer,
             ),
         )
         for detection in image.detections
@@ -218,6 +255,7 @@ def _write_detection(
     brain: np.ndarray | None,
     lesion: np.ndarray | None,
     is_control: bool,
+    with_viewer: bool,
 ) -> Finding:
     start = f"{image.prefix}_space-{NAME}_desc-{detection.desc}"
     scores = None if detection.anomaly_map is None else load_ras(detection.anomaly_map).data
@@ -226,8 +264,24 @@ def _write_detection(
     finding = summarise(detection, scores=scores, mask=mask, brain=brain, lesion=lesion)
     if is_control:
         finding = replace(finding, n_lesions=None, n_lesions_found=None, n_false_components=None)
-    _write(figures / f"{start}_summary.html", "detection", tiles=summary_tiles(finding))
+    viewer = ""
     if scan is not None and scores is not None:
+        if with_viewer:
+            path = figures / f"{start}_viewer.html"
+            page = f"{figures.parent.name}.html"
+            write_viewer(
+                path,
+                scan,
+                brain,
+                scores,
+                title=f"{figures.parent.name}: {detection.title} on {image.name}",
+                threshold=finding.threshold,
+                mask=mask,
+                components=labels,
+                lesion=lesion,
+                report=f"../../{page}",
+            )
+            viewer = f"./{figures.parent.name}/{figures.name}/{path.name}"
         draw_overlay(
             figures / f"{start}_anomalymap.svg",
             scan,
@@ -239,6 +293,7 @@ def _write_detection(
             components=labels,
             lesion=lesion,
         )
+    _write(figures / f"{start}_summary.html", "detection", tiles=summary_tiles(finding), viewer=viewer)
     if detection.histogram is not None:
         counts = ScoreCounts.read(detection.histogram)
         draw_histogram(

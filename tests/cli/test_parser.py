@@ -106,7 +106,7 @@ def test_help_fits_a_terminal(monkeypatch):
 def test_help_of_the_levels_fits_one_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = build_parser().format_help()
-    assert len(text.splitlines()) <= 56
+    assert len(text.splitlines()) <= 60
     assert "{train,calibrate,simulate,atlas,extraction}" in text
     assert "--detector" not in text
 

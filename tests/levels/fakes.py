@@ -174,13 +174,13 @@ class FakeDetect(SimpleInterface):
         return runtime
 
 
-def write_page(output_dir, subject, participants):
+def write_page(output_dir, subject, participants, viewer):
     """Stand in for `summary.write_report`."""
     (output_dir / f"sub-{subject}.html").write_text("report")
     return []
 
 
-def refuse_page(output_dir, subject, participants):
+def refuse_page(output_dir, subject, participants, viewer):
     """Stand in for `summary.write_report`; fail."""
     raise ValueError("no template")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
+import subprocess
 from xml.etree import ElementTree
 
 import nibabel as nib
@@ -33,6 +35,7 @@ from bids_uad.reports.figures.histogram import (
 from bids_uad.reports.figures.overlay import ColourScale, draw_overlay, main_finding
 from bids_uad.reports.figures.svg import Canvas, contour
 from bids_uad.reports.figures.tiles import lay_out
+from bids_uad.reports.figures.viewer import write_viewer
 
 LEFT_FRONT_TOP = (-180.0, 190.0, 120.0)
 """RAS+ coordinates (mm) of a point left of (x = -119.5), anterior and superior to the centre of SRI24."""
@@ -299,3 +302,85 @@ def test_histogram_file_is_reproducible(tmp_path):
     assert first == second
     assert b"lesion (ground truth), n = 3" in first
     assert b"max_dice" in first
+
+
+CLICK = """<script>addEventListener("load", () => setTimeout(() => {
+  const at = {clientX: %d, clientY: %d, bubbles: true};
+  document.elementFromPoint(at.clientX, at.clientY).dispatchEvent(new MouseEvent("click", at));
+}, 200));</script>"""
+"""Clicks at a point of the page."""
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory):
+    """Viewer of a random scan; its mask is a cube of 5 voxels, and its lesion one voxel."""
+    shape = (30, 36, 32)
+    brain = np.zeros(shape, bool)
+    brain[4:26, 4:32, 4:28] = True
+    scan = np.where(brain, np.random.default_rng(0).random(shape), 0).astype(np.float32)
+    mask, lesion = np.zeros(shape, bool), np.zeros(shape, bool)
+    mask[8:13, 20:25, 10:15] = lesion[20, 10, 20] = True
+    volume = Volume(scan, nib.affines.from_matvec(np.eye(3), (-40, -10, 5)))
+    target = tmp_path_factory.mktemp("viewer") / "page.html"
+    scores = np.where(mask, 2, 0.1 * scan)
+    write_viewer(
+        target, volume, brain, scores, title="A & B", threshold=1.0, mask=mask, components=mask, lesion=lesion
+    )
+    return target, volume, bounding_box(brain), mask, lesion
+
+
+def sprite(page: str, name: str) -> np.ndarray:
+    """Return an image of the viewer as RGBA."""
+    data = re.search(rf'id="{name}Img-scan"[^>]*base64,([^"]+)', page)[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))
+
+
+def test_viewer_holds_scan_mask_and_lesion(viewer):
+    target, volume, box, mask, lesion = viewer
+    page = target.read_text()
+    assert "<title>A &amp; B</title>" in page
+    nx, ny, nz = volume.data[box].shape
+    columns = sprite(page, "sprite").shape[1] // ny
+    # Sagittal slices, row after row, from left to right; superior is on top.
+    tiles = {
+        name: np.stack(
+            [
+                pixels[x // columns * nz :, x % columns * ny :][:nz, :ny][::-1].transpose(1, 0, 2)
+                for x in range(nx)
+            ]
+        )
+        for name, pixels in (("sprite", sprite(page, "sprite")), ("overlay", sprite(page, "overlay")))
+    }
+    grey = tiles["sprite"][..., 0] / 255
+    np.testing.assert_allclose(grey, volume.data[box] / volume.data.max(), atol=2 / 255)
+    white = (tiles["overlay"] == 255).all(-1)
+    inner = np.zeros_like(mask)
+    inner[9:12, 21:24, 11:14] = True
+    np.testing.assert_array_equal(white, (mask & ~inner)[box])
+    cyan = (tiles["overlay"] == (0x2E, 0xE6, 0xD6, 255)).all(-1)
+    np.testing.assert_array_equal(cyan, lesion[box])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_click_moves_the_crosshair_of_the_viewer(viewer, tmp_path):
+    def crosshair(page):
+        """Return row and column of the crosshair in the right half of a screenshot (axial plane)."""
+        picture = tmp_path / "page.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        options += ["--window-size=1000,700", "--virtual-time-budget=3000", f"--screenshot={picture}"]
+        # Without network, whatever the page asks for.
+        options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+        subprocess.run(["chromium", *options, page.as_uri()], check=True, capture_output=True, timeout=120)
+        pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+        blue = (pixels[..., 2] > 200) & (pixels[..., :2].max(-1) < 60)
+        blue[:, :667] = False
+        return blue.sum(1).argmax(), blue.sum(0).argmax()
+
+    target, *_ = viewer
+    clicked = tmp_path / "clicked.html"
+    clicked.write_text(target.read_text().replace("</body>", CLICK % (900, 250) + "</body>"))
+    voxel = 12  # pixels
+    before, after = crosshair(target), crosshair(clicked)
+    assert np.abs(np.subtract(before, (250, 900))).min() > 2 * voxel
+    assert np.abs(np.subtract(after, (250, 900))).max() <= voxel

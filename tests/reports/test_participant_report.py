@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -126,7 +127,7 @@ def phantom(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     write_template(out)
     dice = write_derivatives(out, out / "sub-01" / "anat" / P)
-    page = write_subject_report(out, "01", run_info=RUN, methods=METHODS)
+    page = write_subject_report(out, "01", run_info=RUN, methods=METHODS, viewer=True)
     return out, page, dice
 
 
@@ -143,7 +144,7 @@ def test_page_has_all_sections_in_order(phantom):
     assert found == expected
 
 
-def test_figures_exist_and_are_linked(phantom):
+def test_figures_and_viewer_exist_and_the_page_can_be_moved(phantom):
     out, page, _ = phantom
     figures = out / "sub-01" / "figures"
     names = {path.name for path in figures.iterdir()}
@@ -152,18 +153,24 @@ def test_figures_exist_and_are_linked(phantom):
         f"{P}_desc-brain_T1w.svg",
         f"{P}_desc-T1wPatchcore_anomalymap.svg",
         f"{P}_desc-T1wPatchcore_histogram.svg",
+        f"{P}_desc-T1wPatchcore_viewer.html",
     }
     html = page.read_text()
+    shown = re.findall(r' (?:data|src)="data:image/svg\+xml,([^"]+)"', html)
+    drawn = {path.name: path.read_text() for path in figures.glob("*.svg")}
+    assert sorted(map(unquote, shown)) == sorted(drawn.values())
+    assert not re.search(r' (?:data|src)="(?!data:)', html)
     for name in names:
-        assert f'="./sub-01/figures/{name}"' in html
-        assert (figures / name).stat().st_size < 1_000_000
+        assert f'href="./sub-01/figures/{name}"' in html
+        assert (figures / name).stat().st_size < (8_000_000 if name.endswith("html") else 1_000_000)
 
 
 def test_page_needs_no_network(phantom):
-    html = phantom[1].read_text()
-    assert not re.search(r'(?:src|data)="(?:https?:)?//', html)
-    assert "<link" not in html
-    assert "@import" not in html
+    for path in (phantom[1], *phantom[0].glob("sub-01/figures/*_viewer.html")):
+        html = path.read_text()
+        assert not re.search(r'(?:src|data)="(?:https?:)?//', html)
+        assert "<link " not in html
+        assert "@import" not in html
 
 
 def test_page_contains_the_numbers(phantom):
@@ -198,7 +205,7 @@ def test_writing_again_changes_nothing(phantom):
     stale = out / "sub-01" / "figures" / f"{P}_desc-T1wGone_anomalymap.svg"
     stale.write_text("<svg/>")
 
-    write_subject_report(str(out), "sub-01", errors=[], run_info=RUN, methods=METHODS)
+    write_subject_report(str(out), "sub-01", errors=[], run_info=RUN, methods=METHODS, viewer=True)
 
     assert [path.read_bytes() for path in files] == before
     assert not stale.exists()
@@ -237,8 +244,10 @@ def test_missing_derivatives_are_skipped(bare, phantom, missing, gone):
     assert headings(html) == [name for name in headings(phantom[1].read_text()) if name not in gone]
 
 
-def test_page_without_methods_text(bare):
+def test_page_without_methods_text_and_viewer(bare):
     html = write_subject_report(bare, "01").read_text()
+    assert not list(bare.rglob("*_viewer.html"))
+    assert "Interactive viewer" not in html
     assert "References" not in headings(html)
     assert "No image of this participant was processed." in html
 
@@ -350,7 +359,7 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
     assert [name for name in headings(html) if name in sections] == sections
     for _, entities in names:
         figure = f"sub-01/figures/sub-01_{entities}_space-SRI24_desc-T2wPatchcore_anomalymap.svg"
-        assert html.count(f'data="./{figure}"') == 1
+        assert html.count(f'href="./{figure}"') == 1
         assert (out / figure).is_file()
     assert "Dice with the ground truth" not in html
     assert "mm³ found" not in html
@@ -364,8 +373,8 @@ def test_echoes_and_parts_are_kept_apart(tmp_path):
     html = write_subject_report(tmp_path, "01").read_text()
     for entities in names:
         figure = f"sub-01/figures/sub-01{entities}_space-SRI24_desc-T1wPatchcore_anomalymap.svg"
-        assert html.count(f'data="./{figure}"') == 1
-    assert len(re.findall('data="[^"]*_desc-T1wPatchcore_anomalymap.svg"', html)) == len(names)
+        assert html.count(f'href="./{figure}"') == 1
+    assert len(re.findall('href="[^"]*_desc-T1wPatchcore_anomalymap.svg"', html)) == len(names)
 
 
 CONTROL = Participants({"sub-01": {None: {"group": "control"}}})

@@ -368,7 +368,7 @@ class Run:
         statuses = collect_statuses(tasks, problems, failures, self._progress.seconds, config)
         if needs_report(config, subject, statuses):
             save_last_run(config, subject, statuses, self._context.device)
-            yield from report_steps(config.output_dir, subject, self._participants, self.errors)
+            yield from report_steps(config, subject, self._participants, self.errors)
         self.errors += [status.message for status in statuses if not status.complete]
         self._rows += summarize(statuses, tasks, config.output_dir)
         self._quality += quality_warnings(statuses, tasks, config.output_dir)

@@ -410,13 +410,13 @@ def needs_report(config: RunConfig, subject: str, statuses: Sequence[ImageStatus
     return changed or is_outdated(page, page.with_suffix("").glob("**/log/*.json"))
 
 
-def report_steps(output_dir: Path, subject: str, participants: Participants, failed: list[str]) -> Steps:
+def report_steps(config: RunConfig, subject: str, participants: Participants, failed: list[str]) -> Steps:
     """Write the report of a participant in a worker process.
 
     Parameters
     ----------
-    output_dir : pathlib.Path
-        Root of the derivatives.
+    config : RunConfig
+        `output_dir` and `no_viewer` are used.
     subject : str
         Label without `sub-`.
     participants : Participants
@@ -430,9 +430,8 @@ def report_steps(output_dir: Path, subject: str, participants: Participants, fai
         See :func:`write_report`.
     """
     try:
-        for warning in (
-            yield Call(write_report, (output_dir, subject, participants.only([f"sub-{subject}"])))
-        ):
+        own = participants.only([f"sub-{subject}"])
+        for warning in (yield Call(write_report, (config.output_dir, subject, own, not config.no_viewer))):
             LOGGER.warning(warning)
     except CallError as error:
         LOGGER.debug("report failed", exc_info=error)
@@ -447,7 +446,7 @@ def rewrite_reports(config: RunConfig) -> list[str]:
     Parameters
     ----------
     config : RunConfig
-        `bids_dir`, `output_dir`, `participants` and `nprocs` are used.
+        `bids_dir`, `output_dir`, `participants`, `no_viewer` and `nprocs` are used.
 
     Returns
     -------
@@ -466,7 +465,7 @@ def rewrite_reports(config: RunConfig) -> list[str]:
 
     def steps(subject: str) -> Steps:
         remove_temporary_files(config.output_dir, subject)
-        yield from report_steps(config.output_dir, subject, participants, failed)
+        yield from report_steps(config, subject, participants, failed)
 
     plugin, _ = make_plugins(replace(config, plugin_file=None), lambda node, status: None)
     try:
@@ -479,7 +478,9 @@ def rewrite_reports(config: RunConfig) -> list[str]:
     return failed
 
 
-def write_report(output_dir: Path, subject: str, participants: Participants) -> list[str]:
+def write_report(
+    output_dir: Path, subject: str, participants: Participants, viewer: bool = False
+) -> list[str]:
     """Write the report of one participant; the last of several jobs includes the results of all.
 
     Parameters
@@ -490,6 +491,8 @@ def write_report(output_dir: Path, subject: str, participants: Participants) -> 
         Label without `sub-`.
     participants : Participants
         Age, sex and health of the participant.
+    viewer : bool, default=False
+        Whether an interactive viewer is written for each anomaly map.
 
     Returns
     -------
@@ -509,6 +512,7 @@ def write_report(output_dir: Path, subject: str, participants: Participants) -> 
             participants=participants,
             remarks=swapped,
             methods=describe_methods(read_records(output_dir, f"sub-{subject}")),
+            viewer=viewer,
         )
     return list(swapped.values())
 
