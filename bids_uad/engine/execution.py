@@ -58,7 +58,9 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_precision(precision: str, device: torch.device, detector: str | None = None) -> str:
+def resolve_precision(
+    precision: str, device: torch.device, detector: str | None = None, *, published: bool = False
+) -> str:
     """Resolve ``auto`` to ``bf16`` on GPUs that support it, and on a CPU by the detector.
 
     Parameters
@@ -70,6 +72,8 @@ def resolve_precision(precision: str, device: torch.device, detector: str | None
     detector : str, optional
         Name of the detector whose scores are computed. In training and calibration (None), ``auto`` is
         ``fp32`` on a CPU.
+    published : bool, default=False
+        Whether the preset is ``paper``, for which ``auto`` is ``fp32``.
 
     Returns
     -------
@@ -81,6 +85,8 @@ def resolve_precision(precision: str, device: torch.device, detector: str | None
     UnavailableError
         If ``bf16`` is requested on a GPU that does not support it.
     """
+    if precision == "auto" and published:
+        return "fp32"
     if precision == "auto" and device.type == "cpu":
         return "fp32" if detector is None else cpu_precision(detector)
     if precision == "auto":

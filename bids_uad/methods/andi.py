@@ -15,7 +15,17 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    OPTIMISER,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    OptimiserConfig,
+    Stage,
+)
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import (
     LITE_NETWORK,
@@ -58,7 +68,9 @@ class ANDiHyper(Constrained):
         Smallest squared residual in the geometric mean (image range -1 to 1). Without it, the score of a
         pixel is 0 if one level restores it exactly.
     steps, batch_size, learning_rate : int, int, float, default=50000, 128, 1e-4
-        Training schedule: optimiser steps, slices per step, initial learning rate.
+        Training schedule: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     network: DDPMppConfig = NETWORK
@@ -71,6 +83,7 @@ class ANDiHyper(Constrained):
     steps: Count = 50_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +132,8 @@ class ANDi(Detector):
             published_noise=True,
             field_of_view=WHOLE_SLICE,
             residual_floor=0.0,
+            steps=15_000,
+            optimiser=OptimiserConfig("constant", ema_decay=0.9999, clip_norm=None),
         ),
         "default": ANDiHyper(),
         "lite": ANDiHyper(network=LITE_NETWORK, stride=10, steps=1_500, batch_size=8, learning_rate=1.5e-3),

@@ -7,13 +7,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bids_uad.constraints import Constrained, Count, Positive, check_parameters
+from bids_uad.constraints import Constrained, Count, Interval, OneOf, Positive, check_parameters
 from bids_uad.networks.backbones import BackboneConfig, build_backbone
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.synthetic_anomalies import cut_windows, paint_anomalies, vary_intensity
@@ -117,10 +117,33 @@ class PaintedBatch:
 
 
 @dataclass(frozen=True)
+class OptimiserConfig(Constrained):
+    """Learning-rate schedule, averaging of weights and clipping of gradients, with AdamW.
+
+    Parameters
+    ----------
+    schedule : {"cosine", "constant"}, default="cosine"
+        Learning rate over the steps. ``cosine`` is a linear warm-up over 2 % of the steps, followed by half a
+        cosine period to 0.
+    ema_decay : float or None, default=0.999
+        Final decay of the exponential moving average of the weights, which is the result of the training. If
+        None, the result is the weights of the last step.
+    clip_norm : float or None, default=1.0
+        Largest norm of the gradient of all weights; None does not limit it.
+    """
+
+    schedule: Annotated[str, OneOf("cosine", "constant")] = "cosine"
+    ema_decay: Annotated[float, Interval(0, 1, closed="left")] | None = 0.999
+    clip_norm: Positive | None = 1.0
+
+
+OPTIMISER = OptimiserConfig()
+"""Settings of presets ``default`` and ``lite``."""
+
+
+@dataclass(frozen=True)
 class GradientStage(Constrained):
     """A training stage that minimises a loss.
-
-    The optimiser is AdamW, with a learning rate that falls to zero by half a cosine period.
 
     Parameters
     ----------
@@ -135,7 +158,9 @@ class GradientStage(Constrained):
     batch_size : int
         Slices per step.
     learning_rate : float
-        Initial learning rate.
+        Largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     needs_tissue : bool, default=False
         Whether the scans must have tissue classes.
     paint : callable, optional
@@ -149,6 +174,7 @@ class GradientStage(Constrained):
     steps: Count
     batch_size: Count
     learning_rate: Positive
+    optimiser: OptimiserConfig = OPTIMISER
     needs_tissue: bool = False
     paint: Callable[[Scan, Generator], PaintedScan] | None = None
 
@@ -161,7 +187,22 @@ class GradientStage(Constrained):
         schedule: Any,
         **options: Any,
     ) -> GradientStage:
-        """Make a stage whose `steps`, `batch_size` and `learning_rate` are attributes of `schedule`."""
+        """Make a stage with the training settings of a detector or backbone.
+
+        Parameters
+        ----------
+        name : str
+            Name of the stage.
+        module : nn.Module
+            Module that is trained.
+        loss : callable
+            ``loss(batch, generator)``, which returns a scalar Tensor.
+        schedule : dataclass
+            Hyper-parameters with fields `steps`, `batch_size` and `learning_rate`; a field `optimiser` is
+            optional.
+        **options
+            Other parameters of :class:`GradientStage`.
+        """
         return cls(
             name,
             module,
@@ -169,6 +210,7 @@ class GradientStage(Constrained):
             steps=schedule.steps,
             batch_size=schedule.batch_size,
             learning_rate=schedule.learning_rate,
+            optimiser=getattr(schedule, "optimiser", OPTIMISER),
             **options,
         )
 
@@ -187,12 +229,15 @@ class FitStage(Constrained):
         Number of randomly chosen slices.
     batch_size : int
         Slices per batch.
+    held_out : bool, default=False
+        Whether the slices are those of held-out subjects, if there are any, instead of training subjects.
     """
 
     name: str
     fit: Callable[[Iterator[Batch], Generator], None]
     slices: Count
     batch_size: Count
+    held_out: bool = False
 
 
 Stage = GradientStage | FitStage
@@ -214,11 +259,14 @@ class Detector(nn.Module, ABC):
         Key in ``boilerplate/bids_uad.bib``.
     presets : dict
         Hyper-parameters by preset name: ``paper``, ``default`` or ``lite``.
+    modality_settings : dict
+        Hyper-parameters that differ for a modality, as ``{(preset, modality): {name: value}}``.
     """
 
     name: ClassVar[str]
     citation: ClassVar[str]
     presets: ClassVar[dict[str, Any]]
+    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {}
 
     def __init__(self, hyper: Any) -> None:
         super().__init__()

@@ -15,7 +15,17 @@ import torch
 from torch import Generator, Tensor
 
 from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    OPTIMISER,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    OptimiserConfig,
+    Stage,
+)
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import (
     LITE_NETWORK,
@@ -52,7 +62,9 @@ class PartialDiffusionHyper(Constrained):
     field_of_view : tuple of int, default=(160, 192)
         Height and width in pixels of the part of a slice that is processed.
     steps, batch_size, learning_rate : int, int, float, default=50000, 128, 1e-4
-        Training schedule: optimiser steps, slices per step, initial learning rate.
+        Training schedule: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     network: DDPMppConfig = NETWORK
@@ -64,6 +76,7 @@ class PartialDiffusionHyper(Constrained):
     steps: Count = 50_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +99,8 @@ class PartialDiffusion(Detector):
             network=replace(NETWORK, causal=True, activate_second=False),
             time_scale=1.0,
             field_of_view=WHOLE_SLICE,
+            steps=15_000,
+            optimiser=OptimiserConfig("constant", ema_decay=0.9999, clip_norm=None),
         ),
         "default": PartialDiffusionHyper(),
         "lite": PartialDiffusionHyper(

@@ -20,12 +20,14 @@ from torch import Generator, Tensor
 from bids_uad.constraints import Constrained, Count, Interval, Items, OneOf, Positive, invalid
 from bids_uad.methods.base import (
     BRAIN_FIELD,
+    OPTIMISER,
     WHOLE_SLICE,
     Batch,
     Detector,
     FieldOfView,
     FitStage,
     GradientStage,
+    OptimiserConfig,
     Stage,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -80,7 +82,9 @@ class DisyreHyper(Constrained):
     augmentation : AugmentationConfig
         Augmentation of the training slices.
     steps, batch_size, learning_rate : int, int, float, default=100000, 64, 1e-4
-        Training schedule: optimiser steps, slices per step, initial learning rate.
+        Training schedule: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     network: DDPMppConfig = field(default_factory=DDPMppConfig)
@@ -97,6 +101,7 @@ class DisyreHyper(Constrained):
     steps: Count = 100_000
     batch_size: Count = 64
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     renamed_fields: ClassVar[dict[str, str]] = {"predict_change": "predict_residual"}
 
@@ -165,6 +170,7 @@ class Disyre(Detector):
             field_of_view=WHOLE_SLICE,
             foreground_weighting=True,
             anomaly=AnomalyConfig(matching="mean"),
+            optimiser=OptimiserConfig("constant", ema_decay=0.9999, clip_norm=None),
         ),
         "default": DisyreHyper(),
         "lite": DisyreHyper(

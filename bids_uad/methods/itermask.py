@@ -21,12 +21,14 @@ from torch import Generator, Tensor
 from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, Probability
 from bids_uad.methods.base import (
     BRAIN_FIELD,
+    OPTIMISER,
     WHOLE_SLICE,
     Batch,
     Detector,
     FieldOfView,
     FitStage,
     GradientStage,
+    OptimiserConfig,
     Stage,
 )
 from bids_uad.networks.counter_rng import SliceGenerator
@@ -62,8 +64,12 @@ class IterMaskHyper(Constrained):
         Height and width in pixels of the part of a slice that is processed.
     threshold_slices : int, default=2000
         Number of healthy slices from which the threshold of the mask is computed.
+    held_out_threshold : bool, default=False
+        Whether these are slices of held-out subjects, as published, instead of training subjects.
     steps, batch_size, learning_rate : int, int, float, default=100000, 128, 1e-4
-        Training schedule of each network: optimiser steps, slices per step, initial learning rate.
+        Training schedule of each network: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     network: DDPMppConfig = UNET
@@ -74,9 +80,11 @@ class IterMaskHyper(Constrained):
     whole_brain: bool = False
     field_of_view: FieldOfView = BRAIN_FIELD
     threshold_slices: Count = 2_000
+    held_out_threshold: bool = False
     steps: Count = 100_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     renamed_fields: ClassVar[dict[str, str]] = {
         "first_share": "initial_mask_fraction",
@@ -153,9 +161,13 @@ class IterMask(Detector):
     citation: ClassVar[str] = "itermask"
     presets: ClassVar[dict[str, IterMaskHyper]] = {
         "paper": IterMaskHyper(
-            network=replace(UNET, causal=True), whole_brain=True, field_of_view=WHOLE_SLICE
+            network=replace(UNET, causal=True),
+            whole_brain=True,
+            field_of_view=WHOLE_SLICE,
+            held_out_threshold=True,
+            optimiser=OptimiserConfig("constant", ema_decay=0.9999, clip_norm=None),
         ),
-        "default": IterMaskHyper(),
+        "default": IterMaskHyper(held_out_threshold=True),
         "lite": IterMaskHyper(
             network=replace(LITE_NETWORK, width=16, norm="batch", time_embedding=False, rescale=False),
             threshold_slices=256,
@@ -177,7 +189,13 @@ class IterMask(Detector):
         return [
             GradientStage.scheduled("first", self.first, self.first_loss, hyper),
             GradientStage.scheduled("filler", self.filler, self.filler_loss, hyper),
-            FitStage("threshold", self.fit_threshold, slices=hyper.threshold_slices, batch_size=16),
+            FitStage(
+                "threshold",
+                self.fit_threshold,
+                slices=hyper.threshold_slices,
+                batch_size=16,
+                held_out=hyper.held_out_threshold,
+            ),
         ]
 
     def fill(self, images: Tensor, condition: Tensor, mask: Tensor, noise: Tensor) -> Tensor:

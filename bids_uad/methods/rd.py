@@ -8,14 +8,22 @@ embedding of them, from coarse to fine. The score is the cosine distance of the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, Positive
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, occupied_box
+from bids_uad.methods.base import (
+    OPTIMISER,
+    Batch,
+    FeatureDetector,
+    GradientStage,
+    OptimiserConfig,
+    Stage,
+    occupied_box,
+)
 from bids_uad.networks.backbones import BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 
@@ -32,8 +40,13 @@ class RDHyper(Constrained):
         Residual blocks of the embedding.
     student_blocks : tuple of int, default=(3, 4, 6)
         Residual blocks of the stages of the student, from coarse to fine.
+    published_initialisation : bool, default=False
+        Whether the convolutions of the embedding start with He's normal distribution, as in the published
+        code and as those of the student.
     steps, batch_size, learning_rate : int, int, float, default=25000, 128, 1e-4
-        Training schedule of embedding and student: optimiser steps, slices per step, initial learning rate.
+        Training schedule of embedding and student: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     backbone: BackboneConfig = field(
@@ -41,9 +54,11 @@ class RDHyper(Constrained):
     )
     embedding_blocks: Count = 3
     student_blocks: tuple[Count, Count, Count] = (3, 4, 6)
+    published_initialisation: bool = False
     steps: Count = 25_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +68,13 @@ class RDHyper(Constrained):
 def _halving(inputs: int, outputs: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def _initialise(network: nn.Module) -> None:
+    """Draw the weights of convolutions, except transposed ones, from He's normal distribution."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class ResampledBottleneck(nn.Module):
@@ -143,9 +165,7 @@ class Student(nn.Module):
             layers += [ResampledBottleneck(outputs, outputs // 2, outputs) for _ in range(count - 1)]
             self.stages.append(nn.Sequential(*layers))
             inputs = outputs
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
 
     def forward(self, embedding: Tensor) -> list[Tensor]:
         """Return restored maps in the order of the teacher, from fine to coarse."""
@@ -168,8 +188,13 @@ class ReverseDistillation(FeatureDetector):
     name: ClassVar[str] = "rd"
     citation: ClassVar[str] = "rd"
     presets: ClassVar[dict[str, RDHyper]] = {
-        "paper": RDHyper(backbone=BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3), normalise=False)),
-        "default": RDHyper(),
+        "paper": RDHyper(
+            backbone=BackboneConfig(name="wide_resnet50_2", taps=(1, 2, 3), normalise=False),
+            published_initialisation=True,
+            steps=15_000,
+            optimiser=OptimiserConfig("constant", ema_decay=None, clip_norm=None),
+        ),
+        "default": RDHyper(published_initialisation=True),
         "lite": RDHyper(
             backbone=BackboneConfig(taps=(0, 1, 2)),
             embedding_blocks=2,
@@ -179,11 +204,14 @@ class ReverseDistillation(FeatureDetector):
             learning_rate=2e-3,
         ),
     }
+    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {("paper", "T1w"): {"steps": 20_000}}
 
     def __init__(self, hyper: RDHyper) -> None:
         super().__init__(hyper)
         channels = hyper.backbone.channels
         self.embedding = OneClassEmbedding(channels, hyper.embedding_blocks)
+        if hyper.published_initialisation:
+            _initialise(self.embedding)
         self.student = Student(channels, hyper.student_blocks)
 
     def stages(self) -> list[Stage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,7 +101,7 @@ def detector_name(detector: str) -> str:
     return name if plain == detector else f"{name} (Z)"
 
 
-def preset_of(name: str, preset: str) -> Any:
+def preset_of(name: str, preset: str, modality: str | None = None) -> Any:
     """Return the hyper-parameters of a preset.
 
     Parameters
@@ -109,6 +110,9 @@ def preset_of(name: str, preset: str) -> Any:
         Key of `DETECTORS`.
     preset : str
         Name of the preset, for example ``lite``.
+    modality : str, optional
+        ``T1w``, ``T2w`` or ``FLAIR``; some hyper-parameters of preset ``paper`` differ for T1w. By default,
+        those of T2w are returned.
 
     Returns
     -------
@@ -120,10 +124,10 @@ def preset_of(name: str, preset: str) -> Any:
     KeyError
         If the detector or its preset is unknown; the message lists those there are.
     """
-    presets = detector_class(name).presets
-    if preset not in presets:
-        raise KeyError(f"{name} has no preset {preset!r}; it has {', '.join(presets)}")
-    return presets[preset]
+    detector = detector_class(name)
+    if preset not in detector.presets:
+        raise KeyError(f"{name} has no preset {preset!r}; it has {', '.join(detector.presets)}")
+    return replace(detector.presets[preset], **detector.modality_settings.get((preset, modality), {}))
 
 
 def build_detector(name: str, hyper: Any) -> Detector:

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from bids_uad.constraints import Constrained, Count, Interval, Items, Positive, invalid
-from bids_uad.methods.base import BRAIN_FIELD, WHOLE_SLICE, Batch, Detector, FieldOfView, GradientStage, Stage
+from bids_uad.methods.base import (
+    BRAIN_FIELD,
+    OPTIMISER,
+    WHOLE_SLICE,
+    Batch,
+    Detector,
+    FieldOfView,
+    GradientStage,
+    OptimiserConfig,
+    Stage,
+)
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import LITE_NETWORK, NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.similarity import gms_maps, ssim_map
@@ -45,7 +55,9 @@ class RIADHyper(Constrained):
     field_of_view : tuple of int, default=(160, 192)
         Height and width in pixels of the part of a slice that is processed.
     steps, batch_size, learning_rate : int, int, float, default=100000, 16, 5e-5
-        Training schedule: optimiser steps, slices per step, initial learning rate.
+        Training schedule: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     network: DDPMppConfig = INPAINTING
@@ -56,6 +68,7 @@ class RIADHyper(Constrained):
     steps: Count = 100_000
     batch_size: Count = 16
     learning_rate: Positive = 5e-5
+    optimiser: OptimiserConfig = OPTIMISER
 
     renamed_fields: ClassVar[dict[str, str]] = {
         "cells": "cell_sizes",
@@ -85,10 +98,11 @@ def cell_sets(uniform: Tensor, n_sets: int, side: int) -> Tensor:
     Returns
     -------
     Tensor of int64, shape (B, 1, rows * side, columns * side)
-        Set of each pixel, 0 to ``n_sets - 1``. The sizes of the sets differ by at most one cell.
+        Set of each pixel, 0 to ``n_sets - 1``. All sets have the same number of cells, but for the last ones,
+        which have fewer if the number of cells is not divisible.
     """
     rank = uniform.flatten(1).argsort(1).argsort(1)
-    grid = (rank * n_sets // rank.shape[1]).view(-1, 1, *uniform.shape[1:])
+    grid = (rank // -(-rank.shape[1] // n_sets)).view(-1, 1, *uniform.shape[1:])
     return grid.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
@@ -108,6 +122,7 @@ class RIAD(Detector):
             network=replace(INPAINTING, causal=True, activate_second=False),
             weight_by_cells=True,
             field_of_view=WHOLE_SLICE,
+            optimiser=OptimiserConfig("constant", ema_decay=None, clip_norm=None),
         ),
         "default": RIADHyper(),
         "lite": RIADHyper(
@@ -118,6 +133,9 @@ class RIAD(Detector):
             batch_size=8,
             learning_rate=1.5e-3,
         ),
+    }
+    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {
+        ("paper", "T1w"): {"learning_rate": 5e-6}
     }
 
     def __init__(self, hyper: RIADHyper) -> None:

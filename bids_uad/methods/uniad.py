@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, Interval, NonNegative, Positive, invalid
-from bids_uad.methods.base import Batch, FeatureDetector, GradientStage, Stage, stack_maps
+from bids_uad.methods.base import (
+    OPTIMISER,
+    Batch,
+    FeatureDetector,
+    GradientStage,
+    OptimiserConfig,
+    Stage,
+    stack_maps,
+)
 from bids_uad.networks.backbones import BackboneConfig
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import CROP
@@ -42,8 +50,12 @@ class UniADHyper(Constrained):
         Dropout probability.
     jitter : float, default=5.0
         Strength of the noise that is added to the features in training.
+    published_initialisation : bool, default=False
+        Whether the initial weights are drawn as in the published code, see :meth:`TokenTransformer.reset`.
     steps, batch_size, learning_rate : int, int, float, default=30000, 128, 1e-4
-        Training schedule of the transformer: optimiser steps, slices per step, initial learning rate.
+        Training schedule of the transformer: optimiser steps, slices per step, largest learning rate.
+    optimiser : OptimiserConfig
+        Learning-rate schedule, averaging of weights and clipping of gradients.
     """
 
     backbone: BackboneConfig = field(
@@ -57,9 +69,11 @@ class UniADHyper(Constrained):
     neighbour_mask: Annotated[int, Interval(1, odd=True)] = 7
     dropout: Annotated[float, Interval(0, 1, closed="left")] = 0.1
     jitter: NonNegative = 5.0
+    published_initialisation: bool = False
     steps: Count = 30_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-4
+    optimiser: OptimiserConfig = OPTIMISER
 
     renamed_fields: ClassVar[dict[str, str]] = {
         "blind": "neighbour_mask",
@@ -175,6 +189,27 @@ class TokenTransformer(nn.Module):
         self.decoder = nn.ModuleList(Layer(hyper, 2) for _ in range(hyper.layers))
         self.norm = nn.LayerNorm(hyper.width)
         self.register_buffer("mask", neighbourhoods(hyper.grid, hyper.neighbour_mask), persistent=False)
+        if hyper.published_initialisation:
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw initial weights as in the published code.
+
+        Weights of linear layers are drawn from Glorot's uniform distribution, biases are 0. The published
+        layers are copies of one layer before their linear layers are drawn, so that projections of the inputs
+        of attention, and queries, are equal in all layers of the encoder and of the decoder.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layers in (self.encoder, self.decoder):
+            for layer in layers[1:]:
+                for copy, first in zip(layer.attentions, layers[0].attentions, strict=True):
+                    copy.in_proj_weight.copy_(first.in_proj_weight)
+        for query in self.queries[1:]:
+            query.copy_(self.queries[0])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Restore tokens, shape (B, grid**2, channels)."""
@@ -205,9 +240,12 @@ class UniAD(FeatureDetector):
     citation: ClassVar[str] = "uniad"
     presets: ClassVar[dict[str, UniADHyper]] = {
         "paper": UniADHyper(
-            backbone=BackboneConfig(name="efficientnet_b4", taps=(0, 1, 2, 3), normalise=False)
+            backbone=BackboneConfig(name="efficientnet_b4", taps=(0, 1, 2, 3), normalise=False),
+            published_initialisation=True,
+            steps=25_000,
+            optimiser=OptimiserConfig("constant", ema_decay=None, clip_norm=0.1),
         ),
-        "default": UniADHyper(),
+        "default": UniADHyper(published_initialisation=True),
         "lite": UniADHyper(
             backbone=BackboneConfig(),
             width=96,

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from bids_uad.files import atomic_path, write_text
 from bids_uad.preprocessing.brain_extraction.network import BrainNet
 from bids_uad.training.checkpoint import moving_average
-from bids_uad.training.loop import CLIP_NORM, learning_rate_factor
+from bids_uad.training.loop import learning_rate_factor
 from bids_uad.training.simulated_heads import Head, read_head, simulate_head
 
 LEARNING_RATE = 2e-3
 EMA_DECAY = 0.99
+CLIP_NORM = 1.0
 SOURCE = "label maps of SynthSeg's training (Billot et al. 2023, Apache-2.0)"
 CARD = """# Brain extraction
 

@@ -29,8 +29,6 @@ from bids_uad.training.store import MIN_BRAIN_PIXELS, SliceStore
 
 LOGGER = logging.getLogger(__name__)
 
-EMA_DECAY = 0.999
-CLIP_NORM = 1.0
 JITTER_PIXELS = 8
 """Maximum shift of the training window, since brains differ in position."""
 CHECKPOINTS_PER_STAGE = 50
@@ -131,7 +129,7 @@ def train_detector(
     Parameters
     ----------
     detector : Detector
-        Moved to the device of `fabric` and trained in place; it ends with the averaged weights.
+        Moved to the device of `fabric` and trained in place; it ends with the averaged weights of each stage.
     data : TrainingData
         Slices.
     settings : TrainingSettings
@@ -170,7 +168,10 @@ def train_detector(
             rng = settings.stream(number)
             generator = _torch_generator(rng, device)
             detector.eval()
-            drawn = data.store.draw(data.training, stage.slices, stage.batch_size, rng, device)
+            among = data.held_out if stage.held_out and len(data.held_out) else data.training
+            if stage.held_out and among is data.training:
+                LOGGER.warning("No subject is held out; stage %r uses training subjects", stage.name)
+            drawn = data.store.draw(among, stage.slices, stage.batch_size, rng, device)
             with torch.no_grad():
                 stage.fit((_in_window(batch, detector.field_of_view, rng) for batch in drawn), generator)
         else:
@@ -340,7 +341,7 @@ class _StageTrainer:
         source = _StoredSlices if stage.paint is None else _PaintedSlices
         self.source = source(detector, number, stage, self.batch_size, data, settings, fabric)
         self.module = stage.module.train()
-        self.average = moving_average(self.module, EMA_DECAY)
+        self.average = moving_average(self.module, stage.optimiser.ema_decay or 0.0)
         self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=stage.learning_rate)
         self.loss, self.stepper = fabric.setup(_Loss(stage), self.optimiser)
 
@@ -374,12 +375,15 @@ class _StageTrainer:
         generator = _torch_generator(own, self.device)
         torch.manual_seed(int(own.integers(2**62)))  # used by dropout
         batch = self.source.batch(step, rng)
+        is_constant = self.stage.optimiser.schedule == "constant"
+        factor = 1.0 if is_constant else learning_rate_factor(step - 1, self.steps)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.stage.learning_rate * learning_rate_factor(step - 1, self.steps)
+            group["lr"] = self.stage.learning_rate * factor
         loss = self.loss(batch, generator)
         self.stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
+        limit = self.stage.optimiser.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
         # Checked before the step, so that weights and checkpoint stay finite.
         self._check_finite("loss", value, step)
@@ -418,7 +422,7 @@ class _Loss(nn.Module):
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Compute the factor of the learning rate: linear warm-up over 2 % of the steps, then half a cosine to 0.
+    """Compute the factor of the cosine schedule: linear warm-up over 2 % of the steps, then half a cosine.
 
     Parameters
     ----------

@@ -95,7 +95,8 @@ def run_train(config: RunConfig) -> int:
         store = _open_store(config, cohorts)
     training_slices, held_out = store.split(config.train_fraction, HELD_OUT_FRACTION)
     data = TrainingData(store, training_slices, held_out)
-    precision = resolve_precision(config.precision, device)
+    is_published = protocol_of(config.preset).published
+    precision = resolve_precision(config.precision, device, published=is_published)
     schedule = TrainingSettings(config.random_seed, config.steps, config.batch_size, precision)
     scratch = _scratch(config, folder.name, detector, store)
     if fabric.is_global_zero:
@@ -139,7 +140,7 @@ def _build(config: RunConfig) -> Detector:
     """Build the detector with initial weights determined by the seed."""
     torch.manual_seed(config.random_seed)
     try:
-        hyper = preset_of(config.detector, config.preset)
+        hyper = preset_of(config.detector, config.preset, config.modality)
         if any(each.name == "modality" for each in fields(hyper)):
             hyper = replace(hyper, modality=config.modality)
         hyper = change_hyper(hyper, config.hyper)

@@ -39,7 +39,8 @@ def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
     for has, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has)
         assert resolve_precision("auto", CUDA) == expected
-    assert resolve_precision("bf16", CPU) == "bf16"
+        assert resolve_precision("auto", CUDA, published=True) == "fp32"
+    assert resolve_precision("bf16", CPU, published=True) == "bf16"
     with pytest.raises(UnavailableError, match="bfloat16"):
         resolve_precision("bf16", CUDA)
 

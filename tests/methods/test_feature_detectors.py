@@ -47,6 +47,43 @@ def test_fae_has_the_published_size():
         assert gflop(autoencoder, features) == pytest.approx(4.069, rel=0.01)
 
 
+def test_rd_starts_from_hes_normal_distribution():
+    """The variance of the weights of convolutions is 2 / (outputs * kernel area)."""
+    torch.manual_seed(0)
+    hyper = replace(ReverseDistillation.presets["lite"], published_initialisation=True)
+    detector = ReverseDistillation(hyper)
+    layers = [*detector.embedding.modules(), *detector.student.modules()]
+    convolutions = [layer.weight for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    transposed = [layer.weight for layer in layers if isinstance(layer, torch.nn.ConvTranspose2d)]
+    assert len(convolutions) == 3 + 2 * 3 + 1 + 3 * (2 * 3 - 1)
+    assert len(transposed) == 2 * 3
+    for weight in convolutions:
+        expected = np.sqrt(2 / (weight.shape[0] * weight.shape[2] ** 2))
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert weight.abs().max() > 2.5 * expected  # that of a uniform distribution is 1.7
+    for weight in transposed:  # PyTorch's default: uniform, with a bound of 1 / sqrt(fan-in)
+        assert weight.abs().max().item() == pytest.approx(1 / np.sqrt(weight[0].numel()), rel=0.01)
+
+
+def test_uniad_starts_from_glorots_uniform_distribution():
+    torch.manual_seed(0)
+    transformer = UniAD(replace(UniAD.presets["lite"], published_initialisation=True)).transformer
+    linear = [layer for layer in transformer.modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(linear) == 2 + 2 * (2 + 1) + 2 * (2 + 2)
+    for layer in linear:
+        bound = np.sqrt(6 / sum(layer.weight.shape))
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert layer.weight.std().item() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+        assert not layer.bias.any()
+    # Copies of a layer share what is not drawn anew.
+    first, second = transformer.decoder
+    for one, other in zip(first.attentions, second.attentions, strict=True):
+        assert torch.equal(one.in_proj_weight, other.in_proj_weight)
+        assert not torch.equal(one.out_proj.weight, other.out_proj.weight)
+    assert torch.equal(transformer.queries[0], transformer.queries[1])
+    assert transformer.queries[0].std().item() == pytest.approx(1, rel=0.05)
+
+
 def test_rd_has_the_published_size():
     with torch.device("meta"):
         detector = ReverseDistillation(ReverseDistillation.presets["paper"]).eval()

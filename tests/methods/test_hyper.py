@@ -16,6 +16,7 @@ from bids_uad.methods.base import (
     Batch,
     FitStage,
     GradientStage,
+    OptimiserConfig,
     change_hyper,
     changed_names,
     hyper_from_values,
@@ -43,7 +44,8 @@ from tests.methods.tiny import batch_for
 NAN, INF = float("nan"), float("inf")
 
 # Values that are not allowed, of each field of each class.
-SCHEDULE = {"steps": [0, 2.5], "batch_size": [0, -8], "learning_rate": [0.0, -1e-3, NAN]}
+RATES = {"steps": [0, 2.5], "batch_size": [0, -8], "learning_rate": [0.0, -1e-3, NAN]}
+SCHEDULE = {**RATES, "optimiser": [None, "adam"]}
 FIELD = [(160,), (0, 192), (160, 240), (160.0, 192.0), 160]
 ILLEGAL: dict[type, dict[str, list[Any]]] = {
     DDPMppConfig: {
@@ -62,6 +64,11 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "activate_second": [None],
         "norm": ["layer", "Group", None],
         "fold": [0, 2.0],
+    },
+    OptimiserConfig: {
+        "schedule": ["linear", None],
+        "ema_decay": [1.0, -0.1, NAN, "none"],
+        "clip_norm": [0.0, -1.0, NAN],
     },
     AnomalyConfig: {
         "size": [(0.0, 44.0), (44.0, 10.0), (10.0,)],
@@ -115,7 +122,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "augmentation": [None],
         "anomaly": [{}],
         "window": [(160, 190), *FIELD],
-        **SCHEDULE,
+        **RATES,
     },
     ANDiHyper: {
         "network": [None],
@@ -145,6 +152,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "whole_brain": ["brain"],
         "field_of_view": FIELD,
         "threshold_slices": [0],
+        "held_out_threshold": [0],
         **SCHEDULE,
     },
     DisyreHyper: {
@@ -179,12 +187,14 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "neighbour_mask": [0, 6, 15],
         "dropout": [1.0, -0.1],
         "jitter": [-5.0],
+        "published_initialisation": [None, 1],
         **SCHEDULE,
     },
     RDHyper: {
         "backbone": [None],
         "embedding_blocks": [0],
         "student_blocks": [(3, 4), (3, 0, 6)],
+        "published_initialisation": ["yes"],
         **SCHEDULE,
     },
     PatchCoreHyper: {
@@ -219,7 +229,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "fine_bias_strength": [-0.06],
         "tversky_weight": [-1.0, NAN],
         "slice_smoothing": [-2.0, INF],
-        **SCHEDULE,
+        **RATES,
     },
     IntensityHyper: {"slices": [0, 2.0], "modality": ["PDw"]},
 }
@@ -240,7 +250,7 @@ OTHERS = {
         "paint": ["lesions"],
         **SCHEDULE,
     },
-    FitStage: {"name": [None], "fit": [None], "slices": [0], "batch_size": [0]},
+    FitStage: {"name": [None], "fit": [None], "slices": [0], "batch_size": [0], "held_out": ["yes"]},
     RegistrationSchedule: {
         "iterations": [(), (0,), 5],
         "shrink_factors": [(4, 2), (4, 2, 0)],

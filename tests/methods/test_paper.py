@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bids_uad.engine.bundle import CORRECTED, PUBLISHED, protocol_of
-from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
+from bids_uad.methods.base import GradientStage, OptimiserConfig
+from bids_uad.methods.registry import DETECTORS, build_detector, detector_class, preset_of
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.ddpmpp import DDPMpp
 
@@ -41,6 +42,33 @@ def test_networks_have_the_published_size_and_cost(name, part, parameters, gflop
         with FlopCounterMode(display=False) as counter:
             network.requires_grad_(False)(*inputs)
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+# detector, modality, steps of the evaluated checkpoint, slices per step, learning rate, EMA, largest gradient
+TRAININGS = [
+    ("andi", "T1w", 15_000, 128, 1e-4, 0.9999, None),
+    ("ddpmpp", "T2w", 15_000, 128, 1e-4, 0.9999, None),
+    ("itermask", "T1w", 100_000, 128, 1e-4, 0.9999, None),
+    ("disyre", "T2w", 100_000, 64, 1e-4, 0.9999, None),
+    ("riad", "T1w", 100_000, 16, 5e-6, None, None),
+    ("riad", "T2w", 100_000, 16, 5e-5, None, None),
+    ("fae", "T1w", 20_000, 128, 1e-4, None, None),
+    ("fae", "T2w", 40_000, 128, 1e-4, None, None),
+    ("rd", "T1w", 20_000, 128, 1e-4, None, None),
+    ("rd", "T2w", 15_000, 128, 1e-4, None, None),
+    ("uniad", "T2w", 25_000, 128, 1e-4, None, 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "modality", "steps", "batch", "rate", "decay", "norm"), TRAININGS)
+def test_training_has_the_published_settings(name, modality, steps, batch, rate, decay, norm):
+    with torch.device("meta"):
+        detector = build_detector(name, preset_of(name, "paper", modality))
+    stages = [stage for stage in detector.stages() if isinstance(stage, GradientStage)]
+    assert len(stages) == (2 if name == "itermask" else 1)
+    for stage in stages:
+        assert (stage.steps, stage.batch_size, stage.learning_rate) == (steps, batch, rate)
+        assert stage.optimiser == OptimiserConfig("constant", decay, norm)
 
 
 @pytest.mark.parametrize("name", ["andi", "ddpmpp", "riad", "disyre", "itermask"])

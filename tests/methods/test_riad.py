@@ -51,6 +51,17 @@ def test_cell_sets_are_disjoint_and_equal_in_size():
     assert not torch.equal(cells[0], cells[1])
 
 
+@pytest.mark.parametrize(
+    ("edge", "sizes"),
+    [(28, [157] * 4 + [156]), (14, [40] * 4 + [36]), (8, [13] * 4 + [12]), (7, [10] * 4 + [9])],
+)
+def test_cell_sets_have_the_published_sizes(edge, sizes):
+    """The published code fills a permutation of the cells up to a multiple of five and splits it in five."""
+    uniform = torch.rand(2, edge, edge, generator=torch.Generator().manual_seed(0))
+    for image in cell_sets(uniform, 5, 1)[:, 0]:
+        assert np.bincount(image.flatten().numpy()).tolist() == sizes
+
+
 def test_cells_at_the_border_are_smaller():
     detector = detector_of()
     x = torch.rand(3, 1, 40, 56, generator=torch.Generator().manual_seed(0))

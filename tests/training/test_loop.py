@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.engine.bundle import CORRECTED, PUBLISHED
-from bids_uad.methods.base import GradientStage, Scan
+from bids_uad.methods.base import FitStage, GradientStage, OptimiserConfig, Scan
 from bids_uad.methods.disyre import Disyre, DisyreHyper
 from bids_uad.methods.patchcore import PatchCore
 from bids_uad.methods.uniad import UniAD
@@ -35,7 +35,7 @@ from bids_uad.training.loop import (
 from bids_uad.training.store import SliceStore, TrainingScan
 from tests.methods.tiny import TINY_NETWORK
 
-from .train_toy import PaintedToy, ToyHyper
+from .train_toy import PaintedToy, Toy, ToyHyper
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(
@@ -180,6 +180,83 @@ def test_learning_rate_factor_rises_and_decays():
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert int(np.argmax(rates)) == 19
     assert rates[-1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay", "norm"),
+    [("constant", 0.9999, None), ("constant", None, 0.1), ("constant", None, None), ("cosine", 0.9, 1.0)],
+)
+def test_train_detector_follows_the_optimiser_settings(store, tmp_path, schedule, decay, norm):
+    """Against AdamW in double precision (Loshchilov and Hutter 2019, algorithm 2); the loss has no data."""
+    rate, steps, start = 0.05, 12, np.array([1.0, -2.0, 0.5])
+    targets = np.random.default_rng(0).normal(0, 2, (steps, 3))
+
+    class Distance(Toy):
+        """Half the squared distance of three weights to a target that moves from step to step."""
+
+        def __init__(self):
+            super().__init__(ToyHyper())
+            self.network = torch.nn.Linear(3, 1, bias=False)
+            self.network.weight.data[0] = torch.from_numpy(start)
+            self.step = 0
+
+        def stages(self):
+            settings = OptimiserConfig(schedule, decay, norm)
+            return [GradientStage("toy", self.network, self.loss, steps, 4, rate, settings)]
+
+        def loss(self, batch, generator):
+            self.step += 1
+            return (self.network.weight[0] - torch.from_numpy(targets[self.step - 1])).square().sum() / 2
+
+    detector = Distance()
+    learn(detector, store, tmp_path)
+    weights, mean, square, average = start.copy(), np.zeros(3), np.zeros(3), None
+    for step, target in enumerate(targets, start=1):
+        gradient = weights - target
+        if norm is not None:
+            gradient *= min(1, norm / np.linalg.norm(gradient))
+        # The warm-up of 2 % of the steps is the first step.
+        factor = 1 if schedule == "constant" else (1 + np.cos(np.pi * (step - 1) / steps)) / 2
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        change = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        weights = weights - rate * factor * (change + 0.01 * weights)
+        kept = 0 if step == 1 or decay is None else min(decay, (1 + step) / (10 + step))
+        average = weights if average is None else kept * average + (1 - kept) * weights
+    np.testing.assert_allclose(detector.network.weight[0].detach(), average, rtol=1e-5)
+
+
+def test_fit_stage_uses_held_out_slices_if_there_are_any(store, tmp_path, caplog):
+    seen = []
+
+    class Fitted(Toy):
+        def stages(self):
+            return [FitStage("fit", self.fit, slices=100, batch_size=100, held_out=True)]
+
+        def fit(self, batches, generator):
+            seen.append(next(batches).brain.sum().item())
+
+    for held_out in (5, 0):
+        learn(Fitted(ToyHyper()), store, tmp_path / str(held_out), held_out=held_out)
+    pixels = np.diff(store.starts)
+    assert seen == [pixels[:5].sum(), pixels.sum()]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_store_of_preset_paper_has_all_slices_in_single_precision(tmp_path):
+    """Volumes are scaled by minimum and maximum, of which the brain is what is not 0."""
+    volume = np.zeros(space.SHAPE, np.float32)
+    volume[100:140, 100:150, 70:74] = np.random.default_rng(0).uniform(0.1, 1.3, (40, 50, 4))
+    volume[120, 120, 90] = 0.7  # the only pixel of its slice
+    for name, image in (("scan", volume), ("brain", volume > 0)):
+        nib.save(space.to_image(image, np.float32), tmp_path / f"{name}.nii.gz")
+    scan = TrainingScan(tmp_path / "scan.nii.gz", tmp_path / "brain.nii.gz")
+    published = SliceStore.build([scan], tmp_path / "store", PUBLISHED)
+    scaled = space.to_slices(volume / volume.max())
+    kept = scaled.any((1, 2))
+    assert published.numbers.tolist() == [70, 71, 72, 73, 90]
+    batch = published.batch(np.arange(len(published)), CPU)
+    assert np.array_equal(batch.slices[:, 0], scaled[kept])
+    assert np.array_equal(batch.brain[:, 0], scaled[kept] != 0)
 
 
 def test_train_detector_lowers_the_restoration_loss(store, tmp_path):

@@ -70,6 +70,8 @@ class RunContext:
 
     def precision_of(self, bundle: Bundle) -> str:
         """Return `fp32` or `bf16`, in which the networks of a model are evaluated."""
+        if self.config.precision == "auto" and bundle.protocol.published:
+            return "fp32"
         return cpu_precision(bundle.detector) if self.precision == "auto" else self.precision
 
 
