@@ -35,6 +35,7 @@ from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_n
 from bids_uad.networks.synthetic_anomalies import (
     COMPONENTS,
     SHAPES,
+    WINDOW,
     AnomalyConfig,
     AugmentationConfig,
     cut_windows,
@@ -112,6 +113,8 @@ class DisyreHyper(Constrained):
             raise invalid(self, "window", f"no larger than 'field_of_view', {self.field_of_view}")
         if self.stride > min(self.window):
             raise invalid(self, "stride", f"at most {min(self.window)}, the shorter side of 'window'")
+        if self.anomaly.published and min(self.window) < WINDOW:
+            raise invalid(self, "window", f"at least {WINDOW} x {WINDOW} pixels, the window of an anomaly")
         if not set(self.anomalies) & set(SHAPES) or not set(self.anomalies) & {"texture", "bias"}:
             raise invalid(self, "anomalies", f"at least one of {', '.join(SHAPES)} and one of texture, bias")
 
@@ -169,7 +172,8 @@ class Disyre(Detector):
             stride=32,
             field_of_view=WHOLE_SLICE,
             foreground_weighting=True,
-            anomaly=AnomalyConfig(matching="mean"),
+            anomaly=AnomalyConfig(matching="mean", published=True),
+            augmentation=AugmentationConfig(spatial=0.1, published=True),
             optimiser=OptimiserConfig("constant", ema_decay=0.9999, clip_norm=None),
         ),
         "default": DisyreHyper(),

@@ -16,13 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bids_uad.constraints import Constrained, Count, Interval, NonNegative, OneOf, PositiveRange, Probability
+from bids_uad.constraints import (
+    Constrained,
+    Count,
+    Interval,
+    NonNegative,
+    OneOf,
+    PositiveRange,
+    Probability,
+    invalid,
+)
 
 SHAPES = ("rectangle", "disc", "blobs")
 COMPONENTS = (*SHAPES, "texture", "bias", "blur")
 """Components of synthetic anomalies: shapes, foreign texture, intensity bias and soft edges."""
 MIN_CONTRAST = 0.35
 """Smallest factor of the differences between tissues in the augmentation of intensities."""
+WINDOW, WINDOW_MARGIN = 64, 10
+"""Side of the window of a published anomaly, and smallest distance of a disc from its edge, in pixels."""
+LARGEST_DEFORMATION = 0.25
+"""Largest scale of the published elastic deformation, as a fraction of the side of the image."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,15 @@ class AnomalyConfig(Constrained):
         describes ``minmax``, its code uses ``mean``.
     class_offset : float, default=1000.0
         Pixels added to the size of the mask when tissue classes for the bias are drawn.
+    published : bool, default=False
+        Whether to place anomalies as in the published code: one shape inside a window of 64 x 64 pixels
+        around a brain pixel, with a patch of another slice as texture. Matching and tissue classes then
+        include the soft edge of the shape.
+
+    Raises
+    ------
+    InvalidParameterError
+        If a value is not allowed, or published shapes do not fit into their window.
     """
 
     size: PositiveRange = (10.0, 44.0)
@@ -55,6 +77,13 @@ class AnomalyConfig(Constrained):
     blur_probability: Probability = 0.7
     matching: Annotated[str, OneOf("minmax", "mean")] = "minmax"
     class_offset: NonNegative = 1000.0
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        largest = WINDOW - 2 * WINDOW_MARGIN
+        if self.published and self.size[1] > largest:
+            raise invalid(self, "size", f"at most {largest} pixels if 'published' is True")
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
@@ -167,16 +196,142 @@ def random_shapes(
     field = F.grid_sample(field, grid, mode="bicubic", padding_mode="border", align_corners=True)[:, 0]
     radius = (u**2 + v**2).sqrt()
     blobs = (field + 0.8 - radius**2 > 0.4) & (radius <= 1.6)
+    return _select_kinds([rectangle, disc, blobs], kinds, generator)
+
+
+def window_shapes(
+    batch: int, config: AnomalyConfig, generator: Generator, kinds: Sequence[str] = SHAPES
+) -> Tensor:
+    """Draw one binary shape per image in a window of 64 x 64 pixels, as in the published code.
+
+    Rectangles have even sides and any position inside the window; half of them are rotated about its centre.
+    Discs keep a distance of 10 pixels from its edge. Blobs, which replace the published shape library, lie at
+    its centre.
+
+    Parameters
+    ----------
+    batch : int
+        Number of shapes.
+    config : AnomalyConfig
+        Range of the sizes.
+    generator : torch.Generator
+        Draws the shapes.
+    kinds : sequence of str, default=SHAPES
+        Kinds of shape to draw from.
+
+    Returns
+    -------
+    Tensor of float, shape (batch, 1, 64, 64)
+        1 inside the shape, 0 outside.
+    """
+    device = generator.device
+
+    def integers(low: Tensor | int, high: Tensor | int, count: int) -> Tensor:
+        draw = torch.rand((batch, count), generator=generator, device=device)
+        return low + (draw * (high - low + 1)).floor()
+
+    low, high = (int(side) for side in config.size)
+    middle = (WINDOW - 1) / 2
+    offsets = torch.arange(WINDOW, device=device) - middle
+    half = integers(low, high, 2) // 2
+    centre = integers(half, WINDOW - half, 2)
+    angle = uniform((batch,), -math.pi / 12, math.pi / 12, generator)
+    angle = angle * (torch.rand((batch,), generator=generator, device=device) < 0.5)
+    cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    rows, columns = offsets[None, :, None], offsets[None, None, :]
+    turned = torch.stack([cosine * rows + sine * columns, cosine * columns - sine * rows], 1) + middle
+    first, last = ((centre + sign * half - 0.5)[..., None, None] for sign in (-1, 1))
+    rectangle = ((turned >= first) & (turned < last)).all(1)
+    radius = integers(low, high, 1) // 2
+    margin = radius + WINDOW_MARGIN
+    centre = integers(margin, WINDOW - margin, 2)
+    # The published grid has 64 points from 0 to 64.
+    points = torch.linspace(0, WINDOW, WINDOW, device=device)
+    squares = (points - centre[..., None]) ** 2
+    disc = squares[:, 0, :, None] + squares[:, 1, None, :] <= radius[..., None] ** 2
+    centres = torch.full((batch, 2), middle, device=device)
+    blobs = random_shapes(centres, WINDOW, WINDOW, config, generator, ("blobs",))[:, 0] > 0
+    return _select_kinds([rectangle, disc, blobs], kinds, generator)
+
+
+def _select_kinds(shapes: Sequence[Tensor], kinds: Sequence[str], generator: Generator) -> Tensor:
+    """Select one of the kinds of shape of each image; `shapes` are (B, H, W), the result (B, 1, H, W)."""
+    device = generator.device
     allowed = torch.tensor([SHAPES.index(kind) for kind in SHAPES if kind in kinds], device=device)
-    drawn = torch.randint(0, len(allowed), (batch,), generator=generator, device=device)
-    kind = allowed[drawn][:, None, None]
-    shape = torch.where(kind == 0, rectangle, torch.where(kind == 1, disc, blobs))
-    return shape[:, None].float()
+    batch = len(shapes[0])
+    kind = allowed[torch.randint(0, len(allowed), (batch,), generator=generator, device=device)]
+    return torch.stack(list(shapes))[kind, torch.arange(batch, device=device)][:, None].float()
 
 
-def _matched(texture: Tensor, image: Tensor, mask: Tensor, matching: str) -> Tensor:
-    """Match the intensities of a texture inside the mask to those of the image."""
-    inside = mask > 0.5
+def cut_out(images: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut a rectangle out of each image of a batch, with zeros beyond the border.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, 1, H, W)
+        Images.
+    rows, columns : Tensor of int64, shape (B,)
+        First row and column of the rectangles; may be negative.
+    size : tuple of int
+        Height and width of the rectangles.
+
+    Returns
+    -------
+    Tensor, shape (B, 1, *size)
+        Rectangles.
+    """
+    height, width = images.shape[-2:]
+    row = (rows[:, None] + torch.arange(size[0], device=images.device))[:, :, None]
+    column = (columns[:, None] + torch.arange(size[1], device=images.device))[:, None]
+    known = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return (images[batch, 0, row.clamp(0, height - 1), column.clamp(0, width - 1)] * known)[:, None]
+
+
+def _boxes(masks: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return first pixel and length, each (B,), of the bounding boxes along both axes; the image if empty."""
+    boxes = []
+    for axis in (3, 2):
+        profile = masks.any(axis)[:, 0]
+        profile = profile | ~profile.any(1, keepdim=True)
+        first = profile.to(torch.uint8).argmax(1)
+        last = profile.shape[1] - 1 - profile.flip(1).to(torch.uint8).argmax(1)
+        boxes.append((first, last + 1 - first))
+    return boxes
+
+
+def _random_starts(masks: Tensor, size: tuple[int, int], generator: Generator) -> list[Tensor]:
+    """Draw first row and column, each (B,), of a rectangle in the bounding box, or centre it on that."""
+    starts = []
+    for (first, length), side in zip(_boxes(masks), size, strict=True):
+        slack = length - side
+        drawn = (uniform(slack.shape, 0.0, 1.0, generator) * slack).long()
+        starts.append(first + torch.where(slack > 0, drawn, slack.div(2, rounding_mode="floor")))
+    return starts
+
+
+def _window_starts(brain: Tensor, generator: Generator) -> list[Tensor]:
+    """Draw first row and column, each (B,), of windows around brain pixels that lie inside the image."""
+    half = WINDOW // 2
+    height, width = brain.shape[-2:]
+    possible, inner = torch.zeros_like(brain), torch.zeros_like(brain)
+    possible[..., half : height - half + 1, half : width - half + 1] = True
+    inner[..., half : height - half, half : width - half] = True
+    inner &= brain
+    centres = random_centres(
+        torch.where(inner.flatten(1).any(1)[:, None, None, None], inner, possible), generator
+    )
+    return [start.long() - half for start in centres.unbind(1)]
+
+
+def _foreign_patches(images: Tensor, generator: Generator) -> Tensor:
+    """Cut a window out of the brain of another slice of the batch."""
+    source = images[torch.randperm(len(images), generator=generator, device=images.device)]
+    return cut_out(source, *_random_starts(source > 0, (WINDOW, WINDOW), generator), (WINDOW, WINDOW))
+
+
+def _matched(texture: Tensor, image: Tensor, inside: Tensor, matching: str) -> Tensor:
+    """Match the intensities of a texture inside a mask to those of the image."""
     count = inside.sum((1, 2, 3), keepdim=True).clamp_min(1)
 
     def mean(x: Tensor) -> Tensor:
@@ -236,20 +391,33 @@ def paint_anomalies(
     batch, _, height, width = images.shape
     device = images.device
     kinds = [kind for kind in SHAPES if kind in components]
-    mask = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
-    count = torch.randint(1, config.max_shapes + 1, (batch, 1, 1, 1), generator=generator, device=device)
-    for number in range(2, config.max_shapes + 1):
-        shape = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
-        mask = torch.maximum(mask, shape * (number <= count))
+    if config.published:
+        brain = images > 0
+        starts = _window_starts(brain, generator)
+        mask = window_shapes(batch, config, generator, kinds)
+    else:
+        mask = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
+        count = torch.randint(1, config.max_shapes + 1, (batch, 1, 1, 1), generator=generator, device=device)
+        for number in range(2, config.max_shapes + 1):
+            shape = random_shapes(random_centres(brain, generator), height, width, config, generator, kinds)
+            mask = torch.maximum(mask, shape * (number <= count))
     soft = torch.rand((batch,), generator=generator, device=device) < config.blur_probability
     soft = soft & ("blur" in components)
     mask = gaussian_blur(mask, uniform((batch,), 0.0, config.max_blur, generator) * soft)
+    if config.published:
+        mask = cut_out(mask, *(-start for start in starts), (height, width))
     mask = mask * brain
+    inside = mask > (0.0 if config.published else 0.5)
 
     opacity = uniform((batch, 1, 1, 1), 0.0, 1.0, generator) * ("texture" in components)
-    other = torch.randperm(batch, generator=generator, device=device)
-    shift = torch.randint(-40, 41, (2,), generator=generator, device=device).tolist()
-    texture = _matched(torch.roll(images[other].flip(-2), shift, (-2, -1)), images, mask, config.matching)
+    if config.published:
+        patches = _foreign_patches(images, generator)
+        texture = cut_out(patches, *(-start for start in starts), (height, width))
+    else:
+        other = torch.randperm(batch, generator=generator, device=device)
+        shift = torch.randint(-40, 41, (2,), generator=generator, device=device).tolist()
+        texture = torch.roll(images[other].flip(-2), shift, (-2, -1))
+    texture = _matched(texture, images, inside, config.matching)
     textured = images + opacity * mask * (texture - images)
     changed = (textured != images).flatten(1).any(1)
     opacity = opacity.flatten() * changed
@@ -258,7 +426,7 @@ def paint_anomalies(
     sign = torch.randint(0, 2, (batch, 1, 1, 1), generator=generator, device=device) * 2 - 1
     classes = (textured - codebook.view(1, -1, 1, 1)).abs().argmin(1, keepdim=True)
     members = classes == torch.arange(len(codebook), device=device).view(1, -1, 1, 1)
-    counts = (members & (mask > 0.5)).sum((2, 3))
+    counts = (members & inside).sum((2, 3))
     chance = counts / (counts.sum(1, keepdim=True) + config.class_offset)
     chosen = torch.rand(counts.shape, generator=generator, device=device) < chance
     chosen = chosen | ~chosen.any(1, keepdim=True)
@@ -288,6 +456,10 @@ class AugmentationConfig(Constrained):
         shorter without them.
     intensity : float, default=0.15
         Probability of each intensity change.
+    published : bool, default=False
+        Whether to augment as in the published code: windows anywhere in the bounding box of the brain
+        (`shift` is not used), an elastic deformation, a rotation and a zoom with probability `spatial` each,
+        noise also outside the brain, and blur with half the probability of the other intensity changes.
     """
 
     spatial: Probability = 0.2
@@ -296,6 +468,7 @@ class AugmentationConfig(Constrained):
     shift: Annotated[float, Interval(0, 1)] = 0.25
     flip_front_back: bool = True
     intensity: Probability = 0.15
+    published: bool = False
 
     renamed_fields: ClassVar[dict[str, str]] = {"back_to_front": "flip_front_back"}
 
@@ -325,8 +498,11 @@ def cut_windows(
     Returns
     -------
     images, labels : Tensor, shape (B, 1, h, w)
-        Windows, by linear and nearest-neighbour interpolation. Without rotation and zoom, pixels are copied.
+        Windows, by linear (published: cubic) and nearest-neighbour interpolation. Without rotation and zoom,
+        pixels are copied.
     """
+    if config.published:
+        return _published_windows(images, labels, window, config, generator)
     brain = labels > 0
     batch, _, height, width = images.shape
     device = images.device
@@ -364,6 +540,120 @@ def cut_windows(
     return cut, nearest.to(labels.dtype)
 
 
+def _published_windows(
+    images: Tensor, labels: Tensor, window: tuple[int, int], config: AugmentationConfig, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Cut windows out of the bounding boxes of brains, and deform, rotate, zoom and mirror some of them."""
+    batch, device = len(images), images.device
+
+    def selected(probability: float) -> Tensor:
+        return torch.rand((batch, 1, 1, 1), generator=generator, device=device) < probability
+
+    starts = _random_starts(labels > 0, window, generator)
+    cut, region = (cut_out(part, *starts, window) for part in (images, labels))
+    steps = torch.stack([selected(config.spatial) for _ in range(3)])
+    chosen = torch.nonzero(steps.any(0).flatten()).flatten()
+    if len(chosen):
+        deformed, turned, zoomed = steps[:, chosen]
+        grid = _published_grid(window, deformed, turned, zoomed, config, generator)
+        centres = []
+        for (first, length), side in zip(_boxes(labels[chosen] > 0), window, strict=True):
+            draw = torch.rand((len(chosen),), generator=generator, device=device)
+            centres.append(first + side / 2 + draw * (length - side))
+        position = grid + torch.stack(centres, 1)[..., None, None]
+        last = torch.tensor(images.shape[-2:], device=device) - 1
+        place = (position.movedim(1, -1) / last * 2 - 1).flip(-1)
+        cubic = F.grid_sample(images[chosen], place, mode="bicubic", align_corners=True)
+        nearest = F.grid_sample(labels[chosen].to(images.dtype), place, mode="nearest", align_corners=True)
+        cut[chosen], region[chosen] = cubic, nearest.to(labels.dtype)
+    for axis in (-2, -1) if config.flip_front_back else (-2,):
+        mirrored = selected(0.5)
+        cut, region = (torch.where(mirrored, part.flip(axis), part) for part in (cut, region))
+    return cut, region
+
+
+def _published_grid(
+    size: tuple[int, int],
+    deformed: Tensor,
+    turned: Tensor,
+    zoomed: Tensor,
+    config: AugmentationConfig,
+    generator: Generator,
+) -> Tensor:
+    """Return coordinates with mean 0, shape (B, 2, *size), after the transforms selected by (B, 1, 1, 1)."""
+    batch, device = len(deformed), deformed.device
+    axes = [torch.arange(side, device=device) - (side - 1) / 2 for side in size]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+    grid = grid + deformed * elastic_offsets(batch, size, generator)
+    angle = turned * uniform((batch, 1, 1, 1), -1.0, 1.0, generator) * math.radians(config.rotation)
+    rows, columns = grid.split(1, 1)
+    grid = torch.cat(
+        [angle.cos() * rows - angle.sin() * columns, angle.sin() * rows + angle.cos() * columns], 1
+    )
+    grid = torch.where(zoomed, grid * _around_one(batch, config.zoom, generator), grid)
+    return grid - grid.mean((2, 3), keepdim=True)
+
+
+def elastic_offsets(batch: int, size: tuple[int, int], generator: Generator) -> Tensor:
+    """Draw the elastic deformations of the published code: smoothed white noise of limited amplitude.
+
+    The scale is drawn from 0 to a quarter of the image. It is the standard deviation of the (periodic)
+    Gaussian; the largest offset along an axis is an eighth to a half of it.
+
+    Parameters
+    ----------
+    batch : int
+        Number of deformations.
+    size : tuple of int
+        Height and width in pixels.
+    generator : torch.Generator
+        Draws the deformations.
+
+    Returns
+    -------
+    Tensor, shape (batch, 2, *size)
+        Offsets along rows and columns in pixels.
+    """
+    device = generator.device
+    scale = uniform((batch, 1, 1, 1), 0.0, LARGEST_DEFORMATION, generator)
+    sigma = scale * torch.tensor(size, device=device)[:, None, None]
+    frequencies = [torch.fft.fftfreq(side, device=device) for side in size]
+    spread = (frequencies[0][:, None] * sigma[:, :1]) ** 2 + (frequencies[1] * sigma[:, 1:]) ** 2
+    noise = uniform((batch, 2, *size), -1.0, 1.0, generator)
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * torch.exp(-2 * math.pi**2 * spread)).real
+    amplitude = sigma * uniform((batch, 2, 1, 1), 1 / 8, 1 / 2, generator)
+    return smooth * amplitude / smooth.abs().amax((2, 3), keepdim=True)
+
+
+def _around_one(batch: int, limits: tuple[float, float], generator: Generator) -> Tensor:
+    """Draw factors, shape (batch, 1, 1, 1), of which half are below 1 and half above."""
+    shape = (batch, 1, 1, 1)
+    below = torch.rand(shape, generator=generator, device=generator.device) < 0.5
+    low, high = (uniform(shape, *sorted((limit, 1.0)), generator) for limit in limits)
+    return torch.where(below, low, high)
+
+
+def _published_intensities(images: Tensor, config: AugmentationConfig, generator: Generator) -> Tensor:
+    """Vary brightness, gamma between the extremes of an image, noise and sharpness."""
+    batch, device = len(images), images.device
+
+    def selected() -> Tensor:
+        return torch.rand((batch, 1, 1, 1), generator=generator, device=device) < config.intensity
+
+    x = torch.where(selected(), images * uniform((batch, 1, 1, 1), 0.9, 1.1, generator), images)
+    for sign in (1, -1):
+        low, high = (sign * x).aminmax(dim=-1, keepdim=True)
+        low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+        extent = (high - low).clamp_min(1e-7)
+        gamma = _around_one(batch, (0.5, 2.0), generator)
+        x = torch.where(selected(), sign * (((sign * x - low) / extent) ** gamma * extent + low), x)
+    noise = torch.randn(x.shape, generator=generator, device=device)
+    x = torch.where(selected(), x + noise * uniform((batch, 1, 1, 1), 0.0, 0.05, generator), x)
+    blurred = gaussian_blur(x, uniform((batch,), 0.5, 1.5, generator))
+    half = torch.rand((batch, 1, 1, 1), generator=generator, device=device) < 0.5
+    return torch.where(selected() & half, blurred, x).clamp(0, 1)
+
+
 def vary_intensity(images: Tensor, brain: Tensor, config: AugmentationConfig, generator: Generator) -> Tensor:
     """Vary brightness, gamma, noise and sharpness, each with probability ``config.intensity``.
 
@@ -381,8 +671,10 @@ def vary_intensity(images: Tensor, brain: Tensor, config: AugmentationConfig, ge
     Returns
     -------
     Tensor, shape (B, 1, H, W)
-        Slices, intensities in [0, 1], 0 outside the brain.
+        Slices, intensities in [0, 1], 0 outside the brain unless ``config.published``.
     """
+    if config.published:
+        return _published_intensities(images, config, generator)
     batch = images.shape[0]
     device = images.device
 

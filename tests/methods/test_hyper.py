@@ -78,6 +78,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "blur_probability": [-0.1, 1.2],
         "matching": ["min-max", "median"],
         "class_offset": [-1.0],
+        "published": [1],
     },
     AugmentationConfig: {
         "spatial": [1.5],
@@ -86,6 +87,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "shift": [-0.1, 1.1],
         "flip_front_back": [None],
         "intensity": [-0.15],
+        "published": [None],
     },
     LesionConfig: {
         "healthy_prob": [-0.1, 1.1],
@@ -354,6 +356,11 @@ WIDE = BackboneConfig(name="wide_resnet50_2", taps=(2, 3))
         (lambda: ANDiHyper(field_of_view=(160, 176)), r"'field_of_view' .* divisible by 32 .*\(160, 176\)"),
         (lambda: DisyreHyper(window=(128, 136)), "'window' .* divisible by 16"),
         (lambda: DisyreHyper(window=(192, 192)), "'window' .* no larger than 'field_of_view'"),
+        (lambda: AnomalyConfig(size=(10.0, 70.0), published=True), "'size' .* at most 44 pixels"),
+        (
+            lambda: DisyreHyper(window=(32, 64), stride=32, anomaly=AnomalyConfig(published=True)),
+            "'window' .* at least 64 x 64",
+        ),
         (lambda: DisyreHyper(stride=130), "'stride' .* at most 128, the shorter side of 'window'. Got 130"),
         (
             lambda: RIADHyper(
