@@ -23,6 +23,10 @@ SEARCH_CHUNK = 256
 """Queries that are compared to the bank at once; their distances fit in the cache of a processor core."""
 
 
+PUBLISHED_STARTS = 10
+"""Random descriptors from which the published selection of the bank starts."""
+
+
 @dataclass(frozen=True)
 class PatchCoreHyper(Constrained):
     """Hyper-parameters of PatchCore.
@@ -50,6 +54,8 @@ class PatchCoreHyper(Constrained):
         Number of descriptors in the bank, at most `candidates`.
     bank_slices : int, default=20000
         Number of slices from which the candidates are drawn.
+    published_coreset : bool, default=False
+        Whether the bank is float32, and its selection starts from ten random descriptors, as published.
 
     Raises
     ------
@@ -69,6 +75,7 @@ class PatchCoreHyper(Constrained):
     projection_dim: CountOrZero = 128
     bank_size: Count = 10_000
     bank_slices: Count = 20_000
+    published_coreset: bool = False
 
     renamed_fields: ClassVar[dict[str, str]] = {
         "squared": "squared_distance",
@@ -100,6 +107,11 @@ class PatchCore(FeatureDetector):
             backbone=BackboneConfig(name="wide_resnet50_2", taps=(2, 3), normalise=False),
             squared_distance=True,
             score_outside_brain=True,
+            # 1 % of the 28 x 28 descriptors of each slice.
+            candidates=3_920_000,
+            bank_size=39_200,
+            bank_slices=5_000,
+            published_coreset=True,
         ),
         "default": PatchCoreHyper(),
         "lite": PatchCoreHyper(
@@ -120,7 +132,8 @@ class PatchCore(FeatureDetector):
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.search = NearestNeighbour()
-        self.register_buffer("bank", torch.zeros(hyper.bank_size, width, dtype=torch.float16))
+        kind = torch.float32 if hyper.published_coreset else torch.float16
+        self.register_buffer("bank", torch.zeros(hyper.bank_size, width, dtype=kind))
 
     def stages(self) -> list[Stage]:
         """Train the backbone, if it is not pretrained, then fill the memory bank."""
@@ -168,7 +181,9 @@ class PatchCore(FeatureDetector):
         if hyper.projection_dim:
             shape = (candidates.shape[1], hyper.projection_dim)
             compared = candidates @ torch.randn(shape, generator=generator, device=candidates.device)
-        self.bank = candidates[farthest_points(compared, hyper.bank_size, generator)].half()
+        starts = PUBLISHED_STARTS if hyper.published_coreset else 1
+        selected = farthest_points(compared, hyper.bank_size, generator, starts)
+        self.bank = candidates[selected].to(self.bank.dtype)
 
     def _scored(self, brain: Tensor, grid: int) -> Tensor:
         """Return which cells of the grid are scored, shape (B, grid, grid)."""
@@ -237,7 +252,7 @@ def _norms(points: Tensor) -> list[Tensor]:
     return [high] if points.dtype != torch.bfloat16 else [high, (norm - high).to(points.dtype)]
 
 
-def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:
+def farthest_points(points: Tensor, count: int, generator: Generator, starts: int = 1) -> Tensor:
     """Select points greedily, each the farthest from those already selected.
 
     Parameters
@@ -247,7 +262,10 @@ def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:
     count : int
         Number of points to select, at most N.
     generator : torch.Generator
-        Draws the first point.
+        Draws the first point, or the points at which the selection starts.
+    starts : int, default=1
+        If 1, the first point is random. Otherwise it is the one with the largest mean distance to this number
+        of random points, and no later point is farther from those selected than its own mean distance.
 
     Returns
     -------
@@ -263,8 +281,14 @@ def farthest_points(points: Tensor, count: int, generator: Generator) -> Tensor:
         raise ValueError(f"cannot select {count} of {len(points)} descriptors; train on more slices")
     squared = points.square().sum(1)
     selected = torch.empty(count, dtype=torch.int64, device=points.device)
-    current = torch.randint(len(points), (1,), generator=generator, device=points.device)
-    distance = torch.full((len(points),), torch.inf, device=points.device)
+    if starts == 1:
+        current = torch.randint(len(points), (1,), generator=generator, device=points.device)
+        distance = torch.full((len(points),), torch.inf, device=points.device)
+    else:
+        drawn = torch.randperm(len(points), generator=generator, device=points.device)[:starts]
+        to_drawn = squared[:, None] + squared[drawn] - 2 * (points @ points[drawn].T)
+        distance = to_drawn.clamp_min(0).sqrt().mean(1).square()
+        current = distance.argmax()[None]
     for index in range(count):
         selected[index] = current
         to_current = squared + squared[current] - 2 * (points @ points[current[0]])

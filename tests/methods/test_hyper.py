@@ -209,6 +209,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "projection_dim": [-1, 0.5],
         "bank_size": [0, 200_001],
         "bank_slices": [0],
+        "published_coreset": [1],
     },
     FAEHyper: {
         "backbone": [None],

@@ -157,6 +157,30 @@ def test_farthest_points_equal_a_literal_greedy_selection(channels):
     assert selected == expected
 
 
+def test_farthest_points_from_several_starts_equal_a_literal_greedy_selection():
+    """The published approximate coreset, in which the mean distance to the starts limits all distances."""
+    points = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    selected = farthest_points(points, 30, torch.Generator().manual_seed(2), starts=10).tolist()
+    starts = torch.randperm(200, generator=torch.Generator().manual_seed(2))[:10].numpy()
+    values = points.numpy()
+    distances = np.linalg.norm(values[:, None] - values[None], axis=2)
+    nearest, expected = distances[:, starts].mean(1), []
+    for _ in range(30):
+        expected.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, distances[expected[-1]])
+    assert selected == expected
+    assert selected != farthest_points(points, 30, torch.Generator().manual_seed(2)).tolist()
+
+
+def test_preset_paper_has_one_percent_of_all_descriptors_in_single_precision():
+    with torch.device("meta"):
+        detector = PatchCore(PatchCore.presets["paper"])
+    (stage,) = detector.stages()
+    assert detector.bank.dtype == torch.float32
+    assert len(detector.bank) == 0.01 * stage.slices * 28**2
+    assert PatchCore(TINY).bank.dtype == torch.float16
+
+
 def test_farthest_points_of_too_few_points_raise_an_error():
     with pytest.raises(ValueError, match="cannot select 5 of 4"):
         farthest_points(torch.zeros(4, 2), 5, torch.Generator())
