@@ -95,10 +95,11 @@ class Presets(Generated):
 
     def lines(self) -> Iterator[str]:
         """Return one row per hyper-parameter."""
-        presets = {
-            name: dict(flat(dataclasses.asdict(hyper)))
-            for name, hyper in detector_class(self.arguments[0]).presets.items()
-        }
+        detector = detector_class(self.arguments[0])
+        presets = {name: dict(flat(dataclasses.asdict(hyper))) for name, hyper in detector.presets.items()}
+        for (preset, modality), settings in detector.modality_settings.items():
+            for name, value in settings.items():
+                presets[preset][name] = f"{presets[preset][name]}, {modality} {value}"
         yield from table_head("hyper-parameter", *(f"`{name}`" for name in presets))
         names = dict.fromkeys(name for values in presets.values() for name in values)
         for name in names:
