@@ -13,6 +13,7 @@ import pytest
 
 from bids_uad import space
 from bids_uad.errors import InputError
+from bids_uad.preprocessing import atlas
 from bids_uad.preprocessing.atlas import KNOWN, install_atlas, main
 from bids_uad.preprocessing.reference import Reference, resolve_reference, voxel_sha256
 from tests.header_contract import faults_below
@@ -33,7 +34,9 @@ def as_packaged(data: np.ndarray, path: Path, affine: np.ndarray = LAS) -> None:
 
 
 @pytest.fixture
-def brain(reference: Reference) -> np.ndarray:
+def brain(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The built-in reference, which is not resampled again for each atlas that is compared with it."""
+    monkeypatch.setattr(atlas, "resolve_reference", lambda *_: reference)
     return np.asarray(nib.load(reference.t1w).dataobj).astype(np.int16)
 
 
@@ -72,10 +75,10 @@ def test_install_atlas_reads_a_zip_file_and_names_parcellations(brain, tmp_path:
     assert "--atlas-dir" in capsys.readouterr().out
     assert faults_below(tmp_path / "archive") == []
     tables = {
-        atlas: pd.read_csv(
-            tmp_path / "archive" / "tpl-SRI24" / f"tpl-SRI24_res-1_atlas-{atlas}_dseg.tsv", sep="\t"
+        name: pd.read_csv(
+            tmp_path / "archive" / "tpl-SRI24" / f"tpl-SRI24_res-1_atlas-{name}_dseg.tsv", sep="\t"
         ).set_index("index")["name"]
-        for atlas in ("LPBA40", "TZO116plus")
+        for name in ("LPBA40", "TZO116plus")
     }
     assert tables["LPBA40"][21] == "left superior frontal gyrus"
     assert tables["LPBA40"][166] == "right hippocampus"
@@ -106,14 +109,14 @@ def test_install_atlas_refuses_other_images_and_leaves_no_files(brain, tmp_path:
 def test_installed_real_atlas_has_a_known_checksum_and_orientation(tmp_path: Path) -> None:
     t1w = np.asarray(nib.load(REAL / "tpl-SRI24_res-1_desc-brain_T1w.nii.gz").dataobj)
     as_packaged(t1w, tmp_path / "package" / "spgr.nii")
-    for atlas in ("LPBA40", "TZO116plus"):
-        labels = np.asarray(nib.load(REAL / f"tpl-SRI24_res-1_atlas-{atlas}_dseg.nii.gz").dataobj)
-        as_packaged(labels, tmp_path / "package" / f"{atlas.lower()}.nii")
+    for name in ("LPBA40", "TZO116plus"):
+        labels = np.asarray(nib.load(REAL / f"tpl-SRI24_res-1_atlas-{name}_dseg.nii.gz").dataobj)
+        as_packaged(labels, tmp_path / "package" / f"{name.lower()}.nii")
     (tmp_path / "package" / "tzo116plus.txt").write_bytes((REAL / "SRI24-tzo116plus.txt").read_bytes())
     folder = install_atlas(tmp_path / "package", tmp_path)
     assert voxel_sha256(t1w) in KNOWN
-    for atlas, left, right in (("LPBA40", "left ", "right "), ("TZO116plus", "_L", "_R")):
-        start = folder / f"tpl-SRI24_res-1_atlas-{atlas}_dseg"
+    for name, left, right in (("LPBA40", "left ", "right "), ("TZO116plus", "_L", "_R")):
+        start = folder / f"tpl-SRI24_res-1_atlas-{name}_dseg"
         names = pd.read_csv(f"{start}.tsv", sep="\t").set_index("name")["index"]
         image = nib.load(f"{start}.nii.gz")
         labels = np.asarray(image.dataobj)

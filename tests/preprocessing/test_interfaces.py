@@ -103,8 +103,13 @@ def test_brain_mask_replaces_an_implausible_external_mask_by_extraction(
 
 
 def test_brain_mask_warns_of_both_implausible_masks(
-    brain: np.ndarray, badly_stripped: np.ndarray, reference: Reference, tmp_path: Path
+    brain: np.ndarray,
+    badly_stripped: np.ndarray,
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(BrainMask, "_extract", lambda *_: brain > 0)
     wrong = given(grown(brain, -24.0), tmp_path)
     outputs, _ = find_mask(badly_stripped, reference, tmp_path, external_mask=wrong, skull_stripped=True)
     assert (outputs.origin, len(outputs.warnings)) == ("extracted", 2)
