@@ -26,7 +26,8 @@ def digest(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("raw") / "ds"
-    assert main([str(out), "--healthy", "1", "--stroke", "1", "--seed", "4"]) == 0
+    subjects = ["--healthy", "1", "--stroke", "1", "--seed", "4"]
+    assert main([str(out), *subjects, "--modalities", "T1w"]) == 0
     return out
 
 
