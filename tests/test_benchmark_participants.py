@@ -45,7 +45,7 @@ def toy(tmp_path, monkeypatch):
     for name in ("slow", "fast"):
         (tmp_path / name / "bids_uad").mkdir(parents=True)
         (tmp_path / name / "bids_uad" / "__init__.py").touch()  # else an installed package goes first
-        program = PROGRAM.replace("STEP", "1.2" if name == "slow" else "0.6")
+        program = PROGRAM.replace("STEP", "0.6" if name == "slow" else "0.3")
         (tmp_path / name / "bids_uad" / "__main__.py").write_text(program)
         arguments += ["--tree", str(tmp_path / name)]
     monkeypatch.setattr(participants.tempfile, "tempdir", str(tmp_path))
@@ -65,8 +65,8 @@ def test_participants_benchmark_measures_all_processes(toy, tmp_path):
         assert 20 <= row["work_mb"] <= 21
         hours = row["cpu_seconds"] / 3600
         assert row["per_core_hour"] == pytest.approx(2 / hours, rel=0.1)
-    assert slow["first_seconds"] >= 1.2
-    assert slow["seconds"] >= 3.6
+    assert slow["first_seconds"] >= 0.6
+    assert slow["seconds"] >= 1.8
     (ratio,) = found["ratios"]
     assert ratio["per_core_hour"] == pytest.approx(fast["per_core_hour"] / slow["per_core_hour"], abs=1e-3)
 
