@@ -32,12 +32,14 @@ from bids_uad.calibration.normative import (
 from bids_uad.engine.bundle import CORRECTED
 from bids_uad.errors import InputError
 from bids_uad.files import atomic_path
-from bids_uad.images import make_image, open_nifti
+from bids_uad.images import make_image, open_nifti, save_image
 from bids_uad.preprocessing.reference import Reference
 from bids_uad.preprocessing.resampling import read_itk, write_itk
 from bids_uad.preprocessing.workflow import INPUTS, OUTPUTS
 
 THRESHOLD = 0.5
+BRAIN = (slice(100, 130), slice(100, 130), slice(60, 90))
+"""Voxels of the brain on the SRI24 grid."""
 HUNGER = 3 << 30
 """Memory in bytes that the participant `hungry` requests."""
 
@@ -102,11 +104,11 @@ class FakePreproc(SimpleInterface):
         mask = make_image(np.ones(native.shape[:3]), native.affine, np.uint8)
         nib.save(mask, folder / "native_mask.nii.gz")
         nib.save(native, folder / "brain.nii.gz")
-        brain = np.zeros(space.SHAPE, np.uint8)
-        brain[100:130, 100:130, 60:90] = 1
-        nib.save(space.to_image(brain, np.uint8), folder / "brain_mask.nii.gz")
-        image = np.random.default_rng(0).random(space.SHAPE).astype(np.float32) * brain
-        nib.save(space.to_image(image), folder / "preproc.nii.gz")
+        brain, image = np.zeros(space.SHAPE, np.uint8), np.zeros(space.SHAPE, np.float32)
+        brain[BRAIN] = 1
+        save_image(space.to_image(brain, np.uint8), folder / "brain_mask.nii.gz")
+        image[BRAIN] = np.random.default_rng(0).random(image[BRAIN].shape)
+        save_image(space.to_image(image), folder / "preproc.nii.gz")
         for transform in ("to_sri24", "from_sri24"):
             write_itk(folder / f"{transform}.txt", np.eye(4))
             self._results[transform] = str(folder / f"{transform}.txt")
@@ -168,8 +170,7 @@ class FakeDetect(SimpleInterface):
         scores[120:122, 120:122, 80:82] = 1.5
         scores[0:10, 0:10, 0:10] = 9.0  # outside the brain
         name = Path(self.inputs.bundle).name
-        self._results["out_file"] = str(Path(runtime.cwd) / f"{name}.nii.gz")
-        nib.save(space.to_image(scores), self._results["out_file"])
+        self._results["out_file"] = str(save_image(space.to_image(scores), Path(runtime.cwd) / f"{name}.nii"))
         note(runtime.cwd, f"detect {self.inputs.key} {name}")
         return runtime
 
@@ -189,7 +190,7 @@ def fake_reference(folder: Path) -> Reference:
     """Write reference images on the SRI24 grid, unless another job of the test has done so."""
     folder.mkdir(parents=True, exist_ok=True)
     brain = np.zeros(space.SHAPE, np.uint8)
-    brain[100:130, 100:130, 60:90] = 1
+    brain[BRAIN] = 1
     for name, dtype in (("T1w", np.float32), ("mask", np.uint8)):
         if not (folder / f"{name}.nii.gz").is_file():
             with atomic_path(folder / f"{name}.nii.gz") as temporary:

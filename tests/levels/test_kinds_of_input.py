@@ -82,7 +82,10 @@ def test_all_kinds_of_scan_in_one_run(tmp_path, capfd, monkeypatch):
     }
     assert len(USUAL) + len(problems) >= 35
 
-    assert bench.run("-d", f"lesions={lesions}", "--modalities", "T1w", models=bench.models[:1]) == 1
+    assert (
+        bench.run("--nprocs", "2", "-d", f"lesions={lesions}", "--modalities", "T1w", models=bench.models[:1])
+        == 1
+    )
 
     said = capfd.readouterr().err.splitlines()
     errors = [line for line in said if "│" not in line and "WARNING" not in line]

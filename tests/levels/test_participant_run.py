@@ -54,7 +54,13 @@ class Bench:
         # Inputs of an earlier run in this process are remembered by path.
         CHECKSUMS.clear()
         arguments = [str(self.raw), str(self.out), "participant", "-w", str(self.work), "--device", "cpu"]
-        return main([*arguments, "--nprocs", "2", *extra, "--models", *(models or self.models)])
+        return main([*arguments, "--nprocs", "1", *extra, "--models", *(models or self.models)])
+
+    def copied(self, folder):
+        """Return a copy of dataset, models and outputs in another folder."""
+        left_out = shutil.ignore_patterns("work", "calls.txt")
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=left_out)
+        return Bench(folder)
 
     def take_calls(self):
         lines = sorted(self.calls.read_text().splitlines()) if self.calls.exists() else []
@@ -92,7 +98,7 @@ def finished(tmp_path_factory, stand_ins):
     write_mask(bench.folder / "lesions" / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz")
     description = {"Name": "Masks", "BIDSVersion": "1.9.0", "DatasetType": "derivative"}
     (bench.folder / "lesions" / "dataset_description.json").write_text(json.dumps(description))
-    assert bench.run("-d", f"lesions={bench.folder / 'lesions'}") == 0
+    assert bench.run("--nprocs", "2", "-d", f"lesions={bench.folder / 'lesions'}") == 0
     return bench
 
 
@@ -257,7 +263,7 @@ def test_work_folder_and_unfinished_participants_do_not_grow(bench, monkeypatch)
             super().watch(node, status)
 
     monkeypatch.setattr(run, "Progress", Watch)
-    assert bench.run("--nprocs", "1") == 0
+    assert bench.run() == 0
     assert begun == labels
     for number, reports in enumerate(reported):
         assert set(labels[: max(number - 1, 0)]) <= reports <= set(labels[:number])
@@ -293,13 +299,13 @@ def test_another_precision_scores_again(bench):
     assert sidecar["Precision"] == "bf16"
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_sidecar_has_the_precision_of_the_detector_on_this_cpu(bench, monkeypatch, native, expected):
-    monkeypatch.setattr(registry, "has_native_bf16", lambda: native)
+def test_sidecar_has_the_precision_of_the_detector_on_this_cpu(bench, finished, monkeypatch):
+    name = "sub-01/anat/sub-01_space-SRI24_label-anomaly_desc-T1wDisyre_mask.json"
+    assert json.loads((finished.out / name).read_text())["Precision"] == "fp32"
+    monkeypatch.setattr(registry, "has_native_bf16", lambda: True)
     bench.dataset(T1W)
     assert bench.run() == 0
-    path = bench.out / "sub-01" / "anat" / "sub-01_space-SRI24_label-anomaly_desc-T1wDisyre_mask.json"
-    assert json.loads(path.read_text())["Precision"] == expected
+    assert json.loads((bench.out / name).read_text())["Precision"] == "bf16"
 
 
 def test_new_model_only_adds_its_outputs(bench):
@@ -352,7 +358,7 @@ def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
     bench.dataset(
         *[f"sub-{name}/anat/sub-{name}_T1w.nii.gz" for name in names], "sub-crash/anat/sub-crash_T2w.nii.gz"
     )
-    assert bench.run() == 1
+    assert bench.run("--nprocs", "2") == 1
     stderr = " ".join(capfd.readouterr().err.split())
     assert "ZeroDivisionError: nothing to divide by" in stderr
     assert "was killed (SIGKILL), most likely because memory ran out" in stderr

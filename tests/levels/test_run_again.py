@@ -27,9 +27,20 @@ def again(tmp_path):
     return Bench(tmp_path)
 
 
-@pytest.fixture
-def patchcore(again):
+def patchcore_of(again: Bench) -> str:
     return str(fake_bundle(again.folder / "patchcore-T1w", "patchcore", "T1w"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stand_ins):  # noqa: F811
+    """Return finished runs by the number of their models: Disyre, and PatchCore as well; tests copy them."""
+    benches = {}
+    for number in (1, 2):
+        benches[number] = Bench(tmp_path_factory.mktemp("finished"))
+        benches[number].dataset(T1W)
+        models = [patchcore_of(benches[number]), benches[number].models[0]][2 - number :]
+        assert benches[number].run(models=models) == 0
+    return benches
 
 
 def truncate_list(again: Bench) -> set[str]:
@@ -57,9 +68,9 @@ def on_disk(again: Bench) -> set[str]:
 
 
 @pytest.mark.parametrize("lost", ["desc-brain_mask.nii.gz", f"desc-{DISYRE}_histogram.tsv"])
-def test_rerun_for_a_lost_file_keeps_other_models(again, patchcore, lost):
-    again.dataset(T1W)
-    assert again.run() == 0
+def test_rerun_for_a_lost_file_keeps_other_models(finished, tmp_path, lost):
+    again = finished[1].copied(tmp_path)
+    patchcore = patchcore_of(again)
     (again.out / ANAT / f"sub-01_space-SRI24_{lost}").unlink()
     assert again.run(models=[patchcore]) == 0
     assert set(record(again).models) == {"disyre", "patchcore"}
@@ -121,9 +132,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_failed_run_leaves_no_outdated_outputs(again, patchcore, monkeypatch, change):
-    again.dataset(T1W)
-    assert again.run(models=[patchcore, again.models[0]]) == 0
+def test_failed_run_leaves_no_outdated_outputs(finished, tmp_path, monkeypatch, change):
+    again = finished[2].copied(tmp_path)
     apply, options, holding = CHANGES[change]
     apply(again)
     monkeypatch.setattr(writing, "Detect", Killed)
