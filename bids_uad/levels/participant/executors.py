@@ -250,7 +250,6 @@ class IsolatedPlugin(FailureLog, MultiProcPlugin):
         StorageError
             If an output or work folder cannot be written.
         """
-        gc.collect()
         gc.freeze()  # nipype collects garbage at each poll, which takes 0.5 s with all imported modules
         self._begin(participants, cluster)
         try:
