@@ -12,7 +12,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -320,7 +321,10 @@ class Bundle:
             "TrainingFraction": training.get("train_fraction"),
             "TrainingSteps": sum(steps) if steps else None,
             "TrainingSource": training.get("source"),
-            "HyperParameters": {name: self.info["hyper"][name] for name in self.info.get("changed", ())},
+            "HyperParameters": {
+                name: reduce(getitem, name.split("."), self.info["hyper"])
+                for name in self.info.get("changed", ())
+            },
             "ThresholdCohort": (self.calibration or {}).get("cohort", {}).get("source"),
         }
 

@@ -523,8 +523,8 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
     hyper : dataclass
         Hyper-parameters.
     changes : sequence of str
-        ``NAME=VALUE``, the value as in JSON: ``stride=4``, ``labels=[74, 24]``. Former names are accepted
-        with a warning.
+        ``NAME=VALUE``, the value as in JSON: ``stride=4``, ``labels=[74, 24]``. A hyper-parameter inside
+        another one is ``backbone.name``. Former names are accepted with a warning.
 
     Returns
     -------
@@ -542,8 +542,13 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
         if not is_dataclass(getattr(hyper, entry.name))
     }
     replaced = {}
+    inner: dict[str, list[str]] = {}
     for change in changes:
         old_name, _, text = change.partition("=")
+        outer, dot, rest = change.partition(".")
+        if dot and is_dataclass(getattr(hyper, outer, None)):
+            inner.setdefault(outer, []).append(rest)
+            continue
         name = current_name(type(hyper), old_name)
         if name not in present:
             raise ValueError(f"no hyper-parameter {name!r}; there are {', '.join(present)}")
@@ -558,6 +563,7 @@ def change_hyper(hyper: Any, changes: Sequence[str]) -> Any:
         if isinstance(present[name], float) and type(value) is int:
             value = float(value)
         replaced[name] = value
+    replaced |= {name: change_hyper(getattr(hyper, name), rest) for name, rest in inner.items()}
     changed = replace(hyper, **replaced)
     check_parameters(changed)
     return changed

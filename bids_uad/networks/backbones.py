@@ -650,7 +650,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class _Published:
-    """An ImageNet network: builder, stages, channels and strides of its maps, and intensities in training."""
+    """An ImageNet network: builder, stages, channels and strides of its maps, and intensities in training.
+
+    `scale` is the factor by which maps are multiplied, so that their standard deviation is about 1.
+    """
 
     build: Callable[[int], nn.Module]
     stages: int
@@ -658,6 +661,7 @@ class _Published:
     strides: tuple[int, ...]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     sd: tuple[float, float, float] = IMAGENET_STD
+    scale: float = 1.0
 
 
 _IMAGENET = {
@@ -665,7 +669,13 @@ _IMAGENET = {
     "wide_resnet50_2": _Published(wide_resnet50_2, 3, (64, 256, 512, 1024), (4, 4, 8, 16)),
     "efficientnet_b4": _Published(EfficientNetB4, 4, (24, 32, 56, 112), (2, 4, 8, 16)),
     LITE: _Published(
-        EfficientNetLite0, 5, (16, 24, 40, 80, 112), (2, 4, 8, 16, 16), (127 / 255,) * 3, (128 / 255,) * 3
+        EfficientNetLite0,
+        5,
+        (16, 24, 40, 80, 112),
+        (2, 4, 8, 16, 16),
+        (127 / 255,) * 3,
+        (128 / 255,) * 3,
+        1 / 8,
     ),
 }
 _MRI_STRIDES = (2, 4, 8)
@@ -809,7 +819,7 @@ class ImageNetFeatures(nn.Module):
     def __init__(self, name: str, normalise: bool, last: int | None = None) -> None:
         super().__init__()
         published = _IMAGENET[name]
-        self.name = name
+        self.name, self.scale = name, published.scale
         left_out = 0 if last is None else len(published.strides) - 1 - last
         self.network = published.build(published.stages - left_out).requires_grad_(False)
         mean, sd = (published.mean, published.sd) if normalise else ((0.0,) * 3, (1.0,) * 3)
@@ -828,7 +838,8 @@ class ImageNetFeatures(nn.Module):
         images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.sd
         has_stages = hasattr(self.network, "stage_maps")
         maps = self.network.stage_maps(images) if has_stages else self.network.features(images)
-        return maps if taps is None else [maps[tap] for tap in taps]
+        used = maps if taps is None else [maps[tap] for tap in taps]
+        return used if self.scale == 1 else [part * self.scale for part in used]
 
     def load_published(self, path: Path) -> None:
         """Load the published weights of this network.

@@ -460,6 +460,8 @@ def test_change_hyper_keeps_the_type_of_a_field():
     assert changed.network == LITE.network
     assert change_hyper(Disyre.presets["lite"], ["labels=[74, 24]"]).labels == (74, 24)
     assert change_hyper(LITE, []) == LITE
+    rd = change_hyper(RDHyper(), ["backbone.name=efficientnet_lite0", "backbone.taps=[1,2,3]", "steps=9"])
+    assert rd == RDHyper(backbone=BackboneConfig(name="efficientnet_lite0", taps=(1, 2, 3)), steps=9)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +469,8 @@ def test_change_hyper_keeps_the_type_of_a_field():
     [
         ("strides=4", "no hyper-parameter 'strides'; there are .*stride"),
         ("network=4", "no hyper-parameter 'network'"),
+        ("network.depth=4", "no hyper-parameter 'depth'"),
+        ("stride.depth=4", "no hyper-parameter 'stride.depth'"),
         ("stride=many", r"'stride' parameter of ANDiHyper must be an int in the range .* Got 'many'"),
         ("stride=2.5", r"an int in the range \[1, 100\]\. Got 2\.5"),
         ("stride=true", "Got True"),

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bids_uad import space
 from bids_uad.cli.main import main
@@ -28,7 +28,7 @@ from bids_uad.files import write_json, write_tsv
 from bids_uad.methods.intensity import Intensity
 from bids_uad.methods.pls.detector import PLS
 from bids_uad.methods.registry import build_detector
-from bids_uad.networks.backbones import resnet18
+from bids_uad.networks.backbones import LITE_WEIGHTS, resnet18
 from bids_uad.training import backbone, calibrate, loop
 
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
@@ -499,6 +499,18 @@ def test_other_imagenet_weights_need_force_and_are_named_in_the_card(scans, tmp_
     assert f"weights {other.name} instead of resnet18-f37072fd.pth, sha256 {digest}" in card
     detector = load_detector(bundle, "cpu")
     torch.testing.assert_close(detector.backbone.network.conv1.weight, network.conv1.weight)
+
+
+def test_weights_of_the_package_are_stored_in_the_bundle(scans, tmp_path):
+    lite = ["--hyper", "backbone.name=efficientnet_lite0", "--steps", "1", "--batch-size", "2"]
+    assert call(scans, tmp_path, "train", "fae", *lite) == 0
+    bundle = load_bundle(tmp_path / "fae-T2w-lite")
+    assert bundle.provenance["HyperParameters"] == {"backbone.name": "efficientnet_lite0"}
+    assert bundle.info["training"]["stages"][0]["weights"] == LITE_WEIGHTS.name
+    packaged = load_file(LITE_WEIGHTS)
+    weights = load_detector(bundle).backbone.network.state_dict()
+    assert len(weights) == 30
+    assert all(torch.equal(value, packaged[name].float()) for name, value in weights.items())
 
 
 def test_imagenet_weights_are_recognised_by_their_checksum(tmp_path, monkeypatch):
