@@ -132,7 +132,7 @@ def test_prepared_networks_give_the_same_images(name):
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """Forty slices through a simulated tumour in a T2w scan."""
+    """Twenty slices through a simulated tumour in a T2w scan."""
     folder = tmp_path_factory.mktemp("simulated")
     simulate([str(folder), "--tumour", "1", "--modalities", "T2w", "--seed", "5", "--derivatives"])
     (scan,) = find_preprocessed(folder, "T2w")
@@ -141,7 +141,7 @@ def simulated(tmp_path_factory):
     )
     centre = int(np.flatnonzero(lesion.any((0, 1))).mean())
     kept = np.zeros_like(brain, dtype=bool)
-    kept[..., centre - 20 : centre + 20] = brain[..., centre - 20 : centre + 20] > 0
+    kept[..., centre - 10 : centre + 10] = brain[..., centre - 10 : centre + 10] > 0
     return volume, kept
 
 
