@@ -219,10 +219,11 @@ def write(out: Path, name: str, image: np.ndarray, modality: str = "T1w", brain:
     """Write an image as preprocessing leaves it: a degree and a millimetre away from its ideal place."""
     move = rotation_about(CENTRE, (1.0, -0.5, 0.5)) @ translation(np.array([1.0, 0.5, -0.5]))
     moved = resample(image, space.AFFINE, space.SHAPE, space.AFFINE, move)
-    noise = np.random.default_rng(sum(name.encode())).normal(0, 0.03, space.SHAPE)
     mask = moved > 0.05
+    noise = np.random.default_rng(sum(name.encode())).normal(0, 0.03, mask.sum())
     start = out / "sub-01" / "anat" / f"{name}_space-SRI24_desc-"
-    moved = np.where(mask, np.maximum(moved + noise, 0.01), 0.0)
+    moved = np.where(mask, moved, 0.0)
+    moved[mask] = np.maximum(moved[mask] + noise, 0.01)
     save_image(space.to_image(moved), f"{start}preproc_{modality}.nii.gz")
     save_image(space.to_image(mask, np.uint8), f"{start}{brain}_mask.nii.gz")
 
