@@ -38,6 +38,11 @@ BIDSIGNORE = (
     "*_histogram.*",
     "*_lesions.*",
     "*_qc.*",
+    "*_roi.*",
+    "*_dseg.lut",
+    "*_dseg.txt",
+    "*_dseg.label",
+    "*_dseg.ctbl",
 )
 """Patterns of .bidsignore, without trailing slashes: with `figures/` the validator reports the folder
 itself."""
@@ -60,6 +65,8 @@ Files of an image (`<T1w|T2w|FLAIR><Detector>` in a name is modality and detecto
 | `*_label-anomaly_*_probseg.nii.gz` | score rescaled to [0, 1), 0.5 at the threshold; not a probability |
 | `*_label-anomaly_*_mask.nii.gz` | voxels above the threshold, in SRI24 and in native space (`space-orig`) |
 | `*_dseg.nii.gz`, `*_dseg.tsv` | connected components of the mask, and a table of them with their regions |
+| `*_dseg.lut`, `.txt`, `.label`, `.ctbl` | look-up tables for FSLeyes, Freeview, ITK-SNAP, 3D Slicer |
+| `*_label-lesion_roi.nii.gz` | mask on the grid of the raw T1w image, for fMRIPrep and FastSurfer |
 | `*_histogram.tsv`, `*_metrics.tsv` | score histogram, volumes and lesion counts, read by the group level |
 | `*_lesions.tsv` | if there is a lesion mask: volume, contrast and detected fraction of each lesion |
 | `*_label-lesion_desc-manual_mask.nii.gz` | lesion mask provided by the user, in SRI24 space |

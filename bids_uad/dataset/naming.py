@@ -50,9 +50,12 @@ _PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name,
 PATTERNS = [
     _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
     _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|FLAIR|mask|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}{extension<.nii.gz|.tsv|.json>|.nii.gz}",
+    "_{suffix<T1w|T2w|FLAIR|mask|roi|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}"
+    "{extension<.nii.gz|.tsv|.json|.lut|.txt|.label|.ctbl>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of the outputs."""
+LOOK_UP_TABLES = {"FSLeyes": ".lut", "Freeview": ".txt", "ITK-SNAP": ".label", "3D Slicer": ".ctbl"}
+"""Extension of the look-up table of the components for each program."""
 _ENTITY = re.compile(r"(?:^|_)([a-z]+)-([0-9a-zA-Z+]+)(?=_)")
 
 
@@ -305,19 +308,26 @@ def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = Fa
     Returns
     -------
     dict of str to pathlib.Path
-        Paths by kind of output, relative to the derivative dataset.
+        Paths by kind of output, relative to the derivative dataset; the look-up tables by program. Only T1w
+        images have a mask for the registration of other pipelines (`roi`).
     """
     desc = detector_desc(unit.modality, detector)
     in_space = {"space": NAME, "desc": desc}
     components = {"space": NAME, "segmentation": desc, "suffix": "dseg"}
     lesions = {"lesions": output_path(unit, **in_space, suffix="lesions", extension=".tsv")}
+    roi = {"roi": output_path(unit, segmentation=desc, label="lesion", suffix="roi")}
     return {
         **(lesions if with_lesions else {}),
+        **(roi if unit.modality == "T1w" else {}),
         "anomalymap": output_path(unit, **in_space, suffix="anomalymap"),
         "probseg": output_path(unit, **in_space, label="anomaly", suffix="probseg"),
         "mask": output_path(unit, **in_space, label="anomaly", suffix="mask"),
         "dseg": output_path(unit, **components),
         "components": output_path(unit, **components, extension=".tsv"),
+        **{
+            program: output_path(unit, **components, extension=ending)
+            for program, ending in LOOK_UP_TABLES.items()
+        },
         "native_mask": output_path(unit, space="orig", label="anomaly", desc=desc, suffix="mask"),
         "histogram": output_path(unit, **in_space, suffix="histogram", extension=".tsv"),
         "metrics": output_path(unit, **in_space, suffix="metrics", extension=".tsv"),

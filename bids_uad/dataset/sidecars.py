@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bids_uad import __version__
-from bids_uad.dataset.naming import ImageUnit
+from bids_uad.dataset.naming import LOOK_UP_TABLES, ImageUnit
 from bids_uad.space import NAME
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
@@ -361,7 +361,8 @@ def detection_sidecars(
     Returns
     -------
     dict of str to dict
-        Metadata by kind, for every kind in `files`. `dseg` and `components` share one sidecar.
+        Metadata by kind, for every kind in `files`. `dseg`, `components` and look-up tables share one
+        sidecar.
     """
     common = {**model, **run, "SoftwareVersion": __version__, "Note": NOT_CLINICAL}
     in_space = {"SpatialReference": SPATIAL_REFERENCE}
@@ -391,8 +392,16 @@ def detection_sidecars(
             **counting,
         }
     }
+    native = {
+        "Type": "Lesion",
+        "Sources": [own_uri(files["mask"]), str(inputs["raw"])],
+        "SpatialReference": "orig",
+        **common,
+    }
+    roi = {"Description": "Anomaly mask on the grid of the raw T1w image, for fMRIPrep and FastSurfer"}
     return {
         **(lesions if "lesions" in files else {}),
+        **({"roi": {**roi, **native}} if "roi" in files else {}),
         "anomalymap": {
             "Description": DEVIATION_MAP if "Deviation" in model else ANOMALY_MAP,
             **scored,
@@ -411,13 +420,8 @@ def detection_sidecars(
         },
         "dseg": components,
         "components": components,
-        "native_mask": {
-            "Description": "Anomaly mask on the grid of the raw image",
-            "Type": "Lesion",
-            "Sources": [own_uri(files["mask"]), str(inputs["raw"])],
-            "SpatialReference": "orig",
-            **common,
-        },
+        **dict.fromkeys(LOOK_UP_TABLES, components),
+        "native_mask": {"Description": "Anomaly mask on the grid of the raw image", **native},
         "histogram": {
             "Description": "Histogram of the anomaly scores of the brain voxels",
             **HISTOGRAM_COLUMNS,

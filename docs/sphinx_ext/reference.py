@@ -161,7 +161,8 @@ def output_files() -> Iterator[tuple[Path, str]]:
     inputs = {"preproc": preproc, "brain_mask": preproc, "raw": Path("raw")}
     detection = sidecars.detection_sidecars(files, inputs, {}, {}, min_lesion_volume=0)
     for kind, path in files.items():
-        yield path, detection[kind]["Description"]
+        text = detection[kind]["Description"]
+        yield path, f"Colours for {kind}" if kind in naming.LOOK_UP_TABLES else text
 
 
 def column_table(columns: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

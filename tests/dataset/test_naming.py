@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -37,6 +38,10 @@ def test_names_of_the_outputs_of_an_image():
         "mask": "_space-SRI24_label-anomaly_desc-T2wPatchcore_mask.nii.gz",
         "dseg": "_space-SRI24_seg-T2wPatchcore_dseg.nii.gz",
         "components": "_space-SRI24_seg-T2wPatchcore_dseg.tsv",
+        "FSLeyes": "_space-SRI24_seg-T2wPatchcore_dseg.lut",
+        "Freeview": "_space-SRI24_seg-T2wPatchcore_dseg.txt",
+        "ITK-SNAP": "_space-SRI24_seg-T2wPatchcore_dseg.label",
+        "3D Slicer": "_space-SRI24_seg-T2wPatchcore_dseg.ctbl",
         "native_mask": "_space-orig_label-anomaly_desc-T2wPatchcore_mask.nii.gz",
         "histogram": "_space-SRI24_desc-T2wPatchcore_histogram.tsv",
         "metrics": "_space-SRI24_desc-T2wPatchcore_metrics.tsv",
@@ -44,6 +49,8 @@ def test_names_of_the_outputs_of_an_image():
     with_lesions = naming.detection_outputs(UNIT, "patchcore", with_lesions=True)
     assert str(with_lesions.pop("lesions")) == f"{START}_space-SRI24_desc-T2wPatchcore_lesions.tsv"
     assert with_lesions == names
+    t1w = naming.detection_outputs(dataclasses.replace(UNIT, modality="T1w"), "patchcore")
+    assert str(t1w["roi"]) == f"{START}_seg-T1wPatchcore_label-lesion_roi.nii.gz"
     assert (
         str(naming.preprocessing_outputs(UNIT)["to_sri24"]) == f"{START}_from-T2w_to-SRI24_mode-image_xfm.txt"
     )

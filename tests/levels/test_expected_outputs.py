@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from niworkflows.utils.bids import collect_data
 
 from tests.dataset.skeleton import write_image, write_mask
 from tests.levels.test_participant_run import Bench, reference, stand_ins  # noqa: F401
@@ -48,3 +52,19 @@ def test_files_are_those_of_the_list(kind, tmp_path):
     found = {path.relative_to(bench.out).as_posix() for path in bench.out.rglob("*") if path.is_file()}
     kept = sorted(name for name in found if not name.startswith("logs/") and "/log/" not in name)
     assert kept == (EXPECTED / f"{kind}.txt").read_text().splitlines()
+    if kind == "t1w":
+        (roi,) = bench.out.rglob("*_label-lesion_roi.nii.gz")
+        fmriprep_takes(roi, bench.raw)
+
+
+def fmriprep_takes(roi: Path, raw: Path) -> None:
+    """Copy a mask to where fMRIPrep's documentation says, and query the dataset as fMRIPrep does."""
+    copy = raw / T1W.replace(".nii.gz", "_label-lesion_roi.nii.gz")
+    shutil.copy(roi, copy)
+    images, _ = collect_data(raw, "01", bids_validate=False)
+    assert images["roi"] == [str(copy)]
+    assert images["t1w"] == [str(raw / T1W)]
+    mask, scan = nib.load(copy), nib.load(raw / T1W)
+    assert mask.shape == scan.shape
+    np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-5)
+    assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import ndimage
 from scipy.spatial.distance import cdist
@@ -10,9 +13,15 @@ from skimage import measure
 
 from bids_uad import space
 from bids_uad.calibration.thresholds import DecisionRule
+from bids_uad.dataset.naming import LOOK_UP_TABLES
 from bids_uad.dataset.sidecars import COMPONENT_COLUMNS, LESION_COLUMNS
 from bids_uad.levels.participant import postprocess as maps
-from bids_uad.levels.participant.postprocess import MIN_SHELL_VOXELS, lesion_contrasts, lesion_table
+from bids_uad.levels.participant.postprocess import (
+    MIN_SHELL_VOXELS,
+    lesion_contrasts,
+    lesion_table,
+    look_up_tables,
+)
 
 MNI_TO_SRI24 = np.array(
     [
@@ -323,6 +332,36 @@ def test_detected_components_have_regions_of_the_built_in_atlas():
     assert table["region_probability"].iloc[:2].between(0.5, 1).all()
     assert table["region_probability"].iloc[2] == 0
     assert set(COMPONENT_COLUMNS) | {"index", "name"} == set(table)
+
+
+def test_look_up_tables_have_the_formats_of_the_viewers():
+    table = pd.DataFrame(
+        {"index": [1, 2], "name": ["anomaly0001", "anomaly0002"], "region": ["left insula", None]}
+    )
+    text = look_up_tables(table)
+    assert text.keys() == LOOK_UP_TABLES.keys()
+    names, found = {1: "anomaly0001 left insula", 2: "anomaly0002"}, {}
+    # FSLeyes: label, colour from 0 to 1, name; it reads the numbers as here, and tells the format by line 2.
+    lines = text["FSLeyes"].splitlines()
+    colours = np.genfromtxt(lines, usecols=(0, 1, 2, 3))
+    assert {int(k): line.split(None, 4)[4] for k, line in enumerate(lines)} == {0: "background"} | names
+    found["FSLeyes"] = {int(k): [round(255 * value) for value in rgb] for k, *rgb in colours if k}
+    assert len(look_up_tables(table[:1])["FSLeyes"].splitlines()) == 2
+    # FreeSurferColorLUT.txt: index, name without spaces, colour, alpha of 0. 3D Slicer: opacity of 255.
+    for program, alpha in (("Freeview", "0"), ("3D Slicer", "255")):
+        fields = [line.split() for line in text[program].splitlines() if line[0] not in "#0"]
+        assert {int(k): name.replace("_", " ") for k, name, *_ in fields} == names
+        assert {field[5] for field in fields} == {alpha}
+        found[program] = {int(k): list(map(int, rgb)) for k, _, *rgb, _ in fields}
+    assert text["3D Slicer"].startswith("# Color table file\n# 3 values\n0 background 0 0 0 0\n")
+    # ITK-SNAP: index, colour, opacity, two switches, name in quotes.
+    lines = re.findall(r'^(\d+) (\d+) (\d+) (\d+) 1 1 1 "(.*)"$', text["ITK-SNAP"], re.MULTILINE)
+    assert {int(k): name for k, *_, name in lines} == names
+    assert '\n0 0 0 0 0 0 0 "Clear Label"\n' in text["ITK-SNAP"]
+    found["ITK-SNAP"] = {int(k): list(map(int, rgb)) for k, *rgb, _ in lines}
+    assert all(colours == found["FSLeyes"] for colours in found.values())
+    assert found["FSLeyes"][1] != found["FSLeyes"][2]
+    assert look_up_tables(table[:0])["FSLeyes"] == "0 0.00000 0.00000 0.00000 background\n"
 
 
 def test_region_names_without_components_are_empty():

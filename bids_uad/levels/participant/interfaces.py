@@ -27,7 +27,7 @@ from bids_uad.dataset.naming import ENTITIES, PATTERNS
 from bids_uad.dataset.sidecars import QUALITY_COLUMNS
 from bids_uad.engine.bundle import NORMATIVE_FILE, Bundle, load_bundle
 from bids_uad.errors import InputError, ModelError, UserError
-from bids_uad.files import atomic_path, read_row, write_json, write_tsv
+from bids_uad.files import atomic_path, read_row, write_json, write_text, write_tsv
 from bids_uad.images import load_image, save_image
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
@@ -35,7 +35,7 @@ from bids_uad.levels.participant.completion_records import (
     add_measured_methods,
     write_record,
 )
-from bids_uad.levels.participant.postprocess import detect_anomalies
+from bids_uad.levels.participant.postprocess import detect_anomalies, look_up_tables
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.preprocessing.resampling import map_to_native
 from bids_uad.resources import NoAnswerError, RequestProcess, describe_exit
@@ -278,8 +278,11 @@ class Postprocess(SimpleInterface):
         save_image(to_image(detection.mask, np.uint8), files["mask"])
         save_image(to_image(detection.components, np.int32), files["dseg"])
         native = map_to_native(detection.mask, self.inputs.native_ref, self.inputs.from_sri24)
-        save_image(native, files["native_mask"])
+        for kind in {"native_mask", "roi"} & files.keys():
+            save_image(native, files[kind])
         write_tsv(files["components"], detection.component_table)
+        for program, text in look_up_tables(detection.component_table).items():
+            write_text(files[program], text)
         write_tsv(files["histogram"], detection.histogram)
         write_tsv(files["metrics"], detection.metrics)
         if detection.lesions is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -239,6 +240,48 @@ def region_names(labels: np.ndarray, parcellation: np.ndarray, names: Mapping[in
         names.get(int(votes[k]), str(votes[k])) if k in votes.index else None
         for k in range(1, int(labels.max(initial=0)) + 1)
     ]
+
+
+def look_up_tables(table: pd.DataFrame) -> dict[str, str]:
+    """Return names and colours of components in the formats of viewers.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Components: `index`, `name`, and `region` (None if unknown), which is added to the name.
+
+    Returns
+    -------
+    dict of str to str
+        Text of the file for each program of :data:`bids_uad.dataset.naming.LOOK_UP_TABLES`. Neighbouring
+        indices have different colours; those of an index are always the same.
+    """
+    names = {0: "background"}
+    for index, name, region in zip(table["index"], table["name"], table["region"], strict=True):
+        names[int(index)] = name if pd.isna(region) else f"{name} {region}"
+    rows = []
+    for index, name in names.items():
+        hue = index * 0.618034 % 1  # golden section
+        colour = colorsys.hsv_to_rgb(hue, 0.85 if index % 2 else 0.55, 1.0) if index else (0.0, 0.0, 0.0)
+        rows.append((index, name, [round(255 * value) for value in colour]))
+    words = [(index, name.replace(" ", "_"), f"{r} {g} {b}") for index, name, (r, g, b) in rows]
+    lines = {
+        # FSLeyes needs at least two lines.
+        "FSLeyes": [f"{k} {r / 255:.5f} {g / 255:.5f} {b / 255:.5f} {name}" for k, name, (r, g, b) in rows],
+        "Freeview": ["#No. Label Name: R G B A", *(f"{k} {name} {rgb} 0" for k, name, rgb in words)],
+        "ITK-SNAP": [
+            "# ITK-SnAP Label Description File",
+            "# IDX -R- -G- -B- -A- VIS MSH LABEL",
+            '0 0 0 0 0 0 0 "Clear Label"',
+            *(f'{k} {r} {g} {b} 1 1 1 "{name}"' for k, name, (r, g, b) in rows[1:]),
+        ],
+        "3D Slicer": [
+            "# Color table file",
+            f"# {len(words)} values",
+            *(f"{k} {name} {rgb} {255 if k else 0}" for k, name, rgb in words),
+        ],
+    }
+    return {program: "".join(f"{line}\n" for line in own) for program, own in lines.items()}
 
 
 def counted_labels(labels: np.ndarray, min_volume: float) -> np.ndarray:
