@@ -30,6 +30,8 @@ from bids_uad.errors import ConfigError
 DEFAULT_SUBGROUPS = ("sex", "age", "scanner", "scanner_seen", "lesion load")
 LEVELS = ("participant", "train", "calibrate", "group")
 """Levels in the order in which they run."""
+SCANS = "scans"
+"""Level that makes a BIDS dataset of scans and runs the participant level on it."""
 
 MODALITIES = ("T1w", "T2w", "FLAIR")
 """Suffixes of the images that are scored, anchors of the registration first."""
@@ -54,7 +56,7 @@ RENAMED_FIELDS = {"strata": "subgroups", "recontrast": "contrast_transfer"}
 """Deprecated keys of configuration files, and the fields that they set."""
 
 RUN_SPECIFIC = frozenset(
-    {"bids_dir", "output_dir", "levels", "run_id", "dry_run", "reports_only", "verbosity"}
+    {"bids_dir", "output_dir", "levels", "scans", "run_id", "dry_run", "reports_only", "verbosity"}
 )
 """Fields that are not read from the configuration file of an earlier run."""
 
@@ -81,7 +83,9 @@ class RunConfig(Constrained):
         Absolute paths of raw dataset (for `train` and `calibrate` preprocessed scans), derivatives (or model
         bundles) and intermediate files.
     levels : tuple of str
-        Levels to run, of `LEVELS`.
+        Levels to run, of `LEVELS`, or `SCANS` alone.
+    scans : tuple of str, default=()
+        Files of the level `SCANS`, or one folder of them. Their dataset becomes `bids_dir`.
     participants, sessions : tuple of str, default=()
         Labels without `sub-` and `ses-`; empty selects all.
     filter_file : pathlib.Path, optional
@@ -134,7 +138,7 @@ class RunConfig(Constrained):
     verbosity : int, default=0
         1 logs more, 2 adds tracebacks.
     detector, modality : str, optional
-        Detector and images of the model, for `train` and `calibrate`.
+        Detector and images of the model, for `train` and `calibrate`; `modality` is also that of `scans`.
     preset : str, default="default"
         Preset of the detector's hyper-parameters.
     steps : int, optional
@@ -179,8 +183,9 @@ class RunConfig(Constrained):
 
     bids_dir: Path
     output_dir: Path
-    levels: Annotated[tuple[Annotated[str, OneOf(*LEVELS)], ...], Items()]
+    levels: Annotated[tuple[Annotated[str, OneOf(*LEVELS, SCANS)], ...], Items()]
     work_dir: Path
+    scans: tuple[Text, ...] = ()
     participants: tuple[Label, ...] = ()
     sessions: tuple[Label, ...] = ()
     filter_file: Path | None = None

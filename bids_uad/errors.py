@@ -120,6 +120,27 @@ def storage_error(message: str, folders: Sequence[Path], *, guess: bool = False)
     return StorageError(full[0], errno.ENOSPC) if guess and full else None
 
 
+def describe_os_error(error: OSError, folders: Sequence[Path]) -> UserError | None:
+    """Return the error for the user that describes an error of the system.
+
+    Parameters
+    ----------
+    error : OSError
+        Error that a file or folder has caused.
+    folders : sequence of pathlib.Path
+        Output and work folders; may be empty.
+
+    Returns
+    -------
+    UserError or None
+        None if the error names no file or folder.
+    """
+    if (found := storage_error(str(error), folders, guess=error.errno is None)) is not None:
+        in_the_way = found.code in (errno.ENOTDIR, errno.EEXIST) and error.filename is not None
+        return StorageError(error.filename, found.code) if in_the_way else found
+    return None if error.filename is None else unreadable(error.filename, error)
+
+
 def existing_part(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
     return next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)

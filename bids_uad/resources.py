@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bids_uad import errors
 from bids_uad.errors import ConfigError, UserError
 
 ROOT = Path("/sys/fs/cgroup")
@@ -191,6 +192,27 @@ def _slurm_megabytes() -> list[int]:
     return [int(by_cpu) * int(cpus)] if by_cpu.isdigit() and cpus.isdigit() else []
 
 
+def library_environment(threads: int) -> dict[str, str]:
+    """Return environment variables that libraries read on import: number of threads, and no update checks.
+
+    Parameters
+    ----------
+    threads : int
+        Threads of each numerical library. Variables that the user has set are kept.
+
+    Returns
+    -------
+    dict of str to str
+        Variables of this process, and those that are added.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    added = dict.fromkeys(names, str(threads))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Idle threads stop spinning soon, and free their cores for other processes.
+        added["GOMP_SPINCOUNT"] = "10000"
+    return {**added, **os.environ, "NIPYPE_NO_ET": "1", "NO_ET": "1"}
+
+
 def end_with_parent(sentinel: int | None = None) -> None:
     """Let the kernel kill this worker and its children when the parent process ends.
 
@@ -292,7 +314,7 @@ class RequestProcess:
         Raises
         ------
         UserError
-            If the process has answered with an error for users.
+            If the process has answered with an error for users; of the same class.
         NoAnswerError
             If it has answered with another error, or has ended twice.
         """
@@ -359,7 +381,8 @@ class RequestProcess:
         if answer["last"]:
             self.stop()
         if "refusal" in answer:
-            raise UserError(answer["refusal"])
+            kind, *arguments = answer["refusal"]
+            raise getattr(errors, kind)(*arguments)
         if "traceback" in answer:
             raise NoAnswerError(None, answer["traceback"], kills)
         return answer["result"]
@@ -403,7 +426,8 @@ def serve_requests(
         try:
             answer = {"result": handle(json.loads(line))}
         except UserError as error:
-            answer = {"refusal": str(error)}
+            kind, arguments = error.__reduce__()[:2]
+            answer = {"refusal": [kind.__name__, *arguments]}
         except Exception:
             answer = {"traceback": traceback.format_exc()}
         release_memory()

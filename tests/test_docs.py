@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import build_parser, build_training_parser, subcommand_of
+from bids_uad.cli.parser import (
+    SUBCOMMANDS,
+    build_parser,
+    build_scans_parser,
+    build_training_parser,
+    subcommand_of,
+)
 from bids_uad.dataset.sidecars import LESION_COLUMNS, METRICS_COLUMNS, QUALITY_COLUMNS
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.preprocessing import atlas
@@ -60,7 +66,7 @@ def test_every_option_is_explained(site):
     text = words(site / "command_line.html")
     spellings = [
         name
-        for action in build_parser()._actions
+        for action in (*build_parser()._actions, *build_scans_parser()._actions)
         for name in action.option_strings
         if action.help != argparse.SUPPRESS and "_" not in name.lstrip("-")
     ]
@@ -88,6 +94,7 @@ def test_every_detector_has_a_section(site):
 
 PARSERS = {
     None: build_parser,
+    "scans": build_scans_parser,
     "train": lambda: build_training_parser("train"),
     "calibrate": lambda: build_training_parser("calibrate"),
     "simulate": simulation.build_parser,
@@ -103,7 +110,9 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_parse(page, capsys):
+def test_commands_parse(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SCANS").mkdir()
     for command in commands(page):
         words = shlex.split(command.replace("[OPTIONS]", "").replace("{participant,group} ...", "group"))
         if "bids_uad" not in words:
@@ -112,7 +121,7 @@ def test_commands_parse(page, capsys):
         if arguments != ["--version"] and "{" not in arguments[0]:
             subcommand = subcommand_of(arguments)
             try:
-                PARSERS[subcommand]().parse_args(arguments[subcommand is not None :])
+                PARSERS[subcommand]().parse_args(arguments[subcommand in SUBCOMMANDS :])
             except SystemExit:
                 pytest.fail(f"{command}: {capsys.readouterr().err}")
 

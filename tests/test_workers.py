@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_uad.errors import ModelError, UserError
+from bids_uad.errors import InputError
 from bids_uad.resources import NoAnswerError, RequestProcess, serve_requests, worker_pool
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def answer(request: dict) -> dict:
         print("a line on standard output")
         os.system("echo and one of a program")  # noqa: S605
     elif act == "refuse":
-        raise ModelError("gave NaN")
+        raise InputError("scan.nii", "gave NaN", "look at it")
     elif act == "fail":
         raise ZeroDivisionError("nothing to\ndivide by")
     elif act == "exit":
@@ -157,8 +157,9 @@ def test_process_killed_between_requests_is_replaced(process, environment):
 
 def test_errors_are_answers(process, environment):
     first = process.ask({}, environment)["pid"]
-    with pytest.raises(UserError, match=r"^gave NaN$"):
+    with pytest.raises(InputError, match=r"^scan.nii: gave NaN; look at it$") as refusal:
         process.ask({"act": "refuse"}, environment)
+    assert refusal.value.remedy == "look at it"
     assert process.ask({}, environment)["pid"] == first
     with pytest.raises(
         NoAnswerError, match=r"(?s)in answer.*ZeroDivisionError: nothing to\ndivide by"

@@ -16,22 +16,23 @@ from threading import Timer
 from typing import Any
 
 from bids_uad.cli.parser import TRAINING, parse_args, subcommand_of
-from bids_uad.config import RunConfig
+from bids_uad.config import SCANS, RunConfig
 from bids_uad.errors import (
     ExitCode,
     StorageError,
     UserError,
+    describe_os_error,
     existing_part,
     is_writable,
-    storage_error,
-    unreadable,
 )
+from bids_uad.resources import library_environment
 
 LEVEL_RUNNERS = {
     "participant": ("bids_uad.levels.participant.run", "run_participant"),
     "train": ("bids_uad.training.train", "run_train"),
     "calibrate": ("bids_uad.training.calibrate", "run_calibrate"),
     "group": ("bids_uad.levels.group", "run_group"),
+    SCANS: ("bids_uad.levels.scans", "run_scans"),
 }
 """Module and function of each level, imported when it runs."""
 PROGRAMS = {
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = None
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = subcommand_of(arguments)
     try:
+        command = subcommand_of(arguments)
         if command in PROGRAMS:
             return importlib.import_module(PROGRAMS[command]).main(arguments[1:])
         config = parse_args(arguments)
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if config is not None and config.verbosity > 1:
             traceback.print_exc()
-        problem = error if isinstance(error, UserError) else _explain(error, config)
+        folders = [] if config is None else [config.output_dir, config.work_dir]
+        problem = error if isinstance(error, UserError) else describe_os_error(error, folders)
         if problem is None:
             raise
         print(f"bids_uad: {problem}", file=sys.stderr)
@@ -113,15 +115,6 @@ def _check_folders(config: RunConfig) -> None:
             raise StorageError(folder, errno.EROFS if read_only else errno.EACCES)
 
 
-def _explain(error: OSError, config: RunConfig | None) -> UserError | None:
-    """Return the error for the user that describes an OSError; None if it names no file or folder."""
-    folders = [] if config is None else [config.output_dir, config.work_dir]
-    if (found := storage_error(str(error), folders, guess=error.errno is None)) is not None:
-        in_the_way = found.code in (errno.ENOTDIR, errno.EEXIST) and error.filename is not None
-        return StorageError(error.filename, found.code) if in_the_way else found
-    return None if error.filename is None else unreadable(error.filename, error)
-
-
 def _run_levels(config: RunConfig) -> int:
     """Run the levels in order; the group level runs even if a participant failed."""
     worst = ExitCode.OK
@@ -135,18 +128,11 @@ def _run_levels(config: RunConfig) -> int:
 
 
 def _set_up_process(config: RunConfig) -> None:
-    """Set up logging, and the thread counts that numerical libraries read on import."""
+    """Set up logging, and the environment that libraries read on import."""
     from rich.console import Console
     from rich.logging import RichHandler
 
-    threads = str(config.omp_nthreads)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, threads)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Idle threads stop spinning soon, and free their cores for other processes.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
-
+    os.environ.update(library_environment(config.omp_nthreads))
     logger = logging.getLogger("bids_uad")
     logger.handlers = [
         RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)

@@ -22,6 +22,7 @@ from bids_uad.config import (
     PRECISIONS,
     RENAMED_DETECTORS,
     RUN_SPECIFIC,
+    SCANS,
     Device,
     Label,
     RunConfig,
@@ -34,15 +35,19 @@ from bids_uad.resources import available_cpus, available_memory_gb, parse_memory
 FOLDERS = ("derivatives", "experiments")
 """Options that name folders, `NAME=PATH`."""
 SEQUENCES = (
-    "participants", "sessions", "modalities", "models", "deviations", "hyper", "label_maps", "subgroups"
+    "participants", "sessions", "modalities", "models", "deviations", "hyper", "label_maps", "subgroups",
+    "scans",
 )  # fmt: skip
 """Options that take several values; duplicates are dropped."""
 
 SUBCOMMANDS = ("train", "calibrate", "simulate", "atlas", "extraction")
 """First argument of a command line that does not name a dataset for the participant or group level."""
 TRAINING = ("train", "calibrate")
+NIFTI = (".nii", ".nii.gz")
+"""Endings of names of scans, in lower case."""
 
 USAGE = """bids_uad BIDS_DIR OUTPUT_DIR {participant,group} ... [options]
+       bids_uad SCAN.nii.gz ... OUTPUT_DIR [options]
        bids_uad {train,calibrate,simulate,atlas,extraction} --help"""
 EXIT_CODES = (
     "Exit codes: 0 success, 1 an image or report failed, 2 wrong usage, 66 no usable input, 69 GPU, model "
@@ -95,8 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _new_parser(
         prog="bids_uad",
         usage=USAGE,
-        description="Detect anomalies in T1w, T2w and FLAIR brain MRI of a BIDS dataset with models trained "
-        "on healthy controls only. Not for clinical use. Details of the options: docs/command_line.md.",
+        description="Detect anomalies in T1w, T2w and FLAIR brain MRI. Not for clinical use. See "
+        "docs/command_line.md.",
         epilog=EXIT_CODES,
         formatter_class=ShortHelp,
         add_help=False,
@@ -105,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     inputs.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
     inputs.add_argument("output_dir", type=Path, help="folder of the derivatives")
     inputs.add_argument(
-        "levels", metavar="analysis_level", nargs="+", choices=LEVELS, help="participant, group, or both"
+        "levels", metavar="{participant,group}", nargs="+", choices=LEVELS, help="analysis level, or both"
     )
     _add_input_options(inputs)
     _add_detection_options(parser.add_argument_group("preprocessing and detection"))
@@ -124,6 +129,39 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training_options(hidden, *TRAINING)
     for action in hidden._group_actions:
         action.help = argparse.SUPPRESS
+    return parser
+
+
+def build_scans_parser() -> argparse.ArgumentParser:
+    """Build the parser of command lines that name scans instead of a dataset and levels.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+        Options without a value on the command line are absent from its namespace.
+    """
+    parser = _new_parser(
+        prog="bids_uad",
+        usage="bids_uad SCAN.nii.gz ... OUTPUT_DIR [options]",
+        description="Detect anomalies in scans of the brain that are not in a BIDS dataset. Each scan is "
+        "processed as a participant of its own. Not for clinical use.",
+        epilog=EXIT_CODES,
+        formatter_class=LongHelp,
+    )
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("scans", metavar="SCAN", nargs="+", help="NIfTI files, or one folder of them")
+    inputs.add_argument(
+        "output_dir", type=Path, help="folder of the results, and of a BIDS dataset with copies of the scans"
+    )
+    inputs.add_argument(
+        "--modality", choices=MODALITIES,
+        help="contrast of the scans (default: T1w, T2w or FLAIR in the name of each)",
+    )  # fmt: skip
+    _add_detection_options(parser.add_argument_group("preprocessing and detection"))
+    resources = parser.add_argument_group("resources")
+    _add_resource_options(resources)
+    _add_scheduling_options(resources)
+    _add_control_options(parser.add_argument_group("run control"), "OUTPUT_DIR/work, removed at the end")
     return parser
 
 
@@ -278,10 +316,10 @@ def _add_scheduling_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def _add_control_options(group: argparse._ArgumentGroup) -> None:
+def _add_control_options(group: argparse._ArgumentGroup, work_dir: str = "work") -> None:
     """Add the options that every level has for its work folder, configuration and log."""
     group.add_argument(
-        "-w", "--work-dir", type=Path, metavar="PATH", help="working directory (default: work)"
+        "-w", "--work-dir", type=Path, metavar="PATH", help=f"working directory (default: {work_dir})"
     )
     group.add_argument(
         "--config-file", type=Path, metavar="FILE",
@@ -413,11 +451,27 @@ def subcommand_of(arguments: Sequence[str]) -> str | None:
     Returns
     -------
     str or None
-        One of `SUBCOMMANDS`, or None.
+        One of `SUBCOMMANDS`, `SCANS` if the command line names scans, or None.
     """
-    if not arguments or arguments[0] not in SUBCOMMANDS or arguments[2:3] in (["participant"], ["group"]):
+    if not arguments:
         return None
-    return arguments[0]
+    if arguments[0] in SUBCOMMANDS and arguments[2:3] not in (["participant"], ["group"]):
+        return arguments[0]
+    return SCANS if _names_scans(arguments) else None
+
+
+def _names_scans(arguments: Sequence[str]) -> bool:
+    """Return whether a command line names scans, or a folder that is no BIDS dataset and no level."""
+    first, has_level = Path(arguments[0]), not set(LEVELS).isdisjoint(arguments)
+    if arguments[0].startswith("-"):
+        return not has_level and any(argument.lower().endswith(NIFTI) for argument in arguments)
+    if first.is_dir():
+        is_dataset = (first / "dataset_description.json").exists() or any(
+            path.is_dir() for path in first.glob("sub-*")
+        )
+        two_folders = len(arguments) > 1 and all(part.startswith("-") for part in arguments[2:3])
+        return two_folders and not has_level and not is_dataset
+    return first.name.lower().endswith(NIFTI) or first.is_file()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
@@ -444,6 +498,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     command = subcommand_of(arguments)
     if command in TRAINING:
         options = vars(build_training_parser(command).parse_args(arguments[1:])) | {"levels": [command]}
+    elif command == SCANS:
+        options = _scans_options(arguments)
     else:
         options = vars(build_parser().parse_args(arguments))
     options.pop("notrack", None)
@@ -455,9 +511,9 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     for name in FOLDERS:
         if name in options:
             options[name] = parse_folders(options[name], f"--{name}")
-    options["levels"] = tuple(level for level in LEVELS if level in options["levels"])
+    options["levels"] = tuple(level for level in (*LEVELS, SCANS) if level in options["levels"])
     values.update(options)
-    values.setdefault("work_dir", Path("work"))
+    values.setdefault("work_dir", options["output_dir"] / "work" if command == SCANS else Path("work"))
     values.setdefault("nprocs", available_cpus())
     values.setdefault("mem_gb", available_memory_gb())
     for item in dataclasses.fields(RunConfig):
@@ -468,6 +524,19 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     config = RunConfig(**values)
     check(config)
     return config
+
+
+def _scans_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse a command line that names scans; raise ConfigError if its last argument is not a folder."""
+    options = vars(build_scans_parser().parse_args(arguments))
+    last = options["output_dir"]
+    if str(last) in LEVELS:
+        raise ConfigError(f"'{last}' needs a BIDS dataset; leave it out to process {options['scans'][0]}")
+    if last.name.lower().endswith(NIFTI) or last.is_file():
+        raise ConfigError(f"the last argument must be the output folder; {last} is a file")
+    # Links are not followed, since files of git-annex have other names.
+    options["scans"] = [str(Path(scan).expanduser().absolute()) for scan in options["scans"]]
+    return options | {"levels": [SCANS], "bids_dir": last / "bids"}
 
 
 def parse_folders(items: Sequence[str], flag: str) -> dict[str, Path]:

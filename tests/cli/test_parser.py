@@ -134,11 +134,67 @@ def test_help_of_training_lists_its_own_options(command, own, other):
         ("atlas out group --nprocs 2", None),
         ("./train out participant", None),
         ("raw out train", None),
+        ("scan.nii.gz out", "scans"),
+        ("a.nii b.NII.GZ out --modality T1w", "scans"),
+        ("--modality T1w scan.nii.gz out", "scans"),
+        ("scan.nii.gz --help", "scans"),
+        ("scan.nii.gz out participant", "scans"),
+        ("raw out", None),
+        ("--bids-filter-file x raw.nii out participant", None),
         ("", None),
     ],
 )
 def test_subcommand_of_tells_datasets_from_subcommands(line, command):
     assert subcommand_of(line.split()) == command
+
+
+def test_subcommand_of_tells_folders_of_scans_from_datasets(dataset, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "sub-01_T1w.nii.gz").touch()
+    (folder / "scan.mgz").touch()
+    assert subcommand_of([str(folder), "out"]) == "scans"
+    assert subcommand_of([str(folder), "out", "--modality", "T1w"]) == "scans"
+    assert subcommand_of([str(folder / "scan.mgz"), "out"]) == "scans"
+    for rest in (["out", "particpant"], ["out", "-w", "work", "participant"]):
+        assert subcommand_of([str(folder), *rest]) is None
+    for rest in (["out"], ["out", "-w", "work"]):
+        assert subcommand_of([str(dataset), *rest]) is None
+    (folder / "sub-01").mkdir()
+    assert subcommand_of([str(folder), "out"]) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("raw out", "the following arguments are required: {participant,group}"),
+        ("raw out particpant", "argument {participant,group}: invalid choice: 'particpant'"),
+        ("raw out -w work particpant", "argument {participant,group}: invalid choice: 'particpant'"),
+        ("scan.nii.gz", "the following arguments are required: output_dir"),
+    ],
+)
+def test_missing_and_misspelt_arguments_are_named(dataset, tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        parse_args(line.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scans_have_the_options_of_the_participant_level(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "a_T1w.nii b.nii.gz out --modality T2w --models pls --device cpu --nprocs 2 -v"
+    config = parse_args(line.split())
+    assert config.levels == ("scans",)
+    assert config.scans == (str(tmp_path / "a_T1w.nii"), str(tmp_path / "b.nii.gz"))
+    assert (config.modality, config.models, config.nprocs) == ("T2w", ("pls",), 2)
+    assert (config.output_dir, config.bids_dir) == (tmp_path / "out", tmp_path / "out" / "bids")
+    assert config.work_dir == tmp_path / "out" / "work"
+    assert parse_args([*line.split(), "-w", "w"]).work_dir == tmp_path / "w"
+    with pytest.raises(ConfigError, match="'group' needs a BIDS dataset"):
+        parse_args(["a_T1w.nii", "out", "group"])
+    with pytest.raises(ConfigError, match=r"must be the output folder; b\.nii is a file"):
+        parse_args(["a_T1w.nii", "b.nii"])
 
 
 @pytest.mark.parametrize("command", ["train", "calibrate"])
@@ -291,6 +347,7 @@ def test_cohorts_and_subgroups(parse, tmp_path):
 # Values that are not allowed, of each field whose type alone does not say what is.
 ILLEGAL = {
     "levels": [(), ("session",), "group"],
+    "scans": [("",), "a"],
     "participants": [("sub-01",), ("",), "01"],
     "sessions": [("a_b",)],
     "derivatives": [{"": Path("x")}, {"a": "x"}, ()],

@@ -121,6 +121,27 @@ def run_participant(config: RunConfig) -> int:
     """
     if config.reports_only:
         return ExitCode.FAILED if rewrite_reports(config) else ExitCode.OK
+    return run_dataset(config).exit_code
+
+
+def run_dataset(config: RunConfig) -> Run:
+    """Process what is missing or outdated, and report what failed; see :func:`run_participant`.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Options of the command line.
+
+    Returns
+    -------
+    Run
+        The finished run.
+
+    Raises
+    ------
+    UserError
+        If the run cannot start.
+    """
     subjects, participants, context = prepare_run(config)
     config = context.config
     console = _log_console()
@@ -149,7 +170,8 @@ def run_participant(config: RunConfig) -> int:
             f"no usable {truncate_list(config.modalities, last='or')} image among the selected participants",
             "check --participant-label and --bids-filter-file, and the errors above",
         )
-    return run.finish(console)
+    run.finish(console)
+    return run
 
 
 def _log_console() -> Console:
@@ -328,6 +350,16 @@ class Run:
         self._rows: list[tuple] = []
         self._descriptions: dict[str, str] = {}
         self._n_masks, self._n_processed, self._device_found = 0, 0, False
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Models of the run."""
+        return self._context.bundles
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code: 1 if an image, participant or report failed, else 0; always 0 for a dry run."""
+        return ExitCode.FAILED if self.errors and not self._config.dry_run else ExitCode.OK
 
     def process(self, subject: str) -> Steps:
         """Process one participant: check inputs, run the workflow, write the report.
@@ -509,18 +541,13 @@ class Run:
         for reason, names in self._left_out.items():
             LOGGER.info("%d image(s) left out (%s): %s", len(names), reason, truncate_list(names, 5))
 
-    def finish(self, console: Console) -> int:
-        """Write the methods text of the dataset, print the summary and return the exit code.
+    def finish(self, console: Console) -> None:
+        """Write the methods text of the dataset, print the summary and log warnings and errors.
 
         Parameters
         ----------
         console : rich.console.Console
             Console to print to.
-
-        Returns
-        -------
-        int
-            Exit code 0 or 1.
         """
         config = self._config
         warnings = join_remarks(self._remarks)
@@ -543,7 +570,6 @@ class Run:
             self.errors.append(f"{self.n_dropped} participant(s) not processed, because an image failed")
         for line in dict.fromkeys(self.errors):  # one file may affect several images
             LOGGER.error(line)
-        return ExitCode.FAILED if self.errors and not config.dry_run else ExitCode.OK
 
     def _records(self) -> Iterator[Path]:
         """Return the completion records of the dataset."""
