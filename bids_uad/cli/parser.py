@@ -161,7 +161,9 @@ def build_scans_parser() -> argparse.ArgumentParser:
     resources = parser.add_argument_group("resources")
     _add_resource_options(resources)
     _add_scheduling_options(resources)
-    _add_control_options(parser.add_argument_group("run control"), "OUTPUT_DIR/work, removed at the end")
+    control = parser.add_argument_group("run control")
+    _add_control_options(control, "OUTPUT_DIR/work, removed at the end")
+    _add_report_options(control)
     return parser
 
 
@@ -343,11 +345,16 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--stop-on-first-crash", action="store_true", help="stop at the first failure")
     group.add_argument("--reports-only", action="store_true", help="only rewrite participant reports")
+    _add_report_options(group)
+    group.add_argument("--dry-run", action="store_true", help="list what would be processed, and exit")
+
+
+def _add_report_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the reports of participants."""
     group.add_argument(
         "--no-viewer", action="store_true",
         help="write no interactive viewers beside the reports. Each takes 2 to 5 MB and about 1 s",
     )  # fmt: skip
-    group.add_argument("--dry-run", action="store_true", help="list what would be processed, and exit")
 
 
 def _add_group_options(group: argparse._ArgumentGroup) -> None:

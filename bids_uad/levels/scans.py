@@ -618,6 +618,7 @@ def detect(
             precision=precision,
             min_lesion_volume=float(min_lesion_volume),
             random_seed=random_seed,
+            no_viewer=output_dir is None,
             nprocs=available_cpus(),
             mem_gb=available_memory_gb(),
         )
