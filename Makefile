@@ -67,7 +67,7 @@ models-FLAIR: DETECTORS := intensity
 models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
 	    case $$detector in \
-	        rd|uniad|fae) features="--backbone-weights $(MODELS)/bundles/patchcore-$*-lite";; \
+	        uniad|fae) features="--backbone-weights $(MODELS)/bundles/rd-$*-lite";; \
 	        *) features=;; \
 	    esac; \
 	    case $$detector-$* in \

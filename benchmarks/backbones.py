@@ -98,6 +98,13 @@ LOSSES: dict[str, Callable[[FeatureDetector, Batch, Generator], Tensor]] = {
     "masked modelling": masked_loss,
     "contrastive": contrastive_loss,
 }
+OTHER = {
+    "patchcore": {"name": MRI, "taps": (1, 2)},
+    "fae": {"name": LITE, "taps": (1, 2, 3)},
+    "rd": {"name": LITE, "taps": (1, 2, 3)},
+    "uniad": {"name": LITE, "taps": (1, 2, 3, 4)},
+}
+"""Feature network and maps of each detector that preset ``lite`` does not use."""
 TASKS = (REFERENCE, IMAGENET, "untrained", *list(LOSSES)[1:])
 
 
@@ -114,12 +121,13 @@ def candidate(name: str, task: str) -> FeatureDetector:
     Returns
     -------
     FeatureDetector
-        Detector; both networks have maps at half, quarter and eighth resolution, of which it uses the same.
+        Detector; its feature maps are those of the preset, or of `OTHER` for the other network.
     """
     torch.manual_seed(0)
     hyper = preset_of(name, "lite")
-    taps = (0, 1, 2) if name == "rd" else (1, 2)
-    backbone = BackboneConfig(name=LITE if task == IMAGENET else MRI, taps=taps)
+    backbone = hyper.backbone
+    if backbone.name != (LITE if task == IMAGENET else MRI):
+        backbone = BackboneConfig(**OTHER[name])
     detector = build_detector(name, replace(hyper, backbone=backbone))
     initialise_backbone(detector, None)
     stages = []

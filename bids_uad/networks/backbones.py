@@ -836,8 +836,15 @@ class ImageNetFeatures(nn.Module):
     ) -> list[Tensor]:
         """Compute the feature maps with indices `taps`, by default all, of slices of shape (B, 1, H, W)."""
         images = (slices.expand(-1, 3, -1, -1) - self.mean) / self.sd
-        has_stages = hasattr(self.network, "stage_maps")
-        maps = self.network.stage_maps(images) if has_stages else self.network.features(images)
+        if self.name != LITE:
+            has_stages = hasattr(self.network, "stage_maps")
+            maps = self.network.stage_maps(images) if has_stages else self.network.features(images)
+        elif slices.device.type == "cpu":
+            # Also under autocast, as in TissueNet.
+            with torch.autocast("cpu", enabled=False):
+                maps = self.network.stage_maps(images)
+        else:
+            maps = self.network.stage_maps(images)
         used = maps if taps is None else [maps[tap] for tap in taps]
         return used if self.scale == 1 else [part * self.scale for part in used]
 

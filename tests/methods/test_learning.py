@@ -12,6 +12,7 @@ from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.methods.registry import DETECTORS, build_detector
 from bids_uad.simulation.__main__ import main as simulate
+from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
 from bids_uad.training.store import SliceStore, TrainingScan
 
@@ -66,6 +67,7 @@ def volumes(scans):
 def test_inserted_anomalies_have_higher_scores_than_healthy_tissue(name, store, volumes, tmp_path):
     torch.manual_seed(0)
     detector = build_detector(name, "lite")
+    initialise_backbone(detector, None)
     train_detector(
         detector,
         TrainingData.all_of(store),

@@ -428,7 +428,7 @@ def test_train_detector_without_tissue_classes_is_an_error(tmp_path, store):
     scans = [TrainingScan(folder / "0_scan.nii.gz", folder / "0_brain.nii.gz")]
     plain = SliceStore.build(scans, tmp_path / "plain")
     with pytest.raises(ValueError, match="tissue classes"):
-        learn(PatchCore(PatchCore.presets["lite"]), plain, tmp_path)
+        learn(PatchCore(replace(PatchCore.presets["lite"], backbone=BackboneConfig())), plain, tmp_path)
 
 
 def test_moving_average_by_hand():

@@ -250,7 +250,7 @@ def test_the_bundle_is_ready_to_use(models):
 
 @pytest.mark.parametrize(
     ("detector", "code", "words"),
-    [("nonesuch", 2, "no detector named"), ("patchcore", 66, "tissue classes")],
+    [("nonesuch", 2, "no detector named"), ("fae", 66, "tissue classes")],
 )
 def test_train_reports_an_unusable_detector(scans, tmp_path, capsys, detector, code, words):
     assert call(scans, tmp_path / "models", "train", detector) == code
@@ -534,6 +534,7 @@ def test_backbone_weights_are_loaded_from_another_bundle(scans, tmp_path, capsys
         nib.save(space.to_image(np.asarray(brain.dataobj), np.uint8), target)
     few = ["--steps", "2", "--batch-size", "2", "--nprocs", "1"]
     hyper = ["--hyper", "bank_size=64", "candidates=500", "bank_slices=20"]
+    hyper += ["backbone.name=mri", "backbone.taps=[1,2]"]
     assert call(scans, tmp_path, "train", "patchcore", *few, *hyper) == 0
     first = tmp_path / "patchcore-T2w-lite"
     assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(first)) == 0
