@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bids_uad.simulation import __main__ as simulation
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,15 +40,17 @@ DETECTORS = ("disyre", "patchcore", "intensity")
 
 def simulate(folder: Path, *options: str) -> Path:
     """Simulate a raw dataset."""
-    command = [sys.executable, "-m", "bids_uad.simulation", str(folder), *options, "--seed", "7"]
-    subprocess.run(command, check=True, capture_output=True, timeout=1500)
+    assert simulation.main([str(folder), *options, "--seed", "7"]) == 0
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """One healthy subject and one with a stroke, T1w and T2w, raw BIDS."""
-    return simulate(tmp_path_factory.mktemp("simulated") / "data", "--healthy", "1", "--stroke", "1")
+    """One healthy subject with a T1w scan, and one with a stroke, T1w and T2w; raw BIDS."""
+    folder = simulate(tmp_path_factory.mktemp("simulated") / "data", "--healthy", "1", "--stroke", "1")
+    for path in folder.rglob("sub-001_T2w.*"):
+        path.unlink()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +58,7 @@ def run(data, tmp_path_factory) -> Run:
     """Participant and group level with three detectors."""
     base = tmp_path_factory.mktemp("whole")
     done = bids_uad(
-        data, base / "out", "participant", "group", "-w", base / "work", "--nprocs", "2",
+        data, base / "out", "participant", "group", "-w", base / "work", "--nprocs", "2", "--no-viewer",
         "-d", f"lesions={data / 'derivatives' / 'lesions'}", "--models", *DETECTORS,
     )  # fmt: skip
     return Run(done.returncode, done.stdout + done.stderr, base / "out", data)
