@@ -102,9 +102,12 @@ def test_native_masks_lie_on_the_scans_grid(run):
         np.testing.assert_allclose(image.affine, scan.affine, atol=1e-4)
 
 
-def resampled(run, scan: str, path: Path, like: Path, order: int) -> np.ndarray:
-    """Resample a raw image to SRI24 space with nitransforms, through the transform that the run wrote."""
-    reference = nib.load(like)
+def resampled(run, scan: str, path: Path, like: Path, order: int, step: int = 1) -> np.ndarray:
+    """Resample a raw image to SRI24 space with nitransforms, through the transform that the run wrote.
+
+    The grid is that of every `step`-th voxel of `like` in each direction.
+    """
+    reference = nib.load(like).slicer[::step, ::step, ::step]
     subject = like.name.split("_")[0]
     transform = like.with_name(f"{subject}_from-{scan}_to-SRI24_mode-image_xfm.txt")
     linear = nitransforms.linear.load(transform, fmt="itk", reference=reference)
@@ -144,11 +147,12 @@ def test_the_image_is_resampled_through_the_written_transform(run, scan):
     raw = run.data / subject / "anat" / f"{subject}_{scan}.nii.gz"
     desc = {"T1w": "brain", "T2w": "T2wBrain"}[scan]
     brain = nib.load(preproc.with_name(f"{subject}_space-SRI24_desc-{desc}_mask.nii.gz")).get_fdata() > 0
-    expected = resampled(run, scan, raw, preproc, order=1)
+    few = (slice(None, None, 3),) * 3
+    expected = resampled(run, scan, raw, preproc, order=1, step=3)[brain[few]]
     found = nib.load(preproc).get_fdata()
 
     def correlation(other: np.ndarray) -> float:
-        return np.corrcoef(expected[brain], other[brain])[0, 1]
+        return np.corrcoef(expected, other[few][brain[few]])[0, 1]
 
     assert correlation(found) > 0.85  # the raw image has a bias field
     assert correlation(found) > max(map(correlation, neighbours(found))) + 0.01
