@@ -100,7 +100,7 @@ def riad(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) ->
         for part in range(hyper.n_sets):
             hidden = torch.zeros_like(x, dtype=torch.bool)
             for rank, cell in enumerate(order):
-                if rank * hyper.n_sets // len(order) == part:
+                if rank // math.ceil(len(order) / hyper.n_sets) == part:
                     row, column = side * (cell // columns), side * (cell % columns)
                     hidden[..., row : row + side, column : column + side] = True
             filled[hidden] = detector.network(torch.where(hidden, 0.0, x))[hidden]

@@ -70,7 +70,7 @@ def test_maps_in_fp32_repeat_to_the_bit(name):
 
 
 PUBLISHED_RULES = {
-    "riad": {"weight_by_cells": True, "cell_sizes": (28, 32)},
+    "riad": {"weight_by_cells": True, "cell_sizes": (28, 32), "n_sets": 4},
     "itermask": {"whole_brain": True},
     "disyre": {"foreground_weighting": True, "window": (96, 96), "stride": 48, "labels": (99, 24)},
     "patchcore": {"squared_distance": True, "score_outside_brain": True, "neighbourhood": 5},
