@@ -287,7 +287,8 @@ def _scorer(config: RunConfig, bundle: Bundle) -> Callable[[PreprocessedScan], t
 
     torch.set_num_threads(config.nprocs)
     device = resolve_device(config.device)
-    execution = Execution(resolve_precision(config.precision, device), config.batch_size, config.compiled)
+    precision = resolve_precision(config.precision, device, published=bundle.protocol.published)
+    execution = Execution(precision, config.batch_size, config.compiled)
     detector = execution.prepare(load_detector(bundle, str(device)))
 
     def scored(scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
