@@ -161,7 +161,7 @@ def run_calibrate(config: RunConfig) -> int:
             reference, thresholds, deviation_rule = normative
             reference.write(unfinished[NORMATIVE_FILE])
             if rule is not None and deviation_rule is not None:
-                better = deviation_rule.rank > rule.rank
+                better = deviation_rule.is_better_than(rule)
                 calibration[DEFAULT_DEVIATION] = NORMATIVE if better else "none"
             calibration[NORMATIVE] = thresholds | {
                 "reference": reference.describe(),

@@ -14,7 +14,7 @@ subject at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -95,18 +95,33 @@ class ChosenRule:
         Mean marked fraction of healthy brains; None without healthy controls.
     mean_dice : dict of str or None to float
         Mean Dice by type of lesion; the key None for all lesion scans.
+    left_out_criterion : numpy.ndarray, shape (lesion scans,)
+        Criterion of each lesion scan with the rule that is chosen without its subject.
+    left_out_excess : float
+        Larger ratio of median and 95th percentile of the marked fraction of left-out healthy brains to their
+        limits; 0 without healthy brains.
     """
 
     rule: DecisionRule
     figures: dict[str, Any]
     healthy_fpr: float | None
     mean_dice: dict[str | None, float]
+    left_out_criterion: np.ndarray = field(compare=False)
+    left_out_excess: float
 
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """Order of rules for different kinds of maps: limits first, then the criterion on left-out scans."""
-        left_out = self.figures["left_out"]
-        return bool(left_out["within_limits"]), left_out["criterion"]
+    def is_better_than(self, other: ChosenRule) -> bool:
+        """Compare with the rule for another kind of maps of the same scans, on left-out scans.
+
+        A rule within the limits is better than one that is not; then, one with a criterion that is higher by
+        more than the standard error of the paired difference; then, one with fewer false positives.
+        """
+        within = [bool(each.figures["left_out"]["within_limits"]) for each in (self, other)]
+        if within[0] != within[1]:
+            return within[0]
+        gain = self.left_out_criterion - other.left_out_criterion
+        if abs(gain.mean()) > _standard_error(gain):
+            return bool(gain.mean() > 0)
+        return self.left_out_excess < other.left_out_excess
 
 
 def candidate_thresholds(estimator: ThresholdEstimator) -> np.ndarray:
@@ -290,8 +305,7 @@ class _Results:
         criterion = self.criterion[np.ix_(used & ~self.healthy, columns)]
         mean = criterion.mean(axis=0)
         loss = criterion[:, [mean.argmax()]] - criterion
-        error = loss.std(axis=0, ddof=1) / np.sqrt(len(loss)) if len(loss) > 1 else 0.0
-        near = np.flatnonzero(loss.mean(axis=0) <= error)
+        near = np.flatnonzero(loss.mean(axis=0) <= _standard_error(loss))
         thresholds = self.thresholds[columns[near]]
         near = near[thresholds == thresholds.min()]
         return int(columns[near[mean[near].argmax()]])
@@ -317,6 +331,11 @@ class _Results:
             **real,
             "within_limits": bool(_excess(limited[:, None])[0] <= 1) if limited.size else True,
         }
+
+
+def _standard_error(values: np.ndarray) -> np.ndarray | float:
+    """Return the standard error of the mean along the first axis; 0 for a single value."""
+    return values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -397,7 +416,11 @@ def choose_rule(
     figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
     ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
     figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
-    return ChosenRule(tried[best], figures, *_means(results, best, kinds))
+    own = np.arange(len(used)), left_out
+    excess = float(_excess(results.marked[own][limited][:, None])[0]) if limited.any() else 0.0
+    return ChosenRule(
+        tried[best], figures, *_means(results, best, kinds), results.criterion[own][~healthy], excess
+    )
 
 
 def by_class(
