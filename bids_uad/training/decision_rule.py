@@ -95,33 +95,32 @@ class ChosenRule:
         Mean marked fraction of healthy brains; None without healthy controls.
     mean_dice : dict of str or None to float
         Mean Dice by type of lesion; the key None for all lesion scans.
-    left_out_criterion : numpy.ndarray, shape (lesion scans,)
-        Criterion of each lesion scan with the rule that is chosen without its subject.
-    left_out_excess : float
-        Larger ratio of median and 95th percentile of the marked fraction of left-out healthy brains to their
-        limits; 0 without healthy brains.
+    criterion : numpy.ndarray, shape (lesion scans,)
+        Criterion of each lesion scan.
+    excess : float
+        Larger ratio of median and 95th percentile of the marked fraction of healthy brains to their limits;
+        0 without healthy brains.
     """
 
     rule: DecisionRule
     figures: dict[str, Any]
     healthy_fpr: float | None
     mean_dice: dict[str | None, float]
-    left_out_criterion: np.ndarray = field(compare=False)
-    left_out_excess: float
+    criterion: np.ndarray = field(compare=False)
+    excess: float
 
     def is_better_than(self, other: ChosenRule) -> bool:
-        """Compare with the rule for another kind of maps of the same scans, on left-out scans.
+        """Compare with the rule for another kind of maps of the same scans.
 
         A rule within the limits is better than one that is not; then, one with a criterion that is higher by
         more than the standard error of the paired difference; then, one with fewer false positives.
         """
-        within = [bool(each.figures["left_out"]["within_limits"]) for each in (self, other)]
-        if within[0] != within[1]:
-            return within[0]
-        gain = self.left_out_criterion - other.left_out_criterion
+        if (self.excess <= 1) != (other.excess <= 1):
+            return self.excess <= 1
+        gain = self.criterion - other.criterion
         if abs(gain.mean()) > _standard_error(gain):
             return bool(gain.mean() > 0)
-        return self.left_out_excess < other.left_out_excess
+        return self.excess < other.excess
 
 
 def candidate_thresholds(estimator: ThresholdEstimator) -> np.ndarray:
@@ -416,11 +415,9 @@ def choose_rule(
     figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
     ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
     figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
-    own = np.arange(len(used)), left_out
-    excess = float(_excess(results.marked[own][limited][:, None])[0]) if limited.any() else 0.0
-    return ChosenRule(
-        tried[best], figures, *_means(results, best, kinds), results.criterion[own][~healthy], excess
-    )
+    excess = float(_excess(results.marked[limited][:, [best]])[0]) if limited.any() else 0.0
+    criterion = results.criterion[~healthy, best]
+    return ChosenRule(tried[best], figures, *_means(results, best, kinds), criterion, excess)
 
 
 def by_class(

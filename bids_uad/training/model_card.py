@@ -211,7 +211,7 @@ def _deviations(calibration: dict[str, Any]) -> str:
     rule = _kinds(normative) + _rule(normative, "deviations")
     if "default_deviation" in calibration:
         default = "deviations" if calibration["default_deviation"] == "normative" else "scores"
-        rule += f"\nMasks are computed from {default} by default, by the estimates for other scans.\n"
+        rule += f"\nMasks are computed from {default} by default.\n"
     return f"\n{fill(text, 80)}\n{rule}"
 
 

@@ -226,29 +226,29 @@ def test_left_out_figures_are_those_of_rules_chosen_without_the_subject(scans, t
     if chosen.rule.holes == "none":
         assert chosen.figures["left_out"]["dice"] == pytest.approx(np.mean(dice))
     assert chosen.figures["left_out"]["criterion"] <= chosen.figures["criterion"] + 1e-12
-    assert chosen.left_out_criterion.mean() == pytest.approx(chosen.figures["left_out"]["criterion"])
-    assert len(chosen.left_out_criterion) == (~healthy).sum()
-    median, high = (chosen.figures["left_out"][f"healthy_{name}"] for name in ("median", "p95"))
-    assert chosen.left_out_excess == pytest.approx(max(median / 0.003, high / 0.01))
+    assert chosen.criterion.mean() == pytest.approx(chosen.figures["criterion"])
+    assert len(chosen.criterion) == (~healthy).sum()
+    median, high = (chosen.figures[f"healthy_{name}"] for name in ("median", "p95"))
+    assert chosen.excess == pytest.approx(max(median / 0.003, high / 0.01))
 
 
 @pytest.mark.parametrize(
-    ("within", "gains", "excess", "expected"),
+    ("gains", "excess", "expected"),
     [
-        ((True, False), (-0.2, -0.3), (0.9, 0.1), True),
-        ((True, True), (0.11, 0.09), (0.9, 0.1), True),
-        ((True, True), (-0.11, -0.09), (0.1, 0.9), False),
-        ((True, True), (-0.3, 0.1), (0.1, 0.9), True),
-        ((False, False), (0.3, -0.1), (1.9, 1.1), False),
+        ((-0.2, -0.3), (0.9, 1.1), True),
+        ((0.11, 0.09), (0.9, 0.1), True),
+        ((-0.11, -0.09), (0.1, 0.9), False),
+        ((-0.3, 0.1), (0.1, 0.9), True),
+        ((0.3, -0.1), (1.9, 1.1), False),
     ],
 )
 def test_rules_of_two_kinds_are_compared_by_limits_then_criterion_then_false_positives(
-    within, gains, excess, expected
+    gains, excess, expected
 ):
     criterion = np.array([0.4, 0.5])
     one, other = (
-        ChosenRule(DecisionRule(0.5), {"left_out": {"within_limits": kept}}, None, {}, values, ratio)
-        for kept, values, ratio in zip(within, (criterion + gains, criterion), excess, strict=True)
+        ChosenRule(DecisionRule(0.5), {}, None, {}, values, ratio)
+        for values, ratio in zip((criterion + gains, criterion), excess, strict=True)
     )
     assert one.is_better_than(other) is expected
     assert other.is_better_than(one) is not expected
