@@ -8,7 +8,7 @@ decision rule other than a plain threshold, its parameters and the kind of maps 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +116,6 @@ def run_calibrate(config: RunConfig) -> int:
     scored = _scorer(config, bundle)
     estimator = ThresholdEstimator()
     searching = _uses_hysteresis(config)
-    simulated = {
-        scan.subject for scan in scans if participants.row(scan.subject, scan.session).get("anatomy")
-    }
     maps = []
     for folder in (config.work_dir, bundle.folder):
         remove_unfinished(folder)
@@ -146,9 +143,9 @@ def run_calibrate(config: RunConfig) -> int:
         rule = None
         if searching:
             maps = maps if deviations is None else deviations.maps
-            rule = choose_rule(maps, estimator, config.min_lesion_volume, simulated)
+            rule = choose_rule(maps, estimator, config.min_lesion_volume)
         calibration = _summary(estimator, rule)
-        normative = None if deviations is None else _finish(deviations, config, simulated)
+        normative = None if deviations is None else _finish(deviations, config)
     calibration["cohort"] = describe_cohorts([validation])
     calibration["weights_sha256"] = bundle.sha256
     names = [NORMATIVE_FILE] * (normative is not None) + ["bundle.json"] * bool(config.hyper)
@@ -196,14 +193,14 @@ def _uses_hysteresis(config: RunConfig) -> bool:
 
 
 def _finish(
-    deviations: DeviationCalibrator, config: RunConfig, simulated: Collection[str]
+    deviations: DeviationCalibrator, config: RunConfig
 ) -> tuple[NormativeReference, dict[str, Any], ChosenRule | None] | None:
     """Fit the normative reference, its thresholds and rule; return None with a warning if this fails."""
     try:
         reference, thresholds = deviations.finish()
         rule = None
         if _uses_hysteresis(config):
-            rule = choose_rule(deviations.deviations, thresholds, config.min_lesion_volume, simulated)
+            rule = choose_rule(deviations.deviations, thresholds, config.min_lesion_volume)
         return reference, _summary(thresholds, rule), rule
     except ModelError as error:
         logger.warning("No normative reference: %s", error)

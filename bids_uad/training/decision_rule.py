@@ -1,19 +1,18 @@
 """Choice of a decision rule on validation scans.
 
 The criterion is the mean over lesion scans of the mean of Dice and lesion-wise F1, in which a small lesion
-counts as much as a large one. The fraction of healthy brains that is marked is limited; in real scans, if
-there are enough, since simulated ones have more false positives. Of the rules that are not worse than the
-best one by more than a standard error, the most sensitive one is chosen, since lesions of real scans have
-lower scores than those of simulated ones (the one-standard-error rule of Breiman et al. 1984,
-"Classification and regression trees", which prefers the simplest one). Low and high thresholds and minimum
-volumes are searched together, on a table of the components of each scan; ways of filling holes are compared
-afterwards, for the best of these rules. The performance on other scans is estimated by leaving out one
-subject at a time.
+counts as much as a large one. The fraction of healthy brains that is marked is limited. Of the rules that
+are not worse than the best one by more than a standard error, the most sensitive one is chosen, since
+lesions of real scans have lower scores than those of simulated ones (the one-standard-error rule of Breiman
+et al. 1984, "Classification and regression trees", which prefers the simplest one). Low and high thresholds
+and minimum volumes are searched together, on a table of the components of each scan; ways of filling holes
+are compared afterwards, for the best of these rules. The performance on other scans is estimated by leaving
+out one subject at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from typing import Any
@@ -42,11 +41,9 @@ HEALTHY_RATES = (0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025, 0.0015, 
 """Fractions of healthy voxels above the thresholds that are tried."""
 MIN_VOLUMES = (0.0, 10.0, 30.0, 60.0, 100.0)
 """Minimum volumes of a component in mm3 that are tried."""
-MAX_MEDIAN_MARKED, MAX_P95_MARKED = 0.003, 0.01
+MAX_MEDIAN_MARKED, MAX_P95_MARKED = 0.003, 0.02
 """Limits of the marked fraction of healthy brains: median and 95th percentile over scans."""
 
-MIN_REAL_CONTROLS = 5
-"""Number of real scans of healthy controls from which on the limits apply to these only."""
 
 VOLUME_LIMITS_ML = (0, 1, 5, 20)
 """Lesion volumes at which scans are divided into classes, for the model card."""
@@ -86,8 +83,7 @@ class ChosenRule:
         The rule.
     figures : dict
         `criterion`, `dice` and `lesion_f1` (means over lesion scans), `healthy_median` and `healthy_p95`
-        (marked fraction of healthy brains), `n_real`, `real_median` and `real_p95` (the same for real scans,
-        if the limits apply to these only), `within_limits`, and the same figures in `left_out`, where each
+        (marked fraction of healthy brains), `within_limits`, and the same figures in `left_out`, where each
         subject is scored by the rule that is chosen without it; NaN and empty sets of scans are None.
         `by_volume` and `by_age` list results by volume of the lesions and by age of healthy controls, see
         :func:`by_class`.
@@ -263,10 +259,7 @@ def _figures(
 
 @dataclass(frozen=True)
 class _Results:
-    """Results of all rules for all scans: arrays of shape (scans, rules), thresholds and the scans' roles.
-
-    The limits apply to the scans of `limited`, which are healthy.
-    """
+    """Results of all rules for all scans: arrays of shape (scans, rules), thresholds and the scans' roles."""
 
     criterion: np.ndarray
     marked: np.ndarray
@@ -274,19 +267,12 @@ class _Results:
     f1: np.ndarray
     thresholds: np.ndarray
     healthy: np.ndarray
-    limited: np.ndarray
 
     @classmethod
-    def of(
-        cls,
-        found: Sequence[Outcome],
-        rules: Sequence[DecisionRule],
-        healthy: np.ndarray,
-        limited: np.ndarray,
-    ) -> _Results:
+    def of(cls, found: Sequence[Outcome], rules: Sequence[DecisionRule], healthy: np.ndarray) -> _Results:
         names = ("criterion", "marked", "dice", "f1")
         columns = (np.stack([getattr(each, name) for each in found]) for name in names)
-        return cls(*columns, np.array([rule.threshold for rule in rules]), healthy, limited)
+        return cls(*columns, np.array([rule.threshold for rule in rules]), healthy)
 
     def best(self, used: np.ndarray, columns: Sequence[int]) -> int:
         """Return the best of some rules on some scans.
@@ -296,8 +282,8 @@ class _Results:
         criterion. If no rule is within the limits, that which exceeds them least.
         """
         columns = np.asarray(columns)
-        if (used & self.limited).any():
-            excess = _excess(self.marked[np.ix_(used & self.limited, columns)])
+        if (used & self.healthy).any():
+            excess = _excess(self.marked[np.ix_(used & self.healthy, columns)])
             if excess.min() > 1:
                 return int(columns[excess.argmin()])
             columns = columns[excess <= 1]
@@ -313,22 +299,13 @@ class _Results:
         """Summarise the results of one rule per scan, given their indices, shape (scans,)."""
         own = np.arange(len(rules)), rules
         lesion, marked = ~self.healthy, self.marked[own][self.healthy]
-        limited = self.marked[own][self.limited]
-        real = {}
-        if self.limited.sum() < self.healthy.sum():
-            real = {
-                "n_real": len(limited),
-                "real_median": float(np.median(limited)),
-                "real_p95": float(np.percentile(limited, 95)),
-            }
         return {
             "criterion": float(self.criterion[own][lesion].mean()),
             "dice": float(self.dice[own][lesion].mean()),
             "lesion_f1": _mean(self.f1[own][lesion]),
             "healthy_median": float(np.median(marked)) if marked.size else None,
             "healthy_p95": float(np.percentile(marked, 95)) if marked.size else None,
-            **real,
-            "within_limits": bool(_excess(limited[:, None])[0] <= 1) if limited.size else True,
+            "within_limits": bool(_excess(marked[:, None])[0] <= 1) if marked.size else True,
         }
 
 
@@ -352,7 +329,6 @@ def choose_rule(
     maps: Sequence[StoredMap],
     estimator: ThresholdEstimator,
     min_lesion_volume: float,
-    simulated: Collection[str] = (),
 ) -> ChosenRule | None:
     """Choose the decision rule for one kind of maps.
 
@@ -365,8 +341,6 @@ def choose_rule(
         Histograms of the same maps.
     min_lesion_volume : float
         Minimum volume in mm3 of counted lesions and false components.
-    simulated : collection of str, default=()
-        Subjects whose scans are simulated.
 
     Returns
     -------
@@ -387,11 +361,9 @@ def choose_rule(
     if not rules or all(healthy):
         return None
     healthy = np.array(healthy)
-    real = healthy & [subject not in simulated for subject in subjects]
-    limited = real if real.sum() >= MIN_REAL_CONTROLS else healthy
-    results = _Results.of(found, rules, healthy, limited)
+    results = _Results.of(found, rules, healthy)
     subjects = np.array(subjects)
-    folds = _folds(subjects, healthy, limited)
+    folds = _folds(subjects, healthy)
     every = range(len(rules))
     unfilled = [results.best(fold, every) for fold in folds]
     variants = {index: [replace(rules[index], holes=holes) for holes in FILLING] for index in unfilled}
@@ -400,7 +372,6 @@ def choose_rule(
         [outcomes_of_masks(stored.load(), tried, min_lesion_volume) for stored in used],
         tried,
         healthy,
-        limited,
     )
     chosen = [
         results.best(fold, [tried.index(rule) for rule in variants[index]])
@@ -415,7 +386,7 @@ def choose_rule(
     figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
     ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
     figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
-    excess = float(_excess(results.marked[limited][:, [best]])[0]) if limited.any() else 0.0
+    excess = float(_excess(results.marked[healthy][:, [best]])[0]) if healthy.any() else 0.0
     criterion = results.criterion[~healthy, best]
     return ChosenRule(tried[best], figures, *_means(results, best, kinds), criterion, excess)
 
@@ -458,15 +429,15 @@ def _subjects_left_out(subjects: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(subjects))
 
 
-def _folds(subjects: np.ndarray, healthy: np.ndarray, limited: np.ndarray) -> list[np.ndarray]:
+def _folds(subjects: np.ndarray, healthy: np.ndarray) -> list[np.ndarray]:
     """Return masks of all scans, and of all but those of each subject.
 
-    If a subject has the only lesion scans, or all of those to which the limits apply, it is not left out.
+    If a subject has the only lesion scans, or all of the healthy ones, it is not left out.
     """
     folds = [np.ones(len(subjects), dtype=bool)]
     for subject in _subjects_left_out(subjects):
         rest = subjects != subject
-        complete = (rest & ~healthy).any() and (rest & limited).any() == limited.any()
+        complete = (rest & ~healthy).any() and (rest & healthy).any() == healthy.any()
         folds.append(rest if complete else folds[0])
     return folds
 

@@ -138,11 +138,6 @@ def _rule_figures(figures: dict[str, Any]) -> str:
             f", {100 * figures['healthy_median']:.2f} % of a healthy brain marked (median; 95th percentile "
             f"{100 * figures['healthy_p95']:.2f} %)"
         )
-    if "n_real" in figures:
-        healthy += (
-            f", {100 * figures['real_median']:.2f} % of a real one ({figures['n_real']} scans; "
-            f"{100 * figures['real_p95']:.2f} %)"
-        )
     return f"mean Dice {figures['dice']:.3f}{f1}{healthy}"
 
 

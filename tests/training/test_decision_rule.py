@@ -15,7 +15,6 @@ from bids_uad.levels.participant.postprocess import count_lesions, label_compone
 from bids_uad.training import decision_rule
 from bids_uad.training.decision_rule import (
     MAX_MEDIAN_MARKED,
-    MIN_REAL_CONTROLS,
     ChosenRule,
     _Results,
     by_class,
@@ -158,7 +157,7 @@ def literal_choice(rules, tables, healthy):
     eligible = []
     for index in range(len(rules)):
         marked = [table.marked[index] for table, control in zip(tables, healthy, strict=True) if control]
-        if np.median(marked) <= 0.003 and np.percentile(marked, 95) <= 0.01:
+        if np.median(marked) <= 0.003 and np.percentile(marked, 95) <= 0.02:
             criterion = [
                 t.criterion[index] for t, control in zip(tables, healthy, strict=True) if not control
             ]
@@ -186,30 +185,9 @@ def test_a_lower_threshold_may_cost_a_standard_error(losses, expected):
     best = np.array([0.9, 0.5])
     criterion = np.stack([best - losses, best, best - 0.1 * np.array(losses)], axis=1)
     marked = np.zeros_like(criterion)
-    results = _Results(
-        criterion, marked, criterion, criterion, np.array([0.1, 0.2, 0.3]), *[np.zeros(2, bool)] * 2
-    )
+    results = _Results(criterion, marked, criterion, criterion, np.array([0.1, 0.2, 0.3]), np.zeros(2, bool))
     assert results.best(np.ones(2, bool), [1, 2]) == 1
     assert results.best(np.ones(2, bool), [0, 1, 2]) == expected
-
-
-def test_limits_apply_to_real_scans_if_there_are_enough(scans, tmp_path):
-    """Simulated controls exceed the limits at each threshold; real ones keep them."""
-    bright = [scan_of(40 + k) for k in range(3)]
-    for scan in bright:
-        scan.scores[10:20, 10:20, 10:20] = 0.95
-    used = [*[scan_of(20 + k) for k in range(MIN_REAL_CONTROLS)], *bright, *scans[4:]]
-    simulated = {scan.subject for scan in (*bright, *scans[4:])}
-    estimator = estimator_of([*used[:MIN_REAL_CONTROLS], *scans[4:]])  # as many thresholds as without them
-    chosen = choose_rule(stored(used, tmp_path), estimator, 3.0, simulated)
-    figures = chosen.figures
-    assert figures["within_limits"]
-    assert figures["n_real"] == MIN_REAL_CONTROLS
-    assert figures["real_median"] <= MAX_MEDIAN_MARKED < figures["healthy_p95"]
-    of_all = choose_rule(stored(used, tmp_path), estimator, 3.0)
-    assert not of_all.figures["within_limits"]
-    few = choose_rule(stored(used, tmp_path), estimator, 3.0, {*simulated, used[0].subject})
-    assert "n_real" not in few.figures
 
 
 def test_left_out_figures_are_those_of_rules_chosen_without_the_subject(scans, tmp_path):
@@ -229,7 +207,7 @@ def test_left_out_figures_are_those_of_rules_chosen_without_the_subject(scans, t
     assert chosen.criterion.mean() == pytest.approx(chosen.figures["criterion"])
     assert len(chosen.criterion) == (~healthy).sum()
     median, high = (chosen.figures[f"healthy_{name}"] for name in ("median", "p95"))
-    assert chosen.excess == pytest.approx(max(median / 0.003, high / 0.01))
+    assert chosen.excess == pytest.approx(max(median / 0.003, high / 0.02))
 
 
 @pytest.mark.parametrize(
