@@ -158,8 +158,8 @@ def run_calibrate(config: RunConfig) -> int:
             reference, thresholds, deviation_rule = normative
             reference.write(unfinished[NORMATIVE_FILE])
             if rule is not None and deviation_rule is not None:
-                better = deviation_rule.is_better_than(rule)
-                calibration[DEFAULT_DEVIATION] = NORMATIVE if better else "none"
+                as_good = deviation_rule.is_as_good_as(rule)
+                calibration[DEFAULT_DEVIATION] = NORMATIVE if as_good else "none"
             calibration[NORMATIVE] = thresholds | {
                 "reference": reference.describe(),
                 "n_healthy_subjects": len(healthy),

@@ -105,18 +105,16 @@ class ChosenRule:
     criterion: np.ndarray = field(compare=False)
     excess: float
 
-    def is_better_than(self, other: ChosenRule) -> bool:
+    def is_as_good_as(self, other: ChosenRule) -> bool:
         """Compare with the rule for another kind of maps of the same scans.
 
-        A rule within the limits is better than one that is not; then, one with a criterion that is higher by
-        more than the standard error of the paired difference; then, one with fewer false positives.
+        A rule within the limits is better than one that is not. Otherwise it is as good if its criterion is
+        not lower by more than the standard error of the paired difference.
         """
         if (self.excess <= 1) != (other.excess <= 1):
             return self.excess <= 1
-        gain = self.criterion - other.criterion
-        if abs(gain.mean()) > _standard_error(gain):
-            return bool(gain.mean() > 0)
-        return self.excess < other.excess
+        loss = other.criterion - self.criterion
+        return bool(loss.mean() <= _standard_error(loss))
 
 
 def candidate_thresholds(estimator: ThresholdEstimator) -> np.ndarray:
