@@ -60,7 +60,7 @@ def test_participants_benchmark_measures_all_processes(toy, tmp_path):
     for row in (slow, fast):
         assert row["finished"] == 2
         assert row["cpu_seconds"] >= 0.6  # of a process whose parent has ended
-        assert row["first_seconds"] < row["seconds"]
+        assert row["first_seconds"] <= row["seconds"]  # equal when both end within a poll
         assert min(row["peak_mb"], row["main_mb"]) >= 200
         assert 20 <= row["work_mb"] <= 21
         hours = row["cpu_seconds"] / 3600

@@ -472,13 +472,16 @@ def _names_scans(arguments: Sequence[str]) -> bool:
     first, has_level = Path(arguments[0]), not set(LEVELS).isdisjoint(arguments)
     if arguments[0].startswith("-"):
         return not has_level and any(argument.lower().endswith(NIFTI) for argument in arguments)
+    if first.name.lower().endswith(NIFTI):
+        return True
+    if has_level:
+        return False
     if first.is_dir():
         is_dataset = (first / "dataset_description.json").exists() or any(
             path.is_dir() for path in first.glob("sub-*")
         )
-        two_folders = len(arguments) > 1 and all(part.startswith("-") for part in arguments[2:3])
-        return two_folders and not has_level and not is_dataset
-    return first.name.lower().endswith(NIFTI) or first.is_file()
+        return len(arguments) > 1 and all(part.startswith("-") for part in arguments[2:3]) and not is_dataset
+    return first.is_file()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
