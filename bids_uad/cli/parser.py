@@ -468,7 +468,7 @@ def subcommand_of(arguments: Sequence[str]) -> str | None:
 
 
 def _names_scans(arguments: Sequence[str]) -> bool:
-    """Return whether a command line names scans, or a folder that is no BIDS dataset and no level."""
+    """Return whether a command line lists scans, or a folder other than a BIDS dataset without a level."""
     first, has_level = Path(arguments[0]), not set(LEVELS).isdisjoint(arguments)
     if arguments[0].startswith("-"):
         return not has_level and any(argument.lower().endswith(NIFTI) for argument in arguments)

@@ -93,9 +93,6 @@ class ChosenRule:
         Mean Dice by type of lesion; the key None for all lesion scans.
     criterion : numpy.ndarray, shape (lesion scans,)
         Criterion of each lesion scan.
-    excess : float
-        Larger ratio of median and 95th percentile of the marked fraction of healthy brains to their limits;
-        0 without healthy brains.
     """
 
     rule: DecisionRule
@@ -103,7 +100,12 @@ class ChosenRule:
     healthy_fpr: float | None
     mean_dice: dict[str | None, float]
     criterion: np.ndarray = field(compare=False)
-    excess: float
+
+    @property
+    def excess(self) -> float:
+        """Larger ratio of the median and 95th percentile of healthy brains to their limits; 0 without any."""
+        median, high = self.figures["healthy_median"], self.figures["healthy_p95"]
+        return 0.0 if median is None else max(median / MAX_MEDIAN_MARKED, high / MAX_P95_MARKED)
 
     def is_as_good_as(self, other: ChosenRule) -> bool:
         """Compare with the rule for another kind of maps of the same scans.
@@ -384,9 +386,8 @@ def choose_rule(
     figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
     ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
     figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
-    excess = float(_excess(results.marked[healthy][:, [best]])[0]) if healthy.any() else 0.0
     criterion = results.criterion[~healthy, best]
-    return ChosenRule(tried[best], figures, *_means(results, best, kinds), criterion, excess)
+    return ChosenRule(tried[best], figures, *_means(results, best, kinds), criterion)
 
 
 def by_class(

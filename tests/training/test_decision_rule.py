@@ -224,7 +224,7 @@ def test_left_out_figures_are_those_of_rules_chosen_without_the_subject(scans, t
 def test_rules_of_two_kinds_are_compared_by_limits_and_then_by_criterion(gains, excess, expected):
     criterion = np.array([0.4, 0.5])
     one, other = (
-        ChosenRule(DecisionRule(0.5), {}, None, {}, values, ratio)
+        ChosenRule(DecisionRule(0.5), {"healthy_median": 0.0, "healthy_p95": 0.02 * ratio}, None, {}, values)
         for values, ratio in zip((criterion + gains, criterion), excess, strict=True)
     )
     assert one.is_as_good_as(other) is expected
