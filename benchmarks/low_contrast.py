@@ -9,6 +9,7 @@ scans. The packaged T1w model was calibrated on such a copy of 80 simulated scan
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.scan import read
 from bids_uad.dataset.sri24_scans import find_preprocessed
-from bids_uad.files import write_tsv
+from bids_uad.files import write_json, write_tsv
 from bids_uad.networks.synthetic_anomalies import MIN_CONTRAST, reduce_contrast
 
 RENUMBERED = 500
@@ -71,7 +72,9 @@ def copy_with_less_contrast(source: Path, target: Path, seed: int = 0) -> pd.Dat
         factors.append(factor)
     table = table.assign(participant_id=labels, contrast_factor=factors)
     write_tsv(target / "participants.tsv", table)
-    shutil.copy(source / "dataset_description.json", target)
+    description = json.loads((source / "dataset_description.json").read_text())
+    name = f"{description.get('Name', source.name)}, contrast of every second scan reduced"
+    write_json(target / "dataset_description.json", description | {"Name": name})
     return table
 
 

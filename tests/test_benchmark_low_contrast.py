@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ def test_contrast_of_every_second_participant_is_reduced(tmp_path):
         images[label] = rng.uniform(0.2, 1, brain.shape).astype(np.float32) * brain
         for ending, data in (("desc-preproc_T1w", images[label]), ("desc-brain_mask", brain)):
             nib.save(nib.Nifti1Image(data, AFFINE), folder / f"{label}_space-SRI24_{ending}.nii.gz")
-    (tmp_path / "source" / "dataset_description.json").write_text("{}")
+    (tmp_path / "source" / "dataset_description.json").write_text('{"Name": "brains"}')
     participants = pd.DataFrame({"participant_id": list(images), "age": ["30", "n/a"]})
     participants.to_csv(tmp_path / "source" / "participants.tsv", sep="\t", index=False)
 
@@ -41,4 +43,5 @@ def test_contrast_of_every_second_participant_is_reduced(tmp_path):
     mean = before.mean()
     expected = (mean + factor * (before - mean)) / (mean + factor * (1 - mean))
     np.testing.assert_allclose(after, expected, atol=1e-5)
+    assert "contrast" in json.loads((tmp_path / "copy" / "dataset_description.json").read_text())["Name"]
     assert not copied("sub-502")[brain == 0].any()
