@@ -627,7 +627,7 @@ class _Lesions:
         if large_lesion.kind != "cavity" and self._chance(config.along_white_prob):
             near_white = gaussian_smooth((self.tissue[box] == WHITE).float(), self._uniform(0.5, 1.2))
             mask = mask * (1.6 * near_white).clamp(0, 1)
-        # Half of the large lesions are opaque, since many gliomas are as bright as fluid throughout in T2w scans.
+        # Half of the large lesions are opaque: many gliomas are as bright as fluid throughout in T2w scans.
         after = self._blend(before, mask, self._lesion_level(before), strongest=self._chance(0.5))
         # A tumour has one core, or two of which one contains the other.
         cores = (
