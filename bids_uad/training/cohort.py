@@ -18,6 +18,7 @@ from bids_uad import __version__
 from bids_uad.dataset.participants import Participants, read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
 from bids_uad.errors import InputError, truncate_list
+from bids_uad.evaluation.missing import find_exclusions
 from bids_uad.files import read_json
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE, SHAPE
@@ -84,6 +85,40 @@ def scratch_folder(work_dir: Path, name: str, *inputs: Any) -> Path:
     return work_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+def usable_scans(folder: Path, modality: str) -> tuple[PreprocessedScan, ...]:
+    """Find the preprocessed scans that quality control does not exclude (`exclude` in the quality tables).
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Dataset of preprocessed scans.
+    modality : {"T1w", "T2w", "FLAIR"}
+        Contrast of the scans.
+
+    Returns
+    -------
+    tuple of PreprocessedScan
+        Scans sorted by path; excluded ones are named in the log.
+
+    Raises
+    ------
+    InputError
+        If there is no scan.
+    """
+    exclusions, unreadable = find_exclusions(folder)
+    for message in unreadable:
+        logger.warning(message)
+    excluded = {f"{prefix}_{contrast}" for prefix, contrast in exclusions}
+    scans = find_preprocessed(folder, modality)
+    left_out = [scan.key for scan in scans if scan.key in excluded]
+    if left_out:
+        logger.warning("%d scan(s) excluded by *_qc.tsv: %s", len(left_out), truncate_list(left_out))
+    kept = tuple(scan for scan in scans if scan.key not in excluded)
+    if not kept:
+        raise InputError(folder, f"all {modality} scans are excluded", "check `exclude` in the *_qc.tsv")
+    return kept
+
+
 def healthy_cohort(folder: Path, modality: str) -> Cohort:
     """Find the preprocessed scans of the healthy controls of a dataset.
 
@@ -104,7 +139,7 @@ def healthy_cohort(folder: Path, modality: str) -> Cohort:
     InputError
         If there are none.
     """
-    cohort = Cohort(folder, tuple(find_preprocessed(folder, modality)))
+    cohort = Cohort(folder, usable_scans(folder, modality))
     for note in cohort.participants.notes:
         logger.warning(note)
     found, participants = cohort.scans, cohort.participants

@@ -65,3 +65,16 @@ def test_groups_without_a_description_are_named(folder, caplog):
     with pytest.raises(InputError, match="none of the 5 T1w scans belongs to a healthy control"):
         healthy_cohort(folder, "T1w")
     assert "column group: 5 of 5 values are numbers without a description (0, 1)" in caplog.text
+
+
+def test_scans_that_quality_control_excludes_are_left_out(folder, caplog):
+    table = "sub-1/ses-1/anat/sub-1_ses-1_space-SRI24_desc-T1wPreproc_qc.tsv"
+    (folder / table).write_text("exclude\texclude_reasons\nyes\tmotion\n")
+    kept = [scan.key for scan in healthy_cohort(folder, "T1w").scans]
+    assert kept == ["sub-1_ses-2_T1w", "sub-2_ses-1_T1w", "sub-4_ses-1_T1w"]
+    assert "1 scan(s) excluded by *_qc.tsv: sub-1_ses-1_T1w" in caplog.text
+    for stem in SCANS:
+        path = next(folder.rglob(f"{stem}_*preproc*")).with_name(f"{stem}_space-SRI24_desc-T1wPreproc_qc.tsv")
+        path.write_text("exclude\texclude_reasons\nyes\tn/a\n")
+    with pytest.raises(InputError, match="all T1w scans are excluded"):
+        healthy_cohort(folder, "T1w")
