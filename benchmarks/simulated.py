@@ -19,7 +19,7 @@ from benchmarks.scan import read
 from bids_uad import __version__
 from bids_uad.calibration.thresholds import score_counts
 from bids_uad.cli.main import main as bids_uad
-from bids_uad.config import DEFAULT_MIN_LESION_VOLUME, MODALITIES
+from bids_uad.config import DEFAULT_MIN_COUNTED_VOLUME, MODALITIES
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
@@ -98,7 +98,7 @@ def write_tables(
     write_tsv(
         histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
     )
-    write_tsv(metrics, metrics_row(facts, labels, brain, lesion, DEFAULT_MIN_LESION_VOLUME))
+    write_tsv(metrics, metrics_row(facts, labels, brain, lesion, DEFAULT_MIN_COUNTED_VOLUME))
     if lesion is not None:
         lesions = metrics.with_name(metrics.name.replace("_metrics.", "_lesions."))
         write_tsv(lesions, lesion_table(lesion, mask, read(scan.image), brain))

@@ -41,7 +41,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 EXTRACTIONS = ("combined", "template", "network", "synthstrip", "hd-bet")
 """Methods of brain extraction; the last two are external programs."""
 
-DEFAULT_MIN_LESION_VOLUME = 3.0
+DEFAULT_MIN_COUNTED_VOLUME = 3.0
 """Minimum volume in mm3 of lesions that are counted, as in the MSSEG challenge (Commowick et al. 2018)."""
 
 THRESHOLD, HYSTERESIS = DECISION_RULES = ("threshold", "hysteresis")
@@ -52,7 +52,11 @@ DEVIATIONS = ("none", "normative")
 RENAMED_DETECTORS = {"fpi": "pls"}
 """Deprecated names of detectors on the command line and in model bundles, and the present names."""
 
-RENAMED_FIELDS = {"strata": "subgroups", "recontrast": "contrast_transfer"}
+RENAMED_FIELDS = {
+    "strata": "subgroups",
+    "recontrast": "contrast_transfer",
+    "min_lesion_volume": "min_counted_volume",
+}
 """Deprecated keys of configuration files, and the fields that they set."""
 
 RUN_SPECIFIC = frozenset(
@@ -107,7 +111,9 @@ class RunConfig(Constrained):
         Method for whole-head images, of `EXTRACTIONS`.
     extraction_weights : pathlib.Path, optional
         Weights of that method.
-    min_lesion_volume : float, default=DEFAULT_MIN_LESION_VOLUME
+    min_lesion_size : float, optional
+        Minimum volume in mm3 of components of the anomaly mask; by default that of the model.
+    min_counted_volume : float, default=DEFAULT_MIN_COUNTED_VOLUME
         Minimum volume in mm3 of lesions and false components that are counted.
     device : str, default="auto"
         `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -125,12 +131,20 @@ class RunConfig(Constrained):
         Memory in total, in GB.
     n_gpu_procs : int, default=1
         Images scored at a time on the GPU.
+    low_mem : bool, default=False
+        Whether slices are scored one by one if `batch_size` is not given.
     plugin_file : pathlib.Path, optional
         YAML file with a nipype plugin and its arguments.
     clean_workdir : bool, default=False
         Whether working folders are removed before the run.
     no_viewer : bool, default=False
         Whether the reports have no interactive viewers.
+    md_only_boilerplate : bool, default=False
+        Whether the methods text is written as Markdown only.
+    resource_monitor : bool, default=False
+        Whether memory and CPU usage of each step are recorded.
+    write_graph : bool, default=False
+        Whether the workflow graph of each participant is written.
     keep_workdir : bool, default=False
         Whether the working folders of finished participants are kept.
     stop_on_first_crash, reports_only, dry_run : bool, default=False
@@ -197,7 +211,8 @@ class RunConfig(Constrained):
     atlas_dir: Path | None = None
     brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = EXTRACTIONS[0]
     extraction_weights: Path | None = None
-    min_lesion_volume: NonNegative = DEFAULT_MIN_LESION_VOLUME
+    min_lesion_size: NonNegative | None = None
+    min_counted_volume: NonNegative = DEFAULT_MIN_COUNTED_VOLUME
     device: Device = "auto"
     precision: Annotated[str, OneOf(*PRECISIONS)] = "auto"
     batch_size: Count | None = None
@@ -207,9 +222,13 @@ class RunConfig(Constrained):
     omp_nthreads: Count = 1
     mem_gb: Positive = 8.0
     n_gpu_procs: Count = 1
+    low_mem: bool = False
     plugin_file: Path | None = None
     clean_workdir: bool = False
     no_viewer: bool = False
+    md_only_boilerplate: bool = False
+    resource_monitor: bool = False
+    write_graph: bool = False
     keep_workdir: bool = False
     stop_on_first_crash: bool = False
     reports_only: bool = False

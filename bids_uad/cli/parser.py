@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ SEQUENCES = (
 )  # fmt: skip
 """Options that take several values; duplicates are dropped."""
 
+WITHOUT_EFFECT = ("notrack", "skip_bids_validation", "output_layout")
+"""Options of fMRIPrep that are accepted and checked, but change nothing."""
 SUBCOMMANDS = ("train", "calibrate", "simulate", "atlas", "extraction")
 """First argument of a command line that does not name a dataset for the participant or group level."""
 TRAINING = ("train", "calibrate")
@@ -53,6 +56,30 @@ EXIT_CODES = (
     "Exit codes: 0 success, 1 an image or report failed, 2 wrong usage, 66 no usable input, 69 GPU, model "
     "or atlas not available, 73 folder not writable or disk full."
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that suggests the nearest option for an unknown one, and takes no abbreviations of options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse arguments as argparse does, after a check of the options' names."""
+        # Checked first, since argparse takes the value of an unknown option for a positional argument.
+        for argument in sys.argv[1:] if args is None else args:
+            name = argument.partition("=")[0]
+            if argument == "--":
+                break
+            if name.startswith("--") and name not in self._option_string_actions:
+                self.error(f"unknown option {name}; {self._suggestion(name)}")
+        return super().parse_known_args(args, namespace)
+
+    def _suggestion(self, name: str) -> str:
+        options = self._option_string_actions.items()
+        known = [option for option, action in options if action.help != argparse.SUPPRESS]
+        nearest = get_close_matches(name.lower(), known, n=1)
+        return f"did you mean {nearest[0]}?" if nearest else "--help lists all options"
 
 
 class LongHelp(argparse.HelpFormatter):
@@ -97,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     argparse.ArgumentParser
         Options without a value on the command line are absent from its namespace.
     """
-    parser = _new_parser(
+    parser = Parser(
         prog="bids_uad",
         usage=USAGE,
         description="Detect anomalies in T1w, T2w and FLAIR brain MRI. Not for clinical use. See "
@@ -140,7 +167,7 @@ def build_scans_parser() -> argparse.ArgumentParser:
     argparse.ArgumentParser
         Options without a value on the command line are absent from its namespace.
     """
-    parser = _new_parser(
+    parser = Parser(
         prog="bids_uad",
         usage="bids_uad SCAN.nii.gz ... OUTPUT_DIR [options]",
         description="Detect anomalies in scans of the brain that are not in a BIDS dataset. Each scan is "
@@ -181,7 +208,7 @@ def build_training_parser(command: str) -> argparse.ArgumentParser:
         Its namespace names the two folders as that of :func:`build_parser` does.
     """
     train = command == "train"
-    parser = _new_parser(
+    parser = Parser(
         prog=f"bids_uad {command}",
         description="Train a detector on preprocessed scans of healthy controls, and write a model bundle."
         if train
@@ -200,10 +227,6 @@ def build_training_parser(command: str) -> argparse.ArgumentParser:
     _add_resource_options(parser.add_argument_group("resources"))
     _add_control_options(parser.add_argument_group("run control"))
     return parser
-
-
-def _new_parser(**options: Any) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
 
 
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
@@ -225,6 +248,11 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "--bids-database-dir", dest="database_dir", type=Path, metavar="PATH",
         help="pybids database of the dataset. It is written if it does not exist. By default, each "
         "participant is indexed when it is processed",
+    )  # fmt: skip
+    group.add_argument(
+        "--skip-bids-validation", "--skip_bids_validation", action="store_true",
+        help="no effect, for compatibility with fMRIPrep. The BIDS validator is never run; images that are "
+        "used are checked in any case",
     )  # fmt: skip
     group.add_argument(
         "-d", "--derivatives", nargs="+", action="extend", metavar="NAME=PATH",
@@ -250,8 +278,8 @@ def _add_detection_options(group: argparse._ArgumentGroup) -> None:
         "--deviation", dest="deviations", nargs="+", choices=DEVIATIONS,
         help="write scores, or deviations from controls of the same age. 'none' writes the scores; "
         "'normative' writes the deviation of the scores from those of healthy controls of the same age and "
-        "sex (participants.tsv) at the same voxel; default: for pls the better one on validation scans, none "
-        "for other detectors",
+        "sex (participants.tsv) at the same voxel; default: for pls normative, unless scores were better by "
+        "more than one standard error on validation scans; none for other detectors",
     )  # fmt: skip
     group.add_argument("--atlas-dir", type=Path, metavar="PATH", help="folder with tpl-SRI24")
     group.add_argument(
@@ -265,10 +293,18 @@ def _add_detection_options(group: argparse._ArgumentGroup) -> None:
         "HD-BET's folder hd-bet_params",
     )  # fmt: skip
     group.add_argument(
-        "--min-lesion-volume", type=_volume, metavar="MM3",
-        help="smallest lesion and component counted (default: 3 mm3). 0 counts all; 3 mm3 as in the MSSEG "
-        "challenge, BraTS uses 50",
+        "--min-lesion-size", type=_volume, metavar="MM3",
+        help="smallest component of the anomaly mask (default: the model's, fixed on validation scans). "
+        "Smaller ones are removed from the mask; 0 keeps all",
     )  # fmt: skip
+    group.add_argument(
+        "--min-counted-volume", type=_volume, metavar="MM3",
+        help="smallest lesion of the ground truth and false positive counted (default: 3 mm3). Masks do not "
+        "depend on it. 0 counts all; 3 mm3 as in the MSSEG challenge, BraTS uses 50",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-lesion-volume", dest="min_counted_volume", type=_volume, help=argparse.SUPPRESS
+    )  # deprecated
 
 
 def _add_resource_options(group: argparse._ArgumentGroup) -> None:
@@ -309,6 +345,11 @@ def _add_scheduling_options(group: argparse._ArgumentGroup) -> None:
         help="memory in total: 16G, or in MB (default: all that is granted)",
     )  # fmt: skip
     group.add_argument(
+        "--low-mem", action="store_true",
+        help="reduce memory usage. Slices are scored one by one, unless --batch-size is given; the memory of "
+        "parallel steps is limited by --mem",
+    )  # fmt: skip
+    group.add_argument(
         "--n-gpu-procs", "--n_gpu_procs", type=_positive, metavar="N",
         help="images scored at a time on the GPU (default: 1)",
     )  # fmt: skip
@@ -343,6 +384,15 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         "--keep-workdir", action="store_true",
         help="keep intermediate files. By default, those of participants without failures are removed",
     )  # fmt: skip
+    group.add_argument(
+        "--resource-monitor", action="store_true",
+        help="record memory and CPU usage of each step with nipype, in OUTPUT_DIR/logs. Not with SLURMGraph",
+    )  # fmt: skip
+    group.add_argument(
+        "--write-graph", action="store_true",
+        help="write the workflow graph of each participant. Beside its crash files, as .dot and, if Graphviz "
+        "is installed, .svg",
+    )  # fmt: skip
     group.add_argument("--stop-on-first-crash", action="store_true", help="stop at the first failure")
     group.add_argument("--reports-only", action="store_true", help="only rewrite participant reports")
     _add_report_options(group)
@@ -350,10 +400,20 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_report_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options of the reports of participants."""
+    """Add the options of the reports and of the methods text."""
     group.add_argument(
         "--no-viewer", action="store_true",
         help="write no interactive viewers beside the reports. Each takes 2 to 5 MB and about 1 s",
+    )  # fmt: skip
+    group.add_argument(
+        "--md-only-boilerplate", action="store_true",
+        help="write the methods text as Markdown only. By default, pandoc converts it to HTML and LaTeX, if "
+        "it is installed",
+    )  # fmt: skip
+    group.add_argument(
+        "--output-layout", type=_layout, metavar="bids",
+        help="layout of the outputs: bids, a derivative dataset in OUTPUT_DIR. fMRIPrep's layout 'legacy' "
+        "is not supported",
     )  # fmt: skip
 
 
@@ -512,7 +572,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
         options = _scans_options(arguments)
     else:
         options = vars(build_parser().parse_args(arguments))
-    options.pop("notrack", None)
+    for name in WITHOUT_EFFECT:
+        options.pop(name, None)
     config_file = options.pop("config_file", None)
     values = {} if config_file is None else _read_config_file(config_file)
     for name in SEQUENCES:
@@ -700,6 +761,14 @@ def _memory(text: str) -> float:
         return parse_memory(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _layout(text: str) -> str:
+    if text != "bids":
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not supported; the outputs are always a dataset in OUTPUT_DIR; leave it out"
+        )
+    return text
 
 
 def _detector(text: str) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from bids_uad import __version__
 from bids_uad.dataset.naming import LOOK_UP_TABLES, ImageUnit
-from bids_uad.space import NAME
+from bids_uad.space import CLASS_LIMITS, CORTICAL_CLASS, NAME
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
 ANOMALY_MAP = "Anomaly score of each brain voxel; unbounded, not a probability; 0 outside the brain"
@@ -50,6 +50,19 @@ COMPONENT_COLUMNS: dict[str, dict[str, Any]] = {
         "its hemisphere; n/a outside all regions"
     },
     "region_probability": {"Description": "Mean probability of this region in the component"},
+    "location_class": {
+        "Description": "Class of the component by location in the built-in atlas; n/a outside all regions",
+        "Levels": {
+            "infratentorial": "Mostly in brain stem, cerebellum or fourth ventricle",
+            "deep grey matter": "Mostly in thalamus, basal ganglia, hippocampus, amygdala or ventral "
+            "diencephalon",
+            "juxtacortical/cortical": "Mostly in the cerebral cortex, or elsewhere, at most "
+            f"{CLASS_LIMITS[CORTICAL_CLASS][1]:g} mm from it and not periventricular",
+            "periventricular": "Elsewhere, at most "
+            f"{CLASS_LIMITS['periventricular'][1]:g} mm from a lateral ventricle",
+            "deep white matter": "All others",
+        },
+    },
 }
 
 HISTOGRAM_COLUMNS: dict[str, dict[str, Any]] = {
@@ -104,6 +117,11 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
         "sidecar of the mask): score that a voxel of each component exceeds"
     },
     "threshold_name": {"Description": "Criterion by which the threshold was chosen on validation data"},
+    "min_component_volume_mm3": {
+        "Description": "Minimum volume of components of the anomaly mask: that of the model, fixed on "
+        "validation data, or --min-lesion-size",
+        "Units": "mm^3",
+    },
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "anomaly_volume_mm3": {"Description": "Volume of the anomaly mask", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},
@@ -114,7 +132,7 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
     "n_components": {"Description": "Number of 26-connected components of the anomaly mask"},
     "min_lesion_volume_mm3": {
         "Description": "Minimum volume of counted lesions and of false-positive components "
-        "(--min-lesion-volume)",
+        "(--min-counted-volume)",
         "Units": "mm^3",
     },
     "n_counted_components": {

@@ -68,6 +68,9 @@ RULE_ENTRIES = {
     "holes": Annotated[str, OneOf(*FILLING)],
 }
 """Required entries of a decision rule that is not a plain threshold."""
+MODEL_MINIMUM = "decision rule of the model (ThresholdCohort)"
+OPTION_MINIMUM = "--min-lesion-size"
+"""Sources of the minimum volume of components."""
 DEFAULT_DEVIATION = "default_deviation"
 """Entry of ``calibration.json`` for the kind of maps that `calibrate` chose, if it did."""
 
@@ -170,12 +173,15 @@ class Bundle:
     deviation : {"none", "normative"}, default="none"
         Whether maps hold scores or their deviations from the normative reference. Thresholds and bin edges
         are chosen accordingly.
+    min_component_volume : float, optional
+        Minimum volume in mm3 of components of the anomaly mask; by default that of the decision rule.
     """
 
     folder: Path
     info: dict[str, Any] = field(repr=False)
     calibration: dict[str, Any] | None = field(repr=False)
     deviation: str = "none"
+    min_component_volume: float | None = None
 
     @property
     def detector(self) -> str:
@@ -245,7 +251,14 @@ class Bundle:
     def rule(self) -> DecisionRule:
         """Steps from a map to the anomaly mask; a plain threshold unless the bundle has a decision rule."""
         threshold, entries = self.default_threshold[1], self._threshold_set().get("rule")
-        return DecisionRule(threshold) if entries is None else DecisionRule.read(threshold, entries)
+        rule = DecisionRule(threshold) if entries is None else DecisionRule.read(threshold, entries)
+        minimum = self.min_component_volume
+        return rule if minimum is None else replace(rule, min_volume=minimum)
+
+    @property
+    def min_component_volume_source(self) -> str:
+        """Where the minimum volume of components comes from, for sidecars."""
+        return MODEL_MINIMUM if self.min_component_volume is None else OPTION_MINIMUM
 
     @property
     def bin_edges(self) -> np.ndarray:

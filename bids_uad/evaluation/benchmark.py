@@ -96,7 +96,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     **interval_columns("fpr_lesion_mean", "mean"),
     "min_lesion_volume_mm3": {
         "Description": "Minimum volume of counted lesions and of false-positive components (option "
-        "--min-lesion-volume of the participant level)",
+        "--min-counted-volume of the participant level)",
         "Units": "mm^3",
     },
     "n_lesions": {

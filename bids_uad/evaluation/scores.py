@@ -47,8 +47,8 @@ class ConsistencyCheck:
         Raises
         ------
         InputError
-            If the model bundle, bin edges or threshold differ from those of the same detector and modality,
-            or the minimum lesion volume from that of any table.
+            If the model bundle, bin edges, threshold or minimum volume of components differ from those of the
+            same detector and modality, or the minimum lesion volume from that of any table.
         """
         self._versions.setdefault(unit.app_version, set()).add(unit.subject)
         if np.isnan(unit.min_lesion_volume_mm3):
@@ -91,6 +91,13 @@ class ConsistencyCheck:
                 f"(bundle SHA-256 {unit.model_sha256} and {first.model_sha256})",
                 "score all participants with one bundle, or use a separate OUTPUT_DIR for each bundle",
             )
+        if abs(first.min_component_volume_mm3 - unit.min_component_volume_mm3) > 0:  # False for NaN
+            raise InputError(
+                unit.path,
+                f"masks with components of at least {unit.min_component_volume_mm3:g} mm3, but "
+                f"{first.min_component_volume_mm3:g} mm3 in {first.path.name}",
+                "run the participant level with the same --min-lesion-size for all participants",
+            )
         minimum = unit.min_lesion_volume_mm3
         if np.isnan(minimum):
             return
@@ -100,7 +107,7 @@ class ConsistencyCheck:
                 unit.path,
                 f"minimum lesion volume of {minimum:g} mm3, but "
                 f"{self._first_counted.min_lesion_volume_mm3:g} mm3 in {self._first_counted.path.name}",
-                "run the participant level with the same --min-lesion-volume for all participants",
+                "run the participant level with the same --min-counted-volume for all participants",
             )
 
     def warnings(self) -> list[str]:

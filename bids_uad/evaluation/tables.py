@@ -39,7 +39,8 @@ _METRICS_COLUMNS = (
 )
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
 """Columns that depend on the minimum lesion volume."""
-_OPTIONAL_COLUMNS = ("scanner_seen", "detected_volume_mm3", *_COUNTING_COLUMNS)
+_OPTIONAL_NUMBERS = ("detected_volume_mm3", "min_component_volume_mm3", *_COUNTING_COLUMNS)
+_OPTIONAL_COLUMNS = ("scanner_seen", *_OPTIONAL_NUMBERS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """Counts that are not comparable in tables without a minimum lesion volume."""
@@ -96,6 +97,8 @@ class UnitScores:
     detected_volume_mm3 : float
         Volume of the anomaly mask inside the lesion mask in mm3; NaN without a lesion mask, and in tables of
         earlier versions, whose anomaly masks are plain thresholds.
+    min_component_volume_mm3 : float
+        Minimum volume of components of the anomaly mask in mm3; NaN in tables of earlier versions.
     min_lesion_volume_mm3 : float
         Minimum volume of counted lesions and false-positive components in mm3; NaN in tables of early
         versions, which counted all.
@@ -128,6 +131,7 @@ class UnitScores:
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
     detected_volume_mm3: float
+    min_component_volume_mm3: float
     min_lesion_volume_mm3: float
     n_components: float
     n_counted_components: float
@@ -242,7 +246,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     visit = f"sub-{entities['sub']}", entities.get("ses")
     numbers = {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.startswith("n_")}
     numbers |= {key: _number(path, row, key) for key in _METRICS_COLUMNS if key.endswith("_mm3")}
-    numbers |= {key: _number(path, row, key) for key in ("detected_volume_mm3", *_COUNTING_COLUMNS)}
+    numbers |= {key: _number(path, row, key) for key in _OPTIONAL_NUMBERS}
     if np.isnan(numbers["min_lesion_volume_mm3"]):
         numbers |= dict.fromkeys(_COUNTS, np.nan)
     threshold = _number(path, row, "threshold")

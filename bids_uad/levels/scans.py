@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad import __version__
-from bids_uad.config import DEFAULT_MIN_LESION_VOLUME, EXTRACTIONS, MODALITIES, SCANS, RunConfig
+from bids_uad.config import EXTRACTIONS, MODALITIES, SCANS, RunConfig
 from bids_uad.errors import (
     ConfigError,
     ExitCode,
@@ -556,7 +556,7 @@ def detect(
     brain_extraction: str = EXTRACTIONS[0],
     device: str = "auto",
     precision: str = "auto",
-    min_lesion_volume: float = DEFAULT_MIN_LESION_VOLUME,
+    min_lesion_size: float | None = None,
     random_seed: int = 0,
 ) -> Result:
     """Detect anomalies in a scan of the brain, as ``bids_uad SCAN OUTPUT_DIR`` does.
@@ -580,8 +580,9 @@ def detect(
         `auto`, `cpu`, `cuda` or `cuda:N`.
     precision : {"auto", "fp32", "bf16"}, default="auto"
         Arithmetic of the networks.
-    min_lesion_volume : float, default=3
-        Minimum volume in mm3 of components that are counted in the report.
+    min_lesion_size : float, default=None
+        Minimum volume in mm3 of components of the mask; 0 keeps all. If None, that of the model, which was
+        fixed on validation scans.
     random_seed : int, default=0
         Seed of all random numbers.
 
@@ -616,7 +617,7 @@ def detect(
             brain_extraction=brain_extraction,
             device=device,
             precision=precision,
-            min_lesion_volume=float(min_lesion_volume),
+            min_lesion_size=None if min_lesion_size is None else float(min_lesion_size),
             random_seed=random_seed,
             no_viewer=output_dir is None,
             nprocs=available_cpus(),

@@ -14,6 +14,7 @@ from typing import Any
 
 from bids_uad import __version__
 from bids_uad.calibration.normative import FWHM
+from bids_uad.engine.bundle import OPTION_MINIMUM
 from bids_uad.files import write_text
 from bids_uad.methods.registry import detector_name
 from bids_uad.preprocessing.brain_extraction.masks import COMBINED, TEMPLATE
@@ -63,7 +64,7 @@ class UsedModel:
     imputed : bool, default=False
         Whether a missing age or sex of a participant was replaced by the mean of the reference.
     rule : mapping, default={}
-        Decision rule besides the threshold (`DecisionRule.entries`); empty for a plain threshold.
+        Decision rule besides the threshold, see :func:`describe_rule`; empty for a plain threshold.
     """
 
     detector: str
@@ -120,13 +121,23 @@ def describe_threshold(name: str) -> str:
 
 
 def describe_rule(rule: Mapping[str, Any]) -> str:
-    """Return a decision rule besides its threshold (`DecisionRule.entries`) in words; empty without one."""
+    """Return a decision rule besides its threshold in words; empty without one.
+
+    Parameters
+    ----------
+    rule : mapping
+        Entries of `DecisionRule.entries` and, if known, `min_volume_source`, the source of the minimum volume
+        (`Bundle.min_component_volume_source`); empty for a plain threshold.
+    """
     if not rule:
         return ""
+    minimum = rule["min_volume_mm3"]
+    volume = f"at least {minimum:g} mm\N{SUPERSCRIPT THREE}" if minimum else "any volume"
+    source = f" ({OPTION_MINIMUM})" if rule.get("min_volume_source") == OPTION_MINIMUM else ""
     holes = {"3d": ", cavities filled", "axial": ", holes of axial slices filled"}.get(rule["holes"], "")
     return (
-        f"components of voxels above {rule['low_threshold']:.3g} with a voxel above the threshold and at "
-        f"least {rule['min_volume_mm3']:g} mm\N{SUPERSCRIPT THREE}{holes}"
+        f"components of voxels above {rule['low_threshold']:.3g} with a voxel above the threshold and "
+        f"{volume}{source}{holes}"
     )
 
 
@@ -246,7 +257,7 @@ def fragment(name: str, /, **values: str) -> str:
     return template.substitute(values | versions).strip()
 
 
-def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Path]:
+def write_citation(out_dir: Path, text: str, name: str = "CITATION", *, md_only: bool = False) -> list[Path]:
     """Write the methods text and its bibliography to ``logs/``.
 
     Parameters
@@ -257,12 +268,14 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
         Markdown of `methods_text`.
     name : str, default="CITATION"
         Name of the files without extension; the bibliography is always ``CITATION.bib``.
+    md_only : bool, default=False
+        Whether pandoc is not used.
 
     Returns
     -------
     list of pathlib.Path
-        ``CITATION.md``, ``CITATION.bib`` and, where pandoc is installed and works, ``CITATION.html`` and
-        ``CITATION.tex``.
+        ``CITATION.md``, ``CITATION.bib`` and, where pandoc is used, installed and works, ``CITATION.html``
+        and ``CITATION.tex``.
     """
     logs = Path(out_dir) / "logs"
     references = write_text(logs / "CITATION.bib", (assets() / "bids_uad.bib").read_text(encoding="utf-8"))
@@ -271,7 +284,7 @@ def write_citation(out_dir: Path, text: str, name: str = "CITATION") -> list[Pat
         page = logs / f"{name}.{kind}"
         # Remove the page of an earlier run, which would contradict the text.
         page.unlink(missing_ok=True)
-        content = _pandoc(text, kind, references)
+        content = None if md_only else _pandoc(text, kind, references)
         if content is not None:
             written.append(write_text(page, content))
     # The text comes last: where it is up to date, the other files are.

@@ -74,7 +74,7 @@ class Detection:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """Decision rule besides the threshold (`DecisionRule.entries`); empty for a plain threshold."""
+        """Decision rule besides the threshold, as for `describe_rule`; empty for a plain threshold."""
         fields = {
             "low_threshold": "LowThreshold",
             "min_volume_mm3": "MinComponentVolume",
@@ -82,7 +82,8 @@ class Detection:
         }
         if not set(fields.values()) <= set(self.sidecar):
             return {}
-        return {name: self.sidecar[field] for name, field in fields.items()}
+        fields["min_volume_source"] = "MinComponentVolumeSource"
+        return {name: self.sidecar.get(field) for name, field in fields.items()}
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ def component_rows(
                 "mean": _score(row.mean_score),
                 "centroid": _point(row, "centroid"),
                 "mni": _point(row, "mni"),
+                "class": row.location_class if pd.notna(getattr(row, "location_class", None)) else "",
                 "regions": ", ".join(region for region in regions if pd.notna(region)),
                 "hit": int(row.index) in hits,
             }

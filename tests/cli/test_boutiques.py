@@ -41,7 +41,7 @@ def test_descriptor_is_valid():
 def test_descriptor_types_match_the_parser():
     kinds = {item["id"]: (item["type"], item.get("integer", False)) for item in descriptor()["inputs"]}
     assert kinds["nprocs"] == kinds["random_seed"] == ("Number", True)
-    assert kinds["min_lesion_volume"] == ("Number", False)
+    assert kinds["min_counted_volume"] == ("Number", False)
     assert kinds["bids_dir"] == kinds["atlas_dir"] == ("File", False)
     assert kinds["output_dir"] == kinds["mem_gb"] == kinds["device"] == ("String", False)
     assert kinds["dry_run"] == ("Flag", False)
@@ -58,7 +58,7 @@ def test_command_line_of_the_descriptor_is_parsed(capsys, tmp_path):
         "modalities": ["T1w"],
         "nprocs": 2,
         "clean_workdir": True,
-        "min_lesion_volume": 0.5,
+        "min_counted_volume": 0.5,
     }
     program, *arguments = simulated(capsys, tmp_path, invocation)
     # A list of values takes in what follows, so the positional arguments come first.
@@ -72,5 +72,5 @@ def test_command_line_of_the_descriptor_is_parsed(capsys, tmp_path):
         "modalities": ["T1w"],
         "nprocs": 2,
         "clean_workdir": True,
-        "min_lesion_volume": 0.5,
+        "min_counted_volume": 0.5,
     }

@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +65,38 @@ def test_bare_memory_is_megabytes(parse, flag):
     assert parse(flag, "16000").mem_gb == 16.0
 
 
-def test_notrack_is_accepted(parse):
-    assert parse("--notrack").levels == ("participant",)
+def test_options_of_fmriprep_without_effect_are_accepted(parse, capsys):
+    options = ("--notrack", "--skip-bids-validation", "--skip_bids_validation", "--output-layout", "bids")
+    changed = dataclasses.asdict(parse(*options))
+    assert changed | {"run_id": ""} == dataclasses.asdict(parse()) | {"run_id": ""}
+    with pytest.raises(SystemExit, match="2"):
+        parse("--output-layout", "legacy")
+    assert "'legacy' is not supported; the outputs are always a dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("unknown", "words"),
+    [
+        (["--participants-label", "01"], "--participants-label; did you mean --participant-label?"),
+        (["--Output-Layout=bids"], "--Output-Layout; did you mean --output-layout?"),
+        (["--lowmem"], "--lowmem; did you mean --low-mem?"),
+        (["--fs-license-file", "x"], "--fs-license-file; "),
+        (["--min-lesion-sz", "3"], "--min-lesion-sz; did you mean --min-lesion-size?"),
+        (["--zzzzqq"], "--zzzzqq; --help lists all options"),
+        (["--nproc", "2"], "--nproc; did you mean --nprocs?"),  # no abbreviation
+    ],
+)
+def test_unknown_option_is_refused_with_the_nearest_name(parse, capsys, unknown, words):
+    with pytest.raises(SystemExit, match="2"):
+        parse(*unknown)
+    assert f"error: unknown option {words}" in capsys.readouterr().err
+
+
+def test_unknown_option_before_the_level_is_named(capsys):
+    """Not its value, which argparse would take for a level."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["data", "out", "--partecipant-label", "01", "participant"])
+    assert "unknown option --partecipant-label; did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -356,7 +387,8 @@ ILLEGAL = {
     "deviations": [("normal",)],
     "decision_rule": ["median"],
     "brain_extraction": ["bet", None],
-    "min_lesion_volume": [-1.0, float("nan"), float("inf"), None],
+    "min_lesion_size": [-1.0, float("nan")],
+    "min_counted_volume": [-1.0, float("nan"), float("inf"), None],
     "device": ["gpu", "cuda:x", "cuda:"],
     "precision": ["fp16", None],
     "batch_size": [0, 2.0],
@@ -412,11 +444,14 @@ def test_negative_seed_is_refused(parse):
         parse("--random-seed", "-1")
 
 
-def test_min_lesion_volume(parse, capsys):
-    assert parse().min_lesion_volume == 3
-    assert parse("--min-lesion-volume", "0").min_lesion_volume == 0
-    assert parse("--min-lesion-volume", "12.5").min_lesion_volume == 12.5
+def test_minimum_volumes_of_components_and_of_counted_lesions(parse, tmp_path, capsys):
+    assert (parse().min_lesion_size, parse().min_counted_volume) == (None, 3)
+    assert parse("--min-lesion-size", "0").min_lesion_size == 0
+    assert parse("--min-counted-volume", "12.5").min_counted_volume == 12.5
+    assert parse("--min-lesion-volume", "12.5").min_counted_volume == 12.5  # deprecated
+    (tmp_path / "old.toml").write_text("min_lesion_volume = 50.0")
+    assert parse("--config-file", str(tmp_path / "old.toml")).min_counted_volume == 50
     for text in ("-1", "nan", "inf", "three"):
         with pytest.raises(SystemExit):
-            parse(f"--min-lesion-volume={text}")
+            parse(f"--min-lesion-size={text}")
         assert f"'{text}' is not a volume in mm3 (0 or more)" in capsys.readouterr().err

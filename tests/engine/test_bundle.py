@@ -60,7 +60,9 @@ def test_rule_of_a_bundle_is_a_plain_threshold_unless_it_has_another(folder):
     assert load_bundle(folder).rule == DecisionRule(0.5)
     assert load_bundle(folder).default_deviation == "none"
     edit(folder / "calibration.json", rule=RULE)
-    assert load_bundle(folder).rule == DecisionRule(0.5, 0.25, 10.0, "axial")
+    bundle = load_bundle(folder)
+    assert bundle.rule == DecisionRule(0.5, 0.25, 10.0, "axial")
+    assert replace(bundle, min_component_volume=0.0).rule == DecisionRule(0.5, 0.25, 0.0, "axial")
 
 
 def test_deviation_by_default_is_that_of_the_calibration(folder):

@@ -33,6 +33,7 @@ class Scan:
     version: str = "0.1.0"
     seen_in_training: str = "no"
     scanner_seen: str | None = "unseen"
+    min_component_volume: float | None = 0.0
     min_lesion_volume: float | None = 3.0
     n_components: float = 3
     n_lesions: float = 2
@@ -80,6 +81,7 @@ class Scan:
             "brain_volume_mm3": float(brain),
             "anomaly_volume_mm3": float(found),
             "lesion_volume_mm3": float(self.n_lesion.sum()) if masked else np.nan,
+            "min_component_volume_mm3": self.min_component_volume,
             "min_lesion_volume_mm3": self.min_lesion_volume,
             "n_components": self.n_components,
             "n_counted_components": self.n_components,

@@ -119,7 +119,7 @@ def test_tables_with_another_minimum_lesion_volume_raise(cohort):
         cohort
     )
     with pytest.raises(
-        InputError, match=r"sub-2_.*minimum lesion volume of 50 mm3, but 3 mm3 in sub-1_.*--min-l"
+        InputError, match=r"sub-2_.*minimum lesion volume of 50 mm3, but 3 mm3 in sub-1_.*--min-c"
     ):
         run(cohort)
 
@@ -194,7 +194,10 @@ def test_tables_of_different_bundles_raise(cohort):
     Scan("7", edges=EDGES * 2, threshold=0.8, sha256="f" * 64).write(cohort)
     with pytest.raises(InputError, match=f"other score bins.*{'f' * 64} and {'d' * 64}"):
         run(cohort)
-    scan("7", threshold=0.6).write(cohort)
+    scan("7", min_component_volume=30.0).write(cohort)
+    with pytest.raises(InputError, match=r"components of at least 30 mm3, but 0 mm3 in .*--min-lesion-size"):
+        run(cohort)
+    scan("7", threshold=0.6, min_component_volume=None).write(cohort)
     with pytest.raises(InputError, match=r"another threshold \(0\.6 instead of 0\.4\)"):
         run(cohort)
     scan("7", detector="patchcore", sha256="f" * 64).write(cohort)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from bids_uad.files import CHECKSUMS, file_sha256
 from bids_uad.levels.participant import run, summary, workflow
 from bids_uad.levels.participant import workflow as writing
 from bids_uad.methods import registry
+from bids_uad.reports.boilerplate import describe_rule
+from bids_uad.reports.derivatives import find_images
 from tests.dataset.skeleton import write_dataset, write_image, write_mask
 from tests.header_contract import faults_below
 from tests.levels.fakes import (
@@ -452,7 +455,7 @@ def test_changed_minimum_lesion_volume_recounts_lesions(bench):
     metrics = bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
     written = []
     for option, least, n_lesions in (((), 3, 1), (("50",), 50, 0), (("50",), 50, 0), (("0",), 0, 1)):
-        options = ["--min-lesion-volume", *option] if option else []
+        options = ["--min-counted-volume", *option] if option else []
         assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", *options) == 0
         row = pd.read_csv(metrics, sep="\t").iloc[0]
         assert (row["min_lesion_volume_mm3"], row["n_lesions"]) == (least, n_lesions)
@@ -461,6 +464,43 @@ def test_changed_minimum_lesion_volume_recounts_lesions(bench):
         assert json.loads(metrics.with_suffix(".json").read_text())["MinLesionVolume"] == least
         written.append(metrics.stat().st_mtime_ns)
     assert written[0] != written[1] == written[2] != written[3]  # the third run had nothing to do
+    sidecar = json.loads(metrics.with_suffix(".json").read_text())
+    assert (sidecar["MinComponentVolume"], "LowThreshold" in sidecar) == (0, False)
+    assert sidecar["MinComponentVolumeSource"].startswith("decision rule of the model")
+    volumes = pd.read_csv(component_table := next(metrics.parent.glob("*_dseg.tsv")), sep="\t")["volume_mm3"]
+    least = volumes.max()
+    assert (volumes < least).any()
+    assert bench.run("--min-lesion-size", f"{least:g}") == 0
+    kept = pd.read_csv(component_table, sep="\t")["volume_mm3"]
+    assert kept.tolist() == volumes[volumes >= least].tolist()
+    assert pd.read_csv(metrics, sep="\t")["min_component_volume_mm3"].tolist() == [least]
+    sidecar = json.loads(metrics.with_suffix(".json").read_text())
+    assert (sidecar["MinComponentVolume"], sidecar["MinComponentVolumeSource"]) == (
+        least,
+        "--min-lesion-size",
+    )
+    rule = find_images(bench.out, "01")[0].detections[0].rule
+    words = f"and at least {least:g} mm\N{SUPERSCRIPT THREE} (--min-lesion-size)"
+    assert describe_rule(rule).endswith(words)
+    assert words in (bench.out / "logs/CITATION.md").read_text()
+
+
+def test_graph_resources_and_methods_text_as_with_fmriprep(bench, monkeypatch):
+    """The graph is drawn by Graphviz, and the text converted by pandoc, only where they are installed."""
+    bench.dataset(T1W)
+    asked = []
+    monkeypatch.setattr(shutil, "which", lambda name, **_: asked.append(name))
+    options = ["--md-only-boilerplate", "--low-mem", "--skip-bids-validation", "--output-layout", "bids"]
+    assert bench.run("--write-graph", "--resource-monitor", *options) == 0
+    assert ("dot" in asked, "pandoc" in asked) == (True, False)
+    (graph,) = bench.out.glob("sub-01/log/*/graph.dot")
+    assert {"digraph", "sub_01_T1w_preproc_wf", "detect_disyre"} <= set(re.findall(r"\w+", graph.read_text()))
+    assert (bench.out / "logs/CITATION.md").is_file()
+    (usage,) = bench.out.glob("logs/*_resources.jsonl")
+    steps = {step["name"]: step for step in map(json.loads, usage.read_text().splitlines())}
+    assert steps["detect_disyre"]["duration"] > 0
+    assert 0.01 < steps["detect_disyre"]["runtime_memory_gb"] < 50
+    assert "low_mem = true" in next(bench.out.glob("logs/*.toml")).read_text()
 
 
 @pytest.mark.slow

@@ -331,6 +331,9 @@ def test_detected_components_have_regions_of_the_built_in_atlas():
     assert table["region"].isna().tolist() == [False, False, True]
     assert table["region_probability"].iloc[:2].between(0.5, 1).all()
     assert table["region_probability"].iloc[2] == 0
+    assert table["location_class"].tolist()[:2] == ["infratentorial", "deep grey matter"]
+    assert table["location_class"].isna().tolist() == [False, False, True]
+    assert set(table["location_class"].dropna()) <= set(COMPONENT_COLUMNS["location_class"]["Levels"])
     assert set(COMPONENT_COLUMNS) | {"index", "name"} == set(table)
 
 

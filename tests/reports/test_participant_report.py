@@ -304,6 +304,7 @@ def test_components_have_the_regions_of_the_parcellations(tmp_path):
             **dict(zip(("mni_x", "mni_y", "mni_z"), ([-12.4, 3.0], [0.2, 4.0], [30.6, 5.0]), strict=True)),
             "index": [1, 2],
             "region": ["left insula", None],
+            "location_class": ["juxtacortical/cortical", None],
             "lpba40": ["left insular cortex", None],
             "tzo116plus": ["Insula_L", "Insula_R"],
         }
@@ -311,7 +312,8 @@ def test_components_have_the_regions_of_the_parcellations(tmp_path):
     rows = component_rows(table, None, None)
     assert [row["regions"] for row in rows] == ["Insula_R", "left insula, left insular cortex, Insula_L"]
     assert [row["mni"] for row in rows] == ["3, 4, 5", "\N{MINUS SIGN}12, 0, 31"]
-    without = table.drop(columns=["mni_x", "mni_y", "mni_z"])
+    assert [row["class"] for row in rows] == ["", "juxtacortical/cortical"]
+    without = table.drop(columns=["mni_x", "mni_y", "mni_z", "location_class"])
     assert [row["mni"] for row in component_rows(without, None, None)] == ["", ""]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,7 @@ PACKAGED = Path(space.__file__).parent / "data" / "atlas"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LABEL_MAPS = SHARED / "labelmaps"
 SRI24 = SHARED / "tpl-SRI24"
+LESIONS = SHARED / "lesion_masks" / "umcl_ms"
 POSITIONS = {
     "thalamus": ("deep", (10.9, -17.6, 8.0)),
     "caudate": ("deep", (11.5, 11.0, 9.2)),
@@ -252,6 +254,92 @@ def test_probable_regions_agrees_with_a_loop_over_voxels():
             continue
         assert names[number] == max(sums, key=sums.get)
         assert probabilities[number] == pytest.approx(max(sums.values()))
+
+
+CLASS_POSITIONS = {
+    "periventricular": [(26, -25, 25), (20, 32, 8), (32, -50, 12), (3, 15, 18), (10, -20, 26)],
+    "juxtacortical/cortical": [(38, 32, 26), (52, -25, -12), (40, 35, 30), (38, 5, 0), (38, -15, 52)],
+    "deep white matter": [(26, -10, 40), (28, -20, 38), (30, -40, 38)],
+    "deep grey matter": [(11, -18, 8), (25, 4, 2), (19, -2, 0), (28, -22, -14)],
+    "infratentorial": [(2, -25, -32), (22, -45, -34), (35, -65, -40), (6, -26, -10)],
+}
+"""Positions of lesions of each class in MNI space, mm: beside body, horns and trigone of a lateral ventricle
+and in the corpus callosum; gyri and their white matter; centrum semiovale; thalamus, putamen, pallidum and
+hippocampus; pons, cerebellar peduncle and hemisphere, and midbrain."""
+BALL = np.argwhere(np.ones((7, 7, 7))) - 3
+BALL = BALL[(BALL**2).sum(1) <= 9]
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_painted_lesions_have_the_class_of_their_position(side):
+    to_voxel = np.linalg.inv(space.AFFINE) @ space.icbm_to_sri24()
+    classes, balls = [], []
+    for name, positions in CLASS_POSITIONS.items():
+        for x, y, z in positions:
+            classes.append(name)
+            balls.append(np.rint(to_voxel @ [side * x, y, z, 1])[:3].astype(int) + BALL)
+    balls.append(BALL + 5)  # outside the brain
+    owner = np.repeat(np.arange(len(balls)), len(BALL))
+    assert space.lesion_classes(np.concatenate(balls), owner) == [*classes, None]
+
+
+def test_lesion_classes_agree_with_a_loop_over_voxels():
+    """Distances by search in a ball, probabilities by trilinear interpolation with scipy."""
+    percent = np.asarray(nib.load(PACKAGED / space.REGION_FILE).dataobj).astype(float)
+    group = {}
+    for number, region in enumerate(space.REGIONS):
+        names = [name for name, regions in space.LESION_CLASSES.items() if region in regions]
+        group[number] = "white" if names in ([], ["periventricular"]) else names[0]
+    cortex = [number for number, name in group.items() if name == "juxtacortical/cortical"]
+    ventricle = [space.REGIONS.index("lateral ventricle")]
+
+    def reaches(lesion, channels, least, limit):
+        box = np.argwhere(np.ones((9, 9, 9))) - 4
+        near = (lesion[:, None] + box[(box**2).sum(1) <= limit**2]).reshape(-1, 3)
+        cells = ((near - space.PRIOR_START) / space.PRIOR_STEP).T
+        maps = percent[..., channels].sum(-1)
+        return (ndimage.map_coordinates(maps, cells, order=1, mode="nearest") >= least - 1e-4).any()
+
+    random, lesions, expected = np.random.default_rng(5), [], []
+    for centre in random.integers([70, 60, 40], [170, 200, 120], (120, 3)):
+        lesion = centre + BALL[random.random(len(BALL)) < 0.5]
+        cells = np.rint((lesion - space.PRIOR_START) / space.PRIOR_STEP).astype(int)
+        total = dict.fromkeys(group.values(), 0.0)
+        for number, name in group.items():
+            total[name] += percent[(*cells.T, number)].sum()
+        name = max(total, key=total.get)
+        if not any(total.values()):
+            name = None
+        elif name == "white":
+            name = "deep white matter"
+            if reaches(lesion, ventricle, 20, 3):
+                name = "periventricular"
+            elif reaches(lesion, cortex, 40, 1):
+                name = "juxtacortical/cortical"
+        lesions.append(lesion)
+        expected.append(name)
+    owner = np.repeat(np.arange(len(lesions)), [len(lesion) for lesion in lesions])
+    assert space.lesion_classes(np.concatenate(lesions), owner) == expected
+    assert set(space.LESION_CLASSES) <= set(expected)
+
+
+@pytest.mark.skipif(not LESIONS.is_dir(), reason="needs the lesion masks of ../shared")
+def test_lesions_of_multiple_sclerosis_are_where_they_are_typical():
+    """Most of their volume is beside the ventricles, and little of it is in the brain stem and cerebellum."""
+    volumes = Counter()
+    for path in sorted(LESIONS.glob("*.nii.gz")):
+        image = nib.load(path)
+        labels, _ = ndimage.label(np.asarray(image.dataobj) > 0, np.ones((3, 3, 3)))
+        voxels = np.argwhere(labels)
+        to_voxel = np.linalg.inv(space.AFFINE) @ space.icbm_to_sri24() @ image.affine
+        moved = np.rint(nib.affines.apply_affine(to_voxel, voxels)).astype(int)
+        owner = labels[tuple(voxels.T)] - 1
+        sizes = np.bincount(owner)
+        for name, size in zip(space.lesion_classes(moved, owner), sizes, strict=True):
+            volumes[name] += size
+    fractions = {name: volume / sum(volumes.values()) for name, volume in volumes.items()}
+    assert fractions["periventricular"] > 0.4
+    assert fractions.get("infratentorial", 0) < 0.2
 
 
 AGREEMENT = {

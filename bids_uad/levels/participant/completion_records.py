@@ -403,7 +403,9 @@ def describe_model(task: Task, bundle: Bundle, context: RunContext) -> dict[str,
         preset=bundle.preset,
         threshold=threshold,
         threshold_name=name,
-        rule={} if bundle.rule.is_plain else bundle.rule.entries(),
+        rule={}
+        if bundle.rule.is_plain
+        else {**bundle.rule.entries(), "min_volume_source": bundle.min_component_volume_source},
         training={key: training[key] for key in _TRAINING if key in training},
         post_processing=bundle.post_processing,
         precision=context.precision_of(bundle),
@@ -462,15 +464,17 @@ def _merge_model(models: dict[str, UsedModel], model: UsedModel) -> None:
     models[key] = replace(model, seen_in=seen_in, imputed=known.imputed or model.imputed)
 
 
-def write_methods(output_dir: Path) -> None:
+def write_methods(output_dir: Path, *, md_only: bool = False) -> None:
     """Write the methods text of all images in a dataset, under a lock; nothing without records.
 
     Parameters
     ----------
     output_dir : pathlib.Path
         Root of the derivatives.
+    md_only : bool, default=False
+        Whether the text is written as Markdown only.
     """
     with locked(output_dir / "logs" / "dataset.lock"):
         text = describe_methods(read_records(output_dir))
         if text:
-            write_citation(output_dir, text)
+            write_citation(output_dir, text, md_only=md_only)

@@ -232,6 +232,9 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     provenance = traits.Dict(
         mandatory=True, desc="first columns of the metrics table: image, model, threshold"
     )
+    min_component_volume = traits.Either(
+        None, traits.Float, usedefault=True, desc="minimum volume of components, mm3; None: the model's"
+    )
     min_lesion_volume = traits.Float(mandatory=True, desc="minimum volume of counted lesions, mm3")
     files = traits.Dict(mandatory=True, desc="path of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
@@ -254,6 +257,7 @@ class Postprocess(SimpleInterface):
 
     def _run_interface(self, runtime):
         bundle = load_bundle(self.inputs.bundle).with_deviation(self.inputs.deviation)
+        bundle = replace(bundle, min_component_volume=self.inputs.min_component_volume)
         brain = read_sri24(self.inputs.brain_mask) > 0
         scores = self._scores(bundle, brain)
         has_lesion = isdefined(self.inputs.lesion)

@@ -214,14 +214,14 @@ def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
     """Return a text that identifies what the outputs of a model depend on.
 
     These are training, calibration, the requested precision (`auto` is not resolved, so that a run may
-    continue on other hardware), the minimum lesion volume, and for deviations also age and sex.
+    continue on other hardware), the minimum volumes, and for deviations also age and sex.
 
     Parameters
     ----------
     bundle : Bundle
         The model.
     config : RunConfig
-        `precision` and `min_lesion_volume` are used.
+        `precision`, `min_lesion_size` and `min_counted_volume` are used.
     person : Person
         Age and sex of the participant.
 
@@ -231,8 +231,10 @@ def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
         Checksums and values, joined by `+`.
     """
     identity = (
-        f"{bundle.sha256}+{bundle.calibration_sha256}+{config.precision}+{config.min_lesion_volume:g}mm3"
+        f"{bundle.sha256}+{bundle.calibration_sha256}+{config.precision}+{config.min_counted_volume:g}mm3"
     )
+    if config.min_lesion_size is not None:
+        identity += f"+components of {config.min_lesion_size:g}mm3"
     if bundle.deviation == "none":
         return identity
     return f"{identity}+{person.covariates['age']}+{person.covariates['sex']}"
@@ -511,7 +513,7 @@ def remove_outdated(task: Task, config: RunConfig) -> None:
     task : Task
         The image, with the models that are about to write.
     config : RunConfig
-        `output_dir`, `precision` and `min_lesion_volume` are used.
+        `output_dir`, and options that the outputs of models depend on, are used.
     """
     remove_unfinished(config.output_dir / task.unit.folder, lambda name: _is_output_of(name, task.unit))
     identities = {bundle.scored_as: model_identity(bundle, config, task.person) for bundle in task.bundles}

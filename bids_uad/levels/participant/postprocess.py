@@ -19,7 +19,7 @@ from bids_uad.calibration.thresholds import (
     score_counts,
 )
 from bids_uad.images import bounding_box
-from bids_uad.space import AFFINE, VOXEL_MM3, icbm_to_sri24, probable_regions
+from bids_uad.space import AFFINE, VOXEL_MM3, icbm_to_sri24, lesion_classes, probable_regions
 
 SHELL_MM = (2, 6)
 """Distances in mm of the reference tissue for the contrast of a lesion: more than the first from all lesions,
@@ -99,8 +99,10 @@ def detect_anomalies(
     components = label_components(mask)
     table = component_table(components, scores)
     inside = components > 0
-    regions, probabilities = probable_regions(np.argwhere(inside), components[inside] - 1)
+    voxels, owner = np.argwhere(inside), components[inside] - 1
+    regions, probabilities = probable_regions(voxels, owner)
     table["region"], table["region_probability"] = regions, probabilities.round(2)
+    table["location_class"] = lesion_classes(voxels, owner)
     for atlas, (parcellation, names) in parcellations.items():
         table[atlas.lower()] = region_names(components, parcellation, names)
     return Detection(

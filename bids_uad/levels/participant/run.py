@@ -229,7 +229,10 @@ def _choose_models(config: RunConfig, subjects: Sequence[str]) -> tuple[list[Bun
     found = find_modalities(config, subjects)
     by_default = set(config.modalities) == set(MODALITIES)
     models = list(config.models) or None
-    bundles = resolve_bundles(models, found, config.deviations, skip_missing=by_default)
+    bundles = [
+        replace(bundle, min_component_volume=config.min_lesion_size)
+        for bundle in resolve_bundles(models, found, config.deviations, skip_missing=by_default)
+    ]
     skipped = set(found) - {bundle.modality for bundle in bundles}
     kept = tuple(modality for modality in config.modalities if modality not in skipped)
     return bundles, replace(config, modalities=kept)
@@ -468,7 +471,11 @@ class Run:
             LOGGER.debug("workflow not built", exc_info=error)
             message = f"sub-{subject}: the workflow could not be built: {type(error).__name__}: {error}"
             return [], [Problem(subject, message)]
-        write_text(crash_dir(config, subject) / "bids_uad.toml", config.to_toml())
+        log_dir = crash_dir(config, subject)
+        write_text(log_dir / "bids_uad.toml", config.to_toml())
+        if config.write_graph:
+            kind = "svg" if shutil.which("dot") else "dot"
+            workflow.write_graph(str(log_dir / "graph.dot"), graph2use="colored", format=kind)
         for task in pending:
             remove_outdated(task, config)
         try:
@@ -562,7 +569,7 @@ class Run:
             if self._descriptions:
                 self._write_description()  # other jobs may have written it meanwhile
             if self._n_processed or is_outdated(config.output_dir / "logs" / "CITATION.md", self._records()):
-                write_methods(config.output_dir)
+                write_methods(config.output_dir, md_only=config.md_only_boilerplate)
             print_summary(self._rows, console)
         for line in warnings + self._quality:
             LOGGER.warning(line)

@@ -466,7 +466,7 @@ def _detection(task: Task, bundle: Bundle, context: RunContext) -> Node:
         sha256=bundle.sha256,
         device=context.device,
         precision=context.precision_of(bundle),
-        batch_size=config.batch_size or 0,
+        batch_size=config.batch_size or int(config.low_mem),
         compiled=config.compiled,
         use_cuda=not on_cpu,
         threads=threads,
@@ -526,6 +526,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
             "app_version": __version__,
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
+            "min_component_volume_mm3": bundle.rule.min_volume,
             "seen_in_training": seen_in_training(bundle, unit, source_name(config.bids_dir)),
             "scanner_seen": scanner_seen(bundle, task.person.scanner, source_name(config.bids_dir)),
         },
@@ -536,19 +537,22 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
             model,
             run,
             context.reference.parcellations,
-            min_lesion_volume=config.min_lesion_volume,
+            min_lesion_volume=config.min_counted_volume,
         ),
         parcellations={name: str(path) for name, path in context.reference.parcellations.items()},
-        min_lesion_volume=config.min_lesion_volume,
+        min_component_volume=bundle.min_component_volume,
+        min_lesion_volume=config.min_counted_volume,
     )
 
 
 def _rule_fields(bundle: Bundle) -> dict[str, Any]:
-    """Return the sidecar fields of a decision rule that is not a plain threshold."""
+    """Return the sidecar fields of a decision rule; only the minimum volume for a plain threshold."""
     rule = bundle.rule
-    if rule.is_plain:
-        return {}
-    return {"LowThreshold": rule.low, "MinComponentVolume": rule.min_volume, "FilledHoles": rule.holes}
+    minimum = {
+        "MinComponentVolume": rule.min_volume,
+        "MinComponentVolumeSource": bundle.min_component_volume_source,
+    }
+    return minimum if rule.is_plain else {"LowThreshold": rule.low, **minimum, "FilledHoles": rule.holes}
 
 
 def _sink_entities(task: Task) -> dict[str, dict[str, str]]:
