@@ -136,7 +136,7 @@ def run_group(config: RunConfig, console: Console | None = None) -> int:
         tables["experiments"] = (experiments, description, EXPERIMENT_COLUMNS)
     _write_tables(output_dir, tables)
     methods = group_methods_text(evaluation, analyses, experiments, seed=config.random_seed)
-    write_citation(output_dir, methods, "CITATION_group")
+    write_citation(output_dir, methods, "CITATION_group", md_only=config.md_only_boilerplate)
     run = Provenance(_command(config), _date(config), provenance)
     report = write_group_report(output_dir, evaluation, analyses, participants, run, experiments)
 

@@ -499,6 +499,7 @@ def test_graph_resources_and_methods_text_as_with_fmriprep(bench, monkeypatch):
     (usage,) = bench.out.glob("logs/*_resources.jsonl")
     steps = {step["name"]: step for step in map(json.loads, usage.read_text().splitlines())}
     assert steps["detect_disyre"]["duration"] > 0
+    assert not [*Path.cwd().glob(".proc-*"), *(bench.folder / "work").glob(".proc-*")]
     assert 0.01 < steps["detect_disyre"]["runtime_memory_gb"] < 50
     assert "low_mem = true" in next(bench.out.glob("logs/*.toml")).read_text()
 

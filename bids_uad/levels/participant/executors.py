@@ -40,6 +40,7 @@ from nipype.pipeline.engine import Workflow, nodes, utils
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 from nipype.pipeline.plugins.slurmgraph import SLURMGraphPlugin
+from nipype.utils.profiler import log_nodes_cb
 
 from bids_uad.config import RunConfig
 from bids_uad.errors import ConfigError, UserError, storage_error
@@ -530,8 +531,15 @@ def _serve(pipe: Connection, folder: str) -> None:
             RequestProcess.stop_all()
             return
         node, updatehash, taskid = received
+        options = (getattr(node, "config", None) or {}).get("monitoring", {})
+        nipype_config.resource_monitor = options.get("enabled", "false")
+        if nipype_config.resource_monitor:  # nipype leaves its samples in the current folder
+            os.chdir(node.base_dir)
         try:
             result = run_node(node, updatehash, taskid)
+            if nipype_config.resource_monitor:
+                for samples in Path.cwd().glob(f".proc-{os.getpid()}_*"):
+                    samples.unlink()
         except Exception as error:  # with a full disk, nipype reads a result that it could not write
             result = {"result": None, "traceback": format_exception(error), "taskid": taskid}
         try:
@@ -747,6 +755,11 @@ def make_plugins(
             }
         }
     )
+    nipype_config.set("monitoring", "enabled", str(config.resource_monitor).lower())
+    # Nodes are monitored by the workers; here, nipype would sum up workflows before they have run.
+    nipype_config.resource_monitor = False
+    if config.resource_monitor:
+        callback = _record_resources(callback, resources_file(config))
     name, arguments = "MultiProc", {}
     if config.plugin_file is not None:
         name, arguments = read_plugin_file(config.plugin_file)
@@ -770,6 +783,24 @@ def make_plugins(
     local = IsolatedPlugin({**own, "status_callback": callback, **arguments})
     local.folders = (config.output_dir, config.work_dir)
     return local, cluster
+
+
+def resources_file(config: RunConfig) -> Path:
+    """Return the path of the memory and CPU usage of a run."""
+    return config.output_dir / "logs" / f"bids_uad-{config.run_id}_resources.jsonl"
+
+
+def _record_resources(callback: Callable[[Any, str], None], path: Path) -> Callable[[Any, str], None]:
+    """Return a callback that also writes nipype's statistics of each finished node as a line of JSON."""
+    log = logging.getLogger("callback")  # of nipype
+    log.setLevel(logging.DEBUG)
+    log.handlers, log.propagate = [logging.FileHandler(path, delay=True)], False
+
+    def record(node: Any, status: str) -> None:
+        callback(node, status)
+        log_nodes_cb(node, status)
+
+    return record
 
 
 def check_job_folder(folder: Path) -> None:
