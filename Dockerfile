@@ -43,6 +43,8 @@ RUN --mount=type=bind,source=containers,target=/containers \
 FROM python
 COPY --from=builder /opt/templateflow /opt/templateflow
 COPY --from=builder /opt/bids_uad /opt/bids_uad
+# Login shells, in which Boutiques and Nipoppy start the program, set PATH to the folders of the system.
+RUN ln -s /opt/bids_uad/bin/bids_uad /usr/local/bin/bids_uad
 
 ARG VERSION=
 ARG REVISION=

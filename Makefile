@@ -129,6 +129,7 @@ docs: $(VENV)/installed
 
 descriptor: $(VENV)/installed
 	$(BIN)/python -m bids_uad.cli.boutiques > boutiques/descriptor.json
+	cp boutiques/descriptor.json containers/nipoppy/descriptor.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def main() -> None:
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()
     tag = os.environ["BIDS_UAD_CONTAINER_TAG"]
     assert said == ["bids_uad", bids_uad.__version__], said
+    subprocess.run(["/bin/sh", "-l", "-c", "bids_uad --version"], stdout=subprocess.DEVNULL, check=True)
     assert tag in ("bids_uad", *(f"bids_uad:{bids_uad.__version__}{kind}" for kind in ("", "-cuda"))), tag
     assert "site-packages" in bids_uad.__file__
     assert importlib.metadata.version("bids_uad") == bids_uad.__version__
