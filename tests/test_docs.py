@@ -26,7 +26,7 @@ from bids_uad.simulation import __main__ as simulation
 from bids_uad.training import brain_extraction
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "containers" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPECTED = ROOT / "tests" / "integration" / "expected_outputs.txt"
 
 
@@ -103,6 +103,12 @@ PARSERS = {
 }
 
 
+PROGRAM = re.compile(r"([^=]*/)?bids_uad(:[0-9.]+|(-[0-9.]+)?\.sif)?")
+"""The program, and its Docker and Apptainer images."""
+OTHERS = ("cp", "datalad", "docker build", "nipoppy")
+"""Commands that take the name of the program or an image, but do not run it."""
+
+
 def commands(page: Path) -> list[str]:
     """Return the command lines of a page: indented by four spaces, continued by a backslash."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -115,9 +121,10 @@ def test_commands_parse(page, capsys, tmp_path, monkeypatch):
     (tmp_path / "SCANS").mkdir()
     for command in commands(page):
         words = shlex.split(command.replace("[OPTIONS]", "").replace("{participant,group} ...", "group"))
-        if "bids_uad" not in words or words[0] == "nipoppy":
+        program = next((word for word in words if PROGRAM.fullmatch(word)), None)
+        if program is None or command.startswith(OTHERS):
             continue
-        arguments = words[words.index("bids_uad") + 1 :]
+        arguments = words[words.index(program) + 1 :]
         if arguments != ["--version"] and "{" not in arguments[0]:
             subcommand = subcommand_of(arguments)
             try:
