@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -101,17 +100,17 @@ def test_babs_options_are_parsed(tmp_path):
     assert config["zip_foldernames"] == {"bids_uad": __version__.replace(".", "-")}
 
 
-def test_babs_writes_the_script_of_a_participant(tmp_path):
-    container = pytest.importorskip("babs.container")
-    datasets = yaml.safe_load(BABS.read_text())["input_datasets"]
-    records = [
-        {"name": name, "path_data_rel": data["path_in_babs"], **data} for name, data in datasets.items()
-    ]
+def test_babs_writes_the_command_of_a_participant(tmp_path):
+    babs = pytest.importorskip("babs.container", reason="requires babs")
+    from babs.input_datasets import InputDatasets
+
+    datasets = InputDatasets("subject", yaml.safe_load(BABS.read_text())["input_datasets"])
+    datasets.update_abs_paths(str(tmp_path))
     script = tmp_path / "bids_uad_zip.sh"
-    babs = container.Container(str(tmp_path), "bids_uad-0-1-0", str(BABS))
-    babs.generate_bash_run_bidsapp(str(script), SimpleNamespace(as_records=lambda: records), "session")
-    run = script.read_text().split("singularity run")[1].split("\n\n")[0]
-    words = shlex.split(run.replace("\\\n", " ").replace("${PWD}", str(tmp_path)))
-    (tmp_path / "inputs" / "data" / "BIDS").mkdir(parents=True)
+    container = babs.Container(str(tmp_path), "bids_uad-0-1-0", str(BABS))
+    container.generate_bash_run_bidsapp(str(script), datasets, "subject")
+    command = script.read_text().split("singularity run")[1].split("\n\n")[0].replace("\\\n", " ")
+    words = shlex.split(command.replace("${PWD}", str(tmp_path)))
     parsed = build_parser().parse_args(words[words.index("participant") - 2 :])
+    assert parsed.bids_dir == tmp_path / "inputs" / "data" / "BIDS"
     assert parsed.participants == ["${subid}"]
