@@ -110,7 +110,7 @@ def test_babs_writes_the_command_of_a_participant(tmp_path):
     container = babs.Container(str(tmp_path), "bids_uad-0-1-0", str(BABS))
     container.generate_bash_run_bidsapp(str(script), datasets, "subject")
     command = script.read_text().split("singularity run")[1].split("\n\n")[0].replace("\\\n", " ")
-    words = shlex.split(command.replace("${PWD}", str(tmp_path)))
+    words = shlex.split(command.replace("${PWD}", str(tmp_path)).replace("${subid}", "sub-01"))
     parsed = build_parser().parse_args(words[words.index("participant") - 2 :])
     assert parsed.bids_dir == tmp_path / "inputs" / "data" / "BIDS"
-    assert parsed.participants == ["${subid}"]
+    assert parsed.participants == ["01"]
