@@ -69,8 +69,9 @@ Files of an image (`<T1w|T2w|FLAIR><Detector>` in a name is modality and detecto
 | `*_label-lesion_roi.nii.gz` | mask on the grid of the raw T1w image, for fMRIPrep and FastSurfer |
 | `*_histogram.tsv`, `*_metrics.tsv` | score histogram, volumes and lesion counts, read by the group level |
 | `*_lesions.tsv` | if there is a lesion mask: volume, contrast and detected fraction of each lesion |
+| `*_desc-longitudinal_lesions.tsv` | with several sessions: change of each lesion between two sessions |
 | `*_label-lesion_desc-manual_mask.nii.gz` | lesion mask provided by the user, in SRI24 space |
-| `sub-*.html`, `group.html` | reports of each participant, and of the group level if it was run |
+| `sub-*.html`, `group.html` | reports of participants, of each of several sessions, and of the group level |
 
 The thresholds are not chosen on these images. They are part of the models; the field `ThresholdCohort` of
 each sidecar names the validation scans they were chosen on. The column `seen_in_training` of `*_metrics.tsv`

@@ -293,6 +293,25 @@ def lesion_output(entities: Mapping[str, str]) -> Path:
     return _build({**entities, **fixed})
 
 
+def longitudinal_output(entities: Mapping[str, str], desc: str) -> Path:
+    """Return the path of the table of lesions in several sessions, relative to the derivative dataset.
+
+    Parameters
+    ----------
+    entities : mapping of str to str
+        Entities shared by the images of the sessions, by pybids name, with `subject` and without `session`.
+    desc : str
+        Modality and detector, see :func:`detector_desc`.
+
+    Returns
+    -------
+    pathlib.Path
+        Path of the table.
+    """
+    fixed = {"space": NAME, "segmentation": desc, "desc": "longitudinal", "suffix": "lesions"}
+    return _build({**entities, **fixed, "extension": ".tsv"})
+
+
 def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = False) -> dict[str, Path]:
     """Return the paths of the outputs of one detector for an image.
 

@@ -90,6 +90,65 @@ LESION_COLUMNS: dict[str, dict[str, Any]] = {
     **_CENTROID_COLUMNS,
 }
 
+LONGITUDINAL_COLUMNS: dict[str, dict[str, Any]] = {
+    "modality": {"Description": "Modality of the images: T1w, T2w or FLAIR"},
+    "detector": {"Description": "Name of the detector"},
+    "session_before": {"Description": "Earlier of two consecutive sessions"},
+    "session_after": {"Description": "Later of the two sessions"},
+    "residual_mm": {
+        "Description": "Misalignment of the images of the two sessions in SRI24 space: mean displacement, "
+        "over the brain, by the rigid transform that aligns them; n/a if it was not measured",
+        "Units": "mm",
+    },
+    "not_matched": {
+        "Description": "Why the sessions are not matched, in words (the row then has no lesion); n/a for "
+        "matched sessions"
+    },
+    "lesion": {
+        "Description": "Number of the lesion, the same in all rows of the table; the largest first. Lesions "
+        "that merge in one of the sessions have one number"
+    },
+    "change": {
+        "Description": "Change of the lesion from the first session to the second",
+        "Levels": {
+            "new": "In the second session only",
+            "grown": "Larger in the second session",
+            "shrunk": "Smaller in the second session",
+            "gone": "In the first session only",
+            "unchanged": "Volumes differ by at most change_limit_mm3; also a lesion of one session only",
+        },
+    },
+    "volume_before_mm3": {
+        "Description": "Volume in the first session; 0 for new lesions",
+        "Units": "mm^3",
+    },
+    "volume_after_mm3": {
+        "Description": "Volume in the second session; 0 for lost ones",
+        "Units": "mm^3",
+    },
+    "volume_change_mm3": {"Description": "Second volume minus the first", "Units": "mm^3"},
+    "change_limit_mm3": {
+        "Description": "Difference in volume up to which the lesion counts as unchanged, since volumes "
+        "differ between two scans of an unchanged brain",
+        "Units": "mm^3",
+    },
+    "overlap_mm3": {"Description": "Volume inside the lesion in both sessions", "Units": "mm^3"},
+    "components_before": {
+        "Description": "Components of the lesion in the first session, by their index in the dseg table, "
+        "separated by commas; n/a for none"
+    },
+    "components_after": {"Description": "Components of the lesion in the second session, likewise"},
+    **{
+        name: {**column, "Description": f"{column['Description']}: of the second session, else of the first"}
+        for name, column in _CENTROID_COLUMNS.items()
+        if name.startswith("centroid_")
+    },
+    "region": {
+        "Description": "Region of the largest component in the second session (else in the first), from the "
+        "dseg table; n/a if there is none"
+    },
+}
+
 SCANNER_SEEN_LEVELS = {
     "seen": "The training data include a scanner of this name in a dataset of this name",
     "name seen elsewhere": "The training data include a scanner of this name, but in another dataset",
@@ -317,6 +376,42 @@ def quality_sidecar(preproc: Path, brain_mask: Path) -> dict[str, Any]:
         "Sources": [own_uri(preproc), own_uri(brain_mask)],
         "SpatialReference": SPATIAL_REFERENCE,
         "SoftwareVersion": __version__,
+    }
+
+
+def longitudinal_sidecar(
+    sources: Iterable[Path], sessions: Iterable[str], max_residual: float, limits: dict[str, float]
+) -> dict[str, Any]:
+    """Return the sidecar of a table of lesions in several sessions.
+
+    Parameters
+    ----------
+    sources : iterable of pathlib.Path
+        Label images of the components, relative to the dataset.
+    sessions : iterable of str
+        Labels of the sessions in their order.
+    max_residual : float
+        Misalignment in mm above which sessions are not matched.
+    limits : dict of str to float
+        Limits of change of the modality: `ChangeLimitVolume` (mm3), `ChangeLimitFraction` and
+        `ChangeLimitSingle` (mm3).
+
+    Returns
+    -------
+    dict
+        Metadata of the table.
+    """
+    return {
+        "Description": "Change of each lesion (connected component of the anomaly masks) between consecutive "
+        "sessions, by overlap in SRI24 space",
+        **LONGITUDINAL_COLUMNS,
+        "Sessions": list(sessions),
+        "MaxResidual": max_residual,
+        **limits,
+        "Sources": [own_uri(path) for path in sources],
+        "SpatialReference": SPATIAL_REFERENCE,
+        "SoftwareVersion": __version__,
+        "Note": NOT_CLINICAL,
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from nireports.assembler.report import Report
 
+from bids_uad.dataset.naming import longitudinal_output
 from bids_uad.dataset.participants import Participants
+from bids_uad.evaluation.longitudinal import CHANGE_LIMITS, CHANGES
 from bids_uad.evaluation.missing import find_exclusions
 from bids_uad.files import atomic_path, write_text
 from bids_uad.reports.bibliography import methods_html
@@ -36,6 +39,18 @@ from bids_uad.reports.figures.histogram import ScoreCounts, draw_histogram
 from bids_uad.reports.figures.overlay import draw_overlay
 from bids_uad.reports.figures.registration import draw_registration
 from bids_uad.reports.figures.viewer import write_viewer
+from bids_uad.reports.longitudinal import (
+    Residuals,
+    Series,
+    compare_series,
+    draw_comparison,
+    find_series,
+    lesion_rows,
+    missing_sessions,
+    order_sessions,
+    summary_rows,
+    write_comparisons,
+)
 from bids_uad.reports.participant_findings import (
     PARCELLATIONS,
     QUALITY_COLUMNS,
@@ -53,6 +68,8 @@ _PACKAGES = ("nipype", "niworkflows", "nireports", "pybids", "antspyx", "nibabel
 _CRASH_CHARACTERS = 20_000
 _URL_CHARACTERS = " !$'()*+,-./:;=?@_~"
 """Characters besides letters and digits that need no escape in a data URL within double quotes."""
+ImageFindings = tuple[Image, list[tuple[Detection, Finding]]]
+"""Image with the numbers of its detections."""
 _GOOD_STATES = ("done", "up to date", "used")
 
 
@@ -83,7 +100,8 @@ def write_subject_report(
 ) -> Path:
     """Draw the figures and write the report of a participant from the derivatives.
 
-    Missing derivatives are skipped. The files are the same in each run.
+    Missing derivatives are skipped. The files are the same in each run. Lesions of several sessions are
+    matched, and a table of them is written for each detector.
 
     Parameters
     ----------
@@ -108,7 +126,9 @@ def write_subject_report(
     Returns
     -------
     pathlib.Path
-        Path of ``sub-<subject>.html``; its figures and viewers are in ``sub-<subject>/figures``.
+        Path of ``sub-<subject>.html``; its figures and viewers are in ``sub-<subject>/figures``. With several
+        sessions, each has a page ``sub-<subject>_ses-<session>.html``, and that of the participant compares
+        them.
     """
     out_dir = Path(out_dir).resolve()
     subject = subject.removeprefix("sub-")
@@ -123,6 +143,13 @@ def write_subject_report(
     reference = _read_reference(out_dir)
     exclusions, unreadable = find_exclusions(out_dir, frozenset({f"sub-{subject}"}))
     errors = [*errors, *unreadable]
+    remarks = dict(remarks or {})
+    order = order_sessions(
+        participants, subject, {image.entities["session"] for image in images if "session" in image.entities}
+    )
+    # Without several sessions, all images are on the page of the participant.
+    pages = {session: f"sub-{subject}_ses-{session}.html" for session, _ in order if len(order) > 1}
+    whole = f"sub-{subject}.html"
     final = out_dir / f"sub-{subject}" / "figures"
     # nireports reads entities from whole paths: a temporary folder excludes those of the output folder.
     with tempfile.TemporaryDirectory(prefix="bids_uad-") as temporary:
@@ -132,32 +159,95 @@ def write_subject_report(
             (
                 image,
                 _write_image(
-                    figures, image, reference, is_control=image.prefix in controls, with_viewer=viewer
+                    figures,
+                    image,
+                    reference,
+                    page=pages.get(image.entities.get("session"), whole),
+                    is_control=image.prefix in controls,
+                    with_viewer=viewer,
                 ),
             )
             for image in images
         ]
-        pages = {
-            "summary": _summary(
-                findings, reference, errors, run_info, exclusions, controls, dict(remarks or {})
-            ),
-            "errors": _errors(out_dir / f"sub-{subject}", errors, run_info),
-            "methods": _methods(methods),
-            "about": _about(images, reference, run_info),
+        series = _compare_sessions(
+            out_dir, subject, images, order, exclusions | remarks, run_info.get("images", ()), figures
+        )
+
+        def text_of(name: str, own: Sequence[ImageFindings], session: str | None = None) -> str:
+            """Return the page of one session, or of the participant."""
+            is_own = partial(_concerns_session, session=session)
+            info = {**run_info, "images": [row for row in run_info.get("images", ()) if is_own(row["image"])]}
+            shown = [error for error in errors if is_own(error)]
+            links = {} if session else pages
+            parts = {
+                "summary": _summary(own, reference, shown, info, exclusions, controls, remarks, links),
+                "errors": _errors(out_dir / f"sub-{subject}", shown, info),
+                "methods": _methods(methods),
+                "about": _about([image for image, _ in own], reference, info),
+            }
+            for part, text in parts.items():
+                (figures / f"sub-{subject}_desc-{part}_report.html").write_text(text, encoding="utf-8")
+            figured = [image for image, _ in own if image.entities.get("session") not in links]
+            return _assemble(name, figured, () if session else series, Path(temporary))
+
+        texts = {
+            page: text_of(
+                f"sub-{subject}, session {session}",
+                [each for each in findings if each[0].entities.get("session") == session],
+                session,
+            )
+            for session, page in pages.items()
         }
-        for name, text in pages.items():
-            (figures / f"sub-{subject}_desc-{name}_report.html").write_text(text, encoding="utf-8")
-        page = _assemble(subject, images, Path(temporary))
+        texts[whole] = text_of(f"sub-{subject}", findings)
         drawn = {path.name for path in _drawn_files(figures)}
         for name in drawn:
             with atomic_path(final / name) as unfinished:
                 shutil.copyfile(figures / name, unfinished)
-        # The page is written last, so that its figures exist.
-        write_text(out_dir / f"sub-{subject}.html", page)
-    for stale in _drawn_files(final):
-        if stale.name not in drawn:
-            stale.unlink()
-    return out_dir / f"sub-{subject}.html"
+        # The page of the participant is written last, so that its figures and the other pages exist.
+        for page, text in texts.items():
+            write_text(out_dir / page, text)
+    stale = [path for path in _drawn_files(final) if path.name not in drawn]
+    stale += [path for path in out_dir.glob(f"sub-{subject}_ses-*.html") if path.name not in texts]
+    for path in stale:
+        path.unlink()
+    return out_dir / whole
+
+
+def _concerns_session(text: str, *, session: str | None) -> bool:
+    """Return whether a message or image name concerns a session, or the participant as a whole (None)."""
+    return session is None or re.search(rf"ses-{re.escape(session)}(?![a-zA-Z0-9])", text) is not None
+
+
+def _compare_sessions(
+    out_dir: Path,
+    subject: str,
+    images: Sequence[Image],
+    order: Sequence[tuple[str, float | None]],
+    unusable: Mapping[tuple[str, str], str],
+    run_images: Sequence[Mapping[str, str]],
+    figures: Path,
+) -> list[Series]:
+    """Compare the sessions of a participant: write tables and figures, and return what was compared."""
+    names = [session for session, _ in order]
+    residuals = Residuals()
+    comparisons = [compare_series(series, residuals) for series in find_series(images, names, unusable)]
+    write_comparisons(out_dir, subject, comparisons)
+    for comparison in comparisons:
+        series = comparison.series
+        draw_comparison(figures, comparison, dict(order))
+        rows, total = lesion_rows(comparison)
+        _write(
+            figures / f"{series.prefix}_space-{NAME}_desc-{series.desc}_change.html",
+            "change",
+            changes=CHANGES,
+            pairs=summary_rows(comparison),
+            missing=missing_sessions(series, names, run_images),
+            limit=CHANGE_LIMITS[series.modality],
+            rows=rows,
+            total=total,
+            file=longitudinal_output({"subject": subject, **series.entities}, series.desc).as_posix(),
+        )
+    return [comparison.series for comparison in comparisons]
 
 
 def _drawn_files(folder: Path) -> list[Path]:
@@ -165,12 +255,12 @@ def _drawn_files(folder: Path) -> list[Path]:
     return [path for pattern in ("*.svg", "*_viewer.html") for path in folder.glob(pattern)]
 
 
-def _assemble(subject: str, images: Sequence[Image], staging: Path) -> str:
+def _assemble(name: str, images: Sequence[Image], series: Sequence[Series], staging: Path) -> str:
     """Assemble the staged parts into one page with nireports; figures are part of the page."""
     template = resources.files("bids_uad").joinpath("data/reports/participant.html.j2")
     with resources.as_file(template) as template_path:
         spec, page = staging / "spec.yml", staging / "page.html"
-        outline = expand_outline(subject, images, str(template_path.resolve()))
+        outline = expand_outline(name, images, series, str(template_path.resolve()))
         spec.write_text(yaml.safe_dump(outline, sort_keys=False, allow_unicode=True), encoding="utf-8")
         report = Report(staging, None, bootstrap_file=spec, out_filename=str(page), reportlets_dir=staging)
         report.generate_report()
@@ -200,7 +290,7 @@ def _read_reference(out_dir: Path) -> Reference:
 
 
 def _write_image(
-    figures: Path, image: Image, reference: Reference, *, is_control: bool, with_viewer: bool
+    figures: Path, image: Image, reference: Reference, *, page: str, is_control: bool, with_viewer: bool
 ) -> list[tuple[Detection, Finding]]:
     """Draw the figures of one image, and collect the numbers of its detections."""
     scan = None if image.preproc is None else load_ras(image.preproc)
@@ -235,6 +325,7 @@ def _write_image(
                 figures,
                 image,
                 detection,
+                page=page,
                 scan=scan,
                 brain=brain,
                 lesion=lesion,
@@ -251,6 +342,7 @@ def _write_detection(
     image: Image,
     detection: Detection,
     *,
+    page: str,
     scan: Volume | None,
     brain: np.ndarray | None,
     lesion: np.ndarray | None,
@@ -268,7 +360,6 @@ def _write_detection(
     if scan is not None and scores is not None:
         if with_viewer:
             path = figures / f"{start}_viewer.html"
-            page = f"{figures.parent.name}.html"
             write_viewer(
                 path,
                 scan,
@@ -336,8 +427,12 @@ def _summary(
     exclusions: Mapping[tuple[str, str], str],
     controls: Collection[str],
     remarks: Mapping[tuple[str, str], str],
+    pages: Mapping[str, str],
 ) -> str:
-    """Write the summary: status of the images, image quality, findings, and reference image."""
+    """Write the summary: status of the images, image quality, findings, and reference image.
+
+    `pages` are the pages of the sessions, to which the summary of the participant links.
+    """
     rows, qualities = [], []
     for image, found in findings:
         key = (image.prefix, image.modality)
@@ -356,7 +451,7 @@ def _summary(
             rows.append({"good": False, "source": "", "detectors": [], "truth": "", **row})
     found_rows = [
         {
-            "anchor": anchor(image, detection),
+            "link": f"{pages.get(image.entities.get('session'), '')}#{anchor(image, detection)}",
             "detector": detection.title,
             "preset": detection.metrics.get("preset", ""),
             "scan": image.name,
@@ -378,6 +473,7 @@ def _summary(
     ]
     return _render(
         "summary",
+        pages=list(pages.items()),
         images=rows,
         findings=found_rows,
         any_truth=any_truth,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -10,20 +10,25 @@ import yaml
 
 from bids_uad.dataset.naming import PREFIX_ENTITIES
 from bids_uad.reports.derivatives import Detection, Image
+from bids_uad.reports.longitudinal import Series
 from bids_uad.space import NAME
 
 _PREFIX_ENTITIES = [name for name, _ in PREFIX_ENTITIES if name != "subject"]
 
 
-def expand_outline(subject: str, images: Sequence[Image], template_path: str) -> dict[str, Any]:
-    """Expand the sections that are repeated for every image and detector.
+def expand_outline(
+    name: str, images: Sequence[Image], series: Sequence[Series], template_path: str
+) -> dict[str, Any]:
+    """Expand the sections that are repeated for every image, detector and comparison of sessions.
 
     Parameters
     ----------
-    subject : str
-        Label without ``sub-``.
+    name : str
+        Participant and perhaps session, printed in the title.
     images : sequence of Image
-        Images of the participant.
+        Images of the page.
+    series : sequence of Series
+        Comparisons of sessions of the page.
     template_path : str
         Absolute path of the page template.
 
@@ -38,11 +43,13 @@ def expand_outline(subject: str, images: Sequence[Image], template_path: str) ->
     for section in outline["sections"]:
         if section.get("repeat") == "image":
             sections.extend(_image_section(section, image) for image in images)
+        elif section.get("repeat") == "sessions":
+            sections.extend([_sessions_section(section, series)] if series else [])
         else:
             sections.append(section)
     return {
         "package": outline["package"],
-        "title": outline["title"].format(subject=subject),
+        "title": outline["title"].format(name=name),
         "template_path": template_path,
         "sections": sections,
     }
@@ -53,10 +60,28 @@ def anchor(image: Image, detection: Detection) -> str:
     return f"{image.prefix}_{detection.desc}"
 
 
+def _sessions_section(section: dict[str, Any], series: Sequence[Series]) -> dict[str, Any]:
+    reportlets = []
+    for own in series:
+        entities = _queried(own.entities) | {"desc": own.desc}
+        start = f"{own.prefix}_{own.desc}"
+        for position, reportlet in enumerate(section["reportlets"]):
+            query = {**entities, **reportlet["bids"]}
+            titled = {"title": own.title} if position == 0 else {}
+            reportlets.append({**reportlet, **titled, "bids": query, "name": f"{start}_{query['suffix']}"})
+    return {"name": "Sessions", "title": "Change between sessions", "reportlets": reportlets}
+
+
+def _queried(entities: Mapping[str, str]) -> dict[str, Any]:
+    """Return a query of all entities in names of images."""
+    query: dict[str, Any] = dict.fromkeys(_PREFIX_ENTITIES) | dict(entities) | {"space": NAME}
+    if query["run"] is not None:
+        query["run"] = int(query["run"])
+    return query
+
+
 def _image_section(section: dict[str, Any], image: Image) -> dict[str, Any]:
-    entities: dict[str, Any] = dict.fromkeys(_PREFIX_ENTITIES) | image.entities | {"space": NAME}
-    if entities["run"] is not None:
-        entities["run"] = int(entities["run"])
+    entities = _queried(image.entities)
     reportlets = []
     for reportlet in section["reportlets"]:
         if reportlet.get("repeat") == "detector":

@@ -355,16 +355,19 @@ def test_sessions_and_runs_are_kept_apart(tmp_path):
         start = out / "sub-01" / folder / "anat" / f"sub-01_{entities}_space-SRI24"
         write_derivatives(out, start, modality="T2w", with_lesion=False)
 
-    html = write_subject_report(out, "01").read_text()
+    whole = write_subject_report(out, "01").read_text()
 
+    pages = {session: (out / f"sub-01_{session}.html").read_text() for session in ("ses-1", "ses-2")}
     sections = ["T2w, session 1, run 1", "T2w, session 1, run 2", "T2w, session 2"]
-    assert [name for name in headings(html) if name in sections] == sections
-    for _, entities in names:
+    assert [name for html in pages.values() for name in headings(html) if name in sections] == sections
+    assert not set(headings(whole)) & set(sections)
+    for folder, entities in names:
+        html = pages[folder]
         figure = f"sub-01/figures/sub-01_{entities}_space-SRI24_desc-T2wPatchcore_anomalymap.svg"
         assert html.count(f'href="./{figure}"') == 1
         assert (out / figure).is_file()
-    assert "Dice with the ground truth" not in html
-    assert "mm³ found" not in html
+        assert "Dice with the ground truth" not in html
+        assert "mm³ found" not in html
 
 
 def test_echoes_and_parts_are_kept_apart(tmp_path):
@@ -387,9 +390,11 @@ def test_controls_are_those_of_a_session(tmp_path):
         start = tmp_path / "sub-01" / f"ses-{session}" / "anat" / f"sub-01_ses-{session}_space-SRI24"
         write_derivatives(tmp_path, start)
     people = Participants({"sub-01": {None: {}, "ses-1": {"group": "HC"}, "ses-2": {"group": "stroke"}}})
-    html = write_subject_report(tmp_path, "01", participants=people).read_text()
-    assert html.count("healthy control; its lesion mask is not used") == 1
-    assert html.count("Dice with the ground truth") == 1
+    whole = write_subject_report(tmp_path, "01", participants=people).read_text()
+    assert whole.count("healthy control; its lesion mask is not used") == 1
+    control, patient = ((tmp_path / f"sub-01_ses-{session}.html").read_text() for session in ("1", "2"))
+    assert "Dice with the ground truth" not in control
+    assert patient.count("Dice with the ground truth") == 1
 
 
 @pytest.mark.parametrize("empty", [False, True])

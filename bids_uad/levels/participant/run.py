@@ -608,6 +608,8 @@ def describe_outputs(tasks: Sequence[Task], bundles: Sequence[Bundle]) -> dict[s
     for modality in {task.unit.modality for task in written if task.unit.anchor is not None}:
         text = f"Brain mask of a {modality} image that is registered to a T1w image"
         descriptions[f"{modality}Brain"] = text
+    if any(task.unit.session is not None for task in written):
+        descriptions["longitudinal"] = "Comparison of the sessions of a participant"
     if any(task.lesion is not None for task in written):
         descriptions["manual"] = "Lesion mask given by the user"
     for bundle in bundles:
