@@ -19,7 +19,12 @@ from bids_uad.cli.parser import (
     build_training_parser,
     subcommand_of,
 )
-from bids_uad.dataset.sidecars import LESION_COLUMNS, METRICS_COLUMNS, QUALITY_COLUMNS
+from bids_uad.dataset.sidecars import (
+    LESION_COLUMNS,
+    LONGITUDINAL_COLUMNS,
+    METRICS_COLUMNS,
+    QUALITY_COLUMNS,
+)
 from bids_uad.methods.registry import DETECTORS
 from bids_uad.preprocessing import atlas
 from bids_uad.simulation import __main__ as simulation
@@ -75,7 +80,8 @@ def test_every_option_is_explained(site):
 
 def test_every_file_and_column_is_explained(site):
     text = words(site / "outputs.html")
-    assert [name for name in (*QUALITY_COLUMNS, *METRICS_COLUMNS, *LESION_COLUMNS) if name not in text] == []
+    columns = (*QUALITY_COLUMNS, *METRICS_COLUMNS, *LESION_COLUMNS, *LONGITUDINAL_COLUMNS)
+    assert [name for name in columns if name not in text] == []
     for path in map(Path, EXPECTED.read_text().split()):
         name = re.sub(r"^sub-\d+(?=_)", "*", path.name)
         name = name.replace("Patchcore", "Disyre").replace("Intensity", "Disyre").replace("T2w", "T1w")
