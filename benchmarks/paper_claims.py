@@ -1127,5 +1127,8 @@ def write_results(study: Study, results: Path = RESULTS) -> None:
     for name, table in tables.items():
         numbers = dict.fromkeys(table.select_dtypes("number").columns, 5)
         write_tsv(results / f"{name}.tsv", table.round(numbers))
-    scored = study.subjects.groupby("modality")["participant_id"].nunique().to_dict()
+    models = study.subjects.groupby(["modality", "participant_id"])["detector"].nunique()
+    # A participant whose scoring was interrupted is not counted.
+    complete = models[models == models.groupby("modality").transform("max")]
+    scored = complete.groupby("modality").size().to_dict()
     write_json(results / "study.json", study.facts | {"scored": scored})
