@@ -69,6 +69,14 @@ Text = Annotated[str, Matches(r"(?s).+", "a str that is not empty")]
 Label = Annotated[str, Matches("[0-9a-zA-Z+]+", "a BIDS label (letters and digits)")]
 Modality = Annotated[str, OneOf(*MODALITIES)]
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")]
+SpaceName = Annotated[
+    str,
+    Matches(
+        r"SRI24|MNI152NLin2009cAsym(:res-[12])*|orig|anat|T1w",
+        "SRI24, MNI152NLin2009cAsym (also with :res-1, :res-2) or orig (also anat, T1w)",
+    ),
+]
+"""Space of ``--output-spaces``; of other templates no transform to SRI24 is known."""
 Seed = Annotated[int, Interval(0, 2**32 - 1)]
 
 
@@ -113,6 +121,8 @@ class RunConfig(Constrained):
         Weights of that method.
     min_lesion_size : float, optional
         Minimum volume in mm3 of components of the anomaly mask; by default that of the model.
+    output_spaces : tuple of str, default=()
+        Spaces in which outputs are written in addition to SRI24, see :func:`bids_uad.space.output_spaces`.
     min_counted_volume : float, default=DEFAULT_MIN_COUNTED_VOLUME
         Minimum volume in mm3 of lesions and false components that are counted.
     device : str, default="auto"
@@ -211,6 +221,7 @@ class RunConfig(Constrained):
     atlas_dir: Path | None = None
     brain_extraction: Annotated[str, OneOf(*EXTRACTIONS)] = EXTRACTIONS[0]
     extraction_weights: Path | None = None
+    output_spaces: tuple[SpaceName, ...] = ()
     min_lesion_size: NonNegative | None = None
     min_counted_volume: NonNegative = DEFAULT_MIN_COUNTED_VOLUME
     device: Device = "auto"

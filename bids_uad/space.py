@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
     import nibabel as nib
 
 NAME = "SRI24"
+MNI = "MNI152NLin2009cAsym"
+ORIG = "orig"
+"""Names of the other spaces of outputs: the template, and the grid of the raw image."""
+MNI_GRIDS = {
+    "1": ((193, 229, 193), (-96.0, -132.0, -78.0)),
+    "2": ((97, 115, 97), (-96.5, -132.5, -78.5)),
+}
+"""Grids of the template by voxel size (mm), as in TemplateFlow: shape, and first voxel centre (RAS+, mm)."""
+MNI_CODE = 4
+"""NIfTI code of both forms of images in the space of the template."""
 SHAPE = (240, 240, 155)
 AFFINE = np.array(
     [[-1.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, 239.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
@@ -159,9 +171,78 @@ def to_image(volume: np.ndarray, dtype: type = np.float32) -> nib.Nifti1Image:
     return make_image(volume, AFFINE, dtype, code=2)
 
 
+@dataclass(frozen=True)
+class OutputSpace:
+    """Space that outputs are written in besides SRI24.
+
+    Parameters
+    ----------
+    name : {"MNI152NLin2009cAsym", "orig"}
+        Template, or the space of the raw image.
+    resolution : {"1", "2"}, optional
+        Voxel size of the template's grid in mm, if the names of the outputs state it (`res-`). Otherwise it
+        is 1 mm.
+    """
+
+    name: str
+    resolution: str | None = None
+
+    @property
+    def is_template(self) -> bool:
+        """Whether the space is that of a template."""
+        return self.name == MNI
+
+    @property
+    def entities(self) -> dict[str, str]:
+        """Entities in the names of outputs, by pybids name."""
+        return {"space": self.name} | ({"resolution": self.resolution} if self.resolution else {})
+
+    @property
+    def grid(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Shape and affine of the template's grid."""
+        size = self.resolution or "1"
+        shape, origin = MNI_GRIDS[size]
+        affine = np.diag([float(size)] * 3 + [1.0])
+        affine[:3, 3] = origin
+        return shape, affine
+
+    def kind(self, name: str) -> str:
+        """Return the key of an output in this space, such as `mask_MNI152NLin2009cAsym_res-2`."""
+        return f"{name}_{self.name}" + (f"_res-{self.resolution}" if self.resolution else "")
+
+
+def output_spaces(names: Iterable[str]) -> tuple[OutputSpace, ...]:
+    """Return the spaces that ``--output-spaces`` adds to SRI24.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Spaces as in fMRIPrep, see :data:`bids_uad.config.SpaceName`: `MNI152NLin2009cAsym` may be followed by
+        one or more `:res-1` or `:res-2`; `anat` and `T1w` are read as `orig`.
+
+    Returns
+    -------
+    tuple of OutputSpace
+        Each space once; SRI24 is not among them.
+    """
+    spaces = []
+    for text in names:
+        name, *modifiers = text.split(":")
+        if name == MNI:
+            spaces += [OutputSpace(MNI, item.removeprefix("res-")) for item in modifiers] or [
+                OutputSpace(MNI)
+            ]
+        elif name != NAME:
+            spaces.append(OutputSpace(ORIG))
+    return tuple(dict.fromkeys(spaces))
+
+
 @lru_cache(maxsize=1)
 def icbm_to_sri24() -> np.ndarray:
-    """Read the affine from ICBM152 (MNI152NLin2009aSym) to SRI24 world coordinates.
+    """Read the affine from ICBM152 to SRI24 world coordinates.
+
+    It was estimated with MNI152NLin2009aSym and is also used for MNI152NLin2009cAsym: both are averages of
+    the same 152 brains in one coordinate system.
 
     Returns
     -------

@@ -27,9 +27,10 @@ from bids_uad.config import (
     Device,
     Label,
     RunConfig,
+    SpaceName,
     read_fields,
 )
-from bids_uad.constraints import NonNegative, allows
+from bids_uad.constraints import NonNegative, allows, describe
 from bids_uad.errors import ConfigError, unreadable
 from bids_uad.resources import available_cpus, available_memory_gb, parse_memory
 
@@ -37,7 +38,7 @@ FOLDERS = ("derivatives", "experiments")
 """Options that name folders, `NAME=PATH`."""
 SEQUENCES = (
     "participants", "sessions", "modalities", "models", "deviations", "hyper", "label_maps", "subgroups",
-    "scans",
+    "scans", "output_spaces",
 )  # fmt: skip
 """Options that take several values; duplicates are dropped."""
 
@@ -305,6 +306,13 @@ def _add_detection_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--min-lesion-volume", dest="min_counted_volume", type=_volume, help=argparse.SUPPRESS
     )  # deprecated
+    group.add_argument(
+        "--output-spaces", nargs="+", type=_output_space, metavar="SPACE",
+        help="further spaces: MNI152NLin2009cAsym[:res-2], orig. Outputs in SRI24 and the mask on the grid "
+        "of the raw image are always written. 'MNI152NLin2009cAsym' adds image, brain mask, map, mask and "
+        "components by an affine transform, in voxels of 1 mm, with ':res-2' of 2 mm; 'orig' (or 'anat', "
+        "'T1w') adds map and components on the grid of each raw image",
+    )  # fmt: skip
 
 
 def _add_resource_options(group: argparse._ArgumentGroup) -> None:
@@ -754,6 +762,12 @@ def _volume(text: str) -> float:
     if not allows(NonNegative, value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a volume in mm3 (0 or more)")
     return value
+
+
+def _output_space(text: str) -> str:
+    if not allows(SpaceName, text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not supported; choose from {describe(SpaceName)}")
+    return text
 
 
 def _memory(text: str) -> float:

@@ -68,6 +68,7 @@ Files of an image (`<T1w|T2w|FLAIR><Detector>` in a name is modality and detecto
 | `*_dseg.lut`, `.txt`, `.label`, `.ctbl` | look-up tables for FSLeyes, Freeview, ITK-SNAP, 3D Slicer |
 | `*_label-lesion_roi.nii.gz` | mask on the grid of the raw T1w image, for fMRIPrep and FastSurfer |
 | `*_histogram.tsv`, `*_metrics.tsv` | score histogram, volumes and lesion counts, read by the group level |
+| `*_space-MNI152NLin2009cAsym_*` | with `--output-spaces`: the same, by an affine transform from SRI24 |
 | `*_lesions.tsv` | if there is a lesion mask: volume, contrast and detected fraction of each lesion |
 | `*_desc-longitudinal_lesions.tsv` | with several sessions: change of each lesion between two sessions |
 | `*_label-lesion_desc-manual_mask.nii.gz` | lesion mask provided by the user, in SRI24 space |

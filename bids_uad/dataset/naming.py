@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bids_uad.space import NAME
+from bids_uad.space import MNI, NAME, OutputSpace
 
 PREFIX_ENTITIES = (
     ("subject", "sub"),
@@ -30,6 +30,7 @@ _OUTPUT_ENTITIES = (
     ("mode", "mode"),
     ("space", "space"),
     ("segmentation", "seg"),
+    ("resolution", "res"),
     ("label", "label"),
     ("desc", "desc"),
 )
@@ -49,8 +50,8 @@ _PREFIX = "_".join(["sub-{subject}"]) + "".join(f"[_{key}-{{{name}}}]" for name,
 
 PATTERNS = [
     _FOLDER + _PREFIX + "_from-{from}_to-{to}_mode-{mode|image}_{suffix<xfm>}{extension<.txt>|.txt}",
-    _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_label-{label}][_desc-{desc}]"
-    "_{suffix<T1w|T2w|FLAIR|mask|roi|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}"
+    _FOLDER + _PREFIX + "[_space-{space}][_seg-{segmentation}][_res-{resolution}][_label-{label}]"
+    "[_desc-{desc}]_{suffix<T1w|T2w|FLAIR|mask|roi|dseg|probseg|anomalymap|histogram|metrics|lesions|qc>}"
     "{extension<.nii.gz|.tsv|.json|.lut|.txt|.label|.ctbl>|.nii.gz}",
 ]  # fmt: skip
 """pybids path patterns of the outputs."""
@@ -225,8 +226,8 @@ def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **e
     extension : str, default=".nii.gz"
         File extension.
     **entities : str
-        Further entities by pybids name: `space`, `segmentation`, `label`, `desc`, or `from`, `to`, `mode` for
-        transforms.
+        Further entities by pybids name: `space`, `segmentation`, `resolution`, `label`, `desc`, or `from`,
+        `to`, `mode` for transforms.
 
     Returns
     -------
@@ -271,6 +272,40 @@ def preprocessing_outputs(unit: ImageUnit) -> dict[str, Path]:
     }
 
 
+def template_outputs(unit: ImageUnit, spaces: Iterable[OutputSpace]) -> dict[str, Path]:
+    """Return the paths of the preprocessing outputs in the spaces of templates.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+        The image.
+    spaces : iterable of OutputSpace
+        Spaces of the run.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        Image and brain mask in each space (`OutputSpace.kind`), in this order, and the transforms
+        `to_template` and `from_template`; empty if none of the spaces is that of a template.
+    """
+    images = {}
+    for space in spaces:
+        if space.is_template:
+            images[space.kind("preproc")] = output_path(
+                unit, **space.entities, desc="preproc", suffix=unit.modality
+            )
+            images[space.kind("brain_mask")] = output_path(
+                unit, **space.entities, desc=brain_desc(unit), suffix="mask"
+            )
+    ends = {"to_template": (unit.modality, MNI), "from_template": (MNI, unit.modality)}
+    transforms = {
+        kind: output_path(unit, suffix="xfm", extension=".txt", **{"from": start, "to": end, "mode": "image"})
+        for kind, (start, end) in ends.items()
+        if images
+    }
+    return images | transforms
+
+
 def quality_output(unit: ImageUnit) -> Path:
     """Return the path of the quality-control table of an image."""
     return output_path(unit, space=NAME, desc=f"{unit.modality}Preproc", suffix="qc", extension=".tsv")
@@ -312,7 +347,9 @@ def longitudinal_output(entities: Mapping[str, str], desc: str) -> Path:
     return _build({**entities, **fixed, "extension": ".tsv"})
 
 
-def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = False) -> dict[str, Path]:
+def detection_outputs(
+    unit: ImageUnit, detector: str, *, with_lesions: bool = False, spaces: Iterable[OutputSpace] = ()
+) -> dict[str, Path]:
     """Return the paths of the outputs of one detector for an image.
 
     Parameters
@@ -323,12 +360,15 @@ def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = Fa
         Name of the detector, such as `disyre` or `disyre+normative`.
     with_lesions : bool, default=False
         Whether the image has a lesion mask, so that there is a table of its lesions (`lesions`).
+    spaces : iterable of OutputSpace, default=()
+        Further spaces of map, components and, since that in `orig` is always written, mask.
 
     Returns
     -------
     dict of str to pathlib.Path
-        Paths by kind of output, relative to the derivative dataset; the look-up tables by program. Only T1w
-        images have a mask for the registration of other pipelines (`roi`).
+        Paths by kind of output, relative to the derivative dataset; the look-up tables by program, outputs in
+        further spaces by `OutputSpace.kind`. Only T1w images have a mask for the registration of other
+        pipelines (`roi`).
     """
     desc = detector_desc(unit.modality, detector)
     in_space = {"space": NAME, "desc": desc}
@@ -350,6 +390,16 @@ def detection_outputs(unit: ImageUnit, detector: str, *, with_lesions: bool = Fa
         "native_mask": output_path(unit, space="orig", label="anomaly", desc=desc, suffix="mask"),
         "histogram": output_path(unit, **in_space, suffix="histogram", extension=".tsv"),
         "metrics": output_path(unit, **in_space, suffix="metrics", extension=".tsv"),
+        **{
+            space.kind(kind): output_path(unit, **space.entities, **entities)
+            for space in spaces
+            for kind, entities in {
+                "anomalymap": {"desc": desc, "suffix": "anomalymap"},
+                "mask": {"desc": desc, "label": "anomaly", "suffix": "mask"},
+                "dseg": {"segmentation": desc, "suffix": "dseg"},
+            }.items()
+            if space.is_template or kind != "mask"
+        },
     }
 
 

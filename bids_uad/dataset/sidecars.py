@@ -9,9 +9,10 @@ from urllib.parse import quote
 
 from bids_uad import __version__
 from bids_uad.dataset.naming import LOOK_UP_TABLES, ImageUnit
-from bids_uad.space import CLASS_LIMITS, CORTICAL_CLASS, NAME
+from bids_uad.space import CLASS_LIMITS, CORTICAL_CLASS, MNI, NAME, OutputSpace
 
 SPATIAL_REFERENCE = "bids::tpl-SRI24/anat/tpl-SRI24_desc-brain_T1w.nii.gz"
+MNI_REFERENCE = f"https://templateflow.s3.amazonaws.com/tpl-{MNI}/tpl-{MNI}_res-01_T1w.nii.gz"
 ANOMALY_MAP = "Anomaly score of each brain voxel; unbounded, not a probability; 0 outside the brain"
 DEVIATION_MAP = (
     "Deviation of the anomaly score of each brain voxel from the mean that a normative model of healthy "
@@ -23,6 +24,16 @@ MASK_BY_RULE = (
     "least MinComponentVolume (mm3) and a voxel above Threshold; holes are filled as FilledHoles says (none, "
     "3d, or axial: in each axial slice)"
 )
+TO_TEMPLATE = (
+    f"The affine transform between {NAME} and {MNI}, which does not correct for size and shape of the brain"
+)
+_RESAMPLED = {
+    "anomalymap": f"The anomaly map in {NAME} space, resampled by linear interpolation",
+    "mask": f"The anomaly mask in {NAME} space, resampled by nearest-neighbour interpolation",
+    "dseg": f"The components in {NAME} space with the labels of their table there, resampled by "
+    "nearest-neighbour interpolation",
+}
+"""Outputs in further spaces."""
 PROBSEG_FORMULA = "score / (score + Threshold)"
 NOT_CLINICAL = "Research software, not for clinical use."
 
@@ -318,8 +329,16 @@ def own_uri(path: Path) -> str:
     return bids_uri("", path)
 
 
+def _space_fields(space: OutputSpace) -> dict[str, Any]:
+    """Return the fields that describe the space of an output other than SRI24."""
+    if not space.is_template:
+        return {"SpatialReference": "orig"}
+    size = {"Resolution": f"Voxels of {space.resolution} mm"} if space.resolution else {}
+    return {"SpatialReference": MNI_REFERENCE, **size}
+
+
 def preprocessing_sidecars(
-    unit: ImageUnit, bids_dir: Path, reference: dict[str, Any]
+    unit: ImageUnit, bids_dir: Path, reference: dict[str, Any], spaces: Iterable[OutputSpace] = ()
 ) -> dict[str, dict[str, Any]]:
     """Return the sidecars of the preprocessing outputs of an image.
 
@@ -331,6 +350,8 @@ def preprocessing_sidecars(
         Root of the raw dataset.
     reference : dict
         Metadata of the reference image.
+    spaces : iterable of OutputSpace, default=()
+        Further spaces of the outputs.
 
     Returns
     -------
@@ -346,19 +367,31 @@ def preprocessing_sidecars(
     corrected = (
         "as corrected by another pipeline" if unit.external.image is not None else "bias-corrected (N4)"
     )
-    return {
-        "preproc": {
-            "Description": f"Skull-stripped {unit.modality} image in {NAME} space, {corrected}, divided by "
+
+    def preproc(name: str) -> dict[str, Any]:
+        return {
+            "Description": f"Skull-stripped {unit.modality} image in {name} space, {corrected}, divided by "
             "its 99.5th percentile inside the brain mask (values may exceed 1); 0 outside the brain",
             "SkullStripped": True,
-            **in_space,
-        },
-        "brain_mask": {
-            "Description": f"Brain mask of the {unit.modality} image in {NAME} space, without voxels that "
+        }
+
+    def brain_mask(name: str) -> dict[str, Any]:
+        return {
+            "Description": f"Brain mask of the {unit.modality} image in {name} space, without voxels that "
             "the image does not cover or where it has no signal",
             "Type": "Brain",
-            **in_space,
-        },
+        }
+
+    in_templates = {}
+    for space in spaces:
+        if space.is_template:
+            fields = {**_space_fields(space), "Transformation": TO_TEMPLATE, "Sources": sources}
+            in_templates[space.kind("preproc")] = {**preproc(space.name), **fields}
+            in_templates[space.kind("brain_mask")] = {**brain_mask(space.name), **fields}
+    return {
+        "preproc": {**preproc(NAME), **in_space},
+        "brain_mask": {**brain_mask(NAME), **in_space},
+        **in_templates,
         "native_mask": {
             "Description": f"Brain mask of the {unit.modality} image in native space",
             "Type": "Brain",
@@ -453,6 +486,7 @@ def detection_sidecars(
     parcellations: Iterable[str] = (),
     *,
     min_lesion_volume: float,
+    spaces: Iterable[OutputSpace] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return the sidecars of the outputs of one detector for an image.
 
@@ -470,6 +504,8 @@ def detection_sidecars(
         Parcellations that have a column in the table of components.
     min_lesion_volume : float
         Minimum volume of a counted lesion in mm3.
+    spaces : iterable of OutputSpace, default=()
+        Further spaces of map, mask and components.
 
     Returns
     -------
@@ -512,6 +548,19 @@ def detection_sidecars(
         **common,
     }
     roi = {"Description": "Anomaly mask on the grid of the raw T1w image, for fMRIPrep and FastSurfer"}
+    resampled = {}
+    for space in spaces:
+        for kind, description in _RESAMPLED.items():
+            if space.kind(kind) not in files:
+                continue
+            resampled[space.kind(kind)] = {
+                "Description": description,
+                **({"Type": "Lesion"} if kind == "mask" else {}),
+                **_space_fields(space),
+                **({"Transformation": TO_TEMPLATE} if space.is_template else {}),
+                "Sources": [own_uri(files[kind]), *([] if space.is_template else [str(inputs["raw"])])],
+                **common,
+            }
     return {
         **(lesions if "lesions" in files else {}),
         **({"roi": {**roi, **native}} if "roi" in files else {}),
@@ -549,4 +598,5 @@ def detection_sidecars(
             "Sources": counted,
             **counting,
         },
+        **resampled,
     }

@@ -22,7 +22,7 @@ from nipype.interfaces.base import (
 from bids_uad import space
 from bids_uad.config import EXTRACTIONS, MODALITIES
 from bids_uad.errors import InputError
-from bids_uad.images import make_image, save_image, scale_intensity
+from bids_uad.images import Grid, make_image, save_image, scale_intensity
 from bids_uad.preprocessing.brain_extraction.masks import (
     BRAIN_VOLUME_RANGE_ML,
     COMBINED,
@@ -365,6 +365,7 @@ class _ResampleToSRI24InputSpec(BaseInterfaceInputSpec):
     skull_stripped = traits.Bool(mandatory=True, desc="whether voxels outside the native mask have no signal")
     brain_mask = File(exists=True, desc="brain mask of the anchor, used instead of the native one")
     brain_xfm = File(exists=True, desc="ITK transform of that mask to SRI24")
+    spaces = traits.List(traits.Str, desc="spaces of templates, see --output-spaces")
 
 
 class _ResampleToSRI24OutputSpec(TraitedSpec):
@@ -376,24 +377,55 @@ class _ResampleToSRI24OutputSpec(TraitedSpec):
     unscored = traits.Float(
         desc="fraction of the brain mask that is outside the field of view or has no signal"
     )
+    in_templates = traits.List(File(exists=True), desc="scan and brain mask in each of `spaces`")
 
 
 class ResampleToSRI24(SimpleInterface):
-    """Interpolate the scan once, from its native grid to SRI24, and scale its intensities in the brain."""
+    """Interpolate the scan once, from its native grid to SRI24, and scale its intensities in the brain.
+
+    The same is done for the spaces of templates, through one transform composed of that to SRI24 and the
+    affine between the templates.
+    """
 
     input_spec = _ResampleToSRI24InputSpec
     output_spec = _ResampleToSRI24OutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
         scan = _volume(self.inputs.in_file, self.inputs.native_mask)
-        pull = read_itk(self.inputs.to_sri24)
-        grid = (space.SHAPE, space.AFFINE)
         raw = _volume(self.inputs.conformed, self.inputs.native_mask)
+        scaled, brain, anatomical, has_data = self._resample(scan, raw, (space.SHAPE, space.AFFINE))
+        self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
+        self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
+        self._results["unscored"] = 1.0 - float(brain.sum()) / max(int(anatomical.sum()), 1)
+        self._results["coverage"] = _save_sri24(runtime, "coverage.nii.gz", has_data, np.uint8)
+        if isdefined(self.inputs.spaces):
+            del scaled, brain, anatomical, has_data
+            self._results["in_templates"] = []
+            for template in space.output_spaces(self.inputs.spaces):
+                scaled, brain, *_ = self._resample(scan, raw, template.grid, space.icbm_to_sri24())
+                for kind, data, dtype in (("preproc", scaled, np.float32), ("brain_mask", brain, np.uint8)):
+                    image = make_image(data, template.grid[1], dtype, code=space.MNI_CODE)
+                    path = save_image(image, Path(runtime.cwd) / f"{template.kind(kind)}.nii.gz")
+                    self._results["in_templates"].append(str(path))
+        return runtime
+
+    def _resample(
+        self, scan: Volume, raw: Volume, grid: Grid, to_sri24: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Resample to a grid whose points `to_sri24` maps to SRI24.
+
+        Returns the scaled scan, the brain mask where there is data, the whole brain mask, and the coverage.
+        """
+
+        def pull_from(path: str) -> np.ndarray:
+            return read_itk(path) if to_sri24 is None else read_itk(path) @ to_sri24
+
+        pull = pull_from(self.inputs.to_sri24)
         has_data = coverage_mask(raw, self.inputs.skull_stripped, *grid, pull)
-        anatomical = np.ones(space.SHAPE, dtype=bool)
+        anatomical = np.ones(grid[0], dtype=bool)
         if isdefined(self.inputs.brain_mask):
             other = _mask(self.inputs.brain_mask)
-            anatomical &= resample_mask(other.data, other.affine, *grid, read_itk(self.inputs.brain_xfm))
+            anatomical &= resample_mask(other.data, other.affine, *grid, pull_from(self.inputs.brain_xfm))
         if self.inputs.skull_stripped or not isdefined(self.inputs.brain_mask):
             anatomical &= resample_mask(scan.mask, scan.affine, *grid, pull)
         brain = anatomical & has_data
@@ -407,11 +439,7 @@ class ResampleToSRI24(SimpleInterface):
             raise InputError(
                 self.inputs.in_file, str(error), "check the scan and its registration"
             ) from error
-        self._results["out_file"] = _save_sri24(runtime, "preproc.nii.gz", scaled, np.float32)
-        self._results["out_mask"] = _save_sri24(runtime, "brain_mask.nii.gz", brain, np.uint8)
-        self._results["unscored"] = 1.0 - float(brain.sum()) / max(int(anatomical.sum()), 1)
-        self._results["coverage"] = _save_sri24(runtime, "coverage.nii.gz", has_data, np.uint8)
-        return runtime
+        return scaled, brain, anatomical, has_data
 
 
 class _ResampleLesionInputSpec(BaseInterfaceInputSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ OUTPUTS = (
     "from_sri24",
     "lesion",
     "qc",
+    "in_templates",
 )
 
 
@@ -87,6 +89,7 @@ def init_preproc_wf(
     external: ExternalInputs = NO_EXTERNAL_INPUTS,
     lesion_on_raw: bool = True,
     extraction: Extraction,
+    templates: Sequence[str] = (),
 ) -> LiterateWorkflow:
     """Build the preprocessing of one scan.
 
@@ -133,6 +136,8 @@ def init_preproc_wf(
         Whether the lesion mask is on the grid of the raw scan instead of another pipeline's image.
     extraction : Extraction
         Brain-extraction method for whole heads.
+    templates : sequence of str, default=()
+        Spaces of templates to which the scan is resampled, see :func:`bids_uad.space.output_spaces`.
 
     Inputs
     ------
@@ -173,6 +178,9 @@ def init_preproc_wf(
         Lesion mask on the SRI24 grid; undefined without ``lesion_mask``.
     qc
         Dictionary of :func:`bids_uad.preprocessing.quality.assess_quality`.
+    in_templates
+        Scan and brain mask in each of `templates`, with properties as of `preproc` and `brain_mask`;
+        undefined without `templates`.
 
     Returns
     -------
@@ -192,6 +200,8 @@ def init_preproc_wf(
     conform = pe.Node(Conform(), name="conform", mem_gb=0.5)
     correct_bias = pe.Node(CorrectBias(corrected=external.image), name="correct_bias", mem_gb=1.0)
     resample = pe.Node(ResampleToSRI24(), name="resample", mem_gb=1.0)
+    if templates:
+        resample.inputs.spaces = list(templates)
     lesion = pe.Node(ResampleLesion(), name="lesion", mem_gb=0.5)
     assess = AssessQuality(reference_mask=str(reference.brain_mask), modality=modality)
     quality = pe.Node(assess, name="quality", mem_gb=1.0)
@@ -233,7 +243,11 @@ def init_preproc_wf(
         (mask, quality, [("skull_stripped", "skull_stripped"), ("out_mask", "native_mask")]),
         (resample, quality, [("out_mask", "brain_mask"), ("coverage", "coverage"), ("unscored", "unscored")]),
         (lesion, quality, [("out_file", "lesion")]),
-        (resample, outputnode, [("out_file", "preproc"), ("out_mask", "brain_mask")]),
+        (resample, outputnode, [
+            ("out_file", "preproc"),
+            ("out_mask", "brain_mask"),
+            ("in_templates", "in_templates"),
+        ]),
         (mask, outputnode, [("out_mask", "own_mask")]),
         (correct_bias, outputnode, [("out_brain", "brain")]),
         (register, outputnode, [("to_sri24", "xfm")]),

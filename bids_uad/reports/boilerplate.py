@@ -146,6 +146,7 @@ def methods_text(
     *,
     pathways: Mapping[Pathway, int] | None = None,
     parcellations: Sequence[str] = (),
+    template: str = "",
     version: str = __version__,
 ) -> str:
     """Write the methods section for images that were processed.
@@ -158,6 +159,8 @@ def methods_text(
         Number of images of each preprocessing pathway.
     parcellations : sequence of str, default=()
         Parcellations of the atlas that name the components.
+    template : str, default=""
+        Template in whose space there are outputs as well; empty if there are none.
     version : str
         Version of bids_uad; by default this one.
 
@@ -179,6 +182,8 @@ def methods_text(
         if parcellations:
             sources = [REGION_SOURCES.get(name, name) for name in parcellations]
             parts.append(fragment("regions", parcellations=" and ".join(sources)))
+    if template:
+        parts.append(fragment("output_space", template=template))
     if lesions := lesion_text(pathways):
         parts.append(fragment("ground_truth", lesions=lesions))
     parts += [_software(models, pathways), fragment("copyright")]

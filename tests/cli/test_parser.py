@@ -387,6 +387,7 @@ ILLEGAL = {
     "deviations": [("normal",)],
     "decision_rule": ["median"],
     "brain_extraction": ["bet", None],
+    "output_spaces": [("MNI152NLin6Asym",), ("SRI24:res-2",), "orig"],
     "min_lesion_size": [-1.0, float("nan")],
     "min_counted_volume": [-1.0, float("nan"), float("inf"), None],
     "device": ["gpu", "cuda:x", "cuda:"],
@@ -442,6 +443,17 @@ def test_negative_seed_is_refused(parse):
         ConfigError, match=r"'random_seed' .* in the range \[0, 4294967295\]\. Got -1 instead"
     ):
         parse("--random-seed", "-1")
+
+
+def test_output_spaces(parse, capsys):
+    assert parse().output_spaces == ()
+    spaces = ("SRI24", "MNI152NLin2009cAsym:res-1:res-2", "T1w")
+    assert parse("--output-spaces", *spaces, "T1w").output_spaces == spaces
+    for text in ("MNI152NLin6Asym", "fsaverage", "MNI152NLin2009cAsym:res-native", "anat:res-2"):
+        with pytest.raises(SystemExit):
+            parse("--output-spaces", text)
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"'{text}' is not supported; choose from SRI24, MNI152NLin2009cAsym (also with" in message
 
 
 def test_minimum_volumes_of_components_and_of_counted_lesions(parse, tmp_path, capsys):

@@ -54,6 +54,27 @@ def test_names_of_the_outputs_of_an_image():
     assert (
         str(naming.preprocessing_outputs(UNIT)["to_sri24"]) == f"{START}_from-T2w_to-SRI24_mode-image_xfm.txt"
     )
+    spaces = space.output_spaces(
+        ["MNI152NLin2009cAsym", "MNI152NLin2009cAsym:res-2", "anat", "SRI24", "orig"]
+    )
+    further = naming.detection_outputs(UNIT, "patchcore", spaces=spaces).items() - names.items()
+    further |= naming.template_outputs(UNIT, spaces).items()
+    start = f"{START}_space-MNI152NLin2009cAsym"
+    assert {str(path).replace(start, "*") for _, path in further} == {
+        *("*_desc-T2wPatchcore_anomalymap.nii.gz", "*_res-2_desc-T2wPatchcore_anomalymap.nii.gz"),
+        *(
+            "*_label-anomaly_desc-T2wPatchcore_mask.nii.gz",
+            "*_res-2_label-anomaly_desc-T2wPatchcore_mask.nii.gz",
+        ),
+        *("*_seg-T2wPatchcore_dseg.nii.gz", "*_seg-T2wPatchcore_res-2_dseg.nii.gz"),
+        *("*_desc-preproc_T2w.nii.gz", "*_res-2_desc-preproc_T2w.nii.gz"),
+        *("*_desc-brain_mask.nii.gz", "*_res-2_desc-brain_mask.nii.gz"),
+        f"{START}_from-T2w_to-MNI152NLin2009cAsym_mode-image_xfm.txt",
+        f"{START}_from-MNI152NLin2009cAsym_to-T2w_mode-image_xfm.txt",
+        f"{START}_space-orig_desc-T2wPatchcore_anomalymap.nii.gz",
+        f"{START}_space-orig_seg-T2wPatchcore_dseg.nii.gz",
+    }
+    assert naming.template_outputs(UNIT, space.output_spaces(["orig"])) == {}
     with pytest.raises(ValueError, match="no path pattern"):
         naming.output_path(UNIT, suffix="statmap")
 

@@ -63,6 +63,7 @@ class _FakePreprocInputSpec(BaseInterfaceInputSpec):
     external_xfm = File()
     raw_file = File()
     from_raw = File()
+    templates = traits.List(traits.Str)
 
 
 class _FakePreprocOutputSpec(TraitedSpec):
@@ -76,6 +77,7 @@ class _FakePreprocOutputSpec(TraitedSpec):
     from_sri24 = File(exists=True)
     lesion = File(exists=True)
     qc = traits.Dict()
+    in_templates = traits.List(File(exists=True))
 
 
 class FakePreproc(SimpleInterface):
@@ -120,19 +122,37 @@ class FakePreproc(SimpleInterface):
             lesion[110:115, 110:115, 70:75] = 1
             nib.save(space.to_image(lesion, np.uint8), folder / "lesion.nii.gz")
             self._results["lesion"] = str(folder / "lesion.nii.gz")
+        if self.inputs.templates:
+            self._results["in_templates"] = []
+            for template in space.output_spaces(self.inputs.templates):
+                shape, affine = template.grid
+                for kind, dtype in (("preproc", np.float32), ("brain_mask", np.uint8)):
+                    path = folder / f"{template.kind(kind)}.nii.gz"
+                    save_image(make_image(np.ones(shape), affine, dtype, code=4), path)
+                    self._results["in_templates"].append(str(path))
         self._results["qc"] = {"warnings": [f"look at {name}"], "skull_stripped": True}
         note(runtime.cwd, f"preproc {name}")
         return runtime
 
 
 def init_fake_preproc_wf(
-    *, name, modality, is_anchor, skull_stripped, omp_nthreads, reference, external, lesion_on_raw, extraction
+    *,
+    name,
+    modality,
+    is_anchor,
+    skull_stripped,
+    omp_nthreads,
+    reference,
+    external,
+    lesion_on_raw,
+    extraction,
+    templates,
 ):
     """Replacement of `preprocessing.workflow.init_preproc_wf` with the same parameters."""
     workflow = LiterateWorkflow(name=name)
     inputnode = Node(IdentityInterface(fields=list(INPUTS)), name="inputnode")
     outputnode = Node(IdentityInterface(fields=list(OUTPUTS)), name="outputnode")
-    work = Node(FakePreproc(), name="work")
+    work = Node(FakePreproc(templates=list(templates)), name="work")
     connected = INPUTS if not is_anchor else [field for field in INPUTS if not field.startswith("anchor_")]
     workflow.connect([(inputnode, work, [(field, field) for field in connected])])
     workflow.connect([(work, outputnode, [(field, field) for field in OUTPUTS])])

@@ -22,15 +22,7 @@ from bids_uad.levels.participant.postprocess import (
     lesion_table,
     look_up_tables,
 )
-
-MNI_TO_SRI24 = np.array(
-    [
-        [0.922126, -0.009894, -0.001188, -119.058579],
-        [-0.006933, 0.935744, -0.186456, 125.592415],
-        [-0.007382, 0.192645, 0.846861, 71.853679],
-    ]
-)
-"""Affine from ICBM152 to SRI24 by ANTs, mm."""
+from tests.preprocessing.conftest import MNI_TO_SRI24
 
 
 @pytest.fixture
@@ -99,7 +91,7 @@ def test_component_table_against_hand_numbers():
         [-100.5, 189.0, 30.0],
         [-10.0, 219.0, 40.0],
     ]
-    back = table[["mni_x", "mni_y", "mni_z"]].to_numpy() @ MNI_TO_SRI24[:, :3].T + MNI_TO_SRI24[:, 3]
+    back = table[["mni_x", "mni_y", "mni_z"]].to_numpy() @ MNI_TO_SRI24[:3, :3].T + MNI_TO_SRI24[:3, 3]
     np.testing.assert_allclose(back, table[["centroid_x", "centroid_y", "centroid_z"]], atol=0.1)
 
 

@@ -17,6 +17,16 @@ REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NATIVE_SHAPE = (72, 84, 72)
 NATIVE_AFFINE = np.array([[-3.0, 0, 0, -12], [0, 3.0, 0, -2], [0, 0, 3.0, -30], [0, 0, 0, 1]])
 
+MNI_TO_SRI24 = np.array(
+    [
+        [0.922126, -0.009894, -0.001188, -119.058579],
+        [-0.006933, 0.935744, -0.186456, 125.592415],
+        [-0.007382, 0.192645, 0.846861, 71.853679],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+)
+"""Affine from ICBM152 to SRI24 by ANTs, mm."""
+
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:

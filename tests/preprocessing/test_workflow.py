@@ -24,9 +24,10 @@ from bids_uad.preprocessing.resampling import (
 )
 from bids_uad.preprocessing.workflow import init_lesion_wf, init_preproc_wf
 
-from .conftest import NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
+from .conftest import MNI_TO_SRI24, NATIVE_AFFINE, NATIVE_SHAPE, draw, known_move, save, t2w_like
 
 BY_TEMPLATE = Extraction("template")
+TEMPLATE = "MNI152NLin2009cAsym:res-2"
 LESION_CENTRE = np.array([-100.0, 120.0, 90.0])
 T2W_SHAPE = (60, 70, 24)
 T2W_AFFINE = rotation_about(np.array([90.0, 100.0, 70.0]), (4.0, 5.0, -6.0)) @ np.array(
@@ -66,6 +67,7 @@ def run(workflow, base: Path, **inputs: object) -> SimpleNamespace:
         from_sri24=native.from_sri24,
         lesion=nodes["lesion"].out_file,
         qc=nodes["quality"].qc,
+        in_templates=nodes["resample"].in_templates,
     )
 
 
@@ -82,6 +84,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, reference: Reference, refe
     t2w = t2w_like(draw(reference_volume, known_move(), T2W_SHAPE, T2W_AFFINE))
     t2w_file = save(folder / "T2w.nii.gz", t2w, T2W_AFFINE)
     common = {"skull_stripped": None, "omp_nthreads": 1, "reference": reference, "extraction": BY_TEMPLATE}
+    common["templates"] = [TEMPLATE]
     anchor = run(
         init_preproc_wf(name="t1w_wf", modality="T1w", is_anchor=True, **common),
         folder,
@@ -111,11 +114,11 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
-def interpolated(path: str, xfm: str) -> np.ndarray:
-    """Read an image at the voxels of the SRI24 grid through one transform, by SciPy alone."""
+def interpolated(path: str, xfm: str, shape=space.SHAPE, to_sri24: np.ndarray = space.AFFINE) -> np.ndarray:
+    """Read an image at the voxels of a grid through one transform, by SciPy alone."""
     image = nib.load(path)
-    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in space.SHAPE], indexing="ij"), -1)[::3, ::3, ::3]
-    to_voxel = np.linalg.inv(image.affine) @ read_itk(xfm) @ space.AFFINE
+    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1)[::3, ::3, ::3]
+    to_voxel = np.linalg.inv(image.affine) @ read_itk(xfm) @ to_sri24
     places = nib.affines.apply_affine(to_voxel, voxels.astype(float))
     data = np.asarray(image.dataobj, dtype=np.float64)
     return ndimage.map_coordinates(data, np.moveaxis(places, -1, 0), order=1, mode="nearest")
@@ -128,6 +131,21 @@ def test_each_scan_is_interpolated_once(session, which: str) -> None:
     brain = load(result.brain_mask)[::3, ::3, ::3] > 0
     ratio = once[brain] / load(result.preproc)[::3, ::3, ::3][brain]
     assert np.ptp(ratio) < 1e-3 * ratio.mean()
+
+
+@pytest.mark.parametrize("which", ["anchor", "other"])
+def test_each_scan_is_interpolated_once_to_a_template(session, reference_volume: Volume, which: str) -> None:
+    result = getattr(session, which)
+    image, mask = map(nib.load, result.in_templates)
+    assert image.shape == mask.shape == (97, 115, 97)
+    to_sri24 = MNI_TO_SRI24 @ image.affine
+    once = interpolated(result.corrected, result.to_sri24, image.shape, to_sri24)
+    brain = np.asarray(mask.dataobj)[::3, ::3, ::3] > 0
+    ratio = once[brain] / np.asarray(image.dataobj)[::3, ::3, ::3][brain]
+    assert np.ptp(ratio) < 1e-3 * ratio.mean()
+    # The phantom is the reference, which is the template by this affine.
+    head = resample_mask(reference_volume.mask, space.AFFINE, mask.shape, mask.affine, MNI_TO_SRI24)
+    assert dice(np.asarray(mask.dataobj) > 0, head) > 0.95
 
 
 def test_the_lesion_is_interpolated_once(session) -> None:

@@ -24,6 +24,7 @@ from bids_uad.preprocessing.intensity_correction import is_uniform_image
 from bids_uad.reports import pathways
 from bids_uad.reports.boilerplate import UsedModel, methods_text, write_citation
 from bids_uad.reports.pathways import Pathway
+from bids_uad.space import MNI
 
 if TYPE_CHECKING:
     from bids_uad.levels.participant.plan import RunContext, Task
@@ -440,6 +441,7 @@ def describe_methods(records: Iterable[CompletionRecord]) -> str:
     models: dict[str, UsedModel] = {}
     parcellations: set[str] = set()
     versions: set[str] = set()
+    template = ""
     for record in records:
         if not record.outputs:
             continue
@@ -447,13 +449,21 @@ def describe_methods(records: Iterable[CompletionRecord]) -> str:
         parcellations |= set(fields.pop("parcellations", ()))  # absent from records of early versions
         preprocessing[Pathway(**fields)] += 1
         versions.add(record.fingerprint["app_version"])
+        if any(f"_space-{MNI}_" in name for name in record.outputs):
+            template = MNI
         for model in record.models.values():
             _merge_model(models, UsedModel.from_record(model.methods))
     if not preprocessing:
         return ""
     used = sorted(models.values(), key=lambda model: (model.detector, model.modality, repr(model)))
     version = " and ".join(sorted(versions))
-    return methods_text(used, pathways=preprocessing, parcellations=sorted(parcellations), version=version)
+    return methods_text(
+        used,
+        pathways=preprocessing,
+        parcellations=sorted(parcellations),
+        template=template,
+        version=version,
+    )
 
 
 def _merge_model(models: dict[str, UsedModel], model: UsedModel) -> None:

@@ -28,7 +28,7 @@ from bids_uad.dataset.sidecars import QUALITY_COLUMNS
 from bids_uad.engine.bundle import NORMATIVE_FILE, Bundle, load_bundle
 from bids_uad.errors import InputError, ModelError, UserError
 from bids_uad.files import atomic_path, read_row, write_json, write_text, write_tsv
-from bids_uad.images import load_image, save_image
+from bids_uad.images import load_image, make_image, save_image
 from bids_uad.levels.participant.completion_records import (
     CompletionRecord,
     ModelRecord,
@@ -37,9 +37,9 @@ from bids_uad.levels.participant.completion_records import (
 )
 from bids_uad.levels.participant.postprocess import detect_anomalies, look_up_tables
 from bids_uad.preprocessing.check import read_lesion
-from bids_uad.preprocessing.resampling import map_to_native
+from bids_uad.preprocessing.resampling import map_to_native, read_itk, resample, write_itk
 from bids_uad.resources import NoAnswerError, RequestProcess, describe_exit
-from bids_uad.space import AFFINE, SHAPE, to_image
+from bids_uad.space import AFFINE, MNI_CODE, SHAPE, OutputSpace, icbm_to_sri24, output_spaces, to_image
 
 _EMPTY_ARCHIVE = Path(__file__).parents[2] / "data" / "templateflow"
 _EXCLUSION = ("exclude", "exclude_reasons", "exclude_dependents")
@@ -239,6 +239,7 @@ class _PostprocessInputSpec(BaseInterfaceInputSpec):
     files = traits.Dict(mandatory=True, desc="path of each output, by kind")
     sidecars = traits.Dict(mandatory=True, desc="metadata of each output, by kind")
     parcellations = traits.Dict(desc="label image of each atlas parcellation, by name")
+    spaces = traits.List(traits.Str, desc="further spaces of the outputs, see --output-spaces")
 
 
 class _PostprocessOutputSpec(TraitedSpec):
@@ -284,6 +285,9 @@ class Postprocess(SimpleInterface):
         native = map_to_native(detection.mask, self.inputs.native_ref, self.inputs.from_sri24)
         for kind in {"native_mask", "roi"} & files.keys():
             save_image(native, files[kind])
+        volumes = {"anomalymap": scores, "mask": detection.mask, "dseg": detection.components}
+        for space in output_spaces(self.inputs.spaces if isdefined(self.inputs.spaces) else ()):
+            self._write_in_space(space, volumes, files)
         write_tsv(files["components"], detection.component_table)
         for program, text in look_up_tables(detection.component_table).items():
             write_text(files[program], text)
@@ -293,6 +297,23 @@ class Postprocess(SimpleInterface):
             write_tsv(files["lesions"], detection.lesions)
         self._results["out_files"] = with_sidecars(files.values())
         return runtime
+
+    def _write_in_space(
+        self, space: OutputSpace, volumes: Mapping[str, np.ndarray], files: Mapping[str, Path]
+    ) -> None:
+        """Resample map, mask and components once to another space, and write those among `files`."""
+        if space.is_template:
+            shape, affine = space.grid
+            pull, code = icbm_to_sri24(), MNI_CODE
+        else:
+            native = nib.load(self.inputs.native_ref)
+            shape, affine = native.shape, native.affine
+            pull, code = read_itk(self.inputs.from_sri24), 1
+        for kind, dtype in (("anomalymap", np.float32), ("mask", np.uint8), ("dseg", np.int32)):
+            if space.kind(kind) in files:
+                order = 1 if kind == "anomalymap" else 0
+                values = resample(volumes[kind], AFFINE, shape, affine, pull, order=order)
+                save_image(make_image(values, affine, dtype, code=code), files[space.kind(kind)])
 
     def _scores(self, bundle: Bundle, brain: np.ndarray) -> np.ndarray:
         """Read the anomaly map, 0 outside the brain; return scores or their normative deviations."""
@@ -312,6 +333,41 @@ def _parcellation(path: str) -> tuple[np.ndarray, dict[int, str]]:
     """Read an atlas label image and the region names from the table beside it."""
     names = pd.read_csv(path.replace(".nii.gz", ".tsv"), sep="\t").set_index("index")["name"]
     return read_sri24(path), names.to_dict()
+
+
+class _WriteInTemplatesInputSpec(BaseInterfaceInputSpec):
+    in_files = traits.List(File(exists=True), mandatory=True, desc="scan and brain mask in each space")
+    to_sri24 = File(exists=True, mandatory=True, desc="ITK transform from the raw image to SRI24")
+    files = traits.Dict(mandatory=True, desc="path of each output, by kind, images first")
+    sidecars = traits.Dict(mandatory=True, desc="metadata of the images, by kind")
+
+
+class _WriteInTemplatesOutputSpec(TraitedSpec):
+    out_files = traits.List(File(exists=True), desc="all files written, without sidecars")
+
+
+class WriteInTemplates(SimpleInterface):
+    """Write scan and brain mask in the spaces of templates, and the transforms to and from the template.
+
+    Runs every time, since its outputs may have been removed from the dataset.
+    """
+
+    input_spec = _WriteInTemplatesInputSpec
+    output_spec = _WriteInTemplatesOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        files = {kind: Path(path) for kind, path in self.inputs.files.items()}
+        transforms = files.pop("to_template"), files.pop("from_template")
+        for source, (kind, path) in zip(self.inputs.in_files, files.items(), strict=True):
+            with atomic_path(path) as temporary:
+                shutil.copyfile(source, temporary)
+            write_json(sidecar_of(path), self.inputs.sidecars[kind])
+        pull = read_itk(self.inputs.to_sri24) @ icbm_to_sri24()
+        for path, matrix in zip(transforms, (pull, np.linalg.inv(pull)), strict=True):
+            write_itk(path, matrix)
+        self._results["out_files"] = [str(path) for path in (*files.values(), *transforms)]
+        return runtime
 
 
 class _AlignMaskInputSpec(BaseInterfaceInputSpec):

@@ -11,7 +11,14 @@ from pathlib import Path
 from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.inputs import Collection, collect
 from bids_uad.dataset.lesion_masks import LesionMask
-from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, entities_of
+from bids_uad.dataset.naming import (
+    PREFIX_ENTITIES,
+    ImageUnit,
+    Problem,
+    detection_outputs,
+    entities_of,
+    template_outputs,
+)
 from bids_uad.dataset.participants import Participants, Person
 from bids_uad.engine.bundle import Bundle
 from bids_uad.errors import InputError, truncate_list
@@ -29,6 +36,7 @@ from bids_uad.methods.registry import cpu_precision
 from bids_uad.preprocessing.brain_extraction.masks import Extraction
 from bids_uad.preprocessing.check import check_image
 from bids_uad.preprocessing.reference import Reference
+from bids_uad.space import output_spaces
 
 MAX_DETECTION_THREADS = 4
 """Maximum number of CPU threads of one detector, unless `omp_nthreads` is higher."""
@@ -183,14 +191,25 @@ def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, conte
         for bundle in context.bundles
         if bundle.modality == unit.modality and unit.modality in config.modalities
     ]
+    spaces = output_spaces(config.output_spaces)
     missing = tuple(
         bundle
         for bundle in requested
-        if not _is_current(current, bundle, model_identity(bundle, config, person), config.output_dir)
+        if not _is_current(
+            current,
+            bundle,
+            model_identity(bundle, config, person),
+            config.output_dir,
+            detection_outputs(unit, bundle.scored_as, spaces=spaces) if spaces else {},
+        )
     )
     names = {bundle.scored_as for bundle in requested}
     earlier = record.models if outdated else {}
-    preprocessed = current is not None and all_exist(current.outputs, config.output_dir)
+    preprocessed = (
+        current is not None
+        and all_exist(current.outputs, config.output_dir)
+        and _lists(current.outputs, template_outputs(unit, spaces))
+    )
     return Task(
         unit=unit,
         bundles=missing,
@@ -204,10 +223,26 @@ def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, conte
     )
 
 
-def _is_current(record: CompletionRecord | None, bundle: Bundle, identity: str, output_dir: Path) -> bool:
-    """Return whether all outputs of exactly this model exist."""
+def _is_current(
+    record: CompletionRecord | None,
+    bundle: Bundle,
+    identity: str,
+    output_dir: Path,
+    files: Mapping[str, Path],
+) -> bool:
+    """Return whether all outputs of exactly this model exist, `files` among them."""
     model = None if record is None else record.models.get(bundle.scored_as)
-    return model is not None and model.identity == identity and all_exist(model.outputs, output_dir)
+    return (
+        model is not None
+        and model.identity == identity
+        and all_exist(model.outputs, output_dir)
+        and _lists(model.outputs, files)
+    )
+
+
+def _lists(recorded: Sequence[str], files: Mapping[str, Path]) -> bool:
+    """Return whether all files are among the recorded ones, which may be of a run with other spaces."""
+    return {path.as_posix() for path in files.values()} <= set(recorded)
 
 
 def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:

@@ -36,6 +36,7 @@ from bids_uad.levels.participant.interfaces import (
     DerivativesDataSink,
     Detect,
     Postprocess,
+    WriteInTemplates,
     WriteQuality,
     sidecar_of,
     with_sidecars,
@@ -49,7 +50,7 @@ from bids_uad.levels.participant.plan import (
     split_tasks,
 )
 from bids_uad.preprocessing.workflow import ExternalInputs, init_lesion_wf, init_preproc_wf
-from bids_uad.space import NAME
+from bids_uad.space import MNI, NAME, output_spaces
 
 FROM_PREPROCESSING = ("preproc", "brain_mask", "native_mask", "to_sri24", "from_sri24", "qc")
 """Outputs of preprocessing that are inputs of the derivatives of an image."""
@@ -177,6 +178,8 @@ def init_subject_wf(subject: str, tasks: Sequence[Task], context: RunContext) ->
             continue
         derivatives = init_derivatives_wf(task, context, name=name)
         fields = {field: field for field in FROM_PREPROCESSING}
+        if _templates(context):
+            fields["in_templates"] = "in_templates"
         workflow.connect([(preprocessed[task.unit.key], derivatives, _fields(fields))])
         if task.lesion_provider is not None:
             workflow.connect(*lesions[task.lesion_provider], derivatives, "inputnode.lesion")
@@ -227,6 +230,8 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
         external=inputs,
         lesion_on_raw=task.lesion is None or not task.lesion.on_external,
         extraction=context.extraction,
+        # An image that is only an anchor is not written.
+        templates=() if task.done or task.preprocessed else _templates(context),
     )
     files = {
         "in_file": unit.image,
@@ -239,6 +244,11 @@ def _init_preprocessing(task: Task, context: RunContext, name: str) -> LiterateW
         if path is not None:
             setattr(workflow.inputs.inputnode, field, str(path))
     return workflow
+
+
+def _templates(context: RunContext) -> list[str]:
+    """Return the output spaces of the run that are templates, as on the command line."""
+    return [name for name in context.config.output_spaces if name.startswith(MNI)]
 
 
 def _identifier(text: str) -> str:
@@ -269,12 +279,16 @@ def init_derivatives_wf(task: Task, context: RunContext, *, name: str) -> Litera
         Outputs of the image's preprocessing.
     lesion
         Lesion mask of the image in SRI24 space, if there is one.
+    in_templates
+        Image and brain mask in the spaces of templates, if there are any.
     """
     unit, config = task.unit, context.config
+    spaces = output_spaces(config.output_spaces)
     workflow = LiterateWorkflow(name=name)
-    inputs = Node(IdentityInterface(fields=[*FROM_PREPROCESSING, "lesion"]), name="inputnode")
+    fields = [*FROM_PREPROCESSING, "lesion", "in_templates"]
+    inputs = Node(IdentityInterface(fields=fields), name="inputnode")
     written: list[tuple[Node, str]] = []
-    metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, context.reference.metadata)
+    metadata = sidecars.preprocessing_sidecars(unit, config.bids_dir, context.reference.metadata, spaces)
     quality = Node(AddQuality(metadata=metadata["preproc"]), name="add_quality", run_without_submitting=True)
     workflow.connect(inputs, "qc", quality, "quality")
     # The sinks use only the name. The raw file itself may have been removed.
@@ -285,6 +299,14 @@ def init_derivatives_wf(task: Task, context: RunContext, *, name: str) -> Litera
         if field == "preproc":
             workflow.connect(quality, "metadata", sink, "meta_dict")
         written.append((sink, "out_file"))
+    if templates := naming.template_outputs(unit, spaces):
+        write = WriteInTemplates(
+            files={kind: str(config.output_dir / path) for kind, path in templates.items()},
+            sidecars={kind: metadata[kind] for kind in templates if kind in metadata},
+        )
+        in_templates = Node(write, name="in_templates")
+        workflow.connect([(inputs, in_templates, [("in_templates", "in_files"), ("to_sri24", "to_sri24")])])
+        written.append((in_templates, "out_files"))
     table = Node(_quality_table(task, context), name="quality_table", run_without_submitting=True)
     workflow.connect(inputs, "qc", table, "quality")
     written.append((table, "out_file"))
@@ -418,7 +440,7 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
                 label=bundle.label,
                 identity=model_identity(bundle, config, task.person),
                 covariates={} if bundle.deviation == "none" else task.person.covariates,
-                outputs=with_sidecars(_detection_files(task, bundle).values()),
+                outputs=with_sidecars(_detection_files(task, bundle, context).values()),
                 methods=describe_model(task, bundle, context),
             )
             for bundle in task.bundles
@@ -427,9 +449,14 @@ def _record(task: Task, context: RunContext) -> CompletionRecord:
     )
 
 
-def _detection_files(task: Task, bundle: Bundle) -> dict[str, Path]:
+def _detection_files(task: Task, bundle: Bundle, context: RunContext) -> dict[str, Path]:
     """Return the outputs of one model for an image by kind, relative to the dataset."""
-    return naming.detection_outputs(task.unit, bundle.scored_as, with_lesions=task.lesion is not None)
+    return naming.detection_outputs(
+        task.unit,
+        bundle.scored_as,
+        with_lesions=task.lesion is not None,
+        spaces=output_spaces(context.config.output_spaces),
+    )
 
 
 def _connect_detection(
@@ -480,7 +507,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
     """Return the interface that writes the outputs of one model."""
     unit, config = task.unit, context.config
     threshold_name, threshold = bundle.default_threshold
-    files = _detection_files(task, bundle)
+    files = _detection_files(task, bundle, context)
     preprocessed = naming.preprocessing_outputs(unit)
     raw = sidecars.raw_uri(unit, config.bids_dir)
     inputs: dict[str, Any] = {
@@ -538,7 +565,9 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
             run,
             context.reference.parcellations,
             min_lesion_volume=config.min_counted_volume,
+            spaces=output_spaces(config.output_spaces),
         ),
+        spaces=list(config.output_spaces),
         parcellations={name: str(path) for name, path in context.reference.parcellations.items()},
         min_component_volume=bundle.min_component_volume,
         min_lesion_volume=config.min_counted_volume,
