@@ -68,7 +68,7 @@ RUN_SPECIFIC = frozenset(
 Text = Annotated[str, Matches(r"(?s).+", "a str that is not empty")]
 Label = Annotated[str, Matches("[0-9a-zA-Z+]+", "a BIDS label (letters and digits)")]
 Modality = Annotated[str, OneOf(*MODALITIES)]
-Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "one of auto, cpu, cuda, cuda:N")]
+Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?|mps", "one of auto, cpu, cuda, cuda:N, mps")]
 SpaceName = Annotated[
     str,
     Matches(
@@ -126,7 +126,7 @@ class RunConfig(Constrained):
     min_counted_volume : float, default=DEFAULT_MIN_COUNTED_VOLUME
         Minimum volume in mm3 of lesions and false components that are counted.
     device : str, default="auto"
-        `auto`, `cpu`, `cuda` or `cuda:N`.
+        `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
     precision : str, default="auto"
         `auto`, `fp32` or `bf16`: arithmetic of the detectors' networks.
     batch_size : int, optional

@@ -326,8 +326,9 @@ def _add_resource_options(group: argparse._ArgumentGroup) -> None:
         help="threads per process (default: 1). With 1, results are reproducible to the bit",
     )  # fmt: skip
     group.add_argument(
-        "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N}",
-        help="device of the networks (default: auto). 'auto' selects a GPU if there is one",
+        "--device", type=_device, metavar="{auto,cpu,cuda,cuda:N,mps}",
+        help="device of the networks (default: auto). 'auto' selects a CUDA GPU if there is one, 'mps' is "
+        "the GPU of Apple silicon",
     )  # fmt: skip
     group.add_argument(
         "--precision", choices=PRECISIONS,
@@ -791,5 +792,5 @@ def _detector(text: str) -> str:
 
 def _device(text: str) -> str:
     if not allows(Device, text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, cuda, cuda:N")
+        raise argparse.ArgumentTypeError(f"'{text}' is not {describe(Device)}")
     return text

@@ -36,7 +36,7 @@ def resolve_device(device: str) -> torch.device:
     Parameters
     ----------
     device : str
-        ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        ``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda``, ``cuda:N``, or ``mps`` (Apple silicon).
 
     Returns
     -------
@@ -46,7 +46,7 @@ def resolve_device(device: str) -> torch.device:
     Raises
     ------
     UnavailableError
-        If a GPU is requested and none is visible.
+        If a GPU is requested and none is visible, or ``mps`` where PyTorch does not have it.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +54,11 @@ def resolve_device(device: str) -> torch.device:
         raise UnavailableError(
             f"--device {device}: no GPU is visible; start the container with `--gpus all` (Docker) or `--nv` "
             "(Apptainer), or use --device cpu"
+        )
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UnavailableError(
+            "--device mps: PyTorch finds no GPU of Apple silicon, which requires macOS 14 on an arm64 Mac "
+            "and is not visible in containers; use --device cpu"
         )
     return torch.device(device)
 
@@ -83,7 +88,7 @@ def resolve_precision(
     Raises
     ------
     UnavailableError
-        If ``bf16`` is requested on a GPU that does not support it.
+        If ``bf16`` is requested on a GPU that does not support it, or with ``mps``.
     """
     if precision == "auto" and published:
         return "fp32"
@@ -93,6 +98,8 @@ def resolve_precision(
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UnavailableError("--precision bf16: this GPU does not support bfloat16; use fp32 or auto")
+    if precision == "bf16" and device.type == "mps":
+        raise UnavailableError("--precision bf16: not supported with --device mps; use fp32 or auto")
     return precision
 
 

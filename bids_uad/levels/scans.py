@@ -577,7 +577,7 @@ def detect(
     brain_extraction : str, default="combined"
         Method for whole heads: `combined`, `template`, `network`, `synthstrip` or `hd-bet`.
     device : str, default="auto"
-        `auto`, `cpu`, `cuda` or `cuda:N`.
+        `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
     precision : {"auto", "fp32", "bf16"}, default="auto"
         Arithmetic of the networks.
     min_lesion_size : float, default=None

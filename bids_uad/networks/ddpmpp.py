@@ -618,7 +618,8 @@ class NoisePredictor:
         """
         # One label for the batch, so that it is embedded once.
         times = torch.full((1,), time, device=noised.device)
-        alpha, sigma = (float(scale) for scale in signal_and_noise(times.double()))
+        # On the CPU, since not every device has double precision.
+        alpha, sigma = (float(scale) for scale in signal_and_noise(torch.full((1,), time).double()))
         velocity = self.network(noised, self.time_scale * times).to(noised.dtype)
         return torch.mul(velocity, -sigma).add_(noised, alpha=alpha).clamp_(-1, 1)
 

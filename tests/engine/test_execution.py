@@ -20,7 +20,7 @@ from bids_uad.methods.registry import build_detector
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.simulation.__main__ import main as simulate
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 GIB = 2**30
 NO_NETWORK = torch.nn.Module()
 
@@ -43,6 +43,9 @@ def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
     assert resolve_precision("bf16", CPU, published=True) == "bf16"
     with pytest.raises(UnavailableError, match="bfloat16"):
         resolve_precision("bf16", CUDA)
+    assert resolve_precision("auto", MPS) == "fp32"
+    with pytest.raises(UnavailableError, match="--device mps"):
+        resolve_precision("bf16", MPS)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -58,6 +61,14 @@ def test_a_gpu_that_is_not_available_is_refused(monkeypatch):
     assert resolve_device("auto") == CPU
     with pytest.raises(UnavailableError, match="--gpus all"):
         resolve_device("cuda:1")
+    for available in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda available=available: available)
+        if available:
+            assert resolve_device("mps") == MPS
+        else:
+            with pytest.raises(UnavailableError, match=r"--device mps: .*; use --device cpu"):
+                resolve_device("mps")
+    assert resolve_device("auto") == CPU
 
 
 def test_batch_size_follows_from_the_measured_memory_per_slice(gpu):

@@ -57,7 +57,7 @@ class RunContext:
     extraction : Extraction
         Method of brain extraction.
     device : str
-        `cpu`, `cuda` or `cuda:N`; that of `config` before the device is resolved.
+        `cpu`, `cuda`, `cuda:N` or `mps`; that of `config` before the device is resolved.
     precision : str
         `fp32` or `bf16`, or on a CPU `auto`; that of `config` before the device is resolved.
     """

@@ -204,7 +204,7 @@ def prepare_run(config: RunConfig) -> tuple[tuple[str, ...], Participants, RunCo
         If the run cannot start.
     """
     device, precision = config.device, config.precision
-    if device.startswith("cuda"):
+    if device.startswith(("cuda", "mps")):
         device, precision = probe_device(device, precision)
     extraction = resolve_extraction(config.brain_extraction, config.extraction_weights)
     refuse_foreign(config.output_dir)
@@ -270,14 +270,14 @@ def probe_device(device: str, precision: str) -> tuple[str, str]:
     Parameters
     ----------
     device : str
-        `auto`, `cpu`, `cuda` or `cuda:N`.
+        `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
     precision : {"auto", "fp32", "bf16"}
         Requested arithmetic of the networks.
 
     Returns
     -------
     device : str
-        `cpu`, `cuda` or `cuda:N`.
+        `cpu`, `cuda`, `cuda:N` or `mps`.
     precision : {"auto", "fp32", "bf16"}
         Arithmetic that the device supports; on a CPU that of each detector if `auto`.
 
@@ -501,7 +501,7 @@ class Run:
         """Resolve device and precision at the first image that is scored."""
         if not self._device_found:
             device, precision = self._context.device, self._context.precision
-            if not device.startswith("cuda"):  # a requested GPU was checked before the run
+            if not device.startswith(("cuda", "mps")):  # a requested GPU was checked before the run
                 device, precision = probe_device(device, precision)
             self._context = replace(self._context, device=device, precision=precision)
             self._device_found = True
