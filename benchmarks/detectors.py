@@ -22,6 +22,7 @@ from benchmarks.measure import Measured, Run, measure
 from benchmarks.models import find_model, store_slices, threshold_of
 from benchmarks.scan import Scan, load_scan, number_of_slices, simulate
 from bids_uad import __version__
+from bids_uad.engine.bundle import protocol_of
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.files import write_json
 from bids_uad.methods.registry import DETECTORS, detector_class
@@ -50,7 +51,8 @@ def main() -> None:
             if args.preset not in detector_class(name).presets:
                 continue
             bundle = find_model(name, args.preset, args.models, scratch, device)
-            precision = resolve_precision("auto", device, name)
+            is_published = protocol_of(args.preset).published
+            precision = resolve_precision("auto", device, name, published=is_published)
             both = (
                 Run(bundle, archive, str(device), literal=True),
                 Run(bundle, archive, str(device), precision=precision),

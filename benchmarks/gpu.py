@@ -224,7 +224,7 @@ class Budget:
 
 
 def time_network(network: Network, scan: Scan, device: str, runs: int, budget: Budget) -> dict[str, Any]:
-    """Time a network on a volume, in the precision that is the default of the device.
+    """Time a network on a volume, in the precision that is the default of the device and the preset.
 
     Returns
     -------
@@ -233,7 +233,7 @@ def time_network(network: Network, scan: Scan, device: str, runs: int, budget: B
         run, which is not counted, leaves no time for another.
     """
     detector, protocol = network.build(device)
-    precision = resolve_precision("auto", torch.device(device))
+    precision = resolve_precision("auto", torch.device(device), published=protocol.published)
     execution = Execution(precision)
     execution.prepare(detector)
     on_gpu = torch.device(device).type == "cuda"

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.detectors import RESULTS, describe_environment
 from benchmarks.scan import simulate
-from bids_uad.engine.bundle import CORRECTED
+from bids_uad.engine.bundle import protocol_of
 from bids_uad.engine.execution import resolve_device, resolve_precision
 from bids_uad.engine.inference import default_field
 from bids_uad.files import write_json
@@ -41,17 +41,18 @@ def main() -> None:
     parser.add_argument("--preset", default="lite")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = resolve_device(args.device)
+    device, protocol = resolve_device(args.device), protocol_of(args.preset)
+    precision = resolve_precision("auto", device, published=protocol.published)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         scans = [TrainingScan(*paths) for paths in simulate(scratch / "healthy", healthy=2)]
-        store = SliceStore.build(scans, scratch / "slices", CORRECTED)
-        rows = [compare(name, args.preset, store, scratch / name, device) for name in DETECTORS]
+        store = SliceStore.build(scans, scratch / "slices", protocol)
+        rows = [compare(name, args.preset, store, scratch / name, device, precision) for name in DETECTORS]
     results = {
         **describe_environment(device),
         "preset": args.preset,
-        "precision": resolve_precision("auto", device),
+        "precision": precision,
         "rows": rows,
     }
     write_json(RESULTS / f"training-{args.preset}-{device.type}.json", results)
@@ -61,10 +62,13 @@ def main() -> None:
     Console().print(table)
 
 
-def compare(name: str, preset: str, store: SliceStore, folder: Path, device: torch.device) -> dict:
+def compare(
+    name: str, preset: str, store: SliceStore, folder: Path, device: torch.device, precision: str
+) -> dict:
     """Compute the throughput of the last gradient stage of a detector for the three variants."""
     steps = STEPS[device.type]
-    engine = _engine(_only_last_stage(name, preset), store, folder, device, steps)
+    settings = TrainingSettings(0, steps + 1, precision=precision)
+    engine = _engine(_only_last_stage(name, preset), store, folder, device, settings)
     whole = _plain(_only_last_stage(name, preset), store, device, steps, whole=True)
     same = _plain(_only_last_stage(name, preset), store, device, steps, whole=False)
     return {
@@ -84,19 +88,20 @@ def _only_last_stage(name: str, preset: str) -> Detector:
     return detector
 
 
-def _engine(detector: Detector, store: SliceStore, folder: Path, device: torch.device, steps: int) -> float:
+def _engine(
+    detector: Detector, store: SliceStore, folder: Path, device: torch.device, settings: TrainingSettings
+) -> float:
     ticks: list[float] = []
     train_detector(
         detector,
         TrainingData.all_of(store),
-        TrainingSettings(0, steps + 1, precision=resolve_precision("auto", device)),
+        settings,
         folder,
         fabric=start_fabric(device),
         report=lambda *_: ticks.append(time.perf_counter()),
     )
-    return (
-        detector.stages()[0].batch_size * steps / (ticks[-1] - ticks[0])
-    )  # without the first step, a warm-up
+    # Without the first step, a warm-up.
+    return detector.stages()[0].batch_size * (len(ticks) - 1) / (ticks[-1] - ticks[0])
 
 
 def _plain(detector: Detector, store: SliceStore, device: torch.device, steps: int, *, whole: bool) -> float:
