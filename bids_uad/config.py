@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import uuid
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ SCANS = "scans"
 
 MODALITIES = ("T1w", "T2w", "FLAIR")
 """Suffixes of the images that are scored, anchors of the registration first."""
+
+NIFTI_EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+"""Extension of file names of NIfTI images."""
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

@@ -20,6 +20,7 @@ from bids_uad.config import (
     EXTRACTIONS,
     LEVELS,
     MODALITIES,
+    NIFTI_EXTENSION,
     PRECISIONS,
     RENAMED_DETECTORS,
     RUN_SPECIFIC,
@@ -47,8 +48,6 @@ WITHOUT_EFFECT = ("notrack", "skip_bids_validation", "output_layout")
 SUBCOMMANDS = ("train", "calibrate", "simulate", "atlas", "extraction")
 """First argument of a command line that does not name a dataset for the participant or group level."""
 TRAINING = ("train", "calibrate")
-NIFTI = (".nii", ".nii.gz")
-"""Endings of names of scans, in lower case."""
 
 USAGE = """bids_uad BIDS_DIR OUTPUT_DIR {participant,group} ... [options]
        bids_uad SCAN.nii.gz ... OUTPUT_DIR [options]
@@ -540,8 +539,8 @@ def _names_scans(arguments: Sequence[str]) -> bool:
     """Return whether a command line lists scans, or a folder other than a BIDS dataset without a level."""
     first, has_level = Path(arguments[0]), not set(LEVELS).isdisjoint(arguments)
     if arguments[0].startswith("-"):
-        return not has_level and any(argument.lower().endswith(NIFTI) for argument in arguments)
-    if first.name.lower().endswith(NIFTI):
+        return not has_level and any(map(NIFTI_EXTENSION.search, arguments))
+    if NIFTI_EXTENSION.search(first.name):
         return True
     if has_level:
         return False
@@ -612,7 +611,7 @@ def _scans_options(arguments: Sequence[str]) -> dict[str, Any]:
     last = options["output_dir"]
     if str(last) in LEVELS:
         raise ConfigError(f"'{last}' needs a BIDS dataset; leave it out to process {options['scans'][0]}")
-    if last.name.lower().endswith(NIFTI) or last.is_file():
+    if NIFTI_EXTENSION.search(last.name) or last.is_file():
         raise ConfigError(f"the last argument must be the output folder; {last} is a file")
     # Links are not followed, since files of git-annex have other names.
     options["scans"] = [str(Path(scan).expanduser().absolute()) for scan in options["scans"]]

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from bids_uad import __version__
-from bids_uad.config import EXTRACTIONS, MODALITIES, SCANS, RunConfig
+from bids_uad.config import EXTRACTIONS, MODALITIES, NIFTI_EXTENSION, SCANS, RunConfig
 from bids_uad.errors import (
     ConfigError,
     ExitCode,
@@ -73,8 +73,6 @@ README = """Copies of scans that bids_uad was run on without a BIDS dataset, eac
 own. The labels are made of the file names. The outputs are in derivatives/bids_uad.
 """
 
-_EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
 class Scan:
@@ -97,14 +95,14 @@ class Scan:
     @property
     def stem(self) -> str:
         """Name of the file without its extension, with which the names of the results start."""
-        return _EXTENSION.sub("", self.path.name)
+        return NIFTI_EXTENSION.sub("", self.path.name)
 
     @property
     def image(self) -> Path:
         """Name of the image in the dataset, relative to its root."""
         # Noise around the head is removed from images with the suffix of MP2RAGE.
         suffix = "UNIT1" if self.modality == "T1w" and "unit1" in _words(self.stem) else self.modality
-        extension = _EXTENSION.search(self.path.name)[0].lower()
+        extension = NIFTI_EXTENSION.search(self.path.name)[0].lower()
         return Path(f"sub-{self.label}", "anat", f"sub-{self.label}_{suffix}{extension}")
 
 
@@ -258,7 +256,9 @@ def find_scans(paths: Sequence[Path], modality: str | None, output_dir: Path) ->
         if folder.resolve() == output_dir:
             raise ConfigError(f"{folder} holds the scans; choose another output folder")
         paths = [
-            path for path in sorted(folder.iterdir()) if _EXTENSION.search(path.name) and not path.is_dir()
+            path
+            for path in sorted(folder.iterdir())
+            if NIFTI_EXTENSION.search(path.name) and not path.is_dir()
         ]
         if not paths:
             remedy = "convert DICOM files, for example with dcm2niix"
@@ -268,7 +268,7 @@ def find_scans(paths: Sequence[Path], modality: str | None, output_dir: Path) ->
             raise unreadable(path, FileNotFoundError())
         if path.is_dir():
             raise InputError(path, "a folder, not a file", "name files, or one folder alone")
-        if not _EXTENSION.search(path.name):
+        if not NIFTI_EXTENSION.search(path.name):
             raise InputError(path, "not a NIfTI file (.nii, .nii.gz)", "convert it to NIfTI")
     modalities = [modality or contrast_of(path.name) for path in paths]
     if unknown := [path.name for path, found in zip(paths, modalities, strict=True) if found is None]:
@@ -276,7 +276,7 @@ def find_scans(paths: Sequence[Path], modality: str | None, output_dir: Path) ->
             f"{truncate_list(unknown, 3)}: the name is not that of a T1w, T2w or FLAIR scan without contrast "
             "agent; state the contrast with --modality (modality= in Python), or leave the file out"
         )
-    stems = [_EXTENSION.sub("", path.name) for path in paths]
+    stems = [NIFTI_EXTENSION.sub("", path.name) for path in paths]
     labels = make_labels(stems)
     scans = [Scan(*fields) for fields in zip(paths, modalities, labels, strict=True)]
     written: dict[str, Path] = {}
@@ -307,7 +307,7 @@ def contrast_of(name: str) -> str | None:
     str or None
         T1w, T2w or FLAIR; None if the name states no or several contrasts, a contrast agent, or a mask.
     """
-    words = _words(_EXTENSION.sub("", name))
+    words = _words(NIFTI_EXTENSION.sub("", name))
     if (words[-1:] and words[-1] in NOT_SCANS) or not CONTRAST_AGENT.isdisjoint(words):
         return None
     if name.startswith("sub-"):
