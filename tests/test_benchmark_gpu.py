@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_models
 from benchmarks.scan import Scan
 from bids_uad.space import SHAPE
 
@@ -90,3 +91,40 @@ def test_gpu_benchmark_fails_if_a_map_differs(toy, tmp_path, monkeypatch):
 
 def test_relative_difference_is_a_fraction_of_the_mean():
     assert gpu.relative_difference(np.array([1.0, 3.5]), np.array([1.5, 2.5])) == 0.375
+
+
+def test_speed_is_that_of_the_steps_without_what_each_training_does_besides():
+    lengths = []
+
+    def train(steps):
+        lengths.append(steps)
+        return 3 + 0.1 * steps + (50 if len(lengths) == 1 else 0)  # the first prepares the scans
+
+    assert gpu_models.speed(train, enough=5) == pytest.approx((0.1, 3))
+    assert lengths == [2, 4, 16, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "scans"),
+    [
+        ({}, 0.9 * (300 - 10 - 80) / 0.1, 40),
+        ({"most_steps": 500}, 500, 40),
+        ({"per_scan": 5}, 0.9 * (300 - 10 - 100) / 0.1, 20),  # a third of the time
+        ({"per_scan": 20}, 0, 5),
+        ({"overhead": 250}, 0, 40),
+    ],
+)
+def test_time_of_a_model_is_divided_between_training_and_calibration(options, steps, scans):
+    given = {"rate": 0.1, "overhead": 10, "per_scan": 2, "scans": 40, "most_steps": 10_000}
+    plan = gpu_models.make_plan(300, **given | options)
+    assert (plan.steps, plan.scans) == (pytest.approx(steps, abs=1), scans)
+
+
+@pytest.mark.parametrize("detector", ["pls", "disyre", "andi"])
+def test_default_models_can_be_packed(tmp_path, monkeypatch, detector):
+    args = SimpleNamespace(device="cpu", output=tmp_path, preset="default", hyper=[])
+    models = gpu_models.Models(args, [])
+    assert models.check(detector, "T2w") >= 4000
+    monkeypatch.setattr(gpu_models, "MAX_BYTES", 2e6)
+    with pytest.raises(ValueError, match="MB in float16; choose a smaller network"):
+        models.check(detector, "T2w")

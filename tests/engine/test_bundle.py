@@ -99,6 +99,10 @@ def test_weights_of_preset_lite_are_stored_as_float16(tmp_path):
         save_bundle(tmp_path / preset, detector, preset=preset, modality="T1w", training={}, card="")
     sizes = [(tmp_path / preset / "weights.safetensors").stat().st_size for preset in ("lite", "default")]
     assert sizes[0] < 0.8 * sizes[1]
+    halved = save_bundle(
+        tmp_path / "half", detector, preset="default", modality="T1w", training={}, card="", half=True
+    )
+    assert halved.sha256 == load_bundle(tmp_path / "lite").sha256
     stored = load_detector(load_bundle(tmp_path / "lite")).state_dict()
     for name, value in detector.state_dict().items():
         assert stored[name].dtype == value.dtype

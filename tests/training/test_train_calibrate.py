@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import gpu_models
 from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.participants import subject_hash
@@ -255,6 +256,34 @@ def test_the_bundle_is_ready_to_use(models):
 def test_train_reports_an_unusable_detector(scans, tmp_path, capsys, detector, code, words):
     assert call(scans, tmp_path / "models", "train", detector) == code
     assert words in capsys.readouterr().err
+
+
+def test_models_are_made_in_a_given_time_and_continued(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_models, "MAX_WARM_UP", 16)
+    tiny = ["stride=50", "network.width=8", "network.multipliers=[1,1]", "network.blocks=[0,0]", "steps=3"]
+    command = [str(scans), str(scans), str(tmp_path / "models"), "-w", str(tmp_path / "work")]
+    command += ["--minutes", "600", "--detectors", "andi", "intensity", "--preset", "lite", "--hyper", *tiny]
+    command += ["--device", "cpu", "--batch-size", "2"]
+    assert gpu_models.main(command) == 1
+    done = json.loads((tmp_path / "models" / "gpu_models.json").read_text())
+    assert "no hyper-parameter" in done["intensity-T2w-lite"]["problem"]
+    made = done["andi-T2w-lite"]
+    assert (made["steps"], made["scans"], made["complete"]) == (3, 4, True)
+    bundle = load_bundle(tmp_path / "models" / "andi-T2w-lite")
+    assert bundle.provenance["TrainingSteps"] == 3
+    assert made["healthy_fpr"] == bundle.calibration["validation"]["healthy_fpr"]
+    # A run that was stopped before its end keeps its plan.
+    del made["complete"], made["trained"]
+    write_json(tmp_path / "models" / "gpu_models.json", {"andi-T2w-lite": made})
+    monkeypatch.setattr(gpu_models, "speed", None)
+    assert gpu_models.main([word for word in command if word != "intensity"]) == 0
+    assert load_bundle(bundle.folder).sha256 == bundle.sha256
+    monkeypatch.setattr(gpu_models, "MAX_BYTES", 0)
+    gpu_models.pack(bundle.folder)
+    assert load_bundle(bundle.folder).sha256 == bundle.sha256  # float16 before
+    subset = gpu_models.choose_scans(scans, "T2w", 2, tmp_path / "subset")
+    assert {path.name for path in subset.glob("sub-*")} == {"sub-1", "sub-3"}
+    assert (subset / "participants.tsv").is_file()
 
 
 def test_hyper_parameters_are_written_to_the_bundle(scans, tmp_path, capsys):
