@@ -30,6 +30,11 @@ NO_HOLES, HOLES_3D, HOLES_AXIAL = FILLING = ("none", "3d", "axial")
 """Holes that a decision rule fills: none, cavities, or holes of each axial slice, which include cavities."""
 RULE_THRESHOLD = "max_dice_f1"
 """Name of the threshold that is chosen together with the other parts of a decision rule."""
+TIMES_P95, TIMES_MEAN = 3, 10
+"""Multiples of the 95th percentile and, if that is not known, of the mean of the marked fraction of healthy
+validation scans, above which a scan is reported."""
+LEAST_LIMIT = 0.01
+"""Marked fraction of the brain that is never reported."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,72 @@ def fill_holes(mask: np.ndarray, holes: str) -> np.ndarray:
     return ~outside[labels[inner]]
 
 
+@dataclass(frozen=True)
+class HealthyMarked:
+    """Fraction of the brain that a model marks in the healthy scans of its validation data.
+
+    Parameters
+    ----------
+    mean, p95 : float, optional
+        Mean and 95th percentile over scans; None if the model bundle does not state it.
+    """
+
+    mean: float | None = None
+    p95: float | None = None
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> HealthyMarked:
+        """Read the columns `healthy_mean` and `healthy_p95` of a metrics table; both may be missing."""
+        values = (row.get(name) for name in ("healthy_mean", "healthy_p95"))
+        known = (None if value in (None, "n/a") else float(value) for value in values)
+        return cls(*(None if value is None or np.isnan(value) else value for value in known))
+
+    def columns(self) -> dict[str, float | None]:
+        """Return the columns of a metrics table."""
+        return {"healthy_mean": self.mean, "healthy_p95": self.p95}
+
+    @property
+    def limit(self) -> float | None:
+        """Marked fraction above which a scan is reported; None if nothing is known of healthy scans."""
+        if self.p95 is not None:
+            return max(TIMES_P95 * self.p95, LEAST_LIMIT)
+        return None if self.mean is None else max(TIMES_MEAN * self.mean, LEAST_LIMIT)
+
+    def warning(self, marked: float, name: str) -> str:
+        """Describe a marked fraction far above that of healthy scans.
+
+        Parameters
+        ----------
+        marked : float
+            Marked fraction of the brain; may be NaN.
+        name : str
+            Name of the detector.
+
+        Returns
+        -------
+        str
+            One or two sentences; empty if the fraction is at most `limit`, or that is not known.
+        """
+        if self.limit is None or not marked > self.limit:
+            return ""
+        usual = "on average" if self.p95 is None else "or less in 95 % of them"
+        return (
+            f"{name} marks {100 * marked:.2g} % of the brain, but in healthy validation scans "
+            f"{100 * (self.mean if self.p95 is None else self.p95):.2g} % {usual}: either the lesion is "
+            "large, or the threshold does not hold for this scan."
+        )
+
+
 class ThresholdEstimator:
-    """Accumulate score histograms of validation scans in constant memory, and compute thresholds."""
+    """Accumulate score histograms of validation scans, and compute thresholds.
+
+    Memory grows by 0.1 MB per healthy scan.
+    """
 
     def __init__(self) -> None:
         bins = len(FINE_EDGES) - 1
         self.healthy = np.zeros(bins, dtype=np.int64)
+        self._of_healthy: list[np.ndarray] = []
         self.all_voxels = np.zeros(bins, dtype=np.int64)
         self.dice_sums: dict[str, np.ndarray] = {}
         self.n_lesions: dict[str, int] = {}
@@ -201,10 +266,23 @@ class ThresholdEstimator:
         """
         if not brain.any():
             raise ValueError("the brain mask is empty")
-        rest, inside = score_counts(scores, brain, lesion, FINE_EDGES)
+        self.add_counts(*score_counts(scores, brain, lesion, FINE_EDGES), kind)
+
+    def add_counts(self, rest: np.ndarray, inside: np.ndarray | None, kind: str = UNSPECIFIED) -> None:
+        """Add the score histogram of one anomaly map over the bins of `FINE_EDGES`.
+
+        Parameters
+        ----------
+        rest, inside : numpy.ndarray of int64, shape (bins,)
+            Brain voxels outside and inside the lesions, as :func:`score_counts` returns them; `inside` is
+            None for a healthy control.
+        kind : str, default="unspecified"
+            Type of the lesion.
+        """
         self.all_voxels += rest
         if inside is None:
             self.healthy += rest
+            self._of_healthy.append((above(rest) / rest.sum()).astype(np.float32))
             self.n_healthy += 1
             return
         self.all_voxels += inside
@@ -305,6 +383,11 @@ class ThresholdEstimator:
                 "n_lesion": self.n_lesion,
                 "n_empty_mask": self.n_empty_mask,
                 "healthy_fpr": healthy_fpr,
+                "healthy_p95": {
+                    name: float(np.percentile([rates[k] for rates in self._of_healthy], 95))
+                    for name, k in at.items()
+                    if self.n_healthy
+                },
                 "mean_dice": {name: float(self.dice_sum[k] / self.n_lesion) for name, k in at.items()}
                 if self.n_lesion
                 else {},

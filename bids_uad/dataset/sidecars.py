@@ -192,6 +192,14 @@ METRICS_COLUMNS: dict[str, dict[str, Any]] = {
         "validation data, or --min-lesion-size",
         "Units": "mm^3",
     },
+    "healthy_mean": {
+        "Description": "Mean fraction of the brain in the anomaly mask, healthy validation scans of the "
+        "model; n/a if the model bundle does not state it"
+    },
+    "healthy_p95": {
+        "Description": "95th percentile of the fraction of the brain in the anomaly mask, healthy validation "
+        "scans of the model; n/a if the model bundle does not state it"
+    },
     "brain_volume_mm3": {"Description": "Volume of the brain mask in SRI24 space", "Units": "mm^3"},
     "anomaly_volume_mm3": {"Description": "Volume of the anomaly mask", "Units": "mm^3"},
     "lesion_volume_mm3": {"Description": "Volume of the lesion mask inside the brain", "Units": "mm^3"},

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from bids_uad import __version__, space
-from bids_uad.calibration.thresholds import FILLING, DecisionRule
+from bids_uad.calibration.thresholds import FILLING, DecisionRule, HealthyMarked
 from bids_uad.config import DEVIATIONS, MODALITIES, RENAMED_DETECTORS
 from bids_uad.constraints import Constrained, Interval, Items, Matches, OneOf, allows, describe
 from bids_uad.errors import ModelError, truncate_list
@@ -259,6 +259,15 @@ class Bundle:
     def min_component_volume_source(self) -> str:
         """Where the minimum volume of components comes from, for sidecars."""
         return MODEL_MINIMUM if self.min_component_volume is None else OPTION_MINIMUM
+
+    @property
+    def healthy_marked(self) -> HealthyMarked:
+        """Fraction of the brain that the decision rule marks in healthy validation scans."""
+        validation, name = self._threshold_set().get("validation", {}), self.default_threshold[0]
+        p95 = validation.get("healthy_p95", {}).get(name)
+        return HealthyMarked(
+            validation.get("healthy_fpr", {}).get(name), validation.get("rule", {}).get("healthy_p95", p95)
+        )
 
     @property
     def bin_edges(self) -> np.ndarray:

@@ -21,6 +21,9 @@ from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
 from bids_uad.evaluation.subjects import HEALTHY, LESION, MISSING_MASK
 
 ALL = "all"
+EXCESS_SHARE = 0.1
+"""Fraction of all scans, or of healthy ones, with `marked_excess` from which on a model is reported; that of
+healthy scans is at most a few percent if the threshold holds."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "detector": {"Description": "Anomaly detector"},
@@ -94,6 +97,12 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "threshold), lesion scans"
     },
     **interval_columns("fpr_lesion_mean", "mean"),
+    "marked_limit": SUBJECT_COLUMNS["marked_limit"],
+    "excess_share": {
+        "Description": "Fraction of scans with more than marked_limit of the brain in the anomaly mask, "
+        "which have large lesions, or for which the threshold does not hold"
+    },
+    "excess_share_healthy": {"Description": "The same, healthy scans only: about 0 if the threshold holds"},
     "min_lesion_volume_mm3": {
         "Description": "Minimum volume of counted lesions and of false-positive components (option "
         "--min-counted-volume of the participant level)",
@@ -301,6 +310,9 @@ def _row(scans: pd.DataFrame, curve: Curves, seed: int) -> dict[str, Any]:
         "precision_mean": lesion["precision"].mean(),
         "auprc_pooled": curve.pooled_auprc,
         "fpr_healthy_median": healthy["fpr"].median(),
+        "marked_limit": first["marked_limit"],
+        "excess_share": scans["marked_excess"].mean(),
+        "excess_share_healthy": healthy["marked_excess"].mean(),
         "min_lesion_volume_mm3": scans["min_lesion_volume_mm3"].max(),
         "n_lesions": lesion["n_lesions"].sum(min_count=1),
         "model_sha256": first["model_sha256"],
@@ -353,9 +365,32 @@ def _leakage_warnings(subjects: pd.DataFrame) -> list[str]:
     ]
 
 
+def _excess_warnings(subjects: pd.DataFrame) -> list[str]:
+    """Warn of models that mark far more than in healthy validation scans, in many scans of the cohort."""
+    lines = []
+    for (detector, modality), scans in subjects.groupby(["detector", "modality"], sort=True):
+        known = scans[scans["marked_excess"].notna()]
+        excess = known["marked_excess"] == 1
+        controls = known["role"] == HEALTHY
+        n, n_controls = int(excess.sum()), int((excess & controls).sum())
+        if n < 2 or (n < EXCESS_SHARE * len(known) and n_controls < EXCESS_SHARE * controls.sum()):
+            continue
+        cause = (
+            "so that the threshold does not hold for this cohort"
+            if n_controls > 1 and n_controls >= EXCESS_SHARE * controls.sum()
+            else "which have large lesions, or the threshold does not hold for them"
+        )
+        among = f", {n_controls} of {controls.sum()} among healthy controls" if controls.any() else ""
+        lines.append(
+            f"{detector} on {modality} marks more than {100 * known['marked_limit'].iloc[0]:.2g} % of the "
+            f"brain, far more than in healthy validation scans, in {n} of {len(known)} scans{among}, {cause}."
+        )
+    return lines
+
+
 def _warnings(subjects: pd.DataFrame, participants: Participants, contradictions: set[str]) -> list[str]:
     """Return the warnings about roles, lesion masks and train/test overlap of a cohort."""
-    warnings = _leakage_warnings(subjects)
+    warnings = _leakage_warnings(subjects) + _excess_warnings(subjects)
     if participants.path is None:
         warnings.append(
             "No participants.tsv, so no participant is known to be a healthy control and there is no "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bids_uad.calibration.thresholds import LEAST_LIMIT, TIMES_MEAN, TIMES_P95
 from bids_uad.dataset.image_metadata import image_metadata
 from bids_uad.dataset.participants import STANDARD_COLUMNS, Participants, describe_columns
 from bids_uad.dataset.sidecars import METRICS_COLUMNS
@@ -76,6 +77,16 @@ COLUMNS: dict[str, dict[str, Any]] = {
             "n_false_components",
         )
     },
+    "marked_fraction": {"Description": "anomaly_volume_mm3 / brain_volume_mm3"},
+    "marked_limit": {
+        "Description": "marked_fraction above which a scan is far outside what the model marks in healthy "
+        f"validation scans: {TIMES_P95} times their 95th percentile ({TIMES_MEAN} times their mean if the "
+        f"bundle does not state it), at least {LEAST_LIMIT:g}; n/a if nothing is known of healthy scans"
+    },
+    "marked_excess": {
+        "Description": "1 if marked_fraction exceeds marked_limit, else 0. Either the lesion is large, or "
+        "the threshold does not hold for the scan"
+    },
     "lesion_sensitivity": {"Description": "n_lesions_detected / n_lesions"},
     "lesion_precision": {"Description": "n_lesions_detected / (n_lesions_detected + n_false_components)"},
     "lesion_f1": {
@@ -139,6 +150,7 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
     scored = role == LESION
     n_lesion_voxels = int(n_lesion.sum())
     n_brain_voxels = int(unit.n_nonlesion.sum()) + n_lesion_voxels
+    marked, limit = unit.anomaly_volume_mm3 / (unit.brain_volume_mm3 or nan), unit.healthy_marked.limit
     return {
         "participant_id": unit.subject,
         "session_id": f"ses-{unit.session}" if unit.session else None,
@@ -171,6 +183,9 @@ def subject_row(unit: UnitScores) -> dict[str, Any]:
         "n_lesions": unit.n_lesions,
         "n_lesions_detected": unit.n_lesions_detected,
         "n_false_components": unit.n_false_components,
+        "marked_fraction": marked,
+        "marked_limit": nan if limit is None else limit,
+        "marked_excess": nan if limit is None or np.isnan(marked) else float(marked > limit),
         **(
             lesion_wise(unit.n_lesions, unit.n_lesions_detected, unit.n_false_components)
             if scored

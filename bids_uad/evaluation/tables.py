@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_uad.calibration.thresholds import HealthyMarked
 from bids_uad.config import MODALITIES
 from bids_uad.dataset.participants import Participants
 from bids_uad.errors import InputError
@@ -40,7 +41,8 @@ _METRICS_COLUMNS = (
 _COUNTING_COLUMNS = ("min_lesion_volume_mm3", "n_counted_components")
 """Columns that depend on the minimum lesion volume."""
 _OPTIONAL_NUMBERS = ("detected_volume_mm3", "min_component_volume_mm3", *_COUNTING_COLUMNS)
-_OPTIONAL_COLUMNS = ("scanner_seen", *_OPTIONAL_NUMBERS)
+_HEALTHY_COLUMNS = ("healthy_mean", "healthy_p95")
+_OPTIONAL_COLUMNS = ("scanner_seen", *_HEALTHY_COLUMNS, *_OPTIONAL_NUMBERS)
 """Columns that tables of earlier versions lack."""
 _COUNTS = ("n_lesions", "n_lesions_detected", "n_false_components")
 """Counts that are not comparable in tables without a minimum lesion volume."""
@@ -92,6 +94,8 @@ class UnitScores:
         Data of the model that include the participant: `training`, `validation`, several, or `no`.
     scanner_seen : str or None
         `seen`, `name seen elsewhere` or `unseen` in the training data; None if not known.
+    healthy_marked : HealthyMarked
+        Fraction of the brain that the model marks in healthy validation scans.
     brain_volume_mm3, anomaly_volume_mm3, lesion_volume_mm3 : float
         Volumes in mm3; the last is NaN without a lesion mask.
     detected_volume_mm3 : float
@@ -127,6 +131,7 @@ class UnitScores:
     source_image: str
     seen_in_training: str
     scanner_seen: str | None
+    healthy_marked: HealthyMarked
     brain_volume_mm3: float
     anomaly_volume_mm3: float
     lesion_volume_mm3: float
@@ -249,6 +254,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
     numbers |= {key: _number(path, row, key) for key in _OPTIONAL_NUMBERS}
     if np.isnan(numbers["min_lesion_volume_mm3"]):
         numbers |= dict.fromkeys(_COUNTS, np.nan)
+    healthy_marked = HealthyMarked.read({key: _number(path, row, key) for key in _HEALTHY_COLUMNS})
     threshold = _number(path, row, "threshold")
     if not np.isfinite(threshold):
         raise InputError(path, "no threshold", REMEDY)
@@ -266,6 +272,7 @@ def read_unit(path: Path, participants: Participants) -> UnitScores:
         n_lesion=n_lesion,
         threshold=threshold,
         scanner_seen=None if row["scanner_seen"] in MISSING else row["scanner_seen"],
+        healthy_marked=healthy_marked,
         **texts,
         **numbers,
     )

@@ -31,7 +31,7 @@ from bids_uad.errors import (
     truncate_list,
     unreadable,
 )
-from bids_uad.files import atomic_path, read_json, write_json, write_text
+from bids_uad.files import atomic_path, write_json, write_text
 from bids_uad.images import load_image, make_image, save_image
 from bids_uad.resources import (
     NoAnswerError,
@@ -412,7 +412,7 @@ def write_results(
     """
     from bids_uad.dataset.naming import ImageUnit, detection_outputs, preprocessing_outputs
     from bids_uad.levels.participant.completion_records import read_record, record_path
-    from bids_uad.levels.participant.interfaces import sidecar_of
+    from bids_uad.levels.participant.summary import image_warnings
 
     unit = ImageUnit(scan.image, scan.label, None, scan.modality, {"subject": scan.label})
     record = read_record(record_path(derivatives, unit))
@@ -441,14 +441,13 @@ def write_results(
         for kind, source in (("mask", "native_mask"), ("components", "components")):
             with atomic_path(files[kind]) as temporary:
                 shutil.copyfile(detected[source], temporary)
-        quality = read_json(sidecar_of(preprocessed["preproc"])).get("PreprocessingQuality", {})
         outputs.append(
             ScanOutputs(
                 name=scan.path.name,
                 modality=scan.modality,
                 model=bundle.label,
                 threshold=bundle.default_threshold[1],
-                warnings=quality.get("warnings", []),
+                warnings=image_warnings(unit, derivatives, [bundle.scored_as]),
                 files={kind: str(path) for kind, path in (files | shown).items()},
                 derivatives={
                     "scan": str(preprocessed["preproc"]),
@@ -520,7 +519,7 @@ class Result:
     threshold : float
         Score above which voxels are anomalous; see the model's decision rule for further steps.
     warnings : tuple of str
-        Warnings about the quality of the scan and of its preprocessing.
+        Warnings about the scan, its preprocessing and the marked fraction of the brain.
     components : pandas.DataFrame
         Connected components of the mask: volume, scores, position and region.
     native : Anomalies

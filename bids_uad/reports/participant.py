@@ -384,7 +384,13 @@ def _write_detection(
             components=labels,
             lesion=lesion,
         )
-    _write(figures / f"{start}_summary.html", "detection", tiles=summary_tiles(finding), viewer=viewer)
+    _write(
+        figures / f"{start}_summary.html",
+        "detection",
+        tiles=summary_tiles(finding),
+        viewer=viewer,
+        excess=finding.excess,
+    )
     if detection.histogram is not None:
         counts = ScoreCounts.read(detection.histogram)
         draw_histogram(
@@ -499,6 +505,7 @@ def _image_row(
     }
     quality = sidecar.get("PreprocessingQuality", {})
     warnings = [*quality.get("warnings", []), *_leakage_warnings(found), *([remark] if remark else [])]
+    warnings += [finding.excess for _, finding in found if finding.excess]
     if excluded is not None and excluded != " ".join(quality.get("failures", [])):
         warnings.append(f"Excluded from the group level: {excluded}")
     row = {"status": "processed" if excluded is None else "excluded", "remark": " ".join(warnings)}

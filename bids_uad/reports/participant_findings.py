@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bids_uad.calibration.thresholds import HealthyMarked
 from bids_uad.evaluation.metrics import Confusion
 from bids_uad.reports.boilerplate import describe_rule, describe_threshold
 from bids_uad.reports.derivatives import Detection
@@ -69,6 +70,8 @@ class Finding:
         Numbers of lesions, of those found, and of false-positive components of at least that volume.
     agreement : Confusion or None
         Anomaly mask against ground truth, inside the brain.
+    excess : str
+        Warning if the marked fraction is far above that of healthy scans, else empty.
     """
 
     threshold: float | None
@@ -83,6 +86,7 @@ class Finding:
     n_lesions_found: int | None
     n_false_components: int | None
     agreement: Confusion | None
+    excess: str
 
     @property
     def peak_ratio(self) -> float | None:
@@ -115,12 +119,13 @@ def summarise(
     volume = metrics.get("anomaly_volume_mm3", None if mask is None else mask.sum() * VOXEL_MM3)
     min_volume = metrics.get("min_lesion_volume_mm3")
     brain_volume = metrics.get("brain_volume_mm3", None if brain is None else brain.sum() * VOXEL_MM3)
+    fraction = None if volume is None or not brain_volume else float(volume) / float(brain_volume)
     return Finding(
         threshold=detection.threshold,
         threshold_source=describe_threshold(detection.threshold_name),
         rule=describe_rule(detection.rule),
         volume_ml=None if volume is None else float(volume) / 1000,
-        brain_fraction=None if volume is None or not brain_volume else float(volume) / float(brain_volume),
+        brain_fraction=fraction,
         n_components=_count(metrics, "n_components"),
         peak=None if scores is None else float(scores.max()),
         min_lesion_volume=None if min_volume is None else float(min_volume),
@@ -128,6 +133,7 @@ def summarise(
         n_lesions_found=_count(metrics, "n_lesions_detected"),
         n_false_components=_count(metrics, "n_false_components"),
         agreement=None if mask is None or lesion is None else agreement(mask, lesion, brain),
+        excess="" if fraction is None else HealthyMarked.read(metrics).warning(fraction, detection.title),
     )
 
 
@@ -184,6 +190,7 @@ def summary_row(finding: Finding) -> dict[str, str]:
         "threshold_source": finding.threshold_source,
         "volume": _format(finding.volume_ml, "{:,.1f}"),
         "fraction": _percent(finding.brain_fraction, 2),
+        "excess": finding.excess,
         "components": _format(finding.n_components, "{:,}"),
         "peak": _format(finding.peak_ratio, "{:.2f}"),
         "dice": dice,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
@@ -11,6 +14,7 @@ from skimage.morphology import reconstruction, remove_small_objects
 from bids_uad.calibration.thresholds import (
     FINE_EDGES,
     DecisionRule,
+    HealthyMarked,
     ThresholdEstimator,
     above,
     count_scores,
@@ -143,6 +147,11 @@ def test_summary_reports_fpr_and_dice_of_the_thresholds(volumes):
     pooled = np.concatenate([scores.ravel() for scores in volumes[0]])
     literal = {name: (pooled > threshold).mean() for name, threshold in summary["thresholds"].items()}
     assert summary["validation"]["healthy_fpr"] == pytest.approx(literal, abs=1e-12)
+    p95 = {
+        name: np.percentile([(scores > threshold).mean() for scores in volumes[0]], 95)
+        for name, threshold in summary["thresholds"].items()
+    }
+    assert summary["validation"]["healthy_p95"] == pytest.approx(p95, rel=1e-6)
     assert summary["validation"]["mean_dice"]["max_dice"] == max(summary["validation"]["mean_dice"].values())
     assert np.isfinite(summary["bin_edges"]).all()
 
@@ -227,6 +236,26 @@ def test_scores_that_are_all_zero_are_refused():
     estimator.add(np.zeros(9), np.ones(9, dtype=bool), None)
     with pytest.raises(ModelError, match="all anomaly scores of the validation scans are 0"):
         estimator.summary()
+
+
+@pytest.mark.parametrize(
+    ("healthy", "limit", "words"),
+    [
+        (HealthyMarked(0.004, 0.012), 0.036, "marks 22 % of the brain, .* 1.2 % or less in 95 % of them"),
+        (HealthyMarked(0.01, None), 0.1, "marks 22 % of the brain, .* 1 % on average"),
+        (HealthyMarked(0.001, 0.0), 0.01, "marks 22 % of the brain, .* 0 % or less"),
+        (HealthyMarked(), None, ""),
+    ],
+)
+def test_marked_fraction_far_above_that_of_healthy_scans_is_described(healthy, limit, words):
+    assert healthy.limit == pytest.approx(limit)
+    assert re.search(words, healthy.warning(0.22, "UniAD"))
+    if limit:
+        assert healthy.warning(1.01 * limit, "UniAD")
+        assert not healthy.warning(0.99 * limit, "UniAD")
+    assert not healthy.warning(float("nan"), "UniAD")
+    assert HealthyMarked.read(pd.Series(healthy.columns(), dtype=object)) == healthy
+    assert HealthyMarked.read({"healthy_mean": "n/a", "healthy_p95": np.nan}) == HealthyMarked()
 
 
 def test_plain_threshold_is_strictly_above_and_inside_the_brain():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bids_uad.calibration.thresholds import DecisionRule
+from bids_uad.calibration.thresholds import DecisionRule, HealthyMarked
 from bids_uad.config import MODALITIES
 from bids_uad.engine.bundle import (
     DEFAULT_MODELS,
@@ -63,6 +63,18 @@ def test_rule_of_a_bundle_is_a_plain_threshold_unless_it_has_another(folder):
     bundle = load_bundle(folder)
     assert bundle.rule == DecisionRule(0.5, 0.25, 10.0, "axial")
     assert replace(bundle, min_component_volume=0.0).rule == DecisionRule(0.5, 0.25, 0.0, "axial")
+
+
+def test_marked_fraction_of_healthy_scans_is_that_of_the_default_threshold_or_rule(folder):
+    assert load_bundle(folder).healthy_marked == HealthyMarked()
+    validation = {
+        "healthy_fpr": {"max_dice": 0.01, "fpr_1pct": 0.009},
+        "healthy_p95": {"max_dice": 0.03, "fpr_1pct": 0.02},
+    }
+    edit(folder / "calibration.json", validation=validation)
+    assert load_bundle(folder).healthy_marked == HealthyMarked(0.01, 0.03)
+    edit(folder / "calibration.json", validation=validation | {"rule": {"healthy_p95": 0.008}}, rule=RULE)
+    assert load_bundle(folder).healthy_marked == HealthyMarked(0.01, 0.008)
 
 
 def test_deviation_by_default_is_that_of_the_calibration(folder):

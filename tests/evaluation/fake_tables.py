@@ -34,6 +34,7 @@ class Scan:
     seen_in_training: str = "no"
     scanner_seen: str | None = "unseen"
     min_component_volume: float | None = 0.0
+    healthy_p95: float | None = None
     min_lesion_volume: float | None = 3.0
     n_components: float = 3
     n_lesions: float = 2
@@ -76,6 +77,8 @@ class Scan:
             "app_version": self.version,
             "threshold": threshold,
             "threshold_name": "max_dice",
+            "healthy_mean": None,
+            "healthy_p95": self.healthy_p95,
             "seen_in_training": self.seen_in_training,
             "scanner_seen": self.scanner_seen,
             "brain_volume_mm3": float(brain),

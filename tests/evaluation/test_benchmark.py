@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 
 import numpy as np
@@ -204,6 +205,30 @@ def test_tables_of_different_bundles_raise(cohort):
     for file in (cohort / "sub-7").rglob("*Disyre*"):
         file.unlink()
     assert len(run(cohort).benchmark) == 2
+
+
+@pytest.mark.parametrize(
+    ("marked", "words"),
+    [
+        ({"1": 70, "2": 5, "3": 5, "4": 0, "5": 5, "6": 5}, None),  # one large lesion
+        ({"1": 70, "2": 30, "3": 5, "4": 0, "5": 5, "6": 5}, "2 of 6 .* 0 of 2 .* have large lesions, or"),
+        ({"1": 5, "2": 5, "3": 5, "4": 40, "5": 70, "6": 5}, "2 of 6 .* 2 of 2 .* not hold for this cohort"),
+    ],
+)
+def test_marked_fractions_far_above_those_of_healthy_scans_are_reported(cohort, marked, words):
+    for subject, percent in marked.items():
+        lesion = None if subject in "456" else counts(0, 0, 0, 0)
+        table = counts(100 - percent, 0, percent, 0)
+        scan(subject, n_nonlesion=table, n_lesion=lesion, healthy_p95=0.06).write(cohort)
+    result = run(cohort)
+    excess = result.subjects.set_index("participant_id")["marked_excess"]
+    assert excess.to_dict() == {f"sub-{subject}": percent > 18 for subject, percent in marked.items()}
+    (row,) = result.benchmark.to_dict("records")
+    assert row["marked_limit"] == pytest.approx(0.18)
+    assert row["excess_share"] == pytest.approx(excess.mean())
+    assert row["excess_share_healthy"] == excess[["sub-4", "sub-5"]].mean()
+    found = [text for text in result.warnings if "far more than" in text]
+    assert [bool(re.search(words, text)) for text in found] == [True] if words else not found
 
 
 def test_names_of_many_participants_are_truncated():

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.text import Text
@@ -19,6 +20,8 @@ from scipy import ndimage
 
 from bids_uad import space
 from bids_uad.config import RunConfig
+from bids_uad.dataset.naming import ImageUnit, detection_outputs
+from bids_uad.files import write_tsv
 from bids_uad.images import save_image
 from bids_uad.levels.participant import summary
 from bids_uad.levels.participant.executors import NodeFailure
@@ -34,8 +37,10 @@ from bids_uad.levels.participant.summary import (
     find_left_right_swaps,
     last_run_file,
     print_summary,
+    quality_warnings,
     rewrite_reports,
     save_last_run,
+    summarize,
 )
 from bids_uad.preprocessing.reference import resolve_reference
 from bids_uad.preprocessing.resampling import resample, rotation_about, translation
@@ -175,6 +180,23 @@ def test_summary_of_many_images_shows_those_that_failed():
     assert "image-x" in stream.getvalue()
     assert "image-8" not in stream.getvalue()
     assert "and 200 more images" in stream.getvalue()
+
+
+def test_marked_fractions_far_above_those_of_healthy_scans_are_in_table_and_log(tmp_path):
+    unit = ImageUnit(Path("sub-01_T1w.nii.gz"), "01", None, "T1w", {"subject": "01"})
+    task = SimpleNamespace(unit=unit, is_control=False)
+    for detector, volume in (("disyre", 40.0), ("uniad", 20.0)):
+        row = {"brain_volume_mm3": 1000, "anomaly_volume_mm3": volume, "lesion_volume_mm3": None}
+        row |= {"healthy_mean": 0.004, "healthy_p95": 0.012}
+        write_tsv(tmp_path / detection_outputs(unit, detector)["metrics"], pd.DataFrame([row]))
+    statuses = [ImageStatus("01", unit.key, DONE)]
+    rows = summarize(statuses, [task], tmp_path)
+    assert rows[0][4] == "Disyre 0.0!, UniAD 0.0"
+    stream = io.StringIO()
+    print_summary(rows, Console(file=stream, width=100))
+    assert "!: far more than in healthy validation scans" in stream.getvalue()
+    (line,) = quality_warnings(statuses, [task], tmp_path)
+    assert line.startswith("sub-01_T1w: Disyre marks 4 % of the brain")
 
 
 def test_all_detectors_that_failed_are_named(tmp_path):

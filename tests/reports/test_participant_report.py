@@ -267,6 +267,16 @@ def test_training_data_of_a_model_are_reported(bare):
     assert "This participant was in the training data of PatchCore" in html
 
 
+def test_marked_fraction_far_above_that_of_healthy_scans_is_shown_in_summary_and_section(bare):
+    (path,) = bare.rglob("*_metrics.tsv")
+    table = pd.read_csv(path, sep="\t", na_values="n/a")
+    warning = "but in healthy validation scans 0.1 % or less in 95 % of them: either the lesion is large"
+    for p95, expected in ((0.5, 0), (0.001, 3)):
+        write_tsv(path, table.assign(healthy_p95=p95, anomaly_volume_mm3=0.1 * table["brain_volume_mm3"]))
+        html = write_subject_report(bare, "01").read_text()
+        assert html.count(f"PatchCore marks 10 % of the brain, {warning}") == expected
+
+
 def test_quality_warnings_are_shown(bare):
     warning = "Only 70 % of the brain mask lies on the SRI24 grid & in view."
     sidecar = bare / f"sub-01/anat/{P}_desc-preproc_T1w.json"

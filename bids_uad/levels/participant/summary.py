@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bids_uad import __version__
+from bids_uad.calibration.thresholds import HealthyMarked
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import requested_subjects
 from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, preprocessing_outputs
@@ -314,12 +315,16 @@ def print_summary(rows: Sequence[tuple[str | Text, ...]], console: Console) -> N
         Console to print to.
     """
     table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
+    captions = []
     for column in table.columns[2:4]:
         column.justify = "right"
     shown = rows
     if len(rows) > MAX_ROWS:
         shown = [row for row in rows if str(row[1]) not in (DONE, UP_TO_DATE)][:MAX_ROWS]
-        table.caption = f"and {len(rows) - len(shown)} more images"
+        captions.append(f"and {len(rows) - len(shown)} more images")
+    if any("!" in row[4] for row in shown):
+        captions.append("!: far more than in healthy validation scans, see the warnings")
+    table.caption = "\n".join(captions) or None
     for row in shown:
         table.add_row(*row)
     console.print(table)
@@ -337,12 +342,34 @@ def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
     """Return brain volume, and detector with anomaly volume and Dice, as text; controls have no Dice."""
     files = detection_outputs(task.unit, detector)
     row = pd.read_csv(output_dir / files["metrics"], sep="\t", na_values="n/a").iloc[0]
-    text = f"{detector_name(detector.lower())} {row['anomaly_volume_mm3'] / 1000:.1f}"
+    name = detector_name(detector.lower())
+    text = f"{name} {row['anomaly_volume_mm3'] / 1000:.1f}"
+    if excess_warning(row, name):
+        text += "!"
     if row["lesion_volume_mm3"] == 0 and not task.is_control:
         text += " (empty mask)"
     elif pd.notna(row["lesion_volume_mm3"]) and not task.is_control:
         text += f" ({_dice(output_dir / files['histogram'], row):.3f})"
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
+
+
+def excess_warning(row: Mapping[str, Any], name: str) -> str:
+    """Describe a marked fraction far above that of healthy scans.
+
+    Parameters
+    ----------
+    row : mapping
+        Row of a metrics table.
+    name : str
+        Name of the detector.
+
+    Returns
+    -------
+    str
+        Of :meth:`bids_uad.calibration.thresholds.HealthyMarked.warning`.
+    """
+    brain = row["brain_volume_mm3"] or np.nan
+    return HealthyMarked.read(row).warning(row["anomaly_volume_mm3"] / brain, name)
 
 
 def _dice(histogram: Path, row: pd.Series) -> float:
@@ -359,7 +386,7 @@ def _dice(histogram: Path, row: pd.Series) -> float:
 
 
 def quality_warnings(statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path) -> list[str]:
-    """List the quality warnings of preprocessing for the images that this run has processed.
+    """List the warnings about preprocessing and marked fraction of the images that this run has processed.
 
     Parameters
     ----------
@@ -376,12 +403,38 @@ def quality_warnings(statuses: Sequence[ImageStatus], tasks: Sequence[Task], out
         One line per warning.
     """
     units = {task.unit.key: task.unit for task in tasks}
-    lines = []
-    for status in statuses:
-        if status.status == DONE:
-            image = output_dir / preprocessing_outputs(units[status.image])["preproc"]
-            quality = read_json(sidecar_of(image)).get("PreprocessingQuality", {})
-            lines += [f"{status.image}: {warning}" for warning in quality.get("warnings", [])]
+    return [
+        f"{status.image}: {warning}"
+        for status in statuses
+        if status.status == DONE
+        for warning in image_warnings(units[status.image], output_dir)
+    ]
+
+
+def image_warnings(unit: ImageUnit, output_dir: Path, detectors: Sequence[str] | None = None) -> list[str]:
+    """List the warnings about preprocessing and marked fraction of an image.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+        The image.
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    detectors : sequence of str, optional
+        Names of detectors as in :func:`bids_uad.dataset.naming.detection_outputs`; by default all that have
+        scored the image.
+
+    Returns
+    -------
+    list of str
+        One sentence or two each.
+    """
+    quality = read_json(sidecar_of(output_dir / preprocessing_outputs(unit)["preproc"]))
+    lines = list(quality.get("PreprocessingQuality", {}).get("warnings", []))
+    for detector in _detectors(output_dir, unit) if detectors is None else detectors:
+        metrics = output_dir / detection_outputs(unit, detector)["metrics"]
+        row = pd.read_csv(metrics, sep="\t", na_values="n/a").iloc[0]
+        lines += filter(None, [excess_warning(row, detector_name(detector.lower()))])
     return lines
 
 

@@ -554,6 +554,7 @@ def _postprocess(task: Task, bundle: Bundle, context: RunContext) -> Postprocess
             "threshold": repr(threshold),
             "threshold_name": threshold_name,
             "min_component_volume_mm3": bundle.rule.min_volume,
+            **bundle.healthy_marked.columns(),
             "seen_in_training": seen_in_training(bundle, unit, source_name(config.bids_dir)),
             "scanner_seen": scanner_seen(bundle, task.person.scanner, source_name(config.bids_dir)),
         },
