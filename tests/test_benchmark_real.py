@@ -1,4 +1,4 @@
-"""The benchmark on real scans: chosen participants, and figures that the group level does not give."""
+"""Benchmarks on real scans: chosen participants, figures beside the group level, normalised scores."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.ndimage import median_filter
 from sklearn.metrics import average_precision_score, f1_score
 
+from benchmarks.normalisation import (
+    CENTRES,
+    NONE,
+    NORMALISATIONS,
+    Counts,
+    _edge,
+    count_scan,
+    outcomes,
+    quantile,
+    summarise,
+)
 from benchmarks.real import baseline_rows, best_dice, best_of_each, choose, compare, intensity_baseline
+from bids_uad.calibration.thresholds import FINE_EDGES, count_scores
 from bids_uad.dataset.participants import read_participants, subject_hash
 from bids_uad.dataset.sri24_scans import PreprocessedScan
-from bids_uad.engine.bundle import Bundle
+from bids_uad.engine.bundle import PACKAGED, Bundle, load_bundle
 from bids_uad.evaluation.subjects import subject_row
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
+from bids_uad.space import SHAPE, to_image
 from tests.evaluation.fake_tables import write_cohort
 
 
@@ -136,3 +150,85 @@ def test_comparison_of_healthy_scans_has_the_median_of_the_marked_share():
     assert [row["before"], row["after"]] == pytest.approx([0.01, 0.004])
     assert row["difference"] == pytest.approx(-0.006)
     assert row["low"] < row["difference"] < row["high"]
+
+
+def histogram(scores):
+    return count_scores(np.ravel(scores), FINE_EDGES)
+
+
+def test_normalisations_equal_scipy_and_do_not_depend_on_scale_and_offset():
+    scores = np.random.default_rng(0).gamma(2, 0.1, 999)
+    counts = histogram(scores)
+    for level in (0.1, 0.5, 0.9):
+        expected = np.quantile(scores, level, method="inverted_cdf")
+        assert quantile(counts, level) == pytest.approx(expected, rel=6e-4)
+    spread = stats.median_abs_deviation(scores, scale="normal")
+    near = np.searchsorted(CENTRES, [0.05, 0.2, 0.5, 0.9])
+    expected = (CENTRES[near] - np.median(scores)) / spread
+    assert NORMALISATIONS["median and MAD"](counts)[near] == pytest.approx(expected, rel=5e-3, abs=5e-3)
+    tied = np.round(scores, 2)[:50]
+    bins = np.searchsorted(FINE_EDGES[:-1], tied) - 1
+    ranks = NORMALISATIONS["rank"](histogram(tied))[bins]
+    assert ranks == pytest.approx((stats.rankdata(tied, "min") - 1) / tied.size)
+    for name in ("median and MAD", "median and 90th percentile", "rank"):
+        one = NORMALISATIONS[name](counts)[histogram(scores) > 0]
+        other = NORMALISATIONS[name](histogram(3 * scores + 2))[histogram(3 * scores + 2) > 0]
+        assert [one.min(), one.max()] == pytest.approx([other.min(), other.max()], rel=0.02, abs=0.02)
+
+
+def random_scan(subject, scale=1.0, size=0):
+    """4000 random scores, of which the first `size` are those of a lesion."""
+    scores = np.random.default_rng(subject).gamma(2, 0.1, 4000)
+    lesion = np.arange(4000) < size
+    scores = scale * (scores + 1.5 * lesion)
+    parts = histogram(scores[~lesion]), histogram(scores[lesion]) if size else None
+    return scores, lesion, Counts(f"sub-{subject}", "stroke" if size else "healthy", *parts)
+
+
+def test_marked_fractions_and_dice_are_those_of_the_voxels():
+    scores, lesion, counts = random_scan(1, size=300)
+    mask = scores > FINE_EDGES[_edge(0.5)]
+    assert counts.marked(0.5) == pytest.approx(mask[~lesion].mean())
+    assert counts.marked(0.5, lesions=True) == pytest.approx(mask.mean())
+    assert counts.dice(0.5) == pytest.approx(f1_score(lesion, mask))
+    assert np.isnan(random_scan(2)[2].dice(0.5))
+
+
+def test_thresholds_of_normalised_scores_hold_for_scans_of_another_scale():
+    def cohort(start, scale):
+        lesions = [random_scan(k, scale, 300)[2] for k in range(start + 6, start + 12)]
+        return [random_scan(k, scale)[2] for k in range(start, start + 6)] + lesions
+
+    table = outcomes(cohort(0, 1), cohort(12, 5))
+    rows = summarise(table).set_index("normalisation")
+    assert list(rows.index) == list(NORMALISATIONS)
+    assert (rows[["healthy_scans", "lesion_scans"]] == 6).all(axis=None)
+    assert rows.loc[NONE, "healthy_median"] > 0.1
+    assert rows.loc[NONE, "healthy_excess"] == rows.loc[NONE, "lesion_excess"] == 1
+    assert rows.loc[NONE, ["dice_difference", "dice_low", "dice_high"]].tolist() == [0, 0, 0]
+    for name in ("median and MAD", "median and 90th percentile"):
+        assert rows.loc[name, "healthy_median"] < 0.02
+        assert rows.loc[name, "healthy_excess"] == 0
+        assert rows.loc[name, "dice"] > 0.9
+        assert rows.loc[name, "dice_low"] > 0.1
+        assert rows.loc[name, "marked_high"] < 0
+    assert np.ptp(table.query("normalisation == 'rank' and kind == 'healthy'")["marked"]) < 2e-3
+
+
+def test_histograms_of_a_scan_are_those_of_its_map_without_the_mask_of_a_control(tmp_path):
+    bundle = load_bundle(PACKAGED / "intensity-T2w-lite")
+    rng = np.random.default_rng(0)
+    brain = np.zeros(SHAPE, np.float32)
+    brain[100:110, 100:110, 60:68] = 1
+    lesion = brain * (np.arange(SHAPE[0]) < 105)[:, None, None]
+    files = {"image": brain * rng.random(SHAPE), "brain": brain, "lesion": lesion}
+    for name, volume in files.items():
+        to_image(volume.astype(np.float32)).to_filename(tmp_path / f"{name}.nii.gz")
+    scan = PreprocessedScan("sub-1", *(tmp_path / f"{name}.nii.gz" for name in files), None)
+    for healthy in (True, False):
+        count_scan(scan, [bundle], tmp_path / str(healthy), healthy=healthy, every=4)
+    (control,), (patient,) = (list((tmp_path / str(healthy)).rglob("*.npz")) for healthy in (True, False))
+    with np.load(control) as one, np.load(patient) as other:
+        assert "lesion" not in one
+        assert one["rest"].tolist() == other["rest"].tolist()
+        assert other["lesion"].sum() == one["rest"].sum() == 5 * 10 * 2  # slices 60 and 64
