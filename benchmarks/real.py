@@ -194,7 +194,9 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         A row for each detector, modality, pathology and measure: number of scans, means (Dice) or medians
         (marked share), and mean difference with its 95 % bootstrap interval over participants (NaN for few).
     """
-    joined = before.join(after, how="inner", lsuffix="_before", rsuffix="_after").reset_index()
+    joined = before.merge(
+        after, left_index=True, right_index=True, suffixes=("_before", "_after")
+    ).reset_index()
     rows = []
     for (detector, modality, cohort), scans in joined.groupby(["detector", "modality", "cohort"]):
         measure, summary = ("marked", "median") if cohort == "healthy" else ("dice", "mean")

@@ -20,7 +20,7 @@ from bids_uad.calibration.normative import MIN_SUBJECTS, HealthyCohort, Normativ
 from bids_uad.calibration.thresholds import RULE_THRESHOLD, ThresholdEstimator
 from bids_uad.config import HYSTERESIS, RunConfig
 from bids_uad.dataset.participants import subject_hashes
-from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.errors import ConfigError, InputError, ModelError, truncate_list
 from bids_uad.files import (
     atomic_paths,
@@ -34,6 +34,7 @@ from bids_uad.training.cohort import (
     describe_cohorts,
     healthy_cohort,
     read_lesion_mask,
+    usable_scans,
     warn_about_masked_controls,
 )
 from bids_uad.training.decision_rule import (
@@ -101,7 +102,7 @@ def run_calibrate(config: RunConfig) -> int:
             bundle = bundle.with_hyper(config.hyper)
         except ValueError as error:
             raise ConfigError(f"--hyper: {error}") from None
-    found = Cohort(config.bids_dir, tuple(find_preprocessed(config.bids_dir, bundle.modality)))
+    found = Cohort(config.bids_dir, usable_scans(config.bids_dir, bundle.modality))
     participants = found.participants
     for note in participants.notes:
         logger.warning(note)
@@ -143,7 +144,7 @@ def run_calibrate(config: RunConfig) -> int:
         rule = None
         if searching:
             maps = maps if deviations is None else deviations.maps
-            rule = choose_rule(maps, estimator, config.min_lesion_volume)
+            rule = choose_rule(maps, estimator, config.min_counted_volume)
         calibration = _summary(estimator, rule)
         normative = None if deviations is None else _finish(deviations, config)
     calibration["cohort"] = describe_cohorts([validation])
@@ -200,7 +201,7 @@ def _finish(
         reference, thresholds = deviations.finish()
         rule = None
         if _uses_hysteresis(config):
-            rule = choose_rule(deviations.deviations, thresholds, config.min_lesion_volume)
+            rule = choose_rule(deviations.deviations, thresholds, config.min_counted_volume)
         return reference, _summary(thresholds, rule), rule
     except ModelError as error:
         logger.warning("No normative reference: %s", error)

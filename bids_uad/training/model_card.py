@@ -76,6 +76,8 @@ def _options(config: RunConfig, training: dict[str, Any]) -> str:
         lines.append("--lesion-masks PATH")
     if "backbone" in training:
         lines.append(f"--backbone-weights MODELS/{training['backbone']['bundle']}")
+    elif config.backbone_weights:
+        lines.append("--backbone-weights PATH" + " --force" * config.force)
     if training["precision"] != "fp32":
         lines.append(f"--precision {training['precision']}")
     return " \\\n        ".join(lines)
