@@ -152,8 +152,11 @@ def test_sigterm_returns_143(arguments, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_in_a_destructor_ends_the_run(arguments, monkeypatch, capsys, number, code):
+def test_signal_in_a_destructor_ends_the_run(arguments, monkeypatch, capsys, request, number, code):
     """Python drops exceptions that a destructor raises."""
+    # Shells start background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     class Interrupted:
         def __del__(self):
