@@ -89,13 +89,13 @@ def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argpar
     PLS
         Trained detector.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     detector = PLS(hyper)
     initialise_backbone(detector, args.start)
     if args.lesion_masks:
         detector.shapes = component_shapes(args.lesion_masks)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = TrainingSettings(0, args.steps, precision="bf16")
+    settings = TrainingSettings(args.seed, args.steps, precision="bf16")
     fabric = start_fabric(torch.device("cpu"), 1, 1)
     train_detector(detector, TrainingData.all_of(store), settings, folder, fabric=fabric)
     return detector
@@ -187,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="bundle with the initial weights (default: random)")
     parser.add_argument("--lesion-masks", type=Path, help="as of `bids_uad train`")
     parser.add_argument("--steps", type=int, default=400, help="steps of each variant (default 400)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and painted scans (default 0)")
     parser.add_argument("--variants", nargs="+", help="names (default: all)")
     parser.add_argument("--work-dir", type=Path, default=Path("work"), help="checkpoints (default ./work)")
     parser.add_argument("--output", type=Path, help="table (default: benchmarks/results)")
@@ -200,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, hyper in variants(PLS.presets[args.preset]).items():
         if args.variants and name not in args.variants:
             continue
-        folder = args.work_dir / f"{args.modality}-{args.preset}-{args.steps}-{name.replace(' ', '-')}"
+        label = f"{args.modality}-{args.preset}-{args.steps}-{args.seed}-{name.replace(' ', '-')}"
+        folder = args.work_dir / label
         detector = Execution().prepare(train_variant(hyper, store, folder, args))
         tables[name] = evaluate(detector, validation)
         table = pd.DataFrame(summarise(tables)).round(4)

@@ -44,12 +44,12 @@ class ChangeLimit:
 
 
 CHANGE_LIMITS = {
-    "T1w": ChangeLimit(300.0, 0.5, 300.0),
-    "T2w": ChangeLimit(300.0, 0.5, 300.0),
-    "FLAIR": ChangeLimit(300.0, 0.5, 300.0),
+    "T1w": ChangeLimit(160.0, 0.47, 920.0),
+    "T2w": ChangeLimit(220.0, 0.22, 170.0),
+    "FLAIR": ChangeLimit(370.0, 1.4, 5700.0),
 }
-"""Limits by modality. Provisional: they were not measured yet. `python -m benchmarks.sessions` measures
-them, as 95th percentiles in pairs of simulated scans of one brain in two positions and two scanners."""
+"""Limits by modality: 95th percentiles in pairs of simulated scans of one brain in two positions and two
+scanners, scored by the packaged PLS models (``benchmarks/results/sessions.tsv``)."""
 
 
 @dataclass(frozen=True)
