@@ -51,23 +51,24 @@ def copy_with_less_contrast(source: Path, target: Path, seed: int = 0) -> pd.Dat
     """
     rng = np.random.default_rng(seed)
     table = pd.read_csv(source / "participants.tsv", sep="\t", keep_default_na=False)
-    scans = {f"sub-{scan.subject.removeprefix('sub-')}": scan for scan in find_preprocessed(source, "T1w")}
+    scans = {scan.subject: scan for scan in find_preprocessed(source, "T1w")}
     target.mkdir(parents=True)
     labels, factors = [], []
     for row, label in enumerate(table["participant_id"]):
         is_reduced = row % 2 == 1
         factor = float(rng.uniform(MIN_CONTRAST, 1)) if is_reduced else 1.0
         copy = f"sub-{int(label.removeprefix('sub-')) + RENUMBERED}" if is_reduced else label
+        folder = target / copy / "anat"
+        folder.mkdir(parents=True)
         for file in sorted((source / label / "anat").iterdir()):
-            (target / copy / "anat").mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target / copy / "anat" / file.name.replace(label, copy))
+            shutil.copy(file, folder / file.name.replace(label, copy))
         if is_reduced:
             scan = scans[label]
             image = torch.from_numpy(read(scan.image))
             brain = torch.from_numpy(read(scan.brain) > 0)
             reduced = reduce_contrast(image[None], brain[None], torch.full((1, 1, 1, 1), factor))[0] * brain
             saved = nib.Nifti1Image(reduced.numpy(), nib.load(scan.image).affine)
-            saved.to_filename(target / copy / "anat" / scan.image.name.replace(label, copy))
+            saved.to_filename(folder / scan.image.name.replace(label, copy))
         labels.append(copy)
         factors.append(factor)
     table = table.assign(participant_id=labels, contrast_factor=factors)

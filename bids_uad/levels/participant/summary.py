@@ -341,10 +341,10 @@ def _detectors(output_dir: Path, unit: ImageUnit) -> list[str]:
 def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
     """Return brain volume, and detector with anomaly volume and Dice, as text; controls have no Dice."""
     files = detection_outputs(task.unit, detector)
-    row = pd.read_csv(output_dir / files["metrics"], sep="\t", na_values="n/a").iloc[0]
+    row = _metrics(output_dir, task.unit, detector)
     name = detector_name(detector.lower())
     text = f"{name} {row['anomaly_volume_mm3'] / 1000:.1f}"
-    if excess_warning(row, name):
+    if _excess_warning(row, name):
         text += "!"
     if row["lesion_volume_mm3"] == 0 and not task.is_control:
         text += " (empty mask)"
@@ -353,21 +353,14 @@ def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
 
 
-def excess_warning(row: Mapping[str, Any], name: str) -> str:
-    """Describe a marked fraction far above that of healthy scans.
+def _metrics(output_dir: Path, unit: ImageUnit, detector: str) -> pd.Series:
+    """Read the row of a metrics table."""
+    path = output_dir / detection_outputs(unit, detector)["metrics"]
+    return pd.read_csv(path, sep="\t", na_values="n/a").iloc[0]
 
-    Parameters
-    ----------
-    row : mapping
-        Row of a metrics table.
-    name : str
-        Name of the detector.
 
-    Returns
-    -------
-    str
-        Of :meth:`bids_uad.calibration.thresholds.HealthyMarked.warning`.
-    """
+def _excess_warning(row: pd.Series, name: str) -> str:
+    """Return the warning if far more is marked than in healthy scans, else an empty text."""
     brain = row["brain_volume_mm3"] or np.nan
     return HealthyMarked.read(row).warning(row["anomaly_volume_mm3"] / brain, name)
 
@@ -432,9 +425,8 @@ def image_warnings(unit: ImageUnit, output_dir: Path, detectors: Sequence[str] |
     quality = read_json(sidecar_of(output_dir / preprocessing_outputs(unit)["preproc"]))
     lines = list(quality.get("PreprocessingQuality", {}).get("warnings", []))
     for detector in _detectors(output_dir, unit) if detectors is None else detectors:
-        metrics = output_dir / detection_outputs(unit, detector)["metrics"]
-        row = pd.read_csv(metrics, sep="\t", na_values="n/a").iloc[0]
-        lines += filter(None, [excess_warning(row, detector_name(detector.lower()))])
+        row = _metrics(output_dir, unit, detector)
+        lines += filter(None, [_excess_warning(row, detector_name(detector.lower()))])
     return lines
 
 
