@@ -44,12 +44,13 @@ from tests.networks.conftest import seeded
 REGION = np.s_[62:94, 70:154, 66:168]
 """Slices, rows and columns of the central part of the brain, with most of the ventricles."""
 LEVELS = {
-    "T1w": Levels(fluid=0.2, grey=0.6, white=0.9),
-    "T2w": Levels(fluid=0.95, grey=0.6, white=0.4),
-    "FLAIR": Levels(fluid=0.15, grey=0.8, white=0.6),
+    "T1w": Levels(fluid=0.2, grey=0.6, white=0.9, pure_fluid=0.17),
+    "T2w": Levels(fluid=0.95, grey=0.6, white=0.4, pure_fluid=0.98),
+    "FLAIR": Levels(fluid=0.15, grey=0.8, white=0.6, pure_fluid=0.12),
 }
 CONTRASTS = list(LEVELS)
-LEVELS["faint T2w"] = Levels(fluid=0.9, grey=0.36, white=0.27)  # as of many turbo-spin-echo scans
+# As of many turbo-spin-echo scans.
+LEVELS["faint T2w"] = Levels(fluid=0.9, grey=0.36, white=0.27, pure_fluid=0.93)
 SIMULATED = torch.tensor([1, 1, 2, 3, 4, 5], dtype=torch.uint8)
 """Label of a simulated scan by tissue of the atlas."""
 CLASSES = torch.tensor([0, FLUID, GREY, WHITE, GREY, WHITE], dtype=torch.uint8)
@@ -109,7 +110,7 @@ def typical(lesions):
 class TestPaintScan:
     def test_without_lesions_the_target_is_empty(self, labels, contrast):
         config = PaintingConfig(lesion=NOTHING)
-        painted = paint_scan(healthy(labels, contrast), config, seeded(1))
+        painted = paint_scan(healthy(labels, contrast), config, seeded(3))
         assert not painted.target.any()
         assert torch.equal(painted.weight, painted.brain.half())
         inside = painted.slices[painted.brain].float()
@@ -258,6 +259,24 @@ class TestLesions:
         expected = 0.85**2 * (0.8 if contrast == "FLAIR" else 1.0)
         assert expected - 0.08 < more < expected + 0.85 * 0.15 + 0.05
         assert less < 0.32
+
+    @pytest.mark.parametrize(("contrast", "pure_fluid"), [("T2w", 0.9), ("T1w", 0.1)])
+    def test_lesions_differ_from_tissue_as_much_as_pure_fluid(self, contrast, pure_fluid):
+        """Voxels of fluid are mostly mixed with tissue, and cysts and oedema may differ more from it."""
+        grey, white = (0.35, 0.3) if contrast == "T2w" else (0.7, 0.8)
+        levels = Levels(fluid=0.5, grey=grey, white=white, pure_fluid=pure_fluid)
+        before = torch.full((2, 2, 2), levels.white)
+        found = []
+        for seed in range(400):
+            empty = torch.zeros(before.shape)
+            lesions = typical(_Lesions(before, empty > 0, empty, empty, levels, seeded(seed)))
+            found.append(float(lesions._lesion_level(before)[0, 0, 0]))
+        other = levels.white if contrast == "T2w" else levels.grey
+        share = (np.array(found) - other) / (pure_fluid - other)
+        # From 55 % of the way to the median of fluid, up to pure fluid.
+        assert share.min() == pytest.approx(0.55 * (levels.fluid - other) / (pure_fluid - other), abs=0.05)
+        assert share.max() == pytest.approx(1, abs=0.05)
+        assert 0.05 < (share > 0.8).mean() < 0.4
 
     def test_target_is_the_whole_shape_where_intensities_meet(self, tissue, ventricles):
         """A lesion that is as bright as fluid is visible in other tissue only, and its target is closed."""
@@ -466,7 +485,7 @@ class TestHealthyVariation:
             assert torch.equal(whole & brain, brain)
             assert torch.equal(changed[~piece], image[~piece])
             if sizes[-1] > 500:
-                assert 0 <= changed[piece].min() <= changed[piece].max() <= 1.1 * levels.top + 1e-6
+                assert 0 <= changed[piece].min() <= changed[piece].max() <= 1.1 * levels.brightest + 1e-6
                 assert (piece.numpy() & grown).any()
         assert max(sizes) > 500
 
@@ -563,7 +582,10 @@ def test_levels_are_medians_and_determine_the_contrast(tissue, contrast):
     for name, label in (("fluid", FLUID), ("grey", GREY), ("white", WHITE)):
         assert getattr(measured, name) == pytest.approx(float(image[tissue == label].median()))
     assert measured.contrast == contrast
-    assert Levels(0.5, 0.4, 0.6).contrast == "other"
+    percentile = 95 if contrast == "T2w" else 5
+    expected = np.percentile(image[tissue == FLUID].numpy(), percentile, method="nearest")
+    assert measured.pure_fluid == pytest.approx(expected, abs=1e-3)
+    assert Levels(0.5, 0.4, 0.6, 0.5).contrast == "other"
     grey = torch.where(tissue == WHITE, GREY, tissue)
     assert Levels.measure(image, grey).white == pytest.approx(float(image[tissue > 0].median()))
 

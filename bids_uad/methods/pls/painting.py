@@ -191,16 +191,25 @@ class Levels:
     ----------
     fluid, grey, white : float
         Median intensities.
+    pure_fluid : float
+        Intensity of fluid without partial volume, as in the ventricles: the 95th percentile of fluid if it is
+        brighter than tissue, otherwise the 5th. In T2w scans it is up to twice as bright as the median.
     """
 
     fluid: float
     grey: float
     white: float
+    pure_fluid: float
 
     @property
     def top(self) -> float:
-        """The highest level."""
+        """The highest median."""
         return max(self.fluid, self.grey, self.white)
+
+    @property
+    def brightest(self) -> float:
+        """The highest level, that of pure fluid included."""
+        return max(self.top, self.pure_fluid)
 
     @property
     def contrast(self) -> str:
@@ -225,11 +234,14 @@ class Levels:
         Returns
         -------
         Levels
-            Medians; that of a class without voxels is the median of the brain.
+            Levels; those of a class without voxels are the median of the brain.
         """
         overall = image[tissue > 0].median()
         values = [image[tissue == label] for label in (FLUID, GREY, WHITE)]
-        return cls(*(float(part.median() if len(part) else overall) for part in values))
+        fluid, grey, white = (float(part.median() if len(part) else overall) for part in values)
+        ordered = values[0].sort().values if len(values[0]) else overall[None]
+        percentile = 0.95 if fluid > (grey + white) / 2 else 0.05
+        return cls(fluid, grey, white, float(ordered[round(percentile * (len(ordered) - 1))]))
 
 
 def paint_scan(
@@ -427,7 +439,7 @@ def _vary_healthy(
 
 def _any_level(levels: Levels, generator: Generator) -> float:
     """Draw an intensity that any tissue, also outside the brain, may have."""
-    return uniform(0, 1.1 * levels.top, generator)
+    return uniform(0, 1.1 * levels.brightest, generator)
 
 
 def _add_rim_artifacts(image: Tensor, rim: Tensor, levels: Levels, generator: Generator) -> Tensor:
@@ -455,9 +467,11 @@ def _add_strip_remnant(
     """Add a piece of other tissue at the edge of the brain to image and brain mask."""
     image, brain = image.clone(), brain.clone()
     (centre,) = draw_voxels(rim, 1, generator)
-    box, blob = ellipsoid(tuple(image.shape), centre, uniform(3, 25, generator), 0.4, generator)
+    radius = math.exp(uniform(math.log(3), math.log(25), generator))
+    box, blob = ellipsoid(tuple(image.shape), centre, radius, 0.4, generator)
     texture = normal_field(tuple(blob.shape), 4.0, generator)
-    tissue = (_any_level(levels, generator) + uniform(0, 0.3, generator) * texture).clamp(0, 1.1 * levels.top)
+    level = _any_level(levels, generator) + uniform(0, 0.3, generator) * texture
+    tissue = level.clamp(0, 1.1 * levels.brightest)
     piece = (blob > 0.5) & ~brain[box]
     image[box] = torch.where(piece, tissue, image[box])
     brain[box] |= piece
@@ -590,7 +604,7 @@ class _Lesions:
         return chance(probability, self.generator)
 
     def _any_level(self) -> float:
-        return self._uniform(0, 1.2) * self.levels.top
+        return self._uniform(0, 1.2) * self.levels.brightest
 
     def weight(self, small_lesion_weight: float) -> Tensor:
         """Return weights in the loss: 1 outside lesions, that of their visibility and size inside."""
@@ -638,7 +652,7 @@ class _Lesions:
         for _ in range(cores):
             depth = self._uniform(0.3, 0.8)
             core = ((gaussian_smooth(core, 0.25 * large_lesion.radius) - depth) * 6).clamp(0, 1) * core
-            level = self.levels.fluid if large_lesion.kind == "cavity" else self._any_level()
+            level = self.levels.pure_fluid if large_lesion.kind == "cavity" else self._any_level()
             after = self._blend(after, core, torch.full_like(before, level), strongest=True)
             mask = torch.maximum(mask, core)
         self._keep(box, mask, after)
@@ -683,9 +697,10 @@ class _Lesions:
                 bright = max(levels.grey, levels.white)
                 return before + bright * self._uniform(0.15, 1.0)
             return torch.full_like(before, self._uniform(levels.fluid, levels.white))
+        # Partial volume moves the median of fluid towards tissue: many lesions differ more from it.
+        fluid = self._uniform(levels.fluid, levels.pure_fluid)
         other = levels.white if levels.contrast == "T2w" else levels.grey
-        towards = levels.fluid + self._uniform(0, 0.45) * (other - levels.fluid)
-        return torch.full_like(before, towards)
+        return torch.full_like(before, fluid + self._uniform(0, 0.45) * (other - fluid))
 
     def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, strongest: bool = False) -> Tensor:
         """Blend a level into a mask, with a texture of its own."""
