@@ -6,12 +6,16 @@ to every third slice of the validation scans. It writes ``benchmarks/results/abl
 average precision over lesion scans, share of healthy brains above the threshold of largest mean Dice, and
 the differences to the reference with 95 % bootstrap intervals over participants. Variants that were trained
 before are not trained again.
+
+``python -m benchmarks.ablations VALIDATION --trained BUNDLE`` applies one trained model instead, with and
+without the inputs that its training leaves out at random, and writes
+``benchmarks/results/inputs-<modality>.tsv``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from benchmarks.simulated import markdown
 from bids_uad import space
 from bids_uad.config import MODALITIES
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
-from bids_uad.engine.bundle import CORRECTED
+from bids_uad.engine.bundle import CORRECTED, load_bundle, load_detector
 from bids_uad.engine.execution import Execution, in_precision
 from bids_uad.engine.inference import covering_fields
 from bids_uad.evaluation.bootstrap import bootstrap_interval
@@ -44,6 +48,13 @@ RESULTS = Path(__file__).parent / "results"
 SLICE_STEP = 3
 """Every third slice of a validation scan is scored."""
 N_BINS = 1000
+LEFT_OUT = {
+    "all inputs": (),
+    "no mirror image": ("mirror",),
+    "no coordinates and priors": ("place",),
+    "neither": ("mirror", "place"),
+}
+"""Inputs that are left out of a trained model: those with a dropout in training."""
 
 
 def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
@@ -102,8 +113,19 @@ def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argpar
 
 
 @torch.inference_mode()
-def score_slices(detector: PLS, scan: PreprocessedScan) -> tuple[np.ndarray, np.ndarray]:
+def score_slices(
+    detector: PLS, scan: PreprocessedScan, left_out: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Score every third slice of a scan.
+
+    Parameters
+    ----------
+    detector : PLS
+        Detector.
+    scan : PreprocessedScan
+        Scan.
+    left_out : collection of str, default=()
+        Inputs that are 0, as in training: ``mirror``, ``place``.
 
     Returns
     -------
@@ -123,6 +145,11 @@ def score_slices(detector: PLS, scan: PreprocessedScan) -> tuple[np.ndarray, np.
     for start in range(0, len(numbers), 8):
         now = numbers[start : start + 8]
         inputs = detector.inputs(slices, inside, now, field.rows, field.columns)
+        count = detector.hyper.intensity_channels
+        if "mirror" in left_out:
+            inputs[:, count - 1] = 0
+        if "place" in left_out:
+            inputs[:, count:] = 0
         mask = field.cut(inside)[now, None]
         found = detector.score(inputs, mask, SliceGenerator.of_slices("", 0, now, inputs.device))
         scores.append(found[mask])
@@ -130,7 +157,7 @@ def score_slices(detector: PLS, scan: PreprocessedScan) -> tuple[np.ndarray, np.
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 
-def evaluate(detector: PLS, scans: list[PreprocessedScan]) -> pd.DataFrame:
+def evaluate(detector: PLS, scans: list[PreprocessedScan], left_out: Collection[str] = ()) -> pd.DataFrame:
     """Evaluate a detector.
 
     Parameters
@@ -139,6 +166,8 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan]) -> pd.DataFrame:
         Detector.
     scans : list of PreprocessedScan
         Validation scans; those without a lesion mask are healthy.
+    left_out : collection of str, default=()
+        As of :func:`score_slices`.
 
     Returns
     -------
@@ -149,7 +178,7 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan]) -> pd.DataFrame:
     rows, histograms = [], []
     with in_precision(detector, "bf16"):
         for scan in scans:
-            scores, lesion = score_slices(detector, scan)
+            scores, lesion = score_slices(detector, scan, left_out)
             bins = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
             counts = [np.bincount(bins[part], minlength=N_BINS) for part in (~lesion, lesion)]
             histograms.append(counts)
@@ -178,10 +207,11 @@ def summarise(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, float | str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and evaluate all variants."""
+    """Train and evaluate all variants, or evaluate a trained model with fewer inputs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("validation", type=Path, help="preprocessed healthy and lesion scans")
-    parser.add_argument("train", nargs="+", type=Path, help="datasets of preprocessed healthy scans")
+    parser.add_argument("train", nargs="*", type=Path, help="datasets of preprocessed healthy scans")
+    parser.add_argument("--trained", type=Path, metavar="BUNDLE", help="evaluate this model instead")
     parser.add_argument("--modality", choices=MODALITIES, default="T2w", help="contrast (default T2w)")
     parser.add_argument("--preset", choices=tuple(PLS.presets), default="default", help="reference")
     parser.add_argument("--start", type=Path, help="bundle with the initial weights (default: random)")
@@ -193,21 +223,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="table (default: benchmarks/results)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if bool(args.train) == bool(args.trained):
+        parser.error("either TRAIN or --trained is required")
+    validation = find_preprocessed(args.validation, args.modality)
+    tables: dict[str, pd.DataFrame] = {}
+
+    def write(name: str) -> None:
+        table = pd.DataFrame(summarise(tables)).round(4)
+        write_tsv(args.output or RESULTS / f"{name}-{args.modality}.tsv", table)
+        print(markdown(table), flush=True)
+
+    if args.trained:
+        detector = Execution().prepare(load_detector(load_bundle(args.trained)))
+        for name, left_out in LEFT_OUT.items():
+            tables[name] = evaluate(detector, validation, left_out)
+            write("inputs")
+        return
     scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
     training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
     store = SliceStore.open_or_build(training, args.work_dir, CORRECTED)
-    validation = find_preprocessed(args.validation, args.modality)
-    tables: dict[str, pd.DataFrame] = {}
     for name, hyper in variants(PLS.presets[args.preset]).items():
         if args.variants and name not in args.variants:
             continue
         label = f"{args.modality}-{args.preset}-{args.steps}-{args.seed}-{name.replace(' ', '-')}"
-        folder = args.work_dir / label
-        detector = Execution().prepare(train_variant(hyper, store, folder, args))
+        detector = Execution().prepare(train_variant(hyper, store, args.work_dir / label, args))
         tables[name] = evaluate(detector, validation)
-        table = pd.DataFrame(summarise(tables)).round(4)
-        write_tsv(args.output or RESULTS / f"ablations-{args.modality}.tsv", table)
-        print(markdown(table), flush=True)
+        write("ablations")
 
 
 if __name__ == "__main__":

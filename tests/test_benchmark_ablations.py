@@ -38,7 +38,7 @@ def test_evaluation_equals_scikit_learn(monkeypatch):
         for name, lesion in lesions.items()
     }
     monkeypatch.setattr(
-        ablations, "score_slices", lambda detector, scan: (scores[scan.subject], lesions[scan.subject])
+        ablations, "score_slices", lambda detector, scan, _: (scores[scan.subject], lesions[scan.subject])
     )
     scans = [PreprocessedScan(name, None, None, None, None) for name in lesions]
     table = ablations.evaluate(PLS(PLS.presets["lite"]), scans).set_index("participant_id")
@@ -90,3 +90,17 @@ def test_scores_are_those_of_every_third_slice(tmp_path):
     scores, labels = ablations.score_slices(detector, scan)
     assert len(scores) == len(labels) == 2 * 40 * 40  # slices 60 and 63
     assert labels.sum() == lesion[:, :, [60, 63]].sum()
+    # The network is given the channels as in training: the mirror image is 0 before it is scaled to [-1, 1].
+    seen = []
+    detector.score = lambda inputs, mask, generator: seen.append(inputs) or inputs[:, :1]
+    for left_out in ablations.LEFT_OUT.values():
+        ablations.score_slices(detector, scan, left_out)
+    count = detector.hyper.intensity_channels
+    whole, no_mirror, no_place, neither = seen
+    assert whole[:, count - 1].any()
+    assert whole[:, count:].any()
+    assert not no_mirror[:, count - 1].any()
+    assert torch.equal(no_mirror[:, count:], whole[:, count:])
+    assert torch.equal(no_place[:, :count], whole[:, :count])
+    assert not neither[:, count - 1 :].any()
+    assert torch.equal(neither[:, : count - 1], whole[:, : count - 1])
