@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import json
 import logging
 import os
 import signal
@@ -476,6 +477,33 @@ def test_plugin_file_examples_are_valid(tmp_path, name, kind):
         assert (local.processors, local.memory_gb) == (2, 4)
         assert cluster.failures == []
         assert "--mem=4G" in cluster._sbatch_args
+
+
+def test_resource_monitor_leaves_the_logger_of_nipype_as_it_was(tmp_path):
+    log, others = logging.getLogger("callback"), logging.NullHandler()
+    log.addHandler(others)
+    before = (list(log.handlers), log.level, log.propagate)
+    runtime = SimpleNamespace(startTime="0", endTime="2", duration=2.0)
+    node = SimpleNamespace(
+        name="detect", _id="detect.a0", result=SimpleNamespace(runtime=runtime), mem_gb=1, n_procs=1
+    )
+    calls = []
+    try:
+        paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+        first, second = (
+            executors._record_resources(lambda *call: calls.append(call), path) for path in paths
+        )
+        for record in (first, second, first):
+            record(node, "start")
+            record(node, "end")
+        assert (log.handlers, log.level, log.propagate) == before
+    finally:
+        log.removeHandler(others)
+    assert [[json.loads(line)["duration"] for line in path.read_text().splitlines()] for path in paths] == [
+        [2.0, 2.0],
+        [2.0],
+    ]
+    assert calls == [(node, "start"), (node, "end")] * 3
 
 
 @pytest.mark.parametrize(

@@ -792,13 +792,22 @@ def resources_file(config: RunConfig) -> Path:
 
 def _record_resources(callback: Callable[[Any, str], None], path: Path) -> Callable[[Any, str], None]:
     """Return a callback that also writes nipype's statistics of each finished node as a line of JSON."""
-    log = logging.getLogger("callback")  # of nipype
-    log.setLevel(logging.DEBUG)
-    log.handlers, log.propagate = [logging.FileHandler(path, delay=True)], False
+    log = logging.getLogger("callback")  # of nipype; other handlers of it are kept
 
     def record(node: Any, status: str) -> None:
         callback(node, status)
-        log_nodes_cb(node, status)
+        handler = logging.FileHandler(path, delay=True)
+        level, propagate = log.level, log.propagate
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False  # to the terminal
+        try:
+            log_nodes_cb(node, status)
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate
+            handler.close()
 
     return record
 
