@@ -12,7 +12,6 @@ and ``python -m benchmarks.paper page`` draws the figures and writes ``docs/benc
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ from bids_uad.engine.bundle import (
     resolve_bundles,
 )
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.files import read_row, write_json, write_tsv
+from bids_uad.files import read_row, write_json, write_text, write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
 from bids_uad.methods.base import Detector
 from bids_uad.resources import worker_pool
@@ -325,7 +324,9 @@ def score_participant(
             Path(folder), person.population(labelmaps), (*[None] * person.index, kind), modalities, True
         )
         make_subject(cohort, person.index)
-        anat = Path(folder, person.name, "anat")
+        parameters = Path(folder, person.name, "anat", f"{person.name}_desc-simulation_parameters.json")
+        # Before the tables, with which the participant counts as done.
+        write_text(out / "drawn" / f"{person.name}.json", parameters.read_text())
         scans = {modality: find_preprocessed(Path(folder), modality)[0] for modality in modalities}
         for tables, bundle in missing:
             scan = scans[bundle.modality]
@@ -340,9 +341,6 @@ def score_participant(
                 z = _reference(bundle.folder).deviations(scores, brain, **facts.covariates)
                 write_tables(scan, deviating, z, brain, [], seen, out / tables)
             write_tables(scan, bundle, scores, brain, [], seen, out / tables)
-        drawn = out / "drawn" / f"{person.name}.json"
-        drawn.parent.mkdir(exist_ok=True)
-        shutil.copy(anat / f"{person.name}_desc-simulation_parameters.json", drawn)
     return person.name
 
 

@@ -76,7 +76,7 @@ def write_tables(
     seen: str | None,
     out: Path,
 ) -> None:
-    """Write the score tables of a map."""
+    """Write the score tables of a map; that of the metrics last, which marks the others as complete."""
     metrics, histogram = tables_of(scan, bundle, out)
     # Whoever is not healthy has a mask; a healthy brain has none.
     lesion = read(scan.lesion) > 0 if scan.lesion else None
@@ -98,10 +98,10 @@ def write_tables(
     write_tsv(
         histogram, histogram_table(bundle.bin_edges, *score_counts(scores, brain, lesion, bundle.bin_edges))
     )
-    write_tsv(metrics, metrics_row(facts, labels, brain, lesion, DEFAULT_MIN_COUNTED_VOLUME))
     if lesion is not None:
         lesions = metrics.with_name(metrics.name.replace("_metrics.", "_lesions."))
         write_tsv(lesions, lesion_table(lesion, mask, read(scan.image), brain))
+    write_tsv(metrics, metrics_row(facts, labels, brain, lesion, DEFAULT_MIN_COUNTED_VOLUME))
 
 
 def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> float:

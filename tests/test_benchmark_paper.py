@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import paper, paper_claims, paper_page
+from benchmarks import paper, paper_claims, paper_page, simulated
 from benchmarks.paper_claims import (
     CLAIMS,
     EIGHT,
@@ -178,6 +179,30 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
     assert written[3:] == [damaged, old]
     paper.main([*command, "--minutes", "0"])
     assert json.loads((tmp_path / "study.json").read_text())["planned"] == 3
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_metrics_table_exists_only_with_the_other_tables_of_a_scan(tmp_path, monkeypatch, written):
+    """A run is interrupted after some of the three tables."""
+    bundle = load_bundle(PACKAGED / "intensity-T1w-lite")
+    scan = replace(paper._expected(paper.plan(2)[1], "T1w"), lesion=Path("lesion"))
+    write_tsv, names = simulated.write_tsv, []
+
+    def interrupted(path, table):
+        if len(names) == written:
+            raise KeyboardInterrupt
+        names.append(path)
+        return write_tsv(path, table)
+
+    box = np.zeros((12, 12, 12), np.float32)
+    box[2:10, 2:10, 2:10] = 1
+    monkeypatch.setattr(simulated, "read", lambda path: box)
+    monkeypatch.setattr(simulated, "write_tsv", interrupted)
+    with nullcontext() if written == 3 else pytest.raises(KeyboardInterrupt):
+        simulated.write_tables(scan, bundle, 9 * box, box > 0, [], None, tmp_path)
+    metrics, _ = simulated.tables_of(scan, bundle, tmp_path)
+    assert metrics.is_file() == (written == 3)
+    assert paper.is_scored(scan, bundle, tmp_path, with_lesion=True) == (written == 3)
 
 
 def write_study(out: Path, *, n_healthy: int = 22, n_lesion: int = 30) -> None:
