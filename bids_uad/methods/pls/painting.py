@@ -699,8 +699,9 @@ class _Lesions:
             return torch.full_like(before, self._uniform(levels.fluid, levels.white))
         # Partial volume moves the median of fluid towards tissue: many lesions differ more from it.
         fluid = self._uniform(levels.fluid, levels.pure_fluid)
-        other = levels.white if levels.contrast == "T2w" else levels.grey
-        return torch.full_like(before, fluid + self._uniform(0, 0.45) * (other - fluid))
+        # Many gliomas are as dark as grey matter in T1w scans.
+        other, farthest = (levels.white, 0.45) if levels.contrast == "T2w" else (levels.grey, 0.9)
+        return torch.full_like(before, fluid + self._uniform(0, farthest) * (other - fluid))
 
     def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, strongest: bool = False) -> Tensor:
         """Blend a level into a mask, with a texture of its own."""
