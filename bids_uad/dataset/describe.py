@@ -156,12 +156,16 @@ def refuse_foreign(output_dir: Path) -> None:
         If the folder holds a raw dataset or the derivatives of another pipeline.
     """
     earlier = read_json(output_dir / "dataset_description.json")
-    names = [entry.get("Name") for entry in earlier.get("GeneratedBy", [])]
-    if earlier and "bids_uad" not in names:
+    if earlier and not is_own(earlier):
         raise ConfigError(
             f"{output_dir}: already holds another dataset ('{earlier.get('Name', 'unnamed')}'); "
             "choose another output folder"
         )
+
+
+def is_own(description: dict[str, Any]) -> bool:
+    """Return whether bids_uad wrote a dataset, by the content of its dataset_description.json."""
+    return any(entry.get("Name") == "bids_uad" for entry in description.get("GeneratedBy", []))
 
 
 def dataset_link(target: Path, start: Path, description: dict[str, Any]) -> str:

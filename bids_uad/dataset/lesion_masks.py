@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from bids_uad.config import MODALITIES
+from bids_uad.dataset.describe import is_own
 from bids_uad.dataset.naming import IDENTIFYING_KEYS, ImageUnit, entities_of, lesion_output
 from bids_uad.errors import InputError
+from bids_uad.files import read_json
 from bids_uad.images import Grid, grid_of, same_grid
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE, NAME, SHAPE
 
-TRANSFORM_SUFFIXES = (".txt", ".h5", ".mat")
+LOGGER = logging.getLogger("bids_uad")
+
+TRANSFORM_SUFFIXES = (".h5", ".txt", ".mat")
+"""Extensions of ITK transforms; composite ones, such as the nonlinear ones of fMRIPrep, are `.h5`."""
 
 _MASK_NAME = re.compile(
     r"_(?:label-lesion(?:_desc-[0-9a-zA-Z]+)?_(?:mask|roi)|seg-lesion(?:_desc-[0-9a-zA-Z]+)?_mask)\.nii(\.gz)?$"
@@ -189,16 +195,29 @@ def find_transforms(roots: Iterable[Path], image: Path, modality: str) -> dict[s
     Returns
     -------
     dict of str to pathlib.Path
-        Files ``from-<space>_to-<modality>_mode-image_xfm`` whose entities match the image, by space.
+        Files ``from-<space>_to-<modality>_mode-image_xfm`` whose entities match the image, by space. Of
+        several, composite transforms (`.h5`) are preferred to others, then those of other pipelines to the
+        affine ones of bids_uad, then those with most entities of the image.
+
+    Raises
+    ------
+    UserError
+        If the dataset_description.json of a dataset is not valid or cannot be read.
     """
-    transforms: dict[str, Path] = {}
-    for root in roots:
+    ranked = []
+    for number, root in enumerate(dict.fromkeys(roots)):
         folder = root / f"sub-{entities_of(image).get('sub')}"
-        for path in sorted(folder.rglob(f"*_to-{modality}_mode-image_xfm.*")):
-            space = entities_of(path).get("from")
-            if space is not None and path.suffix in TRANSFORM_SUFFIXES and belongs_to(path, image):
-                transforms.setdefault(space, path)
-    return transforms
+        paths = [
+            path
+            for path in folder.rglob(f"*_to-{modality}_mode-image_xfm.*")
+            if "from" in entities_of(path) and path.suffix in TRANSFORM_SUFFIXES and belongs_to(path, image)
+        ]
+        own = bool(paths) and is_own(read_json(root / "dataset_description.json"))
+        for path in paths:
+            n_entities = len(identifying_entities(path))
+            ranked.append((path.suffix != ".h5", own, -n_entities, number, path.name, path))
+    # The first of each space is inserted last.
+    return {entities_of(path)["from"]: path for *_, path in sorted(ranked, reverse=True)}
 
 
 def resolve_masks(
@@ -455,6 +474,8 @@ def _locate(
         for path in masks:
             transform = transforms.get(spaces[path] or "")
             if transform is not None:
+                kind = "composite" if transform.suffix == ".h5" else "linear"
+                LOGGER.info("%s: resampled to %s with the %s transform %s", path, unit.key, kind, transform)
                 return located(path, unit, on_external=_same_tree(transform, unit), transform=transform)
     of_users = {unit.path.name for unit in users}
     for path in masks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +13,7 @@ import pytest
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import collect
-from bids_uad.dataset.lesion_masks import applicable_masks, written_mask
+from bids_uad.dataset.lesion_masks import applicable_masks, find_transforms, written_mask
 from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.preprocessing.check import read_lesion
 from bids_uad.space import AFFINE as SRI24_AFFINE
@@ -117,18 +119,51 @@ def test_mask_on_the_grid_of_an_image_that_is_not_scored_is_registered(resolve, 
     assert lesion.transform is None
 
 
-def test_mask_in_another_space_is_resolved_with_a_transform(resolve):
+def test_mask_in_another_space_is_resolved_with_a_transform(resolve, caplog, monkeypatch):
     def write(config):
         folder = config.derivatives["lesions"] / "sub-01" / "anat"
         names = [f"from-{ends}" for ends in ("MNI_to-T1w", "T1w_to-MNI", "X_to-T1w")]
         for name in [*names, "run-2_from-MNI_to-T1w"]:
             (folder / f"sub-01_{name}_mode-image_xfm.h5").touch()
 
+    monkeypatch.setattr(logging.getLogger("bids_uad"), "propagate", True)
+    caplog.set_level(logging.INFO, "bids_uad")
     found = resolve(SESSION, {"_space-MNI_label-lesion_mask": FLAIR}, write=write)
     lesion = found.lesions["sub-01_T1w"]
     assert lesion.provider == "sub-01_T1w"
     assert lesion.transform.name == "sub-01_from-MNI_to-T1w_mode-image_xfm.h5"
+    assert f"resampled to sub-01_T1w with the composite transform {lesion.transform}" in caplog.text
     assert len(lesion.files) == 2
+
+
+@pytest.mark.parametrize(
+    ("transforms", "used"),
+    [
+        ({"own": ["sub-01_from-M_to-T1w.txt"]}, 0),
+        ({"own": ["sub-01_from-M_to-T1w.txt"], "fmriprep": ["sub-01_from-M_to-T1w.h5"]}, 1),
+        ({"fmriprep": ["sub-01_from-M_to-T1w.h5"], "own": ["sub-01_from-M_to-T1w.txt"]}, 0),
+        ({"own": ["sub-01_from-M_to-T1w.txt"], "ants": ["sub-01_from-M_to-T1w.mat"]}, 1),
+        ({"ants": ["sub-01_from-M_to-T1w.mat"], "fmriprep": ["sub-01_from-M_to-T1w.h5"]}, 1),
+        ({"ants": ["sub-01_from-M_to-T1w.txt"], "other": ["sub-01_acq-a_from-M_to-T1w.mat"]}, 1),
+        ({"b": ["sub-01_from-M_to-T1w.h5"], "a": ["sub-01_from-M_to-T1w.h5"]}, 0),
+        ({"a": ["sub-01_from-M_to-T1w.dat", "sub-01_acq-b_from-M_to-T1w.h5", "sub-01_from-M_to-T1w.txt"]}, 2),
+    ],
+)
+def test_transform_of_a_mask_is_composite_and_of_another_pipeline_if_there_is_one(tmp_path, transforms, used):
+    """The affine of an earlier run is not used in place of fMRIPrep's nonlinear transform."""
+    paths = []
+    for dataset, names in transforms.items():
+        folder = tmp_path / dataset / "sub-01" / "anat"
+        folder.mkdir(parents=True)
+        for name in names:
+            stem, extension = name.split(".")
+            paths.append(folder / f"{stem}_mode-image_xfm.{extension}")
+            paths[-1].touch()
+        program = "bids_uad" if dataset == "own" else dataset
+        description = {"GeneratedBy": [{"Name": program}, {"Name": "model"}]}
+        (tmp_path / dataset / "dataset_description.json").write_text(json.dumps(description))
+    roots = [tmp_path / dataset for dataset in transforms]
+    assert find_transforms(roots, Path("sub-01_acq-a_T1w.nii.gz"), "T1w") == {"M": paths[used]}
 
 
 def test_mask_named_for_sri24_must_be_on_its_grid(resolve):
