@@ -17,7 +17,7 @@ from bids.utils import listify
 from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.external import LESIONS, attach_external_inputs
 from bids_uad.dataset.lesion_masks import LesionMask, resolve_masks
-from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem
+from bids_uad.dataset.naming import PREFIX_ENTITIES, ImageUnit, Problem, natural_key
 from bids_uad.dataset.raw_metadata import SidecarReader
 from bids_uad.errors import ConfigError, InputError, truncate_list
 
@@ -201,17 +201,18 @@ def requested_subjects(bids_dir: Path, labels: Sequence[str]) -> tuple[str, ...]
     Returns
     -------
     tuple of str
-        Labels without `sub-`, sorted.
+        Labels without `sub-`, sorted with numbers by value.
 
     Raises
     ------
     InputError
         If the dataset has no participant, or not all of the requested ones.
     """
-    existing = sorted(path.name.removeprefix("sub-") for path in bids_dir.glob("sub-*") if path.is_dir())
+    labels_of = (path.name.removeprefix("sub-") for path in bids_dir.glob("sub-*") if path.is_dir())
+    existing = sorted(labels_of, key=natural_key)
     if not existing:
         raise InputError(bids_dir, "no participant (sub-* folder)", "give the root of a BIDS dataset")
-    missing = sorted(set(labels) - set(existing))
+    missing = sorted(set(labels) - set(existing), key=natural_key)
     if missing:
         raise InputError(
             bids_dir, f"no participant {', '.join(missing)}", f"choose from {truncate_list(existing)}"

@@ -214,6 +214,12 @@ def entities_of(path: Path) -> dict[str, str]:
     return dict(_ENTITY.findall(path.name))
 
 
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a sort key with which ``sub-2`` comes before ``sub-10``."""
+    parts = filter(None, re.split(r"([0-9]+)", name))
+    return [(0, int(part), "") if "0" <= part[0] <= "9" else (1, 0, part) for part in parts], name
+
+
 def output_path(unit: ImageUnit, *, suffix: str, extension: str = ".nii.gz", **entities: str) -> Path:
     """Return the path of an output of an image, relative to the derivative dataset.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bids_uad.dataset.naming import entities_of, longitudinal_output
+from bids_uad.dataset.naming import entities_of, longitudinal_output, natural_key
 from bids_uad.dataset.participants import Participants
 from bids_uad.dataset.sidecars import LONGITUDINAL_COLUMNS, longitudinal_sidecar
 from bids_uad.evaluation.longitudinal import (
@@ -249,18 +249,7 @@ def order_sessions(
         first = min(times.values())
         order = sorted(times, key=lambda session: (times[session], session))
         return [(session, (times[session] - first).total_seconds() / 86400) for session in order]
-    return [(session, None) for session in sorted(times, key=_natural)]
-
-
-def _natural(label: str) -> tuple[Any, ...]:
-    """Return a key that sorts numbers in a label by value."""
-    parts: list[str] = []
-    for character in label:
-        if parts and parts[-1][-1].isdigit() == character.isdigit():
-            parts[-1] += character
-        else:
-            parts.append(character)
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts), label
+    return [(session, None) for session in sorted(times, key=natural_key)]
 
 
 def find_series(
@@ -539,5 +528,5 @@ def missing_sessions(
         name = entry["image"].replace(f"_ses-{session}", "", 1)
         if session is not None and name == f"{series.prefix}_{series.modality}":
             failed[session] = entry.get("message", "")
-    known = dict.fromkeys([*order, *sorted(failed, key=_natural)])
+    known = dict.fromkeys([*order, *sorted(failed, key=natural_key)])
     return [(session, failed.get(session, "")) for session in known if session not in present]

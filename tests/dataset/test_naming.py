@@ -96,6 +96,19 @@ def test_output_of_source_is_named_like_the_outputs(source, modality, expected):
     assert path.as_posix() == f"{expected}_space-SRI24_desc-preproc_{modality}.nii.gz"
 
 
+def test_natural_key_sorts_numbers_by_value():
+    names = ["sub-10", "sub-02", "sub-b", "sub-2", "sub-1x", "", "sub-1"]
+    assert sorted(names, key=naming.natural_key) == [
+        "",
+        "sub-1",
+        "sub-1x",
+        "sub-02",
+        "sub-2",
+        "sub-10",
+        "sub-b",
+    ]
+
+
 def test_data_sink_writes_to_the_named_path_with_the_header_contract(tmp_path):
     source = save_image(space.to_image(np.full(space.SHAPE, 0.5), np.float32), tmp_path / "x.nii.gz")
     sink = DerivativesDataSink(

@@ -400,11 +400,12 @@ def test_run_without_usable_images_returns_no_input(bench, capsys):
 
 
 def test_dry_run_writes_nothing(bench, capsys):
-    bench.dataset(T1W, T2W)
+    bench.dataset("sub-10/anat/sub-10_T1w.nii.gz", "sub-2/anat/sub-2_T1w.nii.gz", T1W, T2W)
     assert bench.run("--dry-run") == 0
     stderr = capsys.readouterr().err
     assert "to do" in stderr
-    assert "sub-01_T2w" in stderr
+    listed = re.findall(r"^│ (sub-\w+)", stderr, re.MULTILINE)
+    assert listed == ["sub-01_T1w", "sub-01_T2w", "sub-2_T1w", "sub-10_T1w"]
     assert not bench.out.exists()
     assert bench.take_calls() == []
 

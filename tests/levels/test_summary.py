@@ -37,6 +37,7 @@ from bids_uad.levels.participant.summary import (
     find_left_right_swaps,
     last_run_file,
     print_summary,
+    print_table,
     quality_warnings,
     rewrite_reports,
     save_last_run,
@@ -180,6 +181,15 @@ def test_summary_of_many_images_shows_those_that_failed():
     assert "image-x" in stream.getvalue()
     assert "image-8" not in stream.getvalue()
     assert "and 200 more images" in stream.getvalue()
+
+
+def test_long_names_are_not_truncated():
+    stream = io.StringIO()
+    rows = [("x" * 70, "y" * 30), ("x", "y")]
+    print_table(("image", "detectors"), rows, Console(file=stream, width=40), title="table", numbers=[1])
+    text = stream.getvalue()
+    assert (text.count("x"), text.count("y")) == (71, 31)
+    assert max(map(len, text.splitlines())) == 40
 
 
 def test_marked_fractions_far_above_those_of_healthy_scans_are_in_table_and_log(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 from niworkflows.engine.workflows import LiterateWorkflow
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from bids_uad.config import MODALITIES, RunConfig
 from bids_uad.dataset.describe import ModelEntry, describe_dataset, refuse_foreign
@@ -31,7 +30,7 @@ from bids_uad.dataset.inputs import (
     requested_subjects,
     require_sessions,
 )
-from bids_uad.dataset.naming import Problem, detector_desc
+from bids_uad.dataset.naming import Problem, detector_desc, natural_key
 from bids_uad.dataset.participants import Participants, read_participants, try_read_participants
 from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.errors import (
@@ -73,6 +72,7 @@ from bids_uad.levels.participant.summary import (
     error_line,
     needs_report,
     print_summary,
+    print_table,
     quality_warnings,
     report_steps,
     rewrite_reports,
@@ -563,8 +563,12 @@ class Run:
                 f"{lesions}: no usable lesion mask for any of the images; names must end in "
                 "_label-lesion_mask, _label-lesion_roi or _seg-lesion_mask"
             )
+        # Participants are finished in any order; the images of each are in order.
+        self._rows.sort(key=lambda row: natural_key(row[0].partition("_")[0]))
+        self._quality.sort(key=natural_key)
         if config.dry_run:
-            print_plan(self._rows, console)
+            headings = ("image", "status", "detectors", "registered to", "lesion mask")
+            print_table(headings, self._rows, console, title="bids_uad dry run")
         else:
             if self._descriptions:
                 self._write_description()  # other jobs may have written it meanwhile
@@ -618,19 +622,3 @@ def describe_outputs(tasks: Sequence[Task], bundles: Sequence[Bundle]) -> dict[s
             text += ", as deviations from a normative reference of healthy controls"
         descriptions[detector_desc(bundle.modality, bundle.scored_as)] = text
     return descriptions
-
-
-def print_plan(rows: Iterable[tuple[str, ...]], console: Console) -> None:
-    """Print the tasks of a dry run.
-
-    Parameters
-    ----------
-    rows : iterable of tuple
-        Image, status, detectors, image that it is registered to, and lesion mask.
-    console : rich.console.Console
-        Console to print to.
-    """
-    table = Table("image", "status", "detectors", "registered to", "lesion mask", title="bids_uad dry run")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -314,18 +314,48 @@ def print_summary(rows: Sequence[tuple[str | Text, ...]], console: Console) -> N
     console : rich.console.Console
         Console to print to.
     """
-    table = Table("image", "status", "seconds", "brain mL", "anomaly mL (Dice)", title="bids_uad participant")
     captions = []
-    for column in table.columns[2:4]:
-        column.justify = "right"
     shown = rows
     if len(rows) > MAX_ROWS:
         shown = [row for row in rows if str(row[1]) not in (DONE, UP_TO_DATE)][:MAX_ROWS]
         captions.append(f"and {len(rows) - len(shown)} more images")
     if any("!" in row[4] for row in shown):
         captions.append("!: far more than in healthy validation scans, see the warnings")
-    table.caption = "\n".join(captions) or None
-    for row in shown:
+    headings = ("image", "status", "seconds", "brain mL", "anomaly mL (Dice)")
+    caption = "\n".join(captions) or None
+    print_table(headings, shown, console, title="bids_uad participant", caption=caption, numbers=(2, 3))
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    console: Console,
+    *,
+    title: str,
+    caption: str | None = None,
+    numbers: Sequence[int] = (),
+) -> None:
+    """Print a table; text that is too long for its column is continued on the next line, not truncated.
+
+    Parameters
+    ----------
+    headings : sequence of str
+        Headings of the columns.
+    rows : iterable of sequence
+        Cells of each row.
+    console : rich.console.Console
+        Console to print to.
+    title : str
+        Text above the table.
+    caption : str, optional
+        Text below the table.
+    numbers : sequence of int, default=()
+        Indices of the columns that are aligned to the right.
+    """
+    table = Table(title=title, caption=caption)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
         table.add_row(*row)
     console.print(table)
 
