@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +14,25 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import paper, paper_claims, paper_page, simulated
-from benchmarks.paper_claims import (
+from benchmarks import simulated
+from benchmarks.paper import cohort, estimates, scoring
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.bootstrap import dice_by_threshold, interval, resampling_weights, stratum_means
+from benchmarks.paper.claims import (
     CLAIMS,
-    EIGHT,
     NOT_REPRODUCED,
-    PATHOLOGIES,
-    PUBLISHED,
     REPRODUCED,
     UNDECIDED,
-    Load,
-    cell_means,
-    critical_difference,
-    interval,
-    published_dice,
     published_value,
     verdict,
-    weights,
 )
+from benchmarks.paper.page import DOCS, compose_page, write_page
+from benchmarks.paper.published import EIGHT, PATHOLOGIES, PUBLISHED, Load, published_dice
+from benchmarks.paper.study import read_study
+from benchmarks.paper.tables import critical_difference, read_results, variant_table, write_results
 from bids_uad.engine.bundle import PACKAGED, load_bundle
 from bids_uad.simulation.anatomy import BUILT_IN
-from bids_uad.simulation.pathology import _stroke
+from bids_uad.simulation.pathology import LesionTarget, make_lesion
 from bids_uad.simulation.subject import random_stream
 from tests.evaluation.fake_tables import Scan, beta_counts, write_participants
 
@@ -106,37 +105,39 @@ def test_intervals_of_stratified_means_agree_with_the_normal_approximation():
     rng = np.random.default_rng(1)
     values = pd.DataFrame({"a": np.concatenate([rng.normal(0.2, 0.1, 60), rng.normal(0.6, 0.05, 40)])})
     strata = pd.Series(["x"] * 60 + ["y"] * 40)
-    means, names = cell_means(values, strata)
+    means, names = stratum_means(values, strata)
     assert names == ["x", "y"]
     value, low, high = interval(means.mean(1)[:, 0])
     parts = [values["a"][:60], values["a"][60:]]
     error = np.sqrt(sum(part.var(ddof=0) / len(part) for part in parts)) / 2
     assert value == pytest.approx(np.mean([part.mean() for part in parts]))
     assert [low, high] == pytest.approx([value - 1.96 * error, value + 1.96 * error], abs=0.15 * error)
-    few, _ = cell_means(values[:63], strata[:63])
+    few, _ = stratum_means(values[:63], strata[:63])
     assert np.isnan(few[1:, 1]).all()
     assert np.isfinite(few[0]).all()
 
 
 def test_plan_has_all_groups_and_both_kinds_of_scanners_in_any_first_part():
-    people = paper.plan()
+    people = cohort.plan()
     assert len({person.name for person in people}) == len(people) == 315
     for part in (people[:30], people):
         groups = pd.Series([person.group for person in part])
         assert set(groups) == {"healthy", *PATHOLOGIES}
         counts = pd.crosstab(groups, [person.seed for person in part])
-        assert (counts[paper.SEEN_SEED] - counts[paper.UNSEEN_SEED]).abs().max() <= 1
+        assert (counts[cohort.SEEN_SEED] - counts[cohort.UNSEEN_SEED]).abs().max() <= 1
         assert counts.loc["healthy"].sum() == len(part) / 3
+    brain = torch.zeros(8, 8, 8)
+    target = LesionTarget(shape=lambda scale: brain)
     for person in people[:60]:
         if person.group.endswith("stroke"):
-            rng = random_stream(person.seed, person.index, "lesion")
-            *_, drawn = _stroke(None, rng, 1.0, lambda _: torch.zeros(8, 8, 8))
-            assert (drawn["old"] > paper.OLD) == (person.group == "chronic stroke")
-    table = paper.participants_table(people, [BUILT_IN])
+            draw = partial(random_stream, person.seed, person.index, "lesion")
+            drawn = make_lesion("stroke", brain, brain, draw, target=target).drawn
+            assert (drawn["old"] > cohort.OLD) == (person.group == "chronic stroke")
+    table = cohort.participants_table(people, [BUILT_IN])
     assert table["age"].between(20, 90).all()
     assert table["age"].max() > 85
     assert set(table["sex"]) == {"F", "M"}
-    assert table["scanner"].nunique() == paper.SEEN_SCANNERS + paper.UNSEEN_SCANNERS
+    assert table["scanner"].nunique() == cohort.SEEN_SCANNERS + cohort.UNSEEN_SCANNERS
 
 
 def test_lesion_volumes_have_the_published_quartiles():
@@ -145,7 +146,7 @@ def test_lesion_volumes_have_the_published_quartiles():
     expected = 5.0 * np.exp(1.7 * stats.norm.ppf([0.25, 0.5, 0.75]))
     assert np.quantile(drawn, [0.25, 0.5, 0.75]) == pytest.approx(expected, rel=0.12)
     assert min(drawn) >= 0.1
-    population = paper.plan(2)[1].population([BUILT_IN])
+    population = cohort.plan(2)[1].population([BUILT_IN])
     assert population.volume(5) == population.volume(5) != population.volume(6)
 
 
@@ -156,8 +157,8 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
 
     def fake(person, missing, labelmaps, people, out):
         for tables, model in missing:
-            scan = paper._expected(person, model.modality)
-            metrics, histogram = paper.tables_of(scan, model, out / tables)
+            scan = scoring.expected_scan(person, model.modality)
+            metrics, histogram = simulated.tables_of(scan, model, out / tables)
             metrics.parent.mkdir(parents=True, exist_ok=True)
             row = {"model_sha256": model.sha256, "threshold": repr(model.default_threshold[1])}
             pd.DataFrame([row]).to_csv(metrics, sep="\t", index=False)
@@ -166,18 +167,18 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
                 metrics.with_name(metrics.name.replace("_metrics.", "_lesions.")).touch()
             written.append(metrics)
 
-    monkeypatch.setattr(paper, "score_participant", fake)
+    monkeypatch.setattr(scoring, "score_participant", fake)
     command = ["score", str(tmp_path), "--participants", "3", "--models", "intensity", "--modalities", "T1w"]
-    paper.main(command)
+    main(command)
     assert len(written) == 3
-    paper.main(command)
+    main(command)
     assert len(written) == 3
     damaged, old = written[1], written[2]
     damaged.with_name(damaged.name.replace("_metrics.", "_lesions.")).unlink()
     old.write_text(old.read_text().replace(bundle.sha256, "0" * 64))
-    paper.main(command)
+    main(command)
     assert written[3:] == [damaged, old]
-    paper.main([*command, "--minutes", "0"])
+    main([*command, "--minutes", "0"])
     assert json.loads((tmp_path / "study.json").read_text())["planned"] == 3
 
 
@@ -185,7 +186,7 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
 def test_metrics_table_exists_only_with_the_other_tables_of_a_scan(tmp_path, monkeypatch, written):
     """A run is interrupted after some of the three tables."""
     bundle = load_bundle(PACKAGED / "intensity-T1w-lite")
-    scan = replace(paper._expected(paper.plan(2)[1], "T1w"), lesion=Path("lesion"))
+    scan = replace(scoring.expected_scan(cohort.plan(2)[1], "T1w"), lesion=Path("lesion"))
     write_tsv, names = simulated.write_tsv, []
 
     def interrupted(path, table):
@@ -202,7 +203,7 @@ def test_metrics_table_exists_only_with_the_other_tables_of_a_scan(tmp_path, mon
         simulated.write_tables(scan, bundle, 9 * box, box > 0, [], None, tmp_path)
     metrics, _ = simulated.tables_of(scan, bundle, tmp_path)
     assert metrics.is_file() == (written == 3)
-    assert paper.is_scored(scan, bundle, tmp_path, with_lesion=True) == (written == 3)
+    assert scoring.is_scored(scan, bundle, tmp_path, with_lesion=True) == (written == 3)
 
 
 def write_study(out: Path, *, n_healthy: int = 22, n_lesion: int = 30) -> None:
@@ -257,19 +258,19 @@ def write_study(out: Path, *, n_healthy: int = 22, n_lesion: int = 30) -> None:
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     write_study(out)
-    return paper_claims.read_study(out)
+    return read_study(out)
 
 
 @pytest.fixture(scope="module")
 def results(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    paper_claims.write_results(study, folder)
+    write_results(study, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def claims(study):
-    return paper_claims.estimate(study)
+    return estimates.estimate_claims(study)
 
 
 def row_of(claims: pd.DataFrame, claim: str, modality: str = "T2w") -> pd.Series:
@@ -295,7 +296,7 @@ def test_threshold_loss_equals_a_plain_search(study, claims):
     losses, resampled = [], []
     rows = study.subjects[study.subjects["role"] == "lesion"].drop_duplicates("participant_id")
     for position, (_, own) in enumerate(sorted(rows.groupby("cohort")["participant_id"])):
-        drawn = weights(len(own), [0, position])[1]
+        drawn = resampling_weights(len(own), position)[1]
         for name in EIGHT:
             curves = study.dice[name, "T2w"][0].loc[sorted(own)].to_numpy()
             losses.append(max(column.mean() for column in curves.T) - curves[:, FIXED].mean())
@@ -303,10 +304,8 @@ def test_threshold_loss_equals_a_plain_search(study, claims):
             resampled.append(max(means) - means[FIXED])
     row = row_of(claims, "threshold")
     assert row["value"] == pytest.approx(np.mean(losses))
-    best, fixed, *_ = paper_claims._best_and_fixed(
-        study, "T2w", paper_claims._lesion_cohorts(study, "T2w"), EIGHT
-    )
-    assert (best - fixed)[1].mean() == pytest.approx(np.mean(resampled))
+    dice = dice_by_threshold(study, "T2w", EIGHT)
+    assert (dice.best - dice.fixed)[1].mean() == pytest.approx(np.mean(resampled))
     assert row["published"] == pytest.approx(
         np.mean(
             [
@@ -320,9 +319,9 @@ def test_threshold_loss_equals_a_plain_search(study, claims):
 
 def test_ranking_is_kendalls_tau_of_the_means(study, claims):
     dice = study.scores("T2w", "dice")
-    cohort = study.facts_of(dice.index, "cohort")
+    pathology = study.column(dice.index, "cohort")
     pathologies = ["glioma", "multiple sclerosis"]
-    ours = [np.mean([dice.loc[cohort == p, name].mean() for p in pathologies]) for name in dice]
+    ours = [np.mean([dice.loc[pathology == p, name].mean() for p in pathologies]) for name in dice]
     published = [np.mean([published_dice("T2w", p, name) for p in pathologies]) for name in dice]
     row = row_of(claims, "ranking")
     assert row["value"] == pytest.approx(stats.kendalltau(ours, published)[0])
@@ -331,7 +330,7 @@ def test_ranking_is_kendalls_tau_of_the_means(study, claims):
 def test_difference_between_scanners_is_that_of_pathologies(study, claims):
     """With equal numbers on both kinds of scanners, it is the mean difference within a pathology."""
     dice = study.scores("T2w", "dice")
-    groups = [study.facts_of(dice.index, name) for name in ("cohort", "scanner_seen")]
+    groups = [study.column(dice.index, name) for name in ("cohort", "scanner_seen")]
     means = dice.mean(axis=1).groupby(groups).mean().unstack()
     assert row_of(claims, "scanner")["value"] == pytest.approx((means["seen"] - means["unseen"]).mean())
 
@@ -339,7 +338,7 @@ def test_difference_between_scanners_is_that_of_pathologies(study, claims):
 def test_mean_detector_has_the_mean_log_odds(study):
     rows = study.subjects
     healthy = rows[(rows["role"] == "healthy") & rows["detector"].isin(EIGHT)]
-    mean = paper_claims.mean_detector(healthy).set_index("source_image")
+    mean = estimates.mean_detector(healthy).set_index("source_image")
 
     def log_odds(table):
         positive = table["fpr"] * table["n_brain_voxels"]
@@ -352,18 +351,18 @@ def test_mean_detector_has_the_mean_log_odds(study):
 def test_variants_are_compared_on_the_same_participants(study):
     worse = replace(study, subjects=study.subjects.assign(dice=study.subjects["dice"] - 0.1))
     more = replace(study, variants={"scaling/3": worse, "ablation/patches": worse})
-    claims = pd.DataFrame([each.row for each in paper_claims.variants(more, "T2w")])
+    claims = pd.DataFrame([each.row for each in estimates.variants(more, "T2w")])
     for claim, expected in {"scaling": NOT_REPRODUCED, "ablation": REPRODUCED}.items():
         row = row_of(claims, claim)
         assert row["value"] == pytest.approx(0.1)
         assert row["verdict"] == expected
-    table = paper_claims.variant_table(more)
+    table = variant_table(more)
     assert set(table["variant"]) == set(more.variants)
     assert table["gain"].to_numpy() == pytest.approx(0.1)
 
 
 def test_page_states_what_the_tables_hold(results, tmp_path):
-    paper_page.write_page(results, tmp_path)
+    write_page(results, tmp_path)
     text = (tmp_path / "benchmark.md").read_text()
     assert "52 with T2w, of 315 planned" in text
     assert "not complete" in text
@@ -380,4 +379,4 @@ def test_page_states_what_the_tables_hold(results, tmp_path):
 
 
 def test_page_in_the_documentation_is_that_of_the_tables():
-    assert (paper_page.DOCS / "benchmark.md").read_text() == paper_page.page(*paper_page.read_results())
+    assert (DOCS / "benchmark.md").read_text() == compose_page(*read_results())
