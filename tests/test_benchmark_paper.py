@@ -182,6 +182,15 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "study.json").read_text())["planned"] == 3
 
 
+def test_drawn_parameters_of_earlier_contrasts_are_kept(tmp_path):
+    """A run for T1w scans does not lose the slice thickness of T2w scans."""
+    kept = tmp_path / "kept.json"
+    for modality, thickness in (("T2w", 5.0), ("T1w", 1.0), ("T2w", 4.0)):
+        (tmp_path / "new.json").write_text(json.dumps({"index": 3, modality: {"thickness": thickness}}))
+        scoring.keep_parameters(tmp_path / "new.json", kept)
+    assert json.loads(kept.read_text()) == {"index": 3, "T2w": {"thickness": 4.0}, "T1w": {"thickness": 1.0}}
+
+
 @pytest.mark.parametrize("written", range(4))
 def test_metrics_table_exists_only_with_the_other_tables_of_a_scan(tmp_path, monkeypatch, written):
     """A run is interrupted after some of the three tables."""

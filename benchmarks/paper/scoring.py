@@ -28,7 +28,7 @@ from bids_uad.engine.bundle import (
     resolve_bundles,
 )
 from bids_uad.engine.inference import anomaly_map
-from bids_uad.files import read_row, write_json, write_text, write_tsv
+from bids_uad.files import read_json, read_row, write_json, write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
 from bids_uad.methods.base import Detector
 from bids_uad.resources import worker_pool
@@ -162,6 +162,12 @@ def _reference(folder: Path) -> NormativeReference:
     return NormativeReference.read(folder / NORMATIVE_FILE, load_bundle(folder).normative["reference"])
 
 
+def keep_parameters(parameters: Path, kept: Path) -> None:
+    """Copy the drawn parameters of a simulation, and keep those of contrasts that were simulated before."""
+    earlier = read_json(kept) if kept.is_file() else {}
+    write_json(kept, earlier | read_json(parameters))
+
+
 def score_participant(
     person: Participant,
     missing: Sequence[tuple[str, Bundle]],
@@ -200,7 +206,7 @@ def score_participant(
         make_subject(cohort, person.index)
         parameters = Path(folder, person.name, "anat", f"{person.name}_desc-simulation_parameters.json")
         # Before the tables, with which the participant counts as done.
-        write_text(out / "drawn" / f"{person.name}.json", parameters.read_text())
+        keep_parameters(parameters, out / "drawn" / f"{person.name}.json")
         scans = {modality: find_preprocessed(Path(folder), modality)[0] for modality in modalities}
         for tables, bundle in missing:
             scan = scans[bundle.modality]
