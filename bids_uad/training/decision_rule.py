@@ -1,10 +1,12 @@
 """Choice of a decision rule on validation scans.
 
 The criterion is the mean over lesion scans of the mean of Dice and lesion-wise F1, in which a small lesion
-counts as much as a large one. The fraction of healthy brains that is marked is limited. Of the rules that
-are not worse than the best one by more than a standard error, the most sensitive one is chosen, since
-lesions of real scans have lower scores than those of simulated ones (the one-standard-error rule of Breiman
-et al. 1984, "Classification and regression trees", which prefers the simplest one). Low and high thresholds
+counts as much as a large one. The fraction of healthy brains that is marked is limited, and mean Dice may not
+be lower than that of the rule with the highest Dice by more than a standard error, since a low threshold that
+joins lesions raises the lesion-wise F1 but marks their surroundings. Of the rules that are not worse than the
+best one by more than a standard error, the most sensitive one is chosen, since lesions of real scans have
+lower scores than those of simulated ones (the one-standard-error rule of Breiman et al. 1984, "Classification
+and regression trees", which prefers the simplest one). Low and high thresholds
 and minimum volumes are searched together, on a table of the components of each scan; ways of filling holes
 are compared afterwards, for the best of these rules. The performance on other scans is estimated by leaving
 out one subject at a time.
@@ -277,23 +279,23 @@ class _Results:
     def best(self, used: np.ndarray, columns: Sequence[int]) -> int:
         """Return the best of some rules on some scans.
 
-        Of the rules within the limits whose criterion is not lower than the highest by more than the
-        standard error of the paired difference, that with the lowest threshold, and then the highest
-        criterion. If no rule is within the limits, that which exceeds them least.
+        Of the rules within the limits, those whose Dice, and of these, those whose criterion is not lower
+        than the highest by more than the standard error of the paired difference; of these, that with the
+        lowest threshold, and then the highest criterion. If no rule is within the limits, that which exceeds
+        them least.
         """
-        columns = np.asarray(columns)
+        columns, lesion = np.asarray(columns), used & ~self.healthy
         if (used & self.healthy).any():
             excess = _excess(self.marked[np.ix_(used & self.healthy, columns)])
             if excess.min() > 1:
                 return int(columns[excess.argmin()])
             columns = columns[excess <= 1]
-        criterion = self.criterion[np.ix_(used & ~self.healthy, columns)]
-        mean = criterion.mean(axis=0)
-        loss = criterion[:, [mean.argmax()]] - criterion
-        near = np.flatnonzero(loss.mean(axis=0) <= _standard_error(loss))
-        thresholds = self.thresholds[columns[near]]
-        near = near[thresholds == thresholds.min()]
-        return int(columns[near[mean[near].argmax()]])
+        columns = columns[_near_best(self.dice[np.ix_(lesion, columns)])]
+        columns = columns[_near_best(self.criterion[np.ix_(lesion, columns)])]
+        thresholds = self.thresholds[columns]
+        columns = columns[thresholds == thresholds.min()]
+        mean = self.criterion[np.ix_(lesion, columns)].mean(axis=0)
+        return int(columns[mean.argmax()])
 
     def figures(self, rules: np.ndarray) -> dict[str, Any]:
         """Summarise the results of one rule per scan, given their indices, shape (scans,)."""
@@ -307,6 +309,12 @@ class _Results:
             "healthy_p95": float(np.percentile(marked, 95)) if marked.size else None,
             "within_limits": bool(_excess(marked[:, None])[0] <= 1) if marked.size else True,
         }
+
+
+def _near_best(results: np.ndarray) -> np.ndarray:
+    """Return which rules have a mean within a standard error of the highest; `results` is (scans, rules)."""
+    loss = results[:, [results.mean(axis=0).argmax()]] - results
+    return loss.mean(axis=0) <= _standard_error(loss)
 
 
 def _standard_error(values: np.ndarray) -> np.ndarray | float:

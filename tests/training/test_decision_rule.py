@@ -154,19 +154,25 @@ def test_hysteresis_is_better_than_a_plain_threshold(scans):
 
 def literal_choice(rules, tables, healthy):
     """Return the index of the most sensitive rule within a standard error of the best, rule by rule."""
-    eligible = []
+    eligible = {}
     for index in range(len(rules)):
         marked = [table.marked[index] for table, control in zip(tables, healthy, strict=True) if control]
         if np.median(marked) <= 0.003 and np.percentile(marked, 95) <= 0.02:
-            criterion = [
-                t.criterion[index] for t, control in zip(tables, healthy, strict=True) if not control
-            ]
-            eligible.append((index, np.array(criterion)))
-    best = max((criterion for _, criterion in eligible), key=np.mean)
+            own = [table for table, control in zip(tables, healthy, strict=True) if not control]
+            eligible[index] = {
+                name: np.array([getattr(table, name)[index] for table in own])
+                for name in ("dice", "criterion")
+            }
+    for name in ("dice", "criterion"):
+        best = max((results[name] for results in eligible.values()), key=np.mean)
+        eligible = {
+            index: results
+            for index, results in eligible.items()
+            if np.mean(best - results[name])
+            <= (sem(best - results[name]) if (best != results[name]).any() else 0)
+        }
     near = [
-        (rules[index].threshold, -criterion.mean(), index)
-        for index, criterion in eligible
-        if np.mean(best - criterion) <= (sem(best - criterion) if (best != criterion).any() else 0)
+        (rules[index].threshold, -results["criterion"].mean(), index) for index, results in eligible.items()
     ]
     return min(near)[-1]
 
@@ -188,6 +194,19 @@ def test_a_lower_threshold_may_cost_a_standard_error(losses, expected):
     results = _Results(criterion, marked, criterion, criterion, np.array([0.1, 0.2, 0.3]), np.zeros(2, bool))
     assert results.best(np.ones(2, bool), [1, 2]) == 1
     assert results.best(np.ones(2, bool), [0, 1, 2]) == expected
+
+
+def test_a_higher_lesion_wise_f1_does_not_make_up_for_a_lower_dice():
+    """A rule that joins lesions by marking their surroundings is not chosen, unless Dice hardly differs."""
+    dice = np.array([[0.6, 0.5], [0.7, 0.61], [0.5, 0.42]])
+    f1 = np.array([[0.2, 0.6], [0.3, 0.7], [0.2, 0.5]])
+    thresholds, healthy, marked = np.array([0.5, 0.4]), np.zeros(3, bool), np.zeros_like(dice)
+    used = np.ones(3, bool)
+    results = _Results((dice + f1) / 2, marked, dice, f1, thresholds, healthy)
+    assert results.best(used, [0, 1]) == 0
+    dice[:, 1] = dice[:, 0] - [0.1, -0.1, 0.02]
+    results = _Results((dice + f1) / 2, marked, dice, f1, thresholds, healthy)
+    assert results.best(used, [0, 1]) == 1
 
 
 def test_left_out_figures_are_those_of_rules_chosen_without_the_subject(scans, tmp_path):
