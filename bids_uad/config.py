@@ -1,13 +1,16 @@
-"""Configuration of a run, and its TOML file."""
+"""Configuration of a run, its TOML file, and the parser class of the command line."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
+import sys
 import tomllib
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -350,3 +353,27 @@ def _converted(value: Any, kind: Any) -> Any:
     if float in kinds and type(value) is int:
         return float(value)
     return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of all commands, which suggests the nearest option for an unknown one; no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse arguments as argparse does, after a check of the options' names."""
+        # Checked first, since argparse takes the value of an unknown option for a positional argument.
+        for argument in sys.argv[1:] if args is None else args:
+            name = argument.partition("=")[0]
+            if argument == "--":
+                break
+            if name.startswith("--") and name not in self._option_string_actions:
+                self.error(f"unknown option {name}; {self._suggestion(name)}")
+        return super().parse_known_args(args, namespace)
+
+    def _suggestion(self, name: str) -> str:
+        options = self._option_string_actions.items()
+        known = [option for option, action in options if action.help != argparse.SUPPRESS]
+        nearest = get_close_matches(name.lower(), known, n=1)
+        return f"did you mean {nearest[0]}?" if nearest else "--help lists all options"

@@ -27,17 +27,26 @@ _DISK_FULL_BYTES = 1 << 16
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the command line; those from 66 to 73 as in `sysexits.h`."""
+    """Exit codes of the command line, those from 66 to 73 as in `sysexits.h`, and what they mean."""
 
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    NO_INPUT = 66
-    UNAVAILABLE = 69
-    SOFTWARE = 70
-    UNWRITABLE = 73
-    INTERRUPTED = 130
-    TERMINATED = 143
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> ExitCode:
+        """Create a member from its code and meaning."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "all requested outputs exist"
+    FAILED = 1, "an image, participant or report failed, the others are complete"
+    USAGE = 2, "wrong usage"
+    NO_INPUT = 66, "no usable input"
+    UNAVAILABLE = 69, "GPU, model or atlas not available"
+    SOFTWARE = 70, "internal error"
+    UNWRITABLE = 73, "folder not writable or disk full"
+    INTERRUPTED = 130, "interrupted (Ctrl-C)"
+    TERMINATED = 143, "terminated (SIGTERM)"
 
 
 class UserError(Exception):

@@ -19,15 +19,6 @@ SCHEMA_VERSION = "0.5"
 SKIPPED = ("help", "version")
 WRITTEN = ("output_dir", "work_dir")
 """Folders that need not exist before the run."""
-ERRORS = {
-    ExitCode.FAILED: "An image or report failed; the others are complete",
-    ExitCode.USAGE: "Wrong usage",
-    ExitCode.NO_INPUT: "No usable input",
-    ExitCode.UNAVAILABLE: "A GPU, model or atlas is not available",
-    ExitCode.SOFTWARE: "The workflow could not be built",
-    ExitCode.UNWRITABLE: "A folder cannot be written (disk full, read-only)",
-    ExitCode.INTERRUPTED: "Interrupted",
-}
 
 
 def descriptor() -> dict[str, Any]:
@@ -61,7 +52,11 @@ def descriptor() -> dict[str, Any]:
                 "path-template": "[OUTPUT_DIR]",
             }
         ],
-        "error-codes": [{"code": int(code), "description": text} for code, text in ERRORS.items()],
+        "error-codes": [
+            {"code": int(code), "description": code.meaning[:1].upper() + code.meaning[1:]}
+            for code in ExitCode
+            if code != ExitCode.OK
+        ],
         "tags": {"domain": ["neuroinformatics", "mri", "bids"]},
     }
 

@@ -79,12 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = [] if config is None else [config.output_dir, config.work_dir]
         problem = error if isinstance(error, UserError) else describe_os_error(error, folders)
         if problem is None:
-            raise
+            return _internal_error()
         print(f"bids_uad: {problem}", file=sys.stderr)
         return problem.exit_code
+    except Exception:
+        return _internal_error()
     except KeyboardInterrupt as end:
         print("bids_uad: interrupted; run the same command again to continue", file=sys.stderr)
         return ExitCode.TERMINATED if isinstance(end, _Terminated) else ExitCode.INTERRUPTED
+
+
+def _internal_error() -> ExitCode:
+    """Print the traceback of the exception that is handled, and return the exit code."""
+    traceback.print_exc()
+    print("bids_uad: internal error; please report the traceback above", file=sys.stderr)
+    return ExitCode.SOFTWARE
 
 
 def _warn_deprecated_levels(levels: Sequence[str]) -> None:

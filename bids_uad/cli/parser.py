@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from bids_uad.config import (
     SCANS,
     Device,
     Label,
+    Parser,
     RunConfig,
     SpaceName,
     read_fields,
 )
 from bids_uad.constraints import NonNegative, allows, describe
-from bids_uad.errors import ConfigError, unreadable
+from bids_uad.errors import ConfigError, ExitCode, unreadable
 from bids_uad.resources import available_cpus, available_memory_gb, parse_memory
 
 FOLDERS = ("derivatives", "experiments")
@@ -52,34 +52,7 @@ TRAINING = ("train", "calibrate")
 USAGE = """bids_uad BIDS_DIR OUTPUT_DIR {participant,group} ... [options]
        bids_uad SCAN.nii.gz ... OUTPUT_DIR [options]
        bids_uad {train,calibrate,simulate,atlas,extraction} --help"""
-EXIT_CODES = (
-    "Exit codes: 0 success, 1 an image or report failed, 2 wrong usage, 66 no usable input, 69 GPU, model "
-    "or atlas not available, 73 folder not writable or disk full."
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser that suggests the nearest option for an unknown one, and takes no abbreviations of options."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        """Parse arguments as argparse does, after a check of the options' names."""
-        # Checked first, since argparse takes the value of an unknown option for a positional argument.
-        for argument in sys.argv[1:] if args is None else args:
-            name = argument.partition("=")[0]
-            if argument == "--":
-                break
-            if name.startswith("--") and name not in self._option_string_actions:
-                self.error(f"unknown option {name}; {self._suggestion(name)}")
-        return super().parse_known_args(args, namespace)
-
-    def _suggestion(self, name: str) -> str:
-        options = self._option_string_actions.items()
-        known = [option for option, action in options if action.help != argparse.SUPPRESS]
-        nearest = get_close_matches(name.lower(), known, n=1)
-        return f"did you mean {nearest[0]}?" if nearest else "--help lists all options"
+EXIT_CODES = f"Exit codes: {'; '.join(f'{code} {code.meaning}' for code in ExitCode)}."
 
 
 class LongHelp(argparse.HelpFormatter):
@@ -130,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Detect anomalies in T1w, T2w and FLAIR brain MRI. Not for clinical use. See "
         "docs/command_line.md.",
         epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
         formatter_class=ShortHelp,
         add_help=False,
     )
@@ -173,6 +147,7 @@ def build_scans_parser() -> argparse.ArgumentParser:
         description="Detect anomalies in scans of the brain that are not in a BIDS dataset. Each scan is "
         "processed as a participant of its own. Not for clinical use.",
         epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
         formatter_class=LongHelp,
     )
     inputs = parser.add_argument_group("inputs")
@@ -214,6 +189,7 @@ def build_training_parser(command: str) -> argparse.ArgumentParser:
         if train
         else "Calibrate a model bundle on preprocessed validation scans: thresholds and normative reference.",
         epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
         formatter_class=LongHelp,
     )
     scans = "output of the participant level (--models none is enough), with participants.tsv"

@@ -8,7 +8,6 @@ TemplateFlow ``tpl-SRI24`` folder, and identified by the checksum of their voxel
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ import pandas as pd
 from scipy import ndimage
 
 from bids_uad import space
+from bids_uad.config import Parser
 from bids_uad.errors import InputError
 from bids_uad.files import write_json, write_text, write_tsv
 from bids_uad.images import save_image
@@ -256,9 +256,9 @@ def _description(checksum: str) -> dict[str, object]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of ``bids_uad atlas``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bids_uad atlas", description="Install the SRI24 atlas from a file downloaded from NITRC."
     )
     parser.add_argument("source", type=Path, help="downloaded zip file or folder")
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = install_atlas(args.source, args.archive)
     except InputError as error:
         print(error, file=sys.stderr)
-        return os.EX_NOINPUT
+        return error.exit_code
     print(f"Installed {folder}; use it with --atlas-dir {args.archive}")
     return 0
 

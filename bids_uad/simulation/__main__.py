@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bids_uad.config import Parser
 from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
 from bids_uad.simulation.anatomy import BUILT_IN, find_label_maps
@@ -26,9 +27,9 @@ TITLES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of ``bids_uad simulate``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bids_uad simulate",
         description="Simulate a cohort of skull-stripped brains with known lesion masks and tissue labels.",
     )
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 on success, 2 for invalid arguments.
+        Exit code: 0 on success, else that of the error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress.update(task, advance=1, description=name)
     except UserError as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        return 2
+        return error.exit_code
     console.print(f"{len(cohort.kinds)} subjects in {cohort.out}", highlight=False)
     return 0
 

@@ -6,7 +6,6 @@ averages contain the variability of brain size.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from scipy import ndimage
 
 from bids_uad import space
+from bids_uad.config import Parser
 from bids_uad.errors import InputError
 from bids_uad.files import write_json
 from bids_uad.images import make_image, save_image
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m bids_uad.simulation.atlas", description=__doc__)
+    parser = Parser(prog="python -m bids_uad.simulation.atlas", description=__doc__)
     parser.add_argument("labelmaps", nargs="+", help="label maps, or folders of *_dseg.nii.gz")
     parser.add_argument(
         "--parcellation",

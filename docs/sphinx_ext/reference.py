@@ -1,4 +1,4 @@
-"""Sphinx directives that generate tables of columns, files, hyper-parameters and options from the code."""
+"""Sphinx directives that generate tables of columns, files, hyper-parameters, options and exit codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from bids_uad.dataset import naming, sidecars
 from bids_uad.dataset.naming import ImageUnit
+from bids_uad.errors import ExitCode
 from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
@@ -128,6 +129,16 @@ class CommandLine(Generated):
                 yield from (f": {description(action)}", "")
 
 
+class ExitCodes(Generated):
+    """``{exit-codes}``: exit codes of the command line."""
+
+    def lines(self) -> Iterator[str]:
+        """Return one row per code."""
+        yield from table_head("exit code", "meaning")
+        for code in ExitCode:
+            yield row(str(int(code)), code.meaning)
+
+
 def spellings(action: argparse.Action) -> list[str]:
     """Return the spellings of an option with its value."""
     value = action.metavar or (
@@ -211,4 +222,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("outputs", Outputs)
     app.add_directive("presets", Presets)
     app.add_directive("command-line", CommandLine)
+    app.add_directive("exit-codes", ExitCodes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

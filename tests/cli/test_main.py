@@ -10,6 +10,7 @@ import pytest
 from bids_uad.cli import main as cli
 from bids_uad.errors import (
     ConfigError,
+    ExitCode,
     InputError,
     ModelError,
     UnavailableError,
@@ -80,10 +81,13 @@ def test_group_runs_after_exit_code_1_only(arguments, levels):
     assert called == ["run_participant"]
 
 
-def test_other_exceptions_are_raised(arguments, levels):
-    levels[0]["run_participant"] = ZeroDivisionError()
-    with pytest.raises(ZeroDivisionError):
-        cli.main([*arguments, "participant"])
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("x")])
+def test_unexpected_errors_return_70_with_their_traceback(arguments, levels, capsys, error):
+    levels[0]["run_participant"] = error
+    assert cli.main([*arguments, "participant"]) == ExitCode.SOFTWARE == 70
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "internal error" in printed.splitlines()[-1]
 
 
 def test_interrupt_returns_130(arguments, levels):
@@ -126,6 +130,10 @@ def test_programs_have_their_own_help(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: bids_uad {command} ")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "a", "b", "--hlep"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: unknown option --hlep; did you mean --help?\n")
 
 
 def test_train_as_a_level_is_deprecated_and_runs(arguments, levels, capsys):

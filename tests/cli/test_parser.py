@@ -1,13 +1,21 @@
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bids_uad.cli.parser import build_parser, build_training_parser, parse_args, parse_folders, subcommand_of
+from bids_uad.cli.parser import (
+    build_parser,
+    build_scans_parser,
+    build_training_parser,
+    parse_args,
+    parse_folders,
+    subcommand_of,
+)
 from bids_uad.config import RunConfig
 from bids_uad.constraints import annotations, is_constrained
-from bids_uad.errors import ConfigError
+from bids_uad.errors import ConfigError, ExitCode
 
 
 @pytest.fixture
@@ -132,6 +140,12 @@ def test_help_fits_a_terminal(monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
     assert "--participant-label LABEL ..." in text
     assert "--participant_label" not in text
+
+
+@pytest.mark.parametrize("parser", [build_parser(), build_scans_parser(), build_training_parser("train")])
+def test_help_lists_all_exit_codes(parser):
+    epilog = " ".join(parser.format_help().split("Exit codes: ")[1].split())
+    assert re.findall(r"(?:^|; )(\d+) \w", epilog) == [str(int(code)) for code in ExitCode]
 
 
 def test_help_of_the_levels_has_about_a_line_per_option(monkeypatch):

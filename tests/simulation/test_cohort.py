@@ -165,4 +165,4 @@ def test_lesion_masks_are_those_of_the_t1w_scan_if_there_is_one(tmp_path):
 
 
 def test_find_label_maps_refuses_a_folder_without_label_maps(tmp_path):
-    assert main([str(tmp_path / "x"), "--healthy", "1", "--labelmaps", str(tmp_path)]) == 2
+    assert main([str(tmp_path / "x"), "--healthy", "1", "--labelmaps", str(tmp_path)]) == 66

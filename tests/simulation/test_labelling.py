@@ -168,4 +168,4 @@ def test_main_writes_label_maps_of_a_dataset(tmp_path, monkeypatch, scan, health
     np.testing.assert_array_equal(np.asarray(written.dataobj), 2 * np.asarray(brain.dataobj))
     assert labelling.main(arguments) == 0
     assert seen == [([str(tmp_path / "a_dseg.nii.gz")], 2)]
-    assert labelling.main([str(tmp_path / "ds"), str(tmp_path / "out"), str(tmp_path / "none")]) == 2
+    assert labelling.main([str(tmp_path / "ds"), str(tmp_path / "out"), str(tmp_path / "none")]) == 66

@@ -48,7 +48,7 @@ def test_lesion_shapes_reports_an_invalid_folder(folder, table, complaint):
         (folder / "lesions.tsv").write_text(table)
     with pytest.raises(InputError, match=complaint):
         lesion_shapes(folder)
-    assert main([str(folder / "out"), "--stroke", "1", "--lesion-masks", str(folder)]) == 2
+    assert main([str(folder / "out"), "--stroke", "1", "--lesion-masks", str(folder)]) == 66
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
