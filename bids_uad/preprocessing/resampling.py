@@ -260,7 +260,7 @@ def smooth_to_spacing(volume: np.ndarray, affine: np.ndarray, spacing: float) ->
 
 
 def map_to_native(
-    mask_sri24: np.ndarray, native_image: str | PathLike[str], from_sri24: str | PathLike[str]
+    mask_sri24: np.ndarray, native_image: nib.Nifti1Image, from_sri24: np.ndarray
 ) -> nib.Nifti1Image:
     """Resample a label volume from SRI24 to the grid of a raw scan by nearest-neighbour interpolation.
 
@@ -268,10 +268,11 @@ def map_to_native(
     ----------
     mask_sri24 : numpy.ndarray, shape (240, 240, 155)
         Boolean or non-negative integers.
-    native_image : path-like
-        An image on the grid of the raw scan; only its header is read.
-    from_sri24 : path-like
-        ITK text file ``from-SRI24_to-T1w`` (or ``-T2w``, ``-FLAIR``) of that scan.
+    native_image : nibabel.Nifti1Image
+        An image on the grid of the raw scan; its voxels are not used.
+    from_sri24 : numpy.ndarray, shape (4, 4)
+        RAS+ matrix from points of the raw scan to SRI24, of its ITK file ``from-SRI24_to-T1w`` (or ``-T2w``,
+        ``-FLAIR``).
 
     Returns
     -------
@@ -287,9 +288,8 @@ def map_to_native(
     if labels.shape != space.SHAPE:
         raise ValueError(f"expected a volume of shape {space.SHAPE}, got {labels.shape}")
     dtype = np.uint8 if labels.dtype == bool or labels.max() <= 255 else np.int32
-    native = nib.load(native_image)
-    values = resample(labels, space.AFFINE, native.shape[:3], native.affine, read_itk(from_sri24), order=0)
-    return make_image(values, native.affine, dtype)
+    shape, affine = native_image.shape[:3], native_image.affine
+    return make_image(resample(labels, space.AFFINE, shape, affine, from_sri24, order=0), affine, dtype)
 
 
 def field_of_view(

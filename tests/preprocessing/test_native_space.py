@@ -12,7 +12,7 @@ from bids_uad import space
 from bids_uad.images import save_image
 from bids_uad.preprocessing.interfaces import BrainMask, Conform
 from bids_uad.preprocessing.reference import Reference
-from bids_uad.preprocessing.resampling import map_to_native, write_itk
+from bids_uad.preprocessing.resampling import map_to_native
 from tests.header_contract import header_faults, read_header, sform
 
 SHAPE = (44, 48, 40)
@@ -69,8 +69,7 @@ def test_native_masks_have_the_affine_and_the_shape_of_the_input(
     given = {"template": str(reference.t1w), "template_mask": str(reference.brain_mask)}
     mask = BrainMask(in_file=conformed, skull_stripped=True, program="template", **given)
     brain_mask = Path(mask.run(cwd=str(tmp_path)).outputs.out_mask)
-    xfm = write_itk(tmp_path / "from_sri24.txt", np.eye(4))
-    anomalies = map_to_native(np.zeros(space.SHAPE, bool), brain_mask, xfm)
+    anomalies = map_to_native(np.zeros(space.SHAPE, bool), nib.load(brain_mask), np.eye(4))
     for written in (brain_mask, save_image(anomalies, tmp_path / "anomalies.nii.gz")):
         np.testing.assert_array_equal(sform(read_header(written)), expected)
         assert nib.load(written).shape == SHAPE

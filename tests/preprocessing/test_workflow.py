@@ -221,7 +221,7 @@ def test_the_mask_of_the_t2w_lies_on_its_own_grid(session) -> None:
 def test_a_mask_goes_to_native_space_and_back(session, which: str) -> None:
     raw = session.t1w if which == "anchor" else session.t2w
     result = getattr(session, which)
-    native = map_to_native(lesion_ball(), raw, result.from_sri24)
+    native = map_to_native(lesion_ball(), nib.load(raw), read_itk(result.from_sri24))
     assert native.shape == nib.load(raw).shape[:3]
     assert native.get_data_dtype() == np.uint8
     np.testing.assert_allclose(native.affine, nib.load(raw).affine, atol=1e-5)
@@ -235,13 +235,13 @@ def test_a_mask_goes_to_native_space_and_back(session, which: str) -> None:
 
 def test_map_to_native_keeps_labels(session) -> None:
     labels = lesion_ball().astype(np.int16) * 300
-    native = map_to_native(labels, session.t1w, session.anchor.from_sri24)
+    native = map_to_native(labels, nib.load(session.t1w), read_itk(session.anchor.from_sri24))
     assert set(np.unique(np.asarray(native.dataobj))) == {0, 300}
 
 
 def test_map_to_native_refuses_another_grid(session) -> None:
     with pytest.raises(ValueError, match="expected a volume"):
-        map_to_native(np.zeros((4, 4, 4)), session.t1w, session.anchor.from_sri24)
+        map_to_native(np.zeros((4, 4, 4)), nib.load(session.t1w), np.eye(4))
 
 
 def test_other_contrasts_are_refused(reference: Reference) -> None:

@@ -282,12 +282,13 @@ class Postprocess(SimpleInterface):
         save_image(to_image(detection.probseg, np.float32), files["probseg"])
         save_image(to_image(detection.mask, np.uint8), files["mask"])
         save_image(to_image(detection.components, np.int32), files["dseg"])
-        native = map_to_native(detection.mask, self.inputs.native_ref, self.inputs.from_sri24)
+        native, from_sri24 = nib.load(self.inputs.native_ref), read_itk(self.inputs.from_sri24)
+        native_mask = map_to_native(detection.mask, native, from_sri24)
         for kind in {"native_mask", "roi"} & files.keys():
-            save_image(native, files[kind])
+            save_image(native_mask, files[kind])
         volumes = {"anomalymap": scores, "mask": detection.mask, "dseg": detection.components}
         for space in output_spaces(self.inputs.spaces if isdefined(self.inputs.spaces) else ()):
-            self._write_in_space(space, volumes, files)
+            _write_in_space(space, volumes, files, native, from_sri24)
         write_tsv(files["components"], detection.component_table)
         for program, text in look_up_tables(detection.component_table).items():
             write_text(files[program], text)
@@ -297,23 +298,6 @@ class Postprocess(SimpleInterface):
             write_tsv(files["lesions"], detection.lesions)
         self._results["out_files"] = with_sidecars(files.values())
         return runtime
-
-    def _write_in_space(
-        self, space: OutputSpace, volumes: Mapping[str, np.ndarray], files: Mapping[str, Path]
-    ) -> None:
-        """Resample map, mask and components once to another space, and write those among `files`."""
-        if space.is_template:
-            shape, affine = space.grid
-            pull, code = icbm_to_sri24(), MNI_CODE
-        else:
-            native = nib.load(self.inputs.native_ref)
-            shape, affine = native.shape, native.affine
-            pull, code = read_itk(self.inputs.from_sri24), 1
-        for kind, dtype in (("anomalymap", np.float32), ("mask", np.uint8), ("dseg", np.int32)):
-            if space.kind(kind) in files:
-                order = 1 if kind == "anomalymap" else 0
-                values = resample(volumes[kind], AFFINE, shape, affine, pull, order=order)
-                save_image(make_image(values, affine, dtype, code=code), files[space.kind(kind)])
 
     def _scores(self, bundle: Bundle, brain: np.ndarray) -> np.ndarray:
         """Read the anomaly map, 0 outside the brain; return scores or their normative deviations."""
@@ -327,6 +311,27 @@ class Postprocess(SimpleInterface):
                 "train and calibrate the model again"
             )
         return scores
+
+
+def _write_in_space(
+    space: OutputSpace,
+    volumes: Mapping[str, np.ndarray],
+    files: Mapping[str, Path],
+    native: nib.Nifti1Image,
+    from_sri24: np.ndarray,
+) -> None:
+    """Resample map, mask and components once to another space, and write those among `files`."""
+    if space.is_template:
+        shape, affine = space.grid
+        pull, code = icbm_to_sri24(), MNI_CODE
+    else:
+        shape, affine = native.shape, native.affine
+        pull, code = from_sri24, 1
+    for kind, dtype in (("anomalymap", np.float32), ("mask", np.uint8), ("dseg", np.int32)):
+        if space.kind(kind) in files:
+            order = 1 if kind == "anomalymap" else 0
+            values = resample(volumes[kind], AFFINE, shape, affine, pull, order=order)
+            save_image(make_image(values, affine, dtype, code=code), files[space.kind(kind)])
 
 
 def _parcellation(path: str) -> tuple[np.ndarray, dict[int, str]]:
