@@ -103,20 +103,15 @@ class ChosenRule:
     mean_dice: dict[str | None, float]
     criterion: np.ndarray = field(compare=False)
 
-    @property
-    def excess(self) -> float:
-        """Larger ratio of the median and 95th percentile of healthy brains to their limits; 0 without any."""
-        median, high = self.figures["healthy_median"], self.figures["healthy_p95"]
-        return 0.0 if median is None else max(median / MAX_MEDIAN_MARKED, high / MAX_P95_MARKED)
-
     def is_as_good_as(self, other: ChosenRule) -> bool:
         """Compare with the rule for another kind of maps of the same scans.
 
         A rule within the limits is better than one that is not. Otherwise it is as good if its criterion is
         not lower by more than the standard error of the paired difference.
         """
-        if (self.excess <= 1) != (other.excess <= 1):
-            return self.excess <= 1
+        within_limits = self.figures["within_limits"]
+        if within_limits != other.figures["within_limits"]:
+            return within_limits
         loss = other.criterion - self.criterion
         return bool(loss.mean() <= _standard_error(loss))
 
