@@ -730,7 +730,7 @@ def finished(tmp_path_factory):
         patch.setattr(workflow, "init_derivatives_wf", init_recording_wf)
         patch.setattr(run, "resolve_reference", lambda atlas, cache: reference)
         patch.setattr(run, "print_summary", lambda *_: None)
-        patch.setattr(run, "quality_warnings", lambda *_: [])
+        patch.setattr(summary, "image_warnings", lambda *_: [])
         patch.setattr(summary, "write_report", write_page)
         patch.setenv("COLUMNS", "500")
         saved = {number: os.dup(number) for number in (1, 2)}  # workers write there, too

@@ -412,7 +412,7 @@ def write_results(
     """
     from bids_uad.dataset.naming import ImageUnit, detection_outputs, preprocessing_outputs
     from bids_uad.levels.participant.completion_records import read_record, record_path
-    from bids_uad.levels.participant.summary import image_warnings
+    from bids_uad.levels.participant.summary import image_warnings, read_metrics
 
     unit = ImageUnit(scan.image, scan.label, None, scan.modality, {"subject": scan.label})
     record = read_record(record_path(derivatives, unit))
@@ -441,13 +441,14 @@ def write_results(
         for kind, source in (("mask", "native_mask"), ("components", "components")):
             with atomic_path(files[kind]) as temporary:
                 shutil.copyfile(detected[source], temporary)
+        metrics = read_metrics(unit, derivatives, [bundle.scored_as])
         outputs.append(
             ScanOutputs(
                 name=scan.path.name,
                 modality=scan.modality,
                 model=bundle.label,
                 threshold=bundle.default_threshold[1],
-                warnings=image_warnings(unit, derivatives, [bundle.scored_as]),
+                warnings=image_warnings(unit, derivatives, metrics),
                 files={kind: str(path) for kind, path in (files | shown).items()},
                 derivatives={
                     "scan": str(preprocessed["preproc"]),

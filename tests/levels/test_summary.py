@@ -38,7 +38,6 @@ from bids_uad.levels.participant.summary import (
     last_run_file,
     print_summary,
     print_table,
-    quality_warnings,
     rewrite_reports,
     save_last_run,
     summarize,
@@ -192,7 +191,7 @@ def test_long_names_are_not_truncated():
     assert max(map(len, text.splitlines())) == 40
 
 
-def test_marked_fractions_far_above_those_of_healthy_scans_are_in_table_and_log(tmp_path):
+def test_marked_fractions_far_above_those_of_healthy_scans_are_in_table_and_log(tmp_path, monkeypatch):
     unit = ImageUnit(Path("sub-01_T1w.nii.gz"), "01", None, "T1w", {"subject": "01"})
     task = SimpleNamespace(unit=unit, is_control=False)
     for detector, volume in (("disyre", 40.0), ("uniad", 20.0)):
@@ -200,12 +199,17 @@ def test_marked_fractions_far_above_those_of_healthy_scans_are_in_table_and_log(
         row |= {"healthy_mean": 0.004, "healthy_p95": 0.012}
         write_tsv(tmp_path / detection_outputs(unit, detector)["metrics"], pd.DataFrame([row]))
     statuses = [ImageStatus("01", unit.key, DONE)]
-    rows = summarize(statuses, [task], tmp_path)
+    read_csv, read = pd.read_csv, []
+    monkeypatch.setattr(
+        pd, "read_csv", lambda path, **options: read.append(path) or read_csv(path, **options)
+    )
+    rows, warnings = summarize(statuses, [task], tmp_path)
+    assert len(read) == len(set(read)) == 2
     assert rows[0][4] == "Disyre 0.0!, UniAD 0.0"
     stream = io.StringIO()
     print_summary(rows, Console(file=stream, width=100))
     assert "!: far more than in healthy validation scans" in stream.getvalue()
-    (line,) = quality_warnings(statuses, [task], tmp_path)
+    (line,) = warnings
     assert line.startswith("sub-01_T1w: Disyre marks 4 % of the brain")
 
 

@@ -73,7 +73,6 @@ from bids_uad.levels.participant.summary import (
     needs_report,
     print_summary,
     print_table,
-    quality_warnings,
     report_steps,
     rewrite_reports,
     save_last_run,
@@ -405,8 +404,9 @@ class Run:
             save_last_run(config, subject, statuses, self._context.device)
             yield from report_steps(config, subject, self._participants, self.errors)
         self.errors += [status.message for status in statuses if not status.complete]
-        self._rows += summarize(statuses, tasks, config.output_dir)
-        self._quality += quality_warnings(statuses, tasks, config.output_dir)
+        rows, warnings = summarize(statuses, tasks, config.output_dir)
+        self._rows += rows
+        self._quality += warnings
         self._progress.end(subject, statuses)
         for path in checksums:
             CHECKSUMS.pop(path, None)

@@ -272,8 +272,8 @@ def error_line(traceback: str) -> str:
 
 def summarize(
     statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path
-) -> list[tuple[str | Text, ...]]:
-    """Return the rows of a participant in the summary table.
+) -> tuple[list[tuple[str | Text, ...]], list[str]]:
+    """Return the rows of a participant in the summary table, and the warnings about its images.
 
     Parameters
     ----------
@@ -286,22 +286,28 @@ def summarize(
 
     Returns
     -------
-    list of tuple
+    rows : list of tuple
         Image, status, seconds, brain volume, and anomaly volumes with Dice; one row per image.
+    warnings : list of str
+        Lines about preprocessing and marked fraction of the images that this run has processed.
     """
     by_key = {task.unit.key: task for task in tasks}
-    rows = []
+    rows, warnings = [], []
     for status in statuses:
         brain, anomalies = "", ""
         if status.complete:
             task = by_key[status.image]
-            measures = [_measure(output_dir, task, name) for name in _detectors(output_dir, task.unit)]
+            metrics = read_metrics(task.unit, output_dir)
+            measures = [_measure(output_dir, task, *found) for found in metrics.items()]
             brain = measures[0][0] if measures else ""
             anomalies = ", ".join(text for _, text in measures)
+            if status.status == DONE:
+                own = image_warnings(task.unit, output_dir, metrics)
+                warnings += [f"{status.image}: {warning}" for warning in own]
         seconds = f"{status.seconds:.0f}" if status.seconds else "-"
         image = status.image if status.image != PARTICIPANT else f"sub-{status.subject}"
         rows.append((image, Text(status.status, _STYLES[status.status]), seconds, brain, anomalies))
-    return rows
+    return rows, warnings
 
 
 def print_summary(rows: Sequence[tuple[str | Text, ...]], console: Console) -> None:
@@ -368,10 +374,33 @@ def _detectors(output_dir: Path, unit: ImageUnit) -> list[str]:
     return [path.name.split(start, 1)[1].removesuffix("_metrics.tsv") for path in paths]
 
 
-def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
+def read_metrics(
+    unit: ImageUnit, output_dir: Path, detectors: Sequence[str] | None = None
+) -> dict[str, pd.Series]:
+    """Read the metrics tables of an image.
+
+    Parameters
+    ----------
+    unit : ImageUnit
+        The image.
+    output_dir : pathlib.Path
+        Root of the derivatives.
+    detectors : sequence of str, optional
+        Names of detectors as in :func:`bids_uad.dataset.naming.detection_outputs`; by default all that have
+        scored the image.
+
+    Returns
+    -------
+    dict of str to pandas.Series
+        Row of the table of each detector.
+    """
+    names = _detectors(output_dir, unit) if detectors is None else detectors
+    paths = {name: output_dir / detection_outputs(unit, name)["metrics"] for name in names}
+    return {name: pd.read_csv(path, sep="\t", na_values="n/a").iloc[0] for name, path in paths.items()}
+
+
+def _measure(output_dir: Path, task: Task, detector: str, row: pd.Series) -> tuple[str, str]:
     """Return brain volume, and detector with anomaly volume and Dice, as text; controls have no Dice."""
-    files = detection_outputs(task.unit, detector)
-    row = _metrics(output_dir, task.unit, detector)
     name = detector_name(detector.lower())
     text = f"{name} {row['anomaly_volume_mm3'] / 1000:.1f}"
     if _excess_warning(row, name):
@@ -379,14 +408,8 @@ def _measure(output_dir: Path, task: Task, detector: str) -> tuple[str, str]:
     if row["lesion_volume_mm3"] == 0 and not task.is_control:
         text += " (empty mask)"
     elif pd.notna(row["lesion_volume_mm3"]) and not task.is_control:
-        text += f" ({_dice(output_dir / files['histogram'], row):.3f})"
+        text += f" ({_dice(output_dir / detection_outputs(task.unit, detector)['histogram'], row):.3f})"
     return f"{row['brain_volume_mm3'] / 1000:.0f}", text
-
-
-def _metrics(output_dir: Path, unit: ImageUnit, detector: str) -> pd.Series:
-    """Read the row of a metrics table."""
-    path = output_dir / detection_outputs(unit, detector)["metrics"]
-    return pd.read_csv(path, sep="\t", na_values="n/a").iloc[0]
 
 
 def _excess_warning(row: pd.Series, name: str) -> str:
@@ -408,33 +431,7 @@ def _dice(histogram: Path, row: pd.Series) -> float:
     return 1.0 if total == 0 else 2 * overlap / total
 
 
-def quality_warnings(statuses: Sequence[ImageStatus], tasks: Sequence[Task], output_dir: Path) -> list[str]:
-    """List the warnings about preprocessing and marked fraction of the images that this run has processed.
-
-    Parameters
-    ----------
-    statuses : sequence of ImageStatus
-        Statuses of the run.
-    tasks : sequence of Task
-        Tasks of the run.
-    output_dir : pathlib.Path
-        Root of the derivatives.
-
-    Returns
-    -------
-    list of str
-        One line per warning.
-    """
-    units = {task.unit.key: task.unit for task in tasks}
-    return [
-        f"{status.image}: {warning}"
-        for status in statuses
-        if status.status == DONE
-        for warning in image_warnings(units[status.image], output_dir)
-    ]
-
-
-def image_warnings(unit: ImageUnit, output_dir: Path, detectors: Sequence[str] | None = None) -> list[str]:
+def image_warnings(unit: ImageUnit, output_dir: Path, metrics: Mapping[str, pd.Series]) -> list[str]:
     """List the warnings about preprocessing and marked fraction of an image.
 
     Parameters
@@ -443,9 +440,8 @@ def image_warnings(unit: ImageUnit, output_dir: Path, detectors: Sequence[str] |
         The image.
     output_dir : pathlib.Path
         Root of the derivatives.
-    detectors : sequence of str, optional
-        Names of detectors as in :func:`bids_uad.dataset.naming.detection_outputs`; by default all that have
-        scored the image.
+    metrics : mapping of str to pandas.Series
+        Metrics of the detectors, see :func:`read_metrics`.
 
     Returns
     -------
@@ -454,8 +450,7 @@ def image_warnings(unit: ImageUnit, output_dir: Path, detectors: Sequence[str] |
     """
     quality = read_json(sidecar_of(output_dir / preprocessing_outputs(unit)["preproc"]))
     lines = list(quality.get("PreprocessingQuality", {}).get("warnings", []))
-    for detector in _detectors(output_dir, unit) if detectors is None else detectors:
-        row = _metrics(output_dir, unit, detector)
+    for detector, row in metrics.items():
         lines += filter(None, [_excess_warning(row, detector_name(detector.lower()))])
     return lines
 
