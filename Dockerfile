@@ -1,4 +1,4 @@
-# The image of bids_uad: `docker build -t bids_uad .`, or containers/build.sh (containers/README.md tells more).
+# The image of bids_uad: `docker build -t bids_uad .`, or containers/build.sh (see containers/README.md).
 ARG BASE_IMAGE=debian:bookworm-slim
 
 
@@ -10,7 +10,7 @@ RUN apt-get update \
 
 FROM python AS builder
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
-# Packages come from containers/wheels where they lie there, else from pip's index. PIP_NO_INDEX=1 keeps to the former.
+# Packages are installed from containers/wheels, else from pip's index; PIP_NO_INDEX=1 disables the index.
 ARG PIP_NO_INDEX=
 ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_DEPS=1
@@ -59,7 +59,7 @@ ENV PATH=/opt/bids_uad/bin:/usr/local/bin:/usr/bin:/bin \
     NIPYPE_NO_ET=1 NO_ET=1 \
     BIDS_UAD_CONTAINER_TYPE=docker BIDS_UAD_CONTAINER_TAG=bids_uad${VERSION:+:${VERSION}}
 LABEL org.opencontainers.image.title="bids_uad" \
-    org.opencontainers.image.description="A BIDS App that finds anomalies in brain MRI. Not for clinical use." \
+    org.opencontainers.image.description="A BIDS App that detects anomalies in brain MRI. Not for clinical use." \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.created="${CREATED}" \

@@ -1,8 +1,8 @@
-"""Where the packaged models mark healthy tissue of real people: a picture for the card of a model.
+"""Map of the false positives of the packaged models on real scans, a figure for the card of a model.
 
-``python -m benchmarks.false_positives OUT`` reads the masks that ``benchmarks.real`` left in OUT, and draws
-over the SRI24 template at how many people a place is marked, though no lesion mask says that it should be.
-Whom a model has met is not in OUT; patients without a lesion mask are left out. No scan is shown.
+``python -m benchmarks.false_positives OUT`` reads the masks that ``benchmarks.real`` wrote to OUT, and draws
+the number of participants with a false positive at each voxel over the SRI24 template. Participants of the
+training data are not in OUT; patients without a lesion mask are left out. No scan is shown.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from bids_uad.space import AFFINE, SHAPE
 PICTURE = "false_positives.png"
 N_SLICES = 7
 SLICE_GAP = 10
-"""Least distance of two slices of the picture, mm."""
+"""Minimum distance of two slices of the figure in mm."""
 
 
 @dataclass
 class Marked:
-    """At how many people each place is marked.
+    """Number of participants with a false positive at each voxel.
 
     Parameters
     ----------
     counts : numpy.ndarray of int, shape SHAPE
-    healthy, patients : int
-        People that were counted.
+        Number of participants, by voxel.
+    healthy, patients : int, default=0
+        Numbers of healthy controls and patients that were counted.
     """
 
     counts: np.ndarray
@@ -50,7 +51,7 @@ class Marked:
 
 
 def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Participants) -> Marked:
-    """Count, place by place, the people at whom a model marks what is no lesion."""
+    """Count the participants with a false positive at each voxel."""
     marked = Marked(np.zeros(SHAPE, dtype=int))
     desc = detector_desc(bundle.modality, bundle.scored_as)
     for scan in scans:
@@ -66,7 +67,7 @@ def count_marked(scans: list[PreprocessedScan], bundle: Bundle, people: Particip
 
 
 def slices_to_show(counts: np.ndarray) -> list[float]:
-    """Choose the axial slices with most marks, no two of them close to each other.
+    """Choose the axial slices with most false positives, at least `SLICE_GAP` apart.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def draw(marked: Marked, template: Path, title: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw a picture for every model."""
+    """Draw a figure for every model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=["pls"], help="as of bids_uad (default: pls)")
@@ -114,7 +115,7 @@ def main() -> None:
         reference = resolve_reference(args.atlas_dir, cache)
         for bundle in resolve_bundles(args.models, MODALITIES, (), skip_missing=True):
             marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
-            title = f"marked at so many of {marked.healthy} healthy people, {marked.patients} patients"
+            title = f"false positives of {marked.healthy} healthy controls, {marked.patients} patients"
             template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w
             draw(marked, template, title, bundle.folder / PICTURE)
             print(f"{bundle.name}: {title} -> {bundle.folder / PICTURE}")

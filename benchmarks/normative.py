@@ -1,7 +1,7 @@
-"""What the normative references of the packaged models do to bias and Dice on simulated scans.
+"""Effect of the normative references of the packaged models on bias and Dice on simulated scans.
 
 ``python -m benchmarks.normative TEST OUT`` scores the preprocessed scans of TEST with every packaged model
-that has a reference, leaves the tables of scores and of deviations in OUT (what is there is not made again),
+that has a reference, writes the tables of scores and of deviations to OUT (existing ones are kept),
 runs the group level on them, and writes ``benchmarks/results/normative.tsv``.
 """
 
@@ -42,7 +42,7 @@ def with_reference() -> list[Bundle]:
 
 
 def scorer(bundle: Bundle) -> Callable[[PreprocessedScan, np.ndarray], np.ndarray]:
-    """Load a model; give what makes a map of a scan and its brain mask."""
+    """Load a model; return a function that computes the map of a scan from its brain mask."""
     detector = load_detector(bundle)
     return lambda scan, brain: anomaly_map(
         detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol
@@ -50,7 +50,7 @@ def scorer(bundle: Bundle) -> Callable[[PreprocessedScan, np.ndarray], np.ndarra
 
 
 def score_both(bundle: Bundle, test: Path, out: Path) -> None:
-    """Score every scan that lacks a table, and judge its scores by the reference."""
+    """Score every scan without a table, and compute the deviations of its scores."""
     deviating = bundle.with_deviation(NORMATIVE)
     scans = find_preprocessed(test, bundle.modality)
     missing = [scan for scan in scans if not tables_of(scan, deviating, out)[0].is_file()]
@@ -60,16 +60,16 @@ def score_both(bundle: Bundle, test: Path, out: Path) -> None:
     reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
     people = read_participants(test)
     for scan in track(missing, description=bundle.name):
-        met = bundle.cohorts_containing(subject_hashes(test, [scan.subject]))
+        seen_in = bundle.cohorts_containing(subject_hashes(test, [scan.subject]))
         brain = read(scan.brain) > 0
         scores = score(scan, brain)
-        write_tables(scan, bundle, scores, brain, met, None, out)
+        write_tables(scan, bundle, scores, brain, seen_in, None, out)
         z = reference.deviations(scores, brain, **people.person(scan.subject, scan.session).covariates)
-        write_tables(scan, deviating, z, brain, met, None, out)
+        write_tables(scan, deviating, z, brain, seen_in, None, out)
 
 
 def main() -> None:
-    """Score, group, and write the table."""
+    """Score the scans, run the group level, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)

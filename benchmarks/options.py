@@ -1,7 +1,7 @@
-"""What approximations gain and cost beside the exact computation.
+"""Time and accuracy of approximations compared with the exact computation.
 
-Seconds and Dice of the masks on some slices of the scan, since the exact computations are long; and the
-average precision on simulated lesions, since a mask may differ and find as much.
+Time and Dice of the masks are measured on some slices of the scan, since exact computations are slow, and the
+average precision on simulated lesions, since a different mask may detect as many lesions.
 """
 
 from __future__ import annotations

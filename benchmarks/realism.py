@@ -1,8 +1,8 @@
-"""How real do synthetic brains look? Slices side by side, and statistics of intensity and gradient.
+"""Comparison of synthetic with real brains: slices side by side, statistics of intensity and gradient.
 
 ``python -m benchmarks.realism REAL SYNTHETIC OUT --modality T1w`` compares two folders of preprocessed scans.
-REAL is what ``bids_uad DATA REAL participant --models none`` wrote. The pictures of real scans stay in OUT;
-the statistics are printed and written to ``benchmarks/results/realism-T1w.json`` with a figure of their own.
+REAL is the output of ``bids_uad DATA REAL participant --models none``. The slices are drawn to OUT,
+the statistics to ``benchmarks/results/realism-T1w.json``, with a figure of the histograms.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ INTENSITY = np.linspace(0, 1.2, 61)
 GRADIENT = np.linspace(0, 0.4, 61)  # per mm
 SLICES = (50, 75, 100)
 SHOWN = 5
-MARGIN = 3  # mm of brain rim left out of the gradients: its step is the mask's, not the tissue's
+MARGIN = 3  # mm of brain edge excluded from the gradients, since the mask has a step there
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Histograms of scans, one row each, as shares.
+    """Histograms of scans, one row each, as fractions.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Statistics:
 
 
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Histogram that sums to 1; what lies beyond the edges counts to the outermost bins."""
+    """Return a histogram that sums to 1; values beyond the edges are in the outermost bins."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     return counts / counts.sum()
 
@@ -131,7 +131,7 @@ def main() -> None:
     draw_slices(real, synthetic, args.out / f"slices-{args.modality}.png")
     of_real, of_synthetic = statistics(real), statistics(synthetic)
     draw_histograms(of_real, of_synthetic, RESULTS / f"realism-{args.modality}.png")
-    told = {
+    results = {
         "real": [scan.subject for scan in real],
         "n_synthetic": len(synthetic),
         "intensity": distances(of_real.intensity, of_synthetic.intensity),
@@ -141,8 +141,8 @@ def main() -> None:
             for name, cohort in (("real", of_real), ("synthetic", of_synthetic))
         },
     }
-    (RESULTS / f"realism-{args.modality}.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+    (RESULTS / f"realism-{args.modality}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

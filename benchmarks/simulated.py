@@ -1,8 +1,8 @@
-"""The benchmark of the packaged models on simulated scans that they have not met.
+"""The benchmark of the packaged models on simulated scans that are not in their training data.
 
-``python -m benchmarks.simulated TEST OUT`` scores the preprocessed scans of TEST with every model, leaves the
-score tables of the participant level in OUT (what is there is not made again), runs the group level on them,
-and writes ``benchmarks/results/simulated.tsv``: a row for all lesions and one for each kind.
+``python -m benchmarks.simulated TEST OUT`` scores the preprocessed scans of TEST with every model, writes the
+score tables of the participant level to OUT (existing ones are kept), runs the group level on them, and
+writes ``benchmarks/results/simulated.tsv``: a row for all lesions and one for each kind.
 """
 
 from __future__ import annotations
@@ -52,19 +52,24 @@ COLUMNS = {
 
 
 def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, Path]:
-    """Say where the score tables of a scan lie: metrics and histogram."""
+    """Return the paths of the score tables of a scan: metrics and histogram."""
     image = out / scan.subject / "anat" / scan.image.name
     desc = f"desc-{detector_desc(bundle.modality, bundle.scored_as)}"
     return sibling_output(image, f"{desc}_metrics.tsv"), sibling_output(image, f"{desc}_histogram.tsv")
 
 
 def score(
-    scan: PreprocessedScan, bundle: Bundle, detector: Detector, met: list[str], seen: str | None, out: Path
+    scan: PreprocessedScan,
+    bundle: Bundle,
+    detector: Detector,
+    seen_in: list[str],
+    seen: str | None,
+    out: Path,
 ) -> None:
     """Score a scan and write its tables."""
     brain = read(scan.brain) > 0
     scores = anomaly_map(detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol)
-    write_tables(scan, bundle, scores, brain, met, seen, out)
+    write_tables(scan, bundle, scores, brain, seen_in, seen, out)
 
 
 def write_tables(
@@ -72,13 +77,13 @@ def write_tables(
     bundle: Bundle,
     scores: np.ndarray,
     brain: np.ndarray,
-    met: list[str],
+    seen_in: list[str],
     seen: str | None,
     out: Path,
 ) -> None:
     """Write the score tables of a map; that of the metrics last, which marks the others as complete."""
     metrics, histogram = tables_of(scan, bundle, out)
-    # Whoever is not healthy has a mask; a healthy brain has none.
+    # Only scans with a lesion have a lesion mask.
     lesion = read(scan.lesion) > 0 if scan.lesion else None
     name, threshold = bundle.default_threshold
     mask = bundle.rule.mask(scores, brain)
@@ -92,7 +97,7 @@ def write_tables(
         "app_version": __version__,
         "threshold": repr(threshold),
         "threshold_name": name,
-        "seen_in_training": " and ".join(met) or "no",
+        "seen_in_training": " and ".join(seen_in) or "no",
         "scanner_seen": seen,
     }
     write_tsv(
@@ -105,7 +110,7 @@ def write_tables(
 
 
 def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> float:
-    """Mean share of healthy brain voxels above the threshold ``fpr_1pct``."""
+    """Return the mean fraction of healthy brain voxels above the threshold ``fpr_1pct``."""
     shares = []
     for scan in scans:
         if scan.lesion is None:
@@ -116,7 +121,7 @@ def healthy_fpr(scans: list[PreprocessedScan], bundle: Bundle, out: Path) -> flo
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Rows of a table as Markdown, numbers with three digits."""
+    """Return a table in Markdown, numbers with three digits."""
     rows = [
         [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
         for row in table.itertuples(index=False)
@@ -126,13 +131,13 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Score, group, and write the table."""
+    """Score the scans, run the group level, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=["T1w", "T2w"])
-    parser.add_argument("--only-score", action="store_true", help="leave the tables to another run")
+    parser.add_argument("--only-score", action="store_true", help="do not write the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bundles = resolve_bundles(args.models, args.modalities)
@@ -143,10 +148,10 @@ def main() -> None:
         missing = [scan for scan in scans if not tables_of(scan, bundle, args.out)[0].is_file()]
         detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
-            met = bundle.cohorts_containing(subject_hashes(args.test, [scan.subject]))
+            seen_in = bundle.cohorts_containing(subject_hashes(args.test, [scan.subject]))
             scanner = people.person(scan.subject, scan.session).scanner
             seen = scanner_seen(bundle, scanner, source_name(args.test))
-            score(scan, bundle, detector, met, seen, args.out)
+            score(scan, bundle, detector, seen_in, seen, args.out)
         rates.append(
             {
                 "detector": bundle.detector,

@@ -1,6 +1,6 @@
-"""Put the SRI24 atlas into the image, if the builder has it: ``bake_atlas.py FOLDER ARCHIVE``.
+"""Install the SRI24 atlas in the image, if it is available: ``bake_atlas.py FOLDER ARCHIVE``.
 
-FOLDER may hold the zip file that NITRC offers, or SRI24_URL says where it is; SRI24_SHA256 is its checksum.
+The zip file of NITRC is read from FOLDER, or from SRI24_URL if that is set; SRI24_SHA256 is its checksum.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ def main(folder: Path, archive: Path) -> None:
             packages = [Path(scratch) / "sri24.zip"]
             urllib.request.urlretrieve(url, packages[0])  # noqa: S310
         if not packages:
-            print("No SRI24 package: the image uses the built-in stand-in unless told otherwise")
+            print("No SRI24 package: the image uses the built-in reference image by default")
             return
         (package,) = packages
         found = hashlib.sha256(package.read_bytes()).hexdigest()
         wanted = os.environ.get("SRI24_SHA256")
         if found != wanted:
-            sys.exit(f"{package.name} has the SHA-256 {found}, SRI24_SHA256 says {wanted or 'nothing'}")
+            sys.exit(f"{package.name} has the SHA-256 {found}, SRI24_SHA256 is {wanted or 'not set'}")
         print("Atlas:", install_atlas(package, archive))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the image, its archive and the SIF of this checkout: containers/build.sh. containers/README.md tells more.
+# Build the image, its archive and the SIF of this checkout: containers/build.sh. See containers/README.md.
 #
 #   DEVICE       cpu (default) or cuda
 #   ENGINE       docker, podman or buildah (default: the first that works; buildah needs no daemon)

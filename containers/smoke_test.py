@@ -1,4 +1,4 @@
-"""Whether an installation is whole, in seconds: run when the image is built, and by `apptainer test`."""
+"""Check in seconds that an installation is complete: when the image is built, and by `apptainer test`."""
 
 import importlib.metadata
 import os
@@ -17,11 +17,13 @@ from bids_uad.reports.boilerplate import assets
 
 
 def main() -> None:
-    """Fail if anything is missing, unreadable for others, or of another version than it says."""
+    """Fail if a file is missing or not readable by all users, or if versions differ."""
     program = Path(sys.executable).with_name("bids_uad")
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    printed = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, check=True
+    ).stdout.split()
     tag = os.environ["BIDS_UAD_CONTAINER_TAG"]
-    assert said == ["bids_uad", bids_uad.__version__], said
+    assert printed == ["bids_uad", bids_uad.__version__], printed
     subprocess.run(["/bin/sh", "-l", "-c", "bids_uad --version"], stdout=subprocess.DEVNULL, check=True)
     assert tag in ("bids_uad", *(f"bids_uad:{bids_uad.__version__}{kind}" for kind in ("", "-cuda"))), tag
     assert "site-packages" in bids_uad.__file__
