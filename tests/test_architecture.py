@@ -113,6 +113,16 @@ def test_methods_networks_and_engine_know_neither_nipype_nor_bids():
         assert not roots & {"nipype", "niworkflows", "bids"}, module
 
 
+def test_all_commands_use_the_parser_that_suggests_options():
+    calls = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
+    }
+    assert calls == set()
+
+
 def test_start_of_a_run_imports_neither_pytorch_nor_scikit_learn():
     # They take seconds, and only some of the processes of a run need them.
     program = (
