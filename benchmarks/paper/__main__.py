@@ -1,8 +1,8 @@
 """The study of arXiv 2512.01534 on a simulated cohort, claim by claim.
 
 ``python -m benchmarks.paper score OUT --labelmaps PATH ...`` simulates the participants one after the other,
-scores their scans with all models and keeps the score tables in OUT. Scans are deleted, and what is there is
-not made again. ``python -m benchmarks.paper evaluate OUT`` writes the tables of ``benchmarks/results/paper``,
+scores their scans with all models and keeps the score tables in OUT. Scans are deleted, and a run continues
+an earlier one. ``python -m benchmarks.paper evaluate OUT`` writes the tables of ``benchmarks/results/paper``,
 and ``python -m benchmarks.paper page`` draws the figures and writes ``docs/benchmark.md`` from them.
 
 ``--variants DIR`` also scores the models in ``DIR/scaling/PERCENT`` (trained on a part of the scans) and

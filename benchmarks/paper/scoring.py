@@ -271,13 +271,13 @@ def score(
 
 
 def _before(deadline: float, *job: Any) -> None:
-    """Score a participant, unless it is too late."""
+    """Score a participant before the deadline."""
     if time.time() < deadline:
         score_participant(*job)
 
 
 def _facts(people: Sequence[Participant], labelmaps: Sequence[str], bundles: Sequence[Bundle]) -> dict:
-    """Return what the page says about the cohort and the models."""
+    """Return the description of cohort and models for the page."""
     anatomies = set(map(anatomy_name, labelmaps))
     return {
         "planned": len(people),

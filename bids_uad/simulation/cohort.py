@@ -273,7 +273,7 @@ README = f"""Synthetic skull-stripped brains
 ===============================
 
 Made by bids_uad.simulation: no person was scanned. Anatomy comes from the ICBM152 2009a template
-(Fonov et al. 2011) and, where the `anatomy` column of participants.tsv says so, from FreeSurfer-type
+(Fonov et al. 2011) and, where the `anatomy` column of participants.tsv states it, from FreeSurfer-type
 label maps. Shape, age, scanner, contrast, noise and lesions were drawn at random; the drawn values are
 kept in the *_parameters.json files.
 

@@ -6,7 +6,7 @@ foreign patch interpolation", first published in 2020), where a network predicts
 another image was blended in, and of DRAEM (Zavrtanik et al. 2021, "DRAEM: a discriminatively trained
 reconstruction embedding for surface anomaly detection"), which segments painted textures. Here the lesions
 imitate tumours, strokes and white matter lesions in three dimensions (:mod:`bids_uad.methods.pls.painting`).
-The network sees a slice with its neighbours, its mirror image, and its place in the atlas.
+The input of the network is a slice with its neighbours, its mirror image, and its place in the atlas.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class PLSHyper(Constrained):
     network : DDPMppConfig
         Segmentation network.
     field_of_view : tuple of int, default=(160, 192)
-        Height and width in pixels of the part of a slice that the network sees.
+        Height and width in pixels of the input, which is part of a slice.
     neighbours : int, default=2
-        Neighbouring slices on each side that the network sees.
+        Neighbouring slices on each side in the input.
     mirror : bool, default=True
-        Whether the network sees the slice with left and right exchanged about the middle of the brain.
+        Whether the input includes the slice with left and right exchanged about the middle of the brain.
     place : bool, default=True
-        Whether the network sees atlas coordinates and tissue priors.
+        Whether the input includes atlas coordinates and tissue priors.
     mirror_dropout : float, default=0.5
         Probability that the mirror image of a training slice is left out.
     place_dropout : float, default=0.15
@@ -144,7 +144,7 @@ class PLS(Detector):
         self.shapes: list[Tensor] = []
 
     def continue_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy the weights of a trained network, which has the same inputs or sees a single slice only.
+        """Copy the weights of a trained network, whose input is the same or a single slice.
 
         In the latter case, the weights of all other input channels are 0, so that the scores are the same.
 
