@@ -2,8 +2,8 @@
 
 The criterion is the mean over lesion scans of the mean of Dice and lesion-wise F1, in which a small lesion
 counts as much as a large one. The fraction of healthy brains that is marked is limited, and mean Dice may not
-be lower than that of the rule with the highest Dice by more than a standard error, since a low threshold that
-joins lesions raises the lesion-wise F1 but marks their surroundings. Of the rules that are not worse than the
+be more than 5 % lower than that of the rule with the highest Dice, since a low threshold that joins lesions
+raises the lesion-wise F1 but marks their surroundings. Of the rules that are not worse than the
 best one by more than a standard error, the most sensitive one is chosen, since lesions of real scans have
 lower scores than those of simulated ones (the one-standard-error rule of Breiman et al. 1984, "Classification
 and regression trees", which prefers the simplest one). Low and high thresholds
@@ -15,7 +15,7 @@ out one subject at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -43,6 +43,8 @@ HEALTHY_RATES = (0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025, 0.0015, 
 """Fractions of healthy voxels above the thresholds that are tried."""
 MIN_VOLUMES = (0.0, 10.0, 30.0, 60.0, 100.0)
 """Minimum volumes of a component in mm3 that are tried."""
+MIN_RELATIVE_DICE = 0.95
+"""Mean Dice of rules that are accepted, divided by the highest."""
 MAX_MEDIAN_MARKED, MAX_P95_MARKED = 0.003, 0.02
 """Limits of the marked fraction of healthy brains: median and 95th percentile over scans."""
 
@@ -93,27 +95,23 @@ class ChosenRule:
         Mean marked fraction of healthy brains; None without healthy controls.
     mean_dice : dict of str or None to float
         Mean Dice by type of lesion; the key None for all lesion scans.
-    criterion : numpy.ndarray, shape (lesion scans,)
-        Criterion of each lesion scan.
     """
 
     rule: DecisionRule
     figures: dict[str, Any]
     healthy_fpr: float | None
     mean_dice: dict[str | None, float]
-    criterion: np.ndarray = field(compare=False)
 
     def is_as_good_as(self, other: ChosenRule) -> bool:
         """Compare with the rule for another kind of maps of the same scans.
 
-        A rule within the limits is better than one that is not. Otherwise it is as good if its criterion is
-        not lower by more than the standard error of the paired difference.
+        A rule within the limits is better than one that is not. Otherwise it is as good if its mean Dice is
+        at most 5 % lower.
         """
         within_limits = self.figures["within_limits"]
         if within_limits != other.figures["within_limits"]:
             return within_limits
-        loss = other.criterion - self.criterion
-        return bool(loss.mean() <= _standard_error(loss))
+        return self.figures["dice"] >= MIN_RELATIVE_DICE * other.figures["dice"]
 
 
 def candidate_thresholds(estimator: ThresholdEstimator) -> np.ndarray:
@@ -274,10 +272,10 @@ class _Results:
     def best(self, used: np.ndarray, columns: Sequence[int]) -> int:
         """Return the best of some rules on some scans.
 
-        Of the rules within the limits, those whose Dice, and of these, those whose criterion is not lower
-        than the highest by more than the standard error of the paired difference; of these, that with the
-        lowest threshold, and then the highest criterion. If no rule is within the limits, that which exceeds
-        them least.
+        Of the rules within the limits, those whose mean Dice is at most 5 % lower than the highest; of these,
+        those whose criterion is not lower than the highest by more than the standard error of the paired
+        difference; of these, that with the lowest threshold, and then the highest criterion. If no rule is
+        within the limits, that which exceeds them least.
         """
         columns, lesion = np.asarray(columns), used & ~self.healthy
         if (used & self.healthy).any():
@@ -285,8 +283,11 @@ class _Results:
             if excess.min() > 1:
                 return int(columns[excess.argmin()])
             columns = columns[excess <= 1]
-        columns = columns[_near_best(self.dice[np.ix_(lesion, columns)])]
-        columns = columns[_near_best(self.criterion[np.ix_(lesion, columns)])]
+        dice = self.dice[np.ix_(lesion, columns)].mean(axis=0)
+        columns = columns[dice >= MIN_RELATIVE_DICE * dice.max()]
+        criterion = self.criterion[np.ix_(lesion, columns)]
+        loss = criterion[:, [criterion.mean(axis=0).argmax()]] - criterion
+        columns = columns[loss.mean(axis=0) <= _standard_error(loss)]
         thresholds = self.thresholds[columns]
         columns = columns[thresholds == thresholds.min()]
         mean = self.criterion[np.ix_(lesion, columns)].mean(axis=0)
@@ -304,12 +305,6 @@ class _Results:
             "healthy_p95": float(np.percentile(marked, 95)) if marked.size else None,
             "within_limits": bool(_excess(marked[:, None])[0] <= 1) if marked.size else True,
         }
-
-
-def _near_best(results: np.ndarray) -> np.ndarray:
-    """Return which rules have a mean within a standard error of the highest; `results` is (scans, rules)."""
-    loss = results[:, [results.mean(axis=0).argmax()]] - results
-    return loss.mean(axis=0) <= _standard_error(loss)
 
 
 def _standard_error(values: np.ndarray) -> np.ndarray | float:
@@ -389,8 +384,7 @@ def choose_rule(
     figures["by_volume"] = by_class(np.array(volumes), VOLUME_LIMITS_ML, scores)
     ages = np.array([stored.person.get("age") if stored.healthy else None for stored in used], dtype=float)
     figures["by_age"] = by_class(ages, AGE_LIMITS, {"marked": results.marked[:, best]})
-    criterion = results.criterion[~healthy, best]
-    return ChosenRule(tried[best], figures, *_means(results, best, kinds), criterion)
+    return ChosenRule(tried[best], figures, *_means(results, best, kinds))
 
 
 def by_class(
