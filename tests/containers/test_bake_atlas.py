@@ -57,7 +57,7 @@ def test_right_package_is_baked_from_a_folder_or_an_address(package, bake, tmp_p
 def test_another_package_stops_the_build(package, bake, tmp_path, monkeypatch, checksum):
     if checksum:
         monkeypatch.setenv("SRI24_SHA256", checksum)
-    with pytest.raises(SystemExit, match="SRI24_SHA256 says"):
+    with pytest.raises(SystemExit, match="SRI24_SHA256 is"):
         bake(package.parent, tmp_path / "archive")
 
 
