@@ -115,7 +115,7 @@ def main() -> None:
         reference = resolve_reference(args.atlas_dir, cache)
         for bundle in resolve_bundles(args.models, MODALITIES, (), skip_missing=True):
             marked = count_marked(find_preprocessed(args.out, bundle.modality), bundle, people)
-            title = f"false positives of {marked.healthy} healthy controls, {marked.patients} patients"
+            title = f"false positives of {marked.healthy} healthy participants and {marked.patients} patients"
             template = reference.t2w if bundle.modality == "T2w" and reference.t2w else reference.t1w
             draw(marked, template, title, bundle.folder / PICTURE)
             print(f"{bundle.name}: {title} -> {bundle.folder / PICTURE}")

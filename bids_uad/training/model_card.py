@@ -123,9 +123,10 @@ def _rule(calibration: dict[str, Any], maps: str) -> str:
         "3d": "cavities are filled",
         "axial": "holes of each axial slice are filled",
     }[rule["holes"]]
+    volume = f"at least {rule['min_volume_mm3']:g} mm3 and " if rule["min_volume_mm3"] else ""
     text = (
-        f"Decision rule for {maps}: components of voxels above {rule['low_threshold']:.4g} that have at "
-        f"least {rule['min_volume_mm3']:g} mm3 and a voxel above {threshold:.4g}; {holes}. "
+        f"Decision rule for {maps}: components of voxels above {rule['low_threshold']:.4g} that have {volume}"
+        f"a voxel above {threshold:.4g}; {holes}. "
         f"On these scans {_rule_figures(figures)}. Estimate for other scans (each subject with the rule "
         f"that is chosen without it): {_rule_figures(figures['left_out'])}."
     )
