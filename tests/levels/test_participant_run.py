@@ -348,10 +348,11 @@ def test_changed_inputs_and_options_are_processed_again(bench):
     assert bench.run() == 0
     bench.take_calls()
     assert bench.run("--random-seed", "3") == 0
-    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w"]
+    # The working folder of the participant is removed.
+    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w", "preproc sub-01_T1w.nii.gz"]
     fake_bundle(Path(bench.models[0]), "disyre", "T1w", threshold=1.0)
     assert bench.run("--random-seed", "3") == 0
-    assert bench.take_calls() == []  # the map is the same, only its threshold is another
+    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w"]
     table = pd.read_csv(bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv", sep="\t")
     assert table["anomaly_volume_mm3"].tolist() == [8]
 
