@@ -39,6 +39,7 @@ from bids_uad.methods.pls.volumes import (
     expand_shape,
     gaussian_smooth,
     integer,
+    log_uniform,
     normal_field,
     uniform,
     warp,
@@ -239,9 +240,10 @@ class Levels:
         overall = image[tissue > 0].median()
         values = [image[tissue == label] for label in (FLUID, GREY, WHITE)]
         fluid, grey, white = (float(part.median() if len(part) else overall) for part in values)
-        ordered = values[0].sort().values if len(values[0]) else overall[None]
+        of_fluid = values[0] if len(values[0]) else overall[None]
         percentile = 0.95 if fluid > (grey + white) / 2 else 0.05
-        return cls(fluid, grey, white, float(ordered[round(percentile * (len(ordered) - 1))]))
+        pure_fluid = of_fluid.kthvalue(1 + round(percentile * (len(of_fluid) - 1))).values
+        return cls(fluid, grey, white, float(pure_fluid))
 
 
 def paint_scan(
@@ -374,13 +376,13 @@ class _Plan:
         number = int(torch.multinomial(counts, 1, generator=generator))
         large_lesions = []
         if chance(config.mass_prob, generator):
-            volume = 1000 * math.exp(uniform(*map(math.log, config.mass_volume), generator))
+            volume = 1000 * log_uniform(*config.mass_volume, generator)
             radius = (3 * volume / (4 * math.pi)) ** (1 / 3)
             large_lesions.append(("mass", radius, uniform(0.1, 0.5, generator) * radius))
         for _ in range(number):
             kind = ("oedema", "tumour", "cavity")[integer(0, 2, generator)]
             low, high = map(math.log, config.large_size)
-            # Tumours are found late.
+            # A tumour is not in the lower third of the range.
             low += (high - low) / 3 * (kind == "tumour")
             radius = math.exp(uniform(low, high, generator)) / 2
             large_lesions.append((kind, radius, uniform(0, 0.3, generator) * radius * (kind == "tumour")))
@@ -467,8 +469,7 @@ def _add_strip_remnant(
     """Add a piece of other tissue at the edge of the brain to image and brain mask."""
     image, brain = image.clone(), brain.clone()
     (centre,) = draw_voxels(rim, 1, generator)
-    radius = math.exp(uniform(math.log(3), math.log(25), generator))
-    box, blob = ellipsoid(tuple(image.shape), centre, radius, 0.4, generator)
+    box, blob = ellipsoid(tuple(image.shape), centre, log_uniform(3, 25, generator), 0.4, generator)
     texture = normal_field(tuple(blob.shape), 4.0, generator)
     level = _any_level(levels, generator) + uniform(0, 0.3, generator) * texture
     tissue = level.clamp(0, 1.1 * levels.brightest)
@@ -677,7 +678,7 @@ class _Lesions:
         ]
         mask = torch.zeros_like(self.image)
         for centre in centres:
-            radius = math.exp(self._uniform(*map(math.log, config.small_size))) / 2
+            radius = log_uniform(*config.small_size, self.generator) / 2
             box, one = ellipsoid(tuple(mask.shape), centre, radius, self._uniform(0, 0.4), self.generator)
             mask[box] = torch.maximum(mask[box], one)
         mask = gaussian_smooth(mask, self._uniform(0, 0.8)) * self.brain

@@ -37,6 +37,11 @@ def uniform(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
+def log_uniform(low: float, high: float, generator: Generator) -> float:
+    """Draw a positive number from [low, high), whose logarithm is uniformly distributed."""
+    return math.exp(uniform(math.log(low), math.log(high), generator))
+
+
 def chance(probability: float, generator: Generator) -> bool:
     """Return True with the given probability."""
     return uniform(0, 1, generator) < probability
