@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.scan import read
+from benchmarks.scan import read, score_volume
 from benchmarks.simulated import RESULTS, markdown
 from bids_uad.calibration.thresholds import (
     FINE_EDGES,
@@ -30,12 +29,9 @@ from bids_uad.calibration.thresholds import (
 )
 from bids_uad.dataset.participants import Participants, read_participants, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, has_preprocessed
-from bids_uad.engine.bundle import Bundle, load_bundle, load_detector, resolve_bundles
-from bids_uad.engine.execution import Execution, resolve_precision
-from bids_uad.engine.inference import anomaly_map
+from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.bootstrap import bootstrap_interval
 from bids_uad.files import atomic_path, write_tsv
-from bids_uad.methods.base import Detector
 
 MODELS = ("intensity", "patchcore", "uniad", "fae", "disyre")
 NONE = "none"
@@ -125,15 +121,6 @@ def _edge(threshold: float) -> int:
     return int(np.searchsorted(FINE_EDGES, threshold))
 
 
-@cache
-def prepared(folder: Path) -> tuple[Detector, Execution, Bundle]:
-    """Load a model for the CPU, once."""
-    bundle = load_bundle(folder)
-    device, published = torch.device("cpu"), bundle.protocol.published
-    execution = Execution(resolve_precision("auto", device, bundle.detector, published=published))
-    return execution.prepare(load_detector(bundle)), execution, bundle
-
-
 def count_scan(
     scan: PreprocessedScan, bundles: Sequence[Bundle], folder: Path, *, healthy: bool, every: int
 ) -> None:
@@ -147,11 +134,8 @@ def count_scan(
     brain, lesion = read(scan.brain) > 0, read(scan.lesion) > 0 if scan.lesion else None
     brain &= np.arange(brain.shape[2]) % every == 0
     volume = read(scan.image)
-    for each in missing:
-        detector, execution, bundle = prepared(each.folder)
-        scores = anomaly_map(
-            detector, volume, brain, key=scan.key, protocol=bundle.protocol, execution=execution
-        )
+    for bundle in missing:
+        scores = score_volume(bundle, volume, brain, scan.key)
         inside = brain & ~lesion if healthy and lesion is not None else brain
         rest, found = score_counts(scores, inside, None if healthy else lesion, FINE_EDGES)
         with atomic_path(_stored(folder, bundle, scan)) as temporary, temporary.open("wb") as file:

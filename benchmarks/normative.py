@@ -8,7 +8,6 @@ runs the group level on them, and writes ``benchmarks/results/normative.tsv``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +15,20 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks.scan import read
+from benchmarks.scan import read, score_volume
 from benchmarks.simulated import RESULTS, markdown, tables_of, write_tables
 from bids_uad.calibration.normative import NormativeReference
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.participants import read_participants, subject_hashes
-from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.dataset.sri24_scans import find_preprocessed
 from bids_uad.engine.bundle import (
     NORMATIVE,
     NORMATIVE_FILE,
     PACKAGED,
     Bundle,
     load_bundle,
-    load_detector,
     packaged_bundles,
 )
-from bids_uad.engine.inference import anomaly_map
 from bids_uad.files import write_tsv
 
 
@@ -41,14 +38,6 @@ def with_reference() -> list[Bundle]:
     return [bundle for bundle in bundles if NORMATIVE in (bundle.calibration or {})]
 
 
-def scorer(bundle: Bundle) -> Callable[[PreprocessedScan, np.ndarray], np.ndarray]:
-    """Load a model; return a function that computes the map of a scan from its brain mask."""
-    detector = load_detector(bundle)
-    return lambda scan, brain: anomaly_map(
-        detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol
-    )
-
-
 def score_both(bundle: Bundle, test: Path, out: Path) -> None:
     """Score every scan without a table, and compute the deviations of its scores."""
     deviating = bundle.with_deviation(NORMATIVE)
@@ -56,13 +45,12 @@ def score_both(bundle: Bundle, test: Path, out: Path) -> None:
     missing = [scan for scan in scans if not tables_of(scan, deviating, out)[0].is_file()]
     if not missing:
         return
-    score = scorer(bundle)
     reference = NormativeReference.read(bundle.folder / NORMATIVE_FILE, bundle.normative["reference"])
     people = read_participants(test)
     for scan in track(missing, description=bundle.name):
         seen_in = bundle.cohorts_containing(subject_hashes(test, [scan.subject]))
         brain = read(scan.brain) > 0
-        scores = score(scan, brain)
+        scores = score_volume(bundle, read(scan.image), brain, scan.key)
         write_tables(scan, bundle, scores, brain, seen_in, None, out)
         z = reference.deviations(scores, brain, **people.person(scan.subject, scan.session).covariates)
         write_tables(scan, deviating, z, brain, seen_in, None, out)

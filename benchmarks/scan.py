@@ -1,17 +1,23 @@
-"""The volume that benchmarks are run on: a real scan where there is one, else a simulated brain."""
+"""Scans that benchmarks are run on, real or simulated, and their scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from scipy.ndimage import binary_fill_holes
 
 from bids_uad import space
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
+from bids_uad.engine.bundle import Bundle, load_bundle, load_detector
+from bids_uad.engine.execution import Execution, resolve_precision
+from bids_uad.engine.inference import anomaly_map
 from bids_uad.images import scale_intensity
+from bids_uad.methods.base import Detector
 from bids_uad.simulation.__main__ import main as simulation
 
 # A glioma that an independent pipeline brought to SRI24; not part of the project.
@@ -57,6 +63,38 @@ def load_scan(folder: Path) -> Scan:
 def read(path: Path) -> np.ndarray:
     """Read a volume as float32."""
     return np.asarray(nib.load(path).dataobj, dtype=np.float32)
+
+
+def score_volume(bundle: Bundle, volume: np.ndarray, brain: np.ndarray, key: str) -> np.ndarray:
+    """Compute the scores of a volume on the CPU, in the precision of ``--precision auto``.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Model; its network is loaded once per process.
+    volume : numpy.ndarray of float32, shape (240, 240, 155)
+        Preprocessed scan.
+    brain : numpy.ndarray of bool, same shape
+        Voxels that are scored.
+    key : str
+        Name of the scan, which determines the random numbers.
+
+    Returns
+    -------
+    numpy.ndarray of float32, same shape
+        Scores, 0 outside the brain.
+    """
+    detector, execution = _prepared(bundle.folder)
+    return anomaly_map(detector, volume, brain, key=key, protocol=bundle.protocol, execution=execution)
+
+
+@cache
+def _prepared(folder: Path) -> tuple[Detector, Execution]:
+    bundle, device = load_bundle(folder), torch.device("cpu")
+    execution = Execution(
+        resolve_precision("auto", device, bundle.detector, published=bundle.protocol.published)
+    )
+    return execution.prepare(load_detector(bundle)), execution
 
 
 def simulate(folder: Path, *, healthy: int) -> list[tuple[Path, Path, Path]]:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks.scan import read
+from benchmarks.scan import read, score_volume
 from bids_uad import __version__
 from bids_uad.calibration.thresholds import score_counts
 from bids_uad.cli.main import main as bids_uad
@@ -23,8 +23,7 @@ from bids_uad.config import DEFAULT_MIN_COUNTED_VOLUME, MODALITIES
 from bids_uad.dataset.naming import detector_desc
 from bids_uad.dataset.participants import read_participants, source_name, subject_hashes
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed, sibling_output
-from bids_uad.engine.bundle import Bundle, load_detector, resolve_bundles
-from bids_uad.engine.inference import anomaly_map
+from bids_uad.engine.bundle import Bundle, resolve_bundles
 from bids_uad.evaluation.metrics import edge_index
 from bids_uad.files import write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
@@ -34,7 +33,6 @@ from bids_uad.levels.participant.postprocess import (
     lesion_table,
     metrics_row,
 )
-from bids_uad.methods.base import Detector
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = {
@@ -56,20 +54,6 @@ def tables_of(scan: PreprocessedScan, bundle: Bundle, out: Path) -> tuple[Path, 
     image = out / scan.subject / "anat" / scan.image.name
     desc = f"desc-{detector_desc(bundle.modality, bundle.scored_as)}"
     return sibling_output(image, f"{desc}_metrics.tsv"), sibling_output(image, f"{desc}_histogram.tsv")
-
-
-def score(
-    scan: PreprocessedScan,
-    bundle: Bundle,
-    detector: Detector,
-    seen_in: list[str],
-    seen: str | None,
-    out: Path,
-) -> None:
-    """Score a scan and write its tables."""
-    brain = read(scan.brain) > 0
-    scores = anomaly_map(detector, read(scan.image), brain, key=scan.key, protocol=bundle.protocol)
-    write_tables(scan, bundle, scores, brain, seen_in, seen, out)
 
 
 def write_tables(
@@ -146,12 +130,13 @@ def main() -> None:
     for bundle in bundles:
         scans = find_preprocessed(args.test, bundle.modality)
         missing = [scan for scan in scans if not tables_of(scan, bundle, args.out)[0].is_file()]
-        detector = load_detector(bundle) if missing else None
         for scan in track(missing, description=bundle.name):
             seen_in = bundle.cohorts_containing(subject_hashes(args.test, [scan.subject]))
             scanner = people.person(scan.subject, scan.session).scanner
             seen = scanner_seen(bundle, scanner, source_name(args.test))
-            score(scan, bundle, detector, seen_in, seen, args.out)
+            brain = read(scan.brain) > 0
+            scores = score_volume(bundle, read(scan.image), brain, scan.key)
+            write_tables(scan, bundle, scores, brain, seen_in, seen, args.out)
         rates.append(
             {
                 "detector": bundle.detector,

@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.paper.cohort import Participant, anatomy_name, participants_table
-from benchmarks.scan import read
+from benchmarks.scan import read, score_volume
 from benchmarks.simulated import tables_of, write_tables
 from bids_uad.calibration.normative import NormativeReference
 from bids_uad.dataset.participants import Participants, read_participants
@@ -24,13 +24,10 @@ from bids_uad.engine.bundle import (
     NORMATIVE_FILE,
     Bundle,
     load_bundle,
-    load_detector,
     resolve_bundles,
 )
-from bids_uad.engine.inference import anomaly_map
 from bids_uad.files import read_json, read_row, write_json, write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
-from bids_uad.methods.base import Detector
 from bids_uad.resources import worker_pool
 from bids_uad.simulation.cohort import SimulatedCohort, make_subject
 
@@ -151,12 +148,6 @@ def _deviating(bundle: Bundle) -> list[Bundle]:
 
 
 @cache
-def _detector(folder: Path) -> Detector:
-    """Load the network of a bundle once per process."""
-    return load_detector(load_bundle(folder))
-
-
-@cache
 def _reference(folder: Path) -> NormativeReference:
     """Load the normative reference of a bundle once per process."""
     return NormativeReference.read(folder / NORMATIVE_FILE, load_bundle(folder).normative["reference"])
@@ -213,9 +204,7 @@ def score_participant(
             brain = read(scan.brain) > 0
             name = facts.scanner.split("-")[-1]
             seen = scanner_seen(bundle, name, f"Synthetic brains, seed {person.seed}")
-            scores = anomaly_map(
-                _detector(bundle.folder), read(scan.image), brain, key=scan.key, protocol=bundle.protocol
-            )
+            scores = score_volume(bundle, read(scan.image), brain, scan.key)
             (out / tables / person.name / "anat").mkdir(parents=True, exist_ok=True)
             for deviating in _deviating(bundle):
                 z = _reference(bundle.folder).deviations(scores, brain, **facts.covariates)
