@@ -21,8 +21,19 @@ RUN --mount=type=bind,source=containers/wheels,target=/wheels \
     python3 -m venv tools \
     && tools/bin/pip install --require-hashes --find-links /wheels --requirement requirements-build.txt
 
+# Of the locked build of PyTorch for CPUs there are packages for x86-64 only: on arm64, DEVICE is cuda.
 ARG DEVICE=cpu
 COPY containers/requirements-${DEVICE}.txt requirements.txt
+# For arm64, antspyx has no package. Its build downloads ITK and ANTs by Git, and takes about an hour.
+RUN --mount=type=bind,source=containers/wheels,target=/wheels \
+    if [ "$(dpkg --print-architecture)" = arm64 ]; then \
+        DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+            ca-certificates cmake g++ git make python3-dev \
+        && sed -n '/^antspyx==/,/[^\\]$/p' requirements.txt > antspyx.txt \
+        && sed -i '/^antspyx==/,/[^\\]$/d' requirements.txt \
+        && tools/bin/pip wheel --require-hashes --no-build-isolation --find-links /wheels --wheel-dir dist \
+            --requirement antspyx.txt; \
+    fi
 RUN --mount=type=bind,source=containers/wheels,target=/wheels \
     python3 -m venv /opt/bids_uad \
     && /opt/bids_uad/bin/pip install --require-hashes --no-build-isolation --find-links /wheels \

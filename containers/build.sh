@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the image, its archive and the SIF of this checkout: containers/build.sh. See containers/README.md.
 #
-#   DEVICE       cpu (default) or cuda
+#   DEVICE       cpu or cuda (default cpu; on arm64, cuda, whose packages run without a GPU as well)
 #   ENGINE       docker, podman or buildah (default: the first that works; buildah needs no daemon)
 #   BASE_IMAGE   any Debian 12 (default debian:bookworm-slim); `debootstrap` makes one from Debian's packages
 #   APPTAINER    the program (default apptainer; containers/apptainer.sh where it is not installed)
@@ -9,6 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+machine=$(uname -m)
+if [ "$machine" = arm64 ]; then machine=aarch64; fi
+if [ "$machine" = aarch64 ]; then DEVICE=${DEVICE:-cuda}; fi
 DEVICE=${DEVICE:-cpu}
 BASE_IMAGE=${BASE_IMAGE:-debian:bookworm-slim}
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' bids_uad/__init__.py)
@@ -29,8 +32,9 @@ esac
 # Python packages come through this machine's own pip settings (proxies, mirrors, certificates), so that none of
 # them ends up in the image, which checks the hashes again and installs without a network.
 python3 -m pip download --quiet --no-deps --require-hashes --dest containers/wheels --python-version 3.11 \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
-    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform any \
+    --platform "manylinux_2_28_$machine" --platform "manylinux_2_27_$machine" \
+    --platform "manylinux_2_17_$machine" --platform "manylinux2014_$machine" \
+    --platform manylinux1_x86_64 --platform any \
     --requirement containers/requirements-build.txt --requirement "containers/requirements-$DEVICE.txt"
 
 if [ "$BASE_IMAGE" = debootstrap ]; then

@@ -13,4 +13,5 @@ lock() {
 lock pyproject.toml --output-file containers/requirements-cuda.txt
 echo 'torch==2.13.0+cpu' |
     lock pyproject.toml --overrides - --find-links "$TORCH_CPU" --output-file containers/requirements-cpu.txt
-echo 'hatchling' | lock - --output-file containers/requirements-build.txt
+# scikit-build-core and nanobind build antspyx on arm64, in the versions that it requires.
+printf '%s\n' hatchling scikit-build-core 'nanobind<2.6' | lock - --output-file containers/requirements-build.txt

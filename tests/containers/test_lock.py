@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -36,3 +37,19 @@ def test_lock_holds_every_dependency_in_the_tested_version(device):
     requirements = path.read_text().replace("\\\n", " ").strip().splitlines()
     assert all("--hash=sha256:" in line for line in requirements)
     assert not re.search(r"https?:|file:|--find-links|--index", path.read_text())
+
+
+def test_antspyx_is_built_from_its_locked_source_on_arm64(tmp_path):
+    """The commands of the Dockerfile divide the lock file into antspyx and the others."""
+    lock = (ROOT / "containers/requirements-cuda.txt").read_text()
+    (tmp_path / "requirements.txt").write_text(lock)
+    for command in re.findall(r"sed .* (?=\\\n)", (ROOT / "Dockerfile").read_text()):
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    source, others = (tmp_path / name for name in ("antspyx.txt", "requirements.txt"))
+    assert list(pins(source)) == ["antspyx"]
+    assert sorted((source.read_text() + others.read_text()).split("\n")) == sorted(lock.split("\n"))
+    tools = pins(ROOT / "containers/requirements-build.txt")
+    # What antspyx 0.6.3 requires to be built.
+    assert pins(source)["antspyx"] == "0.6.3"
+    assert "scikit-build-core" in tools
+    assert tools["nanobind"] < "2.6"
