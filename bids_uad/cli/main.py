@@ -73,27 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _orderly_end():
             _check_folders(config)
             return _run_levels(config)
-    except (UserError, OSError) as error:
+    except Exception as error:
         if config is not None and config.verbosity > 1:
             traceback.print_exc()
         folders = [] if config is None else [config.output_dir, config.work_dir]
-        problem = error if isinstance(error, UserError) else describe_os_error(error, folders)
-        if problem is None:
-            return _internal_error()
+        problem = describe_os_error(error, folders) if isinstance(error, OSError) else error
+        if not isinstance(problem, UserError):
+            print(f"bids_uad: {_describe_internal_error(error)}", file=sys.stderr)
+            return ExitCode.SOFTWARE
         print(f"bids_uad: {problem}", file=sys.stderr)
         return problem.exit_code
-    except Exception:
-        return _internal_error()
     except KeyboardInterrupt as end:
         print("bids_uad: interrupted; run the same command again to continue", file=sys.stderr)
         return ExitCode.TERMINATED if isinstance(end, _Terminated) else ExitCode.INTERRUPTED
 
 
-def _internal_error() -> ExitCode:
-    """Print the traceback of the exception that is handled, and return the exit code."""
-    traceback.print_exc()
-    print("bids_uad: internal error; please report the traceback above", file=sys.stderr)
-    return ExitCode.SOFTWARE
+def _describe_internal_error(error: Exception) -> str:
+    """Describe an unexpected error and where it was raised, in one line."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    text = traceback.format_exception_only(error)[-1].splitlines()[0]
+    return (
+        f"internal error in {place.name} ({place.filename}:{place.lineno}): {text}; "
+        "please report it with the traceback that the same command prints with -vv"
+    )
 
 
 def _warn_deprecated_levels(levels: Sequence[str]) -> None:

@@ -81,13 +81,17 @@ def test_group_runs_after_exit_code_1_only(arguments, levels):
     assert called == ["run_participant"]
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("x")])
-def test_unexpected_errors_return_70_with_their_traceback(arguments, levels, capsys, error):
+@pytest.mark.parametrize("error", [ZeroDivisionError("x\ny"), OSError("x")])
+@pytest.mark.parametrize("verbose", [[], ["-vv"]])
+def test_unexpected_errors_return_70_with_their_place(arguments, levels, capsys, error, verbose):
     levels[0]["run_participant"] = error
-    assert cli.main([*arguments, "participant"]) == ExitCode.SOFTWARE == 70
-    printed = capsys.readouterr().err
-    assert "Traceback" in printed
-    assert "internal error" in printed.splitlines()[-1]
+    assert cli.main([*arguments, "participant", *verbose]) == ExitCode.SOFTWARE == 70
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("bids_uad: internal error in ")
+    assert f"{__file__}:" in line
+    assert f"{type(error).__name__}: x; please report it" in line
+    assert (before[:1] == ["Traceback (most recent call last):"]) is bool(verbose)
+    assert bool(before) is bool(verbose)
 
 
 def test_interrupt_returns_130(arguments, levels):
