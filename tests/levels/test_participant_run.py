@@ -377,6 +377,18 @@ def test_one_failing_participant_does_not_stop_the_others(bench, capfd):
     assert bench.take_calls() == []
 
 
+def test_errors_are_reported_in_the_order_of_participants(bench, capfd):
+    """An image that cannot be read is found before another one fails."""
+    bench.dataset(*[f"sub-{name}/anat/sub-{name}_T1w.nii.gz" for name in ("crash", "damaged", "killed")])
+    path = bench.raw / "sub-damaged/anat/sub-damaged_T1w.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert bench.run("--nprocs", "3") == 1
+    stderr = "".join(capfd.readouterr().err.split())
+    errors = stderr[stderr.index("ERROR") :]
+    places = [errors.index(f"sub-{name}") for name in ("crash", "damaged", "killed")]
+    assert places == sorted(places)
+
+
 def test_unusable_images_are_reported_and_the_others_processed(bench, capfd):
     bench.dataset(T1W, T2W, "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_PDw.nii.gz")
     truncated = bench.raw / "sub-02/anat/sub-02_T1w.nii.gz"

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def run_dataset(config: RunConfig) -> Run:
                 remove_temporary_files(config.output_dir)  # of stopped workers
     run.log_inputs(len(subjects))
     if not run.n_images and not run.n_dropped:
-        for message in dict.fromkeys(run.errors):
+        for message in run.errors:
             LOGGER.error(message)
         raise InputError(
             config.bids_dir,
@@ -329,8 +330,6 @@ class Run:
         Number of usable images so far.
     n_dropped : int
         Number of participants that were not begun.
-    errors : list of str
-        Messages of images and reports that failed.
     """
 
     def __init__(
@@ -345,7 +344,7 @@ class Run:
         self._plugin, self._progress = plugin, progress
         self.locks = ImageLocks(config)
         self.n_images = self.n_dropped = 0
-        self.errors: list[str] = []
+        self._errors: dict[str, list[str]] = defaultdict(list)
         self._left_out: dict[str, list[str]] = defaultdict(list)
         self._remarks: dict[tuple[str, str], set[str]] = defaultdict(set)
         self._quality: list[str] = []
@@ -357,6 +356,15 @@ class Run:
     def bundles(self) -> tuple[Bundle, ...]:
         """Models of the run."""
         return self._context.bundles
+
+    @property
+    def errors(self) -> list[str]:
+        """Messages of images and reports that failed, in the order of the participants."""
+        by_participant = [self._errors[subject] for subject in sorted(self._errors, key=natural_key)]
+        messages = list(dict.fromkeys(chain(*by_participant)))  # one file may affect several images
+        if self.n_dropped:
+            messages.append(f"{self.n_dropped} participant(s) not processed, because an image failed")
+        return messages
 
     @property
     def exit_code(self) -> int:
@@ -402,8 +410,8 @@ class Run:
         statuses = collect_statuses(tasks, problems, failures, self._progress.seconds, config)
         if needs_report(config, subject, statuses):
             save_last_run(config, subject, statuses, self._context.device)
-            yield from report_steps(config, subject, self._participants, self.errors)
-        self.errors += [status.message for status in statuses if not status.complete]
+            yield from report_steps(config, subject, self._participants, self._errors[subject])
+        self._errors[subject] += [status.message for status in statuses if not status.complete]
         rows, warnings = summarize(statuses, tasks, config.output_dir)
         self._rows += rows
         self._quality += warnings
@@ -431,7 +439,7 @@ class Run:
             )
         for problem in collection.problems:
             self._rows.append((problem.key or f"sub-{problem.subject}", "unusable", "-", "-", "-"))
-            self.errors.append(problem.message)
+            self._errors[subject].append(problem.message)
         self._progress.end(subject, [])
 
     def _inspect(self, subject: str) -> Generator[Call, Any, tuple[Collection, dict[Path, str]]]:
@@ -577,9 +585,7 @@ class Run:
             print_summary(self._rows, console)
         for line in warnings + self._quality:
             LOGGER.warning(line)
-        if self.n_dropped:
-            self.errors.append(f"{self.n_dropped} participant(s) not processed, because an image failed")
-        for line in dict.fromkeys(self.errors):  # one file may affect several images
+        for line in self.errors:
             LOGGER.error(line)
 
     def _records(self) -> Iterator[Path]:

@@ -26,7 +26,7 @@ from bids_uad import __version__
 from bids_uad.calibration.thresholds import HealthyMarked
 from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import requested_subjects
-from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, preprocessing_outputs
+from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, natural_key, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, try_read_participants
 from bids_uad.errors import UserError, truncate_list
 from bids_uad.files import is_outdated, locked, read_json, write_json
@@ -542,7 +542,7 @@ def rewrite_reports(config: RunConfig) -> list[str]:
         plugin.process(map(steps, subjects))
     finally:
         plugin.close()
-    for line in failed:
+    for line in sorted(failed, key=natural_key):
         LOGGER.error(line)
     LOGGER.info("%d report(s) written to %s", len(subjects) - len(failed), config.output_dir)
     return failed
