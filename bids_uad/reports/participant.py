@@ -380,7 +380,6 @@ def _write_detection(
             scores,
             title=f"{detection.title} on {image.name}",
             threshold=finding.threshold,
-            threshold_name=finding.threshold_source,
             components=labels,
             lesion=lesion,
         )

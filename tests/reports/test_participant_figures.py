@@ -228,7 +228,6 @@ def test_overlay_shows_the_finding_on_its_side(tmp_path):
         scores,
         title="Detector <on> T1w",
         threshold=0.5,
-        threshold_name="max_dice",
         components=(scores > 0.5).astype(np.int32),
         lesion=scores > 0.5,
     )
@@ -236,9 +235,16 @@ def test_overlay_shows_the_finding_on_its_side(tmp_path):
     text = path.read_text()
     root = ElementTree.fromstring(text)  # noqa: S314 - written one line above
     assert "Detector <on> T1w" in [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "Neurological convention" in text
-    assert "max_dice" in text
-    assert "lesion (ground truth)" in text
+    # Entries of the legend do not overlap: letters are at most 7 pixels wide on average.
+    lowest = max(float(element.get("y")) for element in root.iter("{http://www.w3.org/2000/svg}text"))
+    words = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if float(e.get("y")) == lowest]
+    threshold, lesion, convention = sorted(words, key=lambda element: float(element.get("x")))
+    assert threshold.text == "fixed threshold \N{GREEK SMALL LETTER TAU} = 0.5"
+    assert lesion.text == "lesion (ground truth)"
+    assert convention.text.startswith("Neurological convention")
+    assert float(threshold.get("x")) + 7 * len(threshold.text) < float(lesion.get("x"))
+    start = float(convention.get("x")) - 7 * len(convention.text)
+    assert float(lesion.get("x")) + 7 * len(lesion.text) < start
     three_planes = next(image for image in _images(text) if image.mode == "P")
     alpha = np.asarray(three_planes.convert("RGBA"))[..., 3]
     axial = alpha[:, : alpha.shape[1] * 50 // 180]  # the first of three planes
@@ -252,7 +258,7 @@ def test_overlay_without_threshold(tmp_path):
     brain[3:17, 3:19, 3:21] = True
     scores = np.random.default_rng(0).random(brain.shape).astype(np.float32)
     scan = Volume(brain.astype(np.float32), np.eye(4))
-    path = draw_overlay(tmp_path / "o.svg", scan, brain, scores, title="t", threshold=None, threshold_name="")
+    path = draw_overlay(tmp_path / "o.svg", scan, brain, scores, title="t", threshold=None)
     assert "threshold" not in path.read_text()
 
 

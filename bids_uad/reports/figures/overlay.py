@@ -110,7 +110,6 @@ def draw_overlay(
     *,
     title: str,
     threshold: float | None,
-    threshold_name: str,
     components: np.ndarray | None = None,
     lesion: np.ndarray | None = None,
 ) -> Path:
@@ -130,8 +129,6 @@ def draw_overlay(
         Title of the figure.
     threshold : float or None
         Fixed threshold, whose contour is drawn.
-    threshold_name : str
-        How it was fixed, in words.
     components : numpy.ndarray of int, optional
         Labels of the components above the threshold.
     lesion : numpy.ndarray of bool, optional
@@ -166,7 +163,9 @@ def draw_overlay(
     if threshold is not None:
         for grid, width in ((upper, 1.7), (lower, 1.25)):
             canvas.lines(grid.contours(heat, threshold), THRESHOLD_COLOUR, width)
-        entries.append((THRESHOLD_COLOUR, "", f"fixed threshold ({threshold_name})"))
+        entries.append(
+            (THRESHOLD_COLOUR, "", f"fixed threshold \N{GREEK SMALL LETTER TAU} = {threshold:.3g}")
+        )
     if lesion is not None:
         for grid, width in ((upper, 1.7), (lower, 1.25)):
             canvas.lines(grid.contours(lesion[box]), LESION_COLOUR, width)
