@@ -7,15 +7,15 @@ average precision over lesion scans, share of healthy brains above the threshold
 the differences to the reference with 95 % bootstrap intervals over participants. Variants that were trained
 before are not trained again.
 
-``python -m benchmarks.ablations VALIDATION --trained BUNDLE`` applies one trained model instead, with and
-without the inputs that its training leaves out at random, and writes
-``benchmarks/results/inputs-<modality>.tsv``.
+``python -m benchmarks.ablations VALIDATION --trained BUNDLE [OTHER ...]`` applies trained models instead: the
+first one with and without coordinates and tissue priors, which its training leaves out at random, and the
+others. It writes ``benchmarks/results/trained-<modality>.tsv``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +48,6 @@ RESULTS = Path(__file__).parent / "results"
 SLICE_STEP = 3
 """Every third slice of a validation scan is scored."""
 N_BINS = 1000
-LEFT_OUT = {
-    "all inputs": (),
-    "no mirror image": ("mirror",),
-    "no coordinates and priors": ("place",),
-    "neither": ("mirror", "place"),
-}
-"""Inputs that are left out of a trained model: those with a dropout in training."""
 
 
 def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
@@ -68,7 +61,6 @@ def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
     return {
         "reference": reference,
         "single slice": replace(reference, neighbours=0),
-        "no mirror image": replace(reference, mirror=False),
         "no coordinates and priors": replace(reference, place=False),
         "no isointense masses": lesions(mass_prob=0.0),
         "no shapes of real lesions": lesions(real_shape_prob=0.0),
@@ -114,7 +106,7 @@ def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argpar
 
 @torch.inference_mode()
 def score_slices(
-    detector: PLS, scan: PreprocessedScan, left_out: Collection[str] = ()
+    detector: PLS, scan: PreprocessedScan, *, place: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every third slice of a scan.
 
@@ -124,8 +116,8 @@ def score_slices(
         Detector.
     scan : PreprocessedScan
         Scan.
-    left_out : collection of str, default=()
-        Inputs that are 0, as in training: ``mirror``, ``place``.
+    place : bool, default=True
+        Whether coordinates and tissue priors are given; otherwise they are 0, as in a part of the training.
 
     Returns
     -------
@@ -144,12 +136,9 @@ def score_slices(
     scores, labels = [], []
     for start in range(0, len(numbers), 8):
         now = numbers[start : start + 8]
-        inputs = detector.inputs(slices, inside, now, field.rows, field.columns)
+        inputs = detector.inputs(slices, now, field.rows, field.columns)
         count = detector.hyper.intensity_channels
-        if "mirror" in left_out:
-            inputs[:, count - 1] = 0
-        if "place" in left_out:
-            inputs[:, count:] = 0
+        inputs[:, count:] *= place
         mask = field.cut(inside)[now, None]
         found = detector.score(inputs, mask, SliceGenerator.of_slices("", 0, now, inputs.device))
         scores.append(found[mask])
@@ -157,7 +146,7 @@ def score_slices(
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 
-def evaluate(detector: PLS, scans: list[PreprocessedScan], left_out: Collection[str] = ()) -> pd.DataFrame:
+def evaluate(detector: PLS, scans: list[PreprocessedScan], *, place: bool = True) -> pd.DataFrame:
     """Evaluate a detector.
 
     Parameters
@@ -166,7 +155,7 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan], left_out: Collection[
         Detector.
     scans : list of PreprocessedScan
         Validation scans; those without a lesion mask are healthy.
-    left_out : collection of str, default=()
+    place : bool, default=True
         As of :func:`score_slices`.
 
     Returns
@@ -178,7 +167,7 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan], left_out: Collection[
     rows, histograms = [], []
     with in_precision(detector, "bf16"):
         for scan in scans:
-            scores, lesion = score_slices(detector, scan, left_out)
+            scores, lesion = score_slices(detector, scan, place=place)
             bins = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
             counts = [np.bincount(bins[part], minlength=N_BINS) for part in (~lesion, lesion)]
             histograms.append(counts)
@@ -207,11 +196,13 @@ def summarise(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, float | str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and evaluate all variants, or evaluate a trained model with fewer inputs."""
+    """Train and evaluate all variants, or evaluate a trained model with and without its place."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("validation", type=Path, help="preprocessed healthy and lesion scans")
     parser.add_argument("train", nargs="*", type=Path, help="datasets of preprocessed healthy scans")
-    parser.add_argument("--trained", type=Path, metavar="BUNDLE", help="evaluate this model instead")
+    parser.add_argument(
+        "--trained", nargs="+", type=Path, metavar="BUNDLE", help="evaluate these models instead"
+    )
     parser.add_argument("--modality", choices=MODALITIES, default="T2w", help="contrast (default T2w)")
     parser.add_argument("--preset", choices=tuple(PLS.presets), default="default", help="reference")
     parser.add_argument("--start", type=Path, help="bundle with the initial weights (default: random)")
@@ -234,10 +225,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(markdown(table), flush=True)
 
     if args.trained:
-        detector = Execution().prepare(load_detector(load_bundle(args.trained)))
-        for name, left_out in LEFT_OUT.items():
-            tables[name] = evaluate(detector, validation, left_out)
-            write("inputs")
+        for path in args.trained:
+            detector = Execution().prepare(load_detector(load_bundle(path)))
+            tables[str(path)] = evaluate(detector, validation)
+            if path == args.trained[0]:
+                tables[f"{path}, no coordinates and priors"] = evaluate(detector, validation, place=False)
+        write("trained")
         return
     scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
     training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]

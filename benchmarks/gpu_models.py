@@ -26,7 +26,7 @@ from benchmarks.scan import read
 from bids_uad.cli.main import main as bids_uad
 from bids_uad.dataset.participants import read_participants
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
-from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector, save_bundle
+from bids_uad.engine.bundle import Bundle, load_bundle, load_detector
 from bids_uad.engine.execution import Execution, resolve_device, resolve_precision
 from bids_uad.engine.inference import anomaly_map
 from bids_uad.files import read_json, write_json
@@ -180,23 +180,6 @@ def seconds_per_scan(bundle: Bundle, scan: PreprocessedScan, device: torch.devic
     return seconds + CPU_SECONDS.get(bundle.detector, OTHER_CPU_SECONDS)
 
 
-def pack(folder: Path) -> None:
-    """Store the weights of a trained bundle as float16 if it is larger than `MAX_BYTES` otherwise."""
-    if (folder / WEIGHTS).stat().st_size + NORMATIVE_BYTES <= MAX_BYTES:
-        return
-    bundle = load_bundle(folder)
-    save_bundle(
-        folder,
-        load_detector(bundle),
-        preset=bundle.preset,
-        modality=bundle.modality,
-        training=bundle.info["training"],
-        card=(folder / "MODEL_CARD.md").read_text(encoding="utf-8"),
-        changed=bundle.info["changed"],
-        half=True,
-    )
-
-
 class Models:
     """Models of a command, and what was done for each.
 
@@ -252,7 +235,7 @@ class Models:
         return time.perf_counter() - start
 
     def check(self, detector: str, modality: str) -> int:
-        """Check that a model can be packed; return the steps of its preset.
+        """Check the size of a model; return the steps of its preset.
 
         Raises
         ------
@@ -290,7 +273,7 @@ class Models:
         return plan
 
     def make(self, detector: str, modality: str, seconds: float) -> None:
-        """Train, pack and calibrate a model, unless that was done.
+        """Train and calibrate a model, unless that was done.
 
         Raises
         ------
@@ -307,7 +290,6 @@ class Models:
             raise ValueError(f"{seconds:.0f} s do not suffice")
         if not known.get("trained"):
             self.train(args.output, detector, modality, plan.steps)
-            pack(folder)
             self.note(name, trained=True)
         if not plan.scans:
             self.note(name, complete=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bids_uad.engine.bundle import Bundle, load_bundle, load_detector, save_bundle
 from bids_uad.errors import ModelError
+from bids_uad.training.model_card import VALIDATION
 
 
 def mean_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def interpolate(before: Path, after: Path, out: Path) -> Bundle:
     Parameters
     ----------
     before, after : pathlib.Path
-        Bundles of the same network, in single precision.
+        Bundles of the same network.
     out : pathlib.Path
         New bundle, with the description and the model card of `after`.
 
@@ -69,18 +70,20 @@ def interpolate(before: Path, after: Path, out: Path) -> Bundle:
     detector = load_detector(second)
     weights = mean_weights(load_detector(first).state_dict(), detector.state_dict())
     detector.load_state_dict(weights)
-    card = (after / "MODEL_CARD.md").read_text()
-    note = f"- Weights: mean of those after this training and of {first.name} (SHA-256 {first.sha256[:12]})\n"
-    command = "    python -m benchmarks.interpolate BEFORE AFTER OUT\n"
+    card, *_ = (after / "MODEL_CARD.md").read_text(encoding="utf-8").partition(VALIDATION)
+    note = f"""
+## Mean of weights
+
+The weights are the mean of those after this training and those of {first.name}
+(SHA-256 {first.sha256[:12]}), by `python -m benchmarks.interpolate`.
+"""
     return save_bundle(
         out,
         detector,
         preset=second.info["preset"],
         modality=second.modality,
         training={**second.info["training"], "mean_with": {"bundle": first.name, "sha256": first.sha256}},
-        card=card.replace("\n- name ", f"{note}\n- name ", 1).replace(
-            "    bids_uad calibrate", f"{command}    bids_uad calibrate", 1
-        ),
+        card=card + note,
         changed=second.info["changed"],
     )
 

@@ -38,7 +38,9 @@ def test_evaluation_equals_scikit_learn(monkeypatch):
         for name, lesion in lesions.items()
     }
     monkeypatch.setattr(
-        ablations, "score_slices", lambda detector, scan, _: (scores[scan.subject], lesions[scan.subject])
+        ablations,
+        "score_slices",
+        lambda detector, scan, place: (scores[scan.subject], lesions[scan.subject]),
     )
     scans = [PreprocessedScan(name, None, None, None, None) for name in lesions]
     table = ablations.evaluate(PLS(PLS.presets["lite"]), scans).set_index("participant_id")
@@ -90,17 +92,33 @@ def test_scores_are_those_of_every_third_slice(tmp_path):
     scores, labels = ablations.score_slices(detector, scan)
     assert len(scores) == len(labels) == 2 * 40 * 40  # slices 60 and 63
     assert labels.sum() == lesion[:, :, [60, 63]].sum()
-    # The network is given the channels as in training: the mirror image is 0 before it is scaled to [-1, 1].
+    # Coordinates and tissue priors are 0 as in the training slices from which they are left out.
     seen = []
     detector.score = lambda inputs, mask, generator: seen.append(inputs) or inputs[:, :1]
-    for left_out in ablations.LEFT_OUT.values():
-        ablations.score_slices(detector, scan, left_out)
+    for place in (True, False):
+        ablations.score_slices(detector, scan, place=place)
     count = detector.hyper.intensity_channels
-    whole, no_mirror, no_place, neither = seen
-    assert whole[:, count - 1].any()
+    whole, no_place = seen
     assert whole[:, count:].any()
-    assert not no_mirror[:, count - 1].any()
-    assert torch.equal(no_mirror[:, count:], whole[:, count:])
+    assert not no_place[:, count:].any()
     assert torch.equal(no_place[:, :count], whole[:, :count])
-    assert not neither[:, count - 1 :].any()
-    assert torch.equal(neither[:, : count - 1], whole[:, : count - 1])
+
+
+def test_trained_models_are_compared_with_the_first(tmp_path, monkeypatch):
+    """The first one is evaluated without its place as well; average precisions are made up."""
+    precisions = {("a", True): 0.5, ("a", False): 0.4, ("b", True): 0.7}
+
+    def evaluate(detector, scans, *, place=True):
+        names = [f"sub-{k}" for k in range(3)]
+        return pd.DataFrame({"participant_id": names, "ap": precisions[detector, place], "marked": np.nan})
+
+    monkeypatch.setattr(ablations, "find_preprocessed", lambda folder, modality: [])
+    monkeypatch.setattr(ablations, "load_bundle", lambda path: path.name)
+    monkeypatch.setattr(ablations, "load_detector", lambda bundle: bundle)
+    monkeypatch.setattr(ablations.Execution, "prepare", lambda self, detector: detector)
+    monkeypatch.setattr(ablations, "evaluate", evaluate)
+    table = tmp_path / "trained.tsv"
+    ablations.main([str(tmp_path), "--trained", "models/a", "models/b", "--output", str(table)])
+    found = pd.read_csv(table, sep="\t").set_index("variant")
+    assert list(found.index) == ["models/a", "models/a, no coordinates and priors", "models/b"]
+    assert found["ap difference"].tolist() == pytest.approx([0, -0.1, 0.2])

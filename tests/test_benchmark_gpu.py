@@ -121,7 +121,7 @@ def test_time_of_a_model_is_divided_between_training_and_calibration(options, st
 
 
 @pytest.mark.parametrize("detector", ["pls", "disyre", "andi"])
-def test_default_models_can_be_packed(tmp_path, monkeypatch, detector):
+def test_default_models_are_small_enough(tmp_path, monkeypatch, detector):
     args = SimpleNamespace(device="cpu", output=tmp_path, preset="default", hyper=[])
     models = gpu_models.Models(args, [])
     assert models.check(detector, "T2w") >= 4000

@@ -685,9 +685,10 @@ def save_bundle(
     training: dict[str, Any],
     card: str,
     changed: Sequence[str] = (),
-    half: bool | None = None,
 ) -> Bundle:
     """Write a trained detector as a bundle; calibration uses the stored weights.
+
+    Weights are stored as float16, but those of preset ``paper`` in single precision.
 
     Parameters
     ----------
@@ -705,8 +706,6 @@ def save_bundle(
         Text of ``MODEL_CARD.md``.
     changed : sequence of str, default=()
         Names of the hyper-parameters that the user has changed.
-    half : bool, optional
-        Whether weights are stored as float16; by default those of preset ``lite``, to keep the package small.
 
     Returns
     -------
@@ -723,7 +722,7 @@ def save_bundle(
         raise ModelError(
             f"{truncate_list(wrong, 3)}: NaN or infinite after training; {folder} is not written"
         )
-    if preset == "lite" if half is None else half:
+    if preset != "paper":
         tensors = {key: _to_half(key, value) for key, value in tensors.items()}
     remove_unfinished(folder)
     targets = [folder / name for name in (WEIGHTS, "MODEL_CARD.md", "bundle.json")]

@@ -128,7 +128,7 @@ def _add_scores(
     while todo:
         now = todo[:batch_size]
         mask = field.cut(inside)[now, None].to(device)
-        x = detector.inputs(slices, inside, now, field.rows, field.columns)
+        x = detector.inputs(slices, now, field.rows, field.columns)
         x = x.to(device).contiguous(memory_format=torch.channels_last)
         if execution.measures_memory(device, batch_size):
             torch.cuda.reset_peak_memory_stats(device)

@@ -286,17 +286,13 @@ class Detector(nn.Module, ABC):
         """Return the hyper-parameters as plain values, for ``bundle.json``."""
         return asdict(self.hyper)
 
-    def inputs(
-        self, slices: Tensor, brain: Tensor, numbers: Sequence[int], rows: slice, columns: slice
-    ) -> Tensor:
+    def inputs(self, slices: Tensor, numbers: Sequence[int], rows: slice, columns: slice) -> Tensor:
         """Return the input channels of some slices of a scan, by default their intensities.
 
         Parameters
         ----------
         slices : Tensor, shape (155, 224, 224)
-            Intensities of all slices.
-        brain : Tensor of bool, shape (155, 224, 224)
-            Brain mask.
+            Intensities of all slices, 0 outside the brain.
         numbers : sequence of int
             Slices whose channels are returned.
         rows, columns : slice

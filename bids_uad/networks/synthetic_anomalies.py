@@ -697,9 +697,7 @@ def vary_intensity(images: Tensor, brain: Tensor, config: AugmentationConfig, ge
     return x.clamp(0, 1) * brain
 
 
-def vary_intensities(
-    slices: Tensor, probability: float, fine_bias: float, generator: Generator, *, mirrored: bool
-) -> Tensor:
+def vary_intensities(slices: Tensor, probability: float, fine_bias: float, generator: Generator) -> Tensor:
     """Vary contrast, bias field, brightness, gamma, noise and sharpness; neighbouring slices alike.
 
     Contrast is also reduced, since spin-echo T1w scans have a third of the contrast between grey and white
@@ -715,8 +713,6 @@ def vary_intensities(
         Largest standard deviation of the logarithm of the fine bias field.
     generator : torch.Generator
         Draws the changes.
-    mirrored : bool
-        Whether the last channel is mirrored (along H), so that the mirrored bias field applies to it.
 
     Returns
     -------
@@ -740,11 +736,7 @@ def vary_intensities(
         draw(0, strength) * smooth_random_field(batch, periods, (height, width), generator)
         for strength, periods in ((0.12, 2), (fine_bias, 8))
     ]
-    bias = sum(fields).exp()
-    bias = bias.expand(-1, channels - mirrored, -1, -1)
-    if mirrored:
-        bias = torch.cat([bias, bias[:, :1].flip(-2)], 1)
-    x = (x * bias).clamp(0, 1)
+    x = (x * sum(fields).exp()).clamp(0, 1)
     x = torch.where(selected(), x * draw(0.9, 1.1), x).clamp(0, 1)
     x = torch.where(selected(), x ** gamma(), x)
     x = torch.where(selected(), 1 - (1 - x) ** gamma(), x)

@@ -312,7 +312,7 @@ class _PaintedSlices(_Slices):
         parts = []
         for number, at in pairs.tolist():
             scan = scans[number]
-            inputs = self.detector.inputs(scan.slices, scan.brain, [at], window.rows, window.columns)
+            inputs = self.detector.inputs(scan.slices, [at], window.rows, window.columns)
             others = (window.cut(part[[at], None]) for part in (scan.brain, scan.target, scan.weight))
             parts.append((inputs, *others))
         inputs, brain, target, weight = (

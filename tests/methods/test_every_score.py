@@ -32,7 +32,7 @@ def shown(detector) -> tuple[Tensor, Tensor]:
     """Inputs of the slices of the phantom and their brain masks, cut as by the engine."""
     field = default_field(detector.field_of_view)
     volume, brain = (torch.from_numpy(to_slices(part).copy()) for part in phantom(FIRST, LAST))
-    inputs = detector.inputs(volume.clamp(0, 1), brain, range(FIRST, LAST), field.rows, field.columns)
+    inputs = detector.inputs(volume.clamp(0, 1), range(FIRST, LAST), field.rows, field.columns)
     return inputs.contiguous(), field.cut(brain[FIRST:LAST, None]).contiguous()
 
 

@@ -223,9 +223,7 @@ ILLEGAL: dict[type, dict[str, list[Any]]] = {
         "network": [None],
         "field_of_view": [(162, 192), *FIELD],
         "neighbours": [-1, 1.5],
-        "mirror": [None, 1],
         "place": ["yes"],
-        "mirror_dropout": [1.1],
         "place_dropout": [-0.1],
         "painting": [None, {}],
         "intensity": [1.5],
@@ -405,7 +403,7 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
         "patchcore": {"neighbourhood": 27, "bank_size": 1, "candidates": 1, "projection_dim": 1,
                       "bank_slices": 1},
         "fae": {"training_window": 55, "scoring_window": 55, "dropout": 0.0, "widths": (1, 1, 1, 1)},
-        "pls": {"neighbours": 0, "mirror_dropout": 1.0, "place_dropout": 1.0, "intensity": 1.0,
+        "pls": {"neighbours": 0, "place_dropout": 1.0, "intensity": 1.0,
                 "fine_bias_strength": 0.0, "tversky_weight": 5.0, "field_of_view": (32, 32)},
         "intensity": {"slices": 1},
     }  # fmt: skip
@@ -424,7 +422,7 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
         else:
             painted = batch_for(stage, detector, batch.slices, brain, batch.tissue)
             assert stage.loss(painted, generator).isfinite()
-    inputs = detector.inputs(batch.slices[:, 0], brain[:, 0], [0, 1], slice(0, height), slice(0, width))
+    inputs = detector.inputs(batch.slices[:, 0], [0, 1], slice(0, height), slice(0, width))
     with torch.no_grad():
         scores = detector.eval().score(inputs, brain, SliceGenerator(torch.arange(2)))
     assert scores.isfinite().all()

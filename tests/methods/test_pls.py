@@ -63,46 +63,17 @@ def painted_batch(count=4, hyper=SMALL):
 class TestInputs:
     def test_slices_come_from_below_to_above_and_are_repeated_at_the_border(self):
         slices = (torch.arange(GRID[0]) / 200)[:, None, None].expand(GRID)
-        channels = PLS(SMALL).inputs(slices, slices >= 0, [80, 1, 154], WHOLE, WHOLE)[:, :5, 0, 0]
+        channels = PLS(SMALL).inputs(slices, [80, 1, 154], WHOLE, WHOLE)[:, :5, 0, 0]
         expected = [[78, 79, 80, 81, 82], [0, 0, 1, 2, 3], [152, 153, 154, 154, 154]]
         torch.testing.assert_close(channels * 200, torch.tensor(expected).float(), atol=1e-4, rtol=0)
 
     def test_numbers_and_window_select_a_part_of_all_channels(self):
         slices = torch.rand(GRID, generator=seeded())
-        brain = slices > 0.3
         detector = PLS(SMALL)
-        some = detector.inputs(slices, brain, [70, 90], slice(20, 84), slice(30, 94))
-        whole = detector.inputs(slices, brain, range(60, 95), WHOLE, WHOLE)
-        assert some.shape == (2, 15, 64, 64)
+        some = detector.inputs(slices, [70, 90], slice(20, 84), slice(30, 94))
+        whole = detector.inputs(slices, range(60, 95), WHOLE, WHOLE)
+        assert some.shape == (2, 14, 64, 64)
         assert torch.equal(some, whole[[10, 30], :, 20:84, 30:94])
-
-    @pytest.mark.parametrize("off", [0, 7, -9])
-    def test_mirror_image_of_a_symmetric_brain_equals_the_slice(self, off):
-        row = torch.arange(space.CROP)
-        distance = (row - 111.5 - off).abs()
-        brain = (distance < 60)[:, None].expand(GRID).clone()
-        brain[:30] = brain[120:] = False
-        pattern = torch.rand(space.CROP, space.CROP, generator=seeded())
-        slices = pattern[distance.floor().long()] * brain
-        inputs = PLS(SMALL).inputs(slices, brain, [70, 71], WHOLE, WHOLE)
-        assert torch.equal(inputs[:, 5], inputs[:, 2])
-        assert inputs[:, 5].any()
-
-    def test_mirror_image_shows_a_landmark_on_the_other_side(self):
-        brain = torch.zeros(GRID, dtype=torch.bool)
-        brain[60:90, 60:164, 40:200] = True  # the middle lies between rows 111 and 112
-        slices = 0.4 * brain
-        slices[75, 80, 100] = 0.9
-        inputs = PLS(SMALL).inputs(slices, brain, [75], WHOLE, WHOLE)[0]
-        assert (inputs[5] > 0.5).nonzero().tolist() == [[143, 100]]
-        assert (inputs[2] > 0.5).nonzero().tolist() == [[80, 100]]
-
-    def test_mirror_image_is_empty_outside_the_slice(self):
-        brain = torch.zeros(GRID, dtype=torch.bool)
-        brain[60:90, 160:220] = True  # the middle is at row 189.5
-        inputs = PLS(SMALL).inputs(0.5 * brain, brain, [75], WHOLE, WHOLE)[0]
-        assert not inputs[5, :156].any()
-        assert (inputs[5, 160:220] == 0.5).all()
 
     @pytest.mark.parametrize("side", [-1, 1])
     @pytest.mark.parametrize("name", ["thalamus", "centrum semiovale", "trigone", "pons", "precuneus"])
@@ -115,9 +86,9 @@ class TestInputs:
         volume[voxel] = 1
         slices = torch.from_numpy(space.to_slices(volume).copy())
         number, row, column = map(int, slices.nonzero()[0])
-        inputs = PLS(SMALL).inputs(slices, slices >= 0, [number], WHOLE, WHOLE)[0]
+        inputs = PLS(SMALL).inputs(slices, [number], WHOLE, WHOLE)[0]
         assert inputs[2, row, column] == 1
-        place = inputs[6:, row, column]
+        place = inputs[5:, row, column]
         # The atlas is symmetric about x = -119.5 mm of the grid; y and z run forwards and upwards.
         centre = space.AFFINE @ [119.5, 120.0, 77.5, 1]
         across, along, up = world[:3] - centre[:3]
@@ -126,12 +97,12 @@ class TestInputs:
 
     @pytest.mark.parametrize(
         ("changes", "channels"),
-        [({}, 15), ({"mirror": False}, 14), ({"place": False}, 6), ({"neighbours": 0}, 11)],
+        [({}, 14), ({"place": False}, 5), ({"neighbours": 0}, 10)],
     )
     def test_number_of_channels_is_that_of_the_network(self, changes, channels):
         detector = PLS(replace(SMALL, **changes))
         slices = torch.rand(5, 64, 64)
-        inputs = detector.inputs(slices, slices > 0, [0, 3], slice(0, 64), slice(0, 64))
+        inputs = detector.inputs(slices, [0, 3], slice(0, 64), slice(0, 64))
         assert inputs.shape == (2, channels, 64, 64)
         with torch.no_grad():
             assert detector.network(inputs).shape == (2, 1, 64, 64)
@@ -139,10 +110,10 @@ class TestInputs:
 
 class TestContinueFrom:
     def test_a_network_of_one_slice_continues_with_equal_output(self):
-        single = random_weights(replace(SMALL, neighbours=0, mirror=False, place=False))
+        single = random_weights(replace(SMALL, neighbours=0, place=False))
         detector = random_weights(SMALL, seed=1)
         detector.continue_from(single.state_dict() | {"polarity": torch.ones(())})
-        x = torch.randn(2, 15, 64, 64, generator=seeded())
+        x = torch.randn(2, 14, 64, 64, generator=seeded())
         with torch.no_grad():
             torch.testing.assert_close(detector.network(x), single.network(x[:, 2:3]), atol=1e-5, rtol=1e-5)
             assert single.network(x[:, 2:3]).std() > 0.1
@@ -180,7 +151,7 @@ def test_stage_paints_with_the_shapes_of_the_detector(monkeypatch):
 
 
 @pytest.mark.parametrize("tversky", [0.0, 0.7])
-@pytest.mark.parametrize("changes", [{}, {"mirror": False}, {"place": False, "mirror_dropout": 1.0}])
+@pytest.mark.parametrize("changes", [{}, {"place": False}, {"place_dropout": 1.0}])
 def test_loss_is_the_weighted_cross_entropy_with_the_target(changes, tversky):
     """The steps are repeated with the same seed; cross-entropy and weighted mean are NumPy's and SciPy's."""
     hyper = replace(SMALL, tversky_weight=tversky, **changes)
@@ -197,12 +168,10 @@ def test_loss_is_the_weighted_cross_entropy_with_the_target(changes, tversky):
 
     count, generator = hyper.intensity_channels, seeded()
     clean, place = batch.inputs[:, :count], batch.inputs[:, count:]
-    varied = vary_intensities(clean, 0.5, hyper.fine_bias_strength, generator, mirrored=hyper.mirror)
+    varied = vary_intensities(clean, 0.5, hyper.fine_bias_strength, generator)
     varied = varied * (clean > 0)
-    drops = [torch.rand((len(clean), 1, 1, 1), generator=generator) for _ in range(1 + hyper.mirror)]
-    if hyper.mirror:
-        varied[:, -1:] *= drops[0] >= hyper.mirror_dropout
-    expected = torch.cat([2 * varied - 1, place * (drops[-1] >= hyper.place_dropout)], 1)
+    drop = torch.rand((len(clean), 1, 1, 1), generator=generator)
+    expected = torch.cat([2 * varied - 1, place * (drop >= hyper.place_dropout)], 1)
     torch.testing.assert_close(seen[0], expected, atol=1e-6, rtol=0)
 
     p, target, weight = (
@@ -217,16 +186,15 @@ def test_loss_is_the_weighted_cross_entropy_with_the_target(changes, tversky):
     assert loss == pytest.approx(reference, rel=1e-5)
 
 
-def test_dropout_leaves_out_the_mirror_image_or_the_place():
-    hyper = replace(SMALL, mirror_dropout=0.4, place_dropout=0.3)
+def test_dropout_leaves_out_the_place():
+    hyper = replace(SMALL, place_dropout=0.3)
     detector = PLS(hyper)
     seen = []
     detector.network.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         detector.loss(painted_batch(200), seeded())
     (x,) = seen
-    assert (x[:, 5] == -1).flatten(1).all(1).float().mean() == pytest.approx(0.4, abs=0.12)
-    assert (x[:, 6:] == 0).flatten(1).all(1).float().mean() == pytest.approx(0.3, abs=0.11)
+    assert (x[:, 5:] == 0).flatten(1).all(1).float().mean() == pytest.approx(0.3, abs=0.11)
     assert (x[:, :5] > -1).flatten(1).any(1).all()
 
 
@@ -247,21 +215,17 @@ def test_tversky_loss_weighs_missed_and_false_pixels():
 
 
 class TestIntensities:
-    def test_neighbouring_slices_are_varied_alike_and_the_mirror_image_in_mirror_image(self):
-        one = torch.rand(6, 1, 40, 48, generator=seeded())
-        symmetric = (one + one.flip(-2)) / 2
-        channels = symmetric.expand(-1, 4, -1, -1)
-        varied = vary_intensities(channels, 0.0, 0.06, seeded(3), mirrored=True)
-        assert torch.equal(varied[:, 0], varied[:, 2])
-        torch.testing.assert_close(varied[:, 3], varied[:, 0].flip(-2))
-        assert not torch.allclose(varied[:, 3], varied[:, 0], atol=1e-2)
-        plain = vary_intensities(channels, 0.0, 0.06, seeded(3), mirrored=False)
-        assert torch.equal(plain[:, 3], plain[:, 0])
+    def test_neighbouring_slices_are_varied_alike(self):
+        channels = torch.rand(6, 1, 40, 48, generator=seeded()).expand(-1, 4, -1, -1)
+        varied = vary_intensities(channels, 0.0, 0.06, seeded(3))
+        for channel in range(1, 4):
+            assert torch.equal(varied[:, channel], varied[:, 0])
+        assert not torch.allclose(varied, channels, atol=1e-2)
 
     @pytest.mark.parametrize("fine", [0.0, 0.2])
     def test_bias_field_multiplies_by_a_smooth_field(self, fine):
         flat = torch.full((60, 1, 64, 64), 0.4)
-        varied = vary_intensities(flat, 0.0, fine, seeded(), mirrored=False)
+        varied = vary_intensities(flat, 0.0, fine, seeded())
         log_bias = (varied / varied.mean((2, 3), keepdim=True)).log()
         spread = log_bias.std((1, 2, 3))
         assert spread.max() < 0.3 + fine
@@ -271,12 +235,12 @@ class TestIntensities:
 
     def test_each_change_has_its_probability(self):
         images = torch.rand(300, 1, 16, 16, generator=seeded()) * 0.5 + 0.2
-        shaded = vary_intensities(images, 0.0, 0.0, seeded(), mirrored=False)
-        always = vary_intensities(images, 1.0, 0.0, seeded(), mirrored=False)
+        shaded = vary_intensities(images, 0.0, 0.0, seeded())
+        always = vary_intensities(images, 1.0, 0.0, seeded())
         assert 0 <= always.min() <= always.max() <= 1
         changed = ((always - shaded).abs() > 1e-4).flatten(1).any(1)
         assert changed.float().mean() > 0.95
-        seldom = vary_intensities(images, 0.1, 0.0, seeded(), mirrored=False)
+        seldom = vary_intensities(images, 0.1, 0.0, seeded())
         # None of six changes: 0.9^6 = 0.53.
         same = ((seldom - shaded).abs() < 1e-6).flatten(1).all(1).float().mean()
         assert float(same) == pytest.approx(0.53, abs=0.1)
@@ -318,7 +282,7 @@ def test_score_is_the_mean_probability_of_a_slice_and_its_mirror_image():
     brain = torch.zeros(2, 1, 160, 192, dtype=torch.bool)
     brain[..., 20:130, 30:150] = True
     scaled = x.clone()
-    scaled[:, :6] = 2 * x[:, :6] - 1  # coordinates and priors are not scaled
+    scaled[:, :5] = 2 * x[:, :5] - 1  # coordinates and priors are not scaled
     with torch.inference_mode():
         score = detector.score(x, brain, []).numpy()
         # Left and right lie along the rows.
@@ -343,7 +307,7 @@ def test_scores_of_a_volume_are_those_of_its_slices():
     scores = torch.zeros(GRID)
     with torch.inference_mode():
         for number in range(70, 76):
-            x = detector.inputs(slices, inside, [number], field.rows, field.columns)
+            x = detector.inputs(slices, [number], field.rows, field.columns)
             mask = field.cut(inside)[number, None, None]
             field.cut(scores)[number] = detector.score(x, mask, [])[0, 0]
     expected = space.from_slices(masked_median(scores, inside).numpy())

@@ -16,6 +16,7 @@ from bids_uad.methods.base import Scan
 from bids_uad.methods.pls.painting import (
     FLUID,
     GREY,
+    VENTRICLE_PRIOR,
     WHITE,
     HealthyConfig,
     LesionConfig,
@@ -27,12 +28,14 @@ from bids_uad.methods.pls.painting import (
     _add_rim_artifacts,
     _add_strip_remnant,
     _change_nuclei,
+    _change_ventricle_rim,
     _cut_edge,
     _LargeLesion,
     _Lesions,
     _Plan,
     _scaled,
     _thick_slices,
+    _vary_regions,
     estimate_tissue,
     paint_scan,
     prior_slices,
@@ -55,7 +58,7 @@ SIMULATED = torch.tensor([1, 1, 2, 3, 4, 5], dtype=torch.uint8)
 """Label of a simulated scan by tissue of the atlas."""
 CLASSES = torch.tensor([0, FLUID, GREY, WHITE, GREY, WHITE], dtype=torch.uint8)
 NOTHING = LesionConfig(healthy_prob=1.0)
-STILL = HealthyConfig(0, *[0.0] * 10)
+STILL = HealthyConfig(0, *[0.0] * 12)
 
 
 def coloured(tissue, contrast, noise=0.02, seed=0):
@@ -83,8 +86,8 @@ def tissue(labels):
 
 
 @pytest.fixture(scope="module")
-def ventricles():
-    return prior_slices()[TISSUES.index("ventricle")][REGION]
+def ventricles(tissue):
+    return (tissue == FLUID) & (prior_slices()[TISSUES.index("ventricle")][REGION] > VENTRICLE_PRIOR)
 
 
 @pytest.fixture(params=CONTRASTS)
@@ -269,7 +272,7 @@ class TestLesions:
         found = []
         for seed in range(400):
             empty = torch.zeros(before.shape)
-            lesions = typical(_Lesions(before, empty > 0, empty, empty, levels, seeded(seed)))
+            lesions = typical(_Lesions(before, empty > 0, empty, empty > 0, levels, seeded(seed)))
             found.append(float(lesions._lesion_level(before)[0, 0, 0]))
         other = levels.white if contrast == "T2w" else levels.grey
         share = (np.array(found) - other) / (pure_fluid - other)
@@ -368,8 +371,7 @@ class TestLesions:
         lesions = typical(lesions_in(tissue, ventricles, contrast, seed=3))
         lesions.paint(_Plan((), 0, band=True), LesionConfig(), [])
         band = (lesions.target > 0.5 * lesions.target.max()).numpy()
-        fluid = ((tissue == FLUID) & (ventricles > 0.1)).numpy()
-        distance = ndimage.distance_transform_edt(~fluid)[band]
+        distance = ndimage.distance_transform_edt(~ventricles.numpy())[band]
         assert band.sum() > 200
         assert (tissue.numpy()[band] == WHITE).mean() > 0.8
         # The edge lies where a Gaussian of at most 5 mm has fallen to 0.16 times a factor.
@@ -534,6 +536,38 @@ class TestHealthyVariation:
         sizes = np.bincount(ndimage.label(strong.numpy(), np.ones((3, 3, 3)))[0].ravel())[1:]
         assert len(sizes) > 2
         assert np.median(sizes) < 80
+
+    def test_grey_and_white_matter_vary_between_regions(self, padded, contrast):
+        """Smoothly, and by a standard deviation that is uniform up to a fifth of their difference."""
+        flat, levels = coloured(padded, contrast, noise=0), LEVELS[contrast]
+        deep = ndimage.binary_erosion(padded.numpy() == WHITE, iterations=3)
+        elsewhere = ndimage.distance_transform_edt(padded.numpy() < GREY) > 4
+        assert elsewhere.any()
+        deviations = []
+        for seed in range(60):
+            change = (_vary_regions(flat, padded, levels, seeded(seed)) - flat).numpy()
+            steps = np.abs(np.diff(change, axis=1))[deep[:, 1:] & deep[:, :-1]]
+            assert steps.max() < 0.25 * np.abs(change[deep]).max()
+            assert np.abs(change[elsewhere]).max() < 1e-3
+            deviations.append(np.sqrt(np.square(change[deep]).mean()) / abs(levels.white - levels.grey))
+        assert np.mean(deviations) == pytest.approx(0.1, abs=0.035)
+        assert max(deviations) < 0.5
+
+    def test_ventricle_rim_is_between_white_and_grey_matter(self, padded, ventricles, contrast):
+        flat, levels = coloured(padded, contrast, noise=0), LEVELS[contrast]
+        around = torch.nn.functional.pad(ventricles, (8,) * 6)
+        away = ndimage.distance_transform_edt(~around.numpy())
+        white = padded.numpy() == WHITE
+        amounts = []
+        for seed in range(40):
+            rim = _change_ventricle_rim(flat, padded, around, levels, seeded(seed)) - flat
+            share = (rim / (levels.grey - levels.white)).numpy()
+            assert share.min() > -1e-6
+            assert share[white].max() > 10 * share[white & (away > 12)].max(initial=0)
+            amounts.append(share[white & (away < 2)].max())
+        most = 2 if contrast == "FLAIR" else 0.7
+        assert max(amounts) <= most
+        assert np.mean(amounts) == pytest.approx(most / 2, abs=0.15 * most)
 
 
 class TestAcquisition:

@@ -25,6 +25,5 @@ def batch_for(
     if stage.paint is None:
         return Batch(slices, brain, tissue)
     height, width = slices.shape[-2:]
-    volume = slices[:, 0], brain[:, 0]
-    inputs = detector.inputs(*volume, range(len(slices)), slice(0, height), slice(0, width))
+    inputs = detector.inputs(slices[:, 0], range(len(slices)), slice(0, height), slice(0, width))
     return PaintedBatch(inputs, brain, (slices > 0.5).float() * brain, 1.0 * brain)

@@ -6,7 +6,7 @@ foreign patch interpolation", first published in 2020), where a network predicts
 another image was blended in, and of DRAEM (Zavrtanik et al. 2021, "DRAEM: a discriminatively trained
 reconstruction embedding for surface anomaly detection"), which segments painted textures. Here the lesions
 imitate tumours, strokes and white matter lesions in three dimensions (:mod:`bids_uad.methods.pls.painting`).
-The input of the network is a slice with its neighbours, its mirror image, and its place in the atlas.
+The input of the network is a slice with its neighbours and its place in the atlas.
 """
 
 from __future__ import annotations
@@ -56,12 +56,8 @@ class PLSHyper(Constrained):
         Height and width in pixels of the input, which is part of a slice.
     neighbours : int, default=2
         Neighbouring slices on each side in the input.
-    mirror : bool, default=True
-        Whether the input includes the slice with left and right exchanged about the middle of the brain.
     place : bool, default=True
         Whether the input includes atlas coordinates and tissue priors.
-    mirror_dropout : float, default=0.5
-        Probability that the mirror image of a training slice is left out.
     place_dropout : float, default=0.15
         Probability that coordinates and tissue priors of a training slice are left out.
     painting : PaintingConfig
@@ -86,9 +82,7 @@ class PLSHyper(Constrained):
     network: DDPMppConfig = field(default_factory=lambda: replace(LITE_NETWORK, time_embedding=False))
     field_of_view: FieldOfView = BRAIN_FIELD
     neighbours: CountOrZero = 2
-    mirror: bool = True
     place: bool = True
-    mirror_dropout: Probability = 0.5
     place_dropout: Probability = 0.15
     painting: PaintingConfig = field(default_factory=PaintingConfig)
     intensity: Probability = 0.5
@@ -105,8 +99,8 @@ class PLSHyper(Constrained):
 
     @property
     def intensity_channels(self) -> int:
-        """Number of input channels that are intensities: the slice, its neighbours and its mirror image."""
-        return 2 * self.neighbours + 1 + self.mirror
+        """Number of input channels that are intensities: the slice and its neighbours."""
+        return 2 * self.neighbours + 1
 
 
 class PLS(Detector):
@@ -192,29 +186,25 @@ class PLS(Detector):
         """
         return paint_scan(scan, self.hyper.painting, generator, self.shapes)
 
-    def inputs(
-        self, slices: Tensor, brain: Tensor, numbers: Sequence[int], rows: slice, columns: slice
-    ) -> Tensor:
+    def inputs(self, slices: Tensor, numbers: Sequence[int], rows: slice, columns: slice) -> Tensor:
         """Return the input channels of some slices of a scan.
 
         Parameters
         ----------
-        slices, brain, numbers, rows, columns
+        slices, numbers, rows, columns
             As of :meth:`Detector.inputs`.
 
         Returns
         -------
         Tensor, shape (len(numbers), C, h, w)
             Intensities of the slice and its neighbours from below to above, where the first and last slice of
-            the volume are repeated, and of its mirror image; then the distance from the midline, the
-            coordinates towards the back and the top, and the tissue priors.
+            the volume are repeated; then the distance from the midline, the coordinates towards the back and
+            the top, and the tissue priors.
         """
         index = torch.tensor(list(numbers))
         steps = torch.arange(-self.hyper.neighbours, self.hyper.neighbours + 1)
         around = (index[:, None] + steps).clamp(0, len(slices) - 1)
         channels = [slices[:, rows, columns][around]]
-        if self.hyper.mirror:
-            channels.append(_mirror_image(slices, brain, index, rows, columns)[:, None])
         if self.hyper.place:
             channels += [_coordinates(index, rows, columns)]
             channels += [prior_slices()[:, index, rows, columns].movedim(0, 1).float()]
@@ -240,19 +230,10 @@ class PLS(Detector):
         """
         hyper, inputs = self.hyper, batch.inputs
         count = hyper.intensity_channels
-        intensities = vary_intensities(
-            inputs[:, :count], hyper.intensity, hyper.fine_bias_strength, generator, mirrored=hyper.mirror
-        )
-        intensities = intensities * (inputs[:, :count] > 0)
-
-        def kept(dropout: float) -> Tensor:
-            return uniform((len(inputs), 1, 1, 1), 0.0, 1.0, generator) >= dropout
-
-        parts = [intensities]
-        if hyper.mirror:
-            parts = [intensities[:, :-1], intensities[:, -1:] * kept(hyper.mirror_dropout)]
-        place = inputs[:, count:] * kept(hyper.place_dropout)
-        logits = self.network(torch.cat([2 * torch.cat(parts, 1) - 1, place], 1))
+        clean = inputs[:, :count]
+        intensities = vary_intensities(clean, hyper.intensity, hyper.fine_bias_strength, generator)
+        kept = uniform((len(inputs), 1, 1, 1), 0.0, 1.0, generator) >= hyper.place_dropout
+        logits = self.network(torch.cat([2 * intensities * (clean > 0) - 1, inputs[:, count:] * kept], 1))
         loss = F.binary_cross_entropy_with_logits(logits, batch.target, reduction="none")
         loss = (loss * batch.weight).sum() / batch.weight.sum().clamp_min(1)
         if hyper.tversky_weight:
@@ -268,16 +249,6 @@ class PLS(Detector):
         straight = self.network(x).sigmoid()
         mirrored = self.network(x.flip(-2)).sigmoid().flip(-2)
         return torch.where(brain, (straight + mirrored) / 2, 0.0)
-
-
-def _mirror_image(slices: Tensor, brain: Tensor, index: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Exchange left and right of slices about the middle of the brain; what lies outside the slice is 0."""
-    row = torch.arange(slices.shape[1])
-    counts = brain[::8].sum((0, 2))  # every eighth slice is sufficient
-    middle = (counts * row).sum() / counts.sum() if counts.any() else torch.tensor(MIDLINE)
-    source = (2 * middle - row[rows]).round().long()
-    inside = (source >= 0) & (source < len(row))
-    return slices[index[:, None], source.clamp(0, len(row) - 1)][..., columns] * inside[:, None]
 
 
 def _coordinates(index: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -56,6 +56,8 @@ VENTRICLE_PRIOR = 0.1
 """Prior probability of ventricles from which on fluid is taken for ventricle."""
 MARGIN = 6
 """Voxels around the brain that are processed."""
+OPAQUE = 0.7
+"""Least opacity of lesions that hide the tissue under them."""
 FULL_VISIBILITY = 0.08
 """Mean intensity change of a lesion, relative to the brightest tissue, from which on its weight is full."""
 
@@ -88,7 +90,7 @@ class LesionConfig(Constrained):
         Smallest and largest diameter of a small lesion in mm, drawn log-uniformly.
     white_matter_prob : float, default=0.65
         Probability that a small lesion lies in white matter; otherwise it lies anywhere in the brain.
-    periventricular_prob : float, default=0.4
+    periventricular_prob : float, default=0.3
         Probability of a band of lesions along the ventricles.
     real_shape_prob : float, default=0.5
         Probability that a large lesion has the shape of a real one, if there are any.
@@ -104,7 +106,7 @@ class LesionConfig(Constrained):
     max_small: Count = 40
     small_size: PositiveRange = (2.0, 14.0)
     white_matter_prob: Probability = 0.65
-    periventricular_prob: Probability = 0.4
+    periventricular_prob: Probability = 0.3
     real_shape_prob: Probability = 0.5
 
     def __post_init__(self) -> None:
@@ -135,6 +137,10 @@ class HealthyConfig(Constrained):
         Of flow voids or bright vessels at the edge, and of flow artefacts in fluid.
     perivascular : float, default=0.4
         Of enlarged perivascular spaces.
+    ventricle_rim : float, default=0.5
+        That white matter along the ventricles differs slightly from other white matter.
+    regions : float, default=0.5
+        That intensities of grey and white matter differ between regions.
     shading : float, default=0.5
         That the signal falls or rises towards base and vertex.
     thick_slices : float, default=0.3
@@ -151,6 +157,8 @@ class HealthyConfig(Constrained):
     nuclei: Probability = 0.4
     flow: Probability = 0.4
     perivascular: Probability = 0.4
+    ventricle_rim: Probability = 0.5
+    regions: Probability = 0.5
     shading: Probability = 0.5
     thick_slices: Probability = 0.3
     motion: Probability = 0.1
@@ -275,8 +283,8 @@ def paint_scan(
     image, tissue = _deform(image, tissue * brain, plan, config, generator)
     brain = erode_in_plane(tissue > 0, integer(0, config.healthy.max_erosion, generator))
     levels = Levels.measure(image, tissue)
-    image, brain = _vary_healthy(image, brain, tissue, levels, config.healthy, generator)
-    ventricles = prior_slices()[TISSUES.index("ventricle")][box]
+    ventricles = (tissue == FLUID) & (prior_slices()[TISSUES.index("ventricle")][box] > VENTRICLE_PRIOR)
+    image, brain = _vary_healthy(image, brain, tissue, ventricles, levels, config.healthy, generator)
     lesions = _Lesions(image, brain, tissue, ventricles, levels, generator)
     lesions.paint(plan, config.lesion, shapes)
     painted = _acquire(lesions.image, lesions.levels.contrast, config.healthy, generator)
@@ -418,10 +426,20 @@ def _deform(
 
 
 def _vary_healthy(
-    image: Tensor, brain: Tensor, tissue: Tensor, levels: Levels, config: HealthyConfig, generator: Generator
+    image: Tensor,
+    brain: Tensor,
+    tissue: Tensor,
+    ventricles: Tensor,
+    levels: Levels,
+    config: HealthyConfig,
+    generator: Generator,
 ) -> tuple[Tensor, Tensor]:
     """Apply the variation of healthy scans; return the image and the brain mask."""
     image = image * brain
+    if chance(config.regions, generator):
+        image = _vary_regions(image, tissue, levels, generator)
+    if chance(config.ventricle_rim, generator):
+        image = _change_ventricle_rim(image, tissue, ventricles, levels, generator)
     rim = brain & ~erode_in_plane(brain, 2)
     if chance(config.rim_artifacts, generator):
         image = _add_rim_artifacts(image, rim, levels, generator)
@@ -437,6 +455,29 @@ def _vary_healthy(
     if chance(config.perivascular, generator):
         image = _add_perivascular_spaces(image, tissue, levels, generator)
     return image * brain, brain
+
+
+def _vary_regions(image: Tensor, tissue: Tensor, levels: Levels, generator: Generator) -> Tensor:
+    """Vary grey and white matter between regions, by up to 0.2 times their contrast (standard deviation)."""
+    for label in (GREY, WHITE):
+        amount = uniform(0, 0.2, generator) * (levels.white - levels.grey)
+        change = amount * normal_field(tuple(image.shape), uniform(15, 40, generator), generator)
+        image = image + change * gaussian_smooth((tissue == label).float(), 0.7)
+    return image
+
+
+def _change_ventricle_rim(
+    image: Tensor, tissue: Tensor, ventricles: Tensor, levels: Levels, generator: Generator
+) -> Tensor:
+    """Move a rim of white matter along the ventricles, of varying thickness, towards grey matter.
+
+    In FLAIR scans, rim and caps of healthy people may be brighter than grey matter.
+    """
+    near = gaussian_smooth(ventricles.float(), uniform(0.7, 3, generator))
+    thickness = (0.5 * normal_field(tuple(image.shape), 20.0, generator)).exp()
+    mask = (2 * thickness * near).clamp(0, 1) * gaussian_smooth((tissue == WHITE).float(), 0.7)
+    amount = uniform(0, 2 if levels.contrast == "FLAIR" else 0.7, generator)
+    return image + amount * mask * (levels.grey - levels.white)
 
 
 def _any_level(levels: Levels, generator: Generator) -> float:
@@ -643,7 +684,9 @@ class _Lesions:
             near_white = gaussian_smooth((self.tissue[box] == WHITE).float(), self._uniform(0.5, 1.2))
             mask = mask * (1.6 * near_white).clamp(0, 1)
         # Half of the large lesions are opaque: many gliomas are as bright as fluid throughout in T2w scans.
-        after = self._blend(before, mask, self._lesion_level(before), strongest=self._chance(0.5))
+        after = self._blend(
+            before, mask, self._lesion_level(before), weakest=OPAQUE if self._chance(0.5) else 0.15
+        )
         # A tumour has one core, or two of which one contains the other.
         cores = (
             integer(1, 2, self.generator)
@@ -654,19 +697,19 @@ class _Lesions:
             depth = self._uniform(0.3, 0.8)
             core = ((gaussian_smooth(core, 0.25 * large_lesion.radius) - depth) * 6).clamp(0, 1) * core
             level = self.levels.pure_fluid if large_lesion.kind == "cavity" else self._any_level()
-            after = self._blend(after, core, torch.full_like(before, level), strongest=True)
+            after = self._blend(after, core, torch.full_like(before, level), weakest=OPAQUE)
             mask = torch.maximum(mask, core)
         self._keep(box, mask, after)
 
     def _paint_band(self) -> None:
         """Paint a band of varying thickness along the ventricles."""
-        fluid = ((self.tissue == FLUID) & (self.ventricles > VENTRICLE_PRIOR)).float()
-        near = gaussian_smooth(fluid, self._uniform(1, 5))
+        near = gaussian_smooth(self.ventricles.float(), self._uniform(1, 5))
         # A step edge that is smoothed by a Gaussian falls to 0.16 at one standard deviation from the edge.
-        level = 0.16 * (1.2 * normal_field(tuple(fluid.shape), 20.0, self.generator)).exp()
+        level = 0.16 * (1.2 * normal_field(tuple(near.shape), 20.0, self.generator)).exp()
         mask = gaussian_smooth(((near > level) & (self.tissue == WHITE)).float(), self._uniform(0.3, 1))
         mask = mask * self.brain
-        after = self._blend(self.image, mask, self._lesion_level(self.image))
+        # White matter along the ventricles differs slightly from other white matter in healthy people too.
+        after = self._blend(self.image, mask, self._lesion_level(self.image), weakest=0.4)
         self._keep(Box.whole(self.image), mask, after, small=True)
 
     def _paint_small(self, number: int, config: LesionConfig) -> None:
@@ -704,12 +747,12 @@ class _Lesions:
         other, farthest = (levels.white, 0.45) if levels.contrast == "T2w" else (levels.grey, 0.9)
         return torch.full_like(before, fluid + self._uniform(0, farthest) * (other - fluid))
 
-    def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, strongest: bool = False) -> Tensor:
-        """Blend a level into a mask, with a texture of its own."""
+    def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, weakest: float = 0.15) -> Tensor:
+        """Blend a level into a mask, with a texture of its own and an opacity of at least `weakest`."""
         shape = tuple(before.shape)
         coarse, fine = (normal_field(shape, size, self.generator) for size in (14.0, 4.0))
         level = level + 0.05 * self.levels.top * coarse
-        opacity = self._uniform(0.7, 1) if strongest else self._uniform(0.15, 1)
+        opacity = self._uniform(weakest, 1)
         return before + mask * (opacity * (1 + 0.15 * fine + 0.1 * coarse)).clamp(0, 1) * (level - before)
 
     def _mass(self, before: Tensor, mask: Tensor) -> tuple[Tensor, float]:
