@@ -31,7 +31,7 @@ def test_bundle_has_the_mean_of_both_weights(tmp_path):
     assert bundle.info["training"]["steps"] == 1
     assert bundle.info["training"]["mean_with"]["sha256"] == load_bundle(tmp_path / "before").sha256
     text = (tmp_path / "out" / "MODEL_CARD.md").read_text()
-    assert f"of pls-T1w-paper\n(SHA-256 {load_bundle(tmp_path / 'before').sha256[:12]})" in text
+    assert f"of before\n(SHA-256 {load_bundle(tmp_path / 'before').sha256[:12]})" in text
     assert "- Seed 3" in text
     assert "Results of other weights" not in text
 
