@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import gettempdir
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NUMPY_FULL = "Not enough free space to write"
+"""Message of NumPy, whose error has no number."""
 _STORAGE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
@@ -116,6 +118,8 @@ def storage_error(message: str, folders: Sequence[Path], *, guess: bool = False)
         None if the error has another cause, such as an unreadable input.
     """
     code = next((code for code in _STORAGE if os.strerror(code) in message), None)
+    if code is None and _NUMPY_FULL in message:
+        code = errno.ENOSPC
     if code in (*_FULL, errno.EROFS):
         folders = [*folders, Path(gettempdir())]
     named = [folder for folder in folders if str(folder) in message or repr(str(folder))[1:-1] in message]

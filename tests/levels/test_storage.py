@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bids_uad.cli.main import main
-from bids_uad.errors import StorageError, storage_error
+from bids_uad.errors import StorageError, describe_os_error, storage_error
 from tests.dataset.skeleton import write_dataset
 from tests.levels.fakes import fake_reference
 from tests.levels.interrupted import Bench, Forked, content, difference, stand_ins, target
@@ -292,6 +292,11 @@ def test_a_file_where_the_output_has_a_folder_is_named(bench, tmp_path, capsys, 
 def test_storage_error_names_the_folder_of_a_message(message, folder, code):
     found = storage_error(message, [Path("/out"), Path("/out/deep/work")], guess=True)
     assert (None if found is None else (found.folder, found.code)) == (folder and (folder, code))
+
+
+def test_full_disk_that_numpy_reports_is_recognised(tmp_path):
+    error = OSError("Not enough free space to write 35712000 bytes after offset 128")
+    assert describe_os_error(error, [tmp_path]).code == errno.ENOSPC
 
 
 def test_storage_error_can_be_pickled():
