@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import gettempdir
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NUMPY_FULL = "Not enough free space to write"
-"""Message of NumPy, whose error has no number."""
 _STORAGE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
@@ -24,6 +22,10 @@ _STORAGE = {
     errno.EEXIST: "remove the file that is where a folder is expected",
 }
 """Remedy for each reason (errno) why a folder cannot be written."""
+_STORAGE_MESSAGES = {os.strerror(code): code for code in _STORAGE} | {
+    "Not enough free space to write": errno.ENOSPC  # NumPy, whose error has no number
+}
+"""Reason (errno) by what the message of an error contains."""
 _DISK_FULL_BYTES = 1 << 16
 """Free space in bytes below which a disk counts as full."""
 
@@ -117,9 +119,7 @@ def storage_error(message: str, folders: Sequence[Path], *, guess: bool = False)
     StorageError or None
         None if the error has another cause, such as an unreadable input.
     """
-    code = next((code for code in _STORAGE if os.strerror(code) in message), None)
-    if code is None and _NUMPY_FULL in message:
-        code = errno.ENOSPC
+    code = next((code for text, code in _STORAGE_MESSAGES.items() if text in message), None)
     if code in (*_FULL, errno.EROFS):
         folders = [*folders, Path(gettempdir())]
     named = [folder for folder in folders if str(folder) in message or repr(str(folder))[1:-1] in message]
