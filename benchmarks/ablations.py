@@ -196,7 +196,7 @@ def summarise(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, float | str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and evaluate all variants, or evaluate a trained model with and without its place."""
+    """Train and evaluate all variants, or compare trained models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("validation", type=Path, help="preprocessed healthy and lesion scans")
     parser.add_argument("train", nargs="*", type=Path, help="datasets of preprocessed healthy scans")

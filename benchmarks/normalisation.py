@@ -273,7 +273,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder of the score histograms")
     parser.add_argument("--models", nargs="+", default=MODELS, help="as of bids_uad (default: %(default)s)")
     parser.add_argument("--modalities", nargs="+", default=["T1w", "T2w"])
-    parser.add_argument("--every", type=int, default=1, help="score every n-th axial slice (default 1)")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="score every n-th axial slice; not for pls, whose input includes neighbours (default 1)",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     tables = []

@@ -75,7 +75,7 @@ def score_volume(bundle: Bundle, volume: np.ndarray, brain: np.ndarray, key: str
     volume : numpy.ndarray of float32, shape (240, 240, 155)
         Preprocessed scan.
     brain : numpy.ndarray of bool, same shape
-        Voxels that are scored.
+        Brain mask. The input of the network is 0 outside it, also in neighbouring slices.
     key : str
         Name of the scan, which determines the random numbers.
 

@@ -56,8 +56,8 @@ VENTRICLE_PRIOR = 0.1
 """Prior probability of ventricles from which on fluid is taken for ventricle."""
 MARGIN = 6
 """Voxels around the brain that are processed."""
-OPAQUE = 0.7
-"""Least opacity of lesions that hide the tissue under them."""
+FAINTEST, OPAQUE = 0.15, 0.7
+"""Least opacity of any lesion, and of those that hide the tissue under them."""
 FULL_VISIBILITY = 0.08
 """Mean intensity change of a lesion, relative to the brightest tissue, from which on its weight is full."""
 
@@ -469,7 +469,7 @@ def _vary_regions(image: Tensor, tissue: Tensor, levels: Levels, generator: Gene
 def _change_ventricle_rim(
     image: Tensor, tissue: Tensor, ventricles: Tensor, levels: Levels, generator: Generator
 ) -> Tensor:
-    """Move a rim of white matter along the ventricles, of varying thickness, towards grey matter.
+    """Move the intensity of white matter along the ventricles towards that of grey matter.
 
     In FLAIR scans, rim and caps of healthy people may be brighter than grey matter.
     """
@@ -685,7 +685,7 @@ class _Lesions:
             mask = mask * (1.6 * near_white).clamp(0, 1)
         # Half of the large lesions are opaque: many gliomas are as bright as fluid throughout in T2w scans.
         after = self._blend(
-            before, mask, self._lesion_level(before), weakest=OPAQUE if self._chance(0.5) else 0.15
+            before, mask, self._lesion_level(before), weakest=OPAQUE if self._chance(0.5) else FAINTEST
         )
         # A tumour has one core, or two of which one contains the other.
         cores = (
@@ -747,7 +747,7 @@ class _Lesions:
         other, farthest = (levels.white, 0.45) if levels.contrast == "T2w" else (levels.grey, 0.9)
         return torch.full_like(before, fluid + self._uniform(0, farthest) * (other - fluid))
 
-    def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, weakest: float = 0.15) -> Tensor:
+    def _blend(self, before: Tensor, mask: Tensor, level: Tensor, *, weakest: float = FAINTEST) -> Tensor:
         """Blend a level into a mask, with a texture of its own and an opacity of at least `weakest`."""
         shape = tuple(before.shape)
         coarse, fine = (normal_field(shape, size, self.generator) for size in (14.0, 4.0))
