@@ -348,6 +348,10 @@ def test_changed_inputs_and_options_are_processed_again(bench):
     assert bench.run() == 0
     bench.take_calls()
     assert bench.run("--random-seed", "3") == 0
+    # Preprocessing does not depend on the seed.
+    assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w"]
+    write_image(bench.raw / T1W, shape=(22, 24, 24))
+    assert bench.run("--random-seed", "3") == 0
     # The working folder of the participant is removed.
     assert bench.take_calls() == ["detect sub-01_T1w disyre-T1w", "preproc sub-01_T1w.nii.gz"]
     fake_bundle(Path(bench.models[0]), "disyre", "T1w", threshold=1.0)

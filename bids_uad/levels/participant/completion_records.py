@@ -247,7 +247,6 @@ def make_fingerprint(
     lesion: LesionMask | None,
     *,
     reference_sha256: str,
-    random_seed: int,
     extraction: Extraction,
 ) -> dict[str, Any]:
     """Return the inputs and options that the outputs of an image depend on, except the models.
@@ -262,8 +261,6 @@ def make_fingerprint(
         Lesion mask of the image.
     reference_sha256 : str
         Checksum of the reference image.
-    random_seed : int
-        Seed of the run.
     extraction : Extraction
         Method of brain extraction.
 
@@ -289,7 +286,6 @@ def make_fingerprint(
         "anchor_prepared_sha256": None if unit.anchor is None else _checksums(unit.anchor),
         "skull_stripped": unit.skull_stripped,
         "reference_sha256": reference_sha256,
-        "random_seed": random_seed,
         "brain_extraction": [extraction.program, *map(sha256_of, extraction.files)],
     }
 

@@ -180,7 +180,6 @@ def _plan_task(unit: ImageUnit, person: Person, lesion: LesionMask | None, conte
         unit,
         lesion,
         reference_sha256=context.reference.sha256,
-        random_seed=config.random_seed,
         extraction=context.extraction,
     )
     record = read_record(record_path(config.output_dir, unit))
@@ -249,14 +248,14 @@ def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
     """Return a text that identifies what the outputs of a model depend on.
 
     These are training, calibration, the requested precision (`auto` is not resolved, so that a run may
-    continue on other hardware), the minimum volumes, and for deviations also age and sex.
+    continue on other hardware), the random seed, the minimum volumes, and for deviations also age and sex.
 
     Parameters
     ----------
     bundle : Bundle
         The model.
     config : RunConfig
-        `precision`, `min_lesion_size` and `min_counted_volume` are used.
+        `precision`, `random_seed`, `min_lesion_size` and `min_counted_volume` are used.
     person : Person
         Age and sex of the participant.
 
@@ -266,7 +265,8 @@ def model_identity(bundle: Bundle, config: RunConfig, person: Person) -> str:
         Checksums and values, joined by `+`.
     """
     identity = (
-        f"{bundle.sha256}+{bundle.calibration_sha256}+{config.precision}+{config.min_counted_volume:g}mm3"
+        f"{bundle.sha256}+{bundle.calibration_sha256}+{config.precision}+seed {config.random_seed}"
+        f"+{config.min_counted_volume:g}mm3"
     )
     if config.min_lesion_size is not None:
         identity += f"+components of {config.min_lesion_size:g}mm3"
