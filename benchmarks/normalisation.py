@@ -277,12 +277,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--every",
         type=int,
         default=1,
-        help="score every n-th axial slice; not for pls, whose input includes neighbours (default 1)",
+        help="score every n-th axial slice (default 1); not for pls, whose input includes neighbours",
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     tables = []
     bundles = resolve_bundles(list(args.models), args.modalities, skip_missing=True)
+    if args.every > 1 and any(bundle.detector == "pls" for bundle in bundles):
+        parser.error("--every: the input of pls includes neighbouring slices; omit it or pls")
     stored = {
         folder: args.cache / f"every-{args.every}" / str(number) / folder.resolve().name
         for number, folder in enumerate([args.validation, *args.test])

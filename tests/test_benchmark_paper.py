@@ -32,7 +32,7 @@ from benchmarks.paper.study import read_study
 from benchmarks.paper.tables import critical_difference, read_results, variant_table, write_results
 from bids_uad.engine.bundle import PACKAGED, load_bundle
 from bids_uad.simulation.anatomy import BUILT_IN
-from bids_uad.simulation.pathology import LesionTarget, make_lesion
+from bids_uad.simulation.pathology import CAVITY_AGE, LesionTarget, make_lesion
 from bids_uad.simulation.subject import random_stream
 from tests.evaluation.fake_tables import Scan, beta_counts, write_participants
 
@@ -132,7 +132,7 @@ def test_plan_has_all_groups_and_both_kinds_of_scanners_in_any_first_part():
         if person.group.endswith("stroke"):
             draw = partial(random_stream, person.seed, person.index, "lesion")
             drawn = make_lesion("stroke", brain, brain, draw, target=target).drawn
-            assert (drawn["old"] > cohort.OLD) == (person.group == "chronic stroke")
+            assert (drawn["old"] > CAVITY_AGE) == (person.group == "chronic stroke")
     table = cohort.participants_table(people, [BUILT_IN])
     assert table["age"].between(20, 90).all()
     assert table["age"].max() > 85

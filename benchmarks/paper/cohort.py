@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.paper.published import PATHOLOGIES, Load, Pathology
+from bids_uad.simulation.pathology import CAVITY_AGE
 from bids_uad.simulation.subject import Population, draw_subject_info, random_stream
 
 SEEN_SEED, SEEN_SCANNERS = 1, 7
@@ -24,8 +25,6 @@ PATTERN = (
 """Groups of consecutive participants, repeated. Those of a pathology alternate between the seeds."""
 FIRST_INDEX, INDEX_STEP = 1000, 16
 """Index of the first participant, beyond those of training cohorts, and distance to the next."""
-OLD = 0.35
-"""Age of a simulated stroke, from 0 to 1, above which it has a cavity."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def plan(number: int = PARTICIPANTS) -> list[Participant]:
 
 def _stroke(seed: int, index: int) -> str:
     """Return whether the simulator draws an acute or a chronic stroke: its first draw of a lesion."""
-    old = random_stream(seed, index, "lesion").uniform(0.0, 1.0) > OLD
+    old = random_stream(seed, index, "lesion").uniform(0.0, 1.0) > CAVITY_AGE
     return "chronic stroke" if old else "acute stroke"
 
 

@@ -95,6 +95,8 @@ def draw_tumour_site(rng: np.random.Generator, volume: float | None = None) -> t
 
 
 Parts = tuple[torch.Tensor, torch.Tensor, dict]
+CAVITY_AGE = 0.35
+"""Age of a stroke, from 0 to 1, above which it has a cavity."""
 
 
 def _inner(fraction: torch.Tensor, depth: float) -> torch.Tensor:
@@ -106,7 +108,11 @@ def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sha
     old = float(rng.uniform(0.0, 1.0))
     if shape is not None:
         fraction = shape(scale)
-        return fraction, _inner(fraction, old) if old > 0.35 else torch.zeros_like(fraction), {"old": old}
+        return (
+            fraction,
+            _inner(fraction, old) if old > CAVITY_AGE else torch.zeros_like(fraction),
+            {"old": old},
+        )
     tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
     centre = _draw_voxel(tissue, rng)
     radii = scale * rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
@@ -115,7 +121,7 @@ def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sha
     # Arterial territories end at the midline.
     side = _coordinates(np.array([79.0, 0, 0]))[0] * np.sign(centre[0] - 79.0)
     fraction = fraction * (side + 0.5).clamp(0, 1)
-    core = _blob(centre, radii * old, rough, 0.35) if old > 0.35 else torch.zeros_like(fraction)
+    core = _blob(centre, radii * old, rough, 0.35) if old > CAVITY_AGE else torch.zeros_like(fraction)
     return fraction, torch.minimum(core, fraction), {"radii_mm": radii.tolist(), "old": old}
 
 
