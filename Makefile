@@ -52,6 +52,8 @@ bench-gpu: $(VENV)/installed
 # folder of SynthSR's label maps, both of which PLS is trained on as well. `make models-tested` runs the benchmark on simulated
 # scans.
 HEALTHY ?= none
+# PLS is trained in bfloat16 on CPUs that have instructions for it.
+BF16 = $(if $(shell grep -m 1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--precision bf16)
 DETECTORS := disyre andi ddpmpp itermask riad patchcore rd uniad fae intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
 SIMULATE = $(BIN)/bids_uad simulate
@@ -83,7 +85,7 @@ models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $
 pls-T1w pls-T2w pls-FLAIR: pls-%: $(MODELS)/validation/participants.tsv
 	$(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector pls --modality $* --random-seed 1 --nprocs 1 \
 	    -w $(MODELS)/work --synthetic 75 --labelmaps $(call MAPS,01 02 03 04 05 06 07 08 09 10) $(SYNTHSR) \
-	    --lesion-masks $(LESIONS) --precision bf16 \
+	    --lesion-masks $(LESIONS) $(BF16) \
 	    $(if $(filter none,$(HEALTHY)),,$(if $(filter T1w,$*),,--contrast-transfer))
 	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector pls --modality $* --nprocs 1
 

@@ -308,8 +308,8 @@ def _add_resource_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision", choices=PRECISIONS,
         help="arithmetic of the networks (default: auto). 'fp32' is reproducible to the bit on one machine, "
-        "'bf16' is faster; 'auto' selects bf16 on GPUs that support it, and on CPUs that "
-        "support it for detectors whose masks hardly change, else fp32",
+        "'bf16' is faster on processors that support it; 'auto' selects it on GPUs that support it, and on "
+        "CPUs that support it for detectors whose masks hardly change, else fp32",
     )  # fmt: skip
     group.add_argument(
         "--batch-size", type=_positive, metavar="N",

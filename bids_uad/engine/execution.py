@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bids_uad.constraints import Constrained, Count, OneOf
 from bids_uad.errors import UnavailableError
 from bids_uad.methods.base import Detector
-from bids_uad.methods.registry import cpu_precision
+from bids_uad.methods.registry import cpu_precision, warn_if_emulated
 from bids_uad.networks.backbones import fold_batch_norm
 from bids_uad.networks.ddpmpp import DDPMpp, ResidualBlock
 
@@ -68,6 +68,8 @@ def resolve_precision(
 ) -> str:
     """Resolve ``auto`` to ``bf16`` on GPUs that support it, and on a CPU by the detector.
 
+    A warning is logged if ``bf16`` is requested on a CPU without instructions for it.
+
     Parameters
     ----------
     precision : {"auto", "fp32", "bf16"}
@@ -96,6 +98,7 @@ def resolve_precision(
         return "fp32" if detector is None else cpu_precision(detector)
     if precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+    warn_if_emulated(precision, device.type)
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UnavailableError("--precision bf16: this GPU does not support bfloat16; use fp32 or auto")
     if precision == "bf16" and device.type == "mps":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +11,8 @@ from bids_uad.resources import has_native_bf16
 
 if TYPE_CHECKING:
     from bids_uad.methods.base import Detector
+
+LOGGER = logging.getLogger("bids_uad")
 
 
 class Entry(NamedTuple):
@@ -62,6 +65,25 @@ def cpu_precision(name: str) -> str:
         ``bf16`` for `CPU_BF16` if the CPU computes in bfloat16, else ``fp32``.
     """
     return "bf16" if name in CPU_BF16 and has_native_bf16() else "fp32"
+
+
+def warn_if_emulated(precision: str, device: str) -> None:
+    """Log a warning if ``bf16`` was requested on a CPU that has no instructions for it.
+
+    PyTorch then emulates them: the network of PLS takes six times as long as in ``fp32`` with AVX2.
+
+    Parameters
+    ----------
+    precision : {"auto", "fp32", "bf16"}
+        Requested precision.
+    device : str
+        Kind of device, such as ``cpu``.
+    """
+    if precision == "bf16" and device == "cpu" and not has_native_bf16():
+        LOGGER.warning(
+            "--precision bf16: no bfloat16 instructions (AVX512-BF16, AMX) were found on this CPU; without "
+            "them, networks take several times as long as with fp32"
+        )
 
 
 def detector_class(name: str) -> type[Detector]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 
 import nibabel as nib
 import numpy as np
@@ -46,6 +47,16 @@ def test_auto_precision_is_bf16_only_on_gpus_that_support_it(monkeypatch):
     assert resolve_precision("auto", MPS) == "fp32"
     with pytest.raises(UnavailableError, match="--device mps"):
         resolve_precision("bf16", MPS)
+
+
+def test_bf16_on_a_cpu_without_instructions_for_it_is_reported(monkeypatch, caplog):
+    for native, device, precision in product((True, False), (CPU, CUDA), ("fp32", "bf16")):
+        monkeypatch.setattr(registry, "has_native_bf16", lambda native=native: native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+        caplog.clear()
+        assert resolve_precision(precision, device) == precision
+        slow = (native, device, precision) == (False, CPU, "bf16")
+        assert ["--precision bf16: no bfloat16" in line for line in caplog.messages] == [True] * slow
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -156,6 +167,7 @@ def simulated(tmp_path_factory):
     return volume, kept
 
 
+@pytest.mark.skipif(not registry.has_native_bf16(), reason="auto selects fp32 on this CPU")
 @pytest.mark.parametrize("name", sorted(registry.CPU_BF16))
 def test_masks_in_bf16_on_a_cpu_have_a_dice_of_0_99_with_fp32(name, simulated):
     (folder,) = PACKAGED.glob(f"{name}-T2w-*")

@@ -80,6 +80,7 @@ from bids_uad.levels.participant.summary import (
     summarize,
 )
 from bids_uad.levels.participant.workflow import build_workflow, node_key, node_key_of, working_folders
+from bids_uad.methods.registry import warn_if_emulated
 from bids_uad.preprocessing.brain_extraction.masks import resolve_extraction
 from bids_uad.preprocessing.reference import Reference, resolve_reference, write_template
 
@@ -515,6 +516,7 @@ class Run:
             self._device_found = True
             precisions = sorted({self._context.precision_of(bundle) for bundle in self._context.bundles})
             LOGGER.info("Detectors run on %s in %s", device, " and ".join(precisions))
+            warn_if_emulated(precision, device)
 
     def _remove_working_folders(self, tasks: Sequence[Task]) -> None:
         """Remove the working folders of the images that are locked; another job may use the others."""
