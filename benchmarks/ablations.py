@@ -15,15 +15,18 @@ others. It writes ``benchmarks/results/trained-<modality>.tsv``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score
+from torch import Tensor
 
+from benchmarks.heads import SizeHeads, TissueHead
 from benchmarks.scan import read
 from benchmarks.simulated import markdown
 from bids_uad import space
@@ -37,6 +40,7 @@ from bids_uad.evaluation.metrics import counts_above, dice_curve
 from bids_uad.files import write_tsv
 from bids_uad.methods.pls.detector import PLS, PLSHyper
 from bids_uad.methods.pls.painting import HealthyConfig
+from bids_uad.methods.registry import cpu_precision
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.simulation.shapes import component_shapes
 from bids_uad.training.backbone import initialise_backbone
@@ -48,6 +52,9 @@ RESULTS = Path(__file__).parent / "results"
 SLICE_STEP = 3
 """Every third slice of a validation scan is scored."""
 N_BINS = 1000
+HEADS: dict[str, type[PLS]] = {"heads by lesion size": SizeHeads, "with tissue head": TissueHead}
+"""Variants with other outputs than the reference."""
+Scorer = Callable[[PLS, PreprocessedScan], tuple[np.ndarray, np.ndarray]]
 
 
 def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
@@ -73,13 +80,15 @@ def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
     }
 
 
-def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argparse.Namespace) -> PLS:
+def train_variant(
+    create: Callable[[], PLS], store: SliceStore, folder: Path, args: argparse.Namespace
+) -> PLS:
     """Train a variant, or load the weights of an earlier run.
 
     Parameters
     ----------
-    hyper : PLSHyper
-        Hyper-parameters.
+    create : callable
+        Returns an untrained detector.
     store : SliceStore
         Training scans.
     folder : pathlib.Path
@@ -93,15 +102,38 @@ def train_variant(hyper: PLSHyper, store: SliceStore, folder: Path, args: argpar
         Trained detector.
     """
     torch.manual_seed(args.seed)
-    detector = PLS(hyper)
+    detector = create()
     initialise_backbone(detector, args.start)
     if args.lesion_masks:
         detector.shapes = component_shapes(args.lesion_masks)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = TrainingSettings(args.seed, args.steps, precision="bf16")
+    settings = TrainingSettings(args.seed, args.steps, precision=cpu_precision(PLS.name))
     fabric = start_fabric(torch.device("cpu"), 1, 1)
     train_detector(detector, TrainingData.all_of(store), settings, folder, fabric=fabric)
     return detector
+
+
+def validation_slices(scan: PreprocessedScan) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a scan as slices.
+
+    Parameters
+    ----------
+    scan : PreprocessedScan
+        Scan.
+
+    Returns
+    -------
+    slices : Tensor of float32, shape (155, 224, 224)
+        Intensities in [0, 1].
+    brain, lesion : Tensor of bool, shape (155, 224, 224)
+        Masks; without a lesion mask, there is no lesion.
+    """
+    volume, brain = CORRECTED.prepare(read(scan.image), read(scan.brain) > 0)
+    truth = np.zeros(brain.shape, dtype=bool) if scan.lesion is None else read(scan.lesion) > 0
+    slices, inside, lesion = (
+        torch.from_numpy(np.ascontiguousarray(space.to_slices(part))) for part in (volume, brain, truth)
+    )
+    return slices, inside, lesion
 
 
 @torch.inference_mode()
@@ -126,11 +158,7 @@ def score_slices(
     lesion : numpy.ndarray of bool, shape (N,)
         Whether they are lesion.
     """
-    volume, brain = CORRECTED.prepare(read(scan.image), read(scan.brain) > 0)
-    truth = np.zeros(brain.shape, dtype=bool) if scan.lesion is None else read(scan.lesion) > 0
-    slices, inside, lesion = (
-        torch.from_numpy(np.ascontiguousarray(space.to_slices(part))) for part in (volume, brain, truth)
-    )
+    slices, inside, lesion = validation_slices(scan)
     field, *_ = covering_fields(inside, detector.field_of_view)
     numbers = [number for number in range(0, len(slices), SLICE_STEP) if inside[number].any()]
     scores, labels = [], []
@@ -146,7 +174,7 @@ def score_slices(
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 
-def evaluate(detector: PLS, scans: list[PreprocessedScan], *, place: bool = True) -> pd.DataFrame:
+def evaluate(detector: PLS, scans: list[PreprocessedScan], *, scorer: Scorer = score_slices) -> pd.DataFrame:
     """Evaluate a detector.
 
     Parameters
@@ -155,8 +183,8 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan], *, place: bool = True
         Detector.
     scans : list of PreprocessedScan
         Validation scans; those without a lesion mask are healthy.
-    place : bool, default=True
-        As of :func:`score_slices`.
+    scorer : callable, default=score_slices
+        Returns scores and lesion mask of a scan, as :func:`score_slices`.
 
     Returns
     -------
@@ -165,9 +193,9 @@ def evaluate(detector: PLS, scans: list[PreprocessedScan], *, place: bool = True
         threshold of largest mean Dice (healthy scans).
     """
     rows, histograms = [], []
-    with in_precision(detector, "bf16"):
+    with in_precision(detector, cpu_precision(PLS.name)):
         for scan in scans:
-            scores, lesion = score_slices(detector, scan, place=place)
+            scores, lesion = scorer(detector, scan)
             bins = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
             counts = [np.bincount(bins[part], minlength=N_BINS) for part in (~lesion, lesion)]
             histograms.append(counts)
@@ -208,6 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="bundle with the initial weights (default: random)")
     parser.add_argument("--lesion-masks", type=Path, help="as of `bids_uad train`")
     parser.add_argument("--steps", type=int, default=400, help="steps of each variant (default 400)")
+    parser.add_argument("--learning-rate", type=float, help="initial one (default: of the preset)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and painted scans (default 0)")
     parser.add_argument("--variants", nargs="+", help="names (default: all)")
     parser.add_argument("--work-dir", type=Path, default=Path("work"), help="checkpoints (default ./work)")
@@ -229,17 +258,26 @@ def main(arguments: list[str] | None = None) -> None:
             detector = Execution().prepare(load_detector(load_bundle(path)))
             tables[str(path)] = evaluate(detector, validation)
             if path == args.trained[0]:
-                tables[f"{path}, no coordinates and priors"] = evaluate(detector, validation, place=False)
+                tables[f"{path}, no coordinates and priors"] = evaluate(
+                    detector, validation, scorer=partial(score_slices, place=False)
+                )
         write("trained")
         return
     scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
     training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
     store = SliceStore.open_or_build(training, args.work_dir, CORRECTED)
-    for name, hyper in variants(PLS.presets[args.preset]).items():
+    reference = PLS.presets[args.preset]
+    if args.learning_rate:
+        reference = replace(reference, learning_rate=args.learning_rate)
+    detectors: dict[str, Callable[[], PLS]] = {
+        name: partial(PLS, hyper) for name, hyper in variants(reference).items()
+    }
+    detectors |= {name: partial(kind, reference) for name, kind in HEADS.items()}
+    for name, create in detectors.items():
         if args.variants and name not in args.variants:
             continue
         label = f"{args.modality}-{args.preset}-{args.steps}-{args.seed}-{name.replace(' ', '-')}"
-        detector = Execution().prepare(train_variant(hyper, store, args.work_dir / label, args))
+        detector = Execution().prepare(train_variant(create, store, args.work_dir / label, args))
         tables[name] = evaluate(detector, validation)
         write("ablations")
 

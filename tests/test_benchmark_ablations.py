@@ -26,7 +26,7 @@ def test_each_variant_differs_from_the_reference_in_one_respect():
         assert changed != ["painting"] or painting != other.painting or other.painting != reference.painting
 
 
-def test_evaluation_equals_scikit_learn(monkeypatch):
+def test_evaluation_equals_scikit_learn():
     rng = np.random.default_rng(0)
     lesions = {
         "sub-1": rng.random(3000) < 0.1,
@@ -37,13 +37,12 @@ def test_evaluation_equals_scikit_learn(monkeypatch):
         name: np.clip(rng.random(3000) * 0.6 + 0.3 * lesion, 0, 1).astype(np.float32)
         for name, lesion in lesions.items()
     }
-    monkeypatch.setattr(
-        ablations,
-        "score_slices",
-        lambda detector, scan, place: (scores[scan.subject], lesions[scan.subject]),
-    )
     scans = [PreprocessedScan(name, None, None, None, None) for name in lesions]
-    table = ablations.evaluate(PLS(PLS.presets["lite"]), scans).set_index("participant_id")
+    table = ablations.evaluate(
+        PLS(PLS.presets["lite"]),
+        scans,
+        scorer=lambda detector, scan: (scores[scan.subject], lesions[scan.subject]),
+    ).set_index("participant_id")
     for name in ("sub-1", "sub-2"):
         assert table.loc[name, "ap"] == pytest.approx(average_precision_score(lesions[name], scores[name]))
     levels = np.arange(ablations.N_BINS) / ablations.N_BINS
@@ -108,8 +107,9 @@ def test_trained_models_are_compared_with_the_first(tmp_path, monkeypatch):
     """The first one is evaluated without its place as well; average precisions are made up."""
     precisions = {("a", True): 0.5, ("a", False): 0.4, ("b", True): 0.7}
 
-    def evaluate(detector, scans, *, place=True):
+    def evaluate(detector, scans, *, scorer=None):
         names = [f"sub-{k}" for k in range(3)]
+        place = scorer is None or scorer.keywords["place"]
         return pd.DataFrame({"participant_id": names, "ap": precisions[detector, place], "marked": np.nan})
 
     monkeypatch.setattr(ablations, "find_preprocessed", lambda folder, modality: [])

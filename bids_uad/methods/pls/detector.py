@@ -210,11 +210,10 @@ class PLS(Detector):
             channels += [prior_slices()[:, index, rows, columns].movedim(0, 1).float()]
         return torch.cat(channels, 1)
 
-    def loss(self, batch: PaintedBatch, generator: Generator) -> Tensor:
-        """Compute the weighted binary cross-entropy with the target, and the Tversky loss if it has a weight.
+    def logits(self, batch: PaintedBatch, generator: Generator) -> Tensor:
+        """Apply the network to slices of painted scans, of which contrast and bias field are varied.
 
-        Contrast and bias field are varied after the lesions are painted, so that they affect lesion and
-        healthy tissue alike.
+        They are varied after the lesions are painted, so that lesion and healthy tissue are affected alike.
 
         Parameters
         ----------
@@ -225,19 +224,33 @@ class PLS(Detector):
 
         Returns
         -------
-        Tensor, scalar
-            The loss.
+        Tensor, shape (B, 1, h, w)
+            Logits of the lesion probability.
         """
         hyper, inputs = self.hyper, batch.inputs
         count = hyper.intensity_channels
         clean = inputs[:, :count]
         intensities = vary_intensities(clean, hyper.intensity, hyper.fine_bias_strength, generator)
         kept = uniform((len(inputs), 1, 1, 1), 0.0, 1.0, generator) >= hyper.place_dropout
-        logits = self.network(torch.cat([2 * intensities * (clean > 0) - 1, inputs[:, count:] * kept], 1))
-        loss = F.binary_cross_entropy_with_logits(logits, batch.target, reduction="none")
-        loss = (loss * batch.weight).sum() / batch.weight.sum().clamp_min(1)
-        if hyper.tversky_weight:
-            loss = loss + hyper.tversky_weight * tversky_loss(
+        return self.network(torch.cat([2 * intensities * (clean > 0) - 1, inputs[:, count:] * kept], 1))
+
+    def loss(self, batch: PaintedBatch, generator: Generator) -> Tensor:
+        """Compute the weighted binary cross-entropy with the target, and the Tversky loss if it has a weight.
+
+        Parameters
+        ----------
+        batch, generator
+            As of :meth:`logits`.
+
+        Returns
+        -------
+        Tensor, scalar
+            The loss.
+        """
+        logits = self.logits(batch, generator)
+        loss = weighted_cross_entropy(logits, batch.target, batch.weight)
+        if self.hyper.tversky_weight:
+            loss = loss + self.hyper.tversky_weight * tversky_loss(
                 logits.sigmoid(), batch.target, batch.weight > 0
             )
         return loss
@@ -257,6 +270,12 @@ def _coordinates(index: Tensor, rows: slice, columns: slice) -> Tensor:
     across, along = (row - MIDLINE).abs() / 70, (column - CROP / 2) / 90
     up = ((index - SHAPE[2] / 2) / 75)[:, None, None]
     return torch.stack(torch.broadcast_tensors(across, along, up), 1)
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted mean of the binary cross-entropy, a scalar; all arguments have the same shape."""
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (loss * weight).sum() / weight.sum().clamp_min(1)
 
 
 def tversky_loss(predicted: Tensor, target: Tensor, brain: Tensor, missed: float = 0.7) -> Tensor:
