@@ -30,7 +30,7 @@ from benchmarks.paper.page import DOCS, compose_page, write_page
 from benchmarks.paper.published import EIGHT, PATHOLOGIES, PUBLISHED, Load, published_dice
 from benchmarks.paper.study import read_study
 from benchmarks.paper.tables import critical_difference, read_results, variant_table, write_results
-from bids_uad.engine.bundle import PACKAGED, load_bundle
+from bids_uad.engine.bundle import NORMATIVE, PACKAGED, load_bundle
 from bids_uad.simulation.anatomy import BUILT_IN
 from bids_uad.simulation.pathology import CAVITY_AGE, LesionTarget, make_lesion
 from bids_uad.simulation.subject import random_stream
@@ -158,13 +158,14 @@ def test_only_missing_tables_are_scored_again(tmp_path, monkeypatch):
     def fake(person, missing, labelmaps, people, out):
         for tables, model in missing:
             scan = scoring.expected_scan(person, model.modality)
-            metrics, histogram = simulated.tables_of(scan, model, out / tables)
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            row = {"model_sha256": model.sha256, "threshold": repr(model.default_threshold[1])}
-            pd.DataFrame([row]).to_csv(metrics, sep="\t", index=False)
-            histogram.touch()
-            if person.group != "healthy":
-                metrics.with_name(metrics.name.replace("_metrics.", "_lesions.")).touch()
+            for each in (model.with_deviation(NORMATIVE), model):  # tables of deviations and of scores
+                metrics, histogram = simulated.tables_of(scan, each, out / tables)
+                metrics.parent.mkdir(parents=True, exist_ok=True)
+                row = {"model_sha256": each.sha256, "threshold": repr(each.default_threshold[1])}
+                pd.DataFrame([row]).to_csv(metrics, sep="\t", index=False)
+                histogram.touch()
+                if person.group != "healthy":
+                    metrics.with_name(metrics.name.replace("_metrics.", "_lesions.")).touch()
             written.append(metrics)
 
     monkeypatch.setattr(scoring, "score_participant", fake)
