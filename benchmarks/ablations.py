@@ -80,6 +80,24 @@ def variants(reference: PLSHyper) -> dict[str, PLSHyper]:
     }
 
 
+def training_store(args: argparse.Namespace) -> SliceStore:
+    """Return the scans of the datasets on the command line as a store of slices.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Command line; `train`, `modality` and `work_dir` are used.
+
+    Returns
+    -------
+    SliceStore
+        Training scans.
+    """
+    scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
+    training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
+    return SliceStore.open_or_build(training, args.work_dir, CORRECTED)
+
+
 def train_variant(
     create: Callable[[], PLS], store: SliceStore, folder: Path, args: argparse.Namespace
 ) -> PLS:
@@ -263,9 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
         write("trained")
         return
-    scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
-    training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
-    store = SliceStore.open_or_build(training, args.work_dir, CORRECTED)
+    store = training_store(args)
     reference = PLS.presets[args.preset]
     if args.learning_rate:
         reference = replace(reference, learning_rate=args.learning_rate)

@@ -21,19 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from benchmarks.ablations import RESULTS, SLICE_STEP, evaluate, summarise, train_variant, validation_slices
+from benchmarks.ablations import (
+    RESULTS,
+    SLICE_STEP,
+    evaluate,
+    summarise,
+    train_variant,
+    training_store,
+    validation_slices,
+)
 from benchmarks.simulated import markdown
 from bids_uad.config import MODALITIES
 from bids_uad.dataset.sri24_scans import PreprocessedScan, find_preprocessed
-from bids_uad.engine.bundle import CORRECTED
 from bids_uad.engine.execution import Execution
 from bids_uad.engine.inference import default_field
 from bids_uad.files import write_tsv
 from bids_uad.methods.pls.detector import PLACE_CHANNELS, PLS, weighted_cross_entropy
 from bids_uad.networks.synthetic_anomalies import uniform, vary_intensities
 from bids_uad.training.checkpoint import moving_average
-from bids_uad.training.cohort import healthy_cohort
-from bids_uad.training.store import SliceStore, TrainingScan
+from bids_uad.training.store import SliceStore
 
 WIDTHS = (24, 48, 72, 96)
 """Channels of the levels of the three-dimensional network, as of the preset `default`."""
@@ -233,12 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("work"), help="checkpoints (default ./work)")
     parser.add_argument("--output", type=Path, help="table (default: benchmarks/results)")
     args = parser.parse_args(arguments)
-    args.start, args.learning_rate = None, None
+    args.start = None  # random weights
     torch.set_num_threads(1)
     validation = find_preprocessed(args.validation, args.modality)
-    scans = [scan for folder in args.train for scan in healthy_cohort(folder, args.modality).scans]
-    training = [TrainingScan(scan.image, scan.brain, scan.tissue, scan.subject) for scan in scans]
-    store = SliceStore.open_or_build(training, args.work_dir, CORRECTED)
+    store = training_store(args)
     hyper = PLS.presets["default"]
     start = time.process_time()
     detector = train_variant(lambda: PLS(hyper), store, args.work_dir / f"depth-{args.modality}", args)

@@ -108,11 +108,8 @@ def _stroke(fractions: torch.Tensor, rng: np.random.Generator, scale: float, sha
     old = float(rng.uniform(0.0, 1.0))
     if shape is not None:
         fraction = shape(scale)
-        return (
-            fraction,
-            _inner(fraction, old) if old > CAVITY_AGE else torch.zeros_like(fraction),
-            {"old": old},
-        )
+        core = _inner(fraction, old) if old > CAVITY_AGE else torch.zeros_like(fraction)
+        return fraction, core, {"old": old}
     tissue = fractions[INDEX["cortex"]] + fractions[INDEX["white"]]
     centre = _draw_voxel(tissue, rng)
     radii = scale * rng.uniform(9.0, 28.0) * rng.uniform(0.65, 1.35, 3)
