@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,31 +233,90 @@ def end_with_parent(sentinel: int | None = None) -> None:
     fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-@contextmanager
-def worker_pool(workers: int, start_method: str) -> Iterator[ProcessPoolExecutor]:
-    """Open a process pool whose workers end with this process, and are killed if the block raises.
+def map_in_processes(function: Callable[..., Any], *arguments: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Compute the results of a function in several processes, and yield them in order.
+
+    The processes end with this one, and are killed if a call fails or the generator is closed. Each has its
+    own pipe. Those of :class:`concurrent.futures.ProcessPoolExecutor` share one, so that this process would
+    wait forever if one of them were killed while it sends a result.
 
     Parameters
     ----------
+    function : callable
+        Function of a module.
+    *arguments : sequences
+        Arguments of each call, as in :func:`map`.
     workers : int
         Number of processes.
-    start_method : {"spawn", "forkserver", "fork"}
-        Start method of :mod:`multiprocessing`.
 
     Yields
     ------
-    concurrent.futures.ProcessPoolExecutor
-        The pool.
+    object
+        Result of each call.
+
+    Raises
+    ------
+    UserError
+        If a process ends before it has sent its result.
+    Exception
+        The error of the first call that fails.
     """
-    pool = ProcessPoolExecutor(workers, mp.get_context(start_method), initializer=end_with_parent)
+    # Spawned instead of forked, since the calling process may have threads.
+    context = mp.get_context("spawn")
+    kills = oom_kills()
+    calls = enumerate(zip(*arguments, strict=True))
+    processes: dict[Connection, mp.process.BaseProcess] = {}
+    running: dict[Connection, int] = {}
+    results: dict[int, Any] = {}
+    following = 0
+
+    def start_next(pipe: Connection) -> None:
+        for index, call in islice(calls, 1):
+            running[pipe] = index
+            with suppress(BrokenPipeError, ConnectionResetError):  # the end of the process is found below
+                pipe.send(call)
+
     try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
+        for _ in range(min(workers, len(arguments[0]))):
+            pipe, child_end = context.Pipe()
+            processes[pipe] = context.Process(target=_serve_calls, args=(function, child_end), daemon=True)
+            processes[pipe].start()
+            child_end.close()
+            start_next(pipe)
+        while running:
+            for pipe in wait(list(running)):
+                try:
+                    succeeded, result = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    processes[pipe].join()
+                    cause = describe_exit(processes[pipe].exitcode, kills)
+                    raise UserError(f"a worker process {cause}") from None
+                if not succeeded:
+                    raise result
+                results[running.pop(pipe)] = result
+                start_next(pipe)
+            while following in results:
+                yield results.pop(following)
+                following += 1
+    finally:
+        for pipe, process in processes.items():
             process.kill()
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
+            process.join()
+            pipe.close()
+
+
+def _serve_calls(function: Callable[..., Any], pipe: Connection) -> None:
+    """Call a function with the arguments that a pipe brings until this process is killed."""
+    end_with_parent()
+    while True:
+        call = pipe.recv()
+        try:
+            answer = (True, function(*call))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note(traceback.format_exc())  # a traceback cannot be sent
+            answer = (False, error)
+        pipe.send(answer)
 
 
 class NoAnswerError(Exception):

@@ -5,31 +5,51 @@ As a program, this module is a process that answers requests.
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
-from bids_uad.errors import InputError
-from bids_uad.resources import NoAnswerError, RequestProcess, serve_requests, worker_pool
+from bids_uad.errors import InputError, UserError
+from bids_uad.resources import (
+    NoAnswerError,
+    RequestProcess,
+    end_with_parent,
+    map_in_processes,
+    serve_requests,
+)
 
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
+import multiprocessing as mp
 import sys, time
-from bids_uad.resources import worker_pool
-from tests.test_workers import pid
+from tests.test_workers import report_and_sleep
 if __name__ == "__main__":
-    with worker_pool(1, sys.argv[1]) as pool:
-        print(pool.submit(pid).result(), flush=True)
-        if sys.argv[2] == "busy":
-            pool.submit(time.sleep, 600)
-        time.sleep(600)
+    context = mp.get_context(sys.argv[1])
+    own_end, other_end = context.Pipe()
+    context.Process(target=report_and_sleep, args=(other_end, sys.argv[2])).start()
+    print(own_end.recv(), flush=True)
+    time.sleep(600)
 """
+
+
+def report_and_sleep(pipe, state: str) -> None:
+    """Send the number of this process, then sleep or wait for a message."""
+    end_with_parent()
+    pipe.send(os.getpid())
+    if state == "busy":
+        time.sleep(600)
+    pipe.recv()
 
 
 def pid() -> int:
@@ -67,18 +87,66 @@ def wait_for_end(number: int, seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def test_worker_pool_is_killed_when_the_block_raises():
-    begin = time.monotonic()
+BIG = 8 << 20
+"""Bytes of a result that takes many times the buffer of a pipe."""
 
-    def interrupted():
-        with worker_pool(1, "forkserver") as pool:
-            pool.submit(pid).result()
-            pool.submit(time.sleep, 600)
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert time.monotonic() - begin < 60
+def work(index: int, act: str) -> int | bytes:
+    """Do what a call of the tests below says."""
+    if act == "send":
+        return bytes(BIG)
+    if act == "sleep":
+        time.sleep(600)
+    elif act == "refuse":
+        raise InputError("scan.nii", "gave NaN", "look at it")
+    elif act == "fail":
+        raise ZeroDivisionError("nothing to divide by")
+    elif act == "killed while it sends":
+        Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(32 * BIG)
+    elif act == "exit":
+        os._exit(3)
+    return index * index
+
+
+def results_of(acts: Sequence[str], workers: int = 2) -> list[int]:
+    return list(map_in_processes(work, range(len(acts)), acts, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_results_of_processes_come_in_order(workers):
+    acts = [""] * 7
+    assert results_of(acts, workers) == list(map(work, range(7), acts))
+    assert results_of([], workers) == []
+
+
+@pytest.mark.parametrize("act", ["refuse", "fail"])
+def test_error_of_a_process_is_raised(act):
+    with pytest.raises((InputError, ZeroDivisionError)) as caught:
+        results_of(["sleep", act])
+    with pytest.raises(caught.type, match=f"^{re.escape(str(caught.value))}$"):
+        work(0, act)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert ("in work" in shown) == (act == "fail")
+
+
+@pytest.mark.parametrize(
+    ("act", "cause"),
+    [
+        ("exit", "a worker process ended with exit code 3"),
+        ("killed while it sends", "a worker process was killed .* lower --nprocs"),
+    ],
+)
+def test_process_that_ends_without_a_result_raises(act, cause):
+    with pytest.raises(UserError, match=cause):
+        results_of(["sleep", act])
+
+
+def test_processes_are_killed_while_they_send_results():
+    for results in [map_in_processes(work, range(8), ["", *["send"] * 7], workers=2) for _ in range(3)]:
+        assert next(results) == 0
+        results.close()
+    assert not mp.active_children()
 
 
 BLOCKS: list[bytes] = []

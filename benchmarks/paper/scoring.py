@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bids_uad.engine.bundle import (
 )
 from bids_uad.files import read_json, read_row, write_json, write_tsv
 from bids_uad.levels.participant.leakage import scanner_seen
-from bids_uad.resources import worker_pool
+from bids_uad.resources import map_in_processes
 from bids_uad.simulation.cohort import SimulatedCohort, make_subject
 
 
@@ -244,23 +244,20 @@ def score(
     write_tsv(out / "participants.tsv", participants_table(people, labelmaps))
     write_json(out / "study.json", _facts(people, labelmaps, sets["tables"]))
     table = read_participants(out)
-    jobs = (
+    jobs = [
         (person, missing, labelmaps, table.only([person.name]), out)
         for person in people
         if (missing := missing_models(person, sets, out))
-    )
-    if nprocs == 1:
-        for job in track(list(jobs), description="participants"):
-            _before(deadline, *job)
-        return
-    with worker_pool(nprocs, "spawn") as pool:
-        futures = [pool.submit(_before, deadline, *job) for job in jobs]
-        for future in track(futures, description="participants"):
-            future.result()
+    ]
+    compute = partial(map_in_processes, workers=nprocs) if nprocs > 1 else map
+    for _ in track(
+        compute(partial(_score_before, deadline), jobs), description="participants", total=len(jobs)
+    ):
+        pass
 
 
-def _before(deadline: float, *job: Any) -> None:
-    """Score a participant before the deadline."""
+def _score_before(deadline: float, job: tuple[Any, ...]) -> None:
+    """Score a participant if it is started before the deadline."""
     if time.time() < deadline:
         score_participant(*job)
 

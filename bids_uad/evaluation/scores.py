@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -19,7 +18,7 @@ from bids_uad.evaluation.lesion_detection import Lesions
 from bids_uad.evaluation.missing import MissingData
 from bids_uad.evaluation.subjects import LESION, subject_row
 from bids_uad.evaluation.tables import UnitScores, read_unit, subject_of
-from bids_uad.resources import worker_pool
+from bids_uad.resources import map_in_processes
 
 EXCLUDED = "excluded by quality control: "
 """Start of the reason of an excluded image."""
@@ -203,14 +202,12 @@ def read_scores(
     read = partial(_read_batch, exclusions=exclusions)
     total, rows = Scores(), []
     workers = min(processes, len(batches))
-    # Spawned instead of forked, since the calling process may have threads.
-    with worker_pool(workers, "spawn") if workers > 1 else nullcontext() as pool:
-        results = (map if pool is None else pool.map)(read, batches, of_batches)
-        for batch, scores in zip(batches, results, strict=True):
-            _add(total, scores)
-            rows.append(scores.rows)
-            if progress is not None:
-                progress(len(batch))
+    compute = partial(map_in_processes, workers=workers) if workers > 1 else map
+    for batch, scores in zip(batches, compute(read, batches, of_batches), strict=True):
+        _add(total, scores)
+        rows.append(scores.rows)
+        if progress is not None:
+            progress(len(batch))
     rows = [table for table in rows if len(table)]
     return replace(total, rows=pd.concat(rows, ignore_index=True) if rows else pd.DataFrame())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import bids_uad
 from bids_uad.files import write_json, write_text, write_tsv
 from bids_uad.images import SCALING, save_image, scale_intensity
-from bids_uad.resources import worker_pool
+from bids_uad.resources import map_in_processes
 from bids_uad.simulation.acquisition import simulate_preprocessed_scan
 from bids_uad.simulation.native import NativeScan, simulate_native_scan
 from bids_uad.simulation.spatial import tensor, to_grid
@@ -256,16 +257,10 @@ def make_cohort(cohort: SimulatedCohort, nprocs: int = 1) -> Iterator[str]:
     _describe(cohort)
     rows = []
     indices = range(len(cohort.kinds))
-    if nprocs <= 1:
-        for index in indices:
-            rows.append(make_subject(cohort, index))
-            yield cohort.name(index)
-    else:
-        # Not forked: a fork would copy the state of PyTorch's threads.
-        with worker_pool(nprocs, "spawn") as pool:
-            for row in pool.map(make_subject, [cohort] * len(indices), indices):
-                rows.append(row)
-                yield row["participant_id"]
+    compute = partial(map_in_processes, workers=nprocs) if nprocs > 1 else map
+    for row in compute(make_subject, [cohort] * len(indices), indices):
+        rows.append(row)
+        yield row["participant_id"]
     write_tsv(cohort.out / "participants.tsv", pd.DataFrame(rows))
 
 
