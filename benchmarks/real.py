@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--healthy", type=int, default=6, help="number of healthy participants (default 6)")
     parser.add_argument("--models", nargs="+", default=["all"], help="as of bids_uad (default: all packaged)")
     parser.add_argument("--deviation", nargs="+", help="as of bids_uad")
+    parser.add_argument("--nprocs", type=int, default=1, help="as of bids_uad (default 1)")
     parser.add_argument("--work-dir", type=Path, help="scratch space (default: OUT/work)")
     parser.add_argument("--atlas-dir", type=Path, help="folder with tpl-SRI24")
     parser.add_argument(
@@ -230,8 +231,9 @@ def main() -> None:
     bundles = resolve_bundles(args.models, MODALITIES, skip_missing=True)
     chosen = [name.removeprefix("sub-") for name in choose(args.data, people, args.healthy, bundles)]
     datasets = [str(args.data), str(args.out)]
-    options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work"), "--nprocs", "1"]
+    options = ["--participant-label", *chosen, "-w", str(args.work_dir or args.out / "work")]
     options += ["-d", f"lesions={args.data / 'derivatives' / 'lesions'}", "--models", *args.models]
+    options += ["--nprocs", str(args.nprocs)]
     if args.deviation:
         options += ["--deviation", *args.deviation]
     if args.atlas_dir:
