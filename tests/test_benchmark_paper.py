@@ -28,8 +28,14 @@ from benchmarks.paper.claims import (
 )
 from benchmarks.paper.page import DOCS, compose_page, write_page
 from benchmarks.paper.published import EIGHT, PATHOLOGIES, PUBLISHED, Load, published_dice
-from benchmarks.paper.study import read_study
-from benchmarks.paper.tables import critical_difference, read_results, variant_table, write_results
+from benchmarks.paper.study import read_study, read_tables
+from benchmarks.paper.tables import (
+    critical_difference,
+    read_results,
+    variant_table,
+    write_real,
+    write_results,
+)
 from bids_uad.engine.bundle import NORMATIVE, PACKAGED, load_bundle
 from bids_uad.simulation.anatomy import BUILT_IN
 from bids_uad.simulation.pathology import CAVITY_AGE, LesionTarget, make_lesion
@@ -369,6 +375,25 @@ def test_variants_are_compared_on_the_same_participants(study):
     table = variant_table(more)
     assert set(table["variant"]) == set(more.variants)
     assert table["gain"].to_numpy() == pytest.approx(0.1)
+
+
+def test_dice_of_real_scans_is_that_of_the_masks(tmp_path):
+    """A decision rule other than a threshold gives masks that the score histogram does not have."""
+    generator, rows, expected = np.random.default_rng(5), [], []
+    for index in range(6):
+        subject, size = f"{index:02d}", 400 + 50 * index
+        counts = beta_counts(generator, size, 6, 3)
+        path = Scan(subject, "T2w", "pls", n_lesion=counts, sha256="a" * 64).write(tmp_path)
+        table = pd.read_csv(path, sep="\t")
+        table.assign(anomaly_volume_mm3=300.0, detected_volume_mm3=200.0).to_csv(path, sep="\t", index=False)
+        rows.append({"participant_id": f"sub-{subject}", "pathology": "glioma", "group": "patient"})
+        expected.append(2 * 200 / (300 + size))
+    write_participants(tmp_path, rows)
+    write_real(read_tables(tmp_path, tmp_path), tmp_path / "results")
+    (row,) = pd.read_csv(tmp_path / "results" / "real.tsv", sep="\t").to_dict("records")
+    assert (row["modality"], row["pathology"], row["detector"], row["n"]) == ("T2w", "glioma", "pls", 6)
+    assert row["dice"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert row["low"] < row["dice"] < row["high"]
 
 
 def test_page_states_what_the_tables_hold(results, tmp_path):

@@ -4,6 +4,8 @@
 scores their scans with all models and keeps the score tables in OUT. Scans are deleted, and a run continues
 an earlier one. ``python -m benchmarks.paper evaluate OUT`` writes the tables of ``benchmarks/results/paper``,
 and ``python -m benchmarks.paper page`` draws the figures and writes ``docs/benchmark.md`` from them.
+``python -m benchmarks.paper evaluate --real DATA REAL`` writes the table of real scans from the outputs of
+``python -m benchmarks.real DATA REAL``.
 
 ``--variants DIR`` also scores the models in ``DIR/scaling/PERCENT`` (trained on a part of the scans) and
 ``DIR/ablation/NAME`` (Disyre with other synthetic anomalies), whose bundles are named as the packaged ones.
@@ -18,8 +20,8 @@ from pathlib import Path
 from benchmarks.paper.cohort import PARTICIPANTS, plan
 from benchmarks.paper.page import write_page
 from benchmarks.paper.scoring import model_sets, score
-from benchmarks.paper.study import read_study
-from benchmarks.paper.tables import write_results
+from benchmarks.paper.study import read_study, read_tables
+from benchmarks.paper.tables import write_real, write_results
 from bids_uad.simulation.anatomy import BUILT_IN, find_label_maps
 
 
@@ -41,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     scoring.add_argument("--minutes", type=float, help="start no further participant after this time")
     scoring.add_argument("--nprocs", type=int, default=1, help="processes (default 1)")
     evaluation = stages.add_parser("evaluate", help="compute the tables of all claims")
-    evaluation.add_argument("out", type=Path)
+    evaluation.add_argument("out", type=Path, nargs="?", help="as of score")
     evaluation.add_argument(
         "--real", nargs=2, type=Path, metavar=("DATA", "REAL"), help="arguments of benchmarks.real"
     )
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv : sequence of str, optional
         Arguments; by default those of the command line.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.stage == "score":
         score(
             args.out,
@@ -68,7 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             nprocs=args.nprocs,
         )
     elif args.stage == "evaluate":
-        write_results(read_study(args.out, args.real))
+        if args.out is None and args.real is None:
+            parser.error("OUT or --real is required")
+        if args.out is not None:
+            write_results(read_study(args.out))
+        if args.real is not None:
+            data, out = args.real
+            write_real(read_tables(out, data))
     else:
         write_page()
 

@@ -84,7 +84,7 @@ class DiceByThreshold(NamedTuple):
     Parameters
     ----------
     best, fixed : numpy.ndarray, shape (1 + N_RESAMPLES, n_pathologies, n_detectors)
-        Mean Dice at the best threshold of each sample, and at that of the model; see
+        Mean Dice at the best threshold of each sample, and of the masks of the model; see
         :func:`stratum_means`.
     counts : dict of str to int
         Number of participants by pathology.
@@ -99,7 +99,7 @@ class DiceByThreshold(NamedTuple):
 
 
 def dice_by_threshold(study: Study, modality: str, detectors: Sequence[str]) -> DiceByThreshold:
-    """Compute Dice at the best and at the fixed threshold, of participants that all detectors have scored.
+    """Compute Dice at the best threshold and of the masks, of participants that all detectors have scored.
 
     Parameters
     ----------
@@ -128,9 +128,9 @@ def dice_by_threshold(study: Study, modality: str, detectors: Sequence[str]) -> 
     for i, own in enumerate(members.values()):
         weights = resampling_weights(len(own), i)
         for j, name in enumerate(names):
-            curves, edge = study.dice[name, modality]
-            means = weights @ curves.loc[own].to_numpy()
-            best[:, i, j], fixed[:, i, j] = means.max(1), means[:, edge]
+            curves, of_masks = study.dice[name, modality]
+            best[:, i, j] = (weights @ curves.loc[own].to_numpy()).max(1)
+            fixed[:, i, j] = weights @ of_masks[own].to_numpy()
         if len(own) < MIN_SUBJECTS:
             best[1:, i], fixed[1:, i] = np.nan, np.nan
     return DiceByThreshold(best, fixed, {name: len(own) for name, own in members.items()}, names)

@@ -303,13 +303,13 @@ def _variant_text(variants: pd.DataFrame) -> str:
 def _real_text(real: pd.DataFrame | None) -> str:
     """Tabulate Dice of real scans."""
     command = (
-        "`python -m benchmarks.real DATA REAL` and `python -m benchmarks.paper evaluate OUT --real DATA REAL`"
+        "`python -m benchmarks.real DATA REAL` and `python -m benchmarks.paper evaluate --real DATA REAL`"
     )
     if real is None or real.empty:
         return f"Not measured. {command} add them."
     parts = [
-        f"Real scans with manual lesion masks ({command}), mean Dice at the fixed threshold; after the "
-        "semicolon the published one. The participants are too few for verdicts."
+        f"Real scans with lesion masks ({command}), mean Dice at the fixed threshold, with interval; after "
+        "the semicolon the published one. The participants are too few for verdicts."
     ]
     for modality in sorted(set(real["modality"])):
         own = real[real["modality"] == modality]

@@ -15,7 +15,7 @@ from benchmarks.paper.published import COHORTS, EIGHT
 from bids_uad.dataset.participants import read_participants
 from bids_uad.evaluation.curves import Curves
 from bids_uad.evaluation.lesion_detection import Lesions
-from bids_uad.evaluation.metrics import dice_curve, edge_index
+from bids_uad.evaluation.metrics import dice_curve
 from bids_uad.evaluation.subjects import HEALTHY, LESION, add_participant_columns, subject_row
 from bids_uad.evaluation.tables import find_metrics_tables, read_unit
 from bids_uad.levels.participant.leakage import SEEN
@@ -33,24 +33,22 @@ class Study:
         `Curves` by detector, modality and cohort.
     dice : dict
         By detector and modality: Dice of each lesion scan (rows, by participant) at each threshold (columns),
-        and the index of the fixed threshold.
+        and Dice of its anomaly mask, which is that at the fixed threshold unless the model has another
+        decision rule.
     lesions : Lesions
         Lesion tables.
     facts : dict, default={}
         Number of planned participants, label maps and models.
     variants : dict of str to Study, default={}
         Studies of other models on the same participants.
-    real : Study, default=None
-        Study of the same models on real scans.
     """
 
     subjects: pd.DataFrame
     curves: dict[tuple[str, str, str], Curves]
-    dice: dict[tuple[str, str], tuple[pd.DataFrame, int]]
+    dice: dict[tuple[str, str], tuple[pd.DataFrame, pd.Series]]
     lesions: Lesions
     facts: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Study] = field(default_factory=dict)
-    real: Study | None = None
 
     @property
     def modalities(self) -> list[str]:
@@ -116,46 +114,45 @@ def read_tables(folder: Path, people_folder: Path) -> Study:
     people = read_participants(people_folder)
     rows, lesions, curves = [], Lesions(), {}
     dice: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    edges: dict[tuple[str, str], int] = {}
+    of_masks: dict[tuple[str, str], dict[str, float]] = {}
     for path in find_metrics_tables(folder):
         unit = read_unit(path, people)
         row = subject_row(unit)
         rows.append(row)
         key = (unit.detector, unit.modality)
         curves.setdefault((*key, unit.cohort), Curves(unit.edges, unit.threshold)).add(unit)
-        edges[key] = edge_index(unit.edges, unit.threshold)
         if row["role"] == LESION:
             lesions.add(unit)
             if unit.n_lesion.any():
                 dice.setdefault(key, {})[unit.subject] = dice_curve(unit.n_nonlesion, unit.n_lesion)
+                of_masks.setdefault(key, {})[unit.subject] = row["dice"]
     subjects = pd.DataFrame(rows)
     if len(subjects):
         subjects, _ = add_participant_columns(subjects, people)
-    tables = {key: (pd.DataFrame.from_dict(own, orient="index"), edges[key]) for key, own in dice.items()}
+    tables = {
+        key: (pd.DataFrame.from_dict(own, orient="index"), pd.Series(of_masks[key]))
+        for key, own in dice.items()
+    }
     return Study(subjects, curves, tables, lesions)
 
 
-def read_study(out: Path, real: Sequence[Path] | None = None) -> Study:
+def read_study(out: Path) -> Study:
     """Read all results of ``python -m benchmarks.paper score``.
 
     Parameters
     ----------
     out : pathlib.Path
         Output folder.
-    real : sequence of pathlib.Path, optional
-        Dataset and output folder of ``python -m benchmarks.real``.
 
     Returns
     -------
     Study
-        Results with those of variants and real scans.
+        Results with those of variants.
     """
     study = read_tables(out / "tables", out)
     study.facts = json.loads((out / "study.json").read_text())
     for path in sorted((out / "variants").glob("*/*")):
         study.variants[f"{path.parent.name}/{path.name}"] = read_tables(path, out)
-    if real:
-        study.real = read_tables(real[1], real[0])
     if len(study.subjects):
         _add_slices(study.subjects, out / "drawn")
     return study

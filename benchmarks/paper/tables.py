@@ -191,16 +191,32 @@ def write_results(study: Study, results: Path = RESULTS) -> None:
         "transfer": analyses.thresholds,
         "deviations": analyses.deviations,
     }
-    if study.real is not None:
-        tables["real"] = dice_table(study.real)
     for name, table in tables.items():
-        numbers = dict.fromkeys(table.select_dtypes("number").columns, 5)
-        write_tsv(results / f"{name}.tsv", table.round(numbers))
+        _write(table, results / f"{name}.tsv")
     models = study.subjects.groupby(["modality", "participant_id"])["detector"].nunique()
     # A participant whose scoring was interrupted is not counted.
     complete = models[models == models.groupby("modality").transform("max")]
     scored = complete.groupby("modality").size().to_dict()
     write_json(results / "study.json", study.facts | {"scored": scored})
+
+
+def write_real(study: Study, results: Path = RESULTS) -> None:
+    """Write the table of real scans, ``real.tsv``.
+
+    Parameters
+    ----------
+    study : Study
+        Score tables of real scans.
+    results : pathlib.Path
+        Folder of the table; an earlier one is replaced.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    _write(dice_table(study), results / "real.tsv")
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table with five decimals."""
+    write_tsv(path, table.round(dict.fromkeys(table.select_dtypes("number").columns, 5)))
 
 
 def read_results(results: Path = RESULTS) -> tuple[dict[str, pd.DataFrame], dict]:
