@@ -206,7 +206,7 @@ def add_sessions(study):
     [
         (drop_and_add_participants, change_nothing),
         (take_the_participants_away, add_sessions),
-        (add_sessions, take_the_participants_away),
+        pytest.param(add_sessions, take_the_participants_away, marks=pytest.mark.slow),
     ],
 )
 def test_result_does_not_depend_on_earlier_runs(tmp_path, between, final):

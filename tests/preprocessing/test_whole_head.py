@@ -161,6 +161,7 @@ def best_dice(scores: np.ndarray, truth: np.ndarray) -> float:
     return float((2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("modality", "least"), [("T1w", 0.48), ("T2w", 0.6)])
 def test_the_default_detector_finds_the_tumour(truths, t1w_brain, t1w_pull, t2w, modality, least) -> None:
     """By its fixed decision rule, better than intensities at their best threshold, and at the right place."""
