@@ -58,8 +58,8 @@ def test_severity_label_decreases_with_severity():
 
 
 def test_score_is_the_mean_change_of_blended_windows_over_labels(slices):
-    detector = with_random_output()
-    x, brain = slices
+    detector = with_random_output(replace(TINY, labels=(74, 24)))
+    x, brain = (part[:2] for part in slices)
     with torch.no_grad():
         ours = detector.score(x, brain, [])
         # One window position and label at a time, one slice at a time.
@@ -67,9 +67,9 @@ def test_score_is_the_mean_change_of_blended_windows_over_labels(slices):
         offset = torch.arange(64) - 31.5
         profile = torch.exp(-0.5 * (offset / 8) ** 2)
         weight = (profile[:, None] * profile[None]).clamp_min(1e-3)
-        for index in range(3):
+        for index in range(2):
             total = torch.zeros(224, 224)
-            for label in (99, 74, 49, 24):
+            for label in (74, 24):
                 top, bottom = torch.zeros(224, 224), torch.zeros(224, 224)
                 for row in rows:
                     for column in columns:
@@ -78,7 +78,7 @@ def test_score_is_the_mean_change_of_blended_windows_over_labels(slices):
                         top[row : row + 64, column : column + 64] += weight * restored
                         bottom[row : row + 64, column : column + 64] += weight
                 total += (2 * x[index, 0] - 1 - top / bottom).abs()
-            expected = torch.where(brain[index, 0], total / 4, 0)
+            expected = torch.where(brain[index, 0], total / 2, 0)
             torch.testing.assert_close(ours[index, 0], expected, atol=1e-5, rtol=1e-4)
 
 
