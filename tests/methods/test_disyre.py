@@ -25,6 +25,7 @@ TINY = DisyreHyper(
     window=(64, 64),
     stride=32,
 )
+TWO_LABELS = replace(TINY, labels=(74, 24))
 
 
 def with_random_output(hyper=TINY):
@@ -58,7 +59,7 @@ def test_severity_label_decreases_with_severity():
 
 
 def test_score_is_the_mean_change_of_blended_windows_over_labels(slices):
-    detector = with_random_output(replace(TINY, labels=(74, 24)))
+    detector = with_random_output(TWO_LABELS)
     x, brain = (part[:2] for part in slices)
     with torch.no_grad():
         ours = detector.score(x, brain, [])
@@ -90,14 +91,15 @@ def test_an_untrained_network_with_predict_residual_is_the_identity():
 
 def test_foreground_weighting_multiplies_by_the_fraction_of_brain(slices):
     x, brain = (part[:1] for part in slices)
-    plain, weighted = with_random_output(), with_random_output(replace(TINY, foreground_weighting=True))
+    plain = with_random_output(TWO_LABELS)
+    weighted = with_random_output(replace(TWO_LABELS, foreground_weighting=True))
     with torch.no_grad():
         ratio = weighted.score(x, brain, [])[brain] / plain.score(x, brain, [])[brain]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 100 * 130 / 224**2))
 
 
 def test_score_does_not_depend_on_the_chunk_size(slices, monkeypatch):
-    detector = with_random_output()
+    detector = with_random_output(TWO_LABELS)
     x, brain = (part[:1] for part in slices)
     with torch.no_grad():
         whole = detector.score(x, brain, [])
