@@ -148,7 +148,9 @@ def test_similarity_is_low_for_a_rotated_brain_with_high_mask_overlap(
     assert target_error(pull, truth, reference_volume) < 0.5
 
 
-@pytest.mark.parametrize("angles", [(40.0, 0.0, 0.0), (-20.0, 15.0, 30.0)])
+@pytest.mark.parametrize(
+    "angles", [pytest.param((40.0, 0.0, 0.0), marks=pytest.mark.slow), (-20.0, 15.0, 30.0)]
+)
 def test_register_to_reference_needs_no_restart_for_a_tilted_head(
     reference_volume: Volume, scan: Volume, angles: tuple[float, float, float]
 ) -> None:
