@@ -286,15 +286,15 @@ def test_models_are_made_in_a_given_time_and_continued(scans, tmp_path, monkeypa
 def test_hyper_parameters_are_written_to_the_bundle(scans, tmp_path, capsys):
     models = tmp_path / "models"
     quick = ["--steps", "1", "--batch-size", "2"]
-    assert call(scans, models, "train", "andi", *quick, "--hyper", "stride=50") == 0
+    assert call(scans, models, "train", "andi", *quick, "--hyper", "stride=100") == 0
     folder = models / "andi-T2w-lite"
     weights = load_bundle(folder).sha256
-    assert load_bundle(folder).info["hyper"]["stride"] == 50
-    assert "--hyper stride=50" in (folder / "MODEL_CARD.md").read_text()
-    assert call(scans, models, "calibrate", "andi", "--hyper", "stride=25") == 0
+    assert load_bundle(folder).info["hyper"]["stride"] == 100
+    assert "--hyper stride=100" in (folder / "MODEL_CARD.md").read_text()
+    assert call(scans, models, "calibrate", "andi", "--hyper", "stride=50") == 0
     changed = load_bundle(folder)
-    assert changed.info["hyper"]["stride"] == 25
-    assert changed.provenance["HyperParameters"] == {"stride": 25}
+    assert changed.info["hyper"]["stride"] == 50
+    assert changed.provenance["HyperParameters"] == {"stride": 50}
     assert changed.provenance["TrainingSteps"] == 1
     assert changed.provenance["ThresholdCohort"] == "Thirty slices"
     assert changed.sha256 == weights
