@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import lru_cache
 
 import nibabel as nib
 import numpy as np
@@ -50,6 +51,7 @@ TINY = DisyreHyper(
 )
 
 
+@lru_cache(maxsize=2)
 def brain_volume(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A two-tissue ellipsoid in 30 slices."""
     axes = np.ogrid[tuple(slice(0, size) for size in space.SHAPE)]

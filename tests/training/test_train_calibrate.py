@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import cache
 
 import nibabel as nib
 import numpy as np
@@ -35,13 +36,19 @@ from bids_uad.training import backbone, calibrate, loop
 LESION = (slice(100, 112), slice(100, 112), slice(70, 80))
 
 
-def write_scan(folder, label, *, lesion=False):
-    """One T2w with bright fluid in the middle, and a lesion that is brighter still."""
+@cache
+def brain_and_fluid():
+    """An ellipsoid, and its middle."""
     axes = np.ogrid[tuple(slice(0, size) for size in space.SHAPE)]
     radius = sum(((a - c) / r) ** 2 for a, c, r in zip(axes, (120, 120, 75), (40, 44, 15), strict=True))
-    brain = radius < 1
+    return radius < 1, radius < 0.05
+
+
+def write_scan(folder, label, *, lesion=False):
+    """One T2w with bright fluid in the middle, and a lesion that is brighter still."""
+    brain, fluid = brain_and_fluid()
     noise = np.random.default_rng(int(label)).normal(0, 0.02, space.SHAPE)
-    volume = (np.where(radius < 0.05, 0.8, 0.4) + noise).clip(0, 1) * brain
+    volume = (np.where(fluid, 0.8, 0.4) + noise).clip(0, 1) * brain
     anat = folder / f"sub-{label}" / "anat"
     anat.mkdir(parents=True)
     stem = f"sub-{label}_space-SRI24"
