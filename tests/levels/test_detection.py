@@ -72,6 +72,7 @@ def test_one_process_takes_all_images_and_loads_each_model_once(bench):
     assert not runs(number)
 
 
+@pytest.mark.slow
 def test_killed_process_is_replaced_and_its_image_scored_again(bench):
     bench.dataset(T1W)
     (bench.folder / "orders").write_text("SIGKILL")
