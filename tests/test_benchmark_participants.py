@@ -79,6 +79,7 @@ def test_participants_benchmark_stops_at_its_limit(toy, tmp_path):
     assert found["ratios"] == []
 
 
+@pytest.mark.slow
 def test_participants_benchmark_measures_start_and_keeps_other_results(toy, tmp_path):
     (tmp_path / "participants.json").write_text('{"scaling": {"rows": []}}')
     participants.main([*toy, "--stub", "3"])

@@ -35,7 +35,7 @@ def bids_uad(*arguments: object, timeout: float = 1500) -> subprocess.CompletedP
     )
 
 
-DETECTORS = ("disyre", "patchcore", "intensity")
+DETECTORS = ("disyre", "intensity")
 
 
 def simulate(folder: Path, *options: str) -> Path:
@@ -55,7 +55,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(data, tmp_path_factory) -> Run:
-    """Participant and group level with three detectors."""
+    """Participant and group level with two detectors."""
     base = tmp_path_factory.mktemp("whole")
     done = bids_uad(
         data, base / "out", "participant", "group", "-w", base / "work", "--nprocs", "2", "--no-viewer",

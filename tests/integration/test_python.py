@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
 
+@pytest.mark.slow
 def test_page_runs_as_shown_and_leaves_nothing_else(data, tmp_path, monkeypatch, capfd):
     shutil.copy(data / "sub-002" / "anat" / "sub-002_T2w.nii.gz", tmp_path / "patient_T2w.nii.gz")
     (tmp_path / "temporary").mkdir()

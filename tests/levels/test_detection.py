@@ -72,6 +72,7 @@ def test_one_process_takes_all_images_and_loads_each_model_once(bench):
     assert not runs(number)
 
 
+@pytest.mark.slow
 def test_killed_process_is_replaced_and_its_image_scored_again(bench):
     bench.dataset(T1W)
     (bench.folder / "orders").write_text("SIGKILL")
@@ -94,7 +95,11 @@ def test_killed_process_is_replaced_and_its_image_scored_again(bench):
             "RuntimeError: detection failed: ZeroDivisionError: nothing to divide by",
             marks=pytest.mark.slow,
         ),
-        ("nan", "toy gave NaN or infinite scores for sub-01_T1w in axial slices 60, 61, 62, 63, 64 and"),
+        pytest.param(
+            "nan",
+            "toy gave NaN or infinite scores for sub-01_T1w in axial slices 60, 61, 62, 63, 64 and",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_failing_detector_loses_only_its_own_map(bench, capfd, monkeypatch, orders, cause):

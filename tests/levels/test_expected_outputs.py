@@ -44,7 +44,10 @@ def derivatives(kind: str, folder: Path) -> list[str]:
     return ["-d", f"{kind}={root}"]
 
 
-@pytest.mark.parametrize("kind", RAW)
+# The list of "both" is part of that of "lesions".
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "both" else []) for kind in RAW]
+)
 def test_files_are_those_of_the_list(kind, tmp_path):
     bench = Bench(tmp_path)
     bench.dataset(*RAW[kind])

@@ -15,6 +15,8 @@ from bids_uad.dataset.describe import BIDSIGNORE
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.evaluation.benchmark import COLUMNS
 from bids_uad.levels.group import run_group
+from bids_uad.reports import group as report
+from bids_uad.reports.group_charts import group_charts
 from tests.evaluation.fake_tables import Scan, beta_counts, write_cohort, write_participants
 from tests.evaluation.test_missing import write_quality
 
@@ -38,12 +40,24 @@ def group(root, **options):
 
 
 @pytest.fixture
+def charts():
+    """Draw the charts in the report."""
+
+
+@pytest.fixture(autouse=True)
+def only_asked_charts(request, monkeypatch):
+    """Leave out the charts, which take most of the time of a run, unless a test asks for them."""
+    if "charts" not in request.fixturenames:
+        monkeypatch.setattr(report, "group_charts", lambda *_: [])
+
+
+@pytest.fixture
 def study(tmp_path):
     write_cohort(tmp_path / "out", tmp_path / "raw", n_voxels=20_000)
     return tmp_path
 
 
-def test_writes_tables_that_describe_themselves(study):
+def test_writes_tables_that_describe_themselves(study, charts):
     code, text = group(study)
     assert code == 0
     out = study / "out"
@@ -206,10 +220,12 @@ def add_sessions(study):
     [
         (drop_and_add_participants, change_nothing),
         (take_the_participants_away, add_sessions),
-        (add_sessions, take_the_participants_away),
+        pytest.param(add_sessions, take_the_participants_away, marks=pytest.mark.slow),
     ],
 )
-def test_result_does_not_depend_on_earlier_runs(tmp_path, between, final):
+def test_result_does_not_depend_on_earlier_runs(tmp_path, monkeypatch, between, final):
+    if between is drop_and_add_participants:
+        monkeypatch.setattr(report, "group_charts", group_charts)
     study = tmp_path / "study"
 
     def fresh():
@@ -237,7 +253,7 @@ def test_result_does_not_depend_on_earlier_runs(tmp_path, between, final):
     assert contents(study / "out") == expected
 
 
-def test_run_is_reproducible(study):
+def test_run_is_reproducible(study, charts):
     write_cohort(study / "out", study / "raw", n_lesion=5, n_voxels=20_000)  # enough for intervals
     day = "20260102-030405_x"
     group(study, run_id=day)
@@ -497,7 +513,7 @@ def test_tables_of_earlier_versions_have_no_scanner_column(study):
     assert pd.read_csv(study / "out" / "group_subjects.tsv", sep="\t")["scanner_seen"].isna().all()
 
 
-def test_lesions_are_grouped_by_size_if_their_tables_exist(study):
+def test_lesions_are_grouped_by_size_if_their_tables_exist(study, charts):
     assert group(study)[0] == 0
     out = study / "out"
     for name in ("lesions", "missed"):

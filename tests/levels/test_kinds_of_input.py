@@ -57,6 +57,7 @@ USUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_kinds_of_scan_in_one_run(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # one line for each message

@@ -72,6 +72,7 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_concurrent_jobs_and_the_group_level_equal_one_run(tmp_path, stand_ins):
     raw = tmp_path / "raw"
     write_dataset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -34,12 +35,18 @@ def pseudo_trained(name: str, preset: str = "lite") -> Detector:
     return detector.eval()
 
 
+@lru_cache(maxsize=2)
 def phantom(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a volume with two tissues, noise and a bright ball in slices [first, last), and its mask."""
+    """Return a volume with two tissues, noise and a bright ball in slices [first, last), and its mask.
+
+    Both are read only: they are shared by the tests of a process.
+    """
     x, y, z = np.ogrid[: space.SHAPE[0], : space.SHAPE[1], : space.SHAPE[2]]
     radius = np.sqrt(((x - 119) / 66) ** 2 + ((y - 129) / 85) ** 2) + 0 * z
     brain = (radius < 1) & (z >= first) & (z < last)
     noise = np.random.default_rng(0).normal(0, 0.03, space.SHAPE)
     ball = (x - 140) ** 2 + (y - 120) ** 2 + (z - first - 3) ** 2 < 64
     volume = np.where(radius < 0.6, 0.8, 0.5) + noise + 0.5 * ball
-    return scale_intensity(volume, brain), brain
+    volume = scale_intensity(volume, brain)
+    volume.flags.writeable = brain.flags.writeable = False
+    return volume, brain

@@ -24,7 +24,7 @@ of_slices = SliceGenerator.of_slices
 # A score is the difference of two numbers near 1, in single precision; which sums are taken first depends on
 # the batch and on where its tensors lie in memory.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-FIRST, LAST = 70, 80
+FIRST, LAST = 70, 75
 CPU = torch.device("cpu")
 
 
@@ -43,7 +43,7 @@ def test_maps_do_not_depend_on_batch_size_and_order(name):
         torch.from_numpy(
             anomaly_map(detector, *phantom(FIRST, LAST), key="a", execution=Execution(batch_size=size))
         )
-        for size in (1, 7, 155)
+        for size in (1, 3, 155)
     ]
     assert maps[0].max() > 0
     for other in maps[1:]:
@@ -126,6 +126,6 @@ def test_memory_grows_at_most_linearly_with_the_batch(name):
 
 
 def test_memory_does_not_depend_on_noise_levels_or_labels():
-    assert largest_tensor("andi", 2, stride=5) == largest_tensor("andi", 2, stride=50)
+    assert largest_tensor("andi", 2, stride=20) == largest_tensor("andi", 2, stride=50)
     many = largest_tensor("disyre", 2, labels=tuple(range(0, 100, 2)))
     assert many <= largest_tensor("disyre", 2, labels=tuple(range(0, 64, 2)))

@@ -55,6 +55,7 @@ class TestDiffusion:
         assert_same(detector.network(case.noise(0), time)[:, 0], case["network_output"])
         assert_same(detector.predictor.loss(2 * case.grey() - 1, case.noise(0), time), case["loss"])
 
+    @pytest.mark.slow
     def test_andi_map(self):
         """Where the published map is 0, float32 numbers that are nearly equal cancel."""
         case, detector = filled("andi")
@@ -91,6 +92,7 @@ class TestDisyre:
         label = detector.severity_label(torch.from_numpy(case["loss_severity"]))
         assert_same((detector.restore(corrupted, label) - clean).square().mean(), case["loss"])
 
+    @pytest.mark.slow
     def test_map(self):
         case, detector = filled("disyre")
         slices = case.grey()
@@ -152,6 +154,7 @@ class TestRIAD:
         detector.inpaint = lambda *_: restored
         assert_same(detector.loss(Batch(slices, slices > 0), torch.Generator()), case["loss_32"])
 
+    @pytest.mark.slow
     def test_map(self):
         """Random numbers whose ranks are the published sets; a constant is subtracted there."""
         case, detector = filled("riad")

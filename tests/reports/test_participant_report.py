@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import lru_cache
 from urllib.parse import unquote
 
 import numpy as np
@@ -30,6 +31,7 @@ def save(path, data, dtype):
     image.to_filename(path)
 
 
+@lru_cache(maxsize=8)
 def ellipsoid(centre, radii):
     axes = np.ogrid[tuple(slice(0, n) for n in space.SHAPE)]
     return sum(((axis - c) / r) ** 2 for axis, c, r in zip(axes, centre, radii, strict=True)) < 1

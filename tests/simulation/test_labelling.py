@@ -51,6 +51,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
+@pytest.mark.slow
 def test_label_scan_finds_the_known_structures(scan, healthy, atlas):
     brain = healthy.brain.numpy()
     labels = labelling.label_scan(scan, brain, [atlas])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import lru_cache
 
 import nibabel as nib
 import numpy as np
@@ -39,9 +40,9 @@ from .train_toy import PaintedToy, Toy, ToyHyper
 
 CPU = torch.device("cpu")
 TINY = DisyreHyper(
-    network=replace(TINY_NETWORK, size=96),
-    window=(96, 96),
-    stride=96,
+    network=TINY_NETWORK,
+    window=(64, 64),
+    stride=64,
     labels=(74,),
     anomaly=AnomalyConfig(size=(8, 30)),
     steps=50,
@@ -50,6 +51,7 @@ TINY = DisyreHyper(
 )
 
 
+@lru_cache(maxsize=2)
 def brain_volume(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A two-tissue ellipsoid in 30 slices."""
     axes = np.ogrid[tuple(slice(0, size) for size in space.SHAPE)]
@@ -280,26 +282,36 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("when", [("restoration", 1), ("restoration", 8), ("restoration", 12)])
-def test_train_detector_resumes_with_equal_weights(store, tmp_path, when):
-    def trained(folder, report=None):
-        torch.manual_seed(0)
-        network = replace(TINY.network, dropout=0.3, dropout_at=96)
-        detector = Disyre(replace(TINY, network=network, steps=12))
-        learn(detector, store, folder, report, held_out=8)
-        return detector.state_dict()
+def trained_in_six_steps(store, folder, report=None):
+    """Return the weights; the only checkpoint is that of the fourth step."""
+    torch.manual_seed(0)
+    network = replace(TINY.network, dropout=0.3, dropout_at=TINY.network.size)
+    detector = Disyre(replace(TINY, network=network, steps=6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MIN_STEPS_BETWEEN_CHECKPOINTS", 4)
+        learn(detector, store, folder, report, held_out=4)
+    return detector.state_dict()
 
+
+@pytest.fixture(scope="module")
+def uninterrupted(store, tmp_path_factory):
+    """Weights and log of a training that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return trained_in_six_steps(store, folder), (folder / "training.csv").read_text()
+
+
+@pytest.mark.parametrize("when", [1, pytest.param(3, marks=pytest.mark.slow), 5])
+def test_train_detector_resumes_with_equal_weights(store, tmp_path, uninterrupted, when):
     def stop(stage, step, steps, loss):
-        if (stage, step) == when:
+        if step == when:
             raise _KilledError
 
     with pytest.raises(_KilledError):
-        trained(tmp_path / "stopped", stop)
-    stopped, whole = trained(tmp_path / "stopped"), trained(tmp_path / "whole")
+        trained_in_six_steps(store, tmp_path, stop)
+    resumed, (whole, log) = trained_in_six_steps(store, tmp_path), uninterrupted
     for name, value in whole.items():
-        assert torch.equal(value, stopped[name]), name
-    logs = [(tmp_path / folder / "training.csv").read_text() for folder in ("stopped", "whole")]
-    assert logs[0] == logs[1]
+        assert torch.equal(value, resumed[name]), name
+    assert (tmp_path / "training.csv").read_text() == log
 
 
 @pytest.fixture

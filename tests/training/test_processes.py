@@ -18,6 +18,7 @@ from .test_loop import store  # noqa: F401 - a fixture
 from .train_toy import PaintedToy, Toy, ToyHyper
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_training_with_two_processes_equals_one(store: SliceStore, tmp_path):  # noqa: F811
     for processes in (1, 2):
