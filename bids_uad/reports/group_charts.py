@@ -411,8 +411,14 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
     )
 
 
-def _set_score_axis(axes: Axes, curve: Curves) -> None:
-    """Set the limits and scale of the x axis to show the scores of all classes and the thresholds."""
+def _set_score_axis(axes: Axes, curve: Curves) -> float:
+    """Set the limits and scale of the x axis to show the scores of all classes and the thresholds.
+
+    Returns
+    -------
+    float
+        Left limit, where a threshold of 0 is drawn, which a logarithmic axis does not have.
+    """
     quantiles = []
     for counts in (curve.lesion, curve.nonlesion, curve.healthy):
         if counts.any():
@@ -422,11 +428,12 @@ def _set_score_axis(axes: Axes, curve: Curves) -> None:
     high = 1.04 * max(*marks, *(upper for _, upper in quantiles))
     positive = curve.edges[curve.edges > 0]
     middle = min(lower for lower, _ in quantiles)
-    low = max(positive[0], min(middle, *(mark for mark in marks if mark > 0)) / 3)
+    low = max(positive[0], min([middle, *(mark for mark in marks if mark > 0)]) / 3)
     if high / low > _LOG_SCORE_RANGE:
         log_axis(axes, "x", low, high)
     else:
         axes.set_xlim(float(curve.edges[0]), high)
+    return axes.get_xlim()[0]
 
 
 def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart | None:
@@ -439,7 +446,7 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
 
     def draw(canvas: ChartCanvas, axes: Axes, key: Key, corner: tuple[float, float]) -> None:
         curve, colour = curves[key], colours[key[0]]
-        _set_score_axis(axes, curve)
+        left_limit = _set_score_axis(axes, curve)
         axes.set_ylim(0, limit)
         dice = curve.mean_dice
         axes.plot(curve.edges, dice, color=colour, linewidth=2.4)
@@ -447,10 +454,13 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
         fixed = dice[curve.threshold_edge]
         solid = {"color": INK, "linewidth": 1.6}
         dashed = {"color": MUTED, "linewidth": 1.4, "linestyle": DASHES}
-        axes.axvline(best_threshold, **dashed)
-        axes.axvline(curve.threshold, **solid)
-        canvas.markers(axes, [best_threshold], [best], colour, radius=5, hollow=True)
-        canvas.markers(axes, [curve.threshold], [fixed], INK, radius=5)
+        for threshold, height, line, dot in (
+            (best_threshold, best, dashed, {"colour": colour, "hollow": True}),
+            (curve.threshold, fixed, solid, {"colour": INK}),
+        ):
+            x = max(threshold, left_limit)
+            axes.axvline(x, **line)
+            canvas.markers(axes, [x], [height], radius=5, **dot)
         left, y = corner[0], corner[1] + 41
         canvas.line((left, left + 16), (y - 4, y - 4), **solid)
         canvas.text(left + 21, y, f"fixed {number(curve.threshold)}: Dice {fixed:.3f}", fontsize=12)
@@ -488,7 +498,7 @@ def score_histograms(evaluation: Evaluation) -> Chart | None:
 
     def draw(canvas: ChartCanvas, axes: Axes, key: Key, corner: tuple[float, float]) -> None:
         curve = curves[key]
-        _set_score_axis(axes, curve)
+        left_limit = _set_score_axis(axes, curve)
         log_axis(axes, "y", 1e-6, 1, ticks=4)
         classes = {"healthy": curve.healthy, "outside": curve.nonlesion, "lesions": curve.lesion}
         above = []
@@ -502,7 +512,7 @@ def score_histograms(evaluation: Evaluation) -> Chart | None:
                 axes.stairs(fractions, edges, baseline=1e-6, fill=True, color=colour, alpha=0.16)
             axes.stairs(fractions, edges, baseline=None, color=colour, linewidth=1.7, linestyle=dash)
             above.append(f"{name} {100 * counts[curve.threshold_edge :].sum() / counts.sum():.2g} %")
-        axes.axvline(curve.threshold, color=INK, linewidth=1.6)
+        axes.axvline(max(curve.threshold, left_limit), color=INK, linewidth=1.6)
         words = "above the threshold: " + ", ".join(above)
         canvas.text(corner[0], corner[1] + 38, words, fontsize=11.5, color=MUTED)
 

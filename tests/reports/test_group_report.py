@@ -171,6 +171,27 @@ def test_many_scans_are_drawn_as_densities(study, monkeypatch):
     assert group_charts._medians_by_volume(scans)[0] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("position", [0, 200])
+def test_thresholds_of_zero_are_at_the_left_end_of_a_logarithmic_axis(tmp_path, position):
+    """Lesions have the lowest scores, so that the best threshold is 0, which matplotlib would not draw."""
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-1\tpatient\n")
+    lesion, nonlesion = np.zeros((2, len(EDGES)), int)
+    lesion[0], nonlesion[1], nonlesion[390] = 500, 900, 100
+    Scan("1", n_nonlesion=nonlesion, n_lesion=lesion, threshold=EDGES[position]).write(tmp_path)
+    evaluation, _ = assess(tmp_path)
+    (curve,) = evaluation.curves.values()
+    assert curve.optimal[1] == 0
+    figures = {figure.name: figure.svg for figure in charts(evaluation)}
+    svg = figures["dice_by_threshold_T1w"]
+    left = re.search(r'd="M ([\d.]+) ([\d.]+) \nL [\d.]+ \2 \n" clip-path', svg)[1]
+    lines = re.findall(r'd="M ([\d.]+) [\d.]+ \nL \1 [\d.]+ \n" clip-path', svg)
+    dots = re.findall(r'<use [^>]* x="([\d.]+)"', svg)[-2:]
+    assert lines == dots
+    best, fixed = dots
+    assert best == left
+    assert (fixed == left) == (position == 0)
+
+
 def test_a_cohort_of_controls_has_no_dice_figures(tmp_path):
     generator = np.random.default_rng(0)
     (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-1\thc\nsub-2\thc\n")
