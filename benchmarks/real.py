@@ -174,7 +174,7 @@ def table_of(out: Path, people: Participants, modalities: Iterable[str]) -> pd.D
 
 def scans_of(out: Path) -> pd.DataFrame:
     """Read the metrics of each scan and detector from the group level."""
-    table = pd.read_csv(out / "group_subjects.tsv", sep="\t")
+    table = pd.read_csv(out / "group_subjects.tsv", sep="\t", dtype={"session_id": str})
     table["session_id"] = table["session_id"].fillna("n/a")
     table["marked"] = table["anomaly_volume_mm3"] / table["brain_volume_mm3"]
     return table.set_index(["modality", "cohort", "participant_id", "session_id", "detector"])
