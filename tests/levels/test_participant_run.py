@@ -252,7 +252,7 @@ def test_second_run_only_restores_lost_files(bench, capsys):
 
 def test_work_folder_and_unfinished_participants_do_not_grow(bench, monkeypatch):
     """Each participant has its report before the next but one is begun, and leaves no intermediate files."""
-    labels = [f"{number:02d}" for number in range(3)]
+    labels = [f"{number:02d}" for number in range(4)]
     bench.dataset(*(f"sub-{label}/anat/sub-{label}_T1w.nii.gz" for label in labels), T2W)
     begun, reported, folders = [], [], []
 
@@ -474,7 +474,7 @@ def test_changed_minimum_lesion_volume_recounts_lesions(bench):
     nib.save(space.to_image(truth, np.uint8), path)
     metrics = bench.out / "sub-01/anat/sub-01_space-SRI24_desc-T1wDisyre_metrics.tsv"
     written = []
-    for option, least, n_lesions in (((), 3, 1), (("50",), 50, 0), (("50",), 50, 0)):
+    for option, least, n_lesions in (((), 3, 1), (("50",), 50, 0), (("50",), 50, 0), (("0",), 0, 1)):
         options = ["--min-counted-volume", *option] if option else []
         assert bench.run("-d", f"lesions={bench.folder / 'lesions'}", *options) == 0
         row = pd.read_csv(metrics, sep="\t").iloc[0]
@@ -483,15 +483,14 @@ def test_changed_minimum_lesion_volume_recounts_lesions(bench):
         assert len(pd.read_csv(metrics.with_name(metrics.name.replace("metrics", "lesions")), sep="\t")) == 1
         assert json.loads(metrics.with_suffix(".json").read_text())["MinLesionVolume"] == least
         written.append(metrics.stat().st_mtime_ns)
-    assert written[0] != written[1] == written[2]  # the third run had nothing to do
+    assert written[0] != written[1] == written[2] != written[3]  # the third run had nothing to do
     sidecar = json.loads(metrics.with_suffix(".json").read_text())
     assert (sidecar["MinComponentVolume"], "LowThreshold" in sidecar) == (0, False)
     assert sidecar["MinComponentVolumeSource"].startswith("decision rule of the model")
     volumes = pd.read_csv(component_table := next(metrics.parent.glob("*_dseg.tsv")), sep="\t")["volume_mm3"]
     least = volumes.max()
     assert (volumes < least).any()
-    assert bench.run("--min-lesion-size", f"{least:g}", "--min-counted-volume", "0") == 0
-    assert json.loads(metrics.with_suffix(".json").read_text())["MinLesionVolume"] == 0
+    assert bench.run("--min-lesion-size", f"{least:g}") == 0
     kept = pd.read_csv(component_table, sep="\t")["volume_mm3"]
     assert kept.tolist() == volumes[volumes >= least].tolist()
     assert pd.read_csv(metrics, sep="\t")["min_component_volume_mm3"].tolist() == [least]

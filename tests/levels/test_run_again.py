@@ -91,10 +91,10 @@ def test_two_bundles_of_one_detector_replace_each_other(again):
     again.dataset(T1W)
     other = str(fake_bundle(again.folder / "disyre-other", "disyre", "T1w", threshold=1.0))
     found = []
-    for model in (again.models[0], other):
+    for model in (again.models[0], other, again.models[0]):
         assert again.run(models=[model]) == 0
         found.append((row(again, DISYRE)["threshold"], record(again).models["disyre"].label))
-    assert found == [(0.5, "disyre-T1w"), (1.0, "disyre-other")]
+    assert found == [(0.5, "disyre-T1w"), (1.0, "disyre-other"), (0.5, "disyre-T1w")]
 
 
 class Killed(FakeDetect):
