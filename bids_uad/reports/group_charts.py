@@ -411,14 +411,8 @@ def precision_recall_curves(evaluation: Evaluation, colours: dict[str, str]) -> 
     )
 
 
-def _set_score_axis(axes: Axes, curve: Curves) -> float:
-    """Set the limits and scale of the x axis to show the scores of all classes and the thresholds.
-
-    Returns
-    -------
-    float
-        Left limit, where a threshold of 0 is drawn, which a logarithmic axis does not have.
-    """
+def _set_score_axis(axes: Axes, curve: Curves) -> None:
+    """Set the limits and scale of the x axis to show the scores of all classes and the thresholds."""
     quantiles = []
     for counts in (curve.lesion, curve.nonlesion, curve.healthy):
         if counts.any():
@@ -433,7 +427,11 @@ def _set_score_axis(axes: Axes, curve: Curves) -> float:
         log_axis(axes, "x", low, high)
     else:
         axes.set_xlim(float(curve.edges[0]), high)
-    return axes.get_xlim()[0]
+
+
+def _position(axes: Axes, threshold: float) -> float:
+    """Return where a threshold is drawn: one of 0 at the left limit, since a logarithmic axis has no 0."""
+    return max(threshold, axes.get_xlim()[0])
 
 
 def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart | None:
@@ -446,7 +444,7 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
 
     def draw(canvas: ChartCanvas, axes: Axes, key: Key, corner: tuple[float, float]) -> None:
         curve, colour = curves[key], colours[key[0]]
-        left_limit = _set_score_axis(axes, curve)
+        _set_score_axis(axes, curve)
         axes.set_ylim(0, limit)
         dice = curve.mean_dice
         axes.plot(curve.edges, dice, color=colour, linewidth=2.4)
@@ -454,13 +452,11 @@ def dice_by_threshold(evaluation: Evaluation, colours: dict[str, str]) -> Chart 
         fixed = dice[curve.threshold_edge]
         solid = {"color": INK, "linewidth": 1.6}
         dashed = {"color": MUTED, "linewidth": 1.4, "linestyle": DASHES}
-        for threshold, height, line, dot in (
-            (best_threshold, best, dashed, {"colour": colour, "hollow": True}),
-            (curve.threshold, fixed, solid, {"colour": INK}),
-        ):
-            x = max(threshold, left_limit)
-            axes.axvline(x, **line)
-            canvas.markers(axes, [x], [height], radius=5, **dot)
+        best_x, fixed_x = (_position(axes, threshold) for threshold in (best_threshold, curve.threshold))
+        axes.axvline(best_x, **dashed)
+        axes.axvline(fixed_x, **solid)
+        canvas.markers(axes, [best_x], [best], colour, radius=5, hollow=True)
+        canvas.markers(axes, [fixed_x], [fixed], INK, radius=5)
         left, y = corner[0], corner[1] + 41
         canvas.line((left, left + 16), (y - 4, y - 4), **solid)
         canvas.text(left + 21, y, f"fixed {number(curve.threshold)}: Dice {fixed:.3f}", fontsize=12)
@@ -498,7 +494,7 @@ def score_histograms(evaluation: Evaluation) -> Chart | None:
 
     def draw(canvas: ChartCanvas, axes: Axes, key: Key, corner: tuple[float, float]) -> None:
         curve = curves[key]
-        left_limit = _set_score_axis(axes, curve)
+        _set_score_axis(axes, curve)
         log_axis(axes, "y", 1e-6, 1, ticks=4)
         classes = {"healthy": curve.healthy, "outside": curve.nonlesion, "lesions": curve.lesion}
         above = []
@@ -512,7 +508,7 @@ def score_histograms(evaluation: Evaluation) -> Chart | None:
                 axes.stairs(fractions, edges, baseline=1e-6, fill=True, color=colour, alpha=0.16)
             axes.stairs(fractions, edges, baseline=None, color=colour, linewidth=1.7, linestyle=dash)
             above.append(f"{name} {100 * counts[curve.threshold_edge :].sum() / counts.sum():.2g} %")
-        axes.axvline(max(curve.threshold, left_limit), color=INK, linewidth=1.6)
+        axes.axvline(_position(axes, curve.threshold), color=INK, linewidth=1.6)
         words = "above the threshold: " + ", ".join(above)
         canvas.text(corner[0], corner[1] + 38, words, fontsize=11.5, color=MUTED)
 
