@@ -236,9 +236,10 @@ def end_with_parent(sentinel: int | None = None) -> None:
 def map_in_processes(function: Callable[..., Any], *arguments: Sequence[Any], workers: int) -> Iterator[Any]:
     """Compute the results of a function in several processes, and yield them in order.
 
-    The processes end with this one, and are killed if a call fails or the generator is closed. Each has its
-    own pipe. Those of :class:`concurrent.futures.ProcessPoolExecutor` share one, so that this process would
-    wait forever if one of them were killed while it sends a result.
+    With one worker or one call, this process computes them. Otherwise the processes end with this one, and
+    are killed if a call fails or the generator is closed. Each has its own pipe. Those of
+    :class:`concurrent.futures.ProcessPoolExecutor` share one, so that this process would wait forever if one
+    of them were killed while it sends a result.
 
     Parameters
     ----------
@@ -261,6 +262,10 @@ def map_in_processes(function: Callable[..., Any], *arguments: Sequence[Any], wo
     Exception
         The error of the first call that fails.
     """
+    workers = min(workers, len(arguments[0]))
+    if workers <= 1:
+        yield from map(function, *arguments)
+        return
     # Spawned instead of forked, since the calling process may have threads.
     context = mp.get_context("spawn")
     kills = oom_kills()
@@ -277,7 +282,7 @@ def map_in_processes(function: Callable[..., Any], *arguments: Sequence[Any], wo
                 pipe.send(call)
 
     try:
-        for _ in range(min(workers, len(arguments[0]))):
+        for _ in range(workers):
             pipe, child_end = context.Pipe()
             processes[pipe] = context.Process(target=_serve_calls, args=(function, child_end), daemon=True)
             processes[pipe].start()

@@ -52,11 +52,6 @@ def report_and_sleep(pipe, state: str) -> None:
     pipe.recv()
 
 
-def pid() -> int:
-    """Return the number of the process that this runs in."""
-    return os.getpid()
-
-
 def runs(number: int) -> bool:
     """Return whether a process is there and has not ended."""
     try:

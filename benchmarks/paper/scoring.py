@@ -249,10 +249,8 @@ def score(
         for person in people
         if (missing := missing_models(person, sets, out))
     ]
-    compute = partial(map_in_processes, workers=nprocs) if nprocs > 1 else map
-    for _ in track(
-        compute(partial(_score_before, deadline), jobs), description="participants", total=len(jobs)
-    ):
+    scored = map_in_processes(partial(_score_before, deadline), jobs, workers=nprocs)
+    for _ in track(scored, description="participants", total=len(jobs)):
         pass
 
 

@@ -201,9 +201,8 @@ def read_scores(
     of_batches = [participants.only(map(subject_of, batch)) for batch in batches]
     read = partial(_read_batch, exclusions=exclusions)
     total, rows = Scores(), []
-    workers = min(processes, len(batches))
-    compute = partial(map_in_processes, workers=workers) if workers > 1 else map
-    for batch, scores in zip(batches, compute(read, batches, of_batches), strict=True):
+    results = map_in_processes(read, batches, of_batches, workers=processes)
+    for batch, scores in zip(batches, results, strict=True):
         _add(total, scores)
         rows.append(scores.rows)
         if progress is not None:

@@ -257,8 +257,7 @@ def make_cohort(cohort: SimulatedCohort, nprocs: int = 1) -> Iterator[str]:
     _describe(cohort)
     rows = []
     indices = range(len(cohort.kinds))
-    compute = partial(map_in_processes, workers=nprocs) if nprocs > 1 else map
-    for row in compute(make_subject, [cohort] * len(indices), indices):
+    for row in map_in_processes(partial(make_subject, cohort), indices, workers=nprocs):
         rows.append(row)
         yield row["participant_id"]
     write_tsv(cohort.out / "participants.tsv", pd.DataFrame(rows))
