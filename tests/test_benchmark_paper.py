@@ -314,7 +314,7 @@ def test_threshold_loss_equals_a_plain_search(study, claims):
     for position, (_, own) in enumerate(sorted(rows.groupby("cohort")["participant_id"])):
         drawn = resampling_weights(len(own), position)[1]
         for name in EIGHT:
-            curves = study.dice[name, "T2w"][0].loc[sorted(own)].to_numpy()
+            curves = study.dice[name, "T2w"].loc[sorted(own)].to_numpy()
             losses.append(max(column.mean() for column in curves.T) - curves[:, FIXED].mean())
             means = [sum(w * d for w, d in zip(drawn, column, strict=True)) for column in curves.T]
             resampled.append(max(means) - means[FIXED])

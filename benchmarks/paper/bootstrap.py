@@ -117,20 +117,20 @@ def dice_by_threshold(study: Study, modality: str, detectors: Sequence[str]) -> 
     """
     names = [name for name in detectors if (name, modality) in study.dice]
     pathologies = study.pathologies(modality)
-    scored = [set(study.dice[name, modality][0].index) for name in names]
+    scored = [set(study.dice[name, modality].index) for name in names]
     shared = set(pathologies).intersection(*scored) if scored else set()
     members = {
         pathology: sorted(name for name in shared if pathologies[name] == pathology)
         for pathology in sorted({pathologies[name] for name in shared})
     }
+    of_masks = study.scores(modality, "dice", names)
     best = np.empty((1 + N_RESAMPLES, len(members), len(names)))
     fixed = np.empty_like(best)
     for i, own in enumerate(members.values()):
         weights = resampling_weights(len(own), i)
         for j, name in enumerate(names):
-            curves, of_masks = study.dice[name, modality]
-            best[:, i, j] = (weights @ curves.loc[own].to_numpy()).max(1)
-            fixed[:, i, j] = weights @ of_masks[own].to_numpy()
+            best[:, i, j] = (weights @ study.dice[name, modality].loc[own].to_numpy()).max(1)
+            fixed[:, i, j] = weights @ of_masks.loc[own, name].to_numpy()
         if len(own) < MIN_SUBJECTS:
             best[1:, i], fixed[1:, i] = np.nan, np.nan
     return DiceByThreshold(best, fixed, {name: len(own) for name, own in members.items()}, names)

@@ -182,7 +182,7 @@ def _carried_thresholds(study: Study, modality: str, is_seen: pd.Series) -> list
     names = [name for name in EIGHT if (name, modality) in study.dice]
     losses = []
     for name in names:
-        curves = study.dice[name, modality][0]
+        curves = study.dice[name, modality]
         scored = [each for each in participants if each in curves.index]
         groups = [curves.loc[[each for each in scored if is_seen[each] == own]] for own in (False, True)]
         if min(map(len, groups)) < MIN_SUBJECTS:

@@ -32,9 +32,7 @@ class Study:
     curves : dict
         `Curves` by detector, modality and cohort.
     dice : dict
-        By detector and modality: Dice of each lesion scan (rows, by participant) at each threshold (columns),
-        and Dice of its anomaly mask, which is that at the fixed threshold unless the model has another
-        decision rule.
+        By detector and modality: Dice of each lesion scan (rows, by participant) at each threshold (columns).
     lesions : Lesions
         Lesion tables.
     facts : dict, default={}
@@ -45,7 +43,7 @@ class Study:
 
     subjects: pd.DataFrame
     curves: dict[tuple[str, str, str], Curves]
-    dice: dict[tuple[str, str], tuple[pd.DataFrame, pd.Series]]
+    dice: dict[tuple[str, str], pd.DataFrame]
     lesions: Lesions
     facts: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Study] = field(default_factory=dict)
@@ -114,7 +112,6 @@ def read_tables(folder: Path, people_folder: Path) -> Study:
     people = read_participants(people_folder)
     rows, lesions, curves = [], Lesions(), {}
     dice: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    of_masks: dict[tuple[str, str], dict[str, float]] = {}
     for path in find_metrics_tables(folder):
         unit = read_unit(path, people)
         row = subject_row(unit)
@@ -125,14 +122,10 @@ def read_tables(folder: Path, people_folder: Path) -> Study:
             lesions.add(unit)
             if unit.n_lesion.any():
                 dice.setdefault(key, {})[unit.subject] = dice_curve(unit.n_nonlesion, unit.n_lesion)
-                of_masks.setdefault(key, {})[unit.subject] = row["dice"]
     subjects = pd.DataFrame(rows)
     if len(subjects):
         subjects, _ = add_participant_columns(subjects, people)
-    tables = {
-        key: (pd.DataFrame.from_dict(own, orient="index"), pd.Series(of_masks[key]))
-        for key, own in dice.items()
-    }
+    tables = {key: pd.DataFrame.from_dict(own, orient="index") for key, own in dice.items()}
     return Study(subjects, curves, tables, lesions)
 
 
