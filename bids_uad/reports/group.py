@@ -31,7 +31,7 @@ from bids_uad.reports.boilerplate import bibliography
 from bids_uad.reports.charts import Chart
 from bids_uad.reports.group_charts import detector_colours, group_charts
 from bids_uad.reports.group_panel import example_figures
-from bids_uad.reports.group_summary import count, summarise
+from bids_uad.reports.group_summary import count, most_scans, summarise
 from bids_uad.reports.group_text import fixed, interval, no_interval
 
 OUTCOMES = {"dice": "Dice", "auprc": "AUPRC", "fpr": "false positives", "sensitivity": "sensitivity"}
@@ -288,10 +288,12 @@ def _cohorts(benchmark: pd.DataFrame) -> dict[str, dict[str, Any]]:
             {"detector": detector, "of": {row["cohort"]: row for row in _records(own)}}
             for detector, own in rows.groupby("detector", sort=True)
         ]
-        highest = rows["dice_mean"] == rows.groupby("cohort")["dice_mean"].transform("max")
-        several = rows.groupby("cohort")["dice_mean"].transform("nunique") > 1
-        found = rows[highest & several].groupby("cohort")["detector"].agg(set).to_dict()
-        best = {cohort: found.get(cohort, set()) for cohort, _ in names}
+        best = {}
+        for cohort, of_cohort in rows.groupby("cohort"):
+            compared = most_scans(of_cohort, "n_lesion_scans")
+            highest = compared["dice_mean"] == compared["dice_mean"].max()
+            several = compared["dice_mean"].nunique() > 1
+            best[cohort] = set(compared.loc[highest, "detector"]) if several else set()
         if names:
             parts[modality] = {"names": names, "rows": records, "best": best}
     return parts
@@ -342,7 +344,10 @@ def _overview(evaluation: Evaluation, participants: Participants) -> dict[str, A
 
 
 def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
-    """Return (detector, modality, column) of the best values over all scans, unless all are equal."""
+    """Return (detector, modality, column) of the best values over all scans, unless all are equal.
+
+    Detectors that scored fewer scans than others are not compared.
+    """
     directions: dict[str, Callable[[pd.Series], float]] = {
         "dice_mean": pd.Series.max,
         "auprc_mean": pd.Series.max,
@@ -356,8 +361,10 @@ def _best(benchmark: pd.DataFrame) -> set[tuple[str, str, str]]:
     best = set()
     for modality, rows in benchmark.groupby("modality"):
         for column, extreme in directions.items():
-            if rows[column].nunique() > 1:
-                detectors = rows.loc[rows[column] == extreme(rows[column]), "detector"]
+            counted = "n_healthy_scans" if column == "fpr_healthy_mean" else "n_lesion_scans"
+            compared = most_scans(rows, counted)
+            if compared[column].nunique() > 1:
+                detectors = compared.loc[compared[column] == extreme(compared[column]), "detector"]
                 best |= {(detector, modality, column) for detector in detectors}
     return best
 

@@ -107,6 +107,24 @@ def _data(scans: pd.DataFrame, n_by_role: dict[str, int]) -> str:
     )
 
 
+def most_scans(benchmark: pd.DataFrame, counted: str) -> pd.DataFrame:
+    """Return the rows of the detectors with the most scans, since means of others are not comparable.
+
+    Parameters
+    ----------
+    benchmark : pandas.DataFrame
+        Rows of the benchmark of one modality and cohort.
+    counted : {"n_lesion_scans", "n_healthy_scans"}
+        Column with the number of scans.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Some rows of `benchmark`, in their order.
+    """
+    return benchmark[benchmark[counted] == benchmark[counted].max()]
+
+
 def _count_empty(scans: pd.DataFrame) -> int:
     """Count the lesion scans whose mask is empty."""
     return int(((scans["role"] == LESION) & (scans["n_lesion_voxels"] == 0)).sum())
@@ -119,10 +137,11 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
     ranked = rows[rows["dice_mean"].notna()].sort_values("dice_mean", ascending=False, kind="stable")
     if lesions.empty or ranked.empty:
         return "No lesion mask with a voxel in the brain: Dice and sensitivity cannot be computed."
-    best, several = ranked.iloc[0], len(ranked) > 1
+    compared = most_scans(ranked, "n_lesion_scans")
+    best, several = compared.iloc[0], len(compared) > 1
     name = detector_name(best["detector"])
     if (ranked["dice_nonempty_mean"] == 0).all():
-        verb = "No detector marks" if several else f"{name} does not mark"
+        verb = "No detector marks" if len(ranked) > 1 else f"{name} does not mark"
         return f"{verb} any lesion voxel at the fixed threshold ({n_participants} with lesions)."
     interval = "too few participants for an interval"
     if not math.isnan(best["dice_ci_low"]):
@@ -133,10 +152,13 @@ def _lesions(rows: pd.DataFrame, scans: pd.DataFrame, pairs: pd.DataFrame) -> st
     empty = f" and {count(n_empty, 'scan')} with an empty mask" if n_empty else ""
     start = "Highest mean Dice" if several else "Mean Dice"
     text = f"{start}: {name}, {_number(best['dice_mean'])} ({interval}; {n_participants} with lesions{empty})"
+    fewer = [detector_name(name) for name in ranked["detector"] if name not in set(compared["detector"])]
+    left_out = f" {join_words(fewer)} scored fewer scans." if fewer else ""
     if not several:
-        return f"{text}."
-    second = ranked.iloc[1]
+        return f"{text}.{left_out}"
+    second = compared.iloc[1]
     text += f", followed by {detector_name(second['detector'])} with {_number(second['dice_mean'])}."
+    text += left_out
     ranks = mean_ranks(participant_scores(lesions, lesions["modality"].iloc[0], "dice"), "dice")
     if len(ranks) and ranks.index[0] != best["detector"]:
         text += f" {detector_name(ranks.index[0])} has the best mean rank within participants."

@@ -116,6 +116,21 @@ def test_table_heads_have_definitions(study):
     assert 'title="Mean Dice at the fixed threshold, lesion scans"' in page
 
 
+def bold_cells(page):
+    return re.findall(r'<td class="[^"]*\bbest\b', page)
+
+
+def test_values_of_a_detector_with_fewer_scans_are_not_bold(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_voxels=20_000)
+    evaluation, people = assess(tmp_path)
+    assert bold_cells(write_page(tmp_path, evaluation, people).read_text())
+    for table in [*tmp_path.rglob("*Disyre*")]:
+        if not table.name.startswith("sub-01"):
+            table.unlink()
+    evaluation, people = assess(tmp_path)
+    assert not bold_cells(write_page(tmp_path, evaluation, people).read_text())
+
+
 def test_figures_are_valid_svg_with_working_links(study):
     figures = sorted((study / "group" / "figures").glob("*.svg"))
     assert [figure.stem for figure in figures] == [

@@ -51,6 +51,17 @@ def test_summary_of_a_complete_cohort(tmp_path):
     assert "Sample size" not in text
 
 
+def test_a_detector_with_fewer_scans_is_not_compared(tmp_path):
+    write_cohort(tmp_path, tmp_path, n_lesion=12, n_healthy=10, n_voxels=20_000)
+    # Disyre is the better one; it keeps the scan of one participant.
+    for table in tmp_path.rglob("*T1wDisyre*"):
+        if not table.name.startswith("sub-01"):
+            table.unlink()
+    lesions = summary_of(tmp_path)["Lesions, T1w"]
+    assert lesions.startswith("Mean Dice: PatchCore, 0.")
+    assert lesions.endswith("Disyre scored fewer scans.")
+
+
 def test_small_samples_are_reported(tmp_path):
     write_cohort(tmp_path, tmp_path, n_lesion=4, n_healthy=2, n_voxels=20_000)
     text = summary_of(tmp_path)
