@@ -121,7 +121,7 @@ def train_variant(
     """
     torch.manual_seed(args.seed)
     detector = create()
-    initialise_backbone(detector, args.start)
+    initialise_backbone(detector, args.modality, args.start)
     if args.lesion_masks:
         detector.shapes = component_shapes(args.lesion_masks)
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from bids_uad.engine.inference import anomaly_map
 from bids_uad.evaluation.bootstrap import bootstrap_interval
 from bids_uad.methods.base import Batch, FeatureDetector, GradientStage
 from bids_uad.methods.registry import build_detector, preset_of
-from bids_uad.networks.backbones import LITE, MRI, BackboneConfig
+from bids_uad.networks.backbones import LESIONS, LITE, MRI, BackboneConfig
 from bids_uad.networks.synthetic_anomalies import cut_windows, uniform, vary_intensity
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.loop import TrainingData, TrainingSettings, start_fabric, train_detector
@@ -90,46 +90,50 @@ def contrastive_loss(detector: FeatureDetector, batch: Batch, generator: Generat
     return torch.stack(losses).mean()
 
 
-REFERENCE, IMAGENET = "painted anomalies", "ImageNet"
-"""Network ``mri`` as trained by the package, and EfficientNet-Lite0 with ImageNet weights."""
+REFERENCE, IMAGENET, SEGMENTATION = "painted anomalies", "ImageNet", "painted lesions"
+"""Network ``mri`` as trained by the package, EfficientNet-Lite0 with ImageNet weights, and network of PLS."""
+NAMES = {IMAGENET: LITE, SEGMENTATION: LESIONS}
+"""Feature network of each task whose weights are loaded; that of the others is ``mri``."""
 LOSSES: dict[str, Callable[[FeatureDetector, Batch, Generator], Tensor]] = {
     REFERENCE: FeatureDetector.feature_loss,
     "segmentation": tissue_loss,
     "masked modelling": masked_loss,
     "contrastive": contrastive_loss,
 }
-OTHER = {
-    "patchcore": {"name": MRI, "taps": (1, 2)},
-    "fae": {"name": LITE, "taps": (1, 2, 3)},
-    "rd": {"name": LITE, "taps": (1, 2, 3)},
-    "uniad": {"name": LITE, "taps": (1, 2, 3, 4)},
+TAPS = {
+    LITE: {"patchcore": (2, 3), "fae": (1, 2, 3), "rd": (1, 2, 3), "uniad": (1, 2, 3, 4)},
+    MRI: {"patchcore": (1, 2), "fae": (1, 2), "rd": (0, 1, 2), "uniad": (1, 2)},
+    LESIONS: {"patchcore": (1, 2), "fae": (1, 2), "rd": (0, 1, 2), "uniad": (1, 2)},
 }
-"""Feature network and maps of each detector that preset ``lite`` does not use."""
-TASKS = (REFERENCE, IMAGENET, "untrained", *list(LOSSES)[1:])
+"""Maps of each feature network that the detectors use."""
+TASKS = (REFERENCE, IMAGENET, SEGMENTATION, "untrained", *list(LOSSES)[1:])
 
 
-def candidate(name: str, task: str) -> FeatureDetector:
-    """Build a detector of preset ``lite`` whose feature network has ImageNet weights or is trained by a task.
+def candidate(name: str, modality: str, task: str) -> FeatureDetector:
+    """Build a detector of preset ``lite`` whose feature network has given weights or is trained by a task.
 
     Parameters
     ----------
     name : str
         One of `DETECTORS`.
+    modality : {"T1w", "T2w"}
+        Modality of the detector.
     task : str
         One of `TASKS`.
 
     Returns
     -------
     FeatureDetector
-        Detector; its feature maps are those of the preset, or of `OTHER` for the other network.
+        Detector; its feature maps are those of the preset, or of `TAPS` for another network.
     """
     torch.manual_seed(0)
     hyper = preset_of(name, "lite")
     backbone = hyper.backbone
-    if backbone.name != (LITE if task == IMAGENET else MRI):
-        backbone = BackboneConfig(**OTHER[name])
+    network = NAMES.get(task, MRI)
+    if backbone.name != network:
+        backbone = BackboneConfig(name=network, taps=TAPS[network][name])
     detector = build_detector(name, replace(hyper, backbone=backbone))
-    initialise_backbone(detector, None)
+    initialise_backbone(detector, modality)
     stages = []
     if task in LOSSES:
         loss = partial(LOSSES[task], detector)
@@ -190,7 +194,7 @@ def main() -> None:
     for name in args.detectors:
         reference = {}
         for task in args.tasks:
-            detector = candidate(name, task)
+            detector = candidate(name, args.modality, task)
             schedule = TrainingSettings(0, args.steps)
             with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
                 train_detector(detector, TrainingData.all_of(store), schedule, Path(folder), fabric=fabric)

@@ -166,7 +166,7 @@ class Execution(Constrained):
         if self.batch_size is not None:
             return self.batch_size
         if device.type != "cuda":
-            sizes = [child.bytes_per_slice for child in detector.children() if isinstance(child, DDPMpp)]
+            sizes = [part.bytes_per_slice for part in detector.modules() if isinstance(part, DDPMpp)]
             return max(1, min(CPU_BATCH, CPU_CACHE // max(sizes, default=1)))
         return GPU_BATCH if self.precision == "fp32" else 1
 

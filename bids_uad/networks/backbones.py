@@ -1,4 +1,4 @@
-"""Feature networks: ResNet and EfficientNet with ImageNet weights, and a small network trained on brains.
+"""Feature networks: ResNet and EfficientNet with ImageNet weights, and two networks trained on brains.
 
 ResNet and EfficientNet-B4 have the architecture and the tensor names of torchvision, so that its published
 weights can be loaded; those of EfficientNet-Lite0 are part of the package. `BackboneConfig` selects a network
@@ -8,6 +8,7 @@ and those of its feature maps that a detector uses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, Items, OneOf, Positive, invalid
+from bids_uad.networks.ddpmpp import SEGMENTATION_NETWORK, DDPMpp
 from bids_uad.networks.synthetic_anomalies import AnomalyConfig, AugmentationConfig
 from bids_uad.space import SliceSide
 
@@ -640,8 +642,124 @@ class TissueNet(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
+_STRIDES = (2, 4, 8)
+"""Strides in pixels of the maps of both networks that are trained on brains."""
+_LESION_CHANNELS = tuple(SEGMENTATION_NETWORK.width * n for n in SEGMENTATION_NETWORK.multipliers[:3])
+N_SLICES = 5
+"""Slices in the input of the network of PLS."""
+FIELD = (slice(32, 192), slice(24, 216))
+"""Rows and columns of a slice that :class:`LesionFeatures` processes: 160 x 192 pixels around the brain."""
+
+
+class LesionFeatures(nn.Module):
+    """Decoder of a network that segments painted lesions, that of PLS, without its finest levels.
+
+    Unlike PLS it gets single slices without coordinates. In training, slices of up to 6 mm, in which
+    neighbours are equal, and slices without coordinates were part of the data.
+
+    Parameters
+    ----------
+    finest : int, default=0
+        Index of the finest map that is computed; the levels after it are left out.
+    """
+
+    def __init__(self, finest: int = 0) -> None:
+        super().__init__()
+        self.network = DDPMpp(SEGMENTATION_NETWORK)
+        stages = self.network.decoder
+        self.network.decoder = stages[: len(stages) - finest]
+        if finest:
+            del self.network.decoder[-1]["up"]
+        del self.network.leave_norm, self.network.leave
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> LesionFeatures:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(
+        self, slices: Tensor, brain: Tensor | None = None, taps: Sequence[int] = (0, 1, 2)
+    ) -> list[Tensor]:
+        """Compute maps of the decoder.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, 1, 224, 224)
+            Slices, intensities in [0, 1].
+        brain : Tensor of bool, shape (B, 1, 224, 224), optional
+            Not used.
+        taps : sequence of int, default=(0, 1, 2)
+            Indices of the maps to return, from fine to coarse.
+
+        Returns
+        -------
+        list of Tensor
+            Of the maps of shapes (B, 24, 112, 112), (B, 48, 56, 56) and (B, 72, 28, 28) those in `taps`. They
+            are 0 outside of `FIELD`, unless a slice is not 0 there.
+        """
+        rows, columns = FIELD
+        large = (slices != 0).sum((1, 2, 3)) > (slices[..., rows, columns] != 0).sum((1, 2, 3))
+        whole = (slice(0, slices.shape[2]), slice(0, slices.shape[3]))
+        maps = {
+            tap: slices.new_zeros(
+                len(slices), _LESION_CHANNELS[tap], *(n // _STRIDES[tap] for n in slices.shape[2:])
+            )
+            for tap in taps
+        }
+        # Also under autocast, as in TissueNet.
+        with (
+            torch.autocast(slices.device.type, enabled=False)
+            if slices.device.type == "cpu"
+            else nullcontext()
+        ):
+            for members, field in (~large, FIELD), (large, whole):
+                if not members.any():
+                    continue
+                found = self._decoded(slices[members][..., field[0], field[1]])
+                for tap, part in maps.items():
+                    at = (slice(side.start // _STRIDES[tap], side.stop // _STRIDES[tap]) for side in field)
+                    part[members, :, *at] = found[tap]
+        return [maps[tap] for tap in taps]
+
+    def _decoded(self, images: Tensor) -> dict[int, Tensor]:
+        """Return the maps of the decoder by their index from fine to coarse."""
+        h, skips, embedding = self.network.encode(2 * images - 1)
+        maps = {}
+        for index, stage in enumerate(self.network.decoder):
+            h = self.network.decode(stage, h, skips, embedding)
+            maps[len(SEGMENTATION_NETWORK.blocks) - 1 - index] = h
+            if "up" in stage:
+                h = stage["up"](h, embedding)
+        return maps
+
+    def load_segmentation(self, network: DDPMpp) -> None:
+        """Load the weights of a network whose first input channels are a slice and its neighbours.
+
+        Parameters
+        ----------
+        network : DDPMpp
+            Network of PLS in preset ``default``.
+
+        Raises
+        ------
+        ValueError
+            If the network has another architecture.
+        """
+        if network.config != SEGMENTATION_NETWORK:
+            raise ValueError("the network is not that of preset default")
+        state = network.state_dict()
+        # For equal slices, the convolution of all of them is that of their summed weights.
+        folded = SEGMENTATION_NETWORK.fold**2
+        weight = state["enter.weight"].unflatten(1, (-1, folded))
+        state["enter.weight"] = weight[:, :N_SLICES].sum(1)
+        self.network.load_state_dict({name: state[name] for name in self.network.state_dict()})
+
+
 MRI = "mri"
 """Name of :class:`TissueNet` in `BackboneConfig`."""
+LESIONS = "pls"
+"""Name of :class:`LesionFeatures`."""
 LITE = "efficientnet_lite0"
 """Name of :class:`EfficientNetLite0`, whose weights are part of the package."""
 LITE_WEIGHTS = Path(__file__).parents[1] / "data" / "backbones" / f"{LITE}.safetensors"
@@ -678,7 +796,6 @@ _IMAGENET = {
         1 / 8,
     ),
 }
-_MRI_STRIDES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -687,12 +804,14 @@ class BackboneConfig(Constrained):
 
     Parameters
     ----------
-    name : {"mri", "resnet18", "wide_resnet50_2", "efficientnet_b4", "efficientnet_lite0"}, default="mri"
-        ``mri`` is :class:`TissueNet`, which is trained on scans with tissue classes before the detector; the
-        others have ImageNet weights, which are part of the package for ``efficientnet_lite0`` only.
+    name : str, default="mri"
+        ``mri``, ``pls``, ``resnet18``, ``wide_resnet50_2``, ``efficientnet_b4`` or ``efficientnet_lite0``.
+        ``mri`` is :class:`TissueNet`, which is trained on scans with tissue classes before the detector;
+        ``pls`` is :class:`LesionFeatures`, with the weights of a bundle of PLS; the others have ImageNet
+        weights, which are part of the package for ``efficientnet_lite0`` only.
     taps : tuple of int, default=(1, 2)
-        Indices of the feature maps that are used, from fine to coarse. ``mri`` has maps at half, quarter and
-        eighth resolution.
+        Indices of the feature maps that are used, from fine to coarse. ``mri`` and ``pls`` have maps at half,
+        quarter and eighth resolution.
     normalise : bool, default=True
         Whether inputs of ImageNet networks are normalised as in their training: by the mean and standard
         deviation of ImageNet, and to [-1, 1] for ``efficientnet_lite0``.
@@ -715,7 +834,7 @@ class BackboneConfig(Constrained):
         If a value is not allowed, the network has no such map, or the window is not divisible by 8.
     """
 
-    name: Annotated[str, OneOf(MRI, *_IMAGENET)] = MRI
+    name: Annotated[str, OneOf(MRI, LESIONS, *_IMAGENET)] = MRI
     taps: Annotated[tuple[CountOrZero, ...], Items(1, "strictly")] = (1, 2)
     normalise: bool = True
     classes: Annotated[int, Interval(3)] = 7
@@ -736,12 +855,12 @@ class BackboneConfig(Constrained):
         maps = len(self._available("strides"))
         if self.taps[-1] >= maps:
             raise invalid(self, "taps", f"in the range [0, {maps - 1}], the maps of {self.name!r}")
-        if any(side % _MRI_STRIDES[-1] for side in self.window):
-            raise invalid(self, "window", f"divisible by {_MRI_STRIDES[-1]}")
+        if any(side % _STRIDES[-1] for side in self.window):
+            raise invalid(self, "window", f"divisible by {_STRIDES[-1]}")
 
     @property
     def pretrained(self) -> bool:
-        """Whether the network has ImageNet weights, which are loaded from a file."""
+        """Whether the weights of the network are loaded, not trained before the detector."""
         return self.name != MRI
 
     def same_network(self, other: BackboneConfig) -> bool:
@@ -762,9 +881,10 @@ class BackboneConfig(Constrained):
 
     def _available(self, what: str) -> tuple[int, ...]:
         """Return ``channels`` or ``strides`` of all maps of the network."""
-        if self.pretrained:
+        if self.name in _IMAGENET:
             return getattr(_IMAGENET[self.name], what)
-        return {"channels": self.widths[1:], "strides": _MRI_STRIDES}[what]
+        channels = self.widths[1:] if self.name == MRI else _LESION_CHANNELS
+        return {"channels": channels, "strides": _STRIDES}[what]
 
 
 def check_maps(
@@ -924,7 +1044,7 @@ def find_published(path: Path, name: str) -> Path:
     return found[0]
 
 
-def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
+def build_backbone(config: BackboneConfig) -> TissueNet | LesionFeatures | ImageNetFeatures:
     """Build the feature network of a detector.
 
     Parameters
@@ -934,9 +1054,11 @@ def build_backbone(config: BackboneConfig) -> TissueNet | ImageNetFeatures:
 
     Returns
     -------
-    TissueNet or ImageNetFeatures
+    TissueNet, LesionFeatures or ImageNetFeatures
         Network that returns the list of its feature maps, from fine to coarse.
     """
+    if config.name == LESIONS:
+        return LesionFeatures(config.taps[0])
     if config.pretrained:
         return ImageNetFeatures(config.name, config.normalise, config.taps[-1])
     return TissueNet(config.classes, config.widths)

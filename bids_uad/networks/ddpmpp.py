@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -135,6 +135,16 @@ LITE_NETWORK = DDPMppConfig(
     fold=4,
 )
 """Network of preset ``lite``, for two CPU cores."""
+SEGMENTATION_NETWORK = replace(
+    LITE_NETWORK,
+    size=192,
+    width=24,
+    multipliers=(1, 2, 3, 4),
+    blocks=(1, 1, 1, 1),
+    time_embedding=False,
+    fold=2,
+)
+"""Network of PLS, and of the feature network that is made from it."""
 
 
 def check_network(hyper: Any, size: str, *, time_embedding: bool) -> None:
@@ -419,6 +429,30 @@ class DDPMpp(nn.Module):
         Tensor, shape (B, 1, H, W)
             Images.
         """
+        h, skips, embedding = self.encode(x, time)
+        for stage in self.decoder:
+            h = self.decode(stage, h, skips, embedding)
+            if "up" in stage:
+                h = stage["up"](h, embedding)
+        return F.pixel_shuffle(self.leave(_silu(self.leave_norm(h))), self.config.fold)
+
+    def encode(self, x: Tensor, time: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Compute what the decoder starts from: the bottleneck, the skip connections and the time embedding.
+
+        Parameters
+        ----------
+        x, time
+            As of :meth:`forward`.
+
+        Returns
+        -------
+        bottleneck : Tensor, shape (B, C, h, w)
+            Coarsest map.
+        skips : list of Tensor
+            Skip connections, from fine to coarse.
+        embedding : Tensor or None
+            Time embedding.
+        """
         embedding = None
         if self.config.time_embedding:
             embedding = F.silu(self.time(sinusoidal_embedding(time, self.config.width).to(x.dtype)))
@@ -428,13 +462,14 @@ class DDPMpp(nn.Module):
             h = attend(block(h, embedding))
             skips.append(h)
         h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
-        for stage in self.decoder:
-            for block in stage["blocks"]:
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-            h = stage["attention"](h)
-            if "up" in stage:
-                h = stage["up"](h, embedding)
-        return F.pixel_shuffle(self.leave(_silu(self.leave_norm(h))), self.config.fold)
+        return h, skips, embedding
+
+    @staticmethod
+    def decode(stage: nn.ModuleDict, h: Tensor, skips: list[Tensor], embedding: Tensor | None) -> Tensor:
+        """Apply the blocks of a stage of the decoder, and remove their skip connections from `skips`."""
+        for block in stage["blocks"]:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return stage["attention"](h)
 
 
 LOG_SNR_LIMIT = 15.0

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bids_uad.config import Parser
-from bids_uad.engine.bundle import WEIGHTS, Bundle, load_bundle, load_detector, write_tensors
+from bids_uad.engine.bundle import PACKAGED, WEIGHTS, Bundle, load_bundle, load_detector, write_tensors
 from bids_uad.errors import ConfigError, InputError
 from bids_uad.files import file_sha256
 from bids_uad.methods.base import Detector, FeatureDetector
 from bids_uad.methods.pls.detector import PLS
-from bids_uad.networks.backbones import LITE, LITE_WEIGHTS, ImageNetFeatures, find_published
+from bids_uad.networks.backbones import LESIONS, LITE, LITE_WEIGHTS, ImageNetFeatures, find_published
 
 PUBLISHED_FILES = {
     "resnet18": "resnet18-f37072fd.pth",
@@ -32,7 +32,7 @@ part of a name is the beginning of the SHA-256 of the file."""
 
 
 def initialise_backbone(
-    detector: Detector, weights: Path | None, force: bool = False
+    detector: Detector, modality: str, weights: Path | None = None, force: bool = False
 ) -> Bundle | dict[str, str] | None:
     """Load the weights of a detector's backbone, or those with which the training of PLS starts.
 
@@ -40,10 +40,13 @@ def initialise_backbone(
     ----------
     detector : Detector
         Detector whose backbone is set in place.
+    modality : {"T1w", "T2w", "FLAIR"}
+        Modality of the detector.
     weights : pathlib.Path or None
         For an ImageNet backbone of torchvision, its weights file or a folder that contains it; None for
         EfficientNet-Lite0 selects the weights of the package. For the backbone trained on scans, a bundle
-        with the same backbone; if None, the backbone is trained. For PLS, a bundle whose network is trained
+        with the same backbone; if None, the backbone is trained. For that of PLS, a bundle of PLS; if None,
+        the packaged one of the modality. For PLS, a bundle whose network is trained
         further; if None, the initial weights are random.
     force : bool, default=False
         Whether to accept ImageNet weights that are not those of `PUBLISHED_FILES`.
@@ -70,6 +73,8 @@ def initialise_backbone(
         if weights is not None:
             raise ConfigError(f"{detector.name} needs no --backbone-weights in this preset")
         return None
+    if detector.hyper.backbone.name == LESIONS:
+        return _load_segmentation(detector, weights or PACKAGED / f"{PLS.name}-{modality}-default")
     if detector.hyper.backbone.pretrained:
         return _load_published(detector, weights, force)
     return None if weights is None else _load_from_bundle(detector, weights)
@@ -114,6 +119,18 @@ def _load_published(detector: FeatureDetector, weights: Path | None, force: bool
             f"use {published}, or accept these weights with --force",
         )
     return stage | {"weights": f"{path.name} instead of {published}"}
+
+
+def _load_segmentation(detector: FeatureDetector, folder: Path) -> Bundle:
+    bundle = load_bundle(folder)
+    other = load_detector(bundle)
+    try:
+        if not isinstance(other, PLS):
+            raise ValueError(f"this is a bundle of {other.name}")
+        detector.backbone.load_segmentation(other.network)
+    except ValueError as error:
+        raise InputError(folder, str(error), "use a bundle of pls in preset default") from error
+    return bundle
 
 
 def _load_from_bundle(detector: FeatureDetector, folder: Path) -> Bundle:

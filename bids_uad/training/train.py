@@ -85,7 +85,7 @@ def run_train(config: RunConfig) -> int:
     fabric = start_fabric(device, config.num_devices, config.num_nodes)
     torch.set_num_threads(max(1, config.nprocs // config.num_devices))
     detector = _build(config)
-    backbone = initialise_backbone(detector, config.backbone_weights, config.force)
+    backbone = initialise_backbone(detector, config.modality, config.backbone_weights, config.force)
     if config.lesion_masks is not None:
         if not isinstance(detector, PLS):
             raise ConfigError(f"{detector.name} does not use --lesion-masks")

@@ -430,13 +430,16 @@ def test_what_is_allowed_at_the_limits_can_be_run(name):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("mri", 3), ("resnet18", 3), ("wide_resnet50_2", 4), ("efficientnet_b4", 4), ("efficientnet_lite0", 5)],
+    [
+        *[("mri", 3), ("pls", 3), ("resnet18", 3), ("wide_resnet50_2", 4), ("efficientnet_b4", 4)],
+        ("efficientnet_lite0", 5),
+    ],
 )
 def test_strides_and_channels_are_those_of_the_maps(name, count):
     config = BackboneConfig(name=name, taps=tuple(range(count)))
     with torch.no_grad():
-        maps = build_backbone(config).eval()(torch.zeros(1, 1, 64, 64))
-    assert tuple(64 // part.shape[-1] for part in maps) == config.strides
+        maps = build_backbone(config).eval()(torch.zeros(1, 1, 224, 224))
+    assert tuple(224 // part.shape[-1] for part in maps) == config.strides
     assert tuple(part.shape[1] for part in maps) == config.channels
 
 

@@ -67,7 +67,7 @@ def volumes(scans):
 def test_inserted_anomalies_have_higher_scores_than_healthy_tissue(name, store, volumes, tmp_path):
     torch.manual_seed(0)
     detector = build_detector(name, "lite")
-    initialise_backbone(detector, None)
+    initialise_backbone(detector, "T2w")
     train_detector(
         detector,
         TrainingData.all_of(store),

@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from bids_uad.methods.registry import build_detector
 from bids_uad.networks.backbones import (
+    FIELD,
+    LESIONS,
     LITE,
     LITE_WEIGHTS,
     BackboneConfig,
     EfficientNetB4,
     ImageNetFeatures,
+    LesionFeatures,
     TissueNet,
     build_backbone,
     fold_batch_norm,
@@ -209,3 +213,63 @@ def test_folded_normalisation_leaves_the_outputs():
         found = [*network.features(images), transposed(images)]
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+
+
+class TestLesionFeatures:
+    @pytest.fixture(scope="class")
+    def network(self):
+        """Network of PLS in which no weight is 0."""
+        torch.manual_seed(0)
+        network = build_detector("pls", "default").network.eval()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        return network
+
+    @pytest.fixture(scope="class")
+    def slices(self):
+        slices = torch.zeros(3, 1, 224, 224)
+        slices[:, :, 40:180, 30:200] = torch.rand(3, 1, 140, 170)
+        slices[1, :, 100:110, 218:222] = 0.5  # outside of the part that is processed
+        return slices
+
+    @staticmethod
+    def decoder_maps(network, slices):
+        """Return the outputs of the stages of the decoder for slices that equal their neighbours."""
+        maps = []
+        last = [stage["blocks"][-1] for stage in network.decoder]
+        hooks = [block.register_forward_hook(lambda *args: maps.append(args[-1])) for block in last]
+        place = torch.zeros(len(slices), 9, *slices.shape[2:])
+        with torch.no_grad():
+            network(torch.cat([2 * slices - 1] * 5 + [place], 1))
+        for hook in hooks:
+            hook.remove()
+        return maps[::-1]
+
+    @pytest.mark.parametrize("taps", [(0, 1, 2), (1, 2), (2,)])
+    def test_maps_are_those_of_the_segmentation_network(self, network, slices, taps):
+        features = build_backbone(BackboneConfig(name=LESIONS, taps=taps))
+        features.load_segmentation(network)
+        with torch.no_grad():
+            found = features(slices, None, taps)
+        inside = self.decoder_maps(network, slices[..., FIELD[0], FIELD[1]])
+        whole = self.decoder_maps(network, slices)
+        for tap, part in zip(taps, found, strict=True):
+            stride = 2 ** (tap + 1)
+            assert part.shape[2:] == (224 // stride, 224 // stride)
+            rows, columns = (slice(side.start // stride, side.stop // stride) for side in FIELD)
+            for index in (0, 2):
+                torch.testing.assert_close(
+                    part[index, :, rows, columns], inside[tap][index], atol=1e-4, rtol=1e-4
+                )
+                assert part[index].count_nonzero() == part[index, :, rows, columns].count_nonzero()
+            torch.testing.assert_close(part[1], whole[tap][1], atol=1e-4, rtol=1e-4)
+
+    def test_levels_finer_than_the_maps_are_left_out(self, network):
+        counts = [sum(p.numel() for p in LesionFeatures(finest).parameters()) for finest in range(3)]
+        assert counts == sorted(counts, reverse=True)
+        assert len(set(counts)) == 3
+        assert not any(p.requires_grad for p in LesionFeatures().train().parameters())
+
+    def test_another_network_is_refused(self):
+        with pytest.raises(ValueError, match="not that of preset default"):
+            LesionFeatures().load_segmentation(build_detector("pls", "lite").network)

@@ -23,7 +23,7 @@ from benchmarks import gpu_models
 from bids_uad import space
 from bids_uad.cli.main import main
 from bids_uad.dataset.participants import subject_hash
-from bids_uad.engine.bundle import load_bundle, load_detector, resolve_bundles
+from bids_uad.engine.bundle import PACKAGED, load_bundle, load_detector, resolve_bundles
 from bids_uad.engine.inference import Scorer
 from bids_uad.errors import InputError, ModelError
 from bids_uad.files import write_json, write_tsv
@@ -547,17 +547,36 @@ def test_weights_of_the_package_are_stored_in_the_bundle(scans, tmp_path):
     assert all(torch.equal(value, packaged[name].float()) for name, value in weights.items())
 
 
+def test_features_of_the_packaged_pls(scans, tmp_path, capsys):
+    hyper = ["backbone.name=pls", "backbone.taps=[1,2]", "bank_size=64", "candidates=500", "bank_slices=20"]
+    lite = ["--nprocs", "1", "--hyper", *hyper]
+    assert call(scans, tmp_path, "train", "patchcore", *lite) == 0
+    bundle = load_bundle(tmp_path / "patchcore-T2w-lite")
+    packaged = load_bundle(PACKAGED / "pls-T2w-default")
+    training = bundle.info["training"]
+    assert training["backbone"] == {"bundle": packaged.name, "sha256": packaged.sha256}
+    assert set(training["subjects"]) > set(packaged.info["training"]["subjects"])
+    network = load_detector(packaged).network
+    stored = load_detector(bundle).backbone.network.state_dict()
+    same = [name for name in stored if name != "enter.weight"]
+    assert all(torch.equal(stored[name], network.state_dict()[name]) for name in same)
+    intensity = tmp_path / "intensity-T2w-lite"
+    assert call(scans, tmp_path, "train", "intensity") == 0
+    assert call(scans, tmp_path, "train", "patchcore", *lite, "--backbone-weights", str(intensity)) == 66
+    assert "this is a bundle of intensity; use a bundle of pls in preset default" in capsys.readouterr().err
+
+
 def test_imagenet_weights_are_recognised_by_their_checksum(tmp_path, monkeypatch):
     detector = build_detector("fae", "default")
     path = tmp_path / "weights.pth"
     torch.save(detector.backbone.network.state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(backbone.PUBLISHED_FILES, "resnet18", f"resnet18-{digest[:8]}.pth")
-    stage = backbone.initialise_backbone(detector, path)
+    stage = backbone.initialise_backbone(detector, "T2w", path)
     assert stage == {"name": "features", "weights": "weights.pth", "sha256": digest}
     monkeypatch.setitem(backbone.PUBLISHED_FILES, "resnet18", f"resnet18-{digest[1:9]}.pth")
     with pytest.raises(InputError, match=digest[:8]):
-        backbone.initialise_backbone(detector, path)
+        backbone.initialise_backbone(detector, "T2w", path)
 
 
 @pytest.mark.timeout(300)

@@ -32,12 +32,16 @@ from bids_uad.methods.base import (
 )
 from bids_uad.methods.pls.painting import PaintingConfig, paint_scan, prior_slices
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import LITE_NETWORK, DDPMpp, DDPMppConfig, check_network
+from bids_uad.networks.ddpmpp import (
+    LITE_NETWORK,
+    SEGMENTATION_NETWORK,
+    DDPMpp,
+    DDPMppConfig,
+    check_network,
+)
 from bids_uad.networks.synthetic_anomalies import uniform, vary_intensities
 from bids_uad.space import CROP, SHAPE, TISSUES
 
-NETWORK = replace(LITE_NETWORK, size=192, time_embedding=False, fold=2)
-"""What the networks of the presets share."""
 MIDLINE = (CROP - 1) / 2
 """Row of the midline in a cropped slice, since the built-in atlas is symmetric about that of the grid."""
 PLACE_CHANNELS = 3 + len(TISSUES)
@@ -122,12 +126,12 @@ class PLS(Detector):
     citation: ClassVar[str] = "fpi"
     presets: ClassVar[dict[str, PLSHyper]] = {
         "default": PLSHyper(
-            network=replace(NETWORK, width=24, multipliers=(1, 2, 3, 4), blocks=(1, 1, 1, 1)),
+            network=SEGMENTATION_NETWORK,
             slice_smoothing=1.0,
             steps=4_000,
         ),
         "lite": PLSHyper(
-            network=replace(NETWORK, width=12, multipliers=(1, 2, 4, 8), blocks=(0, 1, 1, 1)),
+            network=replace(SEGMENTATION_NETWORK, width=12, multipliers=(1, 2, 4, 8), blocks=(0, 1, 1, 1)),
             slice_smoothing=1.0,
         ),
     }
