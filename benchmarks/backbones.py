@@ -3,7 +3,7 @@
 ``python -m benchmarks.backbones TRAIN LESIONS... --modality T2w`` takes folders of preprocessed scans:
 healthy ones with tissue classes for training, and folders of scans with lesion masks. Results are the average
 precision (AUPRC) over brain voxels of each scan, its mean, and the mean difference to ``mri`` with its 95 %
-bootstrap interval over participants, in ``benchmarks/results/backbones-T2w.json``.
+bootstrap interval over participants, in ``benchmarks/results/backbones-T2w.json`` or in ``--output``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def candidate(name: str, modality: str, task: str) -> FeatureDetector:
         Detector; its feature maps are those of the preset, or of `TAPS` for another network.
     """
     torch.manual_seed(0)
-    hyper = preset_of(name, "lite")
+    hyper = preset_of(name, "lite", modality)
     backbone = hyper.backbone
     network = NAMES.get(task, MRI)
     if backbone.name != network:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="training steps of each stage (default: those of the preset)"
     )
+    parser.add_argument("--output", type=Path, help="file of the results (default: backbones-MODALITY.json)")
     parser.add_argument("-w", "--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -210,7 +211,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     results = {"modality": args.modality, "steps": args.steps, "rows": rows}
-    (RESULTS / f"backbones-{args.modality}.json").write_text(json.dumps(results, indent=2) + "\n")
+    output = args.output or RESULTS / f"backbones-{args.modality}.json"
+    output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,7 @@ def disyre(detector: Detector, x: Tensor, brain: Tensor, drawn: SliceGenerator) 
 
 
 def _feature_maps(detector: Detector, x: Tensor) -> list[Tensor]:
-    maps = detector.backbone(x)
-    return [maps[tap] for tap in detector.hyper.backbone.taps]
+    return detector.backbone(x, None, detector.hyper.backbone.taps)
 
 
 def _enlarged(part: Tensor, size: tuple[int, int]) -> Tensor:

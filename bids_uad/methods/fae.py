@@ -25,7 +25,7 @@ from bids_uad.methods.base import (
     occupied_box,
     stack_maps,
 )
-from bids_uad.networks.backbones import BackboneConfig, check_maps
+from bids_uad.networks.backbones import LESIONS, BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.networks.similarity import ssim_map
 
@@ -128,7 +128,10 @@ class FAE(FeatureDetector):
             learning_rate=2e-3,
         ),
     }
-    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {("paper", "T1w"): {"steps": 20_000}}
+    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {
+        ("paper", "T1w"): {"steps": 20_000},
+        ("lite", "T1w"): {"backbone": BackboneConfig(name=LESIONS)},
+    }
 
     def __init__(self, hyper: FAEHyper) -> None:
         super().__init__(hyper)

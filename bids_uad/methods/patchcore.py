@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from bids_uad.constraints import Constrained, Count, CountOrZero, Interval, OneOf, invalid
 from bids_uad.methods.base import Batch, FeatureDetector, FitStage, Stage, occupied_box
-from bids_uad.networks.backbones import LITE, BackboneConfig, check_maps
+from bids_uad.networks.backbones import LESIONS, BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 
 SEARCH_CHUNK = 256
@@ -115,7 +115,7 @@ class PatchCore(FeatureDetector):
         ),
         "default": PatchCoreHyper(),
         "lite": PatchCoreHyper(
-            backbone=BackboneConfig(name=LITE, taps=(2, 3)),
+            backbone=BackboneConfig(name=LESIONS, taps=(1, 2)),
             descriptor="pooled",
             neighbourhood=3,
             candidates=60_000,

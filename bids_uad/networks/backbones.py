@@ -707,12 +707,9 @@ class LesionFeatures(nn.Module):
             )
             for tap in taps
         }
-        # Also under autocast, as in TissueNet.
-        with (
-            torch.autocast(slices.device.type, enabled=False)
-            if slices.device.type == "cpu"
-            else nullcontext()
-        ):
+        # Without autocast on a CPU, as in TissueNet.
+        on_cpu = slices.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             for members, field in (~large, FIELD), (large, whole):
                 if not members.any():
                     continue

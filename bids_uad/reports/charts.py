@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from bids_uad.methods.registry import detector_name
 from bids_uad.reports.group_text import number
@@ -308,7 +308,7 @@ def log_axis(axes: Axes, which: str, low: float, high: float, ticks: int = 5) ->
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=ticks))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
     if high / low > WIDE_LOG_RANGE:
         axis.set_major_formatter(lambda value, _: power_of_ten(value))
     else:

@@ -215,23 +215,25 @@ def test_folded_normalisation_leaves_the_outputs():
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def network():
+    """Network of PLS in which no weight is 0."""
+    torch.manual_seed(0)
+    network = build_detector("pls", "default").network.eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+@pytest.fixture(scope="module")
+def slices():
+    slices = torch.zeros(3, 1, 224, 224)
+    slices[:, :, 40:180, 30:200] = torch.rand(3, 1, 140, 170)
+    slices[1, :, 100:110, 218:222] = 0.5  # outside of the part that is processed
+    return slices
+
+
 class TestLesionFeatures:
-    @pytest.fixture(scope="class")
-    def network(self):
-        """Network of PLS in which no weight is 0."""
-        torch.manual_seed(0)
-        network = build_detector("pls", "default").network.eval()
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        return network
-
-    @pytest.fixture(scope="class")
-    def slices(self):
-        slices = torch.zeros(3, 1, 224, 224)
-        slices[:, :, 40:180, 30:200] = torch.rand(3, 1, 140, 170)
-        slices[1, :, 100:110, 218:222] = 0.5  # outside of the part that is processed
-        return slices
-
     @staticmethod
     def decoder_maps(network, slices):
         """Return the outputs of the stages of the decoder for slices that equal their neighbours."""
