@@ -68,8 +68,8 @@ models-T2w: $(MODELS)/reference/participants.tsv
 models-FLAIR: DETECTORS := intensity
 models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
-	    case $$detector in \
-	        uniad|fae) features="--backbone-weights $(MODELS)/bundles/rd-$*-lite";; \
+	    case $$detector-$* in \
+	        uniad-*|fae-T2w) features="--backbone-weights $(MODELS)/bundles/rd-$*-lite";; \
 	        *) features=;; \
 	    esac; \
 	    case $$detector-$* in \
