@@ -396,6 +396,15 @@ def test_dice_of_real_scans_is_that_of_the_masks(tmp_path):
     assert row["low"] < row["dice"] < row["high"]
 
 
+def test_page_names_models_that_are_not_the_packaged_ones(results):
+    tables, facts = read_results(results)
+    assert "were replaced" not in compose_page(tables, facts)
+    kept = load_bundle(PACKAGED / "rd-T2w-lite").sha256[:12]
+    facts["models"] = {"rd-T2w-lite": kept, "uniad-T2w-lite": "0" * 12, "other-T2w-lite": "0" * 12}
+    text = compose_page(tables, facts)
+    assert "These models were replaced after the participants were scored: `uniad-T2w-lite`." in text
+
+
 def test_page_states_what_the_tables_hold(results, tmp_path):
     write_page(results, tmp_path)
     text = (tmp_path / "benchmark.md").read_text()

@@ -12,6 +12,7 @@ from benchmarks.paper.figures import detector_title, draw_figures
 from benchmarks.paper.published import EIGHT, PATHOLOGIES
 from benchmarks.paper.tables import RESULTS, read_results
 from benchmarks.simulated import markdown
+from bids_uad.engine.bundle import PACKAGED, load_bundle, packaged_bundles
 
 DOCS = Path(__file__).parents[2] / "docs"
 INTRODUCTION = """
@@ -119,6 +120,7 @@ def compose_page(tables: dict[str, pd.DataFrame], facts: dict) -> str:
             if partial
             else "The cohort is complete."
         ),
+        *_former_models(facts["models"]),
         COMMANDS,
         "## Verdicts",
         RULE,
@@ -158,6 +160,17 @@ def _with_interval(value: float, low: float, high: float, *, digits: int = 3, si
     """Write a value and, if it is known, its interval."""
     text, *limits = (_number(number, digits=digits, signed=signed) for number in (value, low, high))
     return f"{text} ({limits[0]} to {limits[1]})" if np.isfinite(low) else text
+
+
+def _former_models(scored: dict[str, str]) -> list[str]:
+    """Name the models of the study that are no longer the packaged ones, if any."""
+    former = [
+        name
+        for name in packaged_bundles()
+        if name in scored and not load_bundle(PACKAGED / name).sha256.startswith(scored[name])
+    ]
+    names = ", ".join(f"`{name}`" for name in former)
+    return [f"These models were replaced after the participants were scored: {names}."] if former else []
 
 
 def _claims_text(overall: pd.DataFrame) -> str:
