@@ -645,8 +645,6 @@ class TissueNet(nn.Module):
 _STRIDES = (2, 4, 8)
 """Strides in pixels of the maps of both networks that are trained on brains."""
 _LESION_CHANNELS = tuple(SEGMENTATION_NETWORK.width * n for n in SEGMENTATION_NETWORK.multipliers[:3])
-N_SLICES = 5
-"""Slices in the input of the network of PLS."""
 FIELD = (slice(32, 192), slice(24, 216))
 """Rows and columns of a slice that :class:`LesionFeatures` processes: 160 x 192 pixels around the brain."""
 
@@ -730,13 +728,15 @@ class LesionFeatures(nn.Module):
                 h = stage["up"](h, embedding)
         return maps
 
-    def load_segmentation(self, network: DDPMpp) -> None:
+    def load_segmentation(self, network: DDPMpp, slices: int) -> None:
         """Load the weights of a network whose first input channels are a slice and its neighbours.
 
         Parameters
         ----------
         network : DDPMpp
             Network of PLS in preset ``default``.
+        slices : int
+            Number of these channels.
 
         Raises
         ------
@@ -749,7 +749,7 @@ class LesionFeatures(nn.Module):
         # For equal slices, the convolution of all of them is that of their summed weights.
         folded = SEGMENTATION_NETWORK.fold**2
         weight = state["enter.weight"].unflatten(1, (-1, folded))
-        state["enter.weight"] = weight[:, :N_SLICES].sum(1)
+        state["enter.weight"] = weight[:, :slices].sum(1)
         self.network.load_state_dict({name: state[name] for name in self.network.state_dict()})
 
 

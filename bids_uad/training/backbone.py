@@ -127,7 +127,7 @@ def _load_segmentation(detector: FeatureDetector, folder: Path) -> Bundle:
     try:
         if not isinstance(other, PLS):
             raise ValueError(f"this is a bundle of {other.name}")
-        detector.backbone.load_segmentation(other.network)
+        detector.backbone.load_segmentation(other.network, other.hyper.intensity_channels)
     except ValueError as error:
         raise InputError(folder, str(error), "use a bundle of pls in preset default") from error
     return bundle

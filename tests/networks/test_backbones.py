@@ -250,7 +250,7 @@ class TestLesionFeatures:
     @pytest.mark.parametrize("taps", [(0, 1, 2), (1, 2), (2,)])
     def test_maps_are_those_of_the_segmentation_network(self, network, slices, taps):
         features = build_backbone(BackboneConfig(name=LESIONS, taps=taps))
-        features.load_segmentation(network)
+        features.load_segmentation(network, 5)
         with torch.no_grad():
             found = features(slices, None, taps)
         inside = self.decoder_maps(network, slices[..., FIELD[0], FIELD[1]])
@@ -274,4 +274,4 @@ class TestLesionFeatures:
 
     def test_another_network_is_refused(self):
         with pytest.raises(ValueError, match="not that of preset default"):
-            LesionFeatures().load_segmentation(build_detector("pls", "lite").network)
+            LesionFeatures().load_segmentation(build_detector("pls", "lite").network, 5)
