@@ -122,6 +122,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {name: text for name, text in content(out).items() if name.startswith(said)}
 
 
+@pytest.mark.slow
 def test_one_job_per_session_equals_one_run(tmp_path, stand_ins):
     """Session b has no T1w image: its T2w image goes to the atlas through that of session a, in any order."""
     raw = tmp_path / "raw"
