@@ -711,22 +711,11 @@ class LesionFeatures(nn.Module):
             for members, field in (~large, FIELD), (large, whole):
                 if not members.any():
                     continue
-                found = self._decoded(slices[members][..., field[0], field[1]])
+                found = self.network.decoder_maps(2 * slices[members][..., field[0], field[1]] - 1)
                 for tap, part in maps.items():
                     at = (slice(side.start // _STRIDES[tap], side.stop // _STRIDES[tap]) for side in field)
-                    part[members, :, *at] = found[tap]
+                    part[members, :, *at] = found[len(SEGMENTATION_NETWORK.blocks) - 1 - tap]
         return [maps[tap] for tap in taps]
-
-    def _decoded(self, images: Tensor) -> dict[int, Tensor]:
-        """Return the maps of the decoder by their index from fine to coarse."""
-        h, skips, embedding = self.network.encode(2 * images - 1)
-        maps = {}
-        for index, stage in enumerate(self.network.decoder):
-            h = self.network.decode(stage, h, skips, embedding)
-            maps[len(SEGMENTATION_NETWORK.blocks) - 1 - index] = h
-            if "up" in stage:
-                h = stage["up"](h, embedding)
-        return maps
 
     def load_segmentation(self, network: DDPMpp, slices: int) -> None:
         """Load the weights of a network whose first input channels are a slice and its neighbours.

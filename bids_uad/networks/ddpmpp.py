@@ -429,15 +429,11 @@ class DDPMpp(nn.Module):
         Tensor, shape (B, 1, H, W)
             Images.
         """
-        h, skips, embedding = self.encode(x, time)
-        for stage in self.decoder:
-            h = self.decode(stage, h, skips, embedding)
-            if "up" in stage:
-                h = stage["up"](h, embedding)
+        h = self.decoder_maps(x, time)[-1]
         return F.pixel_shuffle(self.leave(_silu(self.leave_norm(h))), self.config.fold)
 
-    def encode(self, x: Tensor, time: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Compute what the decoder starts from: the bottleneck, the skip connections and the time embedding.
+    def decoder_maps(self, x: Tensor, time: Tensor | None = None) -> list[Tensor]:
+        """Compute the map of each stage of the decoder.
 
         Parameters
         ----------
@@ -446,12 +442,8 @@ class DDPMpp(nn.Module):
 
         Returns
         -------
-        bottleneck : Tensor, shape (B, C, h, w)
-            Coarsest map.
-        skips : list of Tensor
-            Skip connections, from fine to coarse.
-        embedding : Tensor or None
-            Time embedding.
+        list of Tensor
+            Maps from coarse to fine, that of level k of shape (B, width * multipliers[k], h, w).
         """
         embedding = None
         if self.config.time_embedding:
@@ -462,14 +454,15 @@ class DDPMpp(nn.Module):
             h = attend(block(h, embedding))
             skips.append(h)
         h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
-        return h, skips, embedding
-
-    @staticmethod
-    def decode(stage: nn.ModuleDict, h: Tensor, skips: list[Tensor], embedding: Tensor | None) -> Tensor:
-        """Apply the blocks of a stage of the decoder, and remove their skip connections from `skips`."""
-        for block in stage["blocks"]:
-            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        return stage["attention"](h)
+        maps = []
+        for stage in self.decoder:
+            for block in stage["blocks"]:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = stage["attention"](h)
+            maps.append(h)
+            if "up" in stage:
+                h = stage["up"](h, embedding)
+        return maps
 
 
 LOG_SNR_LIMIT = 15.0

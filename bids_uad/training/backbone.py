@@ -45,8 +45,8 @@ def initialise_backbone(
     weights : pathlib.Path or None
         For an ImageNet backbone of torchvision, its weights file or a folder that contains it; None for
         EfficientNet-Lite0 selects the weights of the package. For the backbone trained on scans, a bundle
-        with the same backbone; if None, the backbone is trained. For that of PLS, a bundle of PLS; if None,
-        the packaged one of the modality. For PLS, a bundle whose network is trained
+        with the same backbone; if None, the backbone is trained. For backbone ``pls``, a bundle of PLS; if
+        None, the packaged one of the modality. For the detector PLS, a bundle whose network is trained
         further; if None, the initial weights are random.
     force : bool, default=False
         Whether to accept ImageNet weights that are not those of `PUBLISHED_FILES`.

@@ -32,13 +32,7 @@ from bids_uad.methods.base import (
 )
 from bids_uad.methods.pls.painting import PaintingConfig, paint_scan, prior_slices
 from bids_uad.networks.counter_rng import SliceGenerator
-from bids_uad.networks.ddpmpp import (
-    LITE_NETWORK,
-    SEGMENTATION_NETWORK,
-    DDPMpp,
-    DDPMppConfig,
-    check_network,
-)
+from bids_uad.networks.ddpmpp import LITE_NETWORK, SEGMENTATION_NETWORK, DDPMpp, DDPMppConfig, check_network
 from bids_uad.networks.synthetic_anomalies import uniform, vary_intensities
 from bids_uad.space import CROP, SHAPE, TISSUES
 
