@@ -1,4 +1,4 @@
-"""Errors that the command line reports in one line without a traceback, and its exit codes."""
+"""Errors that the command line reports in one line without a traceback, exit codes, and text for messages."""
 
 from __future__ import annotations
 
@@ -247,3 +247,9 @@ def truncate_list(names: Iterable[str], most: int = 20, last: str = ",") -> str:
         return f"{', '.join(names[:-1])} or {names[-1]}"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in hours and minutes, in text."""
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

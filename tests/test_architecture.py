@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bids_uad"
 LAYERS = (
     {"errors"},
-    {"constraints", "files", "images", "resources"},
+    {"constraints", "files", "images", "progress", "resources"},
     {"space"},
     {"config"},
     {"networks"},

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bids_uad.config import Parser
 from bids_uad.engine.execution import resolve_device
 from bids_uad.errors import UserError
+from bids_uad.progress import track
 from bids_uad.simulation.anatomy import BUILT_IN, find_label_maps
 from bids_uad.simulation.cohort import SimulatedCohort, make_cohort
 from bids_uad.simulation.contrast import CONTRASTS
@@ -180,11 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True, markup=False)
     try:
         cohort = build_cohort(args)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("subjects", total=len(cohort.kinds))
-            for name in make_cohort(cohort, args.nprocs):
-                progress.update(task, advance=1, description=name)
+        write = partial(console.print, highlight=False, soft_wrap=True)
+        for _ in track(make_cohort(cohort, args.nprocs), len(cohort.kinds), "Simulated subjects", write):
+            pass
     except UserError as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return error.exit_code

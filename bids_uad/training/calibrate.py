@@ -29,6 +29,7 @@ from bids_uad.files import (
     remove_unfinished,
     temporary_folder,
 )
+from bids_uad.progress import track
 from bids_uad.training.cohort import (
     Cohort,
     describe_cohorts,
@@ -86,9 +87,6 @@ def run_calibrate(config: RunConfig) -> int:
     ModelError
         If the bundle is missing or damaged.
     """
-    from rich.markup import escape
-    from rich.progress import track
-
     from bids_uad.engine.bundle import (
         DEFAULT_DEVIATION,
         NORMATIVE,
@@ -122,7 +120,7 @@ def run_calibrate(config: RunConfig) -> int:
         remove_unfinished(folder)
     with temporary_folder(config.work_dir, "calibrate") as scratch:
         deviations = _deviation_calibrator(healthy, scratch, keep_deviations=searching)
-        for scan in track(scans, description=f"Scoring with {escape(bundle.name)}"):
+        for scan in track(scans, len(scans), f"Scoring with {bundle.name}", logger.info):
             scores, brain = scored(scan)
             lesion = read_lesion_mask(scan)
             if scan in controls:
@@ -136,9 +134,8 @@ def run_calibrate(config: RunConfig) -> int:
             elif deviations is not None:
                 deviations.add(scores, brain, lesion, subject=scan.subject, person=person, kind=kind)
         if deviations is not None:
-            for scan, person in track(
-                list(_scans_with_covariates(extra)), description="Scoring for the reference"
-            ):
+            more = list(_scans_with_covariates(extra))
+            for scan, person in track(more, len(more), "Scoring for the reference", logger.info):
                 scores, brain = scored(scan)
                 deviations.add_to_reference(scores, _unmasked(brain, read_lesion_mask(scan)), person=person)
         rule = None

@@ -29,6 +29,7 @@ from bids_uad.files import remove_unfinished
 from bids_uad.methods.base import Detector, GradientStage, change_hyper, changed_names
 from bids_uad.methods.pls.detector import PLS
 from bids_uad.methods.registry import build_detector, preset_of
+from bids_uad.progress import is_reported
 from bids_uad.simulation.shapes import component_shapes
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
@@ -44,7 +45,6 @@ from bids_uad.training.store import SliceStore, TrainingScan
 
 logger = logging.getLogger(__name__)
 
-LOG_LINES = 40
 NO_SCANS = "none"
 """Value of `bids_dir` for training on simulated scans only."""
 HELD_OUT_FRACTION = 0.05
@@ -245,7 +245,7 @@ def _schedule(detector: Detector, config: RunConfig) -> list[dict[str, Any]]:
 
 @contextmanager
 def _progress(enabled: bool) -> Iterator[Report | None]:
-    """Report progress of the first process: a bar on a terminal, otherwise about 40 log lines per stage."""
+    """Report progress of the first process: a bar on a terminal, elsewhere lines of the log."""
     if not enabled:
         yield None
         return
@@ -253,7 +253,7 @@ def _progress(enabled: bool) -> Iterator[Report | None]:
     if not console.is_terminal:
 
         def log(stage: str, step: int, steps: int, loss: float) -> None:
-            if step % max(1, steps // LOG_LINES) == 0 or step == steps:
+            if is_reported(step, steps):
                 logger.info("%s: step %d of %d, loss %.4f", stage, step, steps, loss)
 
         yield log

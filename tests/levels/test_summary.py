@@ -290,6 +290,7 @@ def test_images_of_equal_orientation_are_not_reported(template, tmp_path: Path) 
     assert find_left_right_swaps(tmp_path, "01") == {}
 
 
+@pytest.mark.slow
 def test_swaps_are_found_relative_to_an_image_without_failures(template, tmp_path: Path) -> None:
     image = person(template, 0)
     for run, mirrored in (("1", True), ("2", False), ("3", False)):

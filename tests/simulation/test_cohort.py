@@ -166,3 +166,14 @@ def test_lesion_masks_are_those_of_the_t1w_scan_if_there_is_one(tmp_path):
 
 def test_find_label_maps_refuses_a_folder_without_label_maps(tmp_path):
     assert main([str(tmp_path / "x"), "--healthy", "1", "--labelmaps", str(tmp_path)]) == 66
+
+
+def test_progress_is_printed(tmp_path, monkeypatch, capsys):
+    names = ["sub-001", "sub-002"]
+    monkeypatch.setattr("bids_uad.simulation.__main__.make_cohort", lambda cohort, nprocs: iter(names))
+    assert main([str(tmp_path), "--healthy", "2"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "Simulated subjects: 1 of 2; about 1 min left",
+        "Simulated subjects: 2 of 2",
+        f"2 subjects in {tmp_path}",
+    ]

@@ -256,12 +256,16 @@ def test_the_bundle_is_ready_to_use(models):
     assert bundle.default_threshold[1] in bundle.bin_edges
 
 
+MRI = ["backbone.name=mri", "backbone.taps=[1,2]"]
+"""Hyper-parameters for a feature network that is trained first, on tissue classes."""
+
+
 @pytest.mark.parametrize(
-    ("detector", "code", "words"),
-    [("nonesuch", 2, "no detector named"), ("fae", 66, "tissue classes")],
+    ("detector", "hyper", "code", "words"),
+    [("nonesuch", [], 2, "no detector named"), ("fae", ["--hyper", *MRI], 66, "tissue classes")],
 )
-def test_train_reports_an_unusable_detector(scans, tmp_path, capsys, detector, code, words):
-    assert call(scans, tmp_path / "models", "train", detector) == code
+def test_train_reports_an_unusable_detector(scans, tmp_path, capsys, detector, hyper, code, words):
+    assert call(scans, tmp_path / "models", "train", detector, *hyper) == code
     assert words in capsys.readouterr().err
 
 
@@ -586,11 +590,11 @@ def test_backbone_weights_are_loaded_from_another_bundle(scans, tmp_path, capsys
         target = scan.with_name(scan.name.replace("desc-brain_mask", "desc-tissue_dseg"))
         nib.save(space.to_image(np.asarray(brain.dataobj), np.uint8), target)
     few = ["--steps", "2", "--batch-size", "2", "--nprocs", "1"]
-    hyper = ["--hyper", "bank_size=64", "candidates=500", "bank_slices=20"]
-    hyper += ["backbone.name=mri", "backbone.taps=[1,2]"]
-    assert call(scans, tmp_path, "train", "patchcore", *few, *hyper) == 0
+    bank = ["bank_size=64", "candidates=500", "bank_slices=20"]
+    assert call(scans, tmp_path, "train", "patchcore", *few, "--hyper", *bank, *MRI) == 0
     first = tmp_path / "patchcore-T2w-lite"
-    assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(first)) == 0
+    uniad = [*few, "--hyper", *MRI, "--backbone-weights"]
+    assert call(scans, tmp_path, "train", "uniad", *uniad, str(first)) == 0
     second = load_bundle(tmp_path / "uniad-T2w-lite")
     assert second.info["training"]["backbone"]["sha256"] == load_bundle(first).sha256
     assert [stage["name"] for stage in second.info["training"]["stages"]] == ["transformer"]
@@ -599,7 +603,7 @@ def test_backbone_weights_are_loaded_from_another_bundle(scans, tmp_path, capsys
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     intensity = tmp_path / "intensity-T2w-lite"
     assert call(scans, tmp_path, "train", "intensity") == 0
-    assert call(scans, tmp_path, "train", "uniad", *few, "--backbone-weights", str(intensity)) == 66
+    assert call(scans, tmp_path, "train", "uniad", *uniad, str(intensity)) == 66
     assert "another backbone" in capsys.readouterr().err
 
 
@@ -709,6 +713,9 @@ def test_normative_dir_is_used_for_the_reference_only(scans, models, tmp_path, m
         shutil.copytree(models / "intensity-T2w-lite", folders[-1])
         assert call(scans, tmp_path / name, "calibrate", "intensity", *more) == 0
         calibrations.append(json.loads((folders[-1] / "calibration.json").read_text()))
+    log = " ".join(capsys.readouterr().err.split())
+    assert "Scoring with intensity-T2w-lite: 1 of 3; about 1 min left" in log
+    assert "Scoring for the reference: 2 of 2" in log
     few, more = (calibration.pop("normative") for calibration in calibrations)
     assert calibrations[0] == calibrations[1]  # scores are judged as before
     assert (few["n_healthy_subjects"], more["n_healthy_subjects"]) == (2, 4)

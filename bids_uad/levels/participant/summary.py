@@ -28,7 +28,7 @@ from bids_uad.config import RunConfig
 from bids_uad.dataset.inputs import requested_subjects
 from bids_uad.dataset.naming import ImageUnit, Problem, detection_outputs, natural_key, preprocessing_outputs
 from bids_uad.dataset.participants import Participants, try_read_participants
-from bids_uad.errors import UserError, truncate_list
+from bids_uad.errors import UserError, duration, truncate_list
 from bids_uad.files import is_outdated, locked, read_json, write_json
 from bids_uad.levels.participant.completion_records import (
     describe_methods,
@@ -170,19 +170,13 @@ class Progress:
             text += f"; running: {truncate_list(steps, 4)}"
         if self._processed and ended < self._total:
             left = (time.monotonic() - self._begin) / self._processed * (self._total - ended)
-            text += f"; about {_duration(left)} left"
+            text += f"; about {duration(left)} left"
         return text
 
     def _line(self) -> RenderableType:
         """Return the bar and the text for the terminal."""
         bar = ProgressBar(self._total, self._done + self._failed, width=30)
         return Columns([bar, Text(self._text(), no_wrap=True, overflow="ellipsis")])
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration in hours and minutes, in text."""
-    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def collect_statuses(
