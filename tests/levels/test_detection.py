@@ -125,6 +125,7 @@ def test_failing_detector_loses_only_its_own_map(bench, capfd, monkeypatch, orde
     assert outputs(bench, "Intensity") == written
 
 
+@pytest.mark.slow
 def test_maps_of_later_images_equal_those_of_the_first(tmp_path, monkeypatch):
     """Nothing of an image, a seed or another detector stays in the process."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -69,6 +69,7 @@ def test_scores_and_deviations_share_one_anomaly_map(bench, capfd):
     assert bench.take_calls() == []
 
 
+@pytest.mark.slow
 def test_changed_age_updates_deviations_without_preprocessing(bench):
     assert bench.run(*BOTH, "--participant-label", "01") == 0
     bench.take_calls()

@@ -68,6 +68,7 @@ def test_label_scan_finds_the_known_structures(scan, healthy, atlas):
     assert set(np.unique(outside)) == {0, 24}
 
 
+@pytest.mark.slow
 def test_register_finds_a_known_transform(atlas):
     """The scan is the label map itself, 5 % larger, turned by 4 degrees and moved by 5 mm."""
     turn = np.deg2rad(4)
@@ -127,6 +128,7 @@ def test_fit_intensities_reduces_a_bias_field_by_a_third_or_more(scan, healthy):
     assert abs(after - 1) < 2 / 3 * abs(before - 1)
 
 
+@pytest.mark.slow
 def test_read_atlas_joins_sides_and_keeps_the_geometry(tmp_path):
     source = template_source()
     labels = template_labels()

@@ -143,6 +143,7 @@ def test_grid_affine_is_centred() -> None:
     np.testing.assert_allclose(middle, [3, -4, 5])
 
 
+@pytest.mark.slow
 def test_train_is_reproducible(head: Head) -> None:
     one, other = (train([head], 2, 3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
