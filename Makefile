@@ -6,7 +6,7 @@ DEMO ?= demo
 MODELS ?= models
 NPROCS ?= 2
 
-.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR patchcore-T1w patchcore-T2w models-tested extraction label-maps atlas docs descriptor lint format clean
+.PHONY: demo test test-slow bench bench-gpu models models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR features-T1w features-T2w models-tested extraction label-maps atlas docs descriptor lint format clean
 
 # torch is installed first, with its exact version, so that no dependency installs another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -49,35 +49,28 @@ bench-gpu: $(VENV)/installed
 # Train the packaged models, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS is the folder of
 # SynthSeg's label maps: ten for training, three for calibration, three for testing. LESIONS is a folder of real lesion masks
 # in MNI space with a lesions.tsv. HEALTHY is a dataset of preprocessed real T1w scans of healthy controls, and SYNTHSR the
-# folder of SynthSR's label maps, both of which PLS and PatchCore are trained on as well. `make models-tested` runs the
+# folder of SynthSR's label maps, both of which PLS and the detectors with its features are trained on as well. `make models-tested` runs the
 # benchmark on simulated scans.
 HEALTHY ?= none
 # PLS is trained in bfloat16 on CPUs that have instructions for it.
 BF16 = $(if $(shell grep -m 1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--precision bf16)
-DETECTORS := disyre andi ddpmpp itermask riad rd uniad fae intensity
+DETECTORS := disyre andi ddpmpp itermask riad intensity
 MAPS = $(addprefix $(LABELMAPS)/training_seg_,$(addsuffix _dseg.nii.gz,$(1)))
 SIMULATE = $(BIN)/bids_uad simulate
 # The T1w and T2w scans of a seed are the same without FLAIR.
 CONTRASTS = --modalities T1w T2w FLAIR
 WITH_LESIONS = --healthy 40 --stroke 10 --ms 10 --wmh 10 --tumour 10 --scanners 10 --lesion-masks $(LESIONS)
 
-models: models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR patchcore-T1w patchcore-T2w
+models: models-T1w models-T2w models-FLAIR pls-T1w pls-T2w pls-FLAIR features-T1w features-T2w
 
 models-T2w: $(MODELS)/reference/participants.tsv
 # FLAIR has the baseline and PLS only.
 models-FLAIR: DETECTORS := intensity
 models-T1w models-T2w models-FLAIR: models-%: $(MODELS)/train/participants.tsv $(MODELS)/validation/participants.tsv
 	for detector in $(DETECTORS); do \
-	    case $$detector-$* in \
-	        uniad-*|fae-T2w) features="--backbone-weights $(MODELS)/bundles/rd-$*-lite";; \
-	        *) features=;; \
-	    esac; \
-	    case $$detector-$* in \
-	        fae-T2w|disyre-T2w) more="--normative-dir $(MODELS)/reference";; \
-	        *) more=;; \
-	    esac; \
+	    case $$detector-$* in disyre-T2w) more="--normative-dir $(MODELS)/reference";; *) more=;; esac; \
 	    $(BIN)/bids_uad train $(MODELS)/train $(MODELS)/bundles --detector $$detector --modality $* --preset lite \
-	        --random-seed 1 --nprocs 1 -w $(MODELS)/work $$features && \
+	        --random-seed 1 --nprocs 1 -w $(MODELS)/work && \
 	    $(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector $$detector --modality $* \
 	        --preset lite --nprocs 1 -w $(MODELS)/work $$more || exit 1; \
 	done
@@ -92,12 +85,14 @@ pls-T1w pls-T2w pls-FLAIR: pls-%: $(MODELS)/validation/participants.tsv
 	    --lesion-masks $(LESIONS) $(BF16)
 	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector pls --modality $* --nprocs 1
 
-# The features of PatchCore are those of PLS.
-patchcore-T1w patchcore-T2w: patchcore-%: pls-%
-	$(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector patchcore --modality $* --preset lite $(VARIED) \
-	    --backbone-weights $(MODELS)/bundles/pls-$*-default
-	$(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector patchcore --modality $* \
-	    --preset lite --nprocs 1 -w $(MODELS)/work
+# The features of these detectors are those of PLS.
+features-T1w features-T2w: features-%: pls-%
+	for detector in patchcore rd uniad fae; do \
+	    $(BIN)/bids_uad train $(HEALTHY) $(MODELS)/bundles --detector $$detector --modality $* --preset lite $(VARIED) \
+	        --backbone-weights $(MODELS)/bundles/pls-$*-default && \
+	    $(BIN)/bids_uad calibrate $(MODELS)/validation $(MODELS)/bundles --detector $$detector --modality $* \
+	        --preset lite --nprocs 1 -w $(MODELS)/work || exit 1; \
+	done
 
 # Train the brain-extraction network (45 minutes on one core).
 extraction: $(VENV)/installed

@@ -121,17 +121,14 @@ class FAE(FeatureDetector):
         ),
         "default": FAEHyper(training_window=5, scoring_window=5),
         "lite": FAEHyper(
-            backbone=BackboneConfig(),
+            backbone=BackboneConfig(name=LESIONS),
             widths=(24, 32, 48, 64),
             steps=500,
             batch_size=16,
             learning_rate=2e-3,
         ),
     }
-    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {
-        ("paper", "T1w"): {"steps": 20_000},
-        ("lite", "T1w"): {"backbone": BackboneConfig(name=LESIONS)},
-    }
+    modality_settings: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {("paper", "T1w"): {"steps": 20_000}}
 
     def __init__(self, hyper: FAEHyper) -> None:
         super().__init__(hyper)

@@ -24,7 +24,7 @@ from bids_uad.methods.base import (
     Stage,
     occupied_box,
 )
-from bids_uad.networks.backbones import BackboneConfig, check_maps
+from bids_uad.networks.backbones import LESIONS, BackboneConfig, check_maps
 from bids_uad.networks.counter_rng import SliceGenerator
 
 
@@ -196,7 +196,7 @@ class ReverseDistillation(FeatureDetector):
         ),
         "default": RDHyper(published_initialisation=True),
         "lite": RDHyper(
-            backbone=BackboneConfig(taps=(0, 1, 2)),
+            backbone=BackboneConfig(name=LESIONS, taps=(0, 1, 2)),
             embedding_blocks=2,
             student_blocks=(2, 2, 2),
             steps=600,

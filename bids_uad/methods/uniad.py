@@ -25,7 +25,7 @@ from bids_uad.methods.base import (
     Stage,
     stack_maps,
 )
-from bids_uad.networks.backbones import BackboneConfig
+from bids_uad.networks.backbones import LESIONS, BackboneConfig
 from bids_uad.networks.counter_rng import SliceGenerator
 from bids_uad.space import CROP
 
@@ -247,7 +247,7 @@ class UniAD(FeatureDetector):
         ),
         "default": UniADHyper(published_initialisation=True),
         "lite": UniADHyper(
-            backbone=BackboneConfig(),
+            backbone=BackboneConfig(name=LESIONS, taps=(0, 1, 2)),
             width=96,
             heads=4,
             feedforward_width=192,
