@@ -36,6 +36,7 @@ from bids_uad.engine.inference import anomaly_map
 from bids_uad.files import read_json, write_json
 from bids_uad.methods.base import Detector
 from bids_uad.methods.registry import DETECTORS, build_detector, detector_class
+from bids_uad.networks.backbones import LesionFeatures
 
 KEY = "benchmark"
 DEFAULT_MODEL = "default model"
@@ -133,7 +134,9 @@ def work_per_slice(network: Network, scan: Scan) -> dict[str, float]:
     """
     detector, protocol = network.build("cpu")
     for child in detector.children():
-        if next(child.parameters(), None) is not None:
+        if isinstance(child, LesionFeatures):  # chooses the part of a slice by its values
+            child.network.decoder_maps = without_data(child.network, "decoder_maps")
+        elif next(child.parameters(), None) is not None:
             child.forward = without_data(child)
     occupied = slices_with_brain(scan)
     sampled = occupied[:: -(-len(occupied) // COUNTED_SLICES)]
@@ -151,9 +154,9 @@ def work_per_slice(network: Network, scan: Scan) -> dict[str, float]:
     return {name: value / len(sampled) for name, value in total.items()}
 
 
-def without_data(child: nn.Module) -> Any:
-    """Return the forward of a module on tensors without data, with zeros of the same shapes as output."""
-    empty = copy.deepcopy(child).requires_grad_(False).to("meta")
+def without_data(child: nn.Module, method: str = "forward") -> Any:
+    """Return a method of a module on tensors without data, with zeros of the same shapes as output."""
+    empty = getattr(copy.deepcopy(child).requires_grad_(False).to("meta"), method)
 
     def forward(*inputs: Any) -> Any:
         output = empty(*tree_map_only(Tensor, lambda part: part.to("meta"), inputs))

@@ -18,7 +18,7 @@ from bids_uad.training.store import SliceStore, TrainingScan
 
 CPU = torch.device("cpu")
 TRAINING_SUBJECTS, TEST_SUBJECTS, VOLUMES = 4, 2, 10
-STEPS = {"rd": 100, "uniad": 100, "fae": 100}  # their features are those of a trained network
+STEPS = {"rd": 100, "uniad": 100}  # their features are those of a trained network
 OTHER_STEPS = 300
 SLAB = 12  # slices scored on either side of what was planted
 
