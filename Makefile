@@ -49,8 +49,8 @@ bench-gpu: $(VENV)/installed
 # Train the packaged models, each on one thread: `make -j2 models LABELMAPS=PATH LESIONS=PATH`. LABELMAPS is the folder of
 # SynthSeg's label maps: ten for training, three for calibration, three for testing. LESIONS is a folder of real lesion masks
 # in MNI space with a lesions.tsv. HEALTHY is a dataset of preprocessed real T1w scans of healthy controls, and SYNTHSR the
-# folder of SynthSR's label maps, both of which PLS and the detectors with its features are trained on as well. `make models-tested` runs the
-# benchmark on simulated scans.
+# folder of SynthSR's label maps; PLS and the detectors with its features are trained on both as well.
+# `make models-tested` runs the benchmark on simulated scans.
 HEALTHY ?= none
 # PLS is trained in bfloat16 on CPUs that have instructions for it.
 BF16 = $(if $(shell grep -m 1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--precision bf16)
