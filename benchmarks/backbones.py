@@ -103,9 +103,8 @@ LOSSES: dict[str, Callable[[FeatureDetector, Batch, Generator], Tensor]] = {
 TAPS = {
     LITE: {"patchcore": (2, 3), "fae": (1, 2, 3), "rd": (1, 2, 3), "uniad": (1, 2, 3, 4)},
     MRI: {"patchcore": (1, 2), "fae": (1, 2), "rd": (0, 1, 2), "uniad": (1, 2)},
-    LESIONS: {"patchcore": (1, 2), "fae": (1, 2), "rd": (0, 1, 2), "uniad": (1, 2)},
 }
-"""Maps of each feature network that the detectors use."""
+"""Maps that the detectors use of feature networks other than that of preset ``lite``."""
 TASKS = (REFERENCE, IMAGENET, SEGMENTATION, "untrained", *list(LOSSES)[1:])
 
 

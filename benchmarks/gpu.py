@@ -134,7 +134,7 @@ def work_per_slice(network: Network, scan: Scan) -> dict[str, float]:
     """
     detector, protocol = network.build("cpu")
     for child in detector.children():
-        if isinstance(child, LesionFeatures):  # chooses the part of a slice by its values
+        if isinstance(child, LesionFeatures):  # its forward depends on the values of the slices
             child.network.decoder_maps = without_data(child.network, "decoder_maps")
         elif next(child.parameters(), None) is not None:
             child.forward = without_data(child)

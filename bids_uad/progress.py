@@ -8,13 +8,20 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from bids_uad.errors import duration
 
 Item = TypeVar("Item")
 LINES = 40
-"""Number of lines of text in a loop of many steps, about."""
+"""Approximate number of lines of a loop."""
 
 
 def track(
@@ -40,8 +47,7 @@ def track(
     """
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        with progress_bar(console) as progress:
             yield from progress.track(items, total, description=escape(description))
         return
     begin = time.monotonic()
@@ -53,5 +59,11 @@ def track(
 
 
 def is_reported(step: int, steps: int) -> bool:
-    """Return whether a step, counted from 1, is one of about `LINES` after which a line is written."""
+    """Return whether a line is written after a step, counted from 1."""
     return step % max(1, steps // LINES) == 0 or step == steps
+
+
+def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
+    """Build a bar with description, number of steps, time left and further columns."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, *more, console=console)

@@ -133,8 +133,8 @@ def preset_of(name: str, preset: str, modality: str | None = None) -> Any:
     preset : str
         Name of the preset, for example ``lite``.
     modality : str, optional
-        ``T1w``, ``T2w`` or ``FLAIR``; some hyper-parameters differ for T1w. By default, those
-        of T2w are returned.
+        ``T1w``, ``T2w`` or ``FLAIR``; some hyper-parameters of preset ``paper`` differ for T1w. By default,
+        those of T2w are returned.
 
     Returns
     -------

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID, TextColumn
 
 from bids_uad.config import RunConfig
 from bids_uad.dataset.sri24_scans import has_preprocessed
@@ -29,7 +29,7 @@ from bids_uad.files import remove_unfinished
 from bids_uad.methods.base import Detector, GradientStage, change_hyper, changed_names
 from bids_uad.methods.pls.detector import PLS
 from bids_uad.methods.registry import build_detector, preset_of
-from bids_uad.progress import is_reported
+from bids_uad.progress import is_reported, progress_bar
 from bids_uad.simulation.shapes import component_shapes
 from bids_uad.training.backbone import initialise_backbone
 from bids_uad.training.cohort import (
@@ -258,8 +258,7 @@ def _progress(enabled: bool) -> Iterator[Report | None]:
 
         yield log
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
+    with progress_bar(console, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
         tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, step: int, steps: int, loss: float) -> None:

@@ -21,7 +21,7 @@ from bids_uad.evaluation.analyses import analyse
 from bids_uad.evaluation.benchmark import COLUMNS as BENCHMARK_COLUMNS
 from bids_uad.evaluation.experiments import COLUMNS as EXPERIMENT_COLUMNS
 from bids_uad.evaluation.subjects import COLUMNS as SUBJECT_COLUMNS
-from bids_uad.methods.registry import detector_class, preset_of
+from bids_uad.methods.registry import detector_class
 
 ROOT = Path("/data")
 UNIT = ImageUnit(ROOT / "sub-01" / "anat" / "sub-01_T1w.nii.gz", "01", None, "T1w", {"subject": "01"})
@@ -98,11 +98,9 @@ class Presets(Generated):
         """Return one row per hyper-parameter."""
         detector = detector_class(self.arguments[0])
         presets = {name: dict(flat(dataclasses.asdict(hyper))) for name, hyper in detector.presets.items()}
-        for preset, modality in detector.modality_settings:
-            others = flat(dataclasses.asdict(preset_of(detector.name, preset, modality)))
-            for name, value in others:
-                if value != presets[preset][name]:
-                    presets[preset][name] = f"{presets[preset][name]}, {modality} {value}"
+        for (preset, modality), settings in detector.modality_settings.items():
+            for name, value in settings.items():
+                presets[preset][name] = f"{presets[preset][name]}, {modality} {value}"
         yield from table_head("hyper-parameter", *(f"`{name}`" for name in presets))
         names = dict.fromkeys(name for values in presets.values() for name in values)
         for name in names:

@@ -50,7 +50,8 @@ def test_fae_has_the_published_size():
 def test_rd_starts_from_hes_normal_distribution():
     """The variance of the weights of convolutions is 2 / (outputs * kernel area)."""
     torch.manual_seed(0)
-    hyper = replace(ReverseDistillation.presets["lite"], published_initialisation=True)
+    backbone = BackboneConfig(taps=(0, 1, 2))
+    hyper = replace(ReverseDistillation.presets["lite"], backbone=backbone, published_initialisation=True)
     detector = ReverseDistillation(hyper)
     layers = [*detector.embedding.modules(), *detector.student.modules()]
     convolutions = [layer.weight for layer in layers if isinstance(layer, torch.nn.Conv2d)]
@@ -59,8 +60,7 @@ def test_rd_starts_from_hes_normal_distribution():
     assert len(transposed) == 2 * 3
     for weight in convolutions:
         expected = np.sqrt(2 / (weight.shape[0] * weight.shape[2] ** 2))
-        # Four standard errors.
-        assert weight.std().item() == pytest.approx(expected, rel=4 / np.sqrt(2 * weight.numel()))
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
         assert weight.abs().max() > 2.5 * expected  # that of a uniform distribution is 1.7
     for weight in transposed:  # PyTorch's default: uniform, with a bound of 1 / sqrt(fan-in)
         assert weight.abs().max().item() == pytest.approx(1 / np.sqrt(weight[0].numel()), rel=0.01)
