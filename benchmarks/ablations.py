@@ -176,6 +176,8 @@ def score_slices(
     lesion : numpy.ndarray of bool, shape (N,)
         Whether they are lesion.
     """
+    # Scores are not smoothed across slices, so that both a slice and its mirror image are processed.
+    detector.hyper = replace(detector.hyper, slice_smoothing=0.0)
     slices, inside, lesion = validation_slices(scan)
     field, *_ = covering_fields(inside, detector.field_of_view)
     numbers = [number for number in range(0, len(slices), SLICE_STEP) if inside[number].any()]

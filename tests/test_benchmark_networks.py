@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import expit, log_expit, log_softmax
 from torch import nn
 
-from benchmarks import depth, heads
+from benchmarks import depth, heads, mirror
 from bids_uad.dataset.sri24_scans import PreprocessedScan
 from bids_uad.methods.base import PaintedBatch, PaintedScan, Scan
 from bids_uad.methods.pls.detector import PLS
@@ -46,6 +48,28 @@ def test_heads_start_with_the_scores_of_a_single_output(kind):
         expected = single.score(inputs, brain, None)
         assert expected.std() > 0.01
         assert torch.equal(detector.score(inputs, brain, None), expected)
+
+
+def test_mirror_images_are_processed_as_named():
+    torch.manual_seed(0)
+    alternating = PLS(HYPER).eval()
+    nn.init.normal_(alternating.network.leave.weight, std=0.1)
+    unsmoothed, both, straight = (
+        kind(hyper).eval()
+        for kind, hyper in (
+            (PLS, replace(HYPER, slice_smoothing=0.0)), (mirror.Both, HYPER), (mirror.Straight, HYPER)
+        )
+    )  # fmt: skip
+    for other in (unsmoothed, both, straight):
+        other.load_state_dict(alternating.state_dict())
+    inputs = alternating.inputs(torch.rand(SHAPE[2], CROP, CROP), [70, 71], slice(32, 192), slice(16, 208))
+    brain = torch.rand(2, 1, 160, 192) < 0.9
+    with torch.inference_mode():
+        expected = unsmoothed.score(inputs, brain, None)
+        torch.testing.assert_close(both.score(inputs, brain, None), expected)
+        one = straight.score(inputs, brain, None)
+        assert torch.equal(one[0], alternating.score(inputs, brain, None)[0])
+        assert (one - expected).abs().max() > 0.01
 
 
 def test_the_size_of_a_lesion_is_that_of_all_its_slices():

@@ -278,22 +278,29 @@ class TestIntensities:
 
 def test_score_is_the_mean_probability_of_a_slice_and_its_mirror_image():
     detector = pseudo_trained("pls")
-    x = torch.rand(2, detector.hyper.intensity_channels + 9, 160, 192, generator=seeded())
+    volume = torch.rand(GRID, generator=seeded())
+    x = detector.inputs(volume, [66, 67], slice(32, 192), slice(16, 208))
     brain = torch.zeros(2, 1, 160, 192, dtype=torch.bool)
     brain[..., 20:130, 30:150] = True
     scaled = x.clone()
     scaled[:, :5] = 2 * x[:, :5] - 1  # coordinates and priors are not scaled
     with torch.inference_mode():
+        alternating = detector.score(x, brain, []).numpy()
+        detector.hyper = replace(detector.hyper, slice_smoothing=0.0)
         score = detector.score(x, brain, []).numpy()
         # Left and right lie along the rows.
         straight, mirrored = (
             detector.network(y).double().numpy() for y in (scaled, scaled[:, :, range(159, -1, -1)])
         )
-    expected = (expit(straight) + expit(mirrored)[:, :, ::-1]) / 2
+    one, other = expit(straight), expit(mirrored)[:, :, ::-1]
+    expected = (one + other) / 2
     np.testing.assert_allclose(score, np.where(brain, expected, 0), rtol=1e-5)
+    # With smoothing across slices, only the mirror image of a slice with an odd number is processed.
+    expected_alternating = np.where(brain, np.stack([one[0], other[1]]), 0)
+    np.testing.assert_allclose(alternating, expected_alternating, rtol=1e-5)
     assert np.ptp(expected[brain.numpy()]) > 0.5
     # The two directions differ, so that a missing flip would be found.
-    assert np.abs(expit(straight) - expit(mirrored)[:, :, ::-1]).max() > 0.1
+    assert np.abs(one - other).max() > 0.1
 
 
 def test_scores_of_a_volume_are_those_of_its_slices():
