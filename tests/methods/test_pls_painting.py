@@ -16,6 +16,7 @@ from bids_uad.methods.base import Scan
 from bids_uad.methods.pls.painting import (
     FLUID,
     GREY,
+    MAX_EMPHASIS,
     VENTRICLE_PRIOR,
     WHITE,
     HealthyConfig,
@@ -129,7 +130,8 @@ class TestPaintScan:
         assert painted.target.max() <= 1
         assert (painted.weight[painted.brain & (painted.target == 0)] == 1).all()
         assert painted.weight.min() >= 0
-        assert painted.weight.max() <= PaintingConfig().small_lesion_weight
+        excess = PaintingConfig().small_lesion_weight - 1
+        assert painted.weight.max() <= 1 + MAX_EMPHASIS * excess
 
     def test_repeats_for_a_seed_and_does_not_change_the_scan(self, labels):
         scan = healthy(labels, "T2w")
@@ -159,18 +161,23 @@ class TestPaintScan:
         assert 6_000 < min(volumes) < max(volumes) < 32_000
         assert all(volume < brain / 2 for volume, brain in zip(volumes, brains, strict=True))
 
-    def test_small_lesions_have_their_weight(self, labels):
+    @pytest.mark.parametrize(("diameter", "relative"), [(6.0, 1.0), (12.0, 0.25), (3.0, 4.0)])
+    def test_small_lesions_have_about_the_same_weight_in_a_slice(self, labels, diameter, relative):
         lesion = LesionConfig(
-            healthy_prob=0, large_counts=(1.0,), mass_prob=0, small_prob=1, periventricular_prob=0,
-            small_size=(8.0, 9.0),
+            healthy_prob=0, large_counts=(1.0,), mass_prob=0, small_prob=1, max_small=2,
+            small_size=(diameter, 1.001 * diameter), periventricular_prob=0,
         )  # fmt: skip
-        config = PaintingConfig(lesion, STILL, small_lesion_weight=5.0)
-        painted = paint_scan(healthy(labels, "T2w"), config, seeded())
-        # The weight is that of the visibility, which is measured for all small lesions together.
-        core = painted.target == 1
-        assert len(painted.weight[core].unique()) == 1
-        assert 1 < painted.weight[core].max() <= 5
-        assert not (painted.weight > 1)[painted.target == 0].any()
+        heavy, plain = (
+            paint_scan(
+                healthy(labels, "T2w"), PaintingConfig(lesion, STILL, small_lesion_weight=w), seeded(3)
+            )
+            for w in (5.0, 1.0)
+        )
+        # Without emphasis, the weight is that of the visibility, which is measured for all lesions together.
+        core = plain.target > 0.9 * plain.target.max()
+        ratio = (heavy.weight[core] / plain.weight[core] - 1) / plain.target[core]
+        assert float(ratio.median()) == pytest.approx(4 * relative, rel=0.15)
+        assert not (heavy.weight > 1)[heavy.target == 0].any()
 
 
 class TestPlan:
@@ -315,7 +322,8 @@ class TestLesions:
         for order in (1, -1):
             lesions = lesions_in(tissue, ventricles, "T2w", image=torch.full_like(mask, 0.5))
             for visibility in (0.3, 0.8)[::order]:
-                lesions._keep(np.s_[:, :, :], mask, lesions.image, visibility, small=visibility == 0.3)
+                emphasis = mask if visibility == 0.3 else None
+                lesions._keep(np.s_[:, :, :], mask, lesions.image, visibility, emphasis=emphasis)
             assert lesions.weight(5.0)[mask == 1].unique().item() == pytest.approx(0.8 * 5)
 
     @pytest.mark.parametrize("kind", ["oedema", "tumour", "cavity", "mass"])
@@ -357,7 +365,7 @@ class TestLesions:
         config = LesionConfig(small_size=(3.0, 6.0), white_matter_prob=1.0)
         lesions = typical(lesions_in(tissue, ventricles, contrast, seed=1))
         lesions.paint(_Plan((), 12, band=False), config, [])
-        masks = lesions.small > 0.5
+        masks = lesions.target > 0.5
         numbers, count = ndimage.label(masks.numpy(), np.ones((3, 3, 3)))
         assert 6 < count <= 13  # some overlap, and a rough one may have two parts
         sizes = np.bincount(numbers.ravel())[1:]
@@ -365,7 +373,10 @@ class TestLesions:
         assert np.median(sizes) < largest
         assert masks.sum() < 12 * 1.5 * largest
         assert (tissue[masks] == WHITE).float().mean() > 0.7
-        assert torch.equal(lesions.small > 0, lesions.target > 0)
+        # Those of 3 to 6 mm have one to four times the weight of one of 6 mm.
+        emphasis = (lesions.emphasis / lesions.target)[lesions.target > 0.01]
+        assert 0.99 < emphasis.min() < 1.5
+        assert 2 < emphasis.max() < 4.01
 
     def test_periventricular_band_lies_in_white_matter_along_ventricles(self, tissue, ventricles, contrast):
         lesions = typical(lesions_in(tissue, ventricles, contrast, seed=3))
@@ -377,7 +388,7 @@ class TestLesions:
         # The edge lies where a Gaussian of at most 5 mm has fallen to 0.16 times a factor.
         assert np.median(distance) < 6
         assert distance.max() < 3 * 5 + 2
-        assert torch.equal(lesions.small > 0, lesions.target > 0)
+        assert torch.equal(lesions.emphasis > 0, lesions.target > 0)
 
     def test_cavity_has_a_core_of_fluid(self, tissue, ventricles):
         lesions = typical(lesions_in(tissue, ventricles, "FLAIR", seed=5))

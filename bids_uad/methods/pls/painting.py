@@ -58,6 +58,8 @@ MARGIN = 6
 """Voxels around the brain that are processed."""
 FAINTEST, OPAQUE = 0.15, 0.7
 """Least opacity of any lesion, and of those that hide the tissue under them."""
+SMALL_DIAMETER, MAX_EMPHASIS = 6.0, 5.0
+"""Diameter in mm at which a small lesion has the configured weight, and the largest multiple of it."""
 FULL_VISIBILITY = 0.08
 """Mean intensity change of a lesion, relative to the brightest tissue, from which on its weight is full."""
 
@@ -86,7 +88,7 @@ class LesionConfig(Constrained):
         Probability of small lesions.
     max_small : int, default=40
         Largest number of small lesions.
-    small_size : tuple of float, default=(2.0, 14.0)
+    small_size : tuple of float, default=(3.0, 14.0)
         Smallest and largest diameter of a small lesion in mm, drawn log-uniformly.
     white_matter_prob : float, default=0.65
         Probability that a small lesion lies in white matter; otherwise it lies anywhere in the brain.
@@ -104,7 +106,7 @@ class LesionConfig(Constrained):
     mass_volume: PositiveRange = (15.0, 220.0)
     small_prob: Probability = 0.75
     max_small: Count = 40
-    small_size: PositiveRange = (2.0, 14.0)
+    small_size: PositiveRange = (3.0, 14.0)
     white_matter_prob: Probability = 0.65
     periventricular_prob: Probability = 0.3
     real_shape_prob: Probability = 0.5
@@ -181,7 +183,9 @@ class PaintingConfig(Constrained):
     shift : float, default=4.0
         Largest shift along each axis in mm.
     small_lesion_weight : float, default=8.0
-        Factor of the weight in the loss of voxels of small and periventricular lesions.
+        Factor of the weight in the loss of voxels of small lesions with a diameter of 6 mm, and of
+        periventricular ones. Its excess over 1 is inversely proportional to the square of the diameter, up to
+        five times as large, so that all small lesions have about the same total weight in a slice.
     """
 
     lesion: LesionConfig = field(default_factory=LesionConfig)
@@ -621,8 +625,9 @@ class _Lesions:
         Soft mask of the lesions.
     visible : Tensor, shape (Z, H, W)
         Soft mask of each lesion times its visibility (0 to 1); the maximum over lesions.
-    small : Tensor, shape (Z, H, W)
-        Soft mask of small and periventricular lesions.
+    emphasis : Tensor, shape (Z, H, W)
+        Additional weight of small and periventricular lesions relative to that of one of 6 mm, times their
+        soft mask; the maximum over lesions.
     """
 
     def __init__(
@@ -637,7 +642,7 @@ class _Lesions:
         self.image, self.brain, self.tissue, self.levels = image, brain, tissue, levels
         self.ventricles = ventricles
         self.generator = generator
-        self.target, self.visible, self.small = (torch.zeros_like(image) for _ in range(3))
+        self.target, self.visible, self.emphasis = (torch.zeros_like(image) for _ in range(3))
 
     def _uniform(self, low: float, high: float) -> float:
         return uniform(low, high, self.generator)
@@ -650,7 +655,7 @@ class _Lesions:
 
     def weight(self, small_lesion_weight: float) -> Tensor:
         """Return weights in the loss: 1 outside lesions, that of their visibility and size inside."""
-        return (1 - self.target + self.visible) * (1 + (small_lesion_weight - 1) * self.small)
+        return (1 - self.target + self.visible) * (1 + (small_lesion_weight - 1) * self.emphasis)
 
     def paint(self, plan: _Plan, config: LesionConfig, shapes: Sequence[Tensor]) -> None:
         """Paint the planned lesions."""
@@ -710,7 +715,7 @@ class _Lesions:
         mask = mask * self.brain
         # White matter along the ventricles differs slightly from other white matter in healthy people too.
         after = self._blend(self.image, mask, self._lesion_level(self.image), weakest=0.4)
-        self._keep(Box.whole(self.image), mask, after, small=True)
+        self._keep(Box.whole(self.image), mask, after, emphasis=mask)
 
     def _paint_small(self, number: int, config: LesionConfig) -> None:
         white = (self.tissue == WHITE) & self.brain
@@ -719,14 +724,18 @@ class _Lesions:
             *draw_voxels(white, inside, self.generator),
             *draw_voxels(self.brain, number - inside, self.generator),
         ]
-        mask = torch.zeros_like(self.image)
+        mask, emphasis = torch.zeros_like(self.image), torch.zeros_like(self.image)
         for centre in centres:
-            radius = log_uniform(*config.small_size, self.generator) / 2
-            box, one = ellipsoid(tuple(mask.shape), centre, radius, self._uniform(0, 0.4), self.generator)
+            diameter = log_uniform(*config.small_size, self.generator)
+            rough = self._uniform(0, 0.4)
+            box, one = ellipsoid(tuple(mask.shape), centre, diameter / 2, rough, self.generator)
             mask[box] = torch.maximum(mask[box], one)
-        mask = gaussian_smooth(mask, self._uniform(0, 0.8)) * self.brain
+            relative = min(MAX_EMPHASIS, (SMALL_DIAMETER / diameter) ** 2)
+            emphasis[box] = torch.maximum(emphasis[box], relative * one)
+        edge = self._uniform(0, 0.8)
+        mask, emphasis = (gaussian_smooth(part, edge) * self.brain for part in (mask, emphasis))
         after = self._blend(self.image, mask, self._lesion_level(self.image))
-        self._keep(Box.whole(self.image), mask, after, small=True)
+        self._keep(Box.whole(self.image), mask, after, emphasis=emphasis)
 
     def _lesion_level(self, before: Tensor) -> Tensor:
         """Draw the intensity of a lesion, relative to the tissue under it."""
@@ -770,7 +779,13 @@ class _Lesions:
         return before + mask * (inner - before), min(1.0, 0.4 + 4 * contrast + 0.4 * weight)
 
     def _keep(
-        self, box: Box, mask: Tensor, after: Tensor, visibility: float | None = None, *, small: bool = False
+        self,
+        box: Box,
+        mask: Tensor,
+        after: Tensor,
+        visibility: float | None = None,
+        *,
+        emphasis: Tensor | None = None,
     ) -> None:
         """Keep image and mask of a lesion. Without a visibility, it is measured from the intensity change."""
         if visibility is None:
@@ -779,5 +794,5 @@ class _Lesions:
         self.image[box] = after.clamp_min(0)
         self.target[box] = torch.maximum(self.target[box], mask)
         self.visible[box] = torch.maximum(self.visible[box], mask * visibility)
-        if small:
-            self.small[box] = torch.maximum(self.small[box], mask)
+        if emphasis is not None:
+            self.emphasis[box] = torch.maximum(self.emphasis[box], emphasis)
