@@ -35,10 +35,8 @@ class Straight(PLS):
     """PLS without mirror images."""
 
     def score(self, slices: Tensor, brain: Tensor, generator: SliceGenerator) -> Tensor:
-        """Predict the lesion probability from the slices as they are."""
-        count = self.hyper.intensity_channels
-        x = torch.cat([2 * slices[:, :count] - 1, slices[:, count:]], 1)
-        return torch.where(brain, self.network(x).sigmoid(), 0.0)
+        """Predict the lesion probability of slices, without their mirror images."""
+        return torch.where(brain, self.predict(slices), 0.0)
 
 
 class Both(PLS):

@@ -38,6 +38,8 @@ from bids_uad.space import CROP, SHAPE, TISSUES
 
 MIDLINE = (CROP - 1) / 2
 """Row of the midline in a cropped slice, since the built-in atlas is symmetric about that of the grid."""
+UP_SCALE = 75
+"""Slices per unit of the coordinate towards the top."""
 PLACE_CHANNELS = 3 + len(TISSUES)
 """Coordinates along three axes, and tissue priors."""
 
@@ -259,28 +261,43 @@ class PLS(Detector):
         If the map is smoothed across slices, only the mirror image of every second slice is processed, and
         smoothing takes the mean, at half the cost. Slices are numbered by their coordinates.
         """
-        count = self.hyper.intensity_channels
-        x = torch.cat([2 * slices[:, :count] - 1, slices[:, count:]], 1)
         if self.hyper.place and self.hyper.slice_smoothing:
-            odd = _slice_numbers(slices[:, count:])[:, None, None, None] % 2 == 1
-            found = self.network(torch.where(odd, x.flip(-2), x)).sigmoid()
+            numbers = _slice_numbers(slices[:, self.hyper.intensity_channels :])
+            odd = numbers[:, None, None, None] % 2 == 1
+            found = self.predict(torch.where(odd, slices.flip(-2), slices))
             return torch.where(brain, torch.where(odd, found.flip(-2), found), 0.0)
-        straight = self.network(x).sigmoid()
-        mirrored = self.network(x.flip(-2)).sigmoid().flip(-2)
+        straight = self.predict(slices)
+        mirrored = self.predict(slices.flip(-2)).flip(-2)
         return torch.where(brain, (straight + mirrored) / 2, 0.0)
+
+    def predict(self, slices: Tensor) -> Tensor:
+        """Predict the lesion probability of slices, without their mirror images.
+
+        Parameters
+        ----------
+        slices : Tensor, shape (B, C, h, w)
+            Input channels, see :meth:`inputs`.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, h, w)
+            Probabilities, also outside the brain.
+        """
+        count = self.hyper.intensity_channels
+        return self.network(torch.cat([2 * slices[:, :count] - 1, slices[:, count:]], 1)).sigmoid()
 
 
 def _coordinates(index: Tensor, rows: slice, columns: slice) -> Tensor:
     """Return coordinates of the pixels of some slices, from about -1 to 1, shape (len(index), 3, h, w)."""
     row, column = torch.arange(CROP)[rows, None], torch.arange(CROP)[columns]
     across, along = (row - MIDLINE).abs() / 70, (column - CROP / 2) / 90
-    up = ((index - SHAPE[2] / 2) / 75)[:, None, None]
+    up = ((index - SHAPE[2] / 2) / UP_SCALE)[:, None, None]
     return torch.stack(torch.broadcast_tensors(across, along, up), 1)
 
 
 def _slice_numbers(coordinates: Tensor) -> Tensor:
     """Return the numbers of the slices that have the given coordinates, shape (len(coordinates),)."""
-    return (75 * coordinates[:, 2, 0, 0] + SHAPE[2] / 2).round()
+    return (UP_SCALE * coordinates[:, 2, 0, 0] + SHAPE[2] / 2).round()
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
